@@ -1,0 +1,148 @@
+"""The run configuration as frozen dataclasses. Everything after `launch.py` sees these, never a DictConfig (design §7).
+
+One tree: `RunConfig`. A key that is not a field here is an error, so this file is the reference of every key a user may set.
+Rules that types cannot state (finite, positive, divisible, existing path) are in `validate.py`, which reports all problems at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised; `name` is a key of `wm_train.objectives.OBJECTIVES`."""
+
+    name: str = "flow_matching"
+    sigma_mean: float = 0.0  # logit-normal: sigma = sigmoid(mean + std * normal), then shifted
+    sigma_std: float = 1.0
+    flow_shift: float = 1.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
+    image_condition: float = 1.0  # share of clips that see their first latent frame clean (sigma 0, no loss)
+    camera_dropout: float = 0.0
+    text_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; every schedule is a pure function of the step."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # on weights with two or more dimensions only
+    warmup_steps: int = 10
+    schedule: str = "constant"  # constant | cosine (to 10 % of lr at the stage's last step)
+    clip_norm: float = 1.0
+    ema_decay: float = 0.99  # 0 = no EMA
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One step of the curriculum. `frames` are raw video frames, 8k+1 for a codec of temporal stride 8."""
+
+    index: int
+    frames: int
+    steps: int
+    global_batch: int
+    inherit: str | None = None  # "previous" | a checkpoint directory | null: start from the seed
+    inherit_weights: str = "ema"  # ema | raw
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """An ordered mapping stage name -> stage; `index` gives the order and what `stage=3` means."""
+
+    name: str
+    stages: dict[str, StageConfig]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone shape; `name` is a key of `wm_train.models.MODELS`. `latent_channels` must equal the data set's."""
+
+    name: str = "sana_wm"
+    latent_channels: int = 48
+    depth: int = 4
+    width: int = 128
+    heads: int = 4
+    softmax_every: int = 4  # block i is softmax when (i + 1) % softmax_every == 0, else frame-wise GDN
+    ffn_ratio: float = 3.0
+    conv_kernel: int = 4  # K short convolution of a GDN block, in latent frames
+    patch_size: int = 1
+    camera: bool = True
+    text_width: int = 0  # 0 = no text conditioning
+    causal: bool = False  # chunk-causal variant
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "???"
+    bad_shard: str = "fail"  # fail | quarantine
+    prefetch: int = 2  # batches read ahead
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """world = dp_replicate x dp_shard x ring x ulysses. null asks for the derived value."""
+
+    dp_replicate: int = 1
+    dp_shard: int | None = None  # null: whatever the worker count leaves
+    cp: int = 1
+    ulysses: int | None = None  # null: gcd(heads, cp)
+    ring: int | None = None  # null: cp / ulysses
+    precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    name: str = "auto"  # auto | cpu | cuda | npu
+    threads: int = 1  # CPU threads per worker; a fixed number makes CPU runs repeat to the bit
+    collective_timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    name: str = "ray"  # ray | inline
+    workers: int = 2
+    cpus_per_worker: int = 1
+    address: str | None = None  # null: join the cluster of RAY_ADDRESS or of `ray job submit`, else start one
+    max_restarts: int = 3
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    name: str = "mlflow"  # mlflow | none
+    uri: str | None = None  # null: sqlite file in `out`
+    experiment: str = "wm_train"
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    checkpoint_every: int = 50
+    keep_last: int = 2
+    log_every: int = 1
+    samples: int = 2  # validation clips rolled out at the end of a stage; 0 = none
+    sample_steps: int = 20  # Euler steps of a rollout
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `stage` takes a number, a name, a range `1-2`, or `all`."""
+
+    name: str
+    recipe: RecipeConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    backend: BackendConfig
+    launcher: LauncherConfig
+    tracker: TrackerConfig
+    trainer: TrainerConfig
+    stage: str = "all"
+    out: str = "runs"
+    seed: int = 0
+    resume: bool = True  # continue from the newest valid checkpoint of this run directory
