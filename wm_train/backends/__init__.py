@@ -1,0 +1,36 @@
+"""Vendors behind one protocol. Nothing outside this package and `kernels/` names a device vendor.
+
+A backend says which device a worker drives, which collective library joins workers, and how to read memory. Model, objective
+and trainer code receive tensors on `Backend.device` and never ask where they are. Third parties register a `Backend` factory
+through the entry point group `wm_train.backends`.
+"""
+
+from __future__ import annotations
+
+from wm_train.backends.protocol import Backend
+
+__all__ = ["BACKENDS", "Backend", "get_backend"]
+
+BACKENDS = ("auto", "cpu", "cuda")  # built in; entry points may add more
+
+
+def get_backend(name: str, threads: int = 1, local_rank: int = 0) -> Backend:
+    """The backend called `name`, ready for this worker; `auto` takes the best one present.
+
+    Errors: ValueError when the name is unknown or its device is absent. Source: design §2, §7.
+    """
+    from wm_train.backends import cpu, cuda
+
+    makers = {"cpu": cpu.make, "cuda": cuda.make, **_registered()}
+    if name == "auto":
+        name = "cuda" if cuda.present() else "cpu"
+    if name not in makers:
+        choices = ", ".join(("auto", *makers))
+        raise ValueError(f"backend: got {name!r}, expected one of {choices} (key backend.name). Fix: backend.name=auto")
+    return makers[name](threads, local_rank)
+
+
+def _registered() -> dict:
+    from importlib.metadata import entry_points
+
+    return {point.name: point.load() for point in entry_points(group="wm_train.backends")}

@@ -1,0 +1,34 @@
+"""FSDP2 over the mesh: parameters, gradients and optimizer state are spread over dp_shard x context parallel, replicated over dp_replicate.
+
+One convention for gradients: they are **summed** over every process and never averaged. The objective divides by the size of the global
+batch, and a context-parallel member contributes only what flows through its own frames, so the plain sum is the gradient of the mean loss,
+whatever the mesh. (Averages by the back end are silently wrong on gloo and absent on HCCL.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str = "fp32") -> nn.Module:
+    """Shard `model` in place, each of `blocks` as one unit that is gathered just before it runs.
+
+    `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay fp32; `precision` is what blocks compute in.
+    Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return model

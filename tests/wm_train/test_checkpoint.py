@@ -1,0 +1,138 @@
+"""Checkpoints are whole or absent: every damage is found before a tensor is used, and the one before is taken."""
+
+import os
+import random
+import shutil
+
+import pytest
+import torch
+
+from wm_train import checkpoint, manifest
+from wm_train.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "model/weight": torch.randn(7, 5, generator=g),
+        "model/bias": torch.randn(7, generator=g).to(torch.bfloat16),
+        "model/empty": torch.zeros(0, 3),
+        "optimizer/step": torch.tensor(float(seed)),
+    }
+
+
+def save(root, step, seed=0):
+    return checkpoint.save(root, step, "short", tensors(seed), {"seed": seed}, ALONE)
+
+
+def newest(root):
+    reports = []
+    return checkpoint.find_newest(root, ALONE, reports.append), reports
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    folder = save(tmp_path, 3, seed=1)
+    found, reports = newest(tmp_path)
+    assert found is not None
+    assert found[0] == folder
+    assert found[1].facts == {"seed": 1}
+    assert not reports
+    targets = {n: torch.empty_like(t).fill_(7) for n, t in tensors(1).items()}
+    checkpoint.load(*found, targets)
+    for name, tensor in tensors(1).items():
+        assert torch.equal(targets[name], tensor), name
+
+
+def test_every_flipped_bit_is_found_and_the_previous_checkpoint_taken(tmp_path):
+    good = save(tmp_path, 1)
+    draws = random.Random(0)
+    for step in range(2, 62):
+        folder = save(tmp_path, step)
+        victim = draws.choice(sorted(folder.iterdir()))
+        data = bytearray(victim.read_bytes())
+        data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+        victim.write_bytes(data)
+        found, reports = newest(tmp_path)
+        assert found is not None, victim
+        assert found[0] == good, victim
+        assert len(reports) == 1
+        assert "quarantined" in reports[0]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "empty", "swap", "foreign", "no manifest", "format"])
+def test_damaged_folders_are_refused_with_a_reason(tmp_path, damage):
+    good, folder = save(tmp_path, 1), save(tmp_path, 2, seed=2)
+    file = folder / "rank_00000.safetensors"
+    if damage == "truncate":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "swap":
+        shutil.copy(good / file.name, file)
+    elif damage == "foreign":
+        (folder / "extra.pt").write_bytes(b"x")
+    elif damage == "no manifest":
+        (folder / manifest.NAME).unlink()
+    elif damage == "format":
+        read = manifest.read_manifest(folder)
+        (folder / manifest.NAME).write_text(manifest.to_text(manifest.Manifest(**{**vars(read), "format": 99})))
+    found, reports = newest(tmp_path)
+    assert found is not None
+    assert found[0] == good
+    words = {"truncate": "bytes", "remove": "missing files", "empty": "bytes", "swap": "sha256", "foreign": "foreign files",
+             "no manifest": "no manifest.json", "format": "format 99"}  # fmt: skip
+    assert words[damage] in reports[0]
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+    folder = save(tmp_path, 1)
+    read = manifest.read_manifest(folder)
+    evil = {**vars(read), "files": {"../../etc/passwd": {"size": 1, "sha256": "0"}}}
+    (folder / manifest.NAME).write_text(manifest.to_text(manifest.Manifest(**evil)))
+    with pytest.raises(manifest.CheckpointError, match="plain name"):
+        checkpoint.check(folder, ALONE)
+
+
+def test_an_unfinished_draft_is_never_found_and_is_cleaned(tmp_path):
+    good = save(tmp_path, 1)
+    draft = tmp_path / "step_00000002.tmp-dead"
+    shutil.copytree(good, draft)
+    assert newest(tmp_path)[0][0] == good
+    checkpoint.prune(tmp_path, 2, ALONE)
+    assert not draft.exists()
+
+
+def test_load_lists_every_wrong_name_and_changes_nothing(tmp_path):
+    folder = save(tmp_path, 1)
+    read = checkpoint.check(folder, ALONE)
+    targets = {"model/weight": torch.full((7, 6), 9.0), "model/bias": torch.full((7,), 9.0), "model/new": torch.full((1,), 9.0)}
+    with pytest.raises(manifest.CheckpointError, match=r"missing model/new; extra model/empty.*model/weight has shape \[7, 5\]"):
+        checkpoint.load(folder, read, targets)
+    assert all(bool((t == 9).all()) for t in targets.values())
+
+
+def test_a_failed_save_leaves_the_last_one_and_the_next_save_works(tmp_path, monkeypatch):
+    good = save(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", full)
+        with pytest.raises(manifest.CheckpointError, match="No space left"):
+            save(tmp_path, 2)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == [good.name]
+    assert newest(tmp_path)[0][0] == good
+    assert save(tmp_path, 2).exists()
+
+
+def test_retention_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, 2, ALONE)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000002", "step_00000010"]
+    assert (tmp_path / "latest").read_text() == "step_00000010\n"

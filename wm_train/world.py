@@ -1,0 +1,71 @@
+"""The processes of one run: who I am, and the few things that all of them must agree on.
+
+Everything that crosses processes outside the sequence mesh goes through `World`, as JSON text or as a small float vector; a single
+process needs no process group and takes the same path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from wm_train.backends import Backend
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` others, on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            self.gather(None)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's JSON value, in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([mine.numel()], dtype=torch.int64, device=self.device))
+        longest = int(max(lengths))
+        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())))
+        return [json.loads(bytes(t[: int(n)].tolist()).decode()) for t, n in zip(texts, lengths, strict=True)]
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every process. Clocks and file systems disagree, so rank 0 decides and the others follow."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def gather_numbers(self, values: list[float]) -> torch.Tensor:
+        """[k] per process -> [size, k] float64 on the host; the same order everywhere, so sums over it repeat to the bit."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size == 1:
+            return mine[None].cpu()
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).cpu()
+
+
+def join_world(backend: Backend, timeout_s: float) -> World:
+    """Join the other workers named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by every launcher)."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        dist.init_process_group(backend.collectives, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    return World(rank, size, backend.device)
+
+
+def leave_world() -> None:
+    """Close the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
