@@ -1,0 +1,1 @@
+"""Placing workers: a `LaunchSpec` goes in, an exit code comes out. Knows nothing of training; imports nothing of ours."""

@@ -1,0 +1,183 @@
+"""One attempt of a run on Ray: all ranks are placed, started, watched and taken down together."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.progress import ProgressView
+from launch.rank_actor import News, RankActor, Seat
+from launch.signals import Caught
+from launch.spec import USER_ERROR, LaunchSpec, describe_exit, rank_environment
+
+LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
+WITNESS_S = 2.0  # after a first death, how long to look for others: the peers of a killed rank die of their broken connections
+STOP_BROKEN_S = 2.0  # the others cannot finish a step without the dead rank, so they get little time
+
+
+class NoRoomError(RuntimeError):
+    """The cluster did not have the resources in time."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a rank ended. `code` None: the actor or its node was lost."""
+
+    rank: int
+    code: int | None
+    said: str  # the last lines of its log, or Ray's reason
+
+    def __str__(self) -> str:
+        what = "its node or its Ray actor was lost" if self.code is None else describe_exit(self.code)
+        return f"rank {self.rank} died: {what}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """`death` None: every rank ended with 0, or the driver was told to stop."""
+
+    death: Death | None
+
+
+def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Result:
+    """Place, start, watch. Raises NoRoomError."""
+    with _placed(spec) as actors:
+        actors, environments, where = _seats(actors, spec)
+        view.text(f"{spec.workers} workers on {where}")
+        logs = [spec.logs / f"attempt_{number}" / f"rank_{rank}.log" for rank in range(spec.workers)]
+        try:
+            pids = ray.get([actor.start.remote(spec, environments[rank], str(logs[rank])) for rank, actor in enumerate(actors)])
+        except RayError as error:
+            return Result(Death(0, None, f"could not start the workers: {error}"))
+        view.text("process ids " + " ".join(f"rank {rank}: {pid}" for rank, pid in enumerate(pids[:8])) + (" ..." if len(pids) > 8 else ""))
+        deaths = _watch(actors, view, stop)
+        if not deaths and stop.number is not None:
+            _end(actors, spec.grace_s, view)
+        elif deaths:
+            _end(actors, STOP_BROKEN_S, view)
+        return Result(_cause(deaths))
+
+
+@contextmanager
+def _placed(spec: LaunchSpec) -> Iterator[list[Any]]:
+    """One actor per worker, all or none, packed on few nodes; gone afterwards with everything they started."""
+    bundle = _bundle(spec)
+    group = placement_group([bundle] * spec.workers, strategy="PACK")
+    actors: list[Any] = []
+    try:
+        if not group.wait(spec.place_s):
+            free = {name: amount for name, amount in ray.available_resources().items() if name in bundle}
+            asked = {name: amount * spec.workers for name, amount in bundle.items()}
+            raise NoRoomError(
+                f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s, expected {asked}. "
+                "Fix: fewer launcher.workers or launcher.cpus_per_worker, or wait until other jobs have ended (`ray status`)"
+            )
+        for index in range(spec.workers):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            options = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+            actors.append(
+                ray.remote(RankActor)
+                .options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), resources=options, scheduling_strategy=strategy)
+                .remote()
+            )
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)  # the leash takes its worker with it
+        remove_placement_group(group)
+
+
+def _bundle(spec: LaunchSpec) -> dict[str, float]:
+    """The resources of one worker: CPUs, and one accelerator if the cluster has any of the kinds that the run can use."""
+    bundle: dict[str, float] = {"CPU": spec.cpus_per_worker}
+    known = ray.cluster_resources()
+    kind = next((name for name in spec.accelerators if known.get(name, 0) > 0), None)
+    return {**bundle, kind: 1} if kind else bundle
+
+
+def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[str, str]], str]:
+    """Actors in rank order (ranks of a node side by side, so that a sequence-parallel group stays inside it) and their environments."""
+    try:
+        seats: list[Seat] = ray.get([actor.seat.remote() for actor in actors], timeout=spec.place_s)
+    except RayError as error:
+        raise NoRoomError(f"starting {spec.workers} workers: got {error}, expected them within {spec.place_s:.0f} s") from error
+    nodes = list(dict.fromkeys(seat.node for seat in seats))
+    order = sorted(range(len(actors)), key=lambda index: nodes.index(seats[index].node))
+    actors, seats = [actors[index] for index in order], [seats[index] for index in order]
+    address = "127.0.0.1" if len(nodes) == 1 else seats[0].address
+    port = ray.get(actors[0].port.remote(address))
+    environments = []
+    for rank, seat in enumerate(seats):
+        mates = [index for index, other in enumerate(seats) if other.node == seat.node]
+        environment = rank_environment(rank, len(seats), mates.index(rank), len(mates), address, port)
+        # Each worker sees all devices of its node's workers and takes the one that LOCAL_RANK says, as under any other launcher.
+        shared = {name: ",".join(seats[mate].devices[name] for mate in mates) for name in seat.devices}
+        environments.append({**environment, **shared})
+    return actors, environments, f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, rendezvous {address}:{port}"
+
+
+def _watch(actors: list[Any], view: ProgressView, stop: Caught) -> list[Death]:
+    """Until all ranks ended with 0 (no deaths), or some died, or the driver is told to stop."""
+    running = {_listen(actors, rank): rank for rank in range(len(actors))}
+    deaths: list[Death] = []
+    until: float | None = None
+    while running and stop.number is None:
+        if until is not None and time.monotonic() > until:
+            break
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=LISTEN_S)
+        for call in ready:
+            rank = running.pop(call)
+            try:
+                news: News = ray.get(call)
+            except RayError as error:
+                deaths.append(Death(rank, None, str(error).strip().split("\n")[0]))
+                continue
+            for line in news.lines:
+                view.feed(line)
+            if news.code is None:
+                running[_listen(actors, rank)] = rank
+            elif news.code != 0:
+                deaths.append(Death(rank, news.code, "\n".join(news.tail)))
+        if deaths and until is None:
+            until = time.monotonic() + WITNESS_S
+    return deaths
+
+
+def _listen(actors: list[Any], rank: int) -> Any:
+    return actors[rank].listen.remote(LISTEN_S if rank == 0 else 2 * LISTEN_S, rank == 0)
+
+
+def _cause(deaths: list[Death]) -> Death | None:
+    """The death that explains the others: a user's mistake, then a lost node, then a signal from outside, then the first."""
+
+    def weight(death: Death) -> int:
+        if death.code == USER_ERROR:
+            return 0
+        if death.code is None:
+            return 1
+        # SIGABRT is how a collective library ends a process whose peer has gone: a consequence.
+        return 2 if death.code < 0 and death.code != -signal.SIGABRT else 3
+
+    return min(deaths, key=weight) if deaths else None
+
+
+def _end(actors: list[Any], grace_s: float, view: ProgressView) -> None:
+    """Stop what still runs, all at the same time, and show what rank 0 had to say about it."""
+    calls = [actor.stop.remote(grace_s) for actor in actors]
+    ray.wait(calls, num_returns=len(calls), timeout=grace_s + 5)
+    try:
+        for line in ray.get(actors[0].listen.remote(0.1, True), timeout=2).lines:
+            view.feed(line)
+    except RayError as error:
+        view.text(f"rank 0's last lines are lost: {str(error).strip().splitlines()[0]}")
+
+

@@ -1,0 +1,93 @@
+"""A worker process on this machine: started in its own process group, its output read line by line and kept in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from launch.leash import leashed
+from launch.spec import TAIL
+
+MOST_LINES = 5000  # kept for a reader that does not come; a worker never waits for it
+
+
+class Child:
+    """`command` as a process. Start it from the main thread (see leash)."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], directory: Path | None, log: Path | None) -> None:
+        self.tail: deque[str] = deque(maxlen=TAIL)
+        self._lines: deque[str] = deque(maxlen=MOST_LINES)
+        self._news = threading.Event()
+        self._log: IO[str] | None = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._log = log.open("a", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            leashed(command),
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            cwd=directory if directory and directory.is_dir() else None,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            line = line.rstrip("\n")
+            self._lines.append(line)
+            if not line.startswith("@"):
+                self.tail.append(line)
+            if self._log is not None:
+                self._log.write(line + "\n")
+                self._log.flush()
+            self._news.set()
+        self.process.wait()
+        if self._log is not None:
+            self._log.close()
+        self._news.set()
+
+    def wait(self, seconds: float, for_lines: bool) -> tuple[list[str], int | None]:
+        """New lines and the exit code, as soon as there is one of them or after `seconds`. Without `for_lines` only the exit counts."""
+        if for_lines:
+            self._news.wait(seconds)
+            self._news.clear()
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+        code = self.process.poll()
+        if code is not None:  # the last lines say why a worker died; a grandchild may hold the pipe open for ever, hence the limit
+            self._reader.join(1.0)
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        return lines, code
+
+    def signal(self, number: int) -> None:
+        """To the worker and whatever it started."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return
+
+    def stop(self, grace_s: float) -> int:
+        """SIGTERM, then after `grace_s` SIGKILL, to the whole group; returns the exit code."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            try:
+                self.process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self.signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)  # what the worker left behind
+        return self.process.wait()

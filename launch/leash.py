@@ -1,0 +1,33 @@
+"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`.
+
+A worker whose launcher was killed with SIGKILL would otherwise train on, hold its devices and write into the run directory that its
+successor uses. The kernel's parent-death signal survives exec, so nothing stays in between. Elsewhere than on Linux it only execs.
+Runs as a file in an isolated interpreter, so it may import nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def leashed(command: list[str]) -> list[str]:
+    """The command line that runs `command` on a leash of this process. Start it from the main thread: the leash is that thread's."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
+def main() -> None:
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the line above
+            sys.exit(1)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

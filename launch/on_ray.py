@@ -1,0 +1,121 @@
+"""Workers on Ray: joins a running cluster or starts a local one, and restarts all ranks together when one dies.
+
+Ray core actors in a placement group, not Ray Train: Train takes some 20 s to its first step, runs the loop inside its own actor and
+reports an exception where a run has an exit code. Here every rank is a process of its own, with the environment that torchrun
+would give it, so a worker does not know who started it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+
+from launch.progress import ProgressView
+from launch.signals import caught
+from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec
+
+CONNECT_S = 30  # to a cluster that should be there
+
+
+def run(spec: LaunchSpec, view: ProgressView) -> int:
+    """Run `spec` to its end. 0: all ranks ended well; 2: a user's mistake; 1: given up; 128 + n: stopped by signal n."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, and by the processes that it starts
+    import ray
+
+    from launch.attempt import NoRoomError
+
+    problem = _connect(spec, view)
+    if problem:
+        view.text(problem)
+        return USER_ERROR
+    try:
+        return _attempts(spec, view)
+    except NoRoomError as error:
+        view.text(str(error))
+        return 1
+    finally:
+        ray.shutdown()
+
+
+def _attempts(spec: LaunchSpec, view: ProgressView) -> int:
+    from launch.attempt import run_attempt
+
+    last_step: int | None = None
+    with caught() as stop:
+        for number in range(spec.max_restarts + 1):
+            death = run_attempt(spec, number, view, stop).death
+            if stop.number is not None:
+                view.text(f"stopped by signal {stop.number}")
+                return INTERRUPTED + stop.number
+            if death is None:
+                return 0
+            if death.said:
+                view.text(f"rank {death.rank}'s last lines:\n" + death.said)
+            at = f" at step {view.step}" if view.step is not None else ""
+            view.text(f"{death}{at}; logs in {spec.logs / f'attempt_{number}'}")
+            if death.code == USER_ERROR:
+                return USER_ERROR
+            if view.step is not None and view.step == last_step:
+                view.text(f"two deaths at step {last_step}: trying again would not help")
+                return 1
+            last_step = view.step
+            if number == spec.max_restarts:
+                break
+            pause = min(spec.backoff_s * 2**number, spec.backoff_limit_s)
+            view.text(f"restart {number + 1} of {spec.max_restarts} in {pause:.0f} s, from the last checkpoint")
+            until = time.monotonic() + pause
+            while time.monotonic() < until and stop.number is None:
+                time.sleep(0.1)
+            if stop.number is not None:
+                return INTERRUPTED + stop.number
+    view.text(f"given up after {spec.max_restarts} restarts")
+    return 1
+
+
+def _connect(spec: LaunchSpec, view: ProgressView) -> str:
+    """Join or start Ray; returns what is wrong, or nothing."""
+    import ray
+
+    address = spec.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Asked for as many CPUs as the workers claim: on a laptop they may share cores.
+        cpus = max(os.cpu_count() or 1, spec.workers * spec.cpus_per_worker)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        return ""
+    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(CONNECT_S))
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "`ray start --head`, or leave RAY_ADDRESS and launcher.address unset"
+        return f"joining Ray: got {reason}, expected a cluster at {address}. Fix: {fix}"
+    dashboard = context.address_info.get("webui_url") or ""
+    if dashboard and not _loopback(dashboard) and not _token_authentication():
+        ray.shutdown()
+        return (
+            f"joining Ray: got a dashboard at {dashboard} without authentication, expected one on loopback: it lets anybody who reaches it "
+            "run code. Fix: `ray start --dashboard-host=127.0.0.1 ...`, or RAY_AUTH_MODE=token on every node"
+        )
+    view.text(f"joined the Ray cluster at {address}")
+    return ""
+
+
+def _token_authentication() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def _loopback(endpoint: str) -> bool:
+    host = endpoint.split("//")[-1].rsplit(":", 1)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

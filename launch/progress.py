@@ -1,0 +1,112 @@
+"""What rank 0 says, for a person: `@progress {json}` lines become a progress bar on a terminal and a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+MARK = "@progress "
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The figures of a progress line, or None for an ordinary line."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        figures = json.loads(line[len(MARK) :])
+    except json.JSONDecodeError:
+        return None
+    return figures if isinstance(figures, dict) and "step" in figures and "steps" in figures else None
+
+
+def figures_text(figures: Mapping[str, Any]) -> str:
+    """`loss 0.8312  340 frames/s  1:12 left`; what is not known is left out."""
+    parts = []
+    if isinstance(figures.get("loss"), int | float):
+        parts.append(f"loss {figures['loss']:.4f}")
+    if isinstance(figures.get("frames_per_s"), int | float):
+        parts.append(f"{figures['frames_per_s']:.0f} frames/s")
+    if isinstance(figures.get("eta_s"), int | float):
+        parts.append(f"{duration(figures['eta_s'])} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34`, `3:04:05`"""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class ProgressView:
+    """Shows lines as they come. Use as a context, so that the bar is taken down whatever happens."""
+
+    def __init__(self, out: TextIO | None = None, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.out = out if out is not None else sys.stdout
+        self.every_s, self.clock = every_s, clock
+        self.last: dict[str, Any] | None = None  # figures of the newest progress line
+        self._printed_at: float | None = None
+        self._bar: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> ProgressView:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @property
+    def step(self) -> int | None:
+        """The last step that rank 0 reported."""
+        return None if self.last is None else int(self.last["step"])
+
+    def feed(self, line: str) -> None:
+        """One line of rank 0's output, without its newline."""
+        figures = parse(line)
+        if figures is None:
+            self.text(line)
+            return
+        self.last = figures
+        if self.out.isatty():
+            self._draw(figures)
+            return
+        now = self.clock()
+        if self._printed_at is None or now - self._printed_at >= self.every_s or figures["step"] >= figures["steps"]:
+            self._printed_at = now
+            parts = (str(figures.get("stage", "")), f"step {figures['step']}/{figures['steps']}", figures_text(figures))
+            print("  ".join(part for part in parts if part), file=self.out, flush=True)
+
+    def text(self, line: str) -> None:
+        """An ordinary line; above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self.out, flush=True)
+
+    def partial(self, text: str) -> None:
+        """Text without a newline, a debugger's prompt say; it cannot share the screen with a bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._tasks = None, {}
+        print(text, end="", file=self.out, flush=True)
+
+    def _draw(self, figures: Mapping[str, Any]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, console=Console(file=self.out), refresh_per_second=4)
+            self._bar.start()
+        stage = str(figures.get("stage", ""))
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=figures["steps"], figures="")
+        self._bar.update(self._tasks[stage], completed=figures["step"], total=figures["steps"], figures=figures_text(figures))

@@ -1,0 +1,77 @@
+"""The Ray actor that keeps one worker process. It lives on the worker's node; the driver talks to it through small calls."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from launch.child import Child
+from launch.inline import free_port
+from launch.spec import LaunchSpec, fill
+
+VISIBLE = "_VISIBLE_DEVICES"  # how every vendor's variable ends that says which devices a process sees
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where an actor sits. `devices`: the variables that Ray set to say which accelerators are its own."""
+
+    node: str
+    address: str
+    devices: dict[str, str]
+
+
+@dataclass(frozen=True)
+class News:
+    """What happened since the last call; `code` None: still running."""
+
+    lines: list[str]
+    code: int | None
+    tail: list[str]
+
+
+class RankActor:
+    """One worker process. Calls come one at a time, so `listen` must not block for long."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+
+    def seat(self) -> Seat:
+        devices = {name: value for name, value in os.environ.items() if name.endswith(VISIBLE) and value}
+        return Seat(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), devices)
+
+    def port(self, address: str) -> int:
+        """A free port on this node, for the rendezvous."""
+        return free_port(address)
+
+    def start(self, spec: LaunchSpec, environment: dict[str, str], log: str) -> int:
+        """Start the worker; returns its process id."""
+        assert self._child is None
+        command = fill(spec.command, str(_config_here(spec)))
+        self._child = Child(command, {**spec.environment, **environment}, spec.directory, Path(log))
+        return self._child.process.pid
+
+    def listen(self, seconds: float, for_lines: bool) -> News:
+        """Wait at most `seconds` for new output (if `for_lines`) or the end of the worker."""
+        assert self._child is not None
+        lines, code = self._child.wait(seconds, for_lines)
+        return News(lines if for_lines else [], code, list(self._child.tail) if code is not None else [])
+
+    def stop(self, grace_s: float) -> None:
+        """End the worker and what it started."""
+        if self._child is not None:
+            self._child.stop(grace_s)
+
+
+def _config_here(spec: LaunchSpec) -> Path:
+    """The config file if this node sees the driver's, else a copy of its own."""
+    if spec.config_path.is_file() and spec.config_path.read_text(encoding="utf-8") == spec.config_text:
+        return spec.config_path
+    handle, name = tempfile.mkstemp(prefix="wm_train_", suffix=".json")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(spec.config_text)
+    return Path(name)

@@ -1,0 +1,34 @@
+"""SIGINT and SIGTERM as a flag, so that a launcher can stop its workers in an orderly way."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Caught:
+    """`number`: the first signal that came, if any."""
+
+    number: int | None = None
+
+
+@contextmanager
+def caught() -> Iterator[Caught]:
+    """While inside, the first SIGINT or SIGTERM is noted; the second one raises KeyboardInterrupt: somebody is in a hurry."""
+    state = Caught()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if state.number is not None:
+            raise KeyboardInterrupt
+        state.number = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

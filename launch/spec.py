@@ -1,0 +1,66 @@
+"""What a launcher is asked to run. Every launcher gives each rank the same environment variables and the same command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+USER_ERROR = 2  # a worker's exit code for a mistake of the user: trying again cannot help
+INTERRUPTED = 128  # plus the signal's number, as shells do
+TAIL = 20  # last lines of a rank's log that its death is reported with
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """`workers` processes of `command`, all or nothing.
+
+    In `command`, `{python}` is the interpreter of the machine the process runs on and `{config}` the path of a file there that
+    holds `config_text`: `config_path` where it is shared between machines, else a temporary copy.
+    """
+
+    command: tuple[str, ...]
+    workers: int
+    config_path: Path
+    config_text: str
+    logs: Path  # one folder per attempt, one file per rank
+    directory: Path = field(default_factory=Path.cwd)  # working directory of the workers
+    environment: Mapping[str, str] = field(default_factory=dict)
+    cpus_per_worker: int = 1
+    accelerators: tuple[str, ...] = ()  # names under which a scheduler may know the workers' devices; the first with enough is asked for
+    address: str | None = None  # of a running cluster
+    max_restarts: int = 0
+    backoff_s: float = 1.0  # before the first restart; doubles each time
+    backoff_limit_s: float = 60.0
+    grace_s: float = 30.0  # between asking a worker to stop and killing it
+    place_s: float = 60.0  # how long to wait for free resources
+
+
+def rank_environment(rank: int, world: int, local_rank: int, local_world: int, address: str, port: int) -> dict[str, str]:
+    """What torch.distributed's env:// rendezvous and the worker read."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def fill(command: tuple[str, ...], config: str) -> list[str]:
+    """`command` with its placeholders filled in for this machine."""
+    return [part.replace("{python}", sys.executable).replace("{config}", config) for part in command]
+
+
+def describe_exit(code: int) -> str:
+    """`exit code 3`, or the signal's name for a negative code as subprocess reports it."""
+    import signal
+
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
