@@ -1,0 +1,140 @@
+"""Camera geometry in fp32: relative poses, per-token rays, ray frames of UCPE, and Plücker raymaps packed at latent rate.
+
+Source: SANA-WM §3.3 (eq. 6 and "Raw-Frame Plücker Mixing"); where the paper is silent (pixel grid, which raw frames the first
+latent frame packs) the public model is followed. Poses are camera to world in OpenCV axes.
+
+A clip may hold several documents (videos packed one after the other). Document d of T_d latent frames brings
+(T_d - 1) * r + 1 raw frames, r being the temporal stride; poses are relative to its own first raw frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def raw_frame_index(
+    document_starts: Sequence[int], frames: int, start: int, stop: int, temporal_stride: int
+) -> tuple[list[int], list[list[int]], list[int], int]:
+    """Which raw frames belong to latent frames start..stop of a clip of `frames` latent frames.
+
+    Returns (anchor, packed, origin, total): per latent frame the raw frame its pose is taken at, the `temporal_stride` raw frames
+    it packs, and the first raw frame of its document; and the raw frames of the whole clip. Latent frame p of a document shows
+    raw frames (p-1)r+1 .. pr; frame 0 shows raw frame 0 alone but packs 0 .. r-1, as the public model does.
+    """
+    r = temporal_stride
+    ends = [*document_starts[1:], frames]
+    anchor, packed, origin = [], [], []
+    total = 0
+    for first, end in zip(document_starts, ends):
+        last = total + (end - first - 1) * r
+        for frame in range(max(first, start), min(end, stop)):
+            position = frame - first
+            lead = total + max(0, position * r - (r - 1))
+            anchor.append(total + position * r)
+            packed.append([min(lead + k, last) for k in range(r)])
+            origin.append(total)
+        total = last + 1
+    return anchor, packed, origin, total
+
+
+def invert_pose(pose: Tensor) -> Tensor:
+    """Inverse of rigid transforms [..., 4, 4], in closed form."""
+    rotation = pose[..., :3, :3].transpose(-1, -2)
+    translation = -rotation @ pose[..., :3, 3:]
+    top = torch.cat((rotation, translation), dim=-1)
+    bottom = torch.zeros_like(pose[..., 3:, :])
+    bottom[..., 3] = 1.0
+    return torch.cat((top, bottom), dim=-2)
+
+
+def relative_poses(c2w: Tensor, frame: Sequence[int], origin: Sequence[int]) -> Tensor:
+    """Poses of raw frames `frame` seen from raw frames `origin`: [B, F, 4, 4] -> [B, len(frame), 4, 4]; exactly I where they agree."""
+    c2w = c2w.float()
+    relative = invert_pose(c2w[:, list(origin)]) @ c2w[:, list(frame)]
+    same = torch.tensor([i == j for i, j in zip(frame, origin)], device=c2w.device)
+    return torch.where(same[None, :, None, None], torch.eye(4, device=c2w.device), relative)
+
+
+def scaled_intrinsics(intrinsics: Tensor, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Intrinsics [..., 4] of an image (height, width) in units of a grid (h, w) laid over it."""
+    vertical, horizontal = grid[0] / image_size[0], grid[1] / image_size[1]
+    return intrinsics.float() * torch.tensor([horizontal, vertical, horizontal, vertical], device=intrinsics.device)
+
+
+def cropped_intrinsics(intrinsics: Tensor, source_size: tuple[int, int], resized_size: tuple[int, int], crop: tuple[int, int]) -> Tensor:
+    """Intrinsics [..., 4] after a resize and a crop. Sizes are (height, width), crop is (top, left) in the resized image."""
+    scaled = scaled_intrinsics(intrinsics, source_size, resized_size)
+    return scaled - torch.tensor([0.0, 0.0, float(crop[1]), float(crop[0])], device=intrinsics.device)
+
+
+def camera_rays(intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Unit viewing directions in the camera frame, [..., 4] -> [..., h, w, 3]; pixel (i, j) is the point (i, j), no half pixel."""
+    h, w = grid
+    fx, fy, cx, cy = (intrinsics[..., i, None, None] for i in range(4))
+    y = (torch.arange(h, device=intrinsics.device, dtype=intrinsics.dtype)[:, None] - cy) / fy
+    x = (torch.arange(w, device=intrinsics.device, dtype=intrinsics.dtype)[None, :] - cx) / fx
+    x, y = torch.broadcast_tensors(x, y)
+    return F.normalize(torch.stack((x, y, torch.ones_like(x)), dim=-1), dim=-1)
+
+
+def plucker_rays(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Plücker coordinates (d, o x d) of every grid point, [..., 4, 4] and [..., 4] (in grid units) -> [..., h, w, 6]."""
+    direction = torch.einsum("...ij,...hwj->...hwi", pose[..., :3, :3], camera_rays(intrinsics, grid))
+    origin = pose[..., None, None, :3, 3].expand_as(direction)
+    return torch.cat((direction, torch.linalg.cross(origin, direction)), dim=-1)
+
+
+def packed_plucker(
+    c2w: Tensor,
+    intrinsics: Tensor,
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+    temporal_stride: int,
+    document_starts: Sequence[int],
+    frames: int,
+    local: tuple[int, int],
+) -> Tensor:
+    """Raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch), for latent frames local[0]..local[1].
+
+    c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of image_size -> fp32 [B, t, 6 * temporal_stride, h, w]; channel 6k + i is
+    coordinate i of the k-th raw frame. Raises ValueError if F does not fit `frames`.
+    """
+    _, packed, origin, total = raw_frame_index(document_starts, frames, *local, temporal_stride)
+    check_raw_frames(c2w, total, frames)
+    flat = [index for group in packed for index in group]
+    pose = relative_poses(c2w, flat, [index for index in origin for _ in range(temporal_stride)])
+    rays = plucker_rays(pose, scaled_intrinsics(intrinsics[:, flat], image_size, grid), grid)
+    b, t = c2w.shape[0], len(packed)
+    return rays.reshape(b, t, temporal_stride, *grid, 6).permute(0, 1, 2, 5, 3, 4).reshape(b, t, temporal_stride * 6, *grid)
+
+
+def check_raw_frames(c2w: Tensor, expected: int, frames: int) -> None:
+    """Raises ValueError unless c2w [B, F, 4, 4] holds the raw frames of a clip of `frames` latent frames."""
+    if c2w.shape[1] != expected:
+        raise ValueError(
+            f"camera conditioning failed: got {c2w.shape[1]} raw-frame poses, expected {expected} for {frames} latent frames. "
+            "Fix: pass the poses of the whole clip, one per raw frame"
+        )
+
+
+def ray_frames(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
+    """World-to-ray transforms D of UCPE (SANA-WM §3.3), [..., 4, 4] and [..., 4] (in grid units) -> [..., h, w, 4, 4].
+
+    The ray frame has z along the viewing direction, x = norm(u x z) with u the camera's vertical axis, y = z x x, and its
+    origin at the camera centre.
+    """
+    rotation, centre = pose[..., :3, :3], pose[..., :3, 3]
+    z = F.normalize(torch.einsum("...ij,...hwj->...hwi", rotation, camera_rays(intrinsics, grid)), dim=-1, eps=1e-6)
+    vertical = rotation[..., None, None, :, 1].expand_as(z)
+    x = F.normalize(torch.linalg.cross(vertical, z), dim=-1, eps=1e-6)
+    y = F.normalize(torch.linalg.cross(z, x), dim=-1, eps=1e-6)
+    world_to_ray = torch.stack((x, y, z), dim=-2)  # rows are the axes of the ray frame
+    shift = -torch.einsum("...ij,...j->...i", world_to_ray, centre[..., None, None, :].expand_as(z))
+    top = torch.cat((world_to_ray, shift[..., None]), dim=-1)
+    bottom = torch.zeros_like(top[..., :1, :])
+    bottom[..., 3] = 1.0
+    return torch.cat((top, bottom), dim=-2)

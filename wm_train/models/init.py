@@ -1,0 +1,113 @@
+"""Initial values keyed by the parameter's name (design §5): they depend on (seed, name) and on no order, device or sharding.
+
+A row (index of the first dimension) of a parameter plays the part of a latent frame in the counter-based generator, so the
+holder of some rows computes just those. Slices of the other dimensions are cut from whole rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wm_train.noise import NoiseKey, normal, random_words, unit_interval
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a parameter starts.
+
+    kind: constant (value `scale`) | normal (mean 0, standard deviation `scale`) | uniform (in [-scale, scale]) |
+    last_tap (a depthwise kernel [C, 1, K] that passes its input through: 1 at the last tap) |
+    log_uniform (log of a number uniform in (0, scale)) | inverse_softplus (softplus of it is log-uniform in [low, scale]).
+    zero_rows: indices of the first dimension that start at zero whatever the kind (gates of a modulation table).
+    """
+
+    kind: str
+    scale: float = 0.0
+    low: float = 0.0
+    zero_rows: tuple[int, ...] = ()
+
+
+def default_rule(name: str, shape: Sequence[int]) -> Rule:
+    """Biases 0, norm weights 1, matrices and convolutions normal with standard deviation 1/sqrt(fan in)."""
+    if len(shape) < 2:
+        return Rule("constant", 1.0 if name.endswith("weight") else 0.0)
+    return Rule("normal", 1.0 / math.sqrt(math.prod(shape[1:])))
+
+
+def parameter_values(seed: int, name: str, shape: Sequence[int], rule: Rule, slices: Sequence[slice] | None = None) -> Tensor:
+    """The initial values of a parameter, or of the part `slices` of it (one slice of step 1 per dimension), fp32 on the CPU.
+
+    shape: the parameter's full shape. Raises ValueError for a rule of unknown kind.
+    """
+    rows = slices[0] if slices else slice(0, shape[0] if shape else 1)
+    start, stop = rows.start or 0, rows.stop if rows.stop is not None else shape[0]
+    row_shape = tuple(shape[1:])
+    values = _rows(NoiseKey(seed, 0), f"parameter/{name}", (start, max(start, stop)), row_shape, rule)
+    for row in rule.zero_rows:
+        if start <= row < stop:
+            values[row - start] = 0.0
+    if slices:
+        values = values[(slice(None), *slices[1:])]
+    return values if shape else values[0]
+
+
+def _rows(key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[int, ...], rule: Rule) -> Tensor:
+    """Rows start..stop of a parameter, [stop - start, *row_shape]."""
+    shape = (rows[1] - rows[0], *row_shape)
+    draw = torch.zeros(1, dtype=torch.int64)
+    if rule.kind == "constant":
+        return torch.full(shape, rule.scale)
+    if rule.kind == "normal":
+        return normal(key, purpose, draw, rows, row_shape)[0] * rule.scale
+    if rule.kind == "last_tap":
+        values = torch.zeros(shape)
+        values[..., -1] = 1.0
+        return values
+    count = math.prod(row_shape)
+    words = random_words(key, purpose, draw, rows, count)
+    u = unit_interval(words).reshape(shape[0], words.shape[2] * 4)[:, :count].reshape(shape)
+    if rule.kind == "uniform":
+        return (2.0 * u - 1.0) * rule.scale
+    if rule.kind == "log_uniform":
+        return torch.log(u * rule.scale)
+    if rule.kind == "inverse_softplus":
+        dt = torch.exp(math.log(rule.low) + u * (math.log(rule.scale) - math.log(rule.low)))
+        return dt + torch.log(-torch.expm1(-dt))
+    raise ValueError(
+        f"parameter initialisation failed: got rule {rule.kind!r}, expected constant, normal, uniform, last_tap, log_uniform or "
+        f"inverse_softplus ({purpose}). Fix: correct the model's initial_rule"
+    )
+
+
+@torch.no_grad()
+def initialise_(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, its name) and zero every buffer, in place.
+
+    Works for plain tensors and for DTensors, where each holder fills its own part. The model may name a rule per parameter by a
+    method `initial_rule(name, shape) -> Rule | None`; the default holds for the rest.
+    """
+    own = getattr(model, "initial_rule", None)
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        rule = (own(name, shape) if own else None) or default_rule(name, shape)
+        local, slices = _local_part(parameter)
+        local.copy_(parameter_values(seed, name, shape, rule, slices).to(local.device, local.dtype))
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _local_part(parameter: Tensor) -> tuple[Tensor, list[slice] | None]:
+    """The tensor held here and which part of the whole it is; None for the whole."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(parameter, DTensor):
+        return parameter.data, None
+    local = parameter.to_local()
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return local, [slice(start, start + size) for start, size in zip(offset, shape)]

@@ -1,0 +1,209 @@
+"""The two self-attentions of SANA-WM, each with its camera branch: frame-wise gated DeltaNet, and softmax.
+
+Source: SANA-WM §3.2 (eq. 3-5) and §3.3 (eq. 6). Facts of the released model that the paper leaves out: a normaliser recurrence on
+un-rotated keys beside the numerator, an exclusive reverse pass, a short convolution on K in both directions, RMSNorm over all
+heads' channels at once, a numerator-only camera branch. Parameter names are those of the public checkpoint; a softmax block
+carries the gates of a GDN block unused, so that either kind inherits from the other by name (SANA-WM §3.2, hybrid).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.sequence import SequenceShard, Stream
+from wm_train.models.layers.precision import full_precision
+from wm_train.models.layers.rotary import Rotary, apply_rotary
+from wm_train.models.layers.ucpe import RayEncoding, discounted_beta, encode, limit_rms
+
+NORMALISER_EPS = 1e-8
+UNUSED_IN_SOFTMAX = ("beta_proj.weight", "beta_proj.bias", "gate_proj.weight", "gate_proj.bias", "A_log", "dt_bias")
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What all blocks share in one pass; nothing here takes gradients.
+
+    grid: token rows and columns of a frame; rotary: table of the main branch; rays: None without a camera; camera_keep:
+    [B, 1, 1, 1] 0/1 or None; frame_mask: [B, t, 1, 1], 0 at padding frames, or None; edges: the cuts convolutions respect;
+    text_mask: bool [B, L] or None.
+    """
+
+    sequence: SequenceShard
+    grid: tuple[int, int]
+    rotary: Rotary
+    rays: RayEncoding | None
+    camera_keep: Tensor | None
+    frame_mask: Tensor | None
+    edges: str
+    reverse: str
+    text_mask: Tensor | None
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise temporal taps of width K, the same both ways: y_t = sum over |d| < K of w[K-1-|d|] x_{t+d}."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, kernel))
+
+    def forward(self, taps: tuple[Tensor, ...]) -> Tensor:
+        """taps: 2K-1 tensors [B, t, S, C], K-1 before to K-1 after."""
+        weight = self.weight[:, 0].unbind(-1)
+        centre = len(weight) - 1
+        y = taps[centre] * weight[centre]
+        for distance in range(1, len(weight)):
+            y = torch.addcmul(y, taps[centre - distance] + taps[centre + distance], weight[centre - distance])
+        return y
+
+
+class CameraAttention(nn.Module):
+    """Parameters both attentions share: fused QKV, norms, gates, output; and the camera branch's own projections."""
+
+    def __init__(self, width: int, heads: int, camera: bool) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width, eps=1e-5)
+        self.k_norm = nn.RMSNorm(width, eps=1e-5)
+        self.beta_proj = nn.Linear(width, heads)
+        self.gate_proj = nn.Linear(width, heads)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.register_buffer("recall_gate", torch.zeros(1))  # in the public layout, read by nobody
+        self.output_gate = nn.Linear(width, width)
+        self.camera = camera
+        if camera:
+            self.q_proj_cam = nn.Linear(width, width)
+            self.k_proj_cam = nn.Linear(width, width)
+            self.v_proj_cam = nn.Linear(width, width)
+            self.out_proj_cam = nn.Linear(width, width)
+            self.q_norm_cam = nn.RMSNorm(width, eps=1e-5)
+            self.k_norm_cam = nn.RMSNorm(width, eps=1e-5)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[B, t, S, H * D] -> [B, t, S, H, D]."""
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+    def encoded_camera(self, q: Tensor, k: Tensor, v: Tensor, rays: RayEncoding) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 6: q by D^T, k and v by D^-1, each held to its own RMS; [B, t, S, H, D] each."""
+        encoded_q = limit_rms(q, encode(q, rays.world_to_ray.transpose(-1, -2), rays.rotary))
+        encoded_k = limit_rms(k, encode(k, rays.ray_to_world, rays.rotary))
+        return encoded_q, encoded_k, limit_rms(v, encode(v, rays.ray_to_world, rays.rotary))
+
+    def output(self, x: Tensor, main: Tensor, camera: Tensor | None, context: BlockContext) -> Tensor:
+        """Join the branches, gate and project: x [B, t, S, C] is the block input, main and camera [B, t, S, H, D]."""
+        joined = main.flatten(-2).to(x.dtype)
+        if camera is not None:
+            assert context.rays is not None
+            world = encode(camera.to(x.dtype), context.rays.world_to_ray, context.rays.rotary, inverse=True)
+            branch = self.out_proj_cam(world.flatten(-2))
+            joined = joined + (branch if context.camera_keep is None else branch * context.camera_keep.to(branch.dtype))
+        return self.proj(joined * F.silu(self.output_gate(x)))
+
+
+class GatedDeltaNet(CameraAttention):
+    """Frame-wise gated DeltaNet, both directions (SANA-WM eq. 3): x [B, t, S, C] -> [B, t, S, C]."""
+
+    def __init__(self, width: int, heads: int, camera: bool, conv_kernel: int) -> None:
+        super().__init__(width, heads, camera)
+        self.conv_kernel = conv_kernel
+        if conv_kernel > 0:
+            self.conv_k = ShortConvolution(width, conv_kernel)
+            if camera:
+                self.conv_k_cam = ShortConvolution(width, conv_kernel)
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        with_camera = self.camera and context.rays is not None
+        keys = self.convolved([k, self.k_proj_cam(x)] if with_camera else [k], context)
+        scale = (self.head_dim * x.shape[2]) ** -0.5  # eq. 5: S tokens enter a state at once, so keys shrink with S as well
+        beta = torch.sigmoid(full_precision(self.beta_proj(x)))  # [B, t, S, H]
+        decay = self.decay(x)
+
+        q = self.by_head(F.relu(self.q_norm(q)))
+        k = self.by_head(F.relu(self.k_norm(keys[0]))) * scale
+        v = self.by_head(v)
+        q_rotated = apply_rotary(q, context.rotary)
+        streams = [
+            frame_stream(decay, beta, apply_rotary(k, context.rotary), v, context),
+            frame_stream(decay, beta, k, None, context),
+        ]
+        if with_camera:
+            assert context.rays is not None
+            q_cam = self.by_head(F.relu(self.q_norm_cam(self.q_proj_cam(x))))
+            k_cam = self.by_head(F.relu(self.k_norm_cam(keys[1]))) * scale
+            q_cam, encoded_k, v_cam = self.encoded_camera(q_cam, k_cam, self.by_head(self.v_proj_cam(x)), context.rays)
+            streams.append(frame_stream(decay, discounted_beta(beta, k_cam, encoded_k), encoded_k, v_cam, context))
+
+        states = context.sequence.scan(streams, reverse=context.reverse).states
+        numerator, normaliser = read_state(states[0], q_rotated), read_state(states[1], q)
+        camera = read_state(states[2], q_cam) if with_camera else None
+        return self.output(x, numerator / (normaliser + NORMALISER_EPS), camera, context)
+
+    def convolved(self, keys: list[Tensor], context: BlockContext) -> list[Tensor]:
+        """The short convolution of the main and the camera keys, one exchange for both."""
+        if self.conv_kernel == 0:
+            return keys
+        if context.frame_mask is not None:
+            keys = [key * context.frame_mask for key in keys]
+        reach = self.conv_kernel - 1
+        taps = context.sequence.halo(keys, reach, reach, edges=context.edges)
+        return [convolution(tap) for convolution, tap in zip((self.conv_k, *([self.conv_k_cam] if len(keys) > 1 else [])), taps)]
+
+    def decay(self, x: Tensor) -> Tensor:
+        """Frame-level decay gamma in (0, 1], fp32 [B, t, H], from the mean token of the frame."""
+        gate = full_precision(self.gate_proj(x.mean(dim=2)))
+        rate = full_precision(self.A_log).exp()
+        return torch.exp(-rate * F.softplus(gate + full_precision(self.dt_bias)))
+
+
+class SoftmaxAttention(CameraAttention):
+    """Softmax attention over all tokens of the clip, both branches in one call: x [B, t, S, C] -> [B, t, S, C]."""
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q = apply_rotary(self.by_head(self.q_norm(q)), context.rotary)
+        k = apply_rotary(self.by_head(self.k_norm(k)), context.rotary)
+        v = self.by_head(v)
+        with_camera = self.camera and context.rays is not None
+        if with_camera:
+            assert context.rays is not None
+            branch = self.encoded_camera(
+                self.by_head(self.q_norm_cam(self.q_proj_cam(x))),
+                self.by_head(self.k_norm_cam(self.k_proj_cam(x))),
+                self.by_head(self.v_proj_cam(x)),
+                context.rays,
+            )
+            q, k, v = (torch.cat(pair, dim=-2) for pair in zip((q, k, v), branch))
+        out = context.sequence.attend(q, k, v)
+        main, camera = out.chunk(2, dim=-2) if with_camera else (out, None)
+        return self.output(x, main, camera, context)
+
+
+def frame_stream(decay: Tensor, beta: Tensor, key: Tensor, value: Tensor | None, context: BlockContext) -> Stream:
+    """A_t = K beta K^T and U_t = V beta K^T of every frame (eq. 3); the normaliser (value None) has U_t = sum of beta k.
+
+    decay [B, t, H], beta [B, t, S, H], key and value [B, t, S, H, D] -> Stream with gram [B, t, H, D, D], update [B, t, H, E, D].
+    Padding frames become decay 1, A = U = 0: they pass the state on unchanged.
+    """
+    if context.frame_mask is not None:
+        mask = context.frame_mask.to(beta.dtype)
+        beta, decay = beta * mask, decay * mask[:, :, 0] + (1.0 - mask[:, :, 0])
+    with torch.autocast(device_type=key.device.type, enabled=False):
+        key = full_precision(key).transpose(2, 3)  # [B, t, H, S, D]
+        weighted = key * beta.transpose(2, 3).unsqueeze(-1)
+        gram = weighted.transpose(-1, -2) @ key
+        if value is None:
+            return Stream(decay, gram, weighted.sum(dim=-2, keepdim=True))
+        return Stream(decay, gram, full_precision(value).permute(0, 1, 3, 4, 2) @ weighted)
+
+
+def read_state(state: Tensor, query: Tensor) -> Tensor:
+    """O = S Q per frame: state [B, t, H, E, D], query [B, t, S, H, D] -> [B, t, S, H, E]."""
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        return (full_precision(query).transpose(2, 3) @ state.transpose(-1, -2)).transpose(2, 3)
