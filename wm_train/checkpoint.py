@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -163,13 +163,15 @@ def check(folder: Path, world: World) -> Manifest:
     return manifest
 
 
-def load(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], prefix: str = "") -> None:
-    """Copy the checkpoint's tensors `prefix + name` into `targets`, in place, each rank its own box.
+def load(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], may_ignore: Collection[str] = ()) -> None:
+    """Copy the checkpoint's tensors into `targets` of the same names, in place, each rank its own box.
 
+    Every stored tensor must have a target, but for the names in `may_ignore`.
     Errors: CheckpointError that lists every missing, extra or mis-shaped name; nothing is copied then.
     """
-    stored = {n.removeprefix(prefix): e for n, e in manifest.tensors.items() if n.startswith(prefix)}
-    problems = [f"missing {n}" for n in targets if n not in stored] + [f"extra {n}" for n in stored if n not in targets]
+    stored = manifest.tensors
+    problems = [f"missing {n}" for n in targets if n not in stored]
+    problems += [f"extra {n}" for n in stored if n not in targets and n not in may_ignore]
     for name, target in targets.items():
         if name in stored and list(target.shape) != stored[name].shape:
             problems.append(f"{name} has shape {stored[name].shape}, the model's is {list(target.shape)}")
@@ -177,10 +179,10 @@ def load(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], 
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"loading {folder}: {shown}. Fix: use the model that wrote this checkpoint")
     with ExitStack() as files, torch.no_grad():
-        names = {part.file for entry in stored.values() for part in entry.parts}
+        names = {part.file for key in targets for part in stored[key].parts}
         opened = {name: files.enter_context(safe_open(folder / name, framework="pt")) for name in names}
         for name, target in targets.items():
-            _fill(opened, prefix + name, stored[name], target)
+            _fill(opened, name, stored[name], target)
 
 
 def _fill(files: dict[str, Any], key: str, entry: TensorEntry, target: torch.Tensor) -> None:

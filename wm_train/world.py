@@ -1,7 +1,6 @@
 """The processes of one run: who I am, and the few things that all of them must agree on.
 
-Everything that crosses processes outside the sequence mesh goes through `World`, as JSON text or as a small float vector; a single
-process needs no process group and takes the same path.
+Everything that crosses processes outside the sequence mesh goes through `World`, as JSON text or as a small float vector.
 """
 
 from __future__ import annotations
@@ -49,19 +48,31 @@ class World:
 
     def gather_numbers(self, values: list[float]) -> torch.Tensor:
         """[k] per process -> [size, k] float64 on the host; the same order everywhere, so sums over it repeat to the bit."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        mine = torch.tensor(values, dtype=torch.float64).view(torch.uint8).to(self.device)  # as bytes: not every library moves float64
         if self.size == 1:
-            return mine[None].cpu()
+            return mine.cpu().view(torch.float64)[None]
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine)
-        return torch.stack(rows).cpu()
+        return torch.stack(rows).cpu().view(torch.float64)
+
+    def gather_tensors(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """One tensor per process, of one dtype and number of dimensions but any shapes, on the host in rank order."""
+        if self.size == 1:
+            return [mine.cpu()]
+        shapes = self.gather(list(mine.shape))
+        largest = max(torch.Size(shape).numel() for shape in shapes)
+        flat = mine.contiguous().reshape(mine.numel())
+        padded = torch.nn.functional.pad(flat, (0, largest - flat.numel()))
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(rows, padded)
+        return [row[: torch.Size(shape).numel()].reshape(shape).cpu() for row, shape in zip(rows, shapes, strict=True)]
 
 
 def join_world(backend: Backend, timeout_s: float) -> World:
     """Join the other workers named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by every launcher)."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        dist.init_process_group(backend.collectives, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    store = dist.HashStore() if size == 1 else None  # one process takes the same path as many, and needs no address
+    dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     return World(rank, size, backend.device)
 
 
