@@ -1,0 +1,164 @@
+"""Collectives as data, and the communicators that carry them out.
+
+A verb's algorithm is a generator: it computes locally, yields one request, gets this member's answer, and goes on. A communicator hosts one
+or several members of a sequence group and drives their generators in lockstep: `run` is list in, list out. A process group hosts one
+member; virtual ranks (`virtual.py`) host all P of them in one process, through the same generators.
+
+Members are numbered along the time axis: member = ring index × ulysses + ulysses index. A request names the axis it runs over:
+"sequence" (all P members), "ulysses" or "ring".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Axis = str
+Program = Generator["AllGather | Exchange", Any, Any]
+
+
+class AllGather(NamedTuple):
+    """tensor [*] (same shape on all members of the axis) -> list over members of [*]"""
+
+    tensor: Tensor
+    axis: Axis = "sequence"
+
+
+class Exchange(NamedTuple):
+    """All-to-all of unequal parts: the flat parts[j] goes to member j of the axis; -> list over members i of what i sent, flat.
+
+    receive[i]: meta tensors that say what i sends (shapes and dtype). Even and uneven all-to-all, neighbour exchange and ring shift are all
+    this; a part without elements is not sent.
+    """
+
+    parts: Sequence[Tensor]
+    receive: Sequence[Sequence[Tensor]]
+    axis: Axis = "sequence"
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Several tensors -> one flat buffer; of their common dtype, else of bytes (widest dtype first, so that views stay aligned)."""
+    if len({x.dtype for x in tensors}) == 1:
+        return torch.cat([x.reshape(-1) for x in tensors])
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    return torch.cat([tensors[i].reshape(-1).contiguous().view(torch.uint8) for i in order])
+
+
+def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `pack`: views of `flat` with the shapes and dtypes of `like` (meta tensors)."""
+    same = len({x.dtype for x in like}) == 1
+    order = range(len(like)) if same else sorted(range(len(like)), key=lambda i: -like[i].element_size())
+    out: list[Tensor] = [flat] * len(like)
+    cursor = 0
+    for i in order:
+        count = like[i].numel() * (1 if same else like[i].element_size())
+        out[i] = flat[cursor : cursor + count].view(like[i].dtype).reshape(like[i].shape)
+        cursor += count
+    assert cursor == flat.numel(), (cursor, flat.numel())
+    return out
+
+
+@dataclass(frozen=True)
+class Member:
+    """Who a program runs for: its place on each axis and the axis lengths."""
+
+    ring_index: int = 0
+    ulysses_index: int = 0
+    ring: int = 1
+    ulysses: int = 1
+
+    @property
+    def index(self) -> int:
+        return self.ring_index * self.ulysses + self.ulysses_index
+
+    @property
+    def size(self) -> int:
+        return self.ring * self.ulysses
+
+
+@dataclass
+class Traffic:
+    """What one member has sent: collectives and bytes to *other* members, by label (verb, direction)."""
+
+    collectives: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+
+    def add(self, label: str, count: int) -> None:
+        self.collectives[label] = self.collectives.get(label, 0) + 1
+        self.sent[label] = self.sent.get(label, 0) + count
+
+
+class Verb(Protocol):
+    """One of the four verbs with all its static facts: equal on every member, and therefore safe to compare."""
+
+    name: str
+
+    def forward(self, member: Member, *tensors: Tensor | None) -> Program:
+        """-> (outputs, kept, facts): differentiable outputs; the tensors and the plain values that backward needs."""
+        ...
+
+    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: Any, grads: tuple[Tensor | None, ...]) -> Program:
+        """-> one gradient or None per input tensor of `forward`"""
+        ...
+
+
+class Communicator(Protocol):
+    """Hosts members of one sequence group."""
+
+    members: tuple[Member, ...]
+
+    def run(self, label: str, programs: list[Program]) -> list[Any]:
+        """Drive one program per hosted member to its end and return their results in member order."""
+        ...
+
+
+class SoloComm:
+    """The one-device case: a single member that never needs a collective."""
+
+    members = (Member(),)
+
+    def run(self, label: str, programs: list[Program]) -> list[Any]:
+        assert len(programs) == 1
+        try:
+            next(programs[0])
+        except StopIteration as done:
+            return [done.value]
+        raise AssertionError(f"{label} asked for a collective on one device")
+
+
+class _Phases(torch.autograd.Function):
+    """One graph node per verb call, whatever the number of hosted members; its backward runs the verb's backward phases."""
+
+    @staticmethod
+    def forward(ctx: Any, comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
+        device = next(x.device.type for x in tensors if x is not None)
+        with torch.autocast(device, enabled=False):
+            programs = [verb.forward(m, *tensors[i * ctx.count : (i + 1) * ctx.count]) for i, m in enumerate(comm.members)]
+            results = comm.run(f"{verb.name} forward", programs)
+        ctx.kept_counts = [len(kept) for _, kept, _ in results]
+        ctx.facts = [facts for *_, facts in results]
+        ctx.save_for_backward(*(x for _, kept, _ in results for x in kept))
+        ctx.device = device
+        return tuple(x for outputs, *_ in results for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        members, saved = ctx.comm.members, list(ctx.saved_tensors)
+        width, programs = len(grads) // len(members), []
+        with torch.autocast(ctx.device, enabled=False):
+            for i, member in enumerate(members):
+                kept = tuple(saved.pop(0) for _ in range(ctx.kept_counts[i]))
+                programs.append(ctx.verb.backward(member, kept, ctx.facts[i], grads[i * width : (i + 1) * width]))
+            results = ctx.comm.run(f"{ctx.verb.name} backward", programs)
+        return (None, None, *(grad for result in results for grad in result))
+
+
+def apply(comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Run a verb for all hosted members as one differentiable operation. tensors, outputs: the members' one after the other."""
+    return _Phases.apply(comm, verb, *tensors)

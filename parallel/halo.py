@@ -1,0 +1,102 @@
+"""halo: exactly the frames that a temporal convolution reads beyond the local ones, from the members that hold them.
+
+Tap j of local frame i is frame i + j − before of the clip. A convolution of width before + 1 + after is Σ_j W_j @ tap_j. A halo may span
+several members (T/P < width), and members without frames take part without wanting any.
+
+One exchange for all tensors: member p sends member q those frames of its own that q's halo contains. Bytes sent by a member that has a full
+neighbour on both sides: (before + after) · Σ bytes of one frame of each tensor. Backward sends the gradients of the same frames home, where
+they are added in member order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.comm import Exchange, Member, Program, pack, unpack
+from parallel.layout import ClipLayout, FrameRange
+
+NOTHING = FrameRange(0, 0)
+
+
+@dataclass(frozen=True)
+class HaloVerb:
+    """tensors [B, T/P, …] -> the local frames extended to both sides [B, before + T/P + after, …], zero beyond the clip's ends."""
+
+    layout: ClipLayout
+    before: int
+    after: int
+    name = "halo"
+
+    def plan(self, member: Member) -> tuple[FrameRange, list[FrameRange], list[FrameRange]]:
+        """Local frames; frames to send to each member; frames to receive from each member."""
+        held = self.layout.split(member.size)
+        wanted = [
+            FrameRange(max(0, r.start - self.before), min(self.layout.frames, r.stop + self.after)) if len(r) else NOTHING for r in held
+        ]
+        me = member.index
+        send = [NOTHING if q == me else _overlap(held[me], wanted[q]) for q in range(member.size)]
+        receive = [NOTHING if q == me else _overlap(held[q], wanted[me]) for q in range(member.size)]
+        return held[me], send, receive
+
+    def forward(self, member: Member, *tensors: Tensor | None) -> Program:
+        inputs = [x for x in tensors if x is not None]  # [B, T/P, …] each
+        mine, send, receive = self.plan(member)
+        like = [(x.shape, x.dtype, x.device) for x in inputs]
+        pieces: list[list[Tensor]] = [[] for _ in inputs]
+        answers: list[Tensor] = []
+        if member.size > 1:
+            parts = [pack([x[:, r.start - mine.start : r.stop - mine.start] for x in inputs]) for r in send]
+            # [B, frames for q, …] of every tensor, flat -> [B, frames from q, …] of every tensor, flat
+            answers = yield Exchange(parts, [_frames(inputs, r) for r in receive])
+        for q in range(member.size):
+            local = inputs if q == member.index else unpack(answers[q], _frames(inputs, receive[q]))
+            for piece, x in zip(pieces, local):
+                piece.append(x)
+        left = self.before - sum(len(r) for r in receive[: member.index])
+        right = self.after - sum(len(r) for r in receive[member.index + 1 :])
+        return tuple(_concat(piece, left, right) for piece in pieces), (), like
+
+    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: list, grads: tuple[Tensor | None, ...]) -> Program:
+        mine, send, receive = self.plan(member)
+        full = [
+            torch.zeros(s[0], s[1] + self.before + self.after, *s[2:], dtype=t, device=d) if g is None else g
+            for g, (s, t, d) in zip(grads, facts)
+        ]
+        own = [g[:, self.before : self.before + len(mine)] for g in full]
+        if member.size == 1:
+            return tuple(own)
+        first = mine.start - self.before  # clip frame of row 0 of the extended tensors
+        parts = [pack([g[:, r.start - first : r.stop - first] if len(r) else g[:, :0] for g in full]) for r in receive]
+        # gradients of the frames received from q go back to q
+        answers = yield Exchange(parts, [_frames(own, r) for r in send])
+        out = [g.clone() for g in own]
+        for q, r in enumerate(send):
+            for total, part in zip(out, unpack(answers[q], _frames(own, r))):
+                if len(r):
+                    total[:, r.start - mine.start : r.stop - mine.start] += part
+        return tuple(out)
+
+
+def _overlap(a: FrameRange, b: FrameRange) -> FrameRange:
+    start, stop = max(a.start, b.start), min(a.stop, b.stop)
+    return FrameRange(start, stop) if start < stop else NOTHING
+
+
+def _like(x: Tensor, frames: int) -> Tensor:
+    """Shape and dtype of `frames` frames of x, as a meta tensor."""
+    return torch.empty(x.shape[0], frames, *x.shape[2:], dtype=x.dtype, device="meta")
+
+
+def _frames(inputs: list[Tensor], r: FrameRange) -> list[Tensor]:
+    return [_like(x, len(r)) for x in inputs]
+
+
+def _concat(pieces: list[Tensor], left: int, right: int) -> Tensor:
+    x = pieces[0]
+    pads = [x.new_zeros(x.shape[0], n, *x.shape[2:]) for n in (left, right)]
+    whole = [pads[0], *pieces, pads[1]]
+    kept = [p for p in whole if p.shape[1]]
+    return torch.cat(kept, 1) if kept else x.clone()

@@ -1,0 +1,136 @@
+"""Who holds which latent frame, and who may see whom: pure integers, no tensors.
+
+One clip (or several documents packed into one sequence) has T latent frames. `edges` is the only place that knows where information may
+cross from one frame to the next; the GDN scan, the convolution halos, the attention masks and streaming all ask it, and so do their test
+oracles.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+Direction = Literal["forward", "reverse"]
+
+
+@dataclass(frozen=True)
+class FrameRange:
+    """Latent frames start, start+1, …, stop-1. May be empty."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"frame range is impossible: got [{self.start}, {self.stop}), expected 0 <= start <= stop (FrameRange)")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ClipLayout:
+    """The time axis of a batch, equal on every rank.
+
+    frames: T, latent frames per row (padding included).
+    document_starts: first frame of each packed document. Nothing ever crosses a document edge.
+    chunk_starts: first frame of each chunk. A chunk sees the past and itself, never a later chunk. The default is one chunk: bidirectional.
+    valid_frames: per row, how many leading frames are real; the rest is padding that changes no real frame. None: all of them, any row
+    count.
+    """
+
+    frames: int
+    document_starts: tuple[int, ...] = (0,)
+    chunk_starts: tuple[int, ...] = (0,)
+    valid_frames: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"clip layout has no frames: got frames={self.frames}, expected >= 1 (ClipLayout)")
+        for name in ("document_starts", "chunk_starts"):
+            starts = tuple(getattr(self, name))
+            object.__setattr__(self, name, starts)
+            if not starts or starts[0] != 0 or any(b <= a for a, b in pairwise(starts)) or starts[-1] >= self.frames:
+                raise ValueError(
+                    f"clip layout is impossible: got {name}={starts}, expected 0 = first < … < last < frames={self.frames} (ClipLayout)"
+                )
+        if self.valid_frames is not None:
+            object.__setattr__(self, "valid_frames", tuple(int(n) for n in self.valid_frames))
+            bad = [n for n in self.valid_frames if not 0 <= n <= self.frames]
+            if bad:
+                raise ValueError(f"clip layout is impossible: got valid_frames {bad}, expected 0 … frames={self.frames} (ClipLayout)")
+
+    def split(self, ranks: int) -> tuple[FrameRange, ...]:
+        """Contiguous shares in rank order; the first T % P ranks hold one frame more, and ranks beyond T hold none."""
+        if ranks < 1:
+            raise ValueError(f"cannot split a clip: got {ranks} ranks, expected >= 1 (ClipLayout.split)")
+        return _split(self.frames, ranks)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether any row has padding frames."""
+        return self.valid_frames is not None and any(n < self.frames for n in self.valid_frames)
+
+    def document_of(self, frame: int) -> FrameRange:
+        return _span(self.document_starts, self.frames, frame)
+
+    def chunk_of(self, frame: int) -> FrameRange:
+        """The chunk of a frame; a document edge ends a chunk as well."""
+        return _span(_merged(self), self.frames, frame)
+
+    def position_of(self, frame: int) -> int:
+        """Time index inside the document."""
+        return frame - self.document_of(frame).start
+
+
+@lru_cache(maxsize=256)
+def _split(count: int, parts: int) -> tuple[FrameRange, ...]:
+    small, larger = divmod(count, parts)
+    bounds = [part * small + min(part, larger) for part in range(parts + 1)]
+    return tuple(FrameRange(a, b) for a, b in pairwise(bounds))
+
+
+def split_evenly(count: int, parts: int) -> tuple[FrameRange, ...]:
+    """The rule of `ClipLayout.split` for anything countable (also attention heads over Ulysses ranks)."""
+    return _split(count, parts)
+
+
+def _span(starts: tuple[int, ...], end: int, frame: int) -> FrameRange:
+    index = bisect_right(starts, frame) - 1
+    return FrameRange(starts[index], starts[index + 1] if index + 1 < len(starts) else end)
+
+
+@lru_cache(maxsize=256)
+def _merged(layout: ClipLayout) -> tuple[int, ...]:
+    return tuple(sorted({*layout.document_starts, *layout.chunk_starts}))
+
+
+@lru_cache(maxsize=256)
+def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
+    """Which of the T+1 edges are open; edge i lies between frame i-1 and frame i.
+
+    forward: may frame i know frame i-1?  Not at a document's first frame.
+    reverse: may frame i-1 know frame i?  Neither at a document's nor at a chunk's first frame.
+    Edges 0 and T are the clip's ends: closed (a scan that continues a stream opens edge 0 itself).
+    """
+    cuts = layout.document_starts if direction == "forward" else _merged(layout)
+    closed = {0, layout.frames, *cuts}
+    return tuple(edge not in closed for edge in range(layout.frames + 1))
+
+
+@lru_cache(maxsize=256)
+def halo_limits(layout: ClipLayout, kind: str) -> tuple[FrameRange, ...]:
+    """For each frame the range a temporal convolution may read.
+
+    clip: everything. document: its own document. chunk: from its document's start to its chunk's end (the past is visible, the future is
+    not).
+    """
+    if kind not in ("clip", "document", "chunk"):
+        raise ValueError(f"halo edges are unknown: got {kind!r}, expected clip, document or chunk (SequenceShard.halo)")
+    if kind == "clip":
+        return (FrameRange(0, layout.frames),) * layout.frames
+    end = layout.document_of if kind == "document" else layout.chunk_of
+    return tuple(FrameRange(layout.document_of(i).start, end(i).stop) for i in range(layout.frames))

@@ -1,0 +1,106 @@
+"""Attention masks as data: which latent frames a latent frame may attend to.
+
+Every mask is frame-wise: the S tokens of one frame see the same frames. So a mask never becomes a dense [T·S, T·S] matrix; `tiles` cuts it
+into dense rectangles (query frames × key frames) that any unmasked attention kernel computes. Documents and padding come from the
+`ClipLayout` and hold under every mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+from parallel.layout import ClipLayout, FrameRange
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which frames a frame sees, inside its document.
+
+    causality: full | frame (frames up to itself) | chunk (up to the end of its own chunk).
+    window: how many frames (frame) or chunks (chunk) back, its own included; None: all of the past.
+    sink: that many first frames (frame) or chunks (chunk) of the document stay visible when the window has moved on.
+    dilation: frame only; beyond the window every `dilation`-th frame of the document stays visible …
+    reach: … as long as it is less than `reach` frames back (None: without end).
+    """
+
+    causality: Literal["full", "frame", "chunk"] = "full"
+    window: int | None = None
+    sink: int = 0
+    dilation: int | None = None
+    reach: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.causality not in ("full", "frame", "chunk"):
+            raise ValueError(f"attention mask is unknown: got causality={self.causality!r}, expected full, frame or chunk (AttentionMask)")
+        if self.causality == "full" and (self.window, self.sink, self.dilation, self.reach) != (None, 0, None, None):
+            raise ValueError(f"attention mask is impossible: got {self}, expected no window, sink, dilation or reach with causality='full'")
+        if self.causality == "chunk" and (self.dilation, self.reach) != (None, None):
+            raise ValueError(f"attention mask is impossible: got {self}, expected dilation and reach only with causality='frame'")
+        if self.sink < 0 or any(n is not None and n < 1 for n in (self.window, self.dilation, self.reach)):
+            raise ValueError(f"attention mask is impossible: got {self}, expected window, dilation, reach >= 1 and sink >= 0")
+
+
+FULL = AttentionMask()
+FRAME_CAUSAL = AttentionMask("frame")
+CHUNK_CAUSAL = AttentionMask("chunk")
+
+
+class Tile(NamedTuple):
+    """A dense rectangle of attention. Frame numbers count from the start of the query block and of the key block.
+
+    rows: batch rows it applies to (None: all).  queries: (start, stop).  keys: ascending (start, stop) runs, never empty.
+    """
+
+    rows: tuple[int, ...] | None
+    queries: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]
+
+
+@lru_cache(maxsize=4096)
+def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
+    """Frames that `frame` attends to, padding not yet considered."""
+    document = layout.document_of(frame)
+    if mask.causality == "full":
+        return frozenset(range(document.start, document.stop))
+    if mask.causality == "frame":
+        oldest = document.start if mask.window is None else max(document.start, frame - mask.window + 1)
+        seen = set(range(oldest, frame + 1)) | set(range(document.start, min(document.start + mask.sink, frame + 1)))
+        if mask.dilation is not None:
+            farthest = document.start if mask.reach is None else max(document.start, frame - mask.reach + 1)
+            seen |= {j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0}
+        return frozenset(seen)
+    chunks: list[FrameRange] = []
+    cursor = document.start
+    while cursor <= frame:
+        chunks.append(layout.chunk_of(cursor))
+        cursor = chunks[-1].stop
+    kept = chunks if mask.window is None else chunks[: mask.sink] + chunks[max(mask.sink, len(chunks) - mask.window) :]
+    return frozenset(j for chunk in kept for j in range(chunk.start, chunk.stop))
+
+
+@lru_cache(maxsize=1024)
+def tiles(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange) -> tuple[Tile, ...]:
+    """Cut one block (query frames × key frames) into rectangles; a query frame that sees no key of this block is in none."""
+    by_valid: dict[int, list[int]] = {}
+    if layout.ragged:
+        for row, valid in enumerate(layout.valid_frames or ()):
+            by_valid.setdefault(valid, []).append(row)
+    else:
+        by_valid[layout.frames] = []
+    found = []
+    for valid, rows in by_valid.items():
+        last = min(keys.stop, valid)
+
+        def sees(frame: int, last: int = last) -> tuple[tuple[int, int], ...]:
+            seen = sorted(j - keys.start for j in visible(layout, mask, frame) if keys.start <= j < last)
+            runs = [list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])]
+            return tuple((run[0][1], run[-1][1] + 1) for run in runs)
+
+        for runs, group in groupby(range(queries.start, queries.stop), sees):
+            frames = list(group)
+            if runs:
+                found.append(Tile(tuple(rows) or None, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs))
+    return tuple(found)

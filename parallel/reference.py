@@ -1,0 +1,360 @@
+"""The default local kernels in plain PyTorch, and everybody's oracle: frame-wise GDN scan and dense attention tiles.
+
+Recurrence of one head over frames (SANA-WM §3; `^T` is never needed for M because A, a Gram matrix, is symmetric):
+
+    forward   F_t = F_{t-1} M_t + U_t        M_t = γ_t (I − A_t), computed as γ_t (F − F A_t) so that only the small A is ever rounded
+    reverse   I_t = I_{t+1} M_t + U_t        and its exclusive form R_t = I_{t+1}
+    output    F_t, F_t + I_t or F_t + R_t
+
+A closed edge passes nothing: at a closed edge F_t = U_t, I_t = U_t, and R_t = 0 (zeroing only M would leak U_{t+1} into R_t).
+Composites of a rank's frames a…b: C = M_a … M_b *without* any cut (forward and reverse may be cut at different places and C serves both,
+the reverse through C^T), H_fwd = F_b from a zero start and H_rev = I_a from a zero start, both *with* the cuts.
+
+All functions work in float32, or float64 for float64 inputs. Nothing here knows of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.masks import Tile
+
+
+class Stream(NamedTuple):
+    """One GDN recurrence over the local frames t.
+
+    decay [B, t, H] (γ); gram [B, t, H, D, D] (A, symmetric); update [B, t, H, E, D] (U; E = D, or 1 for the normaliser).
+    """
+
+    decay: Tensor
+    gram: Tensor
+    update: Tensor
+
+
+class Cuts(NamedTuple):
+    """Open edges of the local frames: may frame i know i-1 (forward[i]), may frame i know i+1 (reverse[i])."""
+
+    forward: tuple[bool, ...]
+    reverse: tuple[bool, ...]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _time_first(x: Tensor, tail: tuple[int, ...]) -> Tensor:
+    """[B, t, H, …] -> [t, B·H, …], so that one frame is one batched matrix."""
+    return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *tail)
+
+
+def _batch_first(x: Tensor, batch: int, heads: int) -> Tensor:
+    """[t, B·H, …] -> [B, t, H, …]"""
+    return x.reshape(x.shape[0], batch, heads, *x.shape[2:]).transpose(0, 1)
+
+
+class _Flat(NamedTuple):
+    """decay [t, B·H, 1, 1], gram [t, B·H, D, D], update [t, B·H, E, D]"""
+
+    decay: Tensor
+    gram: Tensor
+    update: Tensor
+
+
+def _flat(stream: Stream) -> _Flat:
+    e, d = stream.update.shape[-2:]
+    dtype = accumulation_dtype(stream.update.dtype)
+    decay, gram, update = (x.detach().to(dtype) for x in stream)
+    return _Flat(_time_first(decay, (1, 1)), _time_first(gram, (d, d)), _time_first(update, (e, d)))
+
+
+def _step(state: Tensor, decay: Tensor, gram: Tensor) -> Tensor:
+    """state · M without ever forming M."""
+    return torch.baddbmm(state, state, gram, alpha=-1).mul_(decay)
+
+
+def _run_forward(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
+    """F [t, B·H, E, D]"""
+    decay, gram, update = flat
+    out = torch.empty_like(update)
+    state = start
+    for i in range(update.shape[0]):
+        if state is None or not cuts.forward[i]:
+            out[i].copy_(update[i])
+        else:
+            torch.addcmul(update[i], torch.baddbmm(state, state, gram[i], alpha=-1), decay[i], out=out[i])
+        state = out[i]
+    return out
+
+
+def _run_reverse(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
+    """I [t, B·H, E, D]"""
+    decay, gram, update = flat
+    out = torch.empty_like(update)
+    state = start
+    for i in reversed(range(update.shape[0])):
+        if state is None or not cuts.reverse[i]:
+            out[i].copy_(update[i])
+        else:
+            torch.addcmul(update[i], torch.baddbmm(state, state, gram[i], alpha=-1), decay[i], out=out[i])
+        state = out[i]
+    return out
+
+
+def _seen_by_forward(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor:
+    """What enters frame i from the left: F_{i-1}, zero at a closed edge. [t, B·H, E, D]"""
+    seen = torch.zeros_like(states)
+    seen[1:] = states[:-1]
+    if len(states) and start is not None:
+        seen[0] = start
+    for i, is_open in enumerate(cuts.forward):
+        if not is_open:
+            seen[i] = 0
+    return seen
+
+
+def _seen_by_reverse(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor:
+    """What enters frame i from the right: I_{i+1} = R_i, zero at a closed edge. [t, B·H, E, D]"""
+    seen = torch.zeros_like(states)
+    seen[:-1] = states[1:]
+    if len(states) and start is not None:
+        seen[-1] = start
+    for i, is_open in enumerate(cuts.reverse):
+        if not is_open:
+            seen[i] = 0
+    return seen
+
+
+def _heads(x: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    return None if x is None else x.reshape(batch * heads, *x.shape[2:])
+
+
+def local_composites(stream: Stream, cuts: Cuts, reverse: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """C [B, H, D, D], H_fwd [B, H, E, D] and, if there is a reverse pass, H_rev [B, H, E, D] of the local frames (identity and zeros for
+    none).
+    """
+    batch, t, heads, e, d = stream.update.shape
+    flat = _flat(stream)
+    composite = torch.eye(d, dtype=flat.update.dtype, device=flat.update.device).expand(batch * heads, d, d)
+    for i in range(t):
+        composite = _step(composite, flat.decay[i], flat.gram[i])
+    zero = flat.update.new_zeros(batch * heads, e, d)
+    ahead = _run_forward(flat, cuts, None)[-1] if t else zero
+    behind = None if reverse is None else (_run_reverse(flat, cuts, None)[0] if t else zero)
+    shape = (batch, heads, e, d)
+    return composite.reshape(batch, heads, d, d), ahead.reshape(shape), None if behind is None else behind.reshape(shape)
+
+
+def local_states(
+    stream: Stream, cuts: Cuts, reverse: str | None, start_forward: Tensor | None, start_reverse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """States of the local frames [B, t, H, E, D] and F after the last one [B, H, E, D].
+
+    start_forward: F left of the first frame, start_reverse: I right of the last frame [B, H, E, D]; None: zero.
+    """
+    batch, t, heads, e, d = stream.update.shape
+    flat = _flat(stream)
+    start, start_back = _heads(start_forward, batch, heads), _heads(start_reverse, batch, heads)
+    ahead = _run_forward(flat, cuts, start)
+    if t:
+        final = ahead[-1].clone()
+    else:
+        final = torch.zeros(batch * heads, e, d, dtype=flat.update.dtype, device=flat.update.device) if start is None else start.clone()
+    if reverse is not None:
+        behind = _run_reverse(flat, cuts, start_back)
+        if reverse == "inclusive":
+            ahead += behind
+        else:
+            if t > 1:
+                for i in range(t - 1):
+                    if cuts.reverse[i]:
+                        ahead[i] += behind[i + 1]
+            if t and start_back is not None and cuts.reverse[-1]:
+                ahead[-1] += start_back
+    return _batch_first(ahead, batch, heads), final.reshape(batch, heads, e, d)
+
+
+def _adjoint_forward(flat: _Flat, cuts: Cuts, grads: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """λ_t = dL/dF_t [t, B·H, E, D] and what F left of the first frame receives [B·H, E, D]; `right` is what F_b receives from the right."""
+    decay, gram, _ = flat
+    out = torch.empty_like(grads)
+    carried = right
+    for i in reversed(range(grads.shape[0])):
+        if carried is None:
+            out[i].copy_(grads[i])
+        else:
+            torch.add(grads[i], carried, out=out[i])
+        carried = _step(out[i], decay[i], gram[i]) if cuts.forward[i] else None
+    return out, carried
+
+
+def _adjoint_reverse(flat: _Flat, cuts: Cuts, grads: Tensor, left: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor | None]:
+    """μ_t = dL/dI_t [t, B·H, E, D] and what I right of the last frame receives; `left` is what I_a receives from the left."""
+    decay, gram, _ = flat
+    out = torch.empty_like(grads)
+    carried = left
+    for i in range(grads.shape[0]):
+        if exclusive:
+            out[i].zero_()
+        else:
+            out[i].copy_(grads[i])
+        if carried is not None:
+            out[i] += carried
+        carried = _step(out[i], decay[i], gram[i]) if cuts.reverse[i] else None
+        if exclusive and carried is not None:
+            carried += grads[i]  # R_i = I_{i+1}
+    return out, carried
+
+
+def local_adjoint_composites(stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients that leave the local frames when none enter: to F on the left and, with a reverse pass, to I on the right, [B, H, E, D]
+    each.
+    """
+    batch, _, heads, e, d = stream.update.shape
+    flat = _flat(stream)
+    upstream = _time_first(grads.to(flat.update.dtype), (e, d))
+    zero = flat.update.new_zeros(batch, heads, e, d)
+    _, to_left = _adjoint_forward(flat, cuts, upstream, None)
+    to_left = zero if to_left is None else to_left.reshape(zero.shape)
+    if reverse is None:
+        return to_left, None
+    _, to_right = _adjoint_reverse(flat, cuts, upstream, None, reverse == "exclusive")
+    return to_left, zero if to_right is None else to_right.reshape(zero.shape)
+
+
+def local_adjoint(
+    stream: Stream,
+    cuts: Cuts,
+    reverse: str | None,
+    start_forward: Tensor | None,
+    start_reverse: Tensor | None,
+    grads: Tensor,
+    from_right: Tensor | None,
+    from_left: Tensor | None,
+) -> tuple[Stream, Tensor | None]:
+    """Gradients of decay, gram and update, and of start_forward [B, H, E, D] (None: no gradient reaches it). The states are run again from
+    the starts; nothing of the forward pass is kept.
+
+    grads [B, t, H, E, D]; from_right: what F_b receives, from_left: what I_a receives from other frames [B, H, E, D].
+    dU_t = λ_t + μ_t;  with G_t = F_{t-1}^T λ_t + I_{t+1}^T μ_t (D × D):  dA_t = −γ_t G_t  and  dγ_t = tr(G_t) − ⟨G_t, A_t⟩.
+    """
+    batch, _, heads, e, d = stream.update.shape
+    flat = _flat(stream)
+    upstream = _time_first(grads.to(flat.update.dtype), (e, d))
+    start, start_back = _heads(start_forward, batch, heads), _heads(start_reverse, batch, heads)
+    seen = _seen_by_forward(_run_forward(flat, cuts, start), cuts, start)
+    toward, to_start = _adjoint_forward(flat, cuts, upstream, _heads(from_right, batch, heads))
+    outer = torch.matmul(seen.transpose(-1, -2), toward)  # [t, B·H, D, D]
+    if reverse is not None:
+        seen = _seen_by_reverse(_run_reverse(flat, cuts, start_back), cuts, start_back)
+        back, _ = _adjoint_reverse(flat, cuts, upstream, _heads(from_left, batch, heads), reverse == "exclusive")
+        outer += torch.matmul(seen.transpose(-1, -2), back)
+        toward += back
+    d_decay = outer.diagonal(dim1=-2, dim2=-1).sum(-1) - (outer * flat.gram).sum((-2, -1))
+    d_gram = outer.mul_(-flat.decay)
+    local = Stream(*(_batch_first(x, batch, heads) for x in (d_decay, d_gram, toward)))
+    return local, None if to_start is None else to_start.reshape(batch, heads, e, d)
+
+
+def _to_kernel(x: Tensor) -> Tensor:
+    """[B, n, S, H, D] -> [B, H, n·S, D]"""
+    batch, n, s, heads, d = x.shape
+    return x.reshape(batch, n * s, heads, d).transpose(1, 2)
+
+
+def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D]; a view when it is one run of all rows."""
+    if tile.rows is not None:
+        x = x[list(tile.rows)]
+    parts = [x[:, start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D], natural-log LSE [B, H, n] in the accumulation
+    dtype.
+    """
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, lse.to(accumulation_dtype(q.dtype))
+    wide = accumulation_dtype(q.dtype)
+    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * q.shape[-1] ** -0.5
+    lse = torch.logsumexp(scores, -1)
+    return torch.matmul((scores - lse[..., None]).exp_(), v.to(wide)).to(q.dtype), lse
+
+
+def dense_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the result is then this block's exact
+    share.
+    """
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+    wide = accumulation_dtype(q.dtype)
+    g, qw, kw, vw = (x.to(wide) for x in (grad, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    p = (torch.matmul(qw, kw.transpose(-1, -2)) * scale - lse[..., None]).exp_()
+    score_grad = p * (torch.matmul(g, vw.transpose(-1, -2)) - (g * out.to(wide)).sum(-1, keepdim=True)) * scale
+    grads = torch.matmul(score_grad, kw), torch.matmul(score_grad.transpose(-1, -2), qw), torch.matmul(p.transpose(-1, -2), g)
+    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
+    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no tile get zeros and −inf."""
+    batch, n, s, heads, d = q.shape
+    if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
+        out, lse = dense_attention(*(_to_kernel(x) for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))))
+        return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(batch, n, s, heads)
+    result = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    sums = torch.full((batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
+    for tile in tiles:
+        block = _pick(q, tile, (tile.queries,))
+        out, lse = dense_attention(*(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys))))
+        rows = slice(None) if tile.rows is None else list(tile.rows)
+        result[rows, slice(*tile.queries)] = out.transpose(1, 2).reshape(block.shape)
+        sums[rows, slice(*tile.queries)] = lse.transpose(1, 2).reshape(block.shape[:-1])
+    return result, sums
+
+
+def block_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This block's share of dq, dk, dv (accumulation dtype, shapes of q, k, v), given the final out [B, n, S, H, D] and LSE [B, n, S,
+    H].
+    """
+    wide = accumulation_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for tile in tiles:
+        picked = [_pick(x, tile, (tile.queries,)) for x in (grad, q, out)]
+        keys = [_pick(x, tile, tile.keys) for x in (k, v)]
+        sums = _pick(lse[..., None], tile, (tile.queries,))
+        g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
+        grads = dense_attention_backward(g, qq, kk, vv, oo, ll[..., 0])
+        dq_tile, dk_tile, dv_tile = (
+            x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True)
+        )
+        rows = slice(None) if tile.rows is None else list(tile.rows)
+        dq[rows, slice(*tile.queries)] += dq_tile
+        cursor = 0
+        for start, stop in tile.keys:
+            span = slice(cursor, cursor + stop - start)
+            dk[rows, start:stop] += dk_tile[:, span]
+            dv[rows, start:stop] += dv_tile[:, span]
+            cursor += stop - start
+    return dq, dk, dv
+
+
+class Kernels(NamedTuple):
+    """The local computations behind the verbs. A back end swaps in its own; the signatures are those of the functions above."""
+
+    local_composites: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = local_composites
+    local_states: Callable[..., tuple[Tensor, Tensor]] = local_states
+    local_adjoint_composites: Callable[..., tuple[Tensor, Tensor | None]] = local_adjoint_composites
+    local_adjoint: Callable[..., tuple[Stream, Tensor | None]] = local_adjoint
+    block_attention: Callable[..., tuple[Tensor, Tensor]] = block_attention
+    block_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = block_attention_backward
+
+
+REFERENCE = Kernels()

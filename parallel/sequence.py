@@ -1,0 +1,135 @@
+"""The seam: everything that a model or an objective may know of parallelism is a `SequenceShard`.
+
+Four verbs (attend, scan, halo, mean) on tensors that hold the local frames [B, T/P, …]. On one device the local frames are all frames.
+Documents, chunks and padding come from the layout and hold under every verb: a padding frame is never attended to, carries no state, is
+zero in halos and weighs nothing in means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.attend import AttendVerb
+from parallel.clip_mean import MeanVerb
+from parallel.comm import Communicator, Member, SoloComm, apply
+from parallel.gdn_scan import Reverse, ScanOutput, ScanVerb
+from parallel.halo import HaloVerb
+from parallel.layout import ClipLayout, FrameRange, halo_limits
+from parallel.masks import FULL, AttentionMask
+from parallel.reference import REFERENCE, Kernels, Stream
+
+HaloEdges = Literal["clip", "document", "chunk"]
+
+
+class SequenceShard(Protocol):
+    """One member's view of a clip."""
+
+    @property
+    def layout(self) -> ClipLayout: ...
+
+    @property
+    def frames(self) -> FrameRange:
+        """Local frames of the clip; contiguous, may be empty."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, T/P] int64 on the CPU: time index of each local frame inside its document. Broadcasts over B."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
+        """q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] with H a multiple of H_kv -> [B, T/P, S, H, D]; a row that sees nothing gives
+        zeros.
+        """
+        ...
+
+    def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
+        """GDN states of all streams with one collective. initial: per stream [B, H, E, D], the state before frame 0."""
+        ...
+
+    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
+        """Per tensor [B, T/P, …] its before + 1 + after taps, [B, T/P, …] each: tap j of frame i is frame i + j − before, zero beyond
+        `edges`.
+        """
+        ...
+
+    def mean(self, value: Tensor, weight: Tensor) -> Tensor:
+        """value [B, T/P, …], weight broadcastable from the left ([B, T/P]) -> [B] weighted mean over the whole clip, the same on all
+        members.
+        """
+        ...
+
+
+class LocalSequence:
+    """The whole clip on one device."""
+
+    def __init__(self, layout: ClipLayout, kernels: Kernels = REFERENCE, comm: Communicator | None = None) -> None:
+        self.layout = layout
+        self.kernels = kernels
+        self._comm: Communicator = SoloComm() if comm is None else comm
+        self._member: Member = self._comm.members[0]
+        self.frames = layout.split(self._member.size)[self._member.index]
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.tensor([[self.layout.position_of(i) for i in range(self.frames.start, self.frames.stop)]], dtype=torch.int64)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
+        return apply(self._comm, AttendVerb(self.layout, mask, self.kernels), q, k, v)[0]
+
+    def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
+        real = self._real(streams[0].decay)
+        if real is not None:
+            streams = [Stream(*(_fill(real, x, value) for x, value in zip(s, (1.0, 0.0, 0.0)))) for s in streams]  # M = I, U = 0
+        verb = ScanVerb(self.layout, len(streams), reverse, initial is not None, self.kernels)
+        out = apply(self._comm, verb, *(x for s in streams for x in s), *(initial or ()))
+        return ScanOutput(list(out[: len(streams)]), list(out[len(streams) :]))
+
+    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
+        limits = halo_limits(self.layout, edges)
+        real = self._real(tensors[0])
+        if real is not None:
+            tensors = [_fill(real, x, 0.0) for x in tensors]
+        extended = apply(self._comm, HaloVerb(self.layout, before, after), *tensors)
+        t = len(self.frames)
+        taps: list[list[Tensor]] = [[] for _ in tensors]
+        for j in range(before + 1 + after):
+            # frames outside the clip are zero already; only an edge inside it needs a mask
+            hidden = [
+                0 <= i + j - before < self.layout.frames and not limits[i].start <= i + j - before < limits[i].stop
+                for i in range(self.frames.start, self.frames.stop)
+            ]
+            for tap, x in zip(taps, extended):
+                piece = x[:, j : j + t]
+                if any(hidden):
+                    mask = torch.tensor(hidden, device=x.device).reshape(1, t, *[1] * (x.dim() - 2))
+                    piece = piece.masked_fill(mask, 0)
+                tap.append(piece)
+        return [tuple(tap) for tap in taps]
+
+    def mean(self, value: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.reshape(*weight.shape, *[1] * (value.dim() - weight.dim())).expand(value.shape)
+        real = self._real(value)
+        if real is not None:
+            weight = _fill(real, weight, 0.0)
+        return apply(self._comm, MeanVerb(), value, weight)[0]
+
+    def _real(self, like: Tensor) -> Tensor | None:
+        """[B, T/P] which frames are no padding; None: all."""
+        if not self.layout.ragged:
+            return None
+        valid = torch.tensor(self.layout.valid_frames, device=like.device)
+        if len(valid) != like.shape[0]:
+            raise ValueError(
+                f"rows do not fit the layout: got a batch of {like.shape[0]}, expected {len(valid)}, one per valid_frames entry (SequenceShard)"
+            )
+        return torch.arange(self.frames.start, self.frames.stop, device=like.device)[None] < valid[:, None]
+
+
+def _fill(real: Tensor, x: Tensor, value: float) -> Tensor:
+    """Padding frames of x [B, T/P, …] set to a value; the select lets not even a NaN through."""
+    return torch.where(real.reshape(*real.shape, *[1] * (x.dim() - 2)), x, torch.full_like(x, value))
