@@ -1,0 +1,116 @@
+"""`key=value` command lines for this package's commands: one table of options gives the parser, the help and the error report.
+
+All problems of a command line are reported together, on stderr, with exit code 2; nothing has been started by then.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_shards.schema import DataError
+
+
+@dataclass(frozen=True)
+class Option:
+    """`convert` turns the text into a value and raises ValueError with the rule it broke. `default` None with `required` has none."""
+
+    convert: Callable[[str], Any]
+    help: str
+    default: Any = None
+    required: bool = False
+
+
+def whole(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.lstrip("-").isdigit() or not minimum <= int(text) <= maximum:
+            raise ValueError(f"a whole number from {minimum} to {maximum}")
+        return int(text)
+
+    return convert
+
+
+def number(minimum: float, maximum: float) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        rule = f"a number from {minimum:g} to {maximum:g}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(rule) from None
+        if not math.isfinite(value) or not minimum <= value <= maximum:
+            raise ValueError(rule)
+        return value
+
+    return convert
+
+
+def choice(*names: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return convert
+
+
+def text(value: str) -> str:
+    if not value:
+        raise ValueError("some text")
+    return value
+
+
+def usage(command: str, about: str, options: Mapping[str, Option]) -> str:
+    lines = [f"usage: {command} key=value ...", "", about, ""]
+    for name, option in options.items():
+        tail = "required" if option.required else f"default {option.default}"
+        lines.append(f"  {name}=…".ljust(22) + f"{option.help} ({tail})")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The value of every option.
+
+    Raises:
+        DataError: unknown keys, wrong values, missing required ones; all of them in one message.
+    """
+    values: dict[str, Any] = {name: option.default for name, option in options.items() if not option.required}
+    problems, given = [], set()
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            problems.append(f"argument: got {argument!r}, expected key=value")
+        elif name not in options:
+            problems.append(f"{name}: unknown key, expected one of {', '.join(options)}")
+        elif name in given:
+            problems.append(f"{name}: given twice")
+        else:
+            given.add(name)
+            try:
+                values[name] = options[name].convert(value)
+            except ValueError as error:
+                problems.append(f"{name}: got {value!r}, expected {error}")
+    absent = [name for name, option in options.items() if option.required and name not in given]
+    problems += [f"{name}: missing ({options[name].help}). Fix: {name}=…" for name in absent]
+    if problems:
+        raise DataError("\n".join(problems))
+    return values
+
+
+def run(command: str, about: str, options: Mapping[str, Option], main: Callable[..., None], arguments: Sequence[str]) -> int:
+    """Parse, call `main(**values)`, and turn a DataError into one report and exit code 2."""
+    if any(argument in ("-h", "--help", "help") for argument in arguments):
+        print(usage(command, about, options))
+        return 0
+    try:
+        main(**parse(arguments, options))
+    except DataError as error:
+        print(f"{command}: cannot go on\n" + "\n".join(f"  - {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

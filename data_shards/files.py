@@ -1,0 +1,91 @@
+"""Small file duties shared by the writers: checksums, atomic publication, and `.npy` headers without numpy's pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.schema import ITEM_BYTES, DataError
+
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_DESCRIPTIONS = {"uint8": "|u1", "float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    return int(google_crc32c.value(bytes(data)))
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The one header that we write and accept for this dtype and shape (format 1.0, C order, padded to 64 bytes)."""
+    dimensions = "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+    body = f"{{'descr': '{NPY_DESCRIPTIONS[dtype]}', 'fortran_order': False, 'shape': {dimensions}, }}"
+    length = -(-(10 + len(body) + 1) // 64) * 64
+    return NPY_MAGIC + (length - 10).to_bytes(2, "little") + body.ljust(length - 11).encode("ascii") + b"\n"
+
+
+def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 -> the upper half of its bits, rounded to nearest even. Not for NaN."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def array_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Raw little-endian elements -> array; a bfloat16 array comes back as float32."""
+    assert len(data) == int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype], "callers check the length"
+    if dtype == "bfloat16":
+        return from_bfloat16(np.frombuffer(data, "<u2")).reshape(shape)
+    return np.frombuffer(data, NPY_DESCRIPTIONS[dtype]).reshape(shape)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write, fsync, rename: the file is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place and make the rename last."""
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def fresh_folder(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DataError: no such file, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{what}: got no file {path.name} in {path.parent}, expected one. Fix: give the folder that holds it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{what}: cannot read {path} ({error}), expected a JSON object") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{what}: got {type(value).__name__} in {path}, expected a JSON object")
+    return value

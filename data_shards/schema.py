@@ -1,0 +1,164 @@
+"""What a data set of latent clips is: its facts as frozen dataclasses, and the allow-lists everything read from disk must pass.
+
+Layout of a data set directory:
+  shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
+  index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
+  dataset.json         written last: without it the directory is no data set
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation")
+
+# field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16 array lies in the tar as uint16.
+FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "latent.npy": (4, ("float16", "bfloat16", "float32")),
+    "c2w.npy": (3, ("float32", "float64")),
+    "intrinsics.npy": (2, ("float32", "float64")),
+    "controls.npy": (2, ("float32",)),
+    "text.npy": (2, ("float16", "bfloat16", "float32")),
+    "text_mask.npy": (1, ("uint8",)),
+    "json": (1, ("uint8",)),
+}
+TIME_SHARDED = "latent.npy"
+ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
+SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.tar")
+MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips belong in Zarr
+
+
+class DataError(ValueError):
+    """A data set, shard, recording or argument is not what it must be. The message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class MemberEntry:
+    """One file inside a shard, as the index describes it. Offsets are absolute byte positions in the tar."""
+
+    field: str
+    offset: int  # of the npy header (or of the JSON text)
+    length: int
+    data_offset: int  # of the first array element
+    dtype: str
+    shape: tuple[int, ...]
+    crc32c: int  # of the whole member
+    row_crc32c: tuple[int, ...] = ()  # of each latent frame; empty for replicated members
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ClipEntry:
+    """One clip. `row` is its position in the index, `episode` the source video that the validation split is made by."""
+
+    key: str
+    row: int
+    shard: str
+    episode: str
+    split: str
+    latent_frames: int
+    raw_frames: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The content of dataset.json. `mean` and `std` are [2][C]: for the first latent of a clip and for all later ones."""
+
+    schema_version: int
+    codec: str
+    codec_options: Mapping[str, Any]
+    channels: int
+    latent_height: int
+    latent_width: int
+    latent_dtype: str
+    temporal_stride: int
+    spatial_stride: int
+    image_height: int  # raw pixels; intrinsics refer to this size
+    image_width: int
+    fps: float  # of the raw frames
+    metres_per_unit: float  # metres in one unit of the source's own length scale; c2w is in metres already
+    control_names: tuple[str, ...]
+    mean: tuple[tuple[float, ...], ...]
+    std: tuple[tuple[float, ...], ...]
+    clips: Mapping[str, int]  # split -> number of clips
+    shards: int
+    latent_frames: int
+    raw_frames: int
+    psnr_db: float | None  # of decode(encode(video)) over the whole set
+    null_text: str | None  # file with the embedding of the empty prompt; None: this set has no text
+    index_bytes: int
+    index_sha256: str
+    source: str
+    fingerprint: str  # sha256 over every clip's key, split and member checksums, and over the codec
+
+
+def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int | None, ...]:
+    """The shape that `field` of this clip must have; None where any length is allowed."""
+    return {
+        "latent.npy": (entry.latent_frames, info.channels, info.latent_height, info.latent_width),
+        "c2w.npy": (entry.raw_frames, 4, 4),
+        "intrinsics.npy": (entry.raw_frames, 4),
+        "controls.npy": (entry.latent_frames, len(info.control_names)),
+    }.get(field, (None,) * FIELDS[field][0])
+
+
+def latent_frame_count(raw_frames: int, temporal_stride: int) -> int:
+    """T = (F - 1) / r + 1 for a causal codec, whose first latent holds one raw frame and every later one r."""
+    if raw_frames < 1 or (raw_frames - 1) % temporal_stride:
+        low = max(0, (raw_frames - 1) // temporal_stride) * temporal_stride + 1
+        raise DataError(
+            f"frame count: got {raw_frames}, expected a multiple of {temporal_stride} plus 1 (causal codec). "
+            f"Fix: frames={low} or frames={low + temporal_stride}"
+        )
+    return (raw_frames - 1) // temporal_stride + 1
+
+
+def check_key(key: str) -> str:
+    """A key becomes part of a file name inside the tar: letters, digits, `_` and `-` only (a dot would split it in WebDataset)."""
+    if not KEY_PATTERN.fullmatch(key):
+        raise DataError(f"clip key: got {key!r}, expected letters, digits, '_' and '-', at most 72. Fix: rename the source clip")
+    return key
+
+
+def info_to_json(info: DatasetInfo) -> str:
+    return json.dumps(dataclasses.asdict(info), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def info_from_json(text: str, where: str) -> DatasetInfo:
+    """Parse and check dataset.json.
+
+    Raises:
+        DataError: not JSON, missing or unknown fields, another schema version, statistics that are not finite.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"dataset.json: got text that is not JSON ({error}), expected the file `encode` wrote ({where})") from error
+    names = {f.name for f in dataclasses.fields(DatasetInfo)}
+    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+        found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
+        raise DataError(f"dataset.json: got schema_version {found}, expected {SCHEMA_VERSION} ({where}). Fix: encode again")
+    if set(raw) != names:
+        wrong = sorted(names ^ set(raw))
+        raise DataError(f"dataset.json: got missing or unknown fields {wrong}, expected exactly those of DatasetInfo ({where})")
+    raw["mean"] = tuple(tuple(float(x) for x in row) for row in raw["mean"])
+    raw["std"] = tuple(tuple(float(x) for x in row) for row in raw["std"])
+    raw["control_names"] = tuple(raw["control_names"])
+    info = DatasetInfo(**raw)
+    for name, table in (("mean", info.mean), ("std", info.std)):
+        if [len(row) for row in table] != [info.channels] * 2 or not all(math.isfinite(x) for row in table for x in row):
+            raise DataError(f"dataset.json: got a {name} that is not [2][{info.channels}] finite numbers ({where}). Fix: encode again")
+    if min(min(row) for row in info.std) <= 0:
+        raise DataError(f"dataset.json: got a std of 0 or less, expected positive numbers ({where}). Fix: encode again")
+    return info

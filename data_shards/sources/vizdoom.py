@@ -1,0 +1,214 @@
+"""Record gameplay with ViZDoom: a wandering player, its exact camera, depth and controls. Headless, deterministic for a seed.
+
+Camera model, checked by reprojecting frames onto each other through depth and pose (tests/data_shards/test_vizdoom.py):
+  - The horizontal field of view is 90 degrees (CAMERA_FOV): fx = W / 2.
+  - Doom's world is drawn for pixels 1.2 times as tall as wide: fy = 1.2 fx on square pixels.
+  - The software renderer looks up and down by *shifting* the picture, not by turning the camera: yaw alone turns `c2w`, and pitch moves the
+    principal point, cy = H / 2 - fy tan(pitch). The intrinsics are therefore one row per frame.
+  - Pixel (row i, column j) has its centre at (j + 0.5, i + 0.5).
+World: x east, y north, z up as in Doom, in metres at METRES_PER_UNIT. `c2w` has OpenCV axes (+x right, +y down, +z forward) and its
+origin is the player's eye, with the bobbing of his walk.
+Time: the engine makes 35 tics a second; a frame lasts 2 or 3 tics so that the mean rate is the asked one exactly (`tics_until`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.schema import DataError
+from data_shards.sources.wander import Wanderer
+
+METRES_PER_UNIT = 1.0 / 32.0  # the player's eye is 41 units up: 1.28 m
+TICS_PER_SECOND = 35
+PIXEL_ASPECT = 1.2
+DEPTH_UNITS_PER_STEP = 7.13  # the engine's 8-bit depth: metres = ((value + 0.5) * this + DEPTH_UNITS_AT_ZERO) * METRES_PER_UNIT;
+DEPTH_UNITS_AT_ZERO = 5.2  # fitted to wall positions known from the map: within half a step on walls, one step too near on floors
+MAX_UNITS_PER_TIC = 12.0  # walking reaches 8.4; a teleport or a respawn is far above
+MIN_METRES_PER_FRAME = 0.04  # of a clip, on average: less is standing around
+MAX_FACING_SHARE = 0.2  # of a clip spent in front of a wall
+BUTTONS = ("forward", "backward", "left", "right")
+SIZES = {(160, 120): "RES_320X240", (320, 240): "RES_640X480"}  # rendered at twice the size and averaged: no aliasing
+# name -> (scenario file shipped with the wheel, map or None). None of them needs monsters, which are switched off.
+SCENARIOS = {"my_way_home": ("my_way_home.cfg", None), "deathmatch": ("deathmatch.cfg", None), "freedoom2": ("freedoom2.cfg", "map01")}
+
+
+@dataclass(frozen=True)
+class RecordedClip:
+    """video [F,H,W,3] uint8, depth [F,H,W] uint8, c2w [F,4,4] and intrinsics [F,4] float64 (fx, fy, cx, cy in pixels), buttons [F,4] uint8
+    (BUTTONS) and mouse [F,2] float32 (degrees right, degrees down). Row i of the controls is what was held between frames i-1 and i."""
+
+    episode: int
+    first_tic: int
+    video: NDArray[np.uint8]
+    depth: NDArray[np.uint8]
+    c2w: NDArray[np.float64]
+    intrinsics: NDArray[np.float64]
+    buttons: NDArray[np.uint8]
+    mouse: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class VizdoomOptions:
+    frames: int
+    fps: float
+    seed: int
+    width: int = 160
+    height: int = 120
+    scenario: str = "my_way_home"
+    clips_per_episode: int = 2
+    look_degrees: float = 4.0  # how far the player looks up and down
+
+
+def tics_until(frame: int, fps: float) -> int:
+    """Tics from the first frame to `frame`: rounded down, so n seconds of frames last n * 35 tics whatever the rate."""
+    return math.floor(frame * TICS_PER_SECOND / fps + 1e-9)
+
+
+def camera_matrix(x: float, y: float, z: float, yaw_degrees: float) -> NDArray[np.float64]:
+    """[4, 4] camera-to-world in metres from a Doom position in units and an angle counted from east, anticlockwise."""
+    c, s = math.cos(math.radians(yaw_degrees)), math.sin(math.radians(yaw_degrees))
+    c2w = np.eye(4)
+    c2w[:3, 0], c2w[:3, 1], c2w[:3, 2] = (s, -c, 0.0), (0.0, 0.0, -1.0), (c, s, 0.0)
+    c2w[:3, 3] = np.array([x, y, z]) * METRES_PER_UNIT
+    return c2w
+
+
+def camera_intrinsics(width: int, height: int, fov_degrees: float, pitch_degrees: float) -> NDArray[np.float64]:
+    """[4] fx, fy, cx, cy in pixels; the engine's pitch is negative when looking up."""
+    fx = width / 2.0 / math.tan(math.radians(fov_degrees) / 2.0)
+    fy = PIXEL_ASPECT * fx
+    return np.array([fx, fy, width / 2.0, height / 2.0 - fy * math.tan(math.radians(pitch_degrees))])
+
+
+def depth_metres(depth: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Distance along the camera's z axis."""
+    return (((depth.astype(np.float32) + 0.5) * DEPTH_UNITS_PER_STEP + DEPTH_UNITS_AT_ZERO) * METRES_PER_UNIT).astype(np.float32)
+
+
+def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[2H, 2W, 3] -> [H, W, 3]: mean of 2x2 pixels, rounded half up."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    return ((image.reshape(h, 2, w, 2, 3).sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)
+
+
+def open_game(options: VizdoomOptions, config_folder: str) -> Any:
+    """A running, windowless game. ViZDoom writes its settings file into `config_folder` (it would use the current folder otherwise)."""
+    try:
+        import vizdoom as vzd
+    except ImportError as error:
+        raise DataError("recorder: ViZDoom is not installed, expected it for source vizdoom. Fix: pip install 'wm-train[demo]'") from error
+    if options.scenario not in SCENARIOS:
+        raise DataError(f"scenario: got {options.scenario!r}, expected one of {sorted(SCENARIOS)}. Fix: scenario=my_way_home")
+    if (options.width, options.height) not in SIZES:
+        raise DataError(f"size: got {options.width}x{options.height}, expected one of {sorted(SIZES)}. Fix: width=160 height=120")
+    file, level = SCENARIOS[options.scenario]
+    game = vzd.DoomGame()
+    game.load_config(f"{vzd.scenarios_path}/{file}")
+    game.set_doom_config_path(f"{config_folder}/vizdoom.ini")
+    if level:
+        game.set_doom_map(level)
+    game.set_window_visible(False)
+    game.set_mode(vzd.Mode.PLAYER)
+    game.set_screen_format(vzd.ScreenFormat.RGB24)
+    game.set_screen_resolution(getattr(vzd.ScreenResolution, SIZES[options.width, options.height]))
+    game.set_depth_buffer_enabled(True)
+    game.set_automap_buffer_enabled(False)
+    game.set_audio_buffer_enabled(False)
+    for switch in ("hud", "weapon", "crosshair", "messages", "screen_flashes", "corpses", "decals", "particles", "effects_sprites"):
+        getattr(game, f"set_render_{switch}")(False)
+    variable, button = vzd.GameVariable, vzd.Button
+    camera = [variable.CAMERA_POSITION_X, variable.CAMERA_POSITION_Y, variable.CAMERA_POSITION_Z, variable.CAMERA_ANGLE]
+    game.set_available_game_variables([*camera, variable.CAMERA_PITCH, variable.CAMERA_FOV, variable.HEALTH, variable.DEAD])
+    keys = [button.MOVE_FORWARD, button.MOVE_BACKWARD, button.MOVE_LEFT, button.MOVE_RIGHT]
+    game.set_available_buttons([*keys, button.TURN_LEFT_RIGHT_DELTA, button.LOOK_UP_DOWN_DELTA])
+    game.add_game_args("-nomonsters +turbo 35")  # a walk of 3 m/s; the engine's own 8 m/s crosses a room in half a second
+    game.set_episode_timeout(0)
+    game.set_seed(options.seed)
+    game.init()
+    return game
+
+
+def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Iterator[RecordedClip]:
+    """Yield `clips` clips that passed `rejection`. Every episode has its own seed, so a clip depends on (seed, episode) alone.
+
+    Raises:
+        DataError: bad options, or a scenario in which the player finds no way in 20 episodes in a row.
+    """
+    game = open_game(options, config_folder)
+    try:
+        done, episode, barren = 0, 0, 0
+        while done < clips:
+            found = 0
+            for clip in record_episode(game, options, episode):
+                yield clip
+                found, done = found + 1, done + 1
+                if done == clips:
+                    return
+            barren = 0 if found else barren + 1
+            if barren == 20:
+                raise DataError(f"recording: 20 episodes in a row gave no usable clip (scenario {options.scenario}, seed {options.seed})")
+            episode += 1
+    finally:
+        game.close()
+
+
+def record_episode(game: Any, options: VizdoomOptions, episode: int) -> Iterator[RecordedClip]:
+    """At most `clips_per_episode` usable clips of one life, from three times as many attempts."""
+    seed = np.random.SeedSequence([options.seed, episode])
+    game.set_seed(int(seed.generate_state(1)[0] % 2**31))
+    game.new_episode()
+    game.advance_action(15)
+    player = Wanderer(np.random.default_rng(seed), options.look_degrees)
+    found = 0
+    for _ in range(3 * options.clips_per_episode):
+        clip = record_clip(game, options, player, episode)
+        if clip is None:
+            return  # the episode ended or the player was hurt or moved by force: start anew
+        if player.walked_metres >= MIN_METRES_PER_FRAME * options.frames and player.blocked_share < MAX_FACING_SHARE:
+            found += 1
+            yield clip
+        if found == options.clips_per_episode:
+            return
+
+
+def record_clip(game: Any, options: VizdoomOptions, player: Wanderer, episode: int) -> RecordedClip | None:
+    """The next `frames` frames, or None when something happened in them that no key press explains."""
+    count, width, height = options.frames, options.width, options.height
+    video = np.empty((count, height, width, 3), np.uint8)
+    depth = np.empty((count, height, width), np.uint8)
+    c2w, intrinsics = np.empty((count, 4, 4)), np.empty((count, 4))
+    buttons, mouse = np.zeros((count, len(BUTTONS)), np.uint8), np.zeros((count, 2), np.float32)
+    player.begin_clip()
+    first_tic, previous, start_health = game.get_episode_time(), None, None
+    for i in range(count):
+        if i:
+            tics = tics_until(i, options.fps) - tics_until(i - 1, options.fps)
+            keys, turn, look = player.decide(depth_metres(depth[i - 1]), intrinsics[i - 1], tics)
+            # The engine adds the turn at every tic; a positive LOOK delta looks up.
+            game.make_action([*(float(k) for k in keys), turn / tics, -look / tics], tics)
+            buttons[i], mouse[i] = keys, (turn, look)
+        if game.is_episode_finished():
+            return None
+        state = game.get_state()
+        x, y, z, yaw, pitch, fov, health, dead = state.game_variables
+        start_health = health if start_health is None else start_health
+        if dead or health < start_health:
+            return None
+        if previous is not None:
+            step = math.dist(previous, (x, y, z))
+            if step > MAX_UNITS_PER_TIC * tics:
+                return None
+            player.moved(step * METRES_PER_UNIT)
+        previous = (x, y, z)
+        video[i] = halve(state.screen_buffer)
+        # the nearest of the four: a mean would invent surfaces between a wall and what is behind it
+        depth[i] = state.depth_buffer.reshape(height, 2, width, 2).min(axis=(1, 3))
+        c2w[i] = camera_matrix(x, y, z, yaw)
+        intrinsics[i] = camera_intrinsics(width, height, fov, pitch)
+    return RecordedClip(episode, first_tic, video, depth, c2w, intrinsics, buttons, mouse)
