@@ -65,7 +65,7 @@ class Block(nn.Module):
         if text is not None:
             x = x + self.cross_attn(x, text, context.text_mask)
         inner = modulated(x, shift_ffn, scale_ffn)
-        return x + gate_ffn * self.mlp(inner, context.grid, context.sequence, context.edges, context.frame_mask)
+        return x + gate_ffn * self.mlp(inner, context.grid, context.sequence, context.edges)
 
 
 class FinalLayer(nn.Module):
@@ -172,9 +172,7 @@ class SanaWM(nn.Module):
             rotary=rotary_tables(positions, grid, head_dim),
             rays=rays,
             camera_keep=None if keep is None else keep.to(device)[:, None, None, None],
-            frame_mask=frame_mask(sequence, device),
             edges="chunk" if self.config.causal else "document",
-            reverse="exclusive",
             text_mask=conditions.text_mask,
         )
 
@@ -213,12 +211,3 @@ class SanaWM(nn.Module):
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters, then scale and shift per frame: x [B, t, S, C], shift and scale [B, t, 1, C]."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-def frame_mask(sequence: SequenceShard, device: torch.device) -> Tensor | None:
-    """[B, t, 1, 1], 1 at real frames and 0 at padding; None where the layout has no padding."""
-    valid = sequence.layout.valid_frames
-    if valid is None:
-        return None
-    frames = torch.arange(sequence.frames.start, sequence.frames.stop, device=device)
-    return (frames[None, :] < torch.tensor(valid, device=device)[:, None]).float()[:, :, None, None]

@@ -37,16 +37,6 @@ def dropped_conditions(conditions: Conditions, key: NoiseKey, draws: Tensor, con
     return replace(conditions, camera_keep=keep if conditions.camera_keep is None else keep & conditions.camera_keep)
 
 
-def real_frames(sequence: SequenceShard, latents: Tensor) -> Tensor:
-    """fp32 [B, t]: 1 at real frames, 0 at padding."""
-    b, t = latents.shape[:2]
-    valid = sequence.layout.valid_frames
-    if valid is None:
-        return torch.ones(b, t, device=latents.device)
-    frames = torch.arange(sequence.frames.start, sequence.frames.stop, device=latents.device)
-    return (frames[None, :] < torch.tensor(valid, device=latents.device)[:, None]).float()
-
-
 def flow_matching(
     model: nn.Module, batch: TrainingBatch, key: NoiseKey, config: ObjectiveConfig, sequence: SequenceShard, conditions: Conditions
 ) -> ObjectiveOutput:
@@ -55,7 +45,7 @@ def flow_matching(
     With probability `image_condition` a clip's first latent frame (of each document) is given clean, at sigma 0 and without
     loss; a document of one frame is never given. Metrics: sigma, image_condition.
     """
-    latents, draws = batch.latents, batch.draws
+    latents, draws = batch.latents, batch.draws.to(batch.latents.device)
     c, h, w = latents.shape[2:]
     local = (sequence.frames.start, sequence.frames.stop)
     sigma = clip_sigma(key, draws, config)
@@ -67,8 +57,7 @@ def flow_matching(
     noisy = (1.0 - level) * latents + level * noise
     velocity = model(noisy, frame_sigma, dropped_conditions(conditions, key, draws, config), sequence)
     error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
-    weight = real_frames(sequence, latents) * (~clean).float()
-    return ObjectiveOutput(sequence.mean(error, weight), {"sigma": sigma, "image_condition": given.float()})
+    return ObjectiveOutput(sequence.mean(error, (~clean).float()), {"sigma": sigma, "image_condition": given.float()})
 
 
 def first_frames(sequence: SequenceShard, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.sequence import SequenceShard, Stream
+from parallel.sequence import HaloEdges, SequenceShard, Stream
 from wm_train.models.layers.precision import full_precision
 from wm_train.models.layers.rotary import Rotary, apply_rotary
 from wm_train.models.layers.ucpe import RayEncoding, discounted_beta, encode, limit_rms
@@ -28,8 +28,8 @@ class BlockContext:
     """What all blocks share in one pass; nothing here takes gradients.
 
     grid: token rows and columns of a frame; rotary: table of the main branch; rays: None without a camera; camera_keep:
-    [B, 1, 1, 1] 0/1 or None; frame_mask: [B, t, 1, 1], 0 at padding frames, or None; edges: the cuts convolutions respect;
-    text_mask: bool [B, L] or None.
+    [B, 1, 1, 1] 0/1 or None; edges: the cuts convolutions respect; text_mask: bool [B, L] or None. Padding frames need no mask
+    here: the verbs of the sequence keep them from all others, and everything else stays inside a frame.
     """
 
     sequence: SequenceShard
@@ -37,9 +37,7 @@ class BlockContext:
     rotary: Rotary
     rays: RayEncoding | None
     camera_keep: Tensor | None
-    frame_mask: Tensor | None
-    edges: str
-    reverse: str
+    edges: HaloEdges
     text_mask: Tensor | None
 
 
@@ -130,17 +128,17 @@ class GatedDeltaNet(CameraAttention):
         v = self.by_head(v)
         q_rotated = apply_rotary(q, context.rotary)
         streams = [
-            frame_stream(decay, beta, apply_rotary(k, context.rotary), v, context),
-            frame_stream(decay, beta, k, None, context),
+            frame_stream(decay, beta, apply_rotary(k, context.rotary), v),
+            frame_stream(decay, beta, k, None),
         ]
         if with_camera:
             assert context.rays is not None
             q_cam = self.by_head(F.relu(self.q_norm_cam(self.q_proj_cam(x))))
             k_cam = self.by_head(F.relu(self.k_norm_cam(keys[1]))) * scale
             q_cam, encoded_k, v_cam = self.encoded_camera(q_cam, k_cam, self.by_head(self.v_proj_cam(x)), context.rays)
-            streams.append(frame_stream(decay, discounted_beta(beta, k_cam, encoded_k), encoded_k, v_cam, context))
+            streams.append(frame_stream(decay, discounted_beta(beta, k_cam, encoded_k), encoded_k, v_cam))
 
-        states = context.sequence.scan(streams, reverse=context.reverse).states
+        states = context.sequence.scan(streams, reverse="exclusive").states
         numerator, normaliser = read_state(states[0], q_rotated), read_state(states[1], q)
         camera = read_state(states[2], q_cam) if with_camera else None
         return self.output(x, numerator / (normaliser + NORMALISER_EPS), camera, context)
@@ -149,8 +147,6 @@ class GatedDeltaNet(CameraAttention):
         """The short convolution of the main and the camera keys, one exchange for both."""
         if self.conv_kernel == 0:
             return keys
-        if context.frame_mask is not None:
-            keys = [key * context.frame_mask for key in keys]
         reach = self.conv_kernel - 1
         taps = context.sequence.halo(keys, reach, reach, edges=context.edges)
         return [convolution(tap) for convolution, tap in zip((self.conv_k, *([self.conv_k_cam] if len(keys) > 1 else [])), taps)]
@@ -185,15 +181,11 @@ class SoftmaxAttention(CameraAttention):
         return self.output(x, main, camera, context)
 
 
-def frame_stream(decay: Tensor, beta: Tensor, key: Tensor, value: Tensor | None, context: BlockContext) -> Stream:
+def frame_stream(decay: Tensor, beta: Tensor, key: Tensor, value: Tensor | None) -> Stream:
     """A_t = K beta K^T and U_t = V beta K^T of every frame (eq. 3); the normaliser (value None) has U_t = sum of beta k.
 
     decay [B, t, H], beta [B, t, S, H], key and value [B, t, S, H, D] -> Stream with gram [B, t, H, D, D], update [B, t, H, E, D].
-    Padding frames become decay 1, A = U = 0: they pass the state on unchanged.
     """
-    if context.frame_mask is not None:
-        mask = context.frame_mask.to(beta.dtype)
-        beta, decay = beta * mask, decay * mask[:, :, 0] + (1.0 - mask[:, :, 0])
     with torch.autocast(device_type=key.device.type, enabled=False):
         key = full_precision(key).transpose(2, 3)  # [B, t, H, S, D]
         weighted = key * beta.transpose(2, 3).unsqueeze(-1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.sequence import SequenceShard
+from parallel.sequence import HaloEdges, SequenceShard
 
 
 class ConvLayer(nn.Module):
@@ -30,8 +30,8 @@ class GatedConvFeedForward(nn.Module):
         self.point_conv = ConvLayer(hidden, width, 1, bias=False)
         self.t_conv = nn.Conv2d(width, width, (temporal_kernel, 1), padding=(temporal_kernel // 2, 0), bias=False)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], sequence: SequenceShard, edges: str, frame_mask: Tensor | None) -> Tensor:
-        """edges: which cuts the temporal taps respect; frame_mask [B, t, 1, 1]: 0 at padding frames (None: no padding)."""
+    def forward(self, x: Tensor, grid: tuple[int, int], sequence: SequenceShard, edges: HaloEdges) -> Tensor:
+        """grid: token rows and columns of a frame; edges: which cuts the temporal taps respect."""
         b, t, s, _ = x.shape
         up, depth, down = self.inverted_conv.conv, self.depth_conv.conv, self.point_conv.conv
         x = F.silu(F.linear(x, up.weight.flatten(1), up.bias))
@@ -39,8 +39,6 @@ class GatedConvFeedForward(nn.Module):
         maps = depth(maps).permute(0, 2, 3, 1).reshape(b, t, s, x.shape[-1])
         value, gate = maps.chunk(2, dim=-1)
         x = F.linear(value * F.silu(gate), down.weight.flatten(1))
-        if frame_mask is not None:
-            x = x * frame_mask
         reach = self.t_conv.kernel_size[0] // 2
         (taps,) = sequence.halo([x], reach, reach, edges=edges)
         kernel = self.t_conv.weight[..., 0].transpose(1, 2).flatten(1)  # [C, K, C] -> [C, K * C], one product for all taps
