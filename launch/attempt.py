@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.accelerators import get_all_accelerator_resource_names
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -99,9 +100,11 @@ def _placed(spec: LaunchSpec) -> Iterator[list[Any]]:
 def _bundle(spec: LaunchSpec) -> dict[str, float]:
     """The resources of one worker: CPUs, and one accelerator if the cluster has any of the kinds that the run can use."""
     bundle: dict[str, float] = {"CPU": spec.cpus_per_worker}
+    if not spec.accelerators:
+        return bundle
     known = ray.cluster_resources()
-    kind = next((name for name in spec.accelerators if known.get(name, 0) > 0), None)
-    return {**bundle, kind: 1} if kind else bundle
+    kinds = sorted((name for name in get_all_accelerator_resource_names() if known.get(name, 0) > 0), key=lambda name: -known[name])
+    return {**bundle, kinds[0]: 1} if kinds else bundle
 
 
 def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[str, str]], str]:
@@ -179,5 +182,3 @@ def _end(actors: list[Any], grace_s: float, view: ProgressView) -> None:
             view.feed(line)
     except RayError as error:
         view.text(f"rank 0's last lines are lost: {str(error).strip().splitlines()[0]}")
-
-

@@ -8,18 +8,23 @@ would give it, so a worker does not know who started it.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import time
+from typing import TYPE_CHECKING, Any
 
 from launch.progress import ProgressView
 from launch.signals import caught
 from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec
 
+if TYPE_CHECKING:
+    from launch.attempt import Death
+
 CONNECT_S = 30  # to a cluster that should be there
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec` to its end. 0: all ranks ended well; 2: a user's mistake; 1: given up; 128 + n: stopped by signal n."""
+    """Run `spec` to its end; returns 0, or the exit code of the worker that the run ended with (1: its node was lost), or 128 + signal."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, and by the processes that it starts
     import ray
 
@@ -58,10 +63,11 @@ def _attempts(spec: LaunchSpec, view: ProgressView) -> int:
                 return USER_ERROR
             if view.step is not None and view.step == last_step:
                 view.text(f"two deaths at step {last_step}: trying again would not help")
-                return 1
+                return _exit_code(death)
             last_step = view.step
             if number == spec.max_restarts:
-                break
+                view.text(f"given up after {spec.max_restarts} restarts")
+                return _exit_code(death)
             pause = min(spec.backoff_s * 2**number, spec.backoff_limit_s)
             view.text(f"restart {number + 1} of {spec.max_restarts} in {pause:.0f} s, from the last checkpoint")
             until = time.monotonic() + pause
@@ -69,8 +75,14 @@ def _attempts(spec: LaunchSpec, view: ProgressView) -> int:
                 time.sleep(0.1)
             if stop.number is not None:
                 return INTERRUPTED + stop.number
-    view.text(f"given up after {spec.max_restarts} restarts")
-    return 1
+    raise AssertionError("the last attempt returns")
+
+
+def _exit_code(death: Death) -> int:
+    """As a shell would report it."""
+    if death.code is None:
+        return 1
+    return death.code if death.code > 0 else INTERRUPTED - death.code
 
 
 def _connect(spec: LaunchSpec, view: ProgressView) -> str:
@@ -88,12 +100,12 @@ def _connect(spec: LaunchSpec, view: ProgressView) -> str:
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         return ""
     os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(CONNECT_S))
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "`ray start --head`, or leave RAY_ADDRESS and launcher.address unset"

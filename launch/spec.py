@@ -28,7 +28,7 @@ class LaunchSpec:
     directory: Path = field(default_factory=Path.cwd)  # working directory of the workers
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus_per_worker: int = 1
-    accelerators: tuple[str, ...] = ()  # names under which a scheduler may know the workers' devices; the first with enough is asked for
+    accelerators: bool = False  # one per worker, of whatever kind the machines have; without any, CPUs will do
     address: str | None = None  # of a running cluster
     max_restarts: int = 0
     backoff_s: float = 1.0  # before the first restart; doubles each time

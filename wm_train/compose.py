@@ -104,7 +104,8 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
         plain = raw
         problems.append(_translate(error))
     if problems:
-        _convert(RunConfig, plain, "", others := [])
+        others: list[Problem] = []
+        _convert(RunConfig, plain, "", others)
         raise ConfigError([*problems, *(problem for problem in others if "${" not in problem.got)])
     return build(plain)
 

@@ -1,0 +1,89 @@
+"""Does the data set exist, and does it fit the model and the stages? Reads dataset.json only, so it costs milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_shards.schema import DataError, DatasetInfo, info_from_json
+from wm_train.compose import Problem
+from wm_train.config import RunConfig
+from wm_train.curriculum import PlannedStage
+
+MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for others"
+
+
+def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Problem]:
+    """Problems of `data.path` itself, else of how it fits the model and the selected stages."""
+    text = _dataset_json(config.data.path)
+    if isinstance(text, Problem):
+        return [text]
+    try:
+        info = info_from_json(text, f"{config.data.path}/dataset.json")
+    except (DataError, TypeError, AttributeError) as error:
+        return [Problem("data.path", f"{config.data.path}: {error}", "a data set of this version", "encode it again")]
+    return [*_model_problems(config, info), *_stage_problems(info, stages)]
+
+
+def _dataset_json(path: str) -> str | Problem:
+    if "://" in path:
+        return _remote_dataset_json(path)
+    folder = Path(path)
+    if not folder.exists():
+        return Problem("data.path", f"{path}, which does not exist", "a folder of latent shards", f"data.path=<folder>; {MADE_BY}")
+    if not folder.is_dir():
+        return Problem("data.path", f"{path}, which is a file", "a folder of latent shards", f"data.path={folder.parent}")
+    file = folder / "dataset.json"
+    if not file.is_file():
+        found = "an empty folder" if not any(folder.iterdir()) else "a folder without dataset.json"
+        return Problem("data.path", f"{path}, {found}", "a folder that `encode` has finished (dataset.json comes last)", MADE_BY)
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _remote_dataset_json(path: str) -> str | Problem:
+    import fsspec
+
+    try:
+        with fsspec.open(path.rstrip("/") + "/dataset.json", "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except (OSError, ImportError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Problem("data.path", f"{path} ({reason})", "a reachable folder with dataset.json", "check the address and your credentials")
+
+
+def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:
+    model = config.model
+    found = []
+    if model.latent_channels != info.channels:
+        fix = f"model.latent_channels={info.channels}"
+        found.append(Problem("model.latent_channels", str(model.latent_channels), f"the data set's {info.channels} ({info.codec})", fix))
+    if model.patch_size > 0 and (info.latent_height % model.patch_size or info.latent_width % model.patch_size):
+        rule = f"a divisor of the latents' {info.latent_height} x {info.latent_width}"
+        found.append(Problem("model.patch_size", str(model.patch_size), rule, "model.patch_size=1"))
+    if model.text_width and info.null_text is None:
+        found.append(Problem("model.text_width", str(model.text_width), "0, as the data set has no text", "model.text_width=0"))
+    if not info.clips.get("train"):
+        found.append(Problem("data.path", f"{config.data.path}, no training clips", "at least one", "record or encode more clips"))
+    if config.trainer.samples and not info.clips.get("validation"):
+        fix = "trainer.samples=0, or encode more episodes"
+        found.append(Problem("trainer.samples", str(config.trainer.samples), "0, as the data set has no validation clips", fix))
+    return found
+
+
+def _stage_problems(info: DatasetInfo, stages: Iterable[PlannedStage]) -> list[Problem]:
+    found = []
+    for stage in stages:
+        frames, stride, where = stage.config.frames, info.temporal_stride, f"recipe.stages.{stage.name}.frames"
+        if frames < 1:
+            continue  # reported as a value already
+        if (frames - 1) % stride:
+            nearest = round((frames - 1) / stride) * stride + 1
+            found.append(
+                Problem(where, str(frames), f"a multiple of {stride} plus 1, as {info.codec} has that stride", f"{where}={nearest}")
+            )
+        clips = sum(info.clips.values())
+        if clips and info.raw_frames < frames * clips:
+            longest = info.raw_frames // clips
+            rule = f"at most what the clips hold: {longest} frames each on average"
+            found.append(Problem(where, str(frames), rule, f"{where}={max(0, (longest - 1) // stride) * stride + 1}, or longer clips"))
+    return found

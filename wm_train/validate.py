@@ -1,0 +1,226 @@
+"""The rules that types cannot state. All of them are checked and all problems reported at once, before Ray or torch is imported.
+
+Choices are read from the builder tables' source, so that this file knows every objective and backbone without importing torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from launch import LAUNCHERS
+from wm_train import curriculum
+from wm_train.compose import Problem
+from wm_train.config import ModelConfig, RunConfig, StageConfig
+from wm_train.data_rules import data_problems
+from wm_train.mesh_rules import batch_problems, mesh_problems
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
+MOST = 10**9  # beyond any run; catches a slipped exponent
+
+Rule = tuple[str, Callable[[Any], bool], str]  # key, what must hold, the same in words
+
+
+def problems_of(config: RunConfig) -> list[Problem]:
+    """Everything that is wrong with `config`, in the order of its keys; empty if nothing is."""
+    found = [
+        *_run_problems(config),
+        *_stage_list_problems(config),
+        *(problem for name, stage in config.recipe.stages.items() for problem in _stage_problems(name, stage)),
+        *_model_problems(config.model),
+        *_check("data.", config.data, (*_counts("prefetch"), _one_of("bad_shard", ("fail", "quarantine")))),
+        *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), _one_of("name", backends()))),
+        *_launcher_problems(config),
+        *_check("tracker.", config.tracker, (_one_of("name", ("mlflow", "none")), ("experiment", bool, "a name"))),
+        *_check(
+            "trainer.", config.trainer, (*_counts("checkpoint_every", "keep_last", "log_every", "sample_steps"), *_counts("samples", low=0))
+        ),
+        *_check("parallel.", config.parallel, (_one_of("precision", ("fp32", "bf16")),)),
+    ]
+    mesh = mesh_problems(config)
+    found += mesh
+    try:
+        stages = curriculum.plan(config)
+    except ValueError:  # already reported by _stage_list_problems
+        stages = ()
+    if not mesh:
+        found += batch_problems(config, [stage.name for stage in stages])
+    return found + data_problems(config, stages) + _inherit_problems(config, stages)
+
+
+def table(file: str, name: str) -> tuple[str, ...]:
+    """The keys of the dict literal (or the items of the tuple) `name` in wm_train/<file>, read without importing it."""
+    path = Path(__file__).parent / file
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id == name:
+            assert isinstance(node, ast.Assign | ast.AnnAssign)
+            assert isinstance(node.value, ast.Dict | ast.Tuple), f"{name} in {path} must be a literal table"
+            items = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+            return tuple(item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str))
+    raise AssertionError(f"no table {name} in {path}")
+
+
+def backends() -> tuple[str, ...]:
+    """Built-in back ends and those that installed packages add."""
+    return (*table("backends/__init__.py", "BACKENDS"), *(point.name for point in entry_points(group="wm_train.backends")))
+
+
+def _run_problems(config: RunConfig) -> list[Problem]:
+    rules: tuple[Rule, ...] = (
+        ("name", lambda value: bool(NAME.fullmatch(value)), "letters, digits, '.', '_' and '-', as it names a folder"),
+        ("out", bool, "a folder"),
+        ("seed", lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
+    )
+    return list(_check("", config, rules))
+
+
+def _stage_list_problems(config: RunConfig) -> list[Problem]:
+    """Names, order, the selection and what is inherited within the recipe."""
+    stages = config.recipe.stages
+    if not stages:
+        return [Problem("recipe.stages", "none", "at least one stage", "recipe=demo")]
+    found = []
+    for name in stages:
+        if not NAME.fullmatch(name) or name == "all" or name.isdigit():
+            rule = "a name of letters, digits, '.', '_' and '-' that is neither a number nor all"
+            found.append(Problem(f"recipe.stages.{name}", repr(name), rule, "rename it"))
+        if stages[name].inherit == "":
+            found.append(Problem(f"recipe.stages.{name}.inherit", "''", "previous, a checkpoint directory or null", "null"))
+    indices = [stage.index for stage in stages.values()]
+    for name, stage in stages.items():
+        if stage.index < 1 or indices.count(stage.index) > 1:
+            others = [other for other in stages if other != name and stages[other].index == stage.index]
+            got = f"{stage.index}" + (f", as {', '.join(others)} has" if others else "")
+            found.append(Problem(f"recipe.stages.{name}.index", got, "a number of its own, from 1", f"{max(max(indices), 0) + 1}"))
+    try:
+        for name in curriculum.select(config.recipe, config.stage):
+            curriculum.source_of(config, name)
+    except ValueError as error:
+        found.append(_split("stage", str(error)))
+    return found
+
+
+def _split(where: str, message: str) -> Problem:
+    """One of our own messages (`<what>: got <value>, expected <rule>. Fix: <command>`) as a Problem."""
+    what, _, rest = message.partition(": got ")
+    got, _, rest = rest.partition(", expected ")
+    rule, _, fix = rest.partition(". Fix: ")
+    return Problem(what.split(" ")[0] or where, got, rule, fix)
+
+
+def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
+    where = f"recipe.stages.{name}."
+    optimizer = stage.optimizer
+    betas = lambda pair: all(0 <= beta < 1 for beta in pair)  # noqa: E731 - one of many rules in a table
+    return [
+        *_check(where, stage, (*_counts("frames", "steps", "global_batch"), _one_of("inherit_weights", ("ema", "raw")))),
+        *_check(
+            where + "objective.",
+            stage.objective,
+            (
+                _one_of("name", table("objectives/__init__.py", "OBJECTIVES")),
+                ("sigma_mean", math.isfinite, "a finite number"),
+                *_positive("sigma_std", "flow_shift"),
+                *_shares("image_condition", "camera_dropout", "text_dropout"),
+            ),
+        ),
+        *_check(
+            where + "optimizer.",
+            optimizer,
+            (
+                _one_of("name", table("optim/adamw.py", "OPTIMIZERS")),
+                ("lr", lambda value: 0 < value <= 10, "more than 0 and at most 10"),
+                ("betas", betas, "both at least 0 and less than 1"),
+                *_positive("eps", "clip_norm"),
+                ("weight_decay", lambda value: 0 <= value < math.inf, "0 or more"),
+                ("warmup_steps", lambda value: 0 <= value <= max(stage.steps, 0), f"0 to the stage's {stage.steps} steps"),
+                _one_of("schedule", table("optim/schedule.py", "SCHEDULES")),
+                ("ema_decay", lambda value: 0 <= value < 1, "at least 0 (no average) and less than 1"),
+            ),
+        ),
+    ]
+
+
+def _model_problems(model: ModelConfig) -> list[Problem]:
+    found = list(
+        _check(
+            "model.",
+            model,
+            (
+                _one_of("name", table("models/__init__.py", "MODELS")),
+                *_counts("latent_channels", "depth", "width", "heads", "softmax_every", "conv_kernel", "patch_size"),
+                *_counts("text_width", low=0),
+                *_positive("ffn_ratio"),
+            ),
+        )
+    )
+    step = 8 if model.camera else 2  # UCPE rotates the head in groups of eight, time in pairs
+    if not found and model.width % (model.heads * step):
+        nearest = model.heads * step * max(1, round(model.width / (model.heads * step)))
+        rule = f"a multiple of heads x {step} = {model.heads * step}, so that each head has a multiple of {step}"
+        found.append(Problem("model.width", str(model.width), rule, f"model.width={nearest}"))
+    return found
+
+
+def _launcher_problems(config: RunConfig) -> list[Problem]:
+    launcher = config.launcher
+    found = list(
+        _check(
+            "launcher.",
+            launcher,
+            (_one_of("name", tuple(LAUNCHERS)), *_counts("workers", "cpus_per_worker"), *_counts("max_restarts", low=0)),
+        )
+    )
+    if launcher.name == "inline" and launcher.workers > 1:
+        found.append(Problem("launcher.workers", str(launcher.workers), "1 with launcher=inline", "launcher.workers=1, or launcher=ray"))
+    return found
+
+
+def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStage]) -> list[Problem]:
+    """Weights to start from must exist, unless an earlier stage of this very command makes them or the stage is to be resumed."""
+    found = []
+    planned: list[str] = []
+    for stage in stages:
+        planned.append(stage.name)
+        if stage.source is None or stage.source.stage in planned or (config.resume and _has_checkpoint(stage.checkpoints)):
+            continue
+        if not _has_checkpoint(stage.source.checkpoints):
+            first = (
+                f"train it first: stage={stage.source.stage}, or both: stage=all" if stage.source.stage else "the folder that holds step_*"
+            )
+            rule = "a folder with checkpoints (step_*)"
+            found.append(Problem(f"recipe.stages.{stage.name}.inherit", f"none in {stage.source.checkpoints}", rule, first))
+    return found
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.name.startswith("step_") and "." not in entry.name for entry in folder.iterdir())
+
+
+def _check(where: str, section: Any, rules: Iterable[Rule]) -> Iterable[Problem]:
+    for key, holds, words in rules:
+        value = getattr(section, key)
+        if not holds(value):
+            yield Problem(where + key, repr(value), words)
+
+
+def _counts(*keys: str, low: int = 1) -> tuple[Rule, ...]:
+    return tuple((key, lambda value: low <= value <= MOST, f"a whole number from {low} to {MOST:,}") for key in keys)
+
+
+def _positive(*keys: str) -> tuple[Rule, ...]:
+    return tuple((key, lambda value: 0 < value < math.inf, "a finite number above 0") for key in keys)
+
+
+def _shares(*keys: str) -> tuple[Rule, ...]:
+    return tuple((key, lambda value: 0 <= value <= 1, "a share from 0 to 1") for key in keys)
+
+
+def _one_of(key: str, choices: tuple[str, ...]) -> Rule:
+    return key, lambda value: value in choices, f"one of {', '.join(choices)}"
