@@ -25,11 +25,16 @@ COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=np.float64) / np.s
 class LatentCodec(Protocol):
     """Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1) / temporal_stride + 1."""
 
-    name: str
-    options: Mapping[str, Any]
-    channels: int
-    temporal_stride: int
-    spatial_stride: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def temporal_stride(self) -> int: ...
+    @property
+    def spatial_stride(self) -> int: ...
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 

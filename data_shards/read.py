@@ -1,0 +1,248 @@
+"""Open a data set and read exactly what is asked for: byte ranges through fsspec, every latent frame checked by its own crc32c.
+
+Nothing is decoded but raw little-endian numbers whose dtype, shape and position the index gives; no header from a shard is trusted, and
+nothing is ever unpickled. A failure is one DataError naming shard, key and field.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.files import array_from_bytes, crc32c, npy_header
+from data_shards.schema import (
+    FIELDS,
+    ITEM_BYTES,
+    SHARD_PATTERN,
+    SPLITS,
+    TIME_SHARDED,
+    ClipEntry,
+    DataError,
+    DatasetInfo,
+    MemberEntry,
+    check_key,
+    expected_shape,
+    info_from_json,
+)
+
+MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
+
+
+@dataclass(frozen=True)
+class Clip:
+    """latents [t, C, h, w] float32 as the codec made them (not normalised); the rest whole: c2w [F,4,4] and intrinsics [F,4] float64,
+    controls [T,A] float32. Members that the data set lacks are None."""
+
+    entry: ClipEntry
+    latents: NDArray[np.float32]
+    c2w: NDArray[np.float64] | None
+    intrinsics: NDArray[np.float64] | None
+    controls: NDArray[np.float32] | None
+
+
+class ClipTable(Sequence[ClipEntry]):
+    """The clips of one split, made one by one from columns: a million clips cost columns, not a million objects."""
+
+    def __init__(self, columns: Any, rows: NDArray[np.int64]) -> None:
+        self._columns, self._rows = columns, rows
+
+    @property
+    def latent_frames(self) -> NDArray[np.int64]:
+        """[clips] T of each clip."""
+        return self._columns["latent_frames"].to_numpy()[self._rows].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        row = int(self._rows[index])
+        return entry_at(self._columns, row)
+
+    def __iter__(self) -> Iterator[ClipEntry]:
+        return (self[i] for i in range(len(self)))
+
+
+def entry_at(columns: Any, row: int) -> ClipEntry:
+    key, shard, episode, split, latent_frames, raw_frames = (columns[name][row].as_py() for name in columns.column_names)
+    return ClipEntry(key, row, shard, episode, split, latent_frames, raw_frames)
+
+
+class ClipDataset:
+    """Made by `open_dataset`. Safe to use from several threads."""
+
+    def __init__(self, path: str, filesystem: Any, root: str, info: DatasetInfo, index: Any) -> None:
+        self.path, self.info = path, info
+        self._fs, self._root, self._index = filesystem, root, index
+        self._columns = index.read(columns=["key", "shard", "episode", "split", "latent_frames", "raw_frames"]).combine_chunks()
+        splits = self._columns["split"].to_numpy()
+        self._rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
+        group_rows = [index.metadata.row_group(i).num_rows for i in range(index.metadata.num_row_groups)]
+        self._group_ends = np.cumsum(group_rows).tolist()
+        # per instance, so two data sets never share entries; a row group is some hundred kilobytes
+        self._group = lru_cache(maxsize=64)(self._read_group)
+
+    def clips(self, split: str) -> ClipTable:
+        if split not in SPLITS:
+            raise DataError(f"split: got {split!r}, expected one of {SPLITS} (data set {self.path})")
+        return ClipTable(self._columns, self._rows[split])
+
+    def find(self, key: str) -> ClipEntry:
+        import pyarrow.compute as pc
+
+        row = pc.index(self._columns["key"], key).as_py()
+        if row < 0:
+            raise DataError(f"clip: got key {key!r}, expected one of the {len(self._columns)} keys of {self.path}")
+        return entry_at(self._columns, row)
+
+    def members(self, entry: ClipEntry) -> dict[str, MemberEntry]:
+        """field -> where it lies, checked against the allow-list and dataset.json."""
+        group = bisect.bisect_right(self._group_ends, entry.row)
+        start = self._group_ends[group - 1] if group else 0
+        found: dict[str, MemberEntry] = {}
+        for raw in self._group(group)[entry.row - start].as_py():
+            member = MemberEntry(**{**raw, "shape": tuple(raw["shape"]), "row_crc32c": tuple(raw["row_crc32c"])})
+            check_member(member, entry, self.info, duplicate=member.field in found)
+            found[member.field] = member
+        if TIME_SHARDED not in found:
+            raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {TIME_SHARDED}). Fix: encode again")
+        return found
+
+    def read(self, key: str | ClipEntry, frames: tuple[int, int] | None = None) -> Clip:
+        """A clip's latent frames [start, stop) and its replicated members whole.
+
+        Raises:
+            DataError: an unknown key, frames outside the clip, missing or changed bytes.
+        """
+        entry = self.find(key) if isinstance(key, str) else key
+        start, stop = frames or (0, entry.latent_frames)
+        members = self.members(entry)
+        c2w, intrinsics, controls = (
+            self.whole(entry, members[field]) if field in members else None for field in ("c2w.npy", "intrinsics.npy", "controls.npy")
+        )
+        return Clip(entry, self.rows(entry, members[TIME_SHARDED], start, stop), c2w, intrinsics, controls)
+
+    def rows(self, entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of a time-sharded member, as float32: one range read of just these bytes, each row verified."""
+        if not 0 <= start <= stop <= member.shape[0]:
+            raise DataError(f"latent frames: got {start}:{stop}, expected a range inside 0:{member.shape[0]} (key {entry.key})")
+        shape = (stop - start, *member.shape[1:])
+        if start == stop:
+            return np.empty(shape, np.float32)
+        size = member.row_bytes
+        data = self._range(entry, member, member.data_offset + start * size, (stop - start) * size)
+        for i in range(start, stop):
+            if crc32c(memoryview(data)[(i - start) * size : (i - start + 1) * size]) != member.row_crc32c[i]:
+                raise DataError(f"checksum: got other bytes than were written {where(entry, member)}, latent frame {i}. Fix: {REPAIR}")
+        array = array_from_bytes(data, member.dtype, shape).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise DataError(f"latents: got NaN or infinite values {where(entry, member)}, frames {start}:{stop}. Fix: encode again")
+        return array
+
+    def whole(self, entry: ClipEntry, member: MemberEntry) -> NDArray[Any]:
+        """A replicated member, header and all, verified."""
+        data = self._range(entry, member, member.offset, member.length)
+        header = member.data_offset - member.offset
+        if crc32c(data) != member.crc32c:
+            raise DataError(f"checksum: got other bytes than were written {where(entry, member)}. Fix: {REPAIR}")
+        if member.field != "json" and data[:header] != npy_header(member.dtype, member.shape):
+            raise DataError(f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}")
+        return array_from_bytes(data[header:], member.dtype, member.shape)
+
+    def description(self, entry: ClipEntry) -> dict[str, Any]:
+        """The clip's `json` member."""
+        return dict(json.loads(self.whole(entry, self.members(entry)["json"]).tobytes()))
+
+    def _range(self, entry: ClipEntry, member: MemberEntry, start: int, length: int) -> bytes:
+        try:
+            data = bytes(self._fs.cat_file(f"{self._root}/{entry.shard}", start=start, end=start + length))
+        except (OSError, ValueError) as error:
+            raise DataError(f"shard: cannot read {type(error).__name__}: {error} {where(entry, member)}. Fix: {REPAIR}") from error
+        if len(data) != length:
+            raise DataError(f"shard: got {len(data)} bytes, expected {length} from byte {start} {where(entry, member)}. Fix: {REPAIR}")
+        return data
+
+    def _read_group(self, group: int) -> Any:
+        try:
+            return self._index.read_row_group(group, columns=["members"])["members"]
+        except OSError as error:
+            raise DataError(f"index: cannot read row group {group} of {self.path}/index.parquet ({error}). Fix: encode again") from error
+
+
+REPAIR = "copy the shard again, or encode again; `python -m data_shards.verify` lists all damage"
+
+
+def where(entry: ClipEntry, member: MemberEntry) -> str:
+    return f"(shard {entry.shard}, key {entry.key}, field {member.field})"
+
+
+def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, duplicate: bool) -> None:
+    """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and sizes agree."""
+    problem = ""
+    if not SHARD_PATTERN.fullmatch(entry.shard):
+        problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar"
+    elif duplicate:
+        problem = "got this field twice"
+    elif member.field not in FIELDS or member.dtype not in FIELDS[member.field][1]:
+        problem = f"got field {member.field!r} of dtype {member.dtype!r}, expected one of {sorted(FIELDS)}"
+    else:
+        expected = expected_shape(info, member.field, entry)
+        agrees = len(member.shape) == len(expected) and all(e in (None, n) and n >= 0 for n, e in zip(member.shape, expected))
+        count = int(np.prod(member.shape, dtype=np.float64)) * ITEM_BYTES[member.dtype]
+        header = member.data_offset - member.offset
+        if not agrees:
+            problem = f"got shape {member.shape}, expected {expected}"
+        elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
+            problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
+        elif member.field == TIME_SHARDED and len(member.row_crc32c) != member.shape[0]:
+            problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
+    if problem:
+        raise DataError(f"index: {problem} {where(entry, member)}. Fix: encode again")
+    check_key(entry.key)
+
+
+def open_dataset(path: str) -> ClipDataset:
+    """Open a local folder or an fsspec URL (s3://…, gs://…, https://…).
+
+    Raises:
+        DataError: no dataset.json there, one that this version cannot read, or an index that does not belong to it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"data.path: got {path!r}, expected a folder or a URL that fsspec opens ({error})") from error
+    root = root.rstrip("/")
+    try:
+        text = filesystem.cat_file(f"{root}/dataset.json").decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"data.path: got {path}, which holds no dataset.json, expected a finished data set. "
+            f"Fix: python -m data_shards.encode source=<recording> out={path}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again") from error
+    info = info_from_json(text, f"{path}/dataset.json")
+    try:
+        size = filesystem.size(f"{root}/index.parquet")
+        if size != info.index_bytes:
+            raise DataError(f"index: got {size} bytes, expected {info.index_bytes} ({path}/index.parquet). Fix: copy it again")
+        index = pq.ParquetFile(filesystem.open(f"{root}/index.parquet", "rb"), page_checksum_verification=True)
+        dataset = ClipDataset(path, filesystem, root, info, index)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"index: cannot read {path}/index.parquet ({error}). Fix: copy it again or encode again") from error
+    found = {split: len(dataset.clips(split)) for split in SPLITS}
+    if found != dict(info.clips):
+        raise DataError(f"index: got {found} clips, expected {dict(info.clips)} as dataset.json says ({path}). Fix: encode again")
+    return dataset

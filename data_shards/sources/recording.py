@@ -1,0 +1,56 @@
+"""A folder made by `python -m data_shards.record`, as a source of clips."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.files import crc32c, read_json
+from data_shards.schema import DataError, check_key
+from data_shards.sources import ClipContent, SourceClip
+
+
+class RecordingSource:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        facts = read_json(folder / "recording.json", "recording")
+        try:
+            self.fps, self.metres_per_unit = float(facts["fps"]), float(facts["metres_per_unit"])
+            buttons, mouse = list(facts["button_names"]), list(facts["mouse_names"])
+            self.control_names = tuple(buttons + mouse)
+            self.control_sums = (False,) * len(buttons) + (True,) * len(mouse)
+            width, height = int(facts["options"]["width"]), int(facts["options"]["height"])
+            self._checksums = {clip["key"]: clip["crc32c"] for clip in facts["clips"]}
+            self.clips = tuple(
+                SourceClip(check_key(clip["key"]), check_key(clip["episode"]), int(clip["frames"]), height, width)
+                for clip in facts["clips"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"recording: {folder / 'recording.json'} lacks or misstates {error}. Fix: record it again") from error
+        digest = hashlib.sha256(repr(sorted(self._checksums.items())).encode()).hexdigest()[:16]
+        self.description = f"recording {facts['source']} {facts['options']} content {digest}"
+
+    def load(self, clip: SourceClip) -> ClipContent:
+        video, c2w, intrinsics, buttons, mouse = (self.array(clip.key, name) for name in ("video", "c2w", "intrinsics", "buttons", "mouse"))
+        controls = np.concatenate([buttons.astype(np.float32), mouse.astype(np.float32)], axis=1)
+        return ClipContent(video, c2w, intrinsics, controls)
+
+    def array(self, key: str, name: str) -> NDArray[Any]:
+        """One array of a clip (also `depth`), verified.
+
+        Raises:
+            DataError: a missing file or one whose bytes are not those recorded.
+        """
+        path = self.folder / "clips" / key / f"{name}.npy"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"recording: cannot read {path} ({error.strerror}), expected it for clip {key}. Fix: record again") from error
+        if crc32c(data) != self._checksums[key][name]:
+            raise DataError(f"recording: got other bytes in {path} than were recorded (clip {key}, {name}). Fix: record again")
+        return np.load(io.BytesIO(data), allow_pickle=False)
