@@ -14,15 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def run_ranks() -> Callable[..., None]:
-    """run_ranks(count, script, *arguments): run a script as `count` ranks, with the environment every launcher sets; all must succeed."""
+    """run_ranks(count, *command): run `python <command>` as `count` ranks with the environment launchers set; all must succeed."""
 
-    def run(count: int, script: str, *arguments: object, timeout: float = 120) -> None:
+    def run(count: int, *arguments: object, timeout: float = 120) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
+        command = [sys.executable, *map(str, arguments)]
         ranks = [
             subprocess.Popen(
                 command,

@@ -1,0 +1,88 @@
+"""The rules of the house that a script can see: one-way imports, models that know no ranks, files that fit in a head."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("wm_train", "parallel", "data_shards", "launch")
+MAY_IMPORT = {"wm_train": set(OURS), "parallel": {"parallel"}, "data_shards": {"data_shards"}, "launch": {"launch"}}
+SILENT_ABOUT_RANKS = ("wm_train/models", "wm_train/objectives", "wm_train/conditioning")
+FORBIDDEN = re.compile(r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE)
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every module that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_imports_point_one_way(package):
+    wrong = {str(p.relative_to(ROOT)): found for p in sources(package) if (found := imported(p) & set(OURS) - MAY_IMPORT[package])}
+    assert not wrong
+
+
+def test_models_objectives_and_conditioning_know_no_ranks_and_no_devices():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sources(*SILENT_ABOUT_RANKS)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if FORBIDDEN.search(line)
+    ]
+    assert not wrong
+
+
+def test_the_rank_rule_can_fail():
+    assert FORBIDDEN.search("if rank == 0:")
+    assert not FORBIDDEN.search("the frank distance of a meshed rankle")
+
+
+def test_no_file_is_longer_than_400_lines():
+    long = {str(p.relative_to(ROOT)): n for p in sources(*OURS, "tests") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_tests_are_no_package():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_configs_have_no_stage_folder():
+    assert not (ROOT / "configs" / "stage").exists(), "Hydra rejects stage=3 when configs/stage exists"
+
+
+@pytest.mark.parametrize("module", ["wm_train.launch", "data_shards.record", "data_shards.encode"])
+def test_help_is_instant(module, run_python):
+    """Help must not pay for torch, Ray, MLflow or a game engine."""
+    heavy = ("torch", "ray", "mlflow", "vizdoom", "av", "diffusers", "pyarrow")
+    code = (
+        f"import sys, runpy; sys.argv = ['{module}', '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
+        f"except SystemExit as e: assert not e.code, e.code\n"
+        f"print('HEAVY', [m for m in {heavy!r} if m in sys.modules])"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("HEAVY []"), done.stdout[-300:]
+
+
+@pytest.fixture
+def run_python():
+    import sys
+
+    def run(code: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+    return run

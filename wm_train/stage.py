@@ -1,0 +1,91 @@
+"""One stage on one process: data set, mesh and shapes, opened together and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from data_shards.load import Batch, ClipLoader
+from data_shards.read import ClipDataset, open_dataset
+from data_shards.schema import latent_frame_count
+from parallel.layout import ClipLayout
+from parallel.mesh import Mesh, MeshDegrees, build_mesh
+from parallel.sequence import SequenceShard, make_sequence
+from wm_train.backends import Backend
+from wm_train.conditioning import Conditions
+from wm_train.config import RunConfig, StageConfig
+from wm_train.curriculum import ordered
+from wm_train.noise import NoiseKey
+from wm_train.state import SetupError
+from wm_train.world import World
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage on this process: what does not change from step to step."""
+
+    run: RunConfig
+    config: StageConfig
+    backend: Backend
+    world: World
+    mesh: Mesh
+    dataset: ClipDataset
+    latent_frames: int  # T
+    noise: NoiseKey
+
+
+def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
+    """The data set, the mesh and the shapes of this stage, checked against each other."""
+    config = run.recipe.stages[run.stage]
+    dataset = open_dataset(run.data.path)
+    degrees = MeshDegrees.from_config(run.parallel, world.size, run.model.heads)
+    mesh = build_mesh(degrees, backend.device.type)
+    if config.global_batch % mesh.data_size:
+        nearest = mesh.data_size * max(1, config.global_batch // mesh.data_size)
+        raise SetupError(
+            f"batch: got global_batch {config.global_batch}, expected a multiple of the {mesh.data_size} data-parallel members "
+            f"(key recipe.stages.{run.stage}.global_batch). Fix: global_batch={nearest}"
+        )
+    frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
+    place = ordered(run.recipe).index(run.stage)
+    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place))
+
+
+def open_loader(stage: Stage, split: str, global_batch: int, first_step: int = 0) -> ClipLoader:
+    """This process's rows and frames of the global batches from `first_step` on."""
+    share = stage.mesh.frames(stage.latent_frames)
+    each = global_batch // stage.mesh.data_size
+    return ClipLoader(
+        stage.dataset,
+        split=split,
+        seed=stage.run.seed,
+        stage=stage.noise.stage,
+        global_batch=global_batch,
+        rows=range(stage.mesh.data_index * each, (stage.mesh.data_index + 1) * each),
+        frames=(share.start, share.stop),
+        clip_frames=stage.latent_frames,
+        start_step=first_step,
+        prefetch=stage.run.data.prefetch,
+    )
+
+
+def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
+    """The seam of this batch: its layout and this process's share of the frames."""
+    layout = ClipLayout(stage.latent_frames, valid_frames=tuple(batch.valid_frames.tolist()))
+    return make_sequence(layout, stage.mesh)
+
+
+def conditions_of(stage: Stage, batch: Batch) -> Conditions:
+    info = stage.dataset.info
+    return Conditions(
+        image_size=(info.image_height, info.image_width),
+        temporal_stride=info.temporal_stride,
+        c2w=batch.c2w,
+        intrinsics=batch.intrinsics,
+        controls=batch.controls,
+    )
+
+
+def on_device(stage: Stage, batch: Batch) -> Batch:
+    """The batch with its tensors where the model is."""
+    names = ("latents", "c2w", "intrinsics", "controls", "draws")
+    return replace(batch, **{name: getattr(batch, name).to(stage.backend.device, non_blocking=True) for name in names})
