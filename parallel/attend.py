@@ -1,19 +1,23 @@
 """attend: softmax attention over the whole clip when every member holds only its own frames.
 
 USP = Ulysses × ring. Ulysses turns "all heads, some frames" into "some heads, all frames of this ring member"; the ring then passes key
-and value blocks round, and partial results are merged by their log-sum-exp. Ring 1 is plain Ulysses, ulysses 1 a plain ring.
+and value blocks round. Ring 1 is plain Ulysses, Ulysses 1 a plain ring, both 1 the local kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from parallel import ring, ulysses
 from parallel.comm import Member, Program
-from parallel.layout import ClipLayout
-from parallel.masks import AttentionMask, tiles
+from parallel.layout import ClipLayout, FrameRange
+from parallel.masks import AttentionMask
 from parallel.reference import Kernels
+
+Frames = Heads = tuple[FrameRange, ...]
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,41 @@ class AttendVerb:
     layout: ClipLayout
     mask: AttentionMask
     kernels: Kernels
+    heads: int
+    key_heads: int
     name = "attend"
 
-    def forward(self, member: Member, *tensors: Tensor | None) -> Program:
-        q, k, v = tensors
-        mine = self.layout.split(member.size)[member.index]
-        pieces = tiles(self.layout, self.mask, mine, mine)
-        out, lse = self.kernels.block_attention(q, k, v, pieces)
-        return (out,), (q, k, v, out, lse), None
-        yield
+    def _plan(self, member: Member) -> tuple[list[int], Frames, Heads, Heads, ring.HeadSpans]:
+        """Frames of each Ulysses member of my ring member; frames of each ring member; query and key heads of each Ulysses member; who
+        reads which key head."""
+        held = self.layout.split(member.size)
+        groups = [held[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
+        queries, keys = ulysses.deal_heads(self.heads, self.key_heads, member.ulysses)
+        spans = ulysses.head_spans(queries[member.ulysses_index], self.heads // self.key_heads)
+        ranges = tuple(FrameRange(g[0].start, g[-1].stop) for g in groups)
+        return [len(r) for r in groups[member.ring_index]], ranges, queries, keys, spans
 
-    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: None, grads: tuple[Tensor | None, ...]) -> Program:
-        q, k, v, out, lse = kept
-        mine = self.layout.split(member.size)[member.index]
-        pieces = tiles(self.layout, self.mask, mine, mine)
-        if grads[0] is None:
-            return None, None, None
-        dq, dk, dv = self.kernels.block_attention_backward(grads[0], q, k, v, out, lse, pieces)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-        yield
+    def forward(self, member: Member, *tensors: Tensor | None) -> Program:
+        q, k, v = (x for x in tensors if x is not None)
+        frames, ranges, queries, keys, spans = self._plan(member)
+        # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D], for q, k and v in one all-to-all
+        q, k, v = yield from ulysses.to_heads(member, frames, [q, k, v], [queries, keys, keys])
+        out, lse = yield from ring.forward(member, self.layout, self.mask, self.kernels, ranges, spans, q, k, v)
+        out = out.to(q.dtype)
+        # [B, T·U/P, S, H/U, D] -> [B, T/P, S, H, D]
+        result = yield from ulysses.to_frames(member, frames, [out], [queries])
+        return tuple(result), (q, k, v, out, lse), None
+
+    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: Any, grads: tuple[Tensor | None, ...]) -> Program:
+        q, k, v, out, lse = (x for x in kept if x is not None)
+        frames, ranges, queries, keys, spans = self._plan(member)
+        grad = grads[0]
+        if grad is None:  # members must agree on collectives even if one of them has no use for its result
+            grad = out.new_zeros(out.shape[0], frames[member.ulysses_index], out.shape[2], self.heads, out.shape[4])
+        # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D]
+        (grad,) = yield from ulysses.to_heads(member, frames, [grad], [queries])
+        dq, dk, dv = yield from ring.backward(member, self.layout, self.mask, self.kernels, ranges, spans, grad, (q, k, v, out, lse))
+        narrow = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
+        # [B, T·U/P, S, H/U, D] -> [B, T/P, S, H, D], for dq, dk and dv in one all-to-all
+        result = yield from ulysses.to_frames(member, frames, narrow, [queries, keys, keys])
+        return tuple(result)

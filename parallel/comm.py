@@ -51,6 +51,8 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `pack`: views of `flat` with the shapes and dtypes of `like` (meta tensors)."""
     same = len({x.dtype for x in like}) == 1
+    if not same and flat.data_ptr() % 8:
+        flat = flat.clone()  # views of wider dtypes need an aligned start
     order = range(len(like)) if same else sorted(range(len(like)), key=lambda i: -like[i].element_size())
     out: list[Tensor] = [flat] * len(like)
     cursor = 0
@@ -92,6 +94,31 @@ class Traffic:
         self.sent[label] = self.sent.get(label, 0) + count
 
 
+def sent_bytes(request: AllGather | Exchange, member: Member) -> int:
+    """Bytes that a member sends to others for one request."""
+    index, length = {
+        "sequence": (member.index, member.size),
+        "ulysses": (member.ulysses_index, member.ulysses),
+        "ring": (member.ring_index, member.ring),
+    }[request.axis]
+    if isinstance(request, AllGather):
+        return request.tensor.numel() * request.tensor.element_size() * (length - 1)
+    return sum(part.numel() * part.element_size() for j, part in enumerate(request.parts) if j != index)
+
+
+@dataclass
+class Tape:
+    """Results of collectives, kept by a checkpointed forward pass and played back when it is run again in backward."""
+
+    answers: list[Any] = field(default_factory=list)
+    replaying: bool = False
+    cursor: int = 0
+
+    def next(self) -> Any:
+        self.cursor += 1
+        return self.answers[self.cursor - 1]
+
+
 class Verb(Protocol):
     """One of the four verbs with all its static facts: equal on every member, and therefore safe to compare."""
 
@@ -107,9 +134,18 @@ class Verb(Protocol):
 
 
 class Communicator(Protocol):
-    """Hosts members of one sequence group."""
+    """Hosts members of one sequence group.
+
+    joined: several members share one graph node, which then keeps its tensors itself: hooks on saved tensors belong to one member's thread.
+    """
 
     members: tuple[Member, ...]
+    joined: bool
+    tape: Tape | None
+
+    def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a verb as one differentiable operation, from this member's view."""
+        ...
 
     def run(self, label: str, programs: list[Program]) -> list[Any]:
         """Drive one program per hosted member to its end and return their results in member order."""
@@ -120,6 +156,11 @@ class SoloComm:
     """The one-device case: a single member that never needs a collective."""
 
     members = (Member(),)
+    joined = False
+    tape: Tape | None = None
+
+    def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return apply(self, verb, *tensors)
 
     def run(self, label: str, programs: list[Program]) -> list[Any]:
         assert len(programs) == 1
@@ -139,17 +180,22 @@ class _Phases(torch.autograd.Function):
         ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
         device = next(x.device.type for x in tensors if x is not None)
         with torch.autocast(device, enabled=False):
-            programs = [verb.forward(m, *tensors[i * ctx.count : (i + 1) * ctx.count]) for i, m in enumerate(comm.members)]
+            own = ctx.count
+            programs = [verb.forward(m, *tensors[i * own : (i + 1) * own]) for i, m in enumerate(comm.members)]
             results = comm.run(f"{verb.name} forward", programs)
         ctx.kept_counts = [len(kept) for _, kept, _ in results]
         ctx.facts = [facts for *_, facts in results]
-        ctx.save_for_backward(*(x for _, kept, _ in results for x in kept))
+        kept = [x for _, group, _ in results for x in group]
+        if comm.joined:
+            ctx.kept = [None if x is None else x.detach() for x in kept]
+        else:
+            ctx.save_for_backward(*kept)
         ctx.device = device
         return tuple(x for outputs, *_ in results for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        members, saved = ctx.comm.members, list(ctx.saved_tensors)
+        members, saved = ctx.comm.members, list(ctx.kept if ctx.comm.joined else ctx.saved_tensors)
         width, programs = len(grads) // len(members), []
         with torch.autocast(ctx.device, enabled=False):
             for i, member in enumerate(members):

@@ -143,8 +143,7 @@ class ScanVerb:
             local, to_start = self.kernels.local_adjoint(stream, mine, self.reverse, *starts[i], g, from_right[i], from_left[i])
             out += [x.to(like.dtype) for x, like in zip(local, stream)]
             if self.continued:  # the whole gradient goes to the member with frame 0: members' gradients are summed
-                assert to_start is not None
-                initial.append(to_start if member.index == 0 else torch.zeros_like(to_start))
+                initial.append(to_start if member.index == 0 else _zeros_like_states(stream)[:, :0].sum(1))
         return (*out, *initial)
 
 

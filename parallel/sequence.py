@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel.attend import AttendVerb
 from parallel.clip_mean import MeanVerb
-from parallel.comm import Communicator, Member, SoloComm, apply
+from parallel.comm import Communicator, SoloComm
 from parallel.gdn_scan import Reverse, ScanOutput, ScanVerb
 from parallel.halo import HaloVerb
 from parallel.layout import ClipLayout, FrameRange, halo_limits
@@ -30,6 +30,9 @@ class SequenceShard(Protocol):
 
     @property
     def layout(self) -> ClipLayout: ...
+
+    @property
+    def comm(self) -> Communicator: ...
 
     @property
     def frames(self) -> FrameRange:
@@ -64,29 +67,29 @@ class SequenceShard(Protocol):
         ...
 
 
-class LocalSequence:
-    """The whole clip on one device."""
+class GroupSequence:
+    """The verbs for one member of a sequence group, over any communicator."""
 
-    def __init__(self, layout: ClipLayout, kernels: Kernels = REFERENCE, comm: Communicator | None = None) -> None:
+    def __init__(self, layout: ClipLayout, comm: Communicator, kernels: Kernels = REFERENCE) -> None:
+        (member,) = comm.members
         self.layout = layout
+        self.frames = layout.split(member.size)[member.index]
+        self.comm = comm
         self.kernels = kernels
-        self._comm: Communicator = SoloComm() if comm is None else comm
-        self._member: Member = self._comm.members[0]
-        self.frames = layout.split(self._member.size)[self._member.index]
 
     @property
     def positions(self) -> Tensor:
         return torch.tensor([[self.layout.position_of(i) for i in range(self.frames.start, self.frames.stop)]], dtype=torch.int64)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
-        return apply(self._comm, AttendVerb(self.layout, mask, self.kernels), q, k, v)[0]
+        return self.comm.apply(AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]), q, k, v)[0]
 
     def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
         real = self._real(streams[0].decay)
         if real is not None:
             streams = [Stream(*(_fill(real, x, value) for x, value in zip(s, (1.0, 0.0, 0.0)))) for s in streams]  # M = I, U = 0
         verb = ScanVerb(self.layout, len(streams), reverse, initial is not None, self.kernels)
-        out = apply(self._comm, verb, *(x for s in streams for x in s), *(initial or ()))
+        out = self.comm.apply(verb, *(x for s in streams for x in s), *(initial or ()))
         return ScanOutput(list(out[: len(streams)]), list(out[len(streams) :]))
 
     def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
@@ -94,7 +97,7 @@ class LocalSequence:
         real = self._real(tensors[0])
         if real is not None:
             tensors = [_fill(real, x, 0.0) for x in tensors]
-        extended = apply(self._comm, HaloVerb(self.layout, before, after), *tensors)
+        extended = self.comm.apply(HaloVerb(self.layout, before, after), *tensors)
         t = len(self.frames)
         taps: list[list[Tensor]] = [[] for _ in tensors]
         for j in range(before + 1 + after):
@@ -116,7 +119,7 @@ class LocalSequence:
         real = self._real(value)
         if real is not None:
             weight = _fill(real, weight, 0.0)
-        return apply(self._comm, MeanVerb(), value, weight)[0]
+        return self.comm.apply(MeanVerb(), value, weight)[0]
 
     def _real(self, like: Tensor) -> Tensor | None:
         """[B, T/P] which frames are no padding; None: all."""
@@ -125,7 +128,7 @@ class LocalSequence:
         valid = torch.tensor(self.layout.valid_frames, device=like.device)
         if len(valid) != like.shape[0]:
             raise ValueError(
-                f"rows do not fit the layout: got a batch of {like.shape[0]}, expected {len(valid)}, one per valid_frames entry (SequenceShard)"
+                f"rows do not fit the layout: got a batch of {like.shape[0]}, expected {len(valid)}, one per valid_frames (SequenceShard)"
             )
         return torch.arange(self.frames.start, self.frames.stop, device=like.device)[None] < valid[:, None]
 
@@ -133,3 +136,22 @@ class LocalSequence:
 def _fill(real: Tensor, x: Tensor, value: float) -> Tensor:
     """Padding frames of x [B, T/P, …] set to a value; the select lets not even a NaN through."""
     return torch.where(real.reshape(*real.shape, *[1] * (x.dim() - 2)), x, torch.full_like(x, value))
+
+
+class LocalSequence(GroupSequence):
+    """The whole clip on one device."""
+
+    def __init__(self, layout: ClipLayout, kernels: Kernels = REFERENCE) -> None:
+        super().__init__(layout, SoloComm(), kernels)
+
+
+class SequenceMesh(Protocol):
+    """What `make_sequence` needs of a `parallel.mesh.Mesh`."""
+
+    @property
+    def comm(self) -> Communicator | None: ...
+
+
+def make_sequence(layout: ClipLayout, mesh: SequenceMesh, kernels: Kernels = REFERENCE) -> SequenceShard:
+    """This process's shard of a clip: `LocalSequence` if the mesh does not split clips, else `GroupSequence` over its sequence group."""
+    return LocalSequence(layout, kernels) if mesh.comm is None else GroupSequence(layout, mesh.comm, kernels)

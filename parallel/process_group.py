@@ -1,0 +1,71 @@
+"""Communicator over real processes: one hosted member, torch.distributed underneath (NCCL, HCCL or gloo by the groups' backend).
+
+Only two collectives are used, all-gather and all-to-all with given sizes; a neighbour exchange and a ring shift are all-to-alls whose other
+parts are empty. So point-to-point messages never mix with collectives on one communicator (a known source of hangs), and sums are made by
+us in rank order, never by the back end. The groups should be dedicated to sequence parallelism: sharing one with parameter sharding lets
+the two race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from parallel.comm import AllGather, Exchange, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
+
+
+class ProcessGroupComm:
+    """groups: the process groups of the axes "sequence" (all P, in member order), "ulysses" and "ring" that this process belongs to."""
+
+    joined = False
+
+    def __init__(self, member: Member, groups: dict[str, ProcessGroup]) -> None:
+        assert dist.get_world_size(groups["sequence"]) == member.size
+        self.members = (member,)
+        self.traffic = Traffic()
+        self.tape: Tape | None = None
+        self._groups = groups
+
+    def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return apply(self, verb, *tensors)
+
+    def run(self, label: str, programs: list[Program]) -> list[Any]:
+        (program,) = programs
+        tape = self.tape if label.endswith("forward") else None
+        answer: Any = None
+        while True:
+            try:
+                request = program.send(answer)
+            except StopIteration as done:
+                return [done.value]
+            if tape is not None and tape.replaying:
+                answer = tape.next()
+                continue
+            self.traffic.add(label, sent_bytes(request, self.members[0]))
+            answer = self._gather(request) if isinstance(request, AllGather) else self._exchange(request)
+            if tape is not None:
+                tape.answers.append(answer)
+
+    def _gather(self, request: AllGather) -> list[Tensor]:
+        """[*] -> list over members of [*]"""
+        group = self._groups[request.axis]
+        mine = request.tensor.contiguous()
+        out = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(out, mine, group=group)
+        return out
+
+    def _exchange(self, request: Exchange) -> Sequence[Tensor]:
+        """parts[j], flat, to member j -> what member i sent, flat"""
+        send = [part.numel() for part in request.parts]
+        dtype = request.parts[0].dtype
+        wide = dtype.itemsize
+        receive = [sum(x.numel() * x.element_size() for x in like) // wide for like in request.receive]
+        buffer = torch.cat([part.reshape(part.numel()) for part in request.parts])
+        out = torch.empty(sum(receive), dtype=dtype, device=buffer.device)
+        dist.all_to_all_single(out, buffer, receive, send, group=self._groups[request.axis])
+        return out.split(receive)

@@ -1,0 +1,112 @@
+"""Ring attention: key/value blocks travel round the ring, queries stay; partial results merge by their log-sum-exp.
+
+Member r starts with the block of its own frames and after step s holds the block of ring member r − s. out and LSE are accumulated in
+float32 (float64 for float64 inputs): with half-precision accumulation the error would grow with the ring. Rows that see nothing in a block
+arrive with LSE −inf and weigh nothing. Frames are contiguous, so under a causal mask late members have more work than early ones: prefer
+Ulysses there.
+
+Elements sent per member, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k, v, dk, dv and one of dk, dv (dk, dv in the
+accumulation dtype). In backward every block brings its gradients along and is home again after R shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.comm import Exchange, Member, Program, pack, unpack
+from parallel.layout import ClipLayout, FrameRange
+from parallel.masks import AttentionMask, tiles
+from parallel.reference import Kernels, accumulation_dtype
+
+HeadSpans = tuple[tuple[int, int], ...]
+
+
+def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two partial softmax results over disjoint keys -> one. out [B, n, S, H, D], lse [B, n, S, H]; −inf means nothing seen."""
+    total = torch.logaddexp(lse, new_lse)
+    reference = torch.where(total == -torch.inf, torch.zeros_like(total), total)
+    return out * (lse - reference).exp()[..., None] + new_out * (new_lse - reference).exp()[..., None], total
+
+
+def repeat_heads(x: Tensor, spans: HeadSpans) -> Tensor:
+    """Key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D]; span i are the query heads that read key head i."""
+    if all(stop - start == 1 for start, stop in spans):
+        return x
+    index = torch.tensor([i for i, (start, stop) in enumerate(spans) for _ in range(start, stop)], device=x.device)
+    return x.index_select(3, index)
+
+
+def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
+    """The adjoint of `repeat_heads`, in a fixed order."""
+    if all(stop - start == 1 for start, stop in spans):
+        return x
+    return torch.stack([x[:, :, :, start:stop].sum(3) for start, stop in spans], 3)
+
+
+def _shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:
+    """Pass tensors [B, frames, …] on to the next ring member; -> those of the previous one, which hold `incoming_frames` frames."""
+    nothing = tensors[0].new_empty(0)
+    after, before = (member.ring_index + 1) % member.ring, (member.ring_index - 1) % member.ring
+    like = [torch.empty(x.shape[0], incoming_frames, *x.shape[2:], dtype=x.dtype, device="meta") for x in tensors]
+    packed = pack(tensors)
+    parts = [packed if j == after else nothing.to(packed.dtype) for j in range(member.ring)]
+    answers = yield Exchange(parts, [like if i == before else [] for i in range(member.ring)], "ring")
+    return unpack(answers[before], like)
+
+
+def forward(
+    member: Member, layout: ClipLayout, mask: AttentionMask, kernels: Kernels, ranges: tuple[FrameRange, ...], spans: HeadSpans, q: Tensor,
+    k: Tensor, v: Tensor
+) -> Program:
+    """q [B, n, S, h, D], k, v [B, n, S, h_kv, D] of this ring member's frames -> out (accumulation dtype), LSE [B, n, S, h].
+
+    ranges: the frames of each ring member.
+    """
+    mine = ranges[member.ring_index]
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    for step in range(member.ring):
+        source = ranges[(member.ring_index - step) % member.ring]
+        pieces = tiles(layout, mask, mine, source)
+        if pieces or out is None:
+            part = kernels.block_attention(q, repeat_heads(k, spans), repeat_heads(v, spans), pieces)
+            if out is None or lse is None:
+                out, lse = part if member.ring == 1 else (part[0].to(accumulation_dtype(q.dtype)), part[1])
+            else:
+                out, lse = merge(out, lse, part[0].to(out.dtype), part[1])
+        if step + 1 < member.ring:
+            # k, v [B, frames of r − step, S, h_kv, D] -> [B, frames of r − step − 1, S, h_kv, D]
+            k, v = yield from _shift(member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring]))
+    return out, lse
+
+
+def backward(
+    member: Member,
+    layout: ClipLayout,
+    mask: AttentionMask,
+    kernels: Kernels,
+    ranges: tuple[FrameRange, ...],
+    spans: HeadSpans,
+    grad: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> Program:
+    """Gradients of q, k, v from that of out; kept = q, k, v, out, LSE as `forward` had and made them."""
+    q, k, v, out, lse = kept
+    mine, wide = ranges[member.ring_index], accumulation_dtype(q.dtype)
+    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    for step in range(member.ring):
+        pieces = tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
+        if pieces:
+            part = kernels.block_attention_backward(grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, pieces)
+            dq, dk, dv = dq + part[0], dk + sum_heads(part[1], spans), dv + sum_heads(part[2], spans)
+        coming = len(ranges[(member.ring_index - step - 1) % member.ring])
+        if step + 1 < member.ring:
+            # k, v, dk, dv of the block of r − step -> those of the block of r − step − 1
+            k, v, dk, dv = yield from _shift(member, [k, v, dk, dv], coming)
+        elif member.ring > 1:
+            dk, dv = yield from _shift(member, [dk, dv], coming)  # home
+    return dq, dk, dv

@@ -1,0 +1,218 @@
+"""Virtual ranks: all P members of a sequence group in one process on one device, running the real algorithms and kernels.
+
+`run_virtual(body, ring, ulysses)` calls body(comm) once per member, each in a thread of its own. Threads only meet in the *forward* pass:
+at each verb the last one to arrive runs the verb for all of them as one joined graph node. One `backward()` from the sum of the members'
+results then serves all, single-threaded, and nothing ever waits in it. Under activation checkpointing a member replays its verb results
+(`Tape`).
+
+The same generators run with the same reduction order as over processes, so results equal those of gloo bit for bit (with one thread each).
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from parallel.comm import AllGather, Exchange, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
+
+Result = TypeVar("Result")
+
+
+class VirtualGroup:
+    """Hosts every member; executes a list of requests, one per member, as list operations."""
+
+    joined = True
+    tape: Tape | None = None
+
+    def __init__(self, ring: int, ulysses: int) -> None:
+        self.members = tuple(Member(r, u, ring, ulysses) for r in range(ring) for u in range(ulysses))
+        self.traffic = [Traffic() for _ in self.members]
+
+    def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """tensors and outputs of all members, one after the other"""
+        return apply(self, verb, *tensors)
+
+    def run(self, label: str, programs: list[Program]) -> list[Any]:
+        answers: list[Any] = [None] * len(programs)
+        while True:
+            steps = [_advance(program, answer) for program, answer in zip(programs, answers, strict=True)]
+            requests = [request for request, _ in steps]
+            if all(request is None for request in requests):
+                return [result for _, result in steps]
+            first = requests[0]
+            assert all(type(r) is type(first) and r.axis == first.axis for r in requests if r is not None), f"{label}: members disagree"
+            assert first is not None
+            assert None not in requests, f"{label}: members disagree on the number of collectives"
+            for member, request, traffic in zip(self.members, requests, self.traffic, strict=True):
+                traffic.add(label, sent_bytes(request, member))
+            answers = self._answer(requests)
+
+    def _answer(self, requests: list[Any]) -> list[Any]:
+        answers = []
+        for member in self.members:
+            peers, place = self._peers(member, requests[0].axis)
+            if isinstance(requests[0], AllGather):
+                answers.append([requests[p].tensor for p in peers])  # [*] -> list over members of [*]
+            else:
+                assert isinstance(requests[0], Exchange)
+                answers.append([requests[p].parts[place] for p in peers])  # parts[j] of every i -> list over i
+        return answers
+
+    def _peers(self, member: Member, axis: str) -> tuple[list[int], int]:
+        """Indices of the members on the same axis as this one, and its own place among them."""
+        if axis == "ulysses":
+            return [member.ring_index * member.ulysses + u for u in range(member.ulysses)], member.ulysses_index
+        if axis == "ring":
+            return [r * member.ulysses + member.ulysses_index for r in range(member.ring)], member.ring_index
+        return list(range(member.size)), member.index
+
+
+def _advance(program: Program, answer: Any) -> tuple[Any, Any]:
+    """-> (request, None) or (None, result)"""
+    try:
+        return program.send(answer), None
+    except StopIteration as done:
+        return None, done.value
+
+
+class _Meeting:
+    """Where the threads of one virtual group meet."""
+
+    def __init__(self, group: VirtualGroup) -> None:
+        self.group = group
+        self.condition = threading.Condition()
+        self.calls: dict[int, tuple[Verb, tuple[Tensor | None, ...]]] = {}
+        self.outputs: tuple[Tensor, ...] = ()
+        self.turn = 0
+        self.finished = 0
+        self.failure: str | None = None
+
+    def call(self, index: int, verb: Verb, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        size = len(self.group.members)
+        with self.condition:
+            turn = self.turn
+            self.calls[index] = (verb, tensors)
+            self._check_absent()
+            if len(self.calls) == size:
+                try:
+                    self._serve()
+                except BaseException as error:
+                    self._fail(f"{type(error).__name__}: {error}")
+                    raise
+            self.condition.wait_for(lambda: self.turn > turn or self.failure is not None)
+            if self.turn == turn:
+                raise RuntimeError(f"another virtual rank failed: {self.failure}")
+            width = len(self.outputs) // size
+            return self.outputs[index * width : (index + 1) * width]
+
+    def _serve(self) -> None:
+        ordered = [self.calls[i] for i in range(len(self.calls))]
+        verb = ordered[0][0]
+        if any(other != verb for other, _ in ordered):
+            raise ValueError(f"virtual ranks disagree on the verb: got {[other for other, _ in ordered]}, expected the same on all")
+        self.outputs = self.group.apply(verb, *(x for _, tensors in ordered for x in tensors))
+        self.calls = {}
+        self.turn += 1
+        self.condition.notify_all()
+
+    def _fail(self, reason: str) -> None:
+        self.failure = self.failure or reason
+        self.condition.notify_all()
+
+    def _check_absent(self) -> None:
+        if self.calls and self.finished and self.failure is None:
+            self._fail("a member ended while others wait in a verb: all members must call the same verbs")
+
+    def done(self, failure: BaseException | None) -> None:
+        with self.condition:
+            self.finished += 1
+            if failure is not None:
+                self._fail(f"{type(failure).__name__}: {failure}")
+            self._check_absent()
+
+
+class VirtualComm:
+    """One member's side of a virtual group."""
+
+    joined = False
+
+    def __init__(self, meeting: _Meeting, index: int) -> None:
+        self._meeting, self._index = meeting, index
+        self.members = (meeting.group.members[index],)
+        self.tape: Tape | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._meeting.group.traffic[self._index]
+
+    def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        tape = self.tape
+        if tape is not None and tape.replaying:
+            return tuple(x.detach().requires_grad_(needs) for x, needs in tape.next())
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a virtual rank called a verb inside backward: got a plain torch.utils.checkpoint, expected one that replays collectives."
+                " Fix: parallel.checkpointing.checkpoint(function, *args, sequence=sequence)"
+            )
+        outputs = self._meeting.call(self._index, verb, tensors)
+        if tape is not None:
+            tape.answers.append([(x.detach(), x.requires_grad) for x in outputs])
+        return outputs
+
+    def run(self, label: str, programs: list[Program]) -> list[Any]:
+        raise AssertionError("a virtual rank's programs are run by its group")
+
+
+def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: int = 1) -> tuple[list[Result], list[Traffic]]:
+    """body(comm) for every member at once -> results in member order, and what each member has sent so far.
+
+    The caller's autograd mode, autocast and default dtype hold in every thread. Random numbers must come from keyed generators: torch's
+    global one is shared by all threads, so what a member would draw from it depends on their timing.
+    """
+    group = VirtualGroup(ring, ulysses)
+    meeting = _Meeting(group)
+    size = len(group.members)
+    results: list[Any] = [None] * size
+    errors: list[BaseException | None] = [None] * size
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
+
+    def enter(index: int) -> None:
+        failure: BaseException | None = None
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.set_grad_enabled(grad):
+                contexts = [torch.autocast(kind, dtype=cast) for kind, cast in casts]
+                for context in contexts:
+                    context.__enter__()
+                results[index] = body(VirtualComm(meeting, index))
+        except BaseException as error:
+            failure = errors[index] = error
+        finally:
+            meeting.done(failure)
+
+    threads = [threading.Thread(target=enter, args=(i,), name=f"virtual-rank-{i}", daemon=True) for i in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [e for e in errors if e is not None]
+    if found:
+        raise next((e for e in found if not str(e).startswith("another virtual rank failed")), found[0])
+    return results, group.traffic
+
+
+def replicate(module: nn.Module, count: int) -> list[nn.Module]:
+    """Copies of a module with leaf parameters of their own over the same memory, as every process has; buffers are shared."""
+    copies = []
+    for _ in range(count):
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+        memo.update({id(b): b for b in module.buffers()})
+        copies.append(copy.deepcopy(module, memo))
+    return copies

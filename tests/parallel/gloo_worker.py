@@ -1,0 +1,62 @@
+"""One process of a multi-process test: python gloo_worker.py <task> <rank> <world> <folder>. Results go to <folder>/<rank>.pt; tests read those."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+import oracles
+
+from parallel.comm import Member
+from parallel.mesh import sequence_comm
+from parallel.sequence import GroupSequence
+
+
+def grid_groups(lines: list[list[int]], ring: int, ulysses: int) -> dict[str, list[list[int]]]:
+    """Axis groups of sequence groups given as lists of global ranks in member order."""
+    grids = [[line[r * ulysses : (r + 1) * ulysses] for r in range(ring)] for line in lines]
+    return {
+        "sequence": lines,
+        "ulysses": [row for grid in grids for row in grid],
+        "ring": [list(column) for grid in grids for column in zip(*grid)],
+    }
+
+
+def run_verbs(rank: int, lines: list[list[int]], grids: list[tuple[int, int]]) -> list:
+    """Every shared case on every grid -> outputs and gradients of this process's member."""
+    found = []
+    line = next(x for x in lines if rank in x)
+    for ring, ulysses in grids:
+        member = Member(*divmod(line.index(rank), ulysses), ring, ulysses)
+        comm = sequence_comm(member, grid_groups(lines, ring, ulysses))
+        for case in oracles.process_cases():
+            leaves, outputs, loss = oracles.member_run(case, GroupSequence(case.layout, comm))
+            loss.backward()
+            grads = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
+            found.append(({n: x.detach() for n, x in outputs.items()}, grads))
+        found.append((comm.traffic.collectives, comm.traffic.sent))
+    return found
+
+
+TASKS = {
+    "pair": lambda rank: run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]),
+    "four": lambda rank: run_verbs(rank, [[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)]) + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]),
+}
+
+
+def main(task: str, rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    result = TASKS[task](rank)
+    torch.save(result, folder / f"{rank}.tmp")
+    (folder / f"{rank}.tmp").rename(folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
