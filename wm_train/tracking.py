@@ -8,6 +8,7 @@ once; the file still has everything.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import threading
@@ -131,6 +132,8 @@ class _MlflowSender:
         os.environ.setdefault("DO_NOT_TRACK", "true")
         from mlflow import MlflowClient
 
+        for chatter in ("mlflow.store.db.utils", "alembic"):  # they report the tables they create
+            logging.getLogger(chatter).setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=self.uri)
         note = self.folder / "mlflow_run_id"
         if note.exists():
