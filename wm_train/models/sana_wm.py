@@ -143,7 +143,7 @@ class SanaWM(nn.Module):
                 x = checkpoint(block, x, modulation, plucker, text, context, use_reentrant=False)
             else:
                 x = block(x, modulation, plucker, text, context)
-        return unpatchify(self.final_layer(x, time), grid, self.config.patch_size)
+        return unpatchify(self.final_layer(x, time), grid, self.config.patch_size).contiguous()
 
     def token_grid(self, latents: Tensor) -> tuple[int, int]:
         """Token rows and columns of a frame."""
