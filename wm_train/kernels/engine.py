@@ -1,0 +1,78 @@
+"""Which engine computes: Triton kernels where a device has them, plain PyTorch elsewhere, and a log line wherever that was not the plan.
+
+Engines are named per call, not per process, so that a test can hold both side by side and recomputation in a backward thread cannot
+pick another one than the forward pass did.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from functools import lru_cache
+
+import torch
+
+ENGINES = ("auto", "triton", "reference")
+HEAD_DIMS = (16, 128)  # Triton tiles pad D to a power of two and must fit a multiprocessor
+log = logging.getLogger("wm_train.kernels")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 before its first import)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=64)
+def resolve(engine: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str:
+    """`triton` or `reference`; the reason is logged once per distinct answer.
+
+    Errors: ValueError for an unknown engine, or for engine=triton where Triton cannot run. Source: design §4, §8.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (wm_train.kernels). Fix: engine='auto'")
+    obstacle = _obstacle(device_type, capability, dtype, head_dim)
+    where = f"{device_type}, capability {capability}, {dtype}, head dim {head_dim}"
+    if engine == "reference":
+        log.info("kernels: reference, as asked (%s)", where)
+        return "reference"
+    if obstacle is None:
+        if engine == "auto" and device_type == "cpu":  # the interpreter is a test bench, hundreds of times slower than PyTorch
+            log.info("kernels: reference (%s): the CPU's own engine", where)
+            return "reference"
+        log.info("kernels: triton (%s)", where)
+        return "triton"
+    if engine == "triton":
+        raise ValueError(
+            f"kernels: got engine 'triton' on {where}, expected a device that has it: {obstacle} (wm_train.kernels). Fix: engine='auto'"
+        )
+    level = logging.INFO if device_type == "cpu" and dtype == torch.float32 else logging.WARNING
+    log.log(level, "kernels: reference instead of triton (%s): %s", where, obstacle)
+    return "reference"
+
+
+def engine_for(engine: str, tensor: torch.Tensor, head_dim: int) -> str:
+    """`resolve` for the device and dtype of a tensor."""
+    capability = torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
+    return resolve(engine, tensor.device.type, capability, tensor.dtype, head_dim)
+
+
+def _obstacle(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why Triton cannot take these inputs; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return f"triton is not installed in {sys.prefix}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the kernels compute float32 and bfloat16, not {dtype}"
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1] or head_dim % 8:
+        return f"the kernels take head dims {HEAD_DIMS[0]} … {HEAD_DIMS[1]} that divide by 8"
+    if device_type == "cuda":
+        return None if capability is not None and capability >= (8, 0) else "tensor cores with bf16 and TF32 begin at capability 8.0"
+    if device_type == "npu":
+        return "these kernels have not been built with triton-ascend"
+    if device_type == "cpu":
+        return None if interpreted() else "triton compiles for accelerators only"
+    return f"no kernels for device type {device_type}"
