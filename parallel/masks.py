@@ -83,7 +83,7 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
 
 @lru_cache(maxsize=1024)
 def tiles(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange) -> tuple[Tile, ...]:
-    """Cut one block (query frames × key frames) into rectangles; a query frame that sees no key of this block is in none."""
+    """Cut one block (query frames × key frames) into rectangles; query frames that are padding or see no key here are in none."""
     by_valid: dict[int, list[int]] = {}
     if layout.ragged:
         for row, valid in enumerate(layout.valid_frames or ()):
@@ -99,7 +99,7 @@ def tiles(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: Fr
             runs = [list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])]
             return tuple((run[0][1], run[-1][1] + 1) for run in runs)
 
-        for runs, group in groupby(range(queries.start, queries.stop), sees):
+        for runs, group in groupby(range(queries.start, min(queries.stop, valid)), sees):
             frames = list(group)
             if runs:
                 found.append(Tile(tuple(rows) or None, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs))

@@ -158,7 +158,7 @@ def sequence_comm(member: Member, rank_groups: dict[str, list[list[int]]], **opt
     """
     unsorted = [ranks for lists in rank_groups.values() for ranks in lists if ranks != sorted(ranks)]
     if unsorted:
-        raise ValueError(f"sequence groups are out of order: got {unsorted}, expected ascending ranks (sequence_comm). Fix: sort each group")
+        raise ValueError(f"sequence groups are out of order: got {unsorted}, expected ascending ranks (sequence_comm). Fix: sort them")
     made: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
     groups: dict[str, ProcessGroup] = {}
     for axis, lists in rank_groups.items():

@@ -1,8 +1,8 @@
 """The seam: everything that a model or an objective may know of parallelism is a `SequenceShard`.
 
 Four verbs (attend, scan, halo, mean) on tensors that hold the local frames [B, T/P, …]. On one device the local frames are all frames.
-Documents, chunks and padding come from the layout and hold under every verb: a padding frame is never attended to, carries no state, is
-zero in halos and weighs nothing in means.
+Documents, chunks and padding come from the layout and hold under every verb: a padding frame neither attends nor is attended to, carries no
+state, is zero in halos and weighs nothing in means.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class GroupSequence:
         weight = weight.reshape(*weight.shape, *[1] * (value.dim() - weight.dim())).expand(value.shape)
         real = self._real(value)
         if real is not None:
+            value = _fill(real, value, 0.0)
             weight = _fill(real, weight, 0.0)
         return self.comm.apply(MeanVerb(), value, weight)[0]
 

@@ -1,4 +1,4 @@
-"""One process of a multi-process test: python gloo_worker.py <task> <rank> <world> <folder>. Results go to <folder>/<rank>.pt; tests read those."""
+"""One process of a multi-process test: python gloo_worker.py <task> <rank> <world> <folder>; its result goes to <folder>/<rank>.pt."""
 
 from __future__ import annotations
 

@@ -64,13 +64,14 @@ def serial_scan(streams, layout: ClipLayout, reverse, initial=None):
     """Frame by frame from the definition, M formed in full, plain autograd. -> states, final per stream"""
     states, finals = [], []
     for n, (decay, gram, update) in enumerate(streams):
-        batch, frames, heads, e, d = update.shape
+        batch, frames, heads, _, d = update.shape
         eye = torch.eye(d, dtype=update.dtype)
         rows = []
         final = []
         for b in range(batch):
-            m = [decay[b, t, :, None, None] * (eye - gram[b, t]) if is_real(layout, b, t) else eye.expand(heads, d, d) for t in range(frames)]
-            u = [update[b, t] if is_real(layout, b, t) else torch.zeros_like(update[b, t]) for t in range(frames)]
+            real = [is_real(layout, b, t) for t in range(frames)]
+            m = [decay[b, t, :, None, None] * (eye - gram[b, t]) if real[t] else eye.expand(heads, d, d) for t in range(frames)]
+            u = [update[b, t] if real[t] else torch.zeros_like(update[b, t]) for t in range(frames)]
             ahead, state = [], None if initial is None else initial[n][b]
             for t in range(frames):
                 if t and not same_document(layout, t, t - 1):
@@ -79,12 +80,11 @@ def serial_scan(streams, layout: ClipLayout, reverse, initial=None):
                 ahead.append(state)
             final.append(state)
             behind = [torch.zeros_like(u[0])] * frames
-            for t in range(frames):  # every frame on its own: the sum over the frames it may see
-                last = max(j for j in range(t, frames) if same_chunk(layout, t, j))
-                state = torch.zeros_like(u[0])
-                for j in range(last, t - 1 if reverse == "inclusive" else t, -1):
-                    state = state @ m[j] + u[j]
-                behind[t] = state
+            for t in reversed(range(frames)):
+                if t + 1 == frames or not same_chunk(layout, t, t + 1):
+                    state = torch.zeros_like(u[0])
+                after, state = state, state @ m[t] + u[t]
+                behind[t] = after if reverse == "exclusive" else state
             rows.append(torch.stack([a if reverse is None else a + r for a, r in zip(ahead, behind)]))
         states.append(torch.stack(rows))
         finals.append(torch.stack(final))
@@ -95,7 +95,10 @@ def dense_attention(q, k, v, layout: ClipLayout, mask: AttentionMask):
     batch, frames, s, heads, d = q.shape
     k, v = (x.repeat_interleave(heads // k.shape[3], 3) for x in (k, v))
     allowed = torch.tensor(
-        [[[may_attend(layout, mask, i, j) and is_real(layout, b, j) for j in range(frames)] for i in range(frames)] for b in range(batch)]
+        [
+            [[may_attend(layout, mask, i, j) and is_real(layout, b, max(i, j)) for j in range(frames)] for i in range(frames)]
+            for b in range(batch)
+        ]
     ).reshape(batch, frames, frames)
     allowed = allowed.repeat_interleave(s, 1).repeat_interleave(s, 2)[:, None]
     q, k, v = (x.reshape(batch, frames * s, heads, d).transpose(1, 2) for x in (q, k, v))
@@ -145,6 +148,7 @@ class Case:
     dim: int = 4
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    perturbed: tuple[int, int] | None = None  # row and frame whose inputs all change
 
 
 def inputs(case: Case) -> dict[str, Tensor]:
@@ -171,6 +175,11 @@ def inputs(case: Case) -> dict[str, Tensor]:
     found["out.upstream"] = normal(b, t, s, h, d)
     found["value"], found["weight"] = normal(b, t, s), torch.rand(b, t, generator=g, dtype=torch.float64).to(case.dtype)
     found["mean.upstream"] = normal(b)
+    if case.perturbed is not None:
+        for name in (n for names in LEAVES.values() for n in names):
+            found[name][case.perturbed] *= 1.25
+            if not name.endswith(("decay", "gram")):
+                found[name][case.perturbed] += 0.5
     return found
 
 
@@ -300,13 +309,40 @@ def worst(found, expected) -> tuple[float, float]:
     return errors[0], errors[1]
 
 
+SINK = AttentionMask("chunk", window=2, sink=1)
+
+
 def process_cases() -> list[Case]:
     """What runs over gloo as well as over virtual ranks: every verb; cut, ragged and too short clips; GQA; three dtypes."""
     packed = ClipLayout(11, document_starts=(0, 7), chunk_starts=(0, 3, 6, 9), valid_frames=(11, 9))
     return [
         Case(ClipLayout(11)),
-        Case(packed, reverse="inclusive", initial=True, before=3, after=3, halo_edges="chunk", mask=AttentionMask("chunk", 2, 1), key_heads=2),
+        Case(packed, reverse="inclusive", initial=True, before=3, after=3, halo_edges="chunk", mask=SINK, key_heads=2),
         Case(ClipLayout(3), heads=5, key_heads=5, initial=True),
         Case(ClipLayout(7), reverse=None, halo_edges="document", mask=AttentionMask("frame", 2, 1, 2), dtype=torch.float32, key_heads=1),
         Case(ClipLayout(5), verbs=("halo", "attend", "mean"), dtype=torch.bfloat16),
     ]
+
+
+def starts(frames: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Starts of chunks of the given sizes, the last size repeating."""
+    found, cursor = [], 0
+    while cursor < frames:
+        found.append(cursor)
+        cursor += sizes[min(len(found), len(sizes)) - 1]
+    return tuple(found)
+
+
+def layouts(frames: int) -> dict[str, ClipLayout]:
+    """The kinds of clip that every verb must handle, batch 2."""
+    documents = tuple(n for n in (0, frames // 3, frames - 2) if 0 <= n < frames)
+    documents = tuple(sorted(set(documents)))
+    given = tuple(n for n in (0, 1, 2, 6, 13, 40, 77) if n < frames)
+    return {
+        "plain": ClipLayout(frames),
+        "chunks 4,3,3": ClipLayout(frames, chunk_starts=starts(frames, (4, 3))),
+        "chunks given": ClipLayout(frames, chunk_starts=given),
+        "documents": ClipLayout(frames, document_starts=documents),
+        "ragged": ClipLayout(frames, valid_frames=(max(frames - 3, 0), (frames + 1) // 2)),
+        "all": ClipLayout(frames, documents, starts(frames, (5,)), (frames, max(frames - 1, 0))),
+    }
