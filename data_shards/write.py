@@ -31,6 +31,8 @@ def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
     Raises:
         DataError: values that are not finite, or that overflow `dtype`.
     """
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"got an array of dtype {array.dtype}, expected numbers")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("got NaN or infinite values, expected finite ones")
     if dtype == "bfloat16":

@@ -1,0 +1,140 @@
+"""Recorded cameras against the recorded pictures: carried through depth and pose, pixels must land on their like."""
+
+import filecmp
+import json
+
+import numpy as np
+import pytest
+
+from data_shards import record
+from data_shards.sources.recording import RecordingSource
+from data_shards.sources.vizdoom import MAX_UNITS_PER_TIC, METRES_PER_UNIT, camera_intrinsics, camera_matrix, tics_until
+
+
+def reproject(depth, source_k, source_c2w, target_k, target_c2w):
+    """[H, W] metres -> (column, row, depth) [H, W] each: where frame A's pixels are in frame B."""
+    height, width = depth.shape
+    column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    rays = np.stack([(column - source_k[2]) / source_k[0], (row - source_k[3]) / source_k[1], np.ones_like(row)], -1)
+    world = (rays * depth[..., None]) @ source_c2w[:3, :3].T + source_c2w[:3, 3]
+    local = (world - target_c2w[:3, 3]) @ target_c2w[:3, :3]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = local[..., 0] / local[..., 2], local[..., 1] / local[..., 2]
+    return x * target_k[0] + target_k[2], y * target_k[1] + target_k[3], local[..., 2]
+
+
+def colour_error(video, depth, c2w, intrinsics, a, b):
+    """Mean colour difference of frame a's pixels and what frame b shows where pose and depth say they are, if they are in view there."""
+    column, row, z = reproject(depth[a], intrinsics[a], c2w[a], intrinsics[b], c2w[b])
+    inside = (z > 0.3) & (column >= 0) & (column < video.shape[2]) & (row >= 0) & (row < video.shape[1])
+    columns, rows = column[inside].astype(int), row[inside].astype(int)
+    seen = np.abs(depth[b, rows, columns] - z[inside]) < 0.5  # not hidden behind something
+    difference = np.abs(video[a][inside].astype(float) - video[b, rows, columns])
+    return difference[seen].mean(), seen.mean()
+
+
+@pytest.fixture(scope="module")
+def clip(recording):
+    """The recorded clip that turns the most: the sharpest test of the camera."""
+    source = RecordingSource(recording)
+    turned = [np.abs(source.array(clip.key, "mouse")[:, 0].sum()) for clip in source.clips]
+    key = source.clips[int(np.argmax(turned))].key
+    facts = json.loads((recording / "recording.json").read_text())["depth_metres"]
+    arrays = {name: source.array(key, name) for name in ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")}
+    return {**arrays, "depth": arrays["depth"] * facts["scale"] + facts["offset"]}
+
+
+def test_pixels_reproject_onto_themselves(clip):
+    a, b = 4, 10
+    moved = np.linalg.norm(clip["c2w"][b, :3, 3] - clip["c2w"][a, :3, 3])
+    assert moved > 0.1 or abs(clip["mouse"][a + 1 : b + 1, 0].sum()) > 3  # otherwise nothing is tested
+    camera = (clip["video"], clip["depth"], clip["c2w"], clip["intrinsics"])
+    right, visible = colour_error(*camera, a, b)
+    still = np.abs(clip["video"][a].astype(float) - clip["video"][b]).mean()
+    assert visible > 0.5
+    assert right < 0.6 * still
+    # each wrong camera is worse than the recorded one: motion backwards, mirrored turn, square focal lengths, principal point left alone
+    backwards = clip["c2w"].copy()
+    backwards[b, :3, 3] = 2 * clip["c2w"][a, :3, 3] - clip["c2w"][b, :3, 3]
+    mirrored = clip["c2w"].copy()
+    turn = clip["c2w"][a, :3, :3].T @ clip["c2w"][b, :3, :3]
+    mirrored[b, :3, :3] = clip["c2w"][a, :3, :3] @ turn.T
+    square = clip["intrinsics"].copy()
+    square[:, 0] = square[:, 1]
+    for c2w, intrinsics in ((backwards, clip["intrinsics"]), (mirrored, clip["intrinsics"]), (clip["c2w"], square)):
+        assert colour_error(clip["video"], clip["depth"], c2w, intrinsics, a, b)[0] > 1.1 * right
+
+
+def test_depth_agrees_between_frames(clip):
+    """Walls are known to half a step of the 8-bit depth (0.11 m), floors to one: the median must be below one step."""
+    column, row, z = reproject(clip["depth"][4], clip["intrinsics"][4], clip["c2w"][4], clip["intrinsics"][12], clip["c2w"][12])
+    height, width = z.shape
+    inside = (z > 0.3) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    there = clip["depth"][12, row[inside].astype(int), column[inside].astype(int)]
+    assert np.median(np.abs(there - z[inside])) < 0.23
+
+
+def test_camera_axes():
+    facing_north = camera_matrix(32.0, 64.0, 41.0, 90.0)
+    right, down, forward = facing_north[:3, :3].T
+    np.testing.assert_allclose(right, [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(down, [0, 0, -1], atol=1e-12)
+    np.testing.assert_allclose(forward, [0, 1, 0], atol=1e-12)
+    np.testing.assert_allclose(facing_north[:3, 3], [1.0, 2.0, 1.28125])
+    np.testing.assert_allclose(camera_intrinsics(160, 120, 90.0, 0.0), [80, 96, 80, 60])
+    assert camera_intrinsics(160, 120, 90.0, -5.0)[3] > 60  # looking up: the horizon sinks
+
+
+def test_poses_are_rigid_and_smooth(clip):
+    rotation = clip["c2w"][:, :3, :3]
+    np.testing.assert_allclose(rotation @ rotation.transpose(0, 2, 1), np.broadcast_to(np.eye(3), rotation.shape), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.det(rotation), 1.0)
+    steps = np.linalg.norm(np.diff(clip["c2w"][:, :3, 3], axis=0), axis=1)
+    assert steps.max() < MAX_UNITS_PER_TIC * 3 * METRES_PER_UNIT
+
+
+def test_mouse_motion_is_the_turn_of_the_camera(clip):
+    """Right is positive and clockwise; the angle between two frames is what the mouse did between them."""
+    forward = clip["c2w"][:, :3, 2]
+    yaw = np.unwrap(np.arctan2(forward[:, 1], forward[:, 0]))
+    np.testing.assert_allclose(-np.degrees(np.diff(yaw)), clip["mouse"][1:, 0], atol=0.05)
+    pitch = np.degrees(np.arctan((60 - clip["intrinsics"][:, 3]) / clip["intrinsics"][:, 1]))
+    np.testing.assert_allclose(np.diff(pitch), clip["mouse"][1:, 1], atol=0.05)
+    assert not clip["mouse"][0].any()
+    assert not clip["buttons"][0].any()
+
+
+def test_mean_frame_rate_is_exact():
+    assert [tics_until(i, 16.0) for i in (0, 1, 2, 16, 32, 160)] == [0, 2, 4, 35, 70, 350]
+    assert {tics_until(i + 1, 16.0) - tics_until(i, 16.0) for i in range(160)} == {2, 3}
+    assert tics_until(35, 35.0) == 35
+
+
+def test_same_seed_same_bytes(recording, tmp_path):
+    out = tmp_path / "again"
+    assert record.main(["vizdoom", f"out={out}", "clips=2", "frames=17", "seed=3"]) == 0
+    names = [str(file.relative_to(out)) for file in out.rglob("*.npy")]
+    assert len(names) == 12
+    same, different, missing = filecmp.cmpfiles(recording, out, names, shallow=False)
+    assert (sorted(same), different, missing) == (sorted(names), [], [])
+    other = tmp_path / "other"
+    assert record.main(["vizdoom", f"out={other}", "clips=1", "frames=17", "seed=4"]) == 0
+    assert json.loads((other / "recording.json").read_text())["clips"] != json.loads((out / "recording.json").read_text())["clips"][:1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "report"),
+    [
+        (["vizdoom"], "out: missing"),
+        (["vizdoom", "out=x", "frames=80"], "got 80, expected a multiple of 8 plus 1"),
+        (["vizdoom", "out=x", "fps=nan"], "fps: got 'nan', expected a number from 1 to 35"),
+        (["vizdoom", "out=x", "width=100"], "size: got 100x120"),
+        (["vizdoom", "out=x", "speed=3", "clips=-1"], "speed: unknown key"),
+        (["minecraft", "out=x"], "got 'minecraft', expected the source first"),
+    ],
+)
+def test_bad_input_gets_one_report_and_code_2(arguments, report, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert record.main(arguments) == 2
+    assert report in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
