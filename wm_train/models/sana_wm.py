@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from parallel.checkpointing import checkpoint
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.conditioning.camera import (
@@ -140,7 +140,7 @@ class SanaWM(nn.Module):
         text = self.attention_y_norm(self.y_embedder(conditions.text)) if self.config.text_width and conditions.text is not None else None
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, plucker, text, context, use_reentrant=False)
+                x = checkpoint(block, x, modulation, plucker, text, context, sequence=sequence)
             else:
                 x = block(x, modulation, plucker, text, context)
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size).contiguous()
