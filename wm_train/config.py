@@ -24,13 +24,15 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule; every schedule is a pure function of the step."""
+    """The optimizer and its schedule; every schedule is a pure function of the step."""
 
-    name: str = "adamw"
+    name: str = "adamw"  # adamw | normuon (matrices of the blocks at lr, AdamW at lr * adamw_lr_scale for the rest)
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.01  # on weights with two or more dimensions only
+    momentum: float = 0.95  # of normuon
+    adamw_lr_scale: float = 0.1  # of normuon: Waypoint-1.5 uses 1e-3 for matrices and 1e-4 for the rest
     warmup_steps: int = 10
     schedule: str = "constant"  # constant | cosine (to 10 % of lr at the stage's last step)
     clip_norm: float = 1.0

@@ -17,7 +17,8 @@ from wm_train.config import RunConfig
 from wm_train.curriculum import source_of, stage_directory
 from wm_train.models import build_model
 from wm_train.models.init import initialise_
-from wm_train.optim.adamw import OPTIMIZERS, optimizer_tensors
+from wm_train.optim.adamw import Optimizer, optimizer_tensors
+from wm_train.optim.build import OPTIMIZERS
 from wm_train.optim.ema import ema_start
 from wm_train.tracking import public_config
 from wm_train.world import World
@@ -32,7 +33,7 @@ class TrainState:
     """Everything a checkpoint holds, under the names it holds it by. `ema` is empty when the stage keeps no average."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     ema: dict[str, torch.Tensor]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -55,7 +56,7 @@ def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> Train
     """Model on meta, sharded, then filled: no process ever holds all of it. Weights come from the seed and each parameter's name."""
     with torch.device("meta"):
         model = build_model(run.model)
-    shard_model(model, model.blocks, mesh, run.parallel.precision)
+    shard_model(model, model.get_submodule("blocks").children(), mesh, run.parallel.precision)
     model.to_empty(device=device)
     initialise_(model, run.seed)
     config = run.recipe.stages[run.stage].optimizer

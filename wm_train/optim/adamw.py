@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wm_train.config import OptimizerConfig
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters; only weights with two or more dimensions decay (norms, biases and gates do not)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+class Optimizer(Protocol):
+    """What the trainer needs of an optimizer. `state` maps each parameter to its named slots."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def state(self) -> Any: ...
+    def step(self) -> Any: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+
+def adamw_groups(parameters: Sequence[Tensor], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Only weights with two or more dimensions decay; norms, biases and gates do not."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
-    for parameter in trainable:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    return [group for group in groups if group["params"]]
+
+
+def start_adamw_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state that AdamW would make at its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """AdamW over all trainable parameters."""
+    groups = adamw_groups([p for p in model.parameters() if p.requires_grad], config)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    start_adamw_state(optimizer)
     return optimizer
 
 
-OPTIMIZERS = {"adamw": build_adamw}
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the learning rate of this step."""
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Give every group the learning rate of this step, times the group's own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Optimizer state by parameter name: {"<parameter>/<slot>": tensor}, the very tensors the optimizer updates."""
     return {
         f"{name}/{slot}": tensor

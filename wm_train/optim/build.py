@@ -1,0 +1,13 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from wm_train.config import OptimizerConfig
+from wm_train.optim.adamw import Optimizer, build_adamw
+from wm_train.optim.normuon import build_normuon
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], Optimizer]] = {"adamw": build_adamw, "normuon": build_normuon}

@@ -1,0 +1,109 @@
+"""NorMuon for weight matrices (Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3), AdamW for everything else.
+
+The momentum of a matrix is orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by the running mean of its squares, and
+the whole is brought to the root mean square 0.2 of an AdamW update, so that learning rates carry over. This needs the whole matrix: a
+sharded one is gathered, every process computes the same update and applies its own rows, so the result does not depend on sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from wm_train.config import OptimizerConfig
+from wm_train.optim.adamw import adamw_groups, start_adamw_state
+from wm_train.tensor_parts import Box, local_box, local_tensor, within
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values go to about 1 in five steps
+SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation
+UPDATE_RMS = 0.2
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """[R, C] -> the nearest matrix with singular values about 1, fp32. Computes in bf16 where that is fast, in fp32 on a CPU."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).float()
+
+
+class NorMuon(torch.optim.Optimizer):
+    """State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every process."""
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float, beta2: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay})
+        for matrix in chain.from_iterable(group["params"] for group in self.param_groups):
+            rows = torch.zeros(matrix.shape[0], dtype=torch.float32, device=matrix.device)
+            self.state[matrix] = {"momentum": torch.zeros_like(matrix), "row_square": rows, "step": torch.zeros(())}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "the trainer evaluates the loss before it steps"
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._update(matrix, group)
+
+    def _update(self, matrix: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[matrix], matrix.grad
+        assert gradient is not None
+        state["step"] += 1
+        state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        nesterov = torch.lerp(gradient, state["momentum"], group["momentum"])
+        whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov  # [R/P, ...] -> [R, ...]
+        update = orthogonalise(whole.flatten(1))
+        rows = state["row_square"]
+        rows.lerp_(update.square().mean(dim=1), 1 - group["beta2"])
+        unbiased = rows / (1 - group["beta2"] ** float(state["step"]))
+        update = update / (unbiased.sqrt()[:, None] + 1e-10)
+        update *= UPDATE_RMS * update.numel() ** 0.5 / (update.norm() + 1e-10)
+        mine = within(local_box(matrix), Box((0,) * matrix.dim(), tuple(matrix.shape)))
+        weight = local_tensor(matrix)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.sub_(update.reshape(matrix.shape)[mine], alpha=group["lr"])
+
+
+class Joint:
+    """Several optimizers that step together, with the part of the torch.optim.Optimizer interface that the trainer uses."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.state = {p: slots for optimizer in optimizers for p, slots in optimizer.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether NorMuon takes it: projections and MLP weights of the blocks; not embeddings, gates, tables, norms or depthwise kernels."""
+    if not name.startswith("blocks.") or parameter.dim() < 2:
+        return False
+    return min(parameter.shape[0], parameter[0].numel()) >= SMALLEST_SIDE
+
+
+def build_normuon(model: nn.Module, config: OptimizerConfig) -> Joint:
+    """NorMuon at `lr` for the blocks' matrices, AdamW at `lr * adamw_lr_scale` for the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if is_matrix(name, p)]
+    others = adamw_groups([p for name, p in named if not is_matrix(name, p)], config)
+    for group in others:
+        group["lr_scale"] = config.adamw_lr_scale
+    adamw = torch.optim.AdamW(others, lr=config.lr * config.adamw_lr_scale, betas=config.betas, eps=config.eps)
+    start_adamw_state(adamw)
+    return Joint(NorMuon(matrices, config.lr, config.momentum, config.betas[1], config.weight_decay), adamw)
