@@ -100,17 +100,16 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
     return values
 
 
-def run(command: str, about: str, options: Mapping[str, Option], main: Callable[..., None], arguments: Sequence[str]) -> int:
-    """Parse, call `main(**values)`, and turn a DataError into one report and exit code 2."""
+def run(command: str, about: str, options: Mapping[str, Option], main: Callable[..., int | None], arguments: Sequence[str]) -> int:
+    """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one report and exit code 2."""
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(usage(command, about, options))
         return 0
     try:
-        main(**parse(arguments, options))
+        return main(**parse(arguments, options)) or 0
     except DataError as error:
         print(f"{command}: cannot go on\n" + "\n".join(f"  - {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130
-    return 0

@@ -80,6 +80,8 @@ class ClipLoader:
         frames: (start, stop) latent frames of the cut this context-parallel member holds; may be empty.
         clip_frames: T, latent frames in the cut. A stored clip may be longer; the cut starts at its latent 0.
         prefetch: batches read ahead.
+        quarantined: names of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every member of
+            the run must be given the same names: they are state, like the step.
 
     Raises:
         DataError: an empty split, a cut longer than some clip, rows or frames outside. While iterating: whatever the reader found.
@@ -98,6 +100,7 @@ class ClipLoader:
         clip_frames: int,
         start_step: int = 0,
         prefetch: int = 2,
+        quarantined: frozenset[str] = frozenset(),
     ) -> None:
         self.clips = dataset.clips(split)
         if not len(self.clips):
@@ -114,6 +117,9 @@ class ClipLoader:
             )
         self.dataset, self.order = dataset, SampleOrder(len(self.clips), seed, stage)
         self.global_batch, self.rows, self.frames, self.clip_frames = global_batch, rows, frames, clip_frames
+        self.quarantined = quarantined
+        if quarantined and all(clip.shard in quarantined for clip in self.clips):
+            raise DataError(f"quarantine: got all shards of split {split!r} quarantined, expected clips left ({dataset.path})")
         self.step = start_step  # of the next batch to be handed out
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._stop = threading.Event()
@@ -123,7 +129,8 @@ class ClipLoader:
     def make_batch(self, step: int) -> Batch:
         """The batch of a step, read now, in this thread."""
         info, draws = self.dataset.info, self.order.batch(step, self.global_batch, self.rows)
-        samples = [self._cut(self.clips[self.order.sample(draw)]) for draw in draws]
+        entries = [self.clip_of(draw) for draw in draws]
+        samples = [self._cut(entry) for entry in entries]
         raw = (self.clip_frames - 1) * info.temporal_stride + 1
         shapes = (
             (self.frames[1] - self.frames[0], info.channels, info.latent_height, info.latent_width),
@@ -136,10 +143,17 @@ class ClipLoader:
             torch.from_numpy(np.concatenate([np.empty((0, *shape), np.float32), *(s[i][None] for s in samples)]))
             for i, shape in enumerate(shapes)
         )
-        keys = tuple(self.clips[self.order.sample(draw)].key for draw in draws)
+        keys = tuple(entry.key for entry in entries)
         valid = torch.full((len(draws),), self.clip_frames, dtype=torch.int64)
         draw_tensor = torch.tensor(draws, dtype=torch.int64)
         return Batch(latents, c2w, intrinsics, controls, keys, draw_tensor, valid, data_wait_s=0.0)
+
+    def clip_of(self, draw: int) -> ClipEntry:
+        """The clip that this draw takes, past the quarantined shards."""
+        entry, attempt = self.clips[self.order.sample(draw)], 0
+        while entry.shard in self.quarantined:
+            entry, attempt = self.clips[self.order.replacement(draw, attempt)], attempt + 1
+        return entry
 
     def _cut(self, entry: ClipEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One clip cut to this loader's frames: (latents [t,C,h,w], c2w [F,4,4], intrinsics [F,4], controls [T,A]), all float32."""

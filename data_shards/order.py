@@ -66,6 +66,10 @@ class SampleOrder:
         epoch, position = divmod(draw, self.length)
         return permute(position, self.length, mix64(self._key ^ mix64(epoch)))
 
+    def replacement(self, draw: int, attempt: int) -> int:
+        """The clip to take instead when that of `draw` lies in a quarantined shard: a keyed draw of its own, so nothing else moves."""
+        return mix64(self._key ^ mix64(draw) ^ mix64(derive_key("replacement", attempt))) % self.length
+
     def batch(self, step: int, global_batch: int, rows: range) -> tuple[int, ...]:
         """The draws of the given rows of a step's global batch."""
         if rows and not (rows[0] >= 0 and rows[-1] < global_batch):

@@ -21,6 +21,7 @@ from data_shards.files import array_from_bytes, crc32c, npy_header
 from data_shards.schema import (
     FIELDS,
     ITEM_BYTES,
+    MAX_FREE_BYTES,
     SHARD_PATTERN,
     SPLITS,
     TIME_SHARDED,
@@ -28,11 +29,14 @@ from data_shards.schema import (
     DataError,
     DatasetInfo,
     MemberEntry,
+    ShardError,
     check_key,
     expected_shape,
+    index_schema,
     info_from_json,
 )
 
+LARGE_READ = 64 * 2**20
 MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
 
 
@@ -142,10 +146,14 @@ class ClipDataset:
         data = self._range(entry, member, member.data_offset + start * size, (stop - start) * size)
         for i in range(start, stop):
             if crc32c(memoryview(data)[(i - start) * size : (i - start + 1) * size]) != member.row_crc32c[i]:
-                raise DataError(f"checksum: got other bytes than were written {where(entry, member)}, latent frame {i}. Fix: {REPAIR}")
+                raise ShardError(
+                    f"checksum: got other bytes than were written {where(entry, member)}, latent frame {i}. Fix: {REPAIR}", entry.shard
+                )
         array = array_from_bytes(data, member.dtype, shape).astype(np.float32)
         if not np.isfinite(array).all():
-            raise DataError(f"latents: got NaN or infinite values {where(entry, member)}, frames {start}:{stop}. Fix: encode again")
+            raise ShardError(
+                f"latents: got NaN or infinite values {where(entry, member)}, frames {start}:{stop}. Fix: encode again", entry.shard
+            )
         return array
 
     def whole(self, entry: ClipEntry, member: MemberEntry) -> NDArray[Any]:
@@ -153,22 +161,35 @@ class ClipDataset:
         data = self._range(entry, member, member.offset, member.length)
         header = member.data_offset - member.offset
         if crc32c(data) != member.crc32c:
-            raise DataError(f"checksum: got other bytes than were written {where(entry, member)}. Fix: {REPAIR}")
+            raise ShardError(f"checksum: got other bytes than were written {where(entry, member)}. Fix: {REPAIR}", entry.shard)
         if member.field != "json" and data[:header] != npy_header(member.dtype, member.shape):
-            raise DataError(f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}")
+            raise ShardError(
+                f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}", entry.shard
+            )
         return array_from_bytes(data[header:], member.dtype, member.shape)
 
     def description(self, entry: ClipEntry) -> dict[str, Any]:
         """The clip's `json` member."""
         return dict(json.loads(self.whole(entry, self.members(entry)["json"]).tobytes()))
 
+    def index_bytes(self) -> bytes:
+        """The index file as it is, for `verify`."""
+        return bytes(self._fs.cat_file(f"{self._root}/index.parquet"))
+
     def _range(self, entry: ClipEntry, member: MemberEntry, start: int, length: int) -> bytes:
         try:
+            # an index that lies about sizes must not make us reserve its gigabytes
+            if length > LARGE_READ and start + length > self._fs.size(f"{self._root}/{entry.shard}"):
+                raise OSError(f"the shard ends before byte {start + length}")
             data = bytes(self._fs.cat_file(f"{self._root}/{entry.shard}", start=start, end=start + length))
         except (OSError, ValueError) as error:
-            raise DataError(f"shard: cannot read {type(error).__name__}: {error} {where(entry, member)}. Fix: {REPAIR}") from error
+            raise ShardError(
+                f"shard: cannot read it ({type(error).__name__}: {error}) {where(entry, member)}. Fix: {REPAIR}", entry.shard
+            ) from error
         if len(data) != length:
-            raise DataError(f"shard: got {len(data)} bytes, expected {length} from byte {start} {where(entry, member)}. Fix: {REPAIR}")
+            raise ShardError(
+                f"shard: got {len(data)} bytes, expected {length} from byte {start} {where(entry, member)}. Fix: {REPAIR}", entry.shard
+            )
         return data
 
     def _read_group(self, group: int) -> Any:
@@ -201,6 +222,8 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
         header = member.data_offset - member.offset
         if not agrees:
             problem = f"got shape {member.shape}, expected {expected}"
+        elif None in expected and count > MAX_FREE_BYTES:
+            problem = f"got {count} bytes, expected at most {MAX_FREE_BYTES}"
         elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
             problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
         elif member.field == TIME_SHARDED and len(member.row_crc32c) != member.shape[0]:
@@ -239,6 +262,8 @@ def open_dataset(path: str) -> ClipDataset:
         if size != info.index_bytes:
             raise DataError(f"index: got {size} bytes, expected {info.index_bytes} ({path}/index.parquet). Fix: copy it again")
         index = pq.ParquetFile(filesystem.open(f"{root}/index.parquet", "rb"), page_checksum_verification=True)
+        if not index.schema_arrow.equals(index_schema()):
+            raise OSError("its columns are not those of this version")
         dataset = ClipDataset(path, filesystem, root, info, index)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"index: cannot read {path}/index.parquet ({error}). Fix: copy it again or encode again") from error

@@ -29,6 +29,7 @@ FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "text_mask.npy": (1, ("uint8",)),
     "json": (1, ("uint8",)),
 }
+MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
 ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
@@ -38,6 +39,14 @@ MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips 
 
 class DataError(ValueError):
     """A data set, shard, recording or argument is not what it must be. The message says what, where and what to do."""
+
+
+class ShardError(DataError):
+    """A shard is missing, cut or changed. `shard` is its name, for the quarantine list."""
+
+    def __init__(self, message: str, shard: str) -> None:
+        super().__init__(message)
+        self.shard = shard
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,26 @@ def check_key(key: str) -> str:
     if not KEY_PATTERN.fullmatch(key):
         raise DataError(f"clip key: got {key!r}, expected letters, digits, '_' and '-', at most 72. Fix: rename the source clip")
     return key
+
+
+def index_schema() -> Any:
+    """The columns of index.parquet (a pyarrow.Schema)."""
+    import pyarrow as pa
+
+    member = pa.struct(
+        [
+            ("field", pa.string()),
+            ("offset", pa.int64()),
+            ("length", pa.int64()),
+            ("data_offset", pa.int64()),
+            ("dtype", pa.string()),
+            ("shape", pa.list_(pa.int32())),
+            ("crc32c", pa.uint32()),
+            ("row_crc32c", pa.list_(pa.uint32())),
+        ]
+    )
+    clip = [("key", pa.string()), ("shard", pa.string()), ("episode", pa.string()), ("split", pa.string())]
+    return pa.schema([*clip, ("latent_frames", pa.int32()), ("raw_frames", pa.int32()), ("members", pa.list_(member))])
 
 
 def info_to_json(info: DatasetInfo) -> str:

@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.files import crc32c, npy_header, to_bfloat16
-from data_shards.schema import FIELDS, MAX_MEMBER_BYTES, TIME_SHARDED, ClipEntry, DataError, DatasetInfo, MemberEntry, check_key
+from data_shards.schema import (
+    FIELDS,
+    MAX_MEMBER_BYTES,
+    TIME_SHARDED,
+    ClipEntry,
+    DataError,
+    DatasetInfo,
+    MemberEntry,
+    check_key,
+    index_schema,
+)
 
 BLOCK = 512
 ROW_GROUP = 256  # clips whose index rows are decoded together
@@ -43,6 +53,13 @@ def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
         if array.dtype.kind == "f" and not np.isfinite(stored).all():
             raise DataError(f"got values up to {np.abs(array).max():g}, expected values that {dtype} can hold. Fix: latent_dtype=bfloat16")
     return npy_header(dtype, tuple(array.shape)), stored.tobytes()
+
+
+def tar_header(name: str, length: int) -> bytes:
+    """The one 512-byte header that a member of this name and length has: no time, no owner."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode, header.mtime = length, 0o644, 0
+    return header.tobuf(tarfile.USTAR_FORMAT)
 
 
 class ShardWriter:
@@ -80,9 +97,7 @@ class ShardWriter:
         length = len(header) + len(data)
         if length > MAX_MEMBER_BYTES:
             raise DataError(f"member size: got {length} bytes, expected at most {MAX_MEMBER_BYTES} (key {key}, field {field})")
-        tar_header = tarfile.TarInfo(f"{key}.{field}")
-        tar_header.size, tar_header.mode, tar_header.mtime = length, 0o644, 0
-        self._write(tar_header.tobuf(tarfile.USTAR_FORMAT))
+        self._write(tar_header(f"{key}.{field}", length))
         offset = self._position
         self._write(header)
         self._write(data)
@@ -114,25 +129,6 @@ def shard_size(members: Iterable[MemberEntry]) -> int:
     """Bytes of a tar that ends with the last of these members: what the file must measure."""
     end = max(member.offset + member.length for member in members)
     return end + (-end % BLOCK) + 2 * BLOCK
-
-
-def index_schema() -> Any:
-    import pyarrow as pa
-
-    member = pa.struct(
-        [
-            ("field", pa.string()),
-            ("offset", pa.int64()),
-            ("length", pa.int64()),
-            ("data_offset", pa.int64()),
-            ("dtype", pa.string()),
-            ("shape", pa.list_(pa.int32())),
-            ("crc32c", pa.uint32()),
-            ("row_crc32c", pa.list_(pa.uint32())),
-        ]
-    )
-    clip = [("key", pa.string()), ("shard", pa.string()), ("episode", pa.string()), ("split", pa.string())]
-    return pa.schema([*clip, ("latent_frames", pa.int32()), ("raw_frames", pa.int32()), ("members", pa.list_(member))])
 
 
 def write_index(path: Path, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
