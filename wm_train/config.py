@@ -75,8 +75,11 @@ class ModelConfig:
     conv_kernel: int = 4  # K short convolution of a GDN block, in latent frames
     patch_size: int = 1
     camera: bool = True
+    plucker: bool = True  # raymaps of all raw frames after each attention; False: only an up/latitude map at the input
     text_width: int = 0  # 0 = no text conditioning
     causal: bool = False  # chunk-causal variant
+    window_chunks: int = 0  # chunk-causal softmax looks this many chunks back, its own included; 0 = the whole past
+    sink_chunks: int = 1  # first chunks that stay visible when the window has moved on
     gradient_checkpointing: bool = False
 
 
