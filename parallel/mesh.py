@@ -74,7 +74,7 @@ class MeshDegrees:
                 f"mesh is impossible: got ring {ring} x ulysses {ulysses}, expected cp {cp} (parallel.ring, parallel.ulysses, parallel.cp)."
                 f" Fix: parallel.cp={ring * ulysses}"
             )
-        fixed = wanted.dp_replicate * cp
+        fixed = max(1, wanted.dp_replicate * cp)
         degrees = MeshDegrees(wanted.dp_replicate, max(1, world // fixed) if wanted.dp_shard is None else wanted.dp_shard, ring, ulysses)
         degrees.check(world, heads)
         return degrees

@@ -23,14 +23,24 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def oracles():
-    spec = importlib.util.spec_from_file_location("parallel_test_oracles", HERE / "oracles.py")
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"parallel_test_{name}", HERE / f"{name}.py")
     assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def oracles():
+    return load("oracles")
+
+
+@pytest.fixture(scope="session")
+def hybrid():
+    return load("hybrid")
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
+import hybrid
 import oracles
 
 from parallel.comm import Member
-from parallel.mesh import sequence_comm
-from parallel.sequence import GroupSequence
+from parallel.mesh import MeshDegrees, build_mesh, sequence_comm
+from parallel.sequence import GroupSequence, make_sequence
+from parallel.sharding import shard_model
 
 
 def grid_groups(lines: list[list[int]], ring: int, ulysses: int) -> dict[str, list[list[int]]]:
@@ -42,7 +44,33 @@ def run_verbs(rank: int, lines: list[list[int]], grids: list[tuple[int, int]]) -
     return found
 
 
+VALID = (11, 8, 5, 10)
+
+
+def run_fsdp(rank: int, world: int) -> list:
+    """FSDP2 with a clip split over 2 processes: full gradients and losses, for every mesh of this world that splits clips."""
+    found = []
+    meshes = [MeshDegrees(1, world // 2, 1, 2)] + ([MeshDegrees(2, 1, 2, 1), MeshDegrees(1, 1, 2, 2)] if world == 4 else [])
+    for degrees in meshes:
+        mesh = build_mesh(degrees, "cpu")
+        x = hybrid.clips()
+        each = len(x) // mesh.data_size
+        rows = slice(mesh.data_index * each, (mesh.data_index + 1) * each)
+        for checkpointed in (False, True):
+            model = hybrid.Hybrid(checkpointed)
+            shard_model(model, model.blocks, mesh.fsdp)
+            sequence = make_sequence(hybrid.layout(VALID[rows]), mesh)
+            for _ in range(2):  # accumulated over two passes
+                loss = hybrid.losses(model, x[rows], sequence).sum() / len(x) / 2
+                loss.backward()
+            found.append(({name: p.grad.full_tensor() for name, p in model.named_parameters()},))
+        found.append(mesh.comm.traffic.collectives)
+    return found
+
+
 TASKS = {
+    "fsdp2": lambda rank: run_fsdp(rank, 2),
+    "fsdp4": lambda rank: run_fsdp(rank, 4),
     "pair": lambda rank: run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]),
     "four": lambda rank: run_verbs(rank, [[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)]) + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]),
 }
