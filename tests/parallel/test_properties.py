@@ -1,0 +1,74 @@
+"""Drawn cases: any layout, mesh, mask and head count; all verbs against brute force, values and gradients."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from parallel.layout import ClipLayout
+from parallel.masks import AttentionMask
+
+
+@st.composite
+def starts(draw, frames: int) -> tuple[int, ...]:
+    return (0, *sorted(draw(st.sets(st.integers(1, frames - 1), max_size=4)))) if frames > 1 else (0,)
+
+
+@st.composite
+def masks(draw) -> AttentionMask:
+    kind = draw(st.sampled_from(["full", "frame", "chunk"]))
+    if kind == "full":
+        return AttentionMask()
+    window = draw(st.none() | st.integers(1, 6))
+    sink = draw(st.integers(0, 2))
+    if kind == "chunk":
+        return AttentionMask("chunk", window, sink)
+    return AttentionMask("frame", window, sink, draw(st.none() | st.integers(1, 4)), draw(st.none() | st.integers(1, 9)))
+
+
+@st.composite
+def layouts(draw) -> ClipLayout:
+    frames = draw(st.integers(1, 18))
+    valid = draw(st.none() | st.tuples(st.integers(0, frames), st.integers(0, frames)))
+    return ClipLayout(frames, draw(starts(frames)), draw(starts(frames)), valid)
+
+
+@st.composite
+def meshes(draw) -> tuple[tuple[int, int], int, int]:
+    """(ring, ulysses), heads, key heads"""
+    key_heads = draw(st.integers(1, 4))
+    heads = key_heads * draw(st.integers(1, 3))
+    ring = draw(st.integers(1, 4))
+    return (ring, draw(st.integers(1, min(heads, 8 // ring)))), heads, key_heads
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    layout=layouts(),
+    mesh=meshes(),
+    mask=masks(),
+    reverse=st.sampled_from([None, "inclusive", "exclusive"]),
+    initial=st.booleans(),
+    sides=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    edges=st.sampled_from(["clip", "document", "chunk"]),
+    seed=st.integers(0, 9),
+)
+def test_any_mesh_computes_what_one_device_does(oracles, layout, mesh, mask, reverse, initial, sides, edges, seed):
+    grid, heads, key_heads = mesh
+    case = oracles.Case(
+        layout,
+        reverse=reverse,
+        initial=initial,
+        before=sides[0],
+        after=sides[1],
+        halo_edges=edges,
+        mask=mask,
+        tokens=1,
+        heads=heads,
+        key_heads=key_heads,
+        dim=3,
+        seed=seed,
+    )
+    errors = oracles.worst(oracles.joined(oracles.virtual_run(case, *grid)[0]), oracles.serial_run(case))
+    assert errors[0] <= 1e-11
+    assert errors[1] <= 1e-11
