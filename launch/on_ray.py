@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec
 if TYPE_CHECKING:
     from launch.attempt import Death
 
-CONNECT_S = 30  # to a cluster that should be there
+CONNECT_S = 10  # to a cluster that should be there
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
@@ -103,15 +104,19 @@ def _connect(spec: LaunchSpec, view: ProgressView) -> str:
             logging_level=logging.ERROR,
         )
         return ""
-    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(CONNECT_S))
-    try:
-        context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = _unreachable(address)
+    if not reason:
+        try:
+            context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if reason:
         fix = "`ray start --head`, or leave RAY_ADDRESS and launcher.address unset"
+        if not _token_authentication():
+            fix += "; a cluster with token authentication is joined with RAY_AUTH_MODE=token in the environment"
         return f"joining Ray: got {reason}, expected a cluster at {address}. Fix: {fix}"
     dashboard = context.address_info.get("webui_url") or ""
-    if dashboard and not _loopback(dashboard) and not _token_authentication():
+    if dashboard and not on_loopback(dashboard) and not _token_authentication():
         ray.shutdown()
         return (
             f"joining Ray: got a dashboard at {dashboard} without authentication, expected one on loopback: it lets anybody who reaches it "
@@ -121,11 +126,23 @@ def _connect(spec: LaunchSpec, view: ProgressView) -> str:
     return ""
 
 
+def _unreachable(address: str) -> str:
+    """Why nobody listens at host:port, or nothing. Ray itself would try for five minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return ""  # `auto` and the like: Ray looks for the cluster itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _token_authentication() -> bool:
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
-def _loopback(endpoint: str) -> bool:
+def on_loopback(endpoint: str) -> bool:
     host = endpoint.split("//")[-1].rsplit(":", 1)[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -154,6 +154,10 @@ def _read_overrides(overrides: list[str], choices: dict[str, list[str]]) -> tupl
         elif override.is_sweep_override():
             problems.append(Problem(key, repr(text), "one value; a command runs one configuration", "start one command per value"))
         elif override.type == OverrideType.DEL:
+            if key in choices:
+                problems.append(
+                    Problem(key, repr(text), f"one of {', '.join(choices[key])}; a group cannot be left out", f"{key}=<choice>")
+                )
             lines.append(text)
         elif "@" in text.split("=")[0]:
             problems.append(Problem(key, repr(text), "a group without a package", f"{key}=<choice>"))
@@ -166,8 +170,6 @@ def _read_overrides(overrides: list[str], choices: dict[str, list[str]]) -> tupl
 
 
 def _check_choice(group: str, value: Any, choices: dict[str, list[str]]) -> list[Problem]:
-    if group == "experiment" and value is None:
-        return []
     if isinstance(value, str) and value in choices[group]:
         return []
     listed = ", ".join(choices[group])

@@ -47,6 +47,8 @@ def mesh_problems(config: RunConfig) -> list[Problem]:
 def batch_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
     """Every data-parallel member gets the same number of clips. Only for a mesh without problems."""
     members = config.launcher.workers // config.parallel.cp
+    if members < 1:
+        return []  # fewer than one worker: reported as a value
     found = []
     for name in stages:
         batch = config.recipe.stages[name].global_batch

@@ -9,6 +9,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,15 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *_launcher_problems(config),
         *_check("tracker.", config.tracker, (_one_of("name", ("mlflow", "none")), ("experiment", bool, "a name"))),
         *_check(
-            "trainer.", config.trainer, (*_counts("checkpoint_every", "keep_last", "log_every", "sample_steps"), *_counts("samples", low=0))
+            "trainer.",
+            config.trainer,
+            (
+                *_counts("checkpoint_every", "keep_last", "accumulate", "sample_steps"),
+                *_counts("samples", "keep_every", "bad_step_budget", low=0),
+                ("spike_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (no limit) or more than 1"),
+                _one_of("on_bad_step", ("stop", "skip")),
+                ("skip_steps", lambda steps: all(step > 0 for step in steps), "step numbers from 1 on"),
+            ),
         ),
         *_check("parallel.", config.parallel, (_one_of("precision", ("fp32", "bf16")),)),
     ]
@@ -53,6 +62,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     return found + data_problems(config, stages) + _inherit_problems(config, stages)
 
 
+@cache
 def table(file: str, name: str) -> tuple[str, ...]:
     """The keys of the dict literal (or the items of the tuple) `name` in wm_train/<file>, read without importing it."""
     path = Path(__file__).parent / file
@@ -66,6 +76,7 @@ def table(file: str, name: str) -> tuple[str, ...]:
     raise AssertionError(f"no table {name} in {path}")
 
 
+@cache
 def backends() -> tuple[str, ...]:
     """Built-in back ends and those that installed packages add."""
     return (*table("backends/__init__.py", "BACKENDS"), *(point.name for point in entry_points(group="wm_train.backends")))
@@ -134,10 +145,11 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
             where + "optimizer.",
             optimizer,
             (
-                _one_of("name", table("optim/adamw.py", "OPTIMIZERS")),
+                _one_of("name", table("optim/build.py", "OPTIMIZERS")),
                 ("lr", lambda value: 0 < value <= 10, "more than 0 and at most 10"),
                 ("betas", betas, "both at least 0 and less than 1"),
-                *_positive("eps", "clip_norm"),
+                *_positive("eps", "clip_norm", "adamw_lr_scale"),
+                ("momentum", lambda value: 0 <= value < 1, "at least 0 and less than 1"),
                 ("weight_decay", lambda value: 0 <= value < math.inf, "0 or more"),
                 ("warmup_steps", lambda value: 0 <= value <= max(stage.steps, 0), f"0 to the stage's {stage.steps} steps"),
                 _one_of("schedule", table("optim/schedule.py", "SCHEDULES")),

@@ -1,0 +1,53 @@
+"""A spec for tiny fake workers, and one Ray cluster for all tests of this folder."""
+
+from __future__ import annotations
+
+import io
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.progress import ProgressView
+from launch.spec import LaunchSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Callable[..., LaunchSpec]:
+    """spec(program, workers=..., ...): workers that run `program`; the usual modules, `rank` and the scratch folder `place` are there."""
+
+    def make(program: str, workers: int = 1, **changes: object) -> LaunchSpec:
+        config = tmp_path / "config.json"
+        config.write_text("{}")
+        prelude = f"import os, sys, time, signal, json, pathlib; place = pathlib.Path({str(tmp_path)!r}); rank = int(os.environ['RANK'])\n"
+        command = ("{python}", "-S", "-c", prelude + program, "{config}")
+        values = {"logs": tmp_path / "logs", "directory": ROOT, "backoff_s": 0.1, "grace_s": 5.0, "place_s": 20.0, **changes}
+        return LaunchSpec(command, workers, config, "{}", **values)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def view() -> ProgressView:
+    """A view into a text buffer: `view.out.getvalue()`."""
+    return ProgressView(io.StringIO(), every_s=0)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Ray cluster of one node with four CPUs, with token authentication, as a cluster should be run."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+        yield nodes.address
+        nodes.shutdown()

@@ -1,0 +1,116 @@
+"""One worker as a child: environment, exit codes, signals; and no worker outlives its launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import inline
+from launch.child import Child
+from launch.leash import leashed
+
+
+def gone(pid: int, within_s: float = 10.0) -> bool:
+    """Whether process `pid` ends (or is a zombie that nobody has asked for yet) in time."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def pid_in(file: Path, within_s: float = 20.0) -> int:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if file.exists() and file.read_text().strip():
+            return int(file.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"{file} did not appear")
+
+
+def test_environment_config_and_output(spec, view) -> None:
+    program = """
+print(json.dumps({k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GREETING")}))
+assert int(os.environ["MASTER_PORT"]) > 1023 and open(sys.argv[1]).read() == "{}"
+sys.stdout.write('@progress {"step": 3, "steps": 9}\\nno newline')
+"""
+    assert inline.run(spec(program, environment={"GREETING": "hello"}), view) == 0
+    said = view.out.getvalue().splitlines()
+    assert said[0] == (
+        '{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "GREETING": "hello"}'
+    )
+    assert said[-1] == "no newline"
+    assert view.step == 3
+
+
+@pytest.mark.parametrize(("program", "code"), [("sys.exit(3)", 3), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137), ("1/0", 1)])
+def test_the_exit_code_is_the_workers(spec, view, program: str, code: int) -> None:
+    assert inline.run(spec(program), view) == code
+
+
+def test_more_workers_than_one_are_refused(spec, view) -> None:
+    with pytest.raises(ValueError, match=r"launcher\.workers=1"):
+        inline.run(spec("", workers=2), view)
+
+
+def test_sigterm_is_handed_on_and_the_worker_may_finish_its_work(spec, view, tmp_path: Path) -> None:
+    program = """
+def stop(*_):
+    print("saved"); sys.exit(7)
+signal.signal(signal.SIGTERM, stop)
+(place / "pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    killer = threading.Thread(target=lambda: (pid_in(tmp_path / "pid"), os.kill(os.getpid(), signal.SIGTERM)))
+    killer.start()
+    assert inline.run(spec(program), view) == 7
+    killer.join()
+    assert "saved" in view.out.getvalue()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "our handler must not stay"
+
+
+def test_a_worker_dies_with_its_launcher(tmp_path: Path) -> None:
+    inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    outer = f"import subprocess, sys; from launch.leash import leashed; subprocess.run(leashed([sys.executable, '-c', {inner!r}]))"
+    parent = subprocess.Popen([sys.executable, "-c", outer], env={**os.environ, "PYTHONPATH": str(Path(inline.__file__).parents[1])})
+    worker = pid_in(tmp_path / "pid")
+    parent.kill()
+    parent.wait()
+    assert gone(worker)
+
+
+def test_a_leash_to_a_dead_parent_starts_nothing() -> None:
+    command = leashed([sys.executable, "-c", "print('alive')"])
+    command[command.index(str(os.getpid()))] = "999999999"
+    assert subprocess.run(command, capture_output=True).returncode == 1
+
+
+def test_stopping_a_child_takes_its_children_too(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(inner.pid)); time.sleep(300)"
+    )
+    child = Child([sys.executable, "-c", program], {}, tmp_path, tmp_path / "logs" / "rank_0.log")
+    grandchild = pid_in(tmp_path / "pid")
+    assert child.stop(grace_s=0.2) == -signal.SIGKILL
+    assert gone(grandchild)
+
+
+def test_a_child_keeps_its_log_and_its_last_lines(tmp_path: Path) -> None:
+    child = Child([sys.executable, "-c", "for i in range(50): print('line', i)\nraise SystemExit(4)"], {}, tmp_path, tmp_path / "a" / "log")
+    seen, code = [], None
+    while code is None:
+        lines, code = child.wait(5.0, for_lines=True)
+        seen += lines
+    assert (code, len(seen), child.tail[-1]) == (4, 50, "line 49")
+    assert (tmp_path / "a" / "log").read_text().splitlines() == seen

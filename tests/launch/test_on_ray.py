@@ -1,0 +1,212 @@
+"""Several ranks on Ray: placed, watched, restarted together, and gone when their driver is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import on_ray
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def all_gone(folder: Path, count: int) -> bool:
+    """Whether the processes whose ids the workers noted in `folder` have all ended."""
+    pids = [int(file.read_text()) for file in folder.glob("pid_*")]
+    assert len(pids) == count
+    until = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in pids)
+
+
+NOTE_PID = "(place / f'pid_{os.environ[\"RANK\"]}_{os.getpid()}').write_text(str(os.getpid()))\n"
+FIRST_TIME = "first = not (place / 'tried').exists()\n"
+
+
+def test_ranks_find_each_other(spec, view, cluster: str, tmp_path: Path) -> None:
+    program = """
+import socket
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COLOUR")
+(place / f"rank_{rank}").write_text(json.dumps({name: os.environ[name] for name in names}))
+if rank == 0:
+    with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) as server:
+        print("rank 0 met", server.accept()[0].recv(9).decode())
+else:
+    for attempt in range(100):
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).sendall(b"rank 1")
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    print("not shown")
+"""
+    assert on_ray.run(spec(program, workers=2, address=cluster, environment={"COLOUR": "red"}), view) == 0
+    first, second = (json.loads((tmp_path / f"rank_{rank}").read_text()) for rank in range(2))
+    assert [first.pop("RANK"), second.pop("RANK"), first.pop("LOCAL_RANK"), second.pop("LOCAL_RANK")] == ["0", "1", "0", "1"]
+    assert first == second
+    assert (first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"], first["COLOUR"]) == ("2", "2", "red")
+    shown = view.out.getvalue()
+    assert "rank 0 met rank 1" in shown
+    assert "not shown" not in shown
+    assert (tmp_path / "logs" / "attempt_0" / "rank_1.log").read_text() == "not shown\n"
+
+
+def test_a_users_mistake_is_not_tried_again(spec, view, cluster: str, tmp_path: Path) -> None:
+    program = NOTE_PID + "print('bad rank', rank); sys.exit(2 if rank else 1)"
+    assert on_ray.run(spec(program, workers=2, address=cluster, max_restarts=3), view) == 2
+    shown = view.out.getvalue()
+    assert "rank 1 died: exit code 2" in shown
+    assert "bad rank 1" in shown
+    assert "restart" not in shown
+    assert all_gone(tmp_path, 2)
+
+
+def test_a_killed_worker_is_replaced_with_all_the_others(spec, view, cluster: str, tmp_path: Path) -> None:
+    program = (
+        NOTE_PID
+        + FIRST_TIME
+        + """
+if first and rank == 1:
+    time.sleep(0.5)
+    (place / 'tried').touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+if first:
+    print('@progress {"step": 7, "steps": 9}')
+    time.sleep(60)
+print("finished", rank)
+"""
+    )
+    started = time.monotonic()
+    assert on_ray.run(spec(program, workers=2, address=cluster, max_restarts=2), view) == 0
+    assert time.monotonic() - started < 30, "rank 0 must not be waited for"
+    shown = view.out.getvalue()
+    assert "rank 1 died: killed by SIGKILL at step 7" in shown
+    assert "restart 1 of 2" in shown
+    assert "finished 0" in shown
+    assert (tmp_path / "logs" / "attempt_1" / "rank_1.log").read_text() == "finished 1\n"
+    assert all_gone(tmp_path, 4)
+
+
+def test_a_lost_actor_takes_its_worker_along_and_is_replaced(spec, view, cluster: str, tmp_path: Path) -> None:
+    program = (
+        NOTE_PID
+        + FIRST_TIME
+        + """
+if first and rank == 1:
+    (place / 'tried').touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+if first:
+    time.sleep(60)
+"""
+    )
+    assert on_ray.run(spec(program, workers=2, address=cluster, max_restarts=1), view) == 0
+    assert "rank 1 died: its node or its Ray actor was lost" in view.out.getvalue()
+    assert all_gone(tmp_path, 4)
+
+
+def test_two_deaths_at_one_step_end_the_run(spec, view, cluster: str) -> None:
+    program = """print('@progress {"step": 7, "steps": 9}'); sys.exit(5)"""
+    assert on_ray.run(spec(program, address=cluster, max_restarts=9), view) == 5
+    shown = view.out.getvalue()
+    assert "two deaths at step 7" in shown
+    assert "restart 2" not in shown
+
+
+def test_the_restart_budget_ends(spec, view, cluster: str) -> None:
+    assert on_ray.run(spec("print('no luck'); os.abort()", address=cluster, max_restarts=1), view) == 128 + signal.SIGABRT
+    shown = view.out.getvalue()
+    assert "rank 0's last lines:\nno luck" in shown
+    assert "given up after 1 restarts" in shown
+
+
+def test_too_few_cpus_are_reported_in_time(spec, view, cluster: str) -> None:
+    started = time.monotonic()
+    assert on_ray.run(spec("", workers=2, cpus_per_worker=3, address=cluster, place_s=2.0), view) == 1
+    assert time.monotonic() - started < 20
+    assert re.search(r"placing 2 workers: got \{'CPU': 4.0\} free within 2 s, expected \{'CPU': 6\}", view.out.getvalue())
+
+
+def test_sigterm_lets_the_workers_finish_their_work(spec, view, cluster: str, tmp_path: Path) -> None:
+    program = (
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(0)))\n"
+        + NOTE_PID
+        + "if rank == 0: os.kill(int(os.environ['DRIVER']), signal.SIGTERM)\ntime.sleep(60)"
+    )
+    asked = spec(program, workers=2, address=cluster, environment={"DRIVER": str(os.getpid())}, max_restarts=2)
+    assert on_ray.run(asked, view) == 128 + signal.SIGTERM
+    shown = view.out.getvalue()
+    assert "saved" in shown
+    assert "stopped by signal 15" in shown
+    assert (tmp_path / "logs" / "attempt_0" / "rank_1.log").read_text() == "saved\n"
+    assert all_gone(tmp_path, 2)
+
+
+def test_no_worker_outlives_a_killed_driver(spec, cluster: str, tmp_path: Path) -> None:
+    program = NOTE_PID + "time.sleep(300)"
+    asked = spec(program, workers=2, address=cluster)
+    (tmp_path / "driver.py").write_text(
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom launch.progress import ProgressView\n"
+        f"from launch.spec import LaunchSpec\non_ray.run({asked!r}, ProgressView())\n"
+    )
+    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 40
+    while len(list(tmp_path.glob("pid_*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+    assert all_gone(tmp_path, 2)
+
+
+def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics(spec, view, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    seen: list[str] = []
+
+    def watch() -> None:
+        while not stop.wait(0.3):
+            found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+            seen.extend(line for line in found.splitlines() if "dashboard/dashboard.py" in line)
+
+    stop = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    program = "assert os.environ['RAY_USAGE_STATS_ENABLED'] == '0'; time.sleep(1); print('done')"
+    code = on_ray.run(spec(program, workers=3, environment={}), view)
+    stop.set()
+    watcher.join()
+    assert code == 0, view.out.getvalue()
+    assert "done" in view.out.getvalue()
+    import ray
+
+    assert not ray.is_initialized()
+    assert not seen
+
+
+def test_a_cluster_that_is_not_there_is_a_users_mistake(spec, view, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = time.monotonic()
+    assert on_ray.run(spec("", address="127.0.0.1:1"), view) == 2
+    assert time.monotonic() - started < 60
+    assert "joining Ray: got" in view.out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "inside"),
+    [("127.0.0.1:8265", True), ("http://localhost:8265", True), ("[::1]:8265", True), ("10.0.0.5:8265", False), ("0.0.0.0:8265", False)],
+)
+def test_which_dashboards_are_on_loopback(endpoint: str, inside: bool) -> None:
+    assert on_ray.on_loopback(endpoint) is inside

@@ -1,0 +1,212 @@
+"""The value rules: each mistake is found under its key, with what would be right; a sound config has no problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.schema import DatasetInfo, info_to_json
+from wm_train.compose import Problem, build, compose, to_json
+from wm_train.models import MODELS
+from wm_train.objectives import OBJECTIVES
+from wm_train.optim.adamw import OPTIMIZERS
+from wm_train.optim.schedule import SCHEDULES
+from wm_train.validate import problems_of, table
+
+Find = Callable[..., dict[str, Problem]]
+SHORT, LONG = "recipe.stages.short.", "recipe.stages.long."
+NAN, INF = float("nan"), float("inf")
+CHANNELS = 48
+
+BAD_VALUES: dict[str, list[Any]] = {
+    SHORT + "optimizer.lr": [NAN, -1.0, INF, 0.0],
+    SHORT + "optimizer.betas": [[0.9, 1.0], [NAN, 0.9], [-0.1, 0.9]],
+    SHORT + "optimizer.eps": [0.0],
+    SHORT + "optimizer.weight_decay": [-0.1, NAN],
+    SHORT + "optimizer.warmup_steps": [-1, 10**6],
+    SHORT + "optimizer.schedule": ["linear"],
+    SHORT + "optimizer.clip_norm": [NAN, 0.0],
+    SHORT + "optimizer.ema_decay": [1.0, -0.5],
+    SHORT + "optimizer.name": ["sgd"],
+    SHORT + "objective.name": ["flow"],
+    SHORT + "objective.sigma_mean": [INF],
+    SHORT + "objective.sigma_std": [0.0],
+    SHORT + "objective.camera_dropout": [1.1],
+    SHORT + "steps": [0, 10**20],
+    SHORT + "global_batch": [0, 3],
+    SHORT + "frames": [0, 40, 89],
+    SHORT + "inherit_weights": ["best"],
+    SHORT + "inherit": ["previous", "", "nowhere"],
+    LONG + "index": [1, 0],
+    "name": ["../../etc", "", ".hidden", "a/b"],
+    "out": [""],
+    "seed": [-1, 2**63],
+    "stage": ["3", "2-1", "abc"],
+    "model.name": ["unet"],
+    "model.width": [100],
+    "model.heads": [0],
+    "model.depth": [0],
+    "model.latent_channels": [16],
+    "model.patch_size": [3],
+    "model.text_width": [64],
+    "model.ffn_ratio": [NAN],
+    "data.bad_shard": ["skip"],
+    "data.prefetch": [0],
+    "parallel.cp": [3, 0],
+    "parallel.dp_shard": [0],
+    "parallel.precision": ["fp8"],
+    "backend.name": ["tpu"],
+    "backend.threads": [0],
+    "backend.collective_timeout_s": [INF],
+    "launcher.workers": [0],
+    "launcher.name": ["slum"],
+    "launcher.max_restarts": [-1],
+    "tracker.name": ["wandb"],
+    "tracker.experiment": [""],
+    "trainer.checkpoint_every": [0],
+    "trainer.keep_last": [0],
+    "trainer.samples": [-1],
+    "trainer.sample_steps": [0],
+}
+
+
+def write(folder: Path, **changes: object) -> None:
+    """A dataset.json: 10 clips of 81 frames, unless `changes` say otherwise."""
+    values: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(DatasetInfo)}
+    statistics = ((0.5,) * CHANNELS,) * 2
+    values |= {"codec": "dct", "codec_options": {}, "channels": CHANNELS, "temporal_stride": 8, "mean": statistics, "std": statistics}
+    values |= {"clips": {"train": 8, "validation": 2}, "raw_frames": 810, "null_text": None, "control_names": ()}
+    values |= {"latent_height": 8, "latent_width": 12, **changes}
+    (folder / "dataset.json").write_text(info_to_json(DatasetInfo(**values)))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder that is a data set as far as dataset.json goes."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo() -> str:
+    """The demo's resolved config; composing takes longer than all rules together, so it is done once."""
+    return to_json(compose(["experiment=demo"]))
+
+
+@pytest.fixture
+def found(demo: str, shards: Path) -> Find:
+    """found({key: value, ...}, data=folder) -> the problems of the demo with these values, by key."""
+
+    def find(changes: dict[str, Any] | None = None, data: Path = shards) -> dict[str, Problem]:
+        plain = json.loads(demo)
+        for key, value in {"data.path": str(data), "out": str(shards.parent / "runs"), **(changes or {})}.items():
+            *parents, last = key.split(".")
+            section = plain
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+        return {problem.where: problem for problem in problems_of(build(plain))}
+
+    return find
+
+
+def mesh(workers: int, cp: int = 1, **degrees: int) -> dict[str, Any]:
+    return {"launcher.workers": workers, **{f"parallel.{key}": value for key, value in {"cp": cp, **degrees}.items()}}
+
+
+def test_the_demo_is_sound(found: Find) -> None:
+    assert found() == {}
+    assert found({"stage": "1"}) == {}
+    assert found({"launcher.name": "inline", "launcher.workers": 1}) == {}
+
+
+def test_tables_are_those_of_the_builders() -> None:
+    assert table("objectives/__init__.py", "OBJECTIVES") == tuple(OBJECTIVES)
+    assert table("models/__init__.py", "MODELS") == tuple(MODELS)
+    assert table("optim/adamw.py", "OPTIMIZERS") == tuple(OPTIMIZERS)
+    assert table("optim/schedule.py", "SCHEDULES") == tuple(SCHEDULES)
+
+
+@pytest.mark.parametrize("key", BAD_VALUES)
+def test_a_bad_value_is_found_under_its_key(found: Find, key: str) -> None:
+    for value in BAD_VALUES[key]:
+        problems = found({key: value})
+        assert key in problems, value
+        assert all(problem.got and problem.rule for problem in problems.values())
+
+
+def test_all_problems_come_at_once(found: Find) -> None:
+    changes = {"seed": -1, "parallel.cp": 3, "stage": "7", SHORT + "optimizer.lr": NAN, "model.latent_channels": 4, "data.prefetch": 0}
+    assert set(found(changes)) == set(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "rule"),
+    [
+        (mesh(8, 8, ulysses=8), "parallel.ulysses", "1, 2, 4"),
+        (mesh(4, 4, ulysses=2, ring=4), "parallel.ulysses", "ulysses x ring = cp = 4"),
+        (mesh(6, 4), "parallel.cp", "a divisor of the 6 workers: 1, 2, 3, 6"),
+        (mesh(4, dp_shard=3), "parallel", "makes the 4 workers"),
+        (mesh(4, dp_replicate=3), "parallel", "makes the 4 workers"),
+        ({"launcher.name": "inline"}, "launcher.workers", "1 with launcher=inline"),
+        ({"launcher.workers": 8, "stage": "1"}, SHORT + "global_batch", "a multiple of the 8 data-parallel members"),
+    ],
+)
+def test_impossible_meshes_say_what_is_possible(found: Find, changes: dict[str, Any], where: str, rule: str) -> None:
+    assert rule in found(changes)[where].rule
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        mesh(8, 8),  # gcd(4 heads, 8) = 4 Ulysses x 2 ring
+        mesh(8, 4, ring=4),
+        mesh(8, 2, dp_replicate=2, dp_shard=2),
+        mesh(3, 3),  # 4 heads: all ring
+    ],
+)
+def test_possible_meshes_pass(found: Find, changes: dict[str, Any]) -> None:
+    assert found(changes) == {}
+
+
+def test_the_data_folder(found: Find, shards: Path, tmp_path: Path) -> None:
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.write_text("x")
+    assert "does not exist" in found(data=tmp_path / "nowhere")["data.path"].got
+    assert "an empty folder" in found(data=empty)["data.path"].got
+    assert "is a file" in found(data=file)["data.path"].got
+    (empty / "shards").mkdir()
+    assert "without dataset.json" in found(data=empty)["data.path"].got
+    (shards / "dataset.json").write_text("{")
+    assert "not JSON" in found()["data.path"].got
+    (shards / "dataset.json").write_text("[]")
+    assert "schema_version" in found()["data.path"].got
+
+
+def test_the_data_set_must_fit(found: Find, shards: Path) -> None:
+    write(shards, temporal_stride=5)
+    assert found({SHORT + "frames": 44})[SHORT + "frames"].fix == "recipe.stages.short.frames=46"
+    write(shards, clips={"train": 10, "validation": 0})
+    assert set(found()) == {"trainer.samples"}
+    assert found({"trainer.samples": 0}) == {}
+
+
+def test_weights_to_inherit_must_exist(found: Find, shards: Path) -> None:
+    where = LONG + "inherit"
+    assert "stage=short" in found({"stage": "2"})[where].fix
+    checkpoints = shards.parent / "runs" / "demo" / "short" / "checkpoints"
+    (checkpoints / "step_00000010.tmp-1").mkdir(parents=True)
+    assert where in found({"stage": "2"}), "a half-written checkpoint is none"
+    (checkpoints / "step_00000010").mkdir()
+    assert found({"stage": "2"}) == {}
+    assert where in found({"stage": "2", "name": "other"})
+    assert where in found({"stage": "2", where: str(shards)})
+    assert found({"stage": "2", "name": "other", where: str(checkpoints)}) == {}
