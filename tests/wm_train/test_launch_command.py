@@ -1,0 +1,144 @@
+"""`python -m wm_train.launch`: one report and exit code 2 for every mistake, with nothing heavy imported; stages one after the other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wm_train import launch as command
+from wm_train.compose import from_json
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = """
+import sys
+from wm_train.launch import main
+code = main(sys.argv[1:])
+print("HEAVY", sorted({"torch", "ray", "mlflow", "pyarrow"} & set(sys.modules)))
+sys.exit(code)
+"""
+DATASET = {
+    **{"schema_version": 1, "codec": "dct", "codec_options": {}, "channels": 48, "latent_height": 8, "latent_width": 8},
+    **{"temporal_stride": 8, "spatial_stride": 16, "image_height": 128, "image_width": 128, "fps": 16, "metres_per_unit": 0.03},
+    **{"control_names": [], "mean": [[0.0] * 48] * 2, "std": [[1.0] * 48] * 2, "clips": {"train": 8, "validation": 2}, "shards": 1},
+    **{"latent_frames": 110, "raw_frames": 810, "psnr_db": None, "null_text": None, "index_bytes": 0, "index_sha256": ""},
+    **{"latent_dtype": "float32", "source": "test", "fingerprint": ""},
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Callable[..., int]:
+    """train(program, *overrides): the demo in this process, on one inline worker that runs `program` instead of training."""
+
+    def run(program: str, *overrides: str) -> int:
+        monkeypatch.setattr(command, "WORKER", ("{python}", "-S", "-c", program, "{config}"))
+        return command.main(["experiment=demo", "launcher=inline", f"data.path={data}", f"out={tmp_path / 'runs'}", *overrides])
+
+    return run
+
+
+MISTAKES = {
+    "unknown key": (["model.dept=3"], ["model.dept: got an unknown key", "did you mean model.depth?"]),
+    "wrong type": (["seed=many"], ["seed: got 'many' (str), expected a whole number"]),
+    "NaN learning rate": (["recipe.stages.short.optimizer.lr=nan"], ["recipe.stages.short.optimizer.lr: got nan"]),
+    "missing data path": (["data.path=/nowhere/at/all"], ["data.path: got /nowhere/at/all, which does not exist"]),
+    "empty data directory": (["data.path={empty}"], ["data.path: got {empty}, an empty folder"]),
+    "cp that does not fit": (["parallel.cp=3"], ["parallel.cp: got 3, expected a divisor of the 2 workers: 1, 2"]),
+    "no such stage": (["stage=9"], ["stage: got '9', expected one of 1 short, 2 long"]),
+    "several at once": (["stage=9", "seed=-1", "name=../x"], ["3 problems", "stage: got", "seed: got", "name: got"]),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_gets_one_report_and_starts_nothing(kind: str, data: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    given, expected = MISTAKES[kind]
+    overrides = ["experiment=demo", f"data.path={data}", f"out={tmp_path / 'runs'}", *(text.format(empty=empty) for text in given)]
+    done = subprocess.run([sys.executable, "-c", PROBE, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == "HEAVY []\n"
+    for part in expected:
+        assert part.format(empty=empty) in done.stderr
+    assert done.stderr.count("nothing was started") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_file_itself_is_no_command() -> None:
+    done = subprocess.run([sys.executable, "wm_train/launch.py", "experiment=demo"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "python -m wm_train.launch experiment=demo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--dry-run", "experiment=demo", "stage=1"]])
+def test_help_and_dry_run_import_nothing_heavy(arguments: list[str], data: Path) -> None:
+    overrides = [f"data.path={data}"] if "--dry-run" in arguments else []
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("HEAVY []\n")
+    assert "recipe" in done.stdout
+
+
+def test_an_unknown_option_is_a_mistake_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--turbo"])
+    assert stopped.value.code == 2
+    assert "--turbo" in capsys.readouterr().err
+
+
+TELL = """
+import json, sys
+config = json.load(open(sys.argv[1]))
+print("training", config["stage"], config["recipe"]["stages"][config["stage"]]["frames"])
+"""
+
+
+def test_stages_run_one_after_the_other_and_say_what_to_type_next(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(TELL, "stage=all") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("training short 41") < shown.index("training long 81")
+    assert "the last stage" in shown
+    assert train(TELL, "stage=1", "name=other") == 0
+    shown = capsys.readouterr().out
+    assert "training long" not in shown
+    assert "stage=2" in shown.splitlines()[-1]
+    assert "name=other" in shown.splitlines()[-1]
+
+
+def test_the_resolved_config_is_stored_for_its_owner(train, tmp_path: Path) -> None:
+    assert train("", "stage=1", "model.depth=8") == 0
+    file = tmp_path / "runs" / "demo" / "short" / "config.json"
+    config = from_json(file.read_text())
+    assert (config.stage, config.model.depth, config.launcher.name) == ("short", 8, "inline")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_failing_stage_ends_the_run_with_its_code(train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("import sys; print('started'); sys.exit(5)", "stage=all") == 5
+    assert capsys.readouterr().out.count("started") == 1
+
+
+def test_workers_send_no_statistics(train, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS")
+    assert train(f"import os; print(*(os.environ[name] for name in {names}))", "stage=1", "backend.threads=3") == 0
+    assert "true true 0 3" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_mistake(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").write_text("a file in the way")
+    assert train("", "stage=1") == 2
+    assert "run folder: got" in capsys.readouterr().err
