@@ -26,8 +26,8 @@ class Build:
     kernel: Any
     arguments: dict[str, str]
     constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
+    warps: int = 8
+    stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def scan_builds(mode: str = "tf32", d: int = 112) -> list[Build]:
     sizes = {"D": d, "DP": 128 if d > 64 else 64, "MODE": mode}
     common = {"decay": f, "gram": f, "frames": "i32", "heads": "i32", "segment": "i32", "open_edges": i8}
     builds = []
-    for e, rows in ((d, 64), (1, 16)):
+    for e, rows in ((d, 32), (1, 16)):
         shape = {**sizes, "E": e, "ROWS": rows, "REVERSE": "exclusive"}
         tag = f"E{e}"
         states = {**common, "update": f, "start_forward": f, "start_reverse": f, "ahead": f, "final": f}
@@ -97,11 +97,11 @@ def scan_builds(mode: str = "tf32", d: int = 112) -> list[Build]:
         builds.append(Build(f"composites {tag}", kernels.composites_kernel, ends, shape))
         adjoint = {**common, "grads": f, "from_right": f, "from_left": f, "toward": f, "back": f, "to_left": f, "to_right": f}
         builds.append(Build(f"adjoint {tag}", kernels.adjoint_kernel, adjoint, {**shape, "STARTS": 3, "KEEP": True}))
-        outer = {name: f for name in ("decay", "gram", "ahead", "behind", "toward", "back", "d_decay", "d_gram", "d_update")}
-        builds.append(Build(f"outer {tag}", kernels.outer_kernel, outer, {**shape, "ROWS": min(rows, 32)}, warps=8))
-    compose = {x: f for x in ("composite", "end_ahead", "end_back", "start_ahead", "start_back", "first_ahead", "first_back")}
+        outer = dict.fromkeys(("decay", "gram", "ahead", "behind", "toward", "back", "d_decay", "d_gram", "d_update"), f)
+        builds.append(Build(f"outer {tag}", kernels.outer_kernel, outer, shape))
+    compose = dict.fromkeys(("composite", "end_ahead", "end_back", "start_ahead", "start_back", "first_ahead", "first_back"), f)
     compose |= {"passes": i8, "parts": "i32"}
-    constants = {"E": d, "D": d, "DP": sizes["DP"], "ROWS": 64, "FIRSTS": 3, "MODE": "tf32x3"}
+    constants = {"E": d, "D": d, "DP": sizes["DP"], "ROWS": 32, "FIRSTS": 3, "MODE": "tf32x3"}
     builds.append(Build("compose", kernels.compose_kernel, compose, constants))
     return builds
 

@@ -32,7 +32,10 @@ class ScanSettings(NamedTuple):
     engine: str = "auto"
     segments: int | None = None
     mode: str | None = None
-    rows: int = 64
+    rows: int = 32
+
+
+DEFAULTS = ScanSettings()
 
 
 class _Plan(NamedTuple):
@@ -48,7 +51,6 @@ class _Plan(NamedTuple):
     parts: int
     segment: int
     mode: str
-    warps: int
 
     @property
     def tiles(self) -> int:
@@ -62,7 +64,8 @@ class _Plan(NamedTuple):
             "ROWS": self.rows,
             "REVERSE": reverse or "none",
             "MODE": self.mode,
-            "num_warps": self.warps,
+            "num_warps": 8,  # with fewer, A does not fit the registers
+            "num_stages": 2,  # more would not fit the shared memory of capability 8.0
         }
 
 
@@ -72,14 +75,14 @@ def _plan(stream: Stream, settings: ScanSettings) -> _Plan:
     for name, x in (("decay", stream.decay), ("gram", stream.gram)):
         if tuple(x.shape) != expected[name]:
             raise ValueError(
-                f"scan failed: got {name} {tuple(x.shape)}, expected {expected[name]} for update {tuple(stream.update.shape)} (kernels.scan)"
+                f"scan failed: got {name} {tuple(x.shape)}, expected {expected[name]} beside update {tuple(stream.update.shape)} (scan)"
             )
     padded = max(16, triton.next_power_of_2(d))
     rows = 16 if e == 1 else min(settings.rows, padded)
     parts = settings.segments or _segments(batch * heads * -(-e // rows), frames, stream.update.device)
     parts = max(1, min(parts, frames))
     segment = -(-frames // parts)
-    return _Plan(batch, frames, heads, e, d, padded, rows, -(-frames // segment), segment, settings.mode or state_mode(), 4 if rows < 128 else 8)
+    return _Plan(batch, frames, heads, e, d, padded, rows, -(-frames // segment), segment, settings.mode or state_mode())
 
 
 def _segments(programs: int, frames: int, device: torch.device) -> int:
@@ -187,7 +190,7 @@ def local_states(
     reverse: str | None,
     start_forward: Tensor | None,
     start_reverse: Tensor | None,
-    settings: ScanSettings = ScanSettings(),
+    settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor]:
     """States [B, t, H, E, D] and F after the last frame [B, H, E, D]; as `parallel.reference.local_states`."""
     if _by_reference(stream, settings):
@@ -200,7 +203,7 @@ def local_states(
 
 
 def local_composites(
-    stream: Stream, cuts: Cuts, reverse: str | None, settings: ScanSettings = ScanSettings()
+    stream: Stream, cuts: Cuts, reverse: str | None, settings: ScanSettings = DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """C [B, H, D, D], H_fwd and H_rev [B, H, E, D]; as `parallel.reference.local_composites`."""
     if _by_reference(stream, settings):
@@ -211,7 +214,7 @@ def local_composites(
 
 
 def local_adjoint_composites(
-    stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor, settings: ScanSettings = ScanSettings()
+    stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor, settings: ScanSettings = DEFAULTS
 ) -> tuple[Tensor, Tensor | None]:
     """What leaves the local frames when nothing enters [B, H, E, D]; as `parallel.reference.local_adjoint_composites`."""
     if _by_reference(stream, settings):
@@ -231,7 +234,7 @@ def local_adjoint(
     grads: Tensor,
     from_right: Tensor | None,
     from_left: Tensor | None,
-    settings: ScanSettings = ScanSettings(),
+    settings: ScanSettings = DEFAULTS,
 ) -> tuple[Stream, Tensor | None]:
     """Gradients of decay, gram, update and start_forward; as `parallel.reference.local_adjoint`. The states are walked again."""
     if _by_reference(stream, settings):
@@ -250,7 +253,7 @@ def local_adjoint(
     toward, back, to_left, _ = _adjoint(stream, grads, edges, reverse, plan, right, left, keep=True)
     assert toward is not None
     d_decay, d_gram = torch.empty_like(stream.decay), torch.empty_like(stream.gram)
-    constants = plan.constants(reverse) | {"ROWS": 16 if plan.e == 1 else min(32, plan.padded), "num_warps": 8 if plan.padded == 128 else 4}
+    constants = plan.constants(reverse) | {"ROWS": 16 if plan.e == 1 else min(32, plan.padded)}
     scan_kernels.outer_kernel[(plan.batch * plan.frames * plan.heads,)](
         stream.decay, stream.gram, ahead, behind, toward, back, d_decay, d_gram, toward, **constants
     )

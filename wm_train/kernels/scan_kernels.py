@@ -5,8 +5,8 @@ frames one after the other; segments of frames are walked by different programs 
 context parallelism on one device.
 
 Memory order: decay [B, t, H], gram [B, t, H, D, D], states and updates [B, t, H, E, D], starts [segments, B, H, E, D], all contiguous
-fp32. `open_edges` int8 [3, t]: may frame i know i-1; may frame i know i+1; ones. A is read transposed: it is symmetric, and the tensor cores
-want the second operand with its summed axis contiguous.
+fp32. `open_edges` int8 [3, t]: may frame i know i-1; may frame i know i+1; ones. A is read transposed: it is symmetric, and the tensor
+cores want the second operand with its summed axis contiguous.
 """
 
 import triton
@@ -76,7 +76,7 @@ def states_kernel(
         state = tl.zeros([ROWS, DP], dtype=tl.float32)
         if STARTS >= 2:
             state = tl.load(start_reverse + start_at, mask=mask, other=0.0)
-        for j in range(0, last - first):
+        for j in range(last - first):
             i = last - 1 - j
             cell = ((batch * frames + i) * heads + head).to(tl.int64)
             state = tl.where(tl.load(open_edges + frames + i) != 0, state, 0.0)
@@ -113,7 +113,7 @@ def composites_kernel(
     state = tl.where((e == d) & (d < D) & is_composite, 1.0, 0.0)
     backwards = (kind == 1) & (not is_composite)
     edge_row = tl.where(is_composite, 2, kind) * frames
-    for j in range(0, last - first):
+    for j in range(last - first):
         i = tl.where(backwards, last - 1 - j, first + j)
         cell = ((batch * frames + i) * heads + head).to(tl.int64)
         state = tl.where(tl.load(open_edges + edge_row + i) != 0, state, 0.0)
@@ -150,7 +150,7 @@ def adjoint_kernel(
     carried = tl.zeros([ROWS, DP], dtype=tl.float32)
     if STARTS % 2 == 1:
         carried = tl.load(from_right + start_at, mask=mask, other=0.0)
-    for j in range(0, last - first):
+    for j in range(last - first):
         i = last - 1 - j
         cell = ((batch * frames + i) * heads + head).to(tl.int64)
         carried += tl.load(grads + cell * (E * D) + tile, mask=mask, other=0.0)
@@ -231,7 +231,7 @@ def compose_kernel(
     k = tl.arange(0, DP)[:, None]
     n = tl.arange(0, DP)[None, :]
     offsets = tl.where(backwards, n * D + k, k * D + n)
-    for j in range(0, parts):
+    for j in range(parts):
         g = tl.where(backwards, parts - 1 - j, j)
         here = (g * tl.num_programs(0) + pair).to(tl.int64)
         tl.store(start + here * (E * D) + tile, value, mask=mask)

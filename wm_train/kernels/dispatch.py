@@ -1,0 +1,161 @@
+"""What models call. Each function checks its shapes, then runs the Triton kernel or the plain PyTorch of `reference.py`.
+
+Shapes: B clips, t local latent frames, S tokens per frame, H heads of D channels. Tokens arrive as projections give them,
+[B, t, S, H·D], un-normalised. Rotary tables are [B or 1, t, S, 1, pairs]. Sums, states and Grams are fp32 (fp64 for fp64 tokens).
+`engine`: auto | triton | reference (see `engine.py`; every choice is logged once). Errors: ValueError for a wrong shape, naming it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parallel.reference import REFERENCE, Kernels
+from wm_train.kernels import reference
+from wm_train.kernels.engine import ENGINES, engine_for, resolve
+
+
+def gdn_gram(
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    norm_eps: float = 1e-5,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Streams of the main branch (SANA-WM eq. 3, 5): k̂ = scale · ReLU(RMSNorm(key)), rotated for the numerator only.
+
+    key (after its short convolution), value [B, t, S, H·D]; beta [B, t, S, H], 0 at padding; weight [H·D] of the key norm.
+    -> numerator's A, U [B, t, H, D, D], normaliser's A [B, t, H, D, D] and U [B, t, H, 1, D].
+    """
+    d = _check_tokens("gdn_gram", key, beta.shape[-1], weight, cos, sin, 2)
+    _same("gdn_gram", "value", value, key.shape)
+    _same("gdn_gram", "beta", beta, (*key.shape[:3], beta.shape[-1]))
+    if _engine(engine, key, d) == "reference":
+        return reference.gdn_gram(key, value, beta, weight, cos, sin, scale, norm_eps)
+    from wm_train.kernels.gram import Gram
+
+    return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps)
+
+
+def gdn_output(
+    query: Tensor,
+    state: Tensor,
+    normaliser: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_eps: float = 1e-5,
+    eps: float = 1e-8,
+    engine: str = "auto",
+) -> Tensor:
+    """O = S q̂_rotated / (z · q̂ + eps) per token.
+
+    query [B, t, S, H·D]; state [B, t, H, D, D]; normaliser [B, t, H, 1, D]; weight [H·D] of the query norm -> [B, t, S, H, D].
+    """
+    d = _check_tokens("gdn_output", query, state.shape[2], weight, cos, sin, 2)
+    _same("gdn_output", "state", state, (*query.shape[:2], state.shape[2], d, d))
+    _same("gdn_output", "normaliser", normaliser, (*query.shape[:2], state.shape[2], 1, d))
+    if _engine(engine, query, d) == "reference":
+        return reference.gdn_output(query, state, normaliser, weight, cos, sin, norm_eps, eps)
+    from wm_train.kernels.output import Output
+
+    return Output.apply(query, state, normaliser, weight, cos, sin, norm_eps, eps)
+
+
+def camera_gram(
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    ray_to_world: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    norm_eps: float = 1e-5,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Stream of the camera branch (SANA-WM eq. 6): keys and values encoded by D^-1, held to their RMS, beta discounted.
+
+    As `gdn_gram`, with ray_to_world [B, t, S, 4, 4] and tables for half the channels -> A, U [B, t, H, D, D].
+    """
+    d = _check_tokens("camera_gram", key, beta.shape[-1], weight, cos, sin, 4)
+    _same("camera_gram", "value", value, key.shape)
+    _same("camera_gram", "beta", beta, (*key.shape[:3], beta.shape[-1]))
+    _same("camera_gram", "ray_to_world", ray_to_world, (*key.shape[:3], 4, 4))
+    if _engine(engine, key, d) == "reference":
+        return reference.camera_gram(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps)
+    from wm_train.kernels.camera import CameraGram
+
+    return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps)
+
+
+def camera_output(
+    query: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    world_to_ray: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_eps: float = 1e-5,
+    engine: str = "auto",
+) -> Tensor:
+    """S q̂ with queries encoded by Dᵀ, brought back to the world: query [B, t, S, H·D], state [B, t, H, D, D],
+    world_to_ray [B, t, S, 4, 4] -> [B, t, S, H, D], ready for the branch's output projection.
+    """
+    d = _check_tokens("camera_output", query, state.shape[2], weight, cos, sin, 4)
+    _same("camera_output", "state", state, (*query.shape[:2], state.shape[2], d, d))
+    _same("camera_output", "world_to_ray", world_to_ray, (*query.shape[:3], 4, 4))
+    if _engine(engine, query, d) == "reference":
+        return reference.camera_output(query, state, weight, world_to_ray, cos, sin, norm_eps)
+    from wm_train.kernels.camera import CameraOutput
+
+    return CameraOutput.apply(query, state, weight, world_to_ray, cos, sin, norm_eps)
+
+
+def sequence_kernels(device: torch.device, engine: str = "auto") -> Kernels:
+    """The local kernels of `parallel`'s verbs on this device: `make_sequence(…, kernels=sequence_kernels(device))`."""
+    if engine not in ENGINES:
+        raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (sequence_kernels). Fix: engine='auto'")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if resolve(engine, device.type, capability, torch.float32, 112) == "reference":
+        return REFERENCE
+    from wm_train.kernels import scan
+
+    settings = scan.ScanSettings(engine=engine)
+    return REFERENCE._replace(
+        local_composites=partial(scan.local_composites, settings=settings),
+        local_states=partial(scan.local_states, settings=settings),
+        local_adjoint_composites=partial(scan.local_adjoint_composites, settings=settings),
+        local_adjoint=partial(scan.local_adjoint, settings=settings),
+    )
+
+
+def _engine(engine: str, tokens: Tensor, head_dim: int) -> str:
+    """No tokens: nothing to launch, and the reference keeps the graph."""
+    return "reference" if tokens.numel() == 0 else engine_for(engine, tokens, head_dim)
+
+
+def _check_tokens(where: str, x: Tensor, heads: int, weight: Tensor, cos: Tensor, sin: Tensor, per_pair: int) -> int:
+    """Head dim of tokens whose shapes agree. per_pair: channels of a head per rotary pair, 4 where only half are rotated."""
+    if x.dim() != 4 or x.shape[-1] % heads:
+        raise ValueError(f"{where} failed: got tokens {tuple(x.shape)}, expected [B, t, S, H·D] with H = {heads} (wm_train.kernels)")
+    b, t, s, channels = x.shape
+    d = channels // heads
+    _same(where, "norm weight", weight, (channels,))
+    for name, table in (("cos", cos), ("sin", sin)):
+        if tuple(table.shape) not in ((b, t, s, 1, d // per_pair), (1, t, s, 1, d // per_pair)):
+            raise ValueError(
+                f"{where} failed: got rotary {name} {tuple(table.shape)}, expected {(b, t, s, 1, d // per_pair)}, or 1 for {b} (kernels)"
+            )
+    return d
+
+
+def _same(where: str, name: str, x: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{where} failed: got {name} {tuple(x.shape)}, expected {tuple(expected)} (wm_train.kernels)")
