@@ -22,11 +22,32 @@ print("HEAVY", sorted({"torch", "ray", "mlflow", "pyarrow"} & set(sys.modules)))
 sys.exit(code)
 """
 DATASET = {
-    **{"schema_version": 1, "codec": "dct", "codec_options": {}, "channels": 48, "latent_height": 8, "latent_width": 8},
-    **{"temporal_stride": 8, "spatial_stride": 16, "image_height": 128, "image_width": 128, "fps": 16, "metres_per_unit": 0.03},
-    **{"control_names": [], "mean": [[0.0] * 48] * 2, "std": [[1.0] * 48] * 2, "clips": {"train": 8, "validation": 2}, "shards": 1},
-    **{"latent_frames": 110, "raw_frames": 810, "psnr_db": None, "null_text": None, "index_bytes": 0, "index_sha256": ""},
-    **{"latent_dtype": "float32", "source": "test", "fingerprint": ""},
+    "schema_version": 1,
+    "codec": "dct",
+    "codec_options": {},
+    "channels": 48,
+    "latent_height": 8,
+    "latent_width": 8,
+    "temporal_stride": 8,
+    "spatial_stride": 16,
+    "image_height": 128,
+    "image_width": 128,
+    "fps": 16,
+    "metres_per_unit": 0.03,
+    "control_names": [],
+    "mean": [[0.0] * 48] * 2,
+    "std": [[1.0] * 48] * 2,
+    "clips": {"train": 8, "validation": 2},
+    "shards": 1,
+    "latent_frames": 110,
+    "raw_frames": 810,
+    "psnr_db": None,
+    "null_text": None,
+    "index_bytes": 0,
+    "index_sha256": "",
+    "latent_dtype": "float32",
+    "source": "test",
+    "fingerprint": "",
 }
 
 
