@@ -84,7 +84,7 @@ class Member:
 
 @dataclass
 class Traffic:
-    """What one member has sent: collectives and bytes to *other* members, by label (verb, direction)."""
+    """What one member has sent: collectives and bytes to *other* members, by label "[scope/]verb direction"."""
 
     collectives: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -136,11 +136,13 @@ class Verb(Protocol):
 class Communicator(Protocol):
     """Hosts members of one sequence group.
 
+    scope: set by whoever wants traffic told apart, by layer for instance; calls made meanwhile count under it, their backward too.
     joined: several members share one graph node, which then keeps its tensors itself: hooks on saved tensors belong to one member's thread.
     """
 
     members: tuple[Member, ...]
     joined: bool
+    scope: str
     tape: Tape | None
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -157,6 +159,7 @@ class SoloComm:
 
     members = (Member(),)
     joined = False
+    scope = ""
     tape: Tape | None = None
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -177,12 +180,13 @@ class _Phases(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.label = f"{comm.scope}/{verb.name}" if comm.scope else verb.name
         ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
         device = next(x.device.type for x in tensors if x is not None)
         with torch.autocast(device, enabled=False):
             own = ctx.count
             programs = [verb.forward(m, *tensors[i * own : (i + 1) * own]) for i, m in enumerate(comm.members)]
-            results = comm.run(f"{verb.name} forward", programs)
+            results = comm.run(f"{ctx.label} forward", programs)
         ctx.kept_counts = [len(kept) for _, kept, _ in results]
         ctx.facts = [facts for *_, facts in results]
         kept = [x for _, group, _ in results for x in group]
@@ -201,7 +205,7 @@ class _Phases(torch.autograd.Function):
             for i, member in enumerate(members):
                 kept = tuple(saved.pop(0) for _ in range(ctx.kept_counts[i]))
                 programs.append(ctx.verb.backward(member, kept, ctx.facts[i], grads[i * width : (i + 1) * width]))
-            results = ctx.comm.run(f"{ctx.verb.name} backward", programs)
+            results = ctx.comm.run(f"{ctx.label} backward", programs)
         return (None, None, *(grad for result in results for grad in result))
 
 

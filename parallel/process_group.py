@@ -29,6 +29,7 @@ class ProcessGroupComm:
         self.members = (member,)
         self.traffic = Traffic()
         self.tape: Tape | None = None
+        self.scope = ""
         self._groups = groups
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:

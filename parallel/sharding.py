@@ -20,8 +20,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str = "fp32") -> nn.Module:
     """Shard `model` in place, each of `blocks` as one unit that is gathered just before it runs.
 
-    `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay fp32; `precision` is what blocks compute in.
-    Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations.
+    `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay fp32; `precision` is what blocks
+    compute in. Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations.
     """
     policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:

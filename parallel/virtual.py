@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class VirtualGroup:
 
     joined = True
     tape: Tape | None = None
+    scope = ""
 
     def __init__(self, ring: int, ulysses: int) -> None:
         self.members = tuple(Member(r, u, ring, ulysses) for r in range(ring) for u in range(ulysses))
@@ -86,17 +87,17 @@ class _Meeting:
     def __init__(self, group: VirtualGroup) -> None:
         self.group = group
         self.condition = threading.Condition()
-        self.calls: dict[int, tuple[Verb, tuple[Tensor | None, ...]]] = {}
+        self.calls: dict[int, tuple[Verb, tuple[Tensor | None, ...], str]] = {}
         self.outputs: tuple[Tensor, ...] = ()
         self.turn = 0
         self.finished = 0
         self.failure: str | None = None
 
-    def call(self, index: int, verb: Verb, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    def call(self, index: int, verb: Verb, tensors: tuple[Tensor | None, ...], scope: str) -> tuple[Tensor, ...]:
         size = len(self.group.members)
         with self.condition:
             turn = self.turn
-            self.calls[index] = (verb, tensors)
+            self.calls[index] = (verb, tensors, scope)
             self._check_absent()
             if len(self.calls) == size:
                 try:
@@ -112,10 +113,10 @@ class _Meeting:
 
     def _serve(self) -> None:
         ordered = [self.calls[i] for i in range(len(self.calls))]
-        verb = ordered[0][0]
-        if any(other != verb for other, _ in ordered):
-            raise ValueError(f"virtual ranks disagree on the verb: got {[other for other, _ in ordered]}, expected the same on all")
-        self.outputs = self.group.apply(verb, *(x for _, tensors in ordered for x in tensors))
+        verb, _, self.group.scope = ordered[0]
+        if any(other != verb for other, *_ in ordered):
+            raise ValueError(f"virtual ranks disagree on the verb: got {[other for other, *_ in ordered]}, expected the same on all")
+        self.outputs = self.group.apply(verb, *(x for _, tensors, _ in ordered for x in tensors))
         self.calls = {}
         self.turn += 1
         self.condition.notify_all()
@@ -136,6 +137,14 @@ class _Meeting:
             self._check_absent()
 
 
+class Call(NamedTuple):
+    """One verb call of one member: enough to say what it should have cost (`traffic.py`)."""
+
+    scope: str
+    verb: Verb
+    tensors: tuple[tuple[torch.Size, torch.dtype], ...]
+
+
 class VirtualComm:
     """One member's side of a virtual group."""
 
@@ -145,6 +154,8 @@ class VirtualComm:
         self._meeting, self._index = meeting, index
         self.members = (meeting.group.members[index],)
         self.tape: Tape | None = None
+        self.scope = ""
+        self.calls: list[Call] = []
 
     @property
     def traffic(self) -> Traffic:
@@ -159,7 +170,8 @@ class VirtualComm:
                 "a virtual rank called a verb inside backward: got a plain torch.utils.checkpoint, expected one that replays collectives."
                 " Fix: parallel.checkpointing.checkpoint(function, *args, sequence=sequence)"
             )
-        outputs = self._meeting.call(self._index, verb, tensors)
+        self.calls.append(Call(self.scope, verb, tuple((x.shape, x.dtype) for x in tensors if x is not None)))
+        outputs = self._meeting.call(self._index, verb, tensors, self.scope)
         if tape is not None:
             tape.answers.append([(x.detach(), x.requires_grad) for x in outputs])
         return outputs

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 from parallel.layout import ClipLayout
 from parallel.masks import AttentionMask
+from parallel.sequence import GroupSequence
+from parallel.traffic import expected_cost
+from parallel.virtual import run_virtual
 
 
 @st.composite
@@ -72,3 +75,28 @@ def test_any_mesh_computes_what_one_device_does(oracles, layout, mesh, mask, rev
     errors = oracles.worst(oracles.joined(oracles.virtual_run(case, *grid)[0]), oracles.serial_run(case))
     assert errors[0] <= 1e-11
     assert errors[1] <= 1e-11
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(layout=layouts(), mesh=meshes(), mask=masks(), sides=st.tuples(st.integers(0, 5), st.integers(0, 5)), initial=st.booleans())
+def test_counted_traffic_equals_the_formulas(oracles, layout, mesh, mask, sides, initial):
+    """Bytes and collectives of every member, from drawn shapes; the formulas know nothing of the algorithms."""
+    (ring, ulysses), heads, key_heads = mesh
+    case = oracles.Case(
+        layout, before=sides[0], after=sides[1], mask=mask, tokens=1, heads=heads, key_heads=key_heads, dim=3, initial=initial
+    )
+    calls = {}
+
+    def body(comm):
+        result = oracles.member_run(case, GroupSequence(layout, comm))
+        calls[comm.members[0]] = list(comm.calls)
+        return result
+
+    results, traffic = run_virtual(body, ring, ulysses)
+    sum(loss for *_, loss in results).backward()
+    for member, counted in zip(sorted(calls, key=lambda m: m.index), traffic, strict=True):
+        for call in calls[member]:
+            for way, cost in expected_cost(call.verb, call.tensors, member).items():
+                label = f"{call.verb.name} {way}"
+                assert counted.sent.get(label, 0) == (cost.sent if member.size > 1 else 0), (label, member)
+                assert counted.collectives.get(label, 0) == (cost.collectives if member.size > 1 else 0), (label, member)
