@@ -1,0 +1,68 @@
+"""`inspect` and `stats`: what they show is what is in the data set."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_shards import inspect, stats
+from data_shards.codec import make_codec
+from data_shards.read import open_dataset
+
+
+def turn_and_walk(frames):
+    """A camera that walks 0.1 m a frame and turns 2 degrees a frame."""
+    c2w = np.tile(np.eye(4), (frames, 1, 1))
+    angle = np.radians(2.0) * np.arange(frames)
+    c2w[:, 0, 0] = c2w[:, 2, 2] = np.cos(angle)
+    c2w[:, 0, 2], c2w[:, 2, 0] = np.sin(angle), -np.sin(angle)
+    c2w[:, 2, 3] = 0.1 * np.arange(frames)
+    return c2w
+
+
+def test_motion_of_a_known_path():
+    figures = stats.motion(turn_and_walk(21), fps=10.0)
+    assert figures["path_m"] == pytest.approx(2.0)
+    assert figures["speed_m_s"] == pytest.approx(1.0)
+    assert figures["turn_deg_s"] == pytest.approx(20.0)
+
+
+def test_stats_measure_the_stated_normalisation(dataset_path, tmp_path, capsys):
+    out = tmp_path / "stats.json"
+    assert stats.main([f"path={dataset_path}", f"out={out}"]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["clips"] == len(open_dataset(str(dataset_path)).clips("train"))
+    assert figures["mean_shift_in_std"] < 1e-3
+    assert figures["std_ratio"] == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert figures["columns"]["seconds"][2] == pytest.approx(17 / 16)
+    assert "std ratio" in capsys.readouterr().out
+    assert stats.main([f"path={dataset_path}", "split=test"]) == 2
+
+
+def test_stats_see_a_wrong_normalisation(damaged):
+    info = json.loads((damaged / "dataset.json").read_text())
+    info["mean"][1][0] += 5.0
+    (damaged / "dataset.json").write_text(json.dumps(info))
+    assert stats.measure(open_dataset(str(damaged)), "train", 100)["mean_shift_in_std"] > 0.1
+
+
+def test_contact_sheet_holds_first_and_last_frame():
+    video = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((9, 2, 3, 3), np.uint8)
+    sheet = inspect.contact_sheet(video, columns=3, rows=2)
+    assert sheet.shape == (4, 9, 3)
+    assert sheet[0, 0, 0] == 0
+    assert sheet[-1, -1, 0] == 8
+
+
+def test_inspect_draws_the_clip(dataset_path, tmp_path, capsys):
+    from PIL import Image
+
+    dataset, out = open_dataset(str(dataset_path)), tmp_path / "clip.png"
+    clip = dataset.read(dataset.clips("validation")[0])
+    assert inspect.main([f"path={dataset_path}", f"key={clip.entry.key}", f"out={out}", "columns=3", "rows=1"]) == 0
+    picture = np.asarray(Image.open(out))
+    video = make_codec(dataset.info.codec, dataset.info.codec_options).decode(clip.latents)
+    np.testing.assert_array_equal(picture[24 : 24 + 112, 320:480], video[16])
+    assert "latent.npy" in capsys.readouterr().out
+    assert inspect.main([f"path={dataset_path}", "key=nobody", f"out={out}"]) == 2
+    assert "got key 'nobody'" in capsys.readouterr().err
