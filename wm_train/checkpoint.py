@@ -1,6 +1,7 @@
 """Checkpoints that are either whole or absent (design §9).
 
-    save   every rank writes its boxes into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes; rank 0 writes the manifest last,
+    copy   each rank's boxes go to the host, into buffers that are kept from save to save
+    commit every rank writes them into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes; rank 0 writes the manifest last,
            renames the folder to step_N, and points `latest` at it
     find   rank 0 goes from the newest folder down; all ranks hash its files, each a share; a bad one is renamed to step_N.bad-<id>, the
            reason is reported, and the next older one is tried; rank 0's choice holds for everybody
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -27,15 +28,40 @@ from wm_train.shard_file import DTYPES, read_digest, sync_folder, write_tensors,
 from wm_train.tensor_parts import Box, is_first_copy, local_box, local_tensor, overlap, within
 from wm_train.world import World
 
-__all__ = ["CheckpointError", "find_newest", "load", "prune", "save"]
-
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
-def save(root: Path, step: int, stage: str, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], world: World) -> Path:
-    """Write the state after `step` finished steps and publish it; returns its folder on every rank.
+class HostCopy(NamedTuple):
+    """What one rank writes of a state, on the host, and what the whole state looks like."""
 
-    `tensors` maps the same names on all ranks to plain tensors or DTensors. Saving a step that is already committed returns it as it is.
+    mine: dict[str, torch.Tensor]
+    boxes: dict[str, Box]
+    shapes: dict[str, tuple[torch.dtype, list[int]]]
+
+
+def copy_to_host(tensors: Mapping[str, torch.Tensor], rank: int, kept: dict[str, torch.Tensor] | None = None) -> HostCopy:
+    """This rank's boxes of plain tensors and DTensors. With `kept`, copies into its buffers, made at the first call, so that training may
+    go on while they are written; without, host tensors are taken as they are."""
+    mine, boxes = {}, {}
+    for name, tensor in tensors.items():
+        box = local_box(tensor)
+        if is_first_copy(tensor, rank) and not box.empty:
+            boxes[name], local = box, local_tensor(tensor).detach()
+            if kept is None:
+                mine[name] = local.cpu()
+            else:
+                mine[name] = kept.setdefault(name, torch.empty(local.shape, dtype=local.dtype)).copy_(local)
+    return HostCopy(mine, boxes, {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def save(root: Path, step: int, stage: str, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], world: World) -> Path:
+    """Write the state after `step` finished steps and publish it, now; see `commit`."""
+    return commit(root, step, stage, copy_to_host(tensors, world.rank), facts, world)
+
+
+def commit(root: Path, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World) -> Path:
+    """Write and publish a state; returns its folder on every rank. A step that is committed already is left as it is.
+
     Errors: CheckpointError on all ranks when any rank could not write; what was committed before is untouched.
     """
     final = root / f"step_{step:08d}"
@@ -43,19 +69,17 @@ def save(root: Path, step: int, stage: str, tensors: Mapping[str, torch.Tensor],
     if token is None:
         return final
     draft = root / f"{final.name}.tmp-{token}"
-    if world.rank == 0:
-        draft.mkdir(parents=True)
-    world.barrier()
     part, problem = None, None
     try:
-        part = _write_part(draft, tensors, world.rank)
+        draft.mkdir(parents=True, exist_ok=True)  # the name is fresh, so whoever comes first makes it
+        part = _write_part(draft, state, world.rank)
     except OSError as error:
         problem = f"rank {world.rank}: {error}"
     gathered = world.gather({"part": part, "problem": problem})
     problems = [g["problem"] for g in gathered if g["problem"]]
     if not problems and world.rank == 0:
         try:
-            _publish(draft, final, Manifest(step, stage, facts, *_merge(tensors, [g["part"] for g in gathered])))
+            _publish(draft, final, Manifest(step, stage, facts, *_merge(state.shapes, [g["part"] for g in gathered])))
         except OSError as error:
             problems = [f"rank 0: {error}"]
     problems = world.from_first(problems)
@@ -66,25 +90,19 @@ def save(root: Path, step: int, stage: str, tensors: Mapping[str, torch.Tensor],
     return final
 
 
-def _write_part(draft: Path, tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, Any]:
-    """Write this rank's boxes; returns what the manifest needs to know of them."""
-    mine, boxes = {}, {}
-    for name, tensor in tensors.items():
-        box = local_box(tensor)
-        if is_first_copy(tensor, rank) and not box.empty:
-            mine[name] = local_tensor(tensor).detach().cpu()
-            boxes[name] = {"offset": list(box.offset), "shape": list(box.shape)}
+def _write_part(draft: Path, state: HostCopy, rank: int) -> dict[str, Any]:
+    """Write this rank's file; returns what the manifest needs to know of it."""
     name = f"rank_{rank:05d}.safetensors"
-    digest = write_tensors(draft / name, mine)
+    digest = write_tensors(draft / name, state.mine)
+    boxes = {key: {"offset": list(box.offset), "shape": list(box.shape)} for key, box in state.boxes.items()}
     return {"file": name, "size": digest.size, "sha256": digest.sha256, "boxes": boxes}
 
 
-def _merge(tensors: Mapping[str, torch.Tensor], parts: list[dict]) -> tuple[dict[str, TensorEntry], dict[str, dict]]:
+def _merge(shapes: dict[str, tuple[torch.dtype, list[int]]], parts: list[dict]) -> tuple[dict[str, TensorEntry], dict[str, dict]]:
     """The manifest's two tables: every logical tensor with its parts, and every file with its hash."""
     entries = {}
-    for name, tensor in tensors.items():
-        owned = [Part(p["file"], **p["boxes"][name]) for p in parts if name in p["boxes"]]
-        entries[name] = TensorEntry(DTYPES[tensor.dtype], list(tensor.shape), owned)
+    for name, (dtype, shape) in shapes.items():
+        entries[name] = TensorEntry(DTYPES[dtype], shape, [Part(p["file"], **p["boxes"][name]) for p in parts if name in p["boxes"]])
         _check_cover(name, entries[name])
     return entries, {p["file"]: {"size": p["size"], "sha256": p["sha256"]} for p in parts}
 
@@ -198,10 +216,16 @@ def _fill(files: dict[str, Any], key: str, entry: TensorEntry, target: torch.Ten
         storage[within(common, box)].copy_(piece)
 
 
-def prune(root: Path, keep_last: int, world: World) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and drafts that no save will finish."""
-    if world.rank == 0 and root.is_dir():
-        stale = [p for p in root.iterdir() if ".tmp-" in p.name]
-        for folder in committed(root)[:-keep_last] + [p for p in stale if p.is_dir()]:
-            shutil.rmtree(folder)
+def prune(root: Path, keep_last: int, keep_every: int, world: World) -> None:
+    """Delete drafts, and all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (0: none)."""
+    if world.rank == 0:
+        for folder in [*committed(root)[:-keep_last], *drafts(root)]:
+            step = STEP_FOLDER.fullmatch(folder.name)
+            if not (step and keep_every and int(step[1]) % keep_every == 0):
+                shutil.rmtree(folder)
     world.barrier()
+
+
+def drafts(root: Path) -> list[Path]:
+    """Folders of saves that did not end."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name) if root.is_dir() else []

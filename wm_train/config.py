@@ -127,9 +127,15 @@ class TrackerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    checkpoint_every: int = 50
+    checkpoint_every: int = 50  # steps
+    async_checkpoint: bool = True  # training waits for the copy to host buffers only
     keep_last: int = 2
-    log_every: int = 1
+    keep_every: int = 0  # checkpoints of every n-th step are kept for good; 0 = none
+    on_bad_step: str = "stop"  # stop | skip: what to do with a loss or gradient that is not finite, or spikes
+    bad_step_budget: int = 10  # skipped steps before the run stops all the same
+    spike_factor: float = 0.0  # a loss above this many times the recent median is bad; 0 = no limit
+    skip_steps: tuple[int, ...] = ()  # steps (from 1) whose batch is left out
+    accumulate: int = 1  # micro-batches per step
     samples: int = 2  # validation clips rolled out at the end of a stage; 0 = none
     sample_steps: int = 20  # Euler steps of a rollout
 

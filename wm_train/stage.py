@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from data_shards.load import Batch, ClipLoader
@@ -44,6 +45,12 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
         raise SetupError(
             f"batch: got global_batch {config.global_batch}, expected a multiple of the {mesh.data_size} data-parallel members "
             f"(key recipe.stages.{run.stage}.global_batch). Fix: global_batch={nearest}"
+        )
+    share = config.global_batch // mesh.data_size
+    if run.trainer.accumulate > share:
+        raise SetupError(
+            f"batch: got trainer.accumulate {run.trainer.accumulate}, expected at most the {share} clips of one process. "
+            f"Fix: trainer.accumulate={share}"
         )
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
     place = ordered(run.recipe).index(run.stage)
@@ -89,3 +96,18 @@ def on_device(stage: Stage, batch: Batch) -> Batch:
     """The batch with its tensors where the model is."""
     names = ("latents", "c2w", "intrinsics", "controls", "draws")
     return replace(batch, **{name: getattr(batch, name).to(stage.backend.device, non_blocking=True) for name in names})
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in `count` parts of whole clips, in order; the first ones are larger when it does not divide."""
+    if count == 1:
+        yield batch
+        return
+    names = ("latents", "c2w", "intrinsics", "controls", "draws", "valid_frames")
+    pieces = {name: getattr(batch, name).tensor_split(count) for name in names}
+    start = 0
+    for part in range(count):
+        size = len(pieces["draws"][part])
+        if size:
+            yield replace(batch, **{name: split[part] for name, split in pieces.items()}, keys=batch.keys[start : start + size])
+        start += size

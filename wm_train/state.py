@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,17 +76,26 @@ def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def save(run: RunConfig, state: TrainState, step: int, data_fingerprint: str, world: World) -> Path:
-    """Commit the state after `step` finished steps and drop checkpoints past `trainer.keep_last`."""
-    root = stage_directory(run, run.stage) / "checkpoints"
-    facts = {"identity": identity(run, data_fingerprint), "config": public_config(run), "world": world.size}
-    folder = checkpoint.save(root, step, run.stage, state.tensors(), facts, world)
-    checkpoint.prune(root, run.trainer.keep_last, world)
-    return folder
+def facts(run: RunConfig, data_fingerprint: str, world: World, recent_losses: list[float]) -> dict[str, Any]:
+    """What a checkpoint says of itself besides its tensors."""
+    return {
+        "identity": identity(run, data_fingerprint),
+        "config": public_config(run),
+        "world": world.size,
+        "recent_losses": recent_losses,
+    }
 
 
-def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: World, report: Callable[[str], None]) -> int:
-    """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits; returns the finished steps.
+@dataclass(frozen=True)
+class Start:
+    """Where a stage begins: steps that are done already, and the last losses before."""
+
+    steps_done: int = 0
+    recent_losses: tuple[float, ...] = ()
+
+
+def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: World, report: Callable[[str], None]) -> Start:
+    """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits; returns where to begin.
 
     Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or when there is nothing to inherit.
     """
@@ -95,7 +103,7 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
     found = checkpoint.find_newest(root, world, report) if run.resume else None
     if found is None:
         _inherit(run, state, world, report)
-        return 0
+        return Start()
     folder, manifest = found
     mine, theirs = identity(run, data_fingerprint), manifest.facts["identity"]
     different = [_difference(key, theirs.get(key), mine[key]) for key in mine if theirs.get(key) != _as_json(mine[key])]
@@ -106,7 +114,7 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
         )
     checkpoint.load(folder, manifest, state.tensors())
     report(f"continuing from {folder} after {manifest.step} steps")
-    return manifest.step
+    return Start(manifest.step, tuple(manifest.facts["recent_losses"]))
 
 
 def _inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[str], None]) -> None:

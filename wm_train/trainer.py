@@ -16,88 +16,120 @@ from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import stage_directory
+from wm_train.guard import Guard
 from wm_train.manifest import CheckpointError
 from wm_train.objectives import OBJECTIVES
 from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.ema import ema_update
 from wm_train.optim.schedule import learning_rate
+from wm_train.preemption import Preempted, StopRequest
 from wm_train.progress import Progress
-from wm_train.stage import Stage, conditions_of, on_device, open_loader, open_stage, sequence_of
-from wm_train.state import SetupError, TrainState, build_state, restore, save
+from wm_train.saver import Saver
+from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
+from wm_train.state import SetupError, Start, TrainState, build_state, facts, restore
 from wm_train.tensor_parts import is_first_copy, local_tensor
 from wm_train.tracking import Tracker
 from wm_train.validation import show_samples
 from wm_train.world import World
 
 
-def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progress) -> None:
+def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest) -> None:
     """Train the stage named `run.stage` from its newest checkpoint to its last step, then roll out samples.
 
-    Errors: SetupError for what the user must change, before the first step; FloatingPointError when a step is not finite.
+    Errors: SetupError for what the user must change, before the first step; BadStepError from the guard; Preempted after `stop` was
+    raised on any process and the state was saved.
     """
     try:
         stage = open_stage(run, backend, world)
         state = build_state(run, stage.mesh.fsdp, backend.device)
-        first = restore(run, state, stage.dataset.info.fingerprint, world, progress.say)
+        start = restore(run, state, stage.dataset.info.fingerprint, world, progress.say)
     except (DataError, CheckpointError) as error:
         raise SetupError(str(error)) from error
     folder = stage_directory(run, run.stage)
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(run, run.stage, folder, first, progress.say) if world.rank == 0 else None
+    tracker = Tracker(run, run.stage, folder, start.steps_done, progress.say) if world.rank == 0 else None
     outcome = "FAILED"
     try:
-        run_steps(stage, state, first, tracker, progress)
+        run_steps(stage, state, start, tracker, progress, stop)
         show_samples(stage, state, folder, tracker, progress)
         outcome = "FINISHED"
+    except Preempted:
+        outcome = "KILLED"
+        raise
     finally:
         if tracker:
             tracker.close(outcome)
 
 
-def run_steps(stage: Stage, state: TrainState, first: int, tracker: Tracker | None, progress: Progress) -> None:
-    """Steps first+1 … config.steps, each recorded, with a checkpoint every `trainer.checkpoint_every` and at the end."""
-    steps, every = stage.config.steps, stage.run.trainer.checkpoint_every
-    if first >= steps:
-        progress.say(f"stage {stage.run.stage} already has all of its {steps} steps")
+def run_steps(stage: Stage, state: TrainState, start: Start, tracker: Tracker | None, progress: Progress, stop: StopRequest) -> None:
+    """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`, at the end and when asked to stop."""
+    run, steps = stage.run, stage.config.steps
+    if start.steps_done >= steps:
+        progress.say(f"stage {run.stage} already has all of its {steps} steps")
         return
-    with open_loader(stage, "train", stage.config.global_batch, first) as loader:
-        for step in range(first, steps):
+    guard = Guard(run.trainer, start.recent_losses)
+    saver = Saver(stage_directory(run, run.stage) / "checkpoints", run.stage, run.trainer, stage.world, progress.say)
+    with open_loader(stage, "train", stage.config.global_batch, start.steps_done) as loader:
+        for step in range(start.steps_done + 1, steps + 1):
             started = time.perf_counter()
-            figures = train_step(stage, state, on_device(stage, next(loader)), step)
+            batch = on_device(stage, next(loader))
+            figures = train_step(stage, state, batch, step, guard, stop)
             stage.backend.synchronize()
             figures |= speed(stage, time.perf_counter() - started)
+            stopping = figures.pop("stop") > 0
             if tracker:
-                tracker.step(step + 1, figures)
-            progress.step(stage.run.stage, step + 1, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
-            if (step + 1) % every == 0 or step + 1 == steps:
-                save(stage.run, state, step + 1, stage.dataset.info.fingerprint, stage.world)
+                tracker.step(step, figures)
+            progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
+            if step % run.trainer.checkpoint_every == 0 or step == steps or stopping:
+                saver.save(step, state.tensors(), facts(run, stage.dataset.info.fingerprint, stage.world, list(guard.recent)))
+            if stopping and step < steps:
+                saved = saver.wait()
+                raise Preempted(f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of {steps}")
+    if not saver.wait():
+        raise CheckpointError(f"stage {run.stage}: its last checkpoint could not be saved. Fix: make room and start it again")
 
 
-def train_step(stage: Stage, state: TrainState, batch: Batch, step: int) -> dict[str, float]:
-    """One optimizer step on one global batch; returns its figures, the same on every process."""
+def train_step(stage: Stage, state: TrainState, batch: Batch, step: int, guard: Guard, stop: StopRequest) -> dict[str, float]:
+    """Step `step` (from 1) on one global batch; returns its figures, the same on every process."""
     config = stage.config
-    lr = learning_rate(config.optimizer, step, config.steps)
+    lr = learning_rate(config.optimizer, step - 1, config.steps)
     set_learning_rate(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
+    left_out = step in stage.run.trainer.skip_steps
 
-    sequence, conditions = sequence_of(stage, batch), conditions_of(stage, batch)
-    objective = OBJECTIVES[config.objective.name]
-    output = objective(state.model, batch, stage.noise, config.objective, sequence, conditions)  # loss [B / data size], one per clip
-    (output.loss.sum() / config.global_batch).backward()
-
-    named = {"loss": output.loss, **output.metrics}
-    sums = {name: float(value.detach().double().sum()) / stage.mesh.sequence_size for name, value in named.items()}
-    everyone = stage.world.gather_numbers([*sums.values(), squared_norm(state, stage.world), batch.data_wait_s])
+    sums = {"loss": 0.0} if left_out else gradients(stage, state, batch)
+    mine = [*sums.values(), squared_norm(state, stage.world), batch.data_wait_s, float(stop.raised)]
+    everyone = stage.world.gather_numbers(mine)
     totals = everyone.sum(dim=0).tolist()
     figures = {name: total / config.global_batch for name, total in zip(sums, totals, strict=False)}
-    norm = math.sqrt(totals[-2]) if totals[-2] >= 0 else math.nan
+    norm = math.sqrt(totals[-3]) if totals[-3] >= 0 else math.nan
 
-    check_finite(everyone[:, 0], everyone[:, -2], step)
-    clip_gradients(state, norm, config.optimizer.clip_norm)
-    state.optimizer.step()
-    if state.ema:
-        ema_update(state.ema, state.model, config.optimizer.ema_decay, step)
-    return {**figures, "lr": lr, "grad_norm": norm, "data_wait_s": float(everyone[:, -1].max())}
+    take = not left_out and guard.accepts(step, figures["loss"], list(zip(*everyone[:, [0, -3]].T.tolist(), strict=True)))
+    if take:
+        clip_gradients(state, norm, config.optimizer.clip_norm)
+        state.optimizer.step()
+        if state.ema:
+            ema_update(state.ema, state.model, config.optimizer.ema_decay, step - 1)
+    return {
+        **figures,
+        "lr": lr,
+        "grad_norm": norm,
+        "skipped": float(not take),
+        "data_wait_s": float(everyone[:, -2].max()),
+        "stop": totals[-1],
+    }
+
+
+def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
+    """Add the gradients of this process's clips; returns its sums of loss and metrics, over clips, shared among a clip's holders."""
+    objective, sums = OBJECTIVES[stage.config.objective.name], dict[str, float]()
+    for part in micro_batches(batch, stage.run.trainer.accumulate):
+        sequence, conditions = sequence_of(stage, part), conditions_of(stage, part)
+        output = objective(state.model, part, stage.noise, stage.config.objective, sequence, conditions)  # loss [b], one per clip
+        (output.loss.sum() / stage.config.global_batch).backward()
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / stage.mesh.sequence_size
+    return sums
 
 
 def squared_norm(state: TrainState, world: World) -> float:
@@ -105,19 +137,6 @@ def squared_norm(state: TrainState, world: World) -> float:
     held = [local_tensor(p.grad) for p in state.model.parameters() if p.grad is not None and is_first_copy(p, world.rank)]
     norms = torch._foreach_norm([g.float() for g in held if g.numel()])
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
-
-
-def check_finite(losses: torch.Tensor, squares: torch.Tensor, step: int) -> None:
-    """Stop on every process, with the parameters untouched, when any loss or gradient is not finite.
-
-    One NaN would poison every gradient in clipping and both moments of AdamW after it.
-    """
-    bad = [rank for rank in range(len(losses)) if not (math.isfinite(losses[rank]) and math.isfinite(squares[rank]))]
-    if bad:
-        raise FloatingPointError(
-            f"step {step + 1}: got loss {losses.tolist()} and squared gradient norms {squares.tolist()} by rank, expected finite numbers "
-            f"(ranks {bad}). Parameters are as after step {step}. Fix: lower recipe.stages.<stage>.optimizer.lr, or look at that batch"
-        )
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """What every launcher runs on every rank: `python -m wm_train.worker --config resolved.json`.
 
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the resolved config, whose `stage` names one
-stage. Exit codes: 0 the stage is done; 2 the user must change something, so a restart would not help; 1 anything else.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the resolved config, whose `stage` names
+one stage. Exit codes: 0 the stage is done; 2 the user must change something, so a restart would not help; 75 asked to stop by SIGTERM or
+SIGUSR1, and saved: start the same command again to go on; 1 anything else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-DONE, FAILED, USER_ERROR = 0, 1, 2
+DONE, FAILED, USER_ERROR = 0, 1, 2  # and preemption.EXIT_CODE
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,19 +24,25 @@ def main(argv: list[str] | None = None) -> int:
 
     from wm_train.backends import get_backend
     from wm_train.compose import ConfigError, from_json
+    from wm_train.preemption import EXIT_CODE, Preempted, StopRequest
     from wm_train.progress import Progress, complain
     from wm_train.trainer import SetupError, train_stage
     from wm_train.world import join_world, leave_world
 
     rank = int(os.environ.get("RANK", "0"))
+    stop = StopRequest().listen()
     try:
         run = from_json(config_path.read_text(encoding="utf-8"))
         backend = get_backend(run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0")))
         world = join_world(backend, run.backend.collective_timeout_s)
-        train_stage(run, backend, world, Progress(speaks=world.rank == 0))
+        train_stage(run, backend, world, Progress(speaks=world.rank == 0), stop)
     except (ConfigError, SetupError) as error:
         complain(f"rank {rank}: {error}")
         return USER_ERROR
+    except Preempted as reason:
+        if rank == 0:
+            complain(str(reason))
+        return EXIT_CODE
     except Exception:  # the last frame of the process: say which rank it was and give the code that launchers act on
         complain(f"rank {rank} failed:\n{traceback.format_exc()}")
         return FAILED

@@ -1,6 +1,7 @@
 """The processes of one run: who I am, and the few things that all of them must agree on.
 
-Everything that crosses processes outside the sequence mesh goes through `World`, as JSON text or as a small float vector.
+Everything that crosses processes outside the sequence mesh and parameter sharding goes through `World`, as JSON text or as a small vector.
+It has a host-side process group of its own, so control traffic never waits behind a device queue nor races with training's collectives.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from wm_train.backends import Backend
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` others, on `device`."""
+    """This process among `size` others. `group` is the host-side group its words go through; None is the default one."""
 
     rank: int
     size: int
-    device: torch.device
+    group: ProcessGroup | None = None
+
+    def twin(self) -> World:
+        """The same processes over a group of their own, for another thread. Every process must call this."""
+        return self if self.size == 1 else World(self.rank, self.size, dist.new_group(backend="gloo"))
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -34,12 +40,12 @@ class World:
         """Every process's JSON value, in rank order, on every process."""
         if self.size == 1:
             return [value]
-        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([mine.numel()], dtype=torch.int64, device=self.device))
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([mine.numel()], dtype=torch.int64), group=self.group)
         longest = int(max(lengths))
-        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
-        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())))
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=self.group)
         return [json.loads(bytes(t[: int(n)].tolist()).decode()) for t, n in zip(texts, lengths, strict=True)]
 
     def from_first(self, value: Any) -> Any:
@@ -48,24 +54,24 @@ class World:
 
     def gather_numbers(self, values: list[float]) -> torch.Tensor:
         """[k] per process -> [size, k] float64 on the host; the same order everywhere, so sums over it repeat to the bit."""
-        mine = torch.tensor(values, dtype=torch.float64).view(torch.uint8).to(self.device)  # as bytes: not every library moves float64
+        mine = torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
-            return mine.cpu().view(torch.float64)[None]
+            return mine[None]
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(rows, mine)
-        return torch.stack(rows).cpu().view(torch.float64)
+        dist.all_gather(rows, mine, group=self.group)
+        return torch.stack(rows)
 
     def gather_tensors(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """One tensor per process, of one dtype and number of dimensions but any shapes, on the host in rank order."""
+        mine = mine.cpu()
         if self.size == 1:
-            return [mine.cpu()]
+            return [mine]
         shapes = self.gather(list(mine.shape))
         largest = max(torch.Size(shape).numel() for shape in shapes)
-        flat = mine.contiguous().reshape(mine.numel())
-        padded = torch.nn.functional.pad(flat, (0, largest - flat.numel()))
+        padded = torch.nn.functional.pad(mine.reshape(mine.numel()), (0, largest - mine.numel()))
         rows = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(rows, padded)
-        return [row[: torch.Size(shape).numel()].reshape(shape).cpu() for row, shape in zip(rows, shapes, strict=True)]
+        dist.all_gather(rows, padded, group=self.group)
+        return [row[: torch.Size(shape).numel()].reshape(shape) for row, shape in zip(rows, shapes, strict=True)]
 
 
 def join_world(backend: Backend, timeout_s: float) -> World:
@@ -73,7 +79,7 @@ def join_world(backend: Backend, timeout_s: float) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store = dist.HashStore() if size == 1 else None  # one process takes the same path as many, and needs no address
     dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-    return World(rank, size, backend.device)
+    return World(rank, size, None if backend.collectives == "gloo" or size == 1 else dist.new_group(backend="gloo"))
 
 
 def leave_world() -> None:

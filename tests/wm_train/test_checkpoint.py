@@ -10,7 +10,7 @@ import torch
 from wm_train import checkpoint, manifest
 from wm_train.world import World
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1)
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -102,7 +102,7 @@ def test_an_unfinished_draft_is_never_found_and_is_cleaned(tmp_path):
     draft = tmp_path / "step_00000002.tmp-dead"
     shutil.copytree(good, draft)
     assert newest(tmp_path)[0][0] == good
-    checkpoint.prune(tmp_path, 2, ALONE)
+    checkpoint.prune(tmp_path, 2, 0, ALONE)
     assert not draft.exists()
 
 
@@ -130,9 +130,10 @@ def test_a_failed_save_leaves_the_last_one_and_the_next_save_works(tmp_path, mon
     assert save(tmp_path, 2).exists()
 
 
-def test_retention_keeps_the_newest(tmp_path):
-    for step in (1, 2, 10):
+@pytest.mark.parametrize(("keep_every", "kept"), [(0, [7, 10]), (4, [4, 7, 10]), (1, [1, 2, 4, 7, 10])])
+def test_retention_keeps_the_newest_and_every_nth(tmp_path, keep_every, kept):
+    for step in (1, 2, 4, 7, 10):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, 2, ALONE)
-    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step_00000002", "step_00000010"]
+    checkpoint.prune(tmp_path, 2, keep_every, ALONE)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == [f"step_{step:08d}" for step in kept]
     assert (tmp_path / "latest").read_text() == "step_00000010\n"

@@ -1,0 +1,61 @@
+"""Saving without making training wait: the state is copied to kept host buffers, and a thread writes and commits it.
+
+At most one save is under way. A failed one is reported when the next begins or the stage ends; what was committed before is untouched.
+The thread talks to the other processes through a group of its own, so its words never mix with training's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wm_train import checkpoint
+from wm_train.config import TrainerConfig
+from wm_train.manifest import CheckpointError
+from wm_train.world import World
+
+
+class Saver:
+    """Commits states under `root`. Every process has one and calls it at the same steps."""
+
+    def __init__(self, root: Path, stage: str, config: TrainerConfig, world: World, report: Callable[[str], None]) -> None:
+        self.root, self.stage, self.config, self.report = root, stage, config, report
+        self._world = world.twin() if config.async_checkpoint else world
+        self._buffers: dict[str, torch.Tensor] | None = {} if config.async_checkpoint else None
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Begin to save the state after `step` finished steps; returns once training may change the tensors again.
+
+        A save that fails (a full disk, say) costs that checkpoint, not the run: it is reported and the next one is tried.
+        """
+        self.wait()
+        state = checkpoint.copy_to_host(tensors, self._world.rank, self._buffers)
+        if self._buffers is None:
+            self._commit(step, state, facts)
+            self.wait()
+        else:
+            self._thread = threading.Thread(target=self._commit, args=(step, state, facts), name="checkpoint")
+            self._thread.start()
+
+    def wait(self) -> bool:
+        """Wait for the save under way, if any; whether the last one succeeded."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self.report(str(failure))
+        return failure is None
+
+    def _commit(self, step: int, state: checkpoint.HostCopy, facts: dict[str, Any]) -> None:
+        try:
+            checkpoint.commit(self.root, step, self.stage, state, facts, self._world)
+            checkpoint.prune(self.root, self.config.keep_last, self.config.keep_every, self._world)
+        except CheckpointError as error:  # the same on all ranks, so all of them go on
+            self._failure = error
