@@ -138,3 +138,29 @@ def ray_frames(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tenso
     bottom = torch.zeros_like(top[..., :1, :])
     bottom[..., 3] = 1.0
     return torch.cat((top, bottom), dim=-2)
+
+
+UP_STEP = 0.1  # radians by which a ray is turned towards "up" to see where up lies in the image
+
+
+def up_latitude_map(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Absolute map of UCPE: image direction of world up (2) and latitude of the ray (1), [..., 4, 4] and [..., 4] -> [..., h, w, 3].
+
+    "Up" is -y of the world, that is of the first camera. The turn follows the public model to the letter: the last term of its
+    Rodrigues formula is not k (k . v), which would vanish, but k * k times the sum of v; trained weights have seen that map.
+    """
+    rotation = pose[..., :3, :3]
+    v = F.normalize(torch.einsum("...ij,...hwj->...hwi", rotation, camera_rays(intrinsics, grid)), dim=-1, eps=1e-8)
+    latitude = torch.atan2(-v[..., 1], torch.sqrt(v[..., 0] ** 2 + v[..., 2] ** 2))
+    up = v.new_tensor([0.0, -1.0, 0.0]).expand_as(v)
+    axis = torch.linalg.cross(v, up)
+    axis = axis / axis.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    step = v.new_tensor(UP_STEP)
+    turned = v * step.cos() + torch.linalg.cross(axis, v) * step.sin() + axis * axis * v.sum(-1, keepdim=True) * (1 - step.cos())
+    seen = torch.einsum("...ji,...hwj->...hwi", rotation, turned)
+    fx, fy, cx, cy = (intrinsics[..., i, None, None] for i in range(4))
+    dx = fx * seen[..., 0] / seen[..., 2] + cx - torch.arange(grid[1], device=v.device, dtype=v.dtype)
+    dy = fy * seen[..., 1] / seen[..., 2] + cy - torch.arange(grid[0], device=v.device, dtype=v.dtype)[:, None]
+    direction = torch.stack((dx, dy), dim=-1)
+    direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    return torch.cat((direction, latitude[..., None]), dim=-1)

@@ -23,6 +23,7 @@ from wm_train.conditioning.camera import (
     ray_frames,
     relative_poses,
     scaled_intrinsics,
+    up_latitude_map,
 )
 from wm_train.config import ModelConfig
 from wm_train.models.init import Rule
@@ -44,7 +45,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
-        if config.camera:
+        if config.camera and config.plucker:
             self.plucker_proj = nn.Linear(width, width)
         self.attn = (
             SoftmaxAttention(width, config.heads, config.camera)
@@ -95,8 +96,10 @@ class SanaWM(nn.Module):
         if config.text_width:
             self.y_embedder = CaptionEmbed(config.text_width, width)
             self.attention_y_norm = nn.RMSNorm(width, eps=1e-5)
-        if config.camera:
+        if config.camera and config.plucker:
             self.plucker_embedder = PatchEmbed(6 * PLUCKER_FRAMES, width, patch)
+        if config.camera:
+            self.raymap_embedder = PatchEmbed(3, width, patch)
         self.blocks = nn.ModuleList(Block(config, self.is_softmax(i)) for i in range(config.depth))
         self.final_layer = FinalLayer(width, patch * patch * config.latent_channels)
         for name, parameter in self.named_parameters():
@@ -108,7 +111,11 @@ class SanaWM(nn.Module):
 
     def unused_parameters(self) -> frozenset[str]:
         """Parameters the checkpoint layout has and no forward reads: kept on export, never trained."""
-        return frozenset(f"blocks.{i}.attn.{name}" for i in range(self.config.depth) if self.is_softmax(i) for name in UNUSED_IN_SOFTMAX)
+        softmax = [i for i in range(self.config.depth) if self.is_softmax(i)]
+        unused = {f"blocks.{i}.attn.{name}" for i in softmax for name in UNUSED_IN_SOFTMAX}
+        if self.config.camera and self.config.plucker:
+            unused |= {"raymap_embedder.proj.weight", "raymap_embedder.proj.bias"}
+        return frozenset(unused)
 
     def initial_rule(self, name: str, shape: Sequence[int]) -> Rule | None:
         """Zero output head and gates as DiTs do; zero camera injections so that a pretrained model starts unchanged (§3.3)."""
@@ -137,6 +144,9 @@ class SanaWM(nn.Module):
         modulation = self.t_block(time).unflatten(-1, (6, self.config.width))
         context = self.context(grid, conditions, sequence, latents.device)
         plucker = self.plucker(latents, conditions, sequence)
+        if self.config.camera and not self.config.plucker and conditions.c2w is not None:
+            absolute = self.raymap_embedder(self.absolute_map(latents, conditions, sequence))
+            x = x + (absolute if context.camera_keep is None else absolute * context.camera_keep.to(x.dtype))
         text = self.attention_y_norm(self.y_embedder(conditions.text)) if self.config.text_width and conditions.text is not None else None
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
@@ -163,7 +173,7 @@ class SanaWM(nn.Module):
         rays = None
         if self.config.camera and conditions.c2w is not None:
             rotary = rotary_tables(positions, grid, head_dim, head_dim // 2)
-            world_to_ray = self.ray_frames(grid, conditions, sequence)
+            world_to_ray = ray_frames(*self.latent_camera(grid, conditions, sequence), grid).flatten(2, 3)
             rays = RayEncoding(world_to_ray, invert_pose(world_to_ray), rotary)
         keep = conditions.camera_keep
         return BlockContext(
@@ -176,8 +186,8 @@ class SanaWM(nn.Module):
             text_mask=conditions.text_mask,
         )
 
-    def ray_frames(self, grid: tuple[int, int], conditions: Conditions, sequence: SequenceShard) -> Tensor:
-        """World-to-ray transforms of the local tokens, fp32 [B, t, S, 4, 4]; the world is the first camera of the document."""
+    def latent_camera(self, grid: tuple[int, int], conditions: Conditions, sequence: SequenceShard) -> tuple[Tensor, Tensor]:
+        """Poses [B, t, 4, 4] and intrinsics [B, t, 4] in grid units of the local latent frames; the world is a document's first camera."""
         assert conditions.c2w is not None
         assert conditions.intrinsics is not None
         layout, local = sequence.layout, sequence.frames
@@ -186,12 +196,16 @@ class SanaWM(nn.Module):
         )
         check_raw_frames(conditions.c2w, total, layout.frames)
         pose = relative_poses(conditions.c2w, anchor, origin)
-        intrinsics = scaled_intrinsics(conditions.intrinsics[:, anchor], conditions.image_size, grid)
-        return ray_frames(pose, intrinsics, grid).flatten(2, 3)
+        return pose, scaled_intrinsics(conditions.intrinsics[:, anchor], conditions.image_size, grid)
+
+    def absolute_map(self, latents: Tensor, conditions: Conditions, sequence: SequenceShard) -> Tensor:
+        """Up direction and latitude of every latent pixel, fp32 [B, t, 3, h, w]."""
+        grid = (latents.shape[-2], latents.shape[-1])
+        return up_latitude_map(*self.latent_camera(grid, conditions, sequence), grid).permute(0, 1, 4, 2, 3)
 
     def plucker(self, latents: Tensor, conditions: Conditions, sequence: SequenceShard) -> Tensor | None:
         """Embedding of the raw-frame raymaps of the local frames, [B, t, S, C]; None without a camera."""
-        if not self.config.camera or conditions.c2w is None:
+        if not (self.config.camera and self.config.plucker) or conditions.c2w is None:
             return None
         assert conditions.intrinsics is not None
         layout, local = sequence.layout, sequence.frames

@@ -175,10 +175,22 @@ class SoftmaxAttention(CameraAttention):
                 self.by_head(self.v_proj_cam(x)),
                 context.rays,
             )
+            branch = (branch[0] * camera_softmax_scale(self.head_dim), *branch[1:])
             q, k, v = (torch.cat(pair, dim=-2) for pair in zip((q, k, v), branch))
         out = context.sequence.attend(q, k, v)
         main, camera = out.chunk(2, dim=-2) if with_camera else (out, None)
         return self.output(x, main, camera, context)
+
+
+def camera_softmax_scale(head_dim: int) -> float:
+    """What the camera queries of a softmax block are multiplied by, on top of 1/sqrt(D).
+
+    The public model pads camera heads with zeros to a size its attention kernel knows and divides by the square root of the padded size:
+    112 becomes 128. The trained weights know no other scale.
+    """
+    if head_dim in (32, 64, 128, 256) or head_dim > 256:
+        return 1.0
+    return (head_dim / (128 if head_dim <= 128 else 256)) ** 0.5
 
 
 def frame_stream(decay: Tensor, beta: Tensor, key: Tensor, value: Tensor | None) -> Stream:
