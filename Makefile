@@ -1,0 +1,75 @@
+# make train   set up .venv, record and encode gameplay, train the demo's first stage
+# make test    set up what tests need and run them; test-full, drills and test-slurm run the rest
+# Variables: PYTHON=python3.12   VENV=folder   TORCH="torch==2.13.0"   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+ARGS ?=
+DATA ?= data/demo
+
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check -qq
+ACCELERATOR := $(shell command -v nvidia-smi || command -v npu-smi)
+# One device takes one worker; on CPUs, and on machines with more devices, the demo's two workers fit.
+ONE_DEVICE := $(shell [ "$$( (nvidia-smi -L) 2>/dev/null | wc -l)" = 1 ] && echo launcher.workers=1)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-full drills test-slurm lint types clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.demo $(DATA)/dataset.json
+	@$(PY) -m wm_train.launch experiment=demo stage=1 data.path=$(DATA) $(ONE_DEVICE) $(ARGS)
+
+test: $(VENV)/.dev
+	@$(PY) -m pytest -m "not full and not drill and not slurm"
+
+test-full: $(VENV)/.dev
+	@$(PY) -m pytest -m "not drill and not slurm"
+
+drills: $(VENV)/.dev
+	@$(PY) -m pytest -m drill
+
+test-slurm: $(VENV)/.dev
+	@$(PY) -m pytest -m slurm
+
+lint: $(VENV)/.dev
+	@$(PY) -m ruff check .
+
+types: $(VENV)/.dev
+	@$(PY) -m mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python: got `$(PYTHON) --version 2>&1`, expected 3.11 or newer. Fix: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# First and alone, so that nothing else decides which build comes. A torch that is already there is kept. Without an accelerator a CPU
+# build is asked for, as the usual one brings gigabytes of device libraries; an index without CPU builds gives what it has.
+$(VENV)/.torch: $(VENV)/.made
+	@if $(PY) -c 'import torch' 2>/dev/null; then echo "keeping the torch that is installed"; \
+	elif [ -z "$(ACCELERATOR)$(TORCH_PIP_ARGS)" ] && $(INSTALL) "$(TORCH)+cpu" 2>/dev/null; then echo "installed a CPU build of torch"; \
+	else echo "installing $(TORCH)"; $(INSTALL) "$(TORCH)" $(TORCH_PIP_ARGS); fi
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "installing wm_train"
+	@$(INSTALL) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "installing wm_train and what its tests need"
+	@$(INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# dataset.json is written last, so a folder without it is a run that was interrupted.
+$(DATA)/dataset.json: | $(VENV)/.demo
+	@rm -rf $(DATA) $(DATA)_recording
+	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=32 frames=81 fps=16
+	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA)
