@@ -6,7 +6,11 @@ of a draw is a function of (seed, stage, draw) alone; world size, workers and co
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_shards.schema import DataError
@@ -75,3 +79,106 @@ class SampleOrder:
         if rows and not (rows[0] >= 0 and rows[-1] < global_batch):
             raise DataError(f"batch rows: got {rows}, expected rows of a global batch of {global_batch}")
         return tuple(step * global_batch + row for row in rows)
+
+
+@dataclass(frozen=True)
+class WeightedChoice:
+    """Which of several streams each position takes, in exact proportion, and the position inside that stream.
+
+    Positions are cut into windows of `window`. Each window gives every stream a fixed number of places (its share, by largest remainder)
+    and permutes the places by key. Position -> (stream, position in it) is therefore computed without counting, and each stream is
+    consumed without gap or repetition.
+    """
+
+    weights: tuple[float, ...]
+    seed: int
+    stage_index: int
+    window: int = 1000
+    _ends: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.weights or not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+            raise DataError(f"mixture weights: got {self.weights}, expected positive numbers. Fix: leave out what has no weight")
+        total = sum(self.weights)
+        exact = [weight / total * self.window for weight in self.weights]
+        shares = [math.floor(share) for share in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+        for i in by_remainder[: self.window - sum(shares)]:
+            shares[i] += 1
+        if 0 in shares:
+            raise DataError(
+                f"mixture weights: got {self.weights}, of which number {shares.index(0)} has no place in a window of {self.window}. "
+                f"Fix: window={math.ceil(2 * total / min(self.weights))}"
+            )
+        object.__setattr__(self, "_ends", tuple(itertools.accumulate(shares)))
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Places of each stream in a window."""
+        return tuple(end - start for start, end in zip((0, *self._ends), self._ends))
+
+    def choose(self, position: int) -> tuple[int, int]:
+        """(stream, position in that stream)."""
+        window, place = divmod(position, self.window)
+        place = permute(place, self.window, mix64(derive_key("mixture", self.seed, self.stage_index) ^ mix64(window)))
+        stream = bisect.bisect_right(self._ends, place)
+        start = self._ends[stream - 1] if stream else 0
+        return stream, window * (self._ends[stream] - start) + place - start
+
+
+@dataclass(frozen=True)
+class MixtureOrder:
+    """Draws from several data sets by weight; each data set keeps its own epochs."""
+
+    lengths: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+    stage_index: int
+    window: int = 1000
+    _choice: WeightedChoice = field(init=False, repr=False)
+    _orders: tuple[SampleOrder, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.weights):
+            raise DataError(f"mixture: got {len(self.lengths)} data sets and {len(self.weights)} weights, expected one each")
+        object.__setattr__(self, "_choice", WeightedChoice(self.weights, self.seed, self.stage_index, self.window))
+        orders = tuple(SampleOrder(n, derive_key("data set", self.seed, i), self.stage_index) for i, n in enumerate(self.lengths))
+        object.__setattr__(self, "_orders", orders)
+
+    def sample(self, draw: int) -> tuple[int, int]:
+        """(data set, clip) of this draw."""
+        dataset, position = self._choice.choose(draw)
+        return dataset, self._orders[dataset].sample(position)
+
+
+@dataclass(frozen=True)
+class BucketOrder:
+    """Batches of clips of one shape: each step takes its whole global batch from one bucket (frames, height, width).
+
+    `buckets` holds the clip numbers of each bucket. Without weights a bucket gets steps in proportion to its clips, so every clip is as
+    likely.
+    """
+
+    buckets: tuple[Sequence[int], ...]
+    global_batch: int
+    seed: int
+    stage_index: int
+    weights: tuple[float, ...] | None = None
+    window: int = 1000
+    _choice: WeightedChoice = field(init=False, repr=False)
+    _orders: tuple[SampleOrder, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        weights = self.weights or tuple(float(len(bucket)) for bucket in self.buckets)
+        if len(weights) != len(self.buckets):
+            raise DataError(f"buckets: got {len(self.buckets)} buckets and {len(weights)} weights, expected one each")
+        object.__setattr__(self, "_choice", WeightedChoice(weights, self.seed, self.stage_index, self.window))
+        orders = tuple(SampleOrder(len(b), derive_key("bucket", self.seed, i), self.stage_index) for i, b in enumerate(self.buckets))
+        object.__setattr__(self, "_orders", orders)
+
+    def batch(self, step: int, rows: range) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """(bucket, draws, clips) for the given rows of this step's global batch. Draws are step * global_batch + row, as everywhere."""
+        bucket, position = self._choice.choose(step)
+        order, numbers = self._orders[bucket], self.buckets[bucket]
+        clips = tuple(int(numbers[order.sample(draw)]) for draw in order.batch(position, self.global_batch, rows))
+        return bucket, order.batch(step, self.global_batch, rows), clips

@@ -78,8 +78,9 @@ def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     info, console = dataset.info, Console()
+    hours = info.raw_frames / info.fps / 3600
     console.print(
-        f"{info.source}\n{sum(info.clips.values())} clips in {info.shards} shards, {info.raw_frames / info.fps / 3600:.3f} h at {info.fps:g} fps\n"
+        f"{info.source}\n{sum(info.clips.values())} clips in {info.shards} shards, {hours:.3f} h at {info.fps:g} fps\n"
         f"codec {info.codec} {info.psnr_db} dB, latents \\[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}"
     )
     table = Table("per clip", *(f"{p} %" for p in PERCENTILES))

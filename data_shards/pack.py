@@ -1,0 +1,119 @@
+"""Several clips in one training sequence (Waypoint-1.5 §7.3): document starts tell the model where one clip ends and the next begins.
+
+Draws are cut into windows of `draws_per_window`; the clips of a window are packed, by best fit, into exactly `sequences_per_window`
+sequences of `capacity` latent frames. Sequence q therefore depends on its window alone, and a step finds its content without having
+packed anything before it. What does not fit into its window is left out and counted, as is what stays empty: `report` shows both for a
+setting, `plan_window` chooses the setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from data_shards.order import SampleOrder
+from data_shards.schema import DataError
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """`clips[i]` (a clip number, from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from `valid_frames` on are
+    padding."""
+
+    draws: tuple[int, ...]
+    clips: tuple[int, ...]
+    starts: tuple[int, ...]
+    valid_frames: int
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    sequences: int
+    packed_clips: int
+    left_out_clips: int
+    filled: float  # share of all latent frames that hold a clip
+
+
+def best_fit(lengths: Sequence[int], capacity: int, bins: int) -> tuple[list[list[int]], list[int]]:
+    """Put items into at most `bins` bins, longest first, each where it leaves the least room (ties: the earliest bin and item).
+
+    No bin stays empty while another holds two. Returns (items of each bin in ascending order, items that fit nowhere).
+    """
+    room, contents, left_out = [capacity] * bins, [[] for _ in range(bins)], []  # type: list[int], list[list[int]], list[int]
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [b for b in range(bins) if room[b] >= lengths[item]]
+        if not fitting:
+            left_out.append(item)
+            continue
+        best = min(fitting, key=lambda b: (room[b], b))
+        room[best] -= lengths[item]
+        contents[best].append(item)
+    for b in range(bins):
+        if not contents[b]:  # a sequence of padding alone would be a wasted step
+            fullest = max(range(bins), key=lambda other: (len(contents[other]), -other))
+            if len(contents[fullest]) > 1:
+                contents[b].append(contents[fullest].pop())
+    return [sorted(items) for items in contents], sorted(left_out)
+
+
+def plan_window(lengths: Sequence[int], capacity: int, sequences_per_window: int, fill: float = 0.96) -> int:
+    """How many draws to pack into a window so that `fill` of its frames are expected to be used.
+
+    Raises:
+        DataError: a clip longer than a sequence.
+    """
+    if not lengths or max(lengths) > capacity:
+        raise DataError(
+            f"packing: got clips of up to {max(lengths, default=0)} latent frames, expected 1 to {capacity}. Fix: cut them or capacity=…"
+        )
+    return max(1, math.floor(fill * capacity * sequences_per_window * len(lengths) / sum(lengths)))
+
+
+class Packer:
+    """Sequences out of a sample order. A function of its arguments and of the sequence number alone."""
+
+    def __init__(
+        self, order: SampleOrder, lengths: Sequence[int], capacity: int, sequences_per_window: int = 64, draws_per_window: int | None = None
+    ) -> None:
+        if len(lengths) != order.length:
+            raise DataError(f"packing: got {len(lengths)} lengths, expected one for each of {order.length} clips")
+        planned = plan_window(lengths, capacity, sequences_per_window)
+        if (draws_per_window or planned) < sequences_per_window:
+            raise DataError(
+                f"packing: got {draws_per_window or planned} draws for {sequences_per_window} sequences, expected at least one each. "
+                f"Fix: a smaller capacity than {capacity}, or clips without packing"
+            )
+        self.order, self.lengths, self.capacity = order, lengths, capacity
+        self.sequences_per_window, self.draws_per_window = sequences_per_window, draws_per_window or planned
+        self._window = lru_cache(maxsize=4)(self._pack_window)
+
+    def sequence(self, number: int) -> PackedSequence:
+        window, slot = divmod(number, self.sequences_per_window)
+        return self._window(window)[0][slot]
+
+    def left_out(self, window: int) -> tuple[int, ...]:
+        """The draws of a window that found no place."""
+        return self._window(window)[1]
+
+    def report(self, windows: int) -> PackingReport:
+        """What the first windows hold."""
+        sequences = [self.sequence(number) for number in range(windows * self.sequences_per_window)]
+        filled = sum(sequence.valid_frames for sequence in sequences) / (len(sequences) * self.capacity)
+        left_out = sum(len(self.left_out(window)) for window in range(windows))
+        return PackingReport(len(sequences), sum(len(sequence.clips) for sequence in sequences), left_out, filled)
+
+    def _pack_window(self, window: int) -> tuple[tuple[PackedSequence, ...], tuple[int, ...]]:
+        first = window * self.draws_per_window
+        clips = [self.order.sample(first + i) for i in range(self.draws_per_window)]
+        bins, left_out = best_fit([self.lengths[clip] for clip in clips], self.capacity, self.sequences_per_window)
+        sequences = []
+        for items in bins:
+            starts, end = [], 0
+            for item in items:
+                starts.append(end)
+                end += self.lengths[clips[item]]
+            draws = tuple(first + item for item in items)
+            sequences.append(PackedSequence(draws, tuple(clips[item] for item in items), tuple(starts), end))
+        return tuple(sequences), tuple(first + item for item in left_out)
