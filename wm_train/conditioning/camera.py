@@ -55,7 +55,7 @@ def relative_poses(c2w: Tensor, frame: Sequence[int], origin: Sequence[int]) -> 
     """Poses of raw frames `frame` seen from raw frames `origin`: [B, F, 4, 4] -> [B, len(frame), 4, 4]; exactly I where they agree."""
     c2w = c2w.float()
     relative = invert_pose(c2w[:, list(origin)]) @ c2w[:, list(frame)]
-    same = torch.tensor([i == j for i, j in zip(frame, origin)], device=c2w.device)
+    same = torch.tensor([i == j for i, j in zip(frame, origin)], dtype=torch.bool, device=c2w.device)
     return torch.where(same[None, :, None, None], torch.eye(4, device=c2w.device), relative)
 
 
