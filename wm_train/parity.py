@@ -1,0 +1,148 @@
+"""Prove the mesh: `python -m wm_train.parity experiment=demo parallel.ulysses=2 parallel.ring=2`.
+
+Builds the configured model and objective, runs loss, output and every parameter's gradient on one device and over the mesh, and compares.
+The mesh is ring x ulysses virtual ranks in this process (the sequence mesh, real algorithms), or with --processes real gloo processes with
+FSDP2 (launcher.workers of them). Exit code 0: equal within the tolerance; 1: not equal, or a parameter is not exercised; 2: the arguments
+are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from parallel.mesh import MeshDegrees
+from wm_train import compose, curriculum
+from wm_train.config import ParallelConfig, RunConfig
+from wm_train.parity_case import Comparison, Outcome, ParityCase, TrafficRow, compare, not_exercised, on_one_device, on_virtual_ranks
+
+DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to ask
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wm_train.parity", description=(__doc__ or "").split("\n\n", 2)[1], allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", help="as for wm_train.launch, e.g. experiment=demo parallel.ulysses=2 parallel.ring=2")
+    parser.add_argument("--processes", action="store_true", help="gloo processes and FSDP2 instead of virtual ranks")
+    parser.add_argument("--double", action="store_true", help="float64 instead of float32")
+    parser.add_argument("--tolerance", type=float, help="largest relative error of any tensor (default 1e-5, with --double 1e-9)")
+    parser.add_argument("--frames", type=int, help="latent frames (default: the stage's)")
+    parser.add_argument("--batch", type=int, default=2, help="clips; every second one is shorter")
+    parser.add_argument("--grid", default="4x4", help="latent rows x columns")
+    parser.add_argument("--checkpoint", help="a checkpoint directory (step_N) instead of seeded weights")
+    parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
+    options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
+    torch.set_num_threads(1)
+    try:
+        config = compose.compose(options.overrides)
+        degrees = degrees_of(config, options.processes)
+        case = case_of(config, options, degrees)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    tolerance = options.tolerance or (1e-9 if case.double else 1e-5)
+    reference = on_one_device(case)
+    rows: list[TrafficRow] = []
+    if options.processes:
+        from wm_train.parity_processes import on_processes
+
+        found = on_processes(case, degrees)
+    else:
+        found, rows = on_virtual_ranks(case, degrees.ring, degrees.ulysses)
+    print(title(config, case, degrees, options.processes))
+    return report(case, reference, found, rows, tolerance, options.worst)
+
+
+def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
+    """The mesh to prove. Ulysses and ring, where both are given, decide; virtual ranks cover one sequence group."""
+    wanted = config.parallel
+    cp = wanted.ulysses * wanted.ring if wanted.ulysses and wanted.ring else max(wanted.cp, wanted.ulysses or 1, wanted.ring or 1)
+    wanted = ParallelConfig(wanted.dp_replicate, wanted.dp_shard, cp, wanted.ulysses, wanted.ring)
+    if not processes:
+        return MeshDegrees.from_config(ParallelConfig(1, 1, cp, wanted.ulysses, wanted.ring), cp, config.model.heads)
+    return MeshDegrees.from_config(wanted, config.launcher.workers, config.model.heads)
+
+
+def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
+    """The first selected stage, at its full length."""
+    stage = config.recipe.stages[curriculum.select(config.recipe, config.stage)[0]]
+    stride = DEFAULT_STRIDE
+    if Path(config.data.path).is_dir():
+        from data_shards.read import open_dataset
+
+        stride = open_dataset(config.data.path).info.temporal_stride
+    rows, columns = (int(side) for side in options.grid.split("x"))
+    members = degrees.dp_replicate * degrees.dp_shard
+    return ParityCase(
+        model=config.model,
+        objective=stage.objective,
+        seed=config.seed,
+        frames=options.frames or (stage.frames - 1) // stride + 1,
+        temporal_stride=stride,
+        batch=-(-max(options.batch, 2) // members) * members,
+        grid=(rows, columns),
+        double=options.double,
+        checkpoint=options.checkpoint,
+    )
+
+
+def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: bool) -> str:
+    where = (
+        f"{degrees.world} processes (dp_replicate {degrees.dp_replicate} x dp_shard {degrees.dp_shard} x ring {degrees.ring} x ulysses"
+        f" {degrees.ulysses}; sequence mesh and FSDP2)"
+        if processes
+        else f"{degrees.cp} virtual ranks (ring {degrees.ring} x ulysses {degrees.ulysses}; the sequence mesh. FSDP: --processes)"
+    )
+    return (
+        f"{config.name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames} latent frames"
+        f" ({', '.join(str(n) for n in case.layout.valid_frames or ())} valid), {'float64' if case.double else 'float32'}\n"
+        f"one device against {where}\n"
+    )
+
+
+def report(case: ParityCase, reference: Outcome, found: Outcome, traffic: list[TrafficRow], tolerance: float, worst: int | None) -> int:
+    """Print the tables; 0 if all is well, else 1."""
+    rows = compare(reference, found)
+    width = max(len(row.name) for row in rows)
+    print(f"{'tensor':{width}}  ‖reference‖  ‖Δ‖/‖reference‖")
+    shown = rows if worst is None else rows[:2] + sorted(rows[2:], key=lambda row: -row.error)[:worst]
+    for row in shown:
+        print(line(row, width, tolerance))
+    if traffic:
+        print_traffic(traffic)
+    unused, silent = not_exercised(case, reference)
+    for title_, names in (("declared unused by the model", unused), ("NOT EXERCISED: zero or no gradient", silent)):
+        if names:
+            print(f"\n{title_} ({len(names)}): {', '.join(names)}")
+    bad = [row for row in rows if not row.error <= tolerance]
+    top = max(rows, key=lambda row: row.error)
+    odd = [row.label for row in traffic if not row.agree]
+    print(f"\nworst: {top.name} {top.error:.1e} (tolerance {tolerance:.0e}; {len(rows)} tensors compared)")
+    if bad:
+        print(f"FAILED: {len(bad)} tensors differ, first {bad[0].name}")
+    if silent:
+        print(f"FAILED: {len(silent)} parameters are not exercised, so nothing is proven about them")
+    if odd:
+        print(f"FAILED: traffic is not what the formulas say: {', '.join(odd)}")
+    print("FAILED" if bad or silent or odd else "OK")
+    return 1 if bad or silent or odd else 0
+
+
+def line(row: Comparison, width: int, tolerance: float) -> str:
+    return f"{row.name:{width}}  {row.size:11.4e}  {row.error:.1e}{'' if row.error <= tolerance else '  <-- beyond tolerance'}"
+
+
+def print_traffic(rows: list[TrafficRow]) -> None:
+    """Counted against expected; bytes are those of the member that sends most."""
+    width = max(len(row.label) for row in rows)
+    print(f"\n{'traffic per step':{width}}  collectives  bytes sent  formula")
+    for row in sorted(rows, key=lambda row: (row.label.rsplit(" ", 1)[1], row.label)):
+        same = "equal" if row.agree else f"{row.expected[0]} collectives, {row.expected[1]} bytes"
+        print(f"{row.label:{width}}  {row.counted[0]:11d}  {row.counted[1]:10d}  {same}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
