@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,6 @@ from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig
 from wm_train.models import build_model
-
-diffusers = pytest.importorskip("diffusers", reason="the public model is the oracle here")
 
 STRIDE = 8
 
@@ -48,19 +47,6 @@ def public_model(config: ModelConfig) -> torch.nn.Module:
     return model.eval()
 
 
-def trajectory(batch: int, frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A smooth random camera path [B, F, 4, 4] that does not start at the origin, and intrinsics [B, F, 4] of a 96 x 160 image."""
-    turn = torch.randn(batch, frames, 3, generator=generator).cumsum(1) * 0.03 + torch.randn(batch, 1, 3, generator=generator)
-    skew = torch.zeros(batch, frames, 3, 3)
-    for i, j, k, sign in ((0, 1, 2, -1.0), (0, 2, 1, 1.0), (1, 2, 0, -1.0)):
-        skew[..., i, j], skew[..., j, i] = sign * turn[..., k], -sign * turn[..., k]
-    c2w = torch.eye(4).repeat(batch, frames, 1, 1)
-    c2w[..., :3, :3] = torch.matrix_exp(skew.double()).float()
-    c2w[..., :3, 3] = torch.randn(batch, frames, 3, generator=generator).cumsum(1) * 0.05 + torch.randn(batch, 1, 3, generator=generator)
-    intrinsics = torch.tensor([90.0, 95.0, 80.0, 48.0]) + torch.randn(batch, frames, 4, generator=generator)
-    return c2w, intrinsics
-
-
 def public_camera(c2w: torch.Tensor, intrinsics: torch.Tensor, size: tuple[int, int], stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, T, 20] camera conditions and [B, 48, T, h, w] raymaps by the public pipeline's own functions."""
     from diffusers.pipelines.sana_wm.cam_utils import prepare_camera
@@ -83,7 +69,7 @@ CASES = {  # name: (shape, latent frames, camera given, text masked)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_every_gradient_equal_the_public_model(case):
+def test_forward_and_every_gradient_equal_the_public_model(case, camera_path):
     config, frames, camera, masked = CASES[case]
     batch, h, w, length = 2, 6, 10, 5
     generator = torch.Generator().manual_seed(2)
@@ -99,7 +85,7 @@ def test_forward_and_every_gradient_equal_the_public_model(case):
     mask = torch.ones(batch, length, dtype=torch.int64)
     if masked:
         mask[0, 3:], mask[1, 1:] = 0, 0
-    c2w, intrinsics = trajectory(batch, (frames - 1) * STRIDE + 1, generator)
+    c2w, intrinsics = camera_path(batch, (frames - 1) * STRIDE + 1, generator)
     raymap, plucker = public_camera(c2w, intrinsics, (h * 16, w * 16), 16)
 
     expected = public(

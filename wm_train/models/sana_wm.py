@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.checkpointing import checkpoint
+from parallel.masks import FULL, AttentionMask
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.conditioning.camera import (
@@ -183,6 +184,7 @@ class SanaWM(nn.Module):
             rays=rays,
             camera_keep=None if keep is None else keep.to(device)[:, None, None, None],
             edges="chunk" if self.config.causal else "document",
+            attention=attention_mask(self.config),
             text_mask=conditions.text_mask,
         )
 
@@ -220,6 +222,15 @@ class SanaWM(nn.Module):
             (local.start, local.stop),
         )
         return self.plucker_embedder(rays)
+
+
+def attention_mask(config: ModelConfig) -> AttentionMask:
+    """Full attention, or chunk-causal with the first chunks as sink and a window over the last ones (SANA-WM §5.4, deployment)."""
+    if not config.causal:
+        return FULL
+    if config.window_chunks == 0:
+        return AttentionMask("chunk")
+    return AttentionMask("chunk", window=config.window_chunks, sink=config.sink_chunks)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

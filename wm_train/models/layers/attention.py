@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.masks import AttentionMask
 from parallel.sequence import HaloEdges, SequenceShard, Stream
 from wm_train.models.layers.precision import full_precision
 from wm_train.models.layers.rotary import Rotary, apply_rotary
@@ -28,7 +29,8 @@ class BlockContext:
     """What all blocks share in one pass; nothing here takes gradients.
 
     grid: token rows and columns of a frame; rotary: table of the main branch; rays: None without a camera; camera_keep:
-    [B, 1, 1, 1] 0/1 or None; edges: the cuts convolutions respect; text_mask: bool [B, L] or None. Padding frames need no mask
+    [B, 1, 1, 1] 0/1 or None; edges: the cuts convolutions respect; attention: which frames a softmax block sees;
+    text_mask: bool [B, L] or None. Padding frames need no mask
     here: the verbs of the sequence keep them from all others, and everything else stays inside a frame.
     """
 
@@ -38,6 +40,7 @@ class BlockContext:
     rays: RayEncoding | None
     camera_keep: Tensor | None
     edges: HaloEdges
+    attention: AttentionMask
     text_mask: Tensor | None
 
 
@@ -177,7 +180,7 @@ class SoftmaxAttention(CameraAttention):
             )
             branch = (branch[0] * camera_softmax_scale(self.head_dim), *branch[1:])
             q, k, v = (torch.cat(pair, dim=-2) for pair in zip((q, k, v), branch))
-        out = context.sequence.attend(q, k, v)
+        out = context.sequence.attend(q, k, v, context.attention)
         main, camera = out.chunk(2, dim=-2) if with_camera else (out, None)
         return self.output(x, main, camera, context)
 
