@@ -1,7 +1,6 @@
 """Compile kernels for GPUs that are not here, and say what they would use: registers, spills, shared memory.
 
-`python -m wm_train.kernels.ahead` prints the table; it must run without TRITON_INTERPRET. `hot` kernels are those of a training step at
-production shapes (D = 112, bf16 tokens); a spill there is a defect.
+`python -m wm_train.kernels.ahead` prints the table; it must run without TRITON_INTERPRET. What it compiles is in `builds.py`.
 """
 
 from __future__ import annotations
@@ -79,38 +78,6 @@ def _assemble(ptx: str) -> tuple[int, int]:
     return int(used.group(1)), sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-def scan_builds(mode: str = "tf32", d: int = 112) -> list[Build]:
-    """The recurrences at D = E = d, both directions; the normaliser's E = 1 for the kernels whose work depends on it."""
-    from wm_train.kernels import scan_kernels as kernels
-
-    f, i8 = "*fp32", "*i8"
-    sizes = {"D": d, "DP": 128 if d > 64 else 64, "MODE": mode}
-    common = {"decay": f, "gram": f, "frames": "i32", "heads": "i32", "segment": "i32", "open_edges": i8}
-    builds = []
-    for e, rows in ((d, 32), (1, 16)):
-        shape = {**sizes, "E": e, "ROWS": rows, "REVERSE": "exclusive"}
-        tag = f"E{e}"
-        states = {**common, "update": f, "start_forward": f, "start_reverse": f, "ahead": f, "final": f}
-        builds.append(Build(f"states {tag}", kernels.states_kernel, states, {**shape, "STARTS": 3, "SEEN": False, "behind": None}))
-        builds.append(Build(f"seen states {tag}", kernels.states_kernel, {**states, "behind": f}, {**shape, "STARTS": 3, "SEEN": True}))
-        ends = {**common, "update": f, "composite": f, "end_forward": f, "end_reverse": f, "state_tiles": "i32"}
-        builds.append(Build(f"composites {tag}", kernels.composites_kernel, ends, shape))
-        adjoint = {**common, "grads": f, "from_right": f, "from_left": f, "toward": f, "back": f, "to_left": f, "to_right": f}
-        builds.append(Build(f"adjoint {tag}", kernels.adjoint_kernel, adjoint, {**shape, "STARTS": 3, "KEEP": True}))
-        outer = dict.fromkeys(("decay", "gram", "ahead", "behind", "toward", "back", "d_decay", "d_gram", "d_update"), f)
-        builds.append(Build(f"outer {tag}", kernels.outer_kernel, outer, shape))
-    compose = dict.fromkeys(("composite", "end_ahead", "end_back", "start_ahead", "start_back", "first_ahead", "first_back"), f)
-    compose |= {"passes": i8, "parts": "i32"}
-    constants = {"E": d, "D": d, "DP": sizes["DP"], "ROWS": 32, "FIRSTS": 3, "MODE": "tf32x3"}
-    builds.append(Build("compose", kernels.compose_kernel, compose, constants))
-    return builds
-
-
-def hot_builds() -> list[Build]:
-    """Every kernel of a training step at production shapes."""
-    return scan_builds()
-
-
 def table(usages: list[Usage]) -> str:
     rows = ["| kernel | sm | registers | spilled bytes | shared bytes | tensor cores |", "|---|---|---|---|---|---|"]
     rows += [f"| {u.name} | {u.architecture} | {u.registers} | {u.spills} | {u.shared} | {u.tensor_cores} |" for u in usages]
@@ -119,8 +86,10 @@ def table(usages: list[Usage]) -> str:
 
 def main(arguments: list[str]) -> int:
     """python -m wm_train.kernels.ahead [architecture …]"""
+    from wm_train.kernels.builds import scan_builds, token_builds
+
     architectures = [int(x) for x in arguments] or list(ARCHITECTURES)
-    print(table([compile_for(build, sm) for build in hot_builds() for sm in architectures]))
+    print(table([compile_for(build, sm) for build in (*scan_builds(), *token_builds()) for sm in architectures]))
     return 0
 
 

@@ -6,7 +6,7 @@ Lanes are interleaved halves (rays.py); matrices in memory keep the channels' ow
 import triton
 import triton.language as tl
 
-from wm_train.kernels.numerics import product, rounded
+from wm_train.kernels.numerics import common_scale, product, rounded, unit_matrix, unit_rows
 from wm_train.kernels.rays import (
     EPS,
     channel,
@@ -107,6 +107,8 @@ def camera_gram_backward_kernel(
     outer = load_joined_matrix(d_update, cell, D, HP, False)
     if gain > 1.0:
         d_gain -= tl.sum(outer * load_joined_matrix(update, cell, D, HP, False)) / gain
+    symmetric, peak = unit_matrix(symmetric)
+    outer, peak_u = unit_matrix(outer)
     d_w = tl.zeros([2 * HP], dtype=tl.float32)
     for s0 in range(0, tokens_per_frame, BS):
         s = s0 + tl.arange(0, BS)
@@ -122,19 +124,22 @@ def camera_gram_backward_kernel(
         encoded = encode(first, second, matrix, n, inside, c, turn, BS, HP, False)
         factor, _, _ = limit(k, encoded, D)
         limited = encoded * factor[:, None]
+        unit_k, peak_k = unit_rows(limited)
         first, second = load_halves(value, n, inside, value_stride, head * D, D, HP)
         v_raw = joined(first, second, BS, HP)
         v = encode(first, second, matrix, n, inside, c, turn, BS, HP, False)
         v_factor, _, _ = limit(v_raw, v, D)
         none = tl.zeros([BS, 2 * HP], dtype=tl.float32)
 
-        grad, direct = limit_backward(product(limited, tl.trans(outer), none, MODE) * b[:, None], v_raw, v, D)
+        d_v = product(unit_k, tl.trans(outer), none, MODE) * (b * peak_k * peak_u)[:, None]
+        grad, direct = limit_backward(d_v, v_raw, v, D)
         first, second = parted(grad, BS, HP)
         grad = direct + encode(first, second, matrix, n, inside, c, -turn, BS, HP, True)
-        store_joined(d_value, rounded(grad, d_value, MODE), n, inside, heads * D, head * D, D, HP)
+        store_joined(d_value, rounded(grad, d_value), n, inside, heads * D, head * D, D, HP)
 
-        through = product(v * v_factor[:, None], outer, none, MODE)
-        half = product(limited, symmetric, none, MODE)
+        v, peak_v = unit_rows(v * v_factor[:, None])
+        through = product(v, outer, none, MODE) * (peak_v * peak_u)[:, None]
+        half = product(unit_k, symmetric, none, MODE) * (peak_k * peak)[:, None]
         d_b = tl.sum((through + 0.5 * half) * limited, axis=1)
         tl.store(d_beta + n * heads + head, d_b * discount, mask=inside)
         # the mean energy gain: ratio = |limited|² / |k|², both norms at least EPS
@@ -148,7 +153,7 @@ def camera_gram_backward_kernel(
         first, second = parted(grad, BS, HP)
         grad = direct - k * from_before[:, None] + encode(first, second, matrix, n, inside, c, -turn, BS, HP, True)
         direct, part, d_piece = norm_backward(grad * scale, raw, r, w, k > 0.0)
-        store_joined(d_key, rounded(direct, d_key, MODE), n, inside, heads * D, head * D, D, HP)
+        store_joined(d_key, rounded(direct, d_key), n, inside, heads * D, head * D, D, HP)
         tl.store(share + n * heads + head, part, mask=inside)
         d_w += d_piece
     lanes, real = channel(D, HP)
@@ -165,7 +170,7 @@ def camera_output_kernel(
     frame = cell // heads
     head = cell % heads
     w = _joined_weight(weight, head * D, D, HP)
-    square = load_joined_matrix(state, cell, D, HP, True)
+    square, peak = unit_matrix(load_joined_matrix(state, cell, D, HP, True))
     for s0 in range(0, tokens_per_frame, BS):
         s = s0 + tl.arange(0, BS)
         inside = s < tokens_per_frame
@@ -177,10 +182,11 @@ def camera_output_kernel(
         first, second = parted(q, BS, HP)
         encoded = encode(first, second, matrix, n, inside, c, turn, BS, HP, True)
         factor, _, _ = limit(q, encoded, D)
-        read = product(encoded * factor[:, None], square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE)
+        encoded, peak_q = unit_rows(encoded * factor[:, None])
+        read = product(encoded, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE) * (peak_q * peak)[:, None]
         first, second = parted(read, BS, HP)
         world = encode(first, second, matrix, n, inside, c, -turn, BS, HP, False)
-        store_joined(out, rounded(world, out, MODE), n, inside, heads * D, head * D, D, HP)
+        store_joined(out, rounded(world, out), n, inside, heads * D, head * D, D, HP)
 
 
 @triton.jit
@@ -193,8 +199,9 @@ def camera_output_backward_kernel(
     frame = cell // heads
     head = cell % heads
     w = _joined_weight(weight, head * D, D, HP)
-    square = load_joined_matrix(state, cell, D, HP, False)
+    square, peak = unit_matrix(load_joined_matrix(state, cell, D, HP, False))
     d_square = tl.zeros([2 * HP, 2 * HP], dtype=tl.float32)
+    largest = 0.0
     d_w = tl.zeros([2 * HP], dtype=tl.float32)
     for s0 in range(0, tokens_per_frame, BS):
         s = s0 + tl.arange(0, BS)
@@ -210,15 +217,18 @@ def camera_output_backward_kernel(
         factor, _, _ = limit(q, encoded, D)
         first, second = load_halves(grad_out, n, inside, grad_stride, head * D, D, HP)
         d_read = encode(first, second, matrix, n, inside, c, turn, BS, HP, True)
-        d_square = product(tl.trans(d_read), encoded * factor[:, None], d_square, MODE)
-        grad = product(d_read, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE)
+        d_read, peak_d = unit_rows(d_read)
+        unit_q, peak_q = unit_rows(encoded * factor[:, None])
+        weight_of_token, d_square, largest = common_scale(peak_d * peak_q, d_square, largest)
+        d_square = product(tl.trans(d_read), unit_q * weight_of_token[:, None], d_square, MODE)
+        grad = product(d_read, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE) * (peak_d * peak)[:, None]
         grad, direct = limit_backward(grad, q, encoded, D)
         first, second = parted(grad, BS, HP)
         grad = direct + encode(first, second, matrix, n, inside, c, -turn, BS, HP, False)
         direct, part, d_piece = norm_backward(grad, raw, r, w, q > 0.0)
-        store_joined(d_query, rounded(direct, d_query, MODE), n, inside, heads * D, head * D, D, HP)
+        store_joined(d_query, rounded(direct, d_query), n, inside, heads * D, head * D, D, HP)
         tl.store(share + n * heads + head, part, mask=inside)
         d_w += d_piece
-    store_joined_matrix(d_state, d_square, cell, D, HP)
+    store_joined_matrix(d_state, d_square * largest, cell, D, HP)
     lanes, real = channel(D, HP)
     tl.store(d_weight + cell * D + lanes, d_w, mask=real)

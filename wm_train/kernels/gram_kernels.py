@@ -7,7 +7,7 @@ so that A is a product of one rounded matrix with itself: symmetric and positive
 import triton
 import triton.language as tl
 
-from wm_train.kernels.numerics import product, rounded
+from wm_train.kernels.numerics import product, rounded, unit_matrix, unit_rows
 from wm_train.kernels.tokens import load_channels, load_vector, norm_backward, rotate, store_channels
 
 
@@ -90,9 +90,9 @@ def gram_backward_kernel(
     frame = cell // heads
     head = cell % heads
     w = load_vector(weight, head * D, D, DP)
-    symmetric = load_symmetric(d_gram, cell, D, DP)
-    symmetric_z = load_symmetric(d_gram_z, cell, D, DP)
-    outer = load_square(d_update, cell, D, DP)
+    symmetric, peak = unit_matrix(load_symmetric(d_gram, cell, D, DP))
+    symmetric_z, peak_z = unit_matrix(load_symmetric(d_gram_z, cell, D, DP))
+    outer, peak_u = unit_matrix(load_square(d_update, cell, D, DP))
     vector = load_vector(d_update_z, cell * D, D, DP)
     d_w = tl.zeros([DP], dtype=tl.float32)
     for s0 in range(0, tokens_per_frame, BS):
@@ -102,34 +102,25 @@ def gram_backward_kernel(
         b = tl.load(beta + n * heads + head, mask=inside, other=0.0)
         r = tl.load(rstd + n, mask=inside, other=0.0)
         raw = load_channels(key, n, inside, key_stride, head * D, D, DP)
-        k = tl.maximum(raw * r[:, None] * w[None, :], 0.0) * scale
+        k = tl.maximum(raw * r[:, None] * w[None, :], 0.0)  # k̂ / scale
         none = tl.zeros([BS, DP], dtype=tl.float32)
-        grad = product(k, symmetric_z, none, MODE)
+        grad = product(k, symmetric_z, none, MODE) * (peak_z * scale)
         d_b = tl.sum((0.5 * grad + vector[None, :]) * k, axis=1)
         grad += vector[None, :]
         angle = n % rotary_tokens
         c = load_channels(cos, angle, inside, D // 2, 0, D // 2, DP // 2)
         turn = load_channels(sin, angle, inside, D // 2, 0, D // 2, DP // 2)
         turned = rotate(k, c, turn, BS, DP)
-        v = load_channels(value, n, inside, value_stride, head * D, D, DP)
-        store_channels(
-            d_value,
-            rounded(product(turned, tl.trans(outer), none, MODE) * b[:, None], d_value, MODE),
-            n,
-            inside,
-            heads * D,
-            head * D,
-            D,
-            DP,
-        )
-        through = product(v, outer, none, MODE)
-        d_b += tl.sum(through * turned, axis=1)
-        half = product(turned, symmetric, none, MODE)
-        d_b += 0.5 * tl.sum(half * turned, axis=1)
-        tl.store(d_beta + n * heads + head, d_b, mask=inside)
+        d_v = product(turned, tl.trans(outer), none, MODE) * (b * scale * peak_u)[:, None]
+        store_channels(d_value, rounded(d_v, d_value), n, inside, heads * D, head * D, D, DP)
+        v, peak_v = unit_rows(load_channels(value, n, inside, value_stride, head * D, D, DP))
+        through = product(v, outer, none, MODE) * (peak_v * peak_u)[:, None]
+        half = product(turned, symmetric, none, MODE) * (peak * scale)
+        d_b += tl.sum((through + 0.5 * half) * turned, axis=1)
+        tl.store(d_beta + n * heads + head, d_b * scale, mask=inside)
         grad = (grad + rotate(half + through, c, -turn, BS, DP)) * (b * scale)[:, None]
         direct, part, d_piece = norm_backward(grad, raw, r, w, k > 0.0)
-        store_channels(d_key, rounded(direct, d_key, MODE), n, inside, heads * D, head * D, D, DP)
+        store_channels(d_key, rounded(direct, d_key), n, inside, heads * D, head * D, D, DP)
         tl.store(share + n * heads + head, part, mask=inside)
         d_w += d_piece
     d = tl.arange(0, DP)

@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from wm_train.kernels.numerics import token_mode
 from wm_train.kernels.tokens import norm_finish_kernel, rstd_kernel
 
 NORM_ROWS, NORM_BLOCK = 4, 1024
@@ -70,7 +69,7 @@ def norm_finish(grad: Tensor, x: Tensor, stride: int, rstd: Tensor, share: Tenso
     block = min(NORM_BLOCK, triton.next_power_of_2(c))
     norm_finish_kernel[(triton.cdiv(len(rstd), NORM_ROWS),)](
         grad, x, rstd, share, len(rstd), stride, heads,
-        C=c, BLOCK=block, ROWS=NORM_ROWS, HEADS=triton.next_power_of_2(heads), MODE=token_mode(grad.dtype),
+        C=c, BLOCK=block, ROWS=NORM_ROWS, HEADS=triton.next_power_of_2(heads),
     )  # fmt: skip
 
 

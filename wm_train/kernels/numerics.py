@@ -5,6 +5,8 @@ A kernel takes one `MODE`:
     ieee      fp32 products; no tensor cores on most devices. The interpreter's exact mode.
     tf32x3    three TF32 products per fp32 product: fp32 accuracy on tensor cores. fp32 inputs on a device.
     tf32      operands rounded to nearest TF32 (tensor cores alone truncate, which biases every product towards zero).
+    fp16      operands scaled to at most about one (`unit_rows`, `unit_matrix`) and rounded to fp16: TF32's ten mantissa bits at bf16's
+              cost in time and shared memory. What is 2^-24 of the largest entry is lost, as in any fp32 sum with it.
     bf16      operands rounded to bf16, fp32 sums.
     bf16_emulated, tf32_emulated   the same roundings done with integers and multiplied in fp32: Triton's interpreter keeps bf16 as
               integers and computes with those, without an error. What the interpreter tests is then what the device computes.
@@ -17,6 +19,9 @@ import triton
 import triton.language as tl
 
 from wm_train.kernels.engine import interpreted
+
+TINY = tl.constexpr(1e-37)  # the smallest scale; its inverse is still finite
+EMULATED = tl.constexpr(interpreted())
 
 
 def exact_mode() -> str:
@@ -33,7 +38,7 @@ def token_mode(dtype: torch.dtype) -> str:
     """The mode of products over tokens of this dtype. bf16 operands would add 1.7e-3 each to the 1.7e-3 of a bf16 result, and miss the
     3e-3 that results are held to.
     """
-    return exact_mode() if dtype == torch.float32 else state_mode()
+    return exact_mode() if dtype == torch.float32 else "fp16"
 
 
 def gram_mode(dtype: torch.dtype) -> str:
@@ -69,6 +74,8 @@ def product(a, b, total, MODE: tl.constexpr):
         return tl.dot(round_tf32(a), round_tf32(b), total, input_precision="tf32")
     elif MODE == "tf32_emulated":
         return tl.dot(round_tf32(a), round_tf32(b), total, input_precision="ieee")
+    elif MODE == "fp16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), total)
     elif MODE == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
     else:
@@ -77,8 +84,33 @@ def product(a, b, total, MODE: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, pointer, MODE: tl.constexpr):
-    """x on its way to memory: the interpreter's store would truncate to bf16 where a device rounds to nearest."""
-    if pointer.dtype.element_ty == tl.bfloat16 and (MODE == "bf16_emulated" or MODE == "tf32_emulated"):
+def unit_rows(x):
+    """Rows of x [m, n] scaled to a largest magnitude of one, and what they were scaled by [m]: x = unit · peak."""
+    peak = tl.max(tl.abs(x), axis=1)
+    return x * tl.where(peak > 0.0, 1.0 / tl.maximum(peak, TINY), 0.0)[:, None], peak
+
+
+@triton.jit
+def unit_matrix(x):
+    """The same with one scale for the whole tile."""
+    peak = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    return x * tl.where(peak > 0.0, 1.0 / tl.maximum(peak, TINY), 0.0), peak
+
+
+@triton.jit
+def common_scale(peaks, total, largest):
+    """Bring the next tokens' scales `peaks` [m] and a running sum, in units of `largest`, to one unit, the larger of both.
+
+    -> the tokens' weights in that unit [m], the sum in that unit, the unit. A sum over rows cannot be rescaled per row afterwards.
+    """
+    unit = tl.maximum(largest, tl.max(peaks, axis=0))
+    inverse = tl.where(unit > 0.0, 1.0 / tl.maximum(unit, TINY), 0.0)
+    return peaks * inverse, total * (largest * inverse), unit
+
+
+@triton.jit
+def rounded(x, pointer):
+    """x on its way to memory: the interpreter's store truncates to bf16 where a device rounds to nearest."""
+    if EMULATED and pointer.dtype.element_ty == tl.bfloat16:
         return round_bf16(x)
     return x

@@ -23,6 +23,7 @@ from wm_train.kernels import scan_kernels
 from wm_train.kernels.engine import engine_for
 from wm_train.kernels.numerics import exact_mode, state_mode
 
+COMPOSITE_ROWS, COMPOSE_ROWS = 32, 16  # three TF32 products per product need the registers of more rows
 SHORTEST_SEGMENT = 8  # frames; below this a second level costs more walks than it saves
 
 
@@ -119,6 +120,7 @@ def _composites(stream: Stream, cuts: Cuts, reverse: str | None, plan: _Plan, ed
     lead = (plan.parts, plan.batch, plan.heads)
     composite = stream.update.new_empty(*lead, plan.d, plan.d)
     ends = stream.update.new_zeros(2, *lead, plan.e, plan.d)
+    plan = plan._replace(rows=min(COMPOSITE_ROWS, plan.padded))
     tiles = plan.tiles * (1 if reverse is None else 2) + -(-plan.d // plan.rows)
     scan_kernels.composites_kernel[(plan.batch * plan.heads, tiles, plan.parts)](
         *stream, edges, composite, ends[0], ends[1], plan.frames, plan.heads, plan.segment, plan.tiles, **plan.constants(reverse)
@@ -131,9 +133,9 @@ def _compose(
 ) -> tuple[Tensor, Tensor]:
     """What enters each segment from the left and from the right, [parts, B, H, E, D] each."""
     starts = torch.empty_like(ahead), torch.empty_like(back)
+    plan = plan._replace(rows=COMPOSE_ROWS, mode=exact_mode())
     constants = plan.constants(None)
     del constants["REVERSE"]
-    constants["MODE"] = exact_mode()
     scan_kernels.compose_kernel[(plan.batch * plan.heads, plan.tiles, 2)](
         composite, ahead, back, *starts, first_ahead, first_back, passes, plan.parts, FIRSTS=_flags(first_ahead, first_back), **constants
     )

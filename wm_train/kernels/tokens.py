@@ -65,7 +65,7 @@ def rstd_kernel(x, rstd, tokens, stride, eps, C: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def norm_finish_kernel(
     grad, x, rstd, share, tokens, stride, heads,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, MODE: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The cross-head term of RMSNorm's backward: grad -= x · rstd³ / C · Σ over heads of share; grad [tokens, C], share [tokens, H]."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -80,4 +80,4 @@ def norm_finish_kernel(
         raw = tl.load(x + n[:, None] * stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         at = grad + n[:, None] * C + c[None, :]
         whole = tl.load(at, mask=mask, other=0.0).to(tl.float32) - factor[:, None] * raw
-        tl.store(at, rounded(whole, grad, MODE), mask=mask)
+        tl.store(at, rounded(whole, grad), mask=mask)
