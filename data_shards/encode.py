@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -37,6 +36,7 @@ from data_shards.schema import (
 )
 from data_shards.sources import ClipSource, SourceClip, open_source
 from data_shards.write import ShardWriter, fingerprint, shard_size, write_index
+from data_shards.zarr_store import ZarrWriter
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
@@ -46,10 +46,26 @@ OPTIONS = {
     "channels": Option(whole(1, 4096), "latent channels (codec linear)", 48),
     "latent_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored latents", "float16"),
     "validation": Option(number(0, 0.9), "share of the episodes kept out of training", 0.1),
+    "container": Option(choice("tar", "zarr"), "tar, or Zarr v3 for very long clips", "tar"),
     "shard_mb": Option(number(0.001, 100_000), "target size of a shard", 256.0),
     "workers": Option(whole(1, 1024), "processes", 1),
 }
 STD_FLOOR = 1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the finished bytes depend on, besides the source."""
+
+    codec: str = "linear"
+    channels: int = 48
+    latent_dtype: str = "float16"
+    validation: float = 0.1
+    shard_mb: float = 256.0
+    container: str = "tar"
+
+    def make_codec(self) -> LatentCodec:
+        return make_codec(self.codec, {"channels": self.channels})
 
 
 @dataclass(frozen=True)
@@ -60,13 +76,11 @@ class Job:
     folder: str
     number: int
     clips: tuple[tuple[SourceClip, str], ...]  # with the split of each
-    codec: str
-    codec_options: Mapping[str, Any]
-    latent_dtype: str
+    settings: Settings
 
     @property
     def shard(self) -> str:
-        return f"shards/{self.number:06d}.tar"
+        return f"shards/{self.number:06d}.{self.settings.container}"
 
     @property
     def result(self) -> Path:
@@ -105,35 +119,34 @@ def bucket_controls(frames: NDArray[np.float32], sums: tuple[bool, ...], stride:
     return out
 
 
-def plan_jobs(
-    source: ClipSource, path: str, folder: Path, codec: LatentCodec, latent_dtype: str, validation: float, shard_mb: float
-) -> list[Job]:
+def plan_jobs(source: ClipSource, path: str, folder: Path, settings: Settings) -> list[Job]:
     """Cut the clips into shards of about `shard_mb`, in the source's order."""
+    codec = settings.make_codec()
     sizes = {crop_size(clip, codec.spatial_stride) for clip in source.clips}
     if len(sizes) > 1:
         raise DataError(f"video size: got clips of {sorted(sizes)}, expected one size in a data set. Fix: encode them separately")
-    splits = split_of_episodes({clip.episode for clip in source.clips}, validation)
+    splits = split_of_episodes({clip.episode for clip in source.clips}, settings.validation)
     jobs: list[Job] = []
     pending: list[tuple[SourceClip, str]] = []
     size = 0.0
     height, width = next(iter(sizes))
-    per_frame = codec.channels * (height // codec.spatial_stride) * (width // codec.spatial_stride) * ITEM_BYTES[latent_dtype]
+    per_frame = codec.channels * (height // codec.spatial_stride) * (width // codec.spatial_stride) * ITEM_BYTES[settings.latent_dtype]
     for clip in source.clips:
         pending.append((clip, splits[clip.episode]))
         size += latent_frame_count(clip.frames, codec.temporal_stride) * per_frame
-        if size >= shard_mb * 1e6 or clip is source.clips[-1]:
-            jobs.append(Job(path, str(folder), len(jobs), tuple(pending), codec.name, dict(codec.options), latent_dtype))
+        if size >= settings.shard_mb * 1e6 or clip is source.clips[-1]:
+            jobs.append(Job(path, str(folder), len(jobs), tuple(pending), settings))
             pending, size = [], 0.0
     return jobs
 
 
 def encode_shard(job: Job) -> Path:
     """Encode one shard and write its tar, then the JSON file that says it is done: index rows and sums for the statistics."""
-    source, codec = open_source(job.source), make_codec(job.codec, job.codec_options)
+    source, codec = open_source(job.source), job.settings.make_codec()
     rows, squared_error, values = [], 0.0, 0
     sums = np.zeros((2, 2, codec.channels))  # [first|later, sum|sum of squares, C], over training clips
     counts = np.zeros(2)
-    with ShardWriter(Path(job.folder) / job.shard) as writer:
+    with (ShardWriter if job.settings.container == "tar" else ZarrWriter)(Path(job.folder) / job.shard) as writer:
         for clip, split in job.clips:
             content = source.load(clip)
             video, intrinsics = crop(content.video, content.intrinsics, crop_size(clip, codec.spatial_stride))
@@ -145,7 +158,7 @@ def encode_shard(job: Job) -> Path:
                     wide = part.astype(np.float64)
                     sums[kind] += (wide.sum(axis=(0, 2, 3)), np.square(wide).sum(axis=(0, 2, 3)))
                     counts[kind] += wide.size / codec.channels
-            arrays: dict[str, tuple[str, NDArray[Any]]] = {"latent.npy": (job.latent_dtype, latents)}
+            arrays: dict[str, tuple[str, NDArray[Any]]] = {"latent.npy": (job.settings.latent_dtype, latents)}
             if content.c2w is not None and intrinsics is not None:
                 arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
             if content.frame_controls is not None:
@@ -161,10 +174,12 @@ def encode_shard(job: Job) -> Path:
 
 
 def is_done(job: Job) -> bool:
-    """Whether an earlier run finished this shard: its result is there and its tar has the size that follows from it."""
+    """Whether an earlier run finished this shard: its result is there, and the shard, a tar with the size that follows from it."""
     tar = Path(job.folder) / job.shard
     if not job.result.exists() or not tar.exists():
         return False
+    if job.settings.container == "zarr":
+        return True
     return tar.stat().st_size == shard_size(MemberEntry(**member) for member in read_json(job.result, "encode")["rows"][-1]["members"])
 
 
@@ -189,8 +204,9 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[Job]:
             raise
 
 
-def finish(folder: Path, jobs: list[Job], source: ClipSource, codec: LatentCodec, latent_dtype: str) -> DatasetInfo:
+def finish(folder: Path, jobs: list[Job], source: ClipSource, settings: Settings) -> DatasetInfo:
     """Merge the shards' results in shard order; write the index and, last, dataset.json."""
+    codec = settings.make_codec()
     rows: list[tuple[ClipEntry, tuple[MemberEntry, ...]]] = []
     sums, counts, squared_error, values = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0
     for job in jobs:
@@ -218,7 +234,7 @@ def finish(folder: Path, jobs: list[Job], source: ClipSource, codec: LatentCodec
         channels=codec.channels,
         latent_height=height // codec.spatial_stride,
         latent_width=width // codec.spatial_stride,
-        latent_dtype=latent_dtype,
+        latent_dtype=settings.latent_dtype,
         temporal_stride=codec.temporal_stride,
         spatial_stride=codec.spatial_stride,
         image_height=height,
@@ -244,7 +260,7 @@ def finish(folder: Path, jobs: list[Job], source: ClipSource, codec: LatentCodec
     return info
 
 
-def encode(source: str, out: str, codec: str, channels: int, latent_dtype: str, validation: float, shard_mb: float, workers: int) -> None:
+def encode(source: str, out: str, workers: int, settings: Settings) -> None:
     """Encode `source` into the data set `out`, going on where an interrupted run stopped.
 
     Raises:
@@ -255,11 +271,9 @@ def encode(source: str, out: str, codec: str, channels: int, latent_dtype: str, 
     clips = open_source(source)
     if not clips.clips:
         raise DataError(f"source: got no clips in {source}, expected at least one. Fix: record some")
-    made = make_codec(codec, {"channels": channels})
     final, folder = Path(out), Path(f"{out.rstrip('/')}.partial")
-    jobs = plan_jobs(clips, source, folder, made, latent_dtype, validation, shard_mb)
-    settings = {"source": clips.description, "codec": codec, "options": dict(made.options), "dtype": latent_dtype}
-    plan = {**settings, "validation": validation, "shard_mb": shard_mb, "shards": len(jobs)}
+    jobs = plan_jobs(clips, source, folder, settings)
+    plan = {"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)}
     if final.exists():
         return check_existing(final, plan)
     if folder.exists() and read_json(folder / "plan.json", "encode") != plan:
@@ -267,13 +281,14 @@ def encode(source: str, out: str, codec: str, channels: int, latent_dtype: str, 
     for name in ("shards", "rows"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for stale in (folder / name).glob("*.tmp-*"):
-            stale.unlink()
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     write_durably(folder / "plan.json", json.dumps(plan, indent=1, sort_keys=True).encode())
     first = clips.clips[0]
-    size = crop_size(first, made.spatial_stride)
+    stride = settings.make_codec().spatial_stride
+    size = crop_size(first, stride)
     if size != (first.height, first.width):
         before = f"{first.height}x{first.width}"
-        print(f"frames are cropped at the centre from {before} to {size[0]}x{size[1]}, multiples of {made.spatial_stride}")
+        print(f"frames are cropped at the centre from {before} to {size[0]}x{size[1]}, multiples of {stride}")
     started = time.perf_counter()
     todo = [job for job in jobs if not is_done(job)]
     columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -281,14 +296,14 @@ def encode(source: str, out: str, codec: str, channels: int, latent_dtype: str, 
         task = progress.add_task("encode", total=len(clips.clips), completed=len(clips.clips) - sum(len(job.clips) for job in todo))
         for job in run_jobs(todo, workers):
             progress.advance(task, len(job.clips))
-    info = finish(folder, jobs, clips, made, latent_dtype)
+    info = finish(folder, jobs, clips, settings)
     shutil.rmtree(folder / "rows")
     publish_folder(folder, final)
     seconds, frames = time.perf_counter() - started, sum(clip.frames for job in todo for clip, _ in job.clips)
     size_mb = sum(file.stat().st_size for file in final.rglob("*") if file.is_file()) / 1e6
     print(
         f"encoded {info.clips['train']} training and {info.clips['validation']} validation clips into {info.shards} shards of latents "
-        f"[{info.channels}, {info.latent_height}, {info.latent_width}] {latent_dtype}: PSNR {info.psnr_db} dB, "
+        f"[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}: PSNR {info.psnr_db} dB, "
         f"{frames / max(seconds, 1e-9):.0f} frames/s, {size_mb:.1f} MB in {out}"
     )
 
@@ -303,8 +318,10 @@ def check_existing(final: Path, plan: Mapping[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run("python -m data_shards.encode", ABOUT, OPTIONS, encode, arguments)
+    def call(source: str, out: str, workers: int, **settings: Any) -> None:
+        encode(source, out, workers, Settings(**settings))
+
+    return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments)
 
 
 if __name__ == "__main__":

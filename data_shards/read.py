@@ -35,6 +35,7 @@ from data_shards.schema import (
     index_schema,
     info_from_json,
 )
+from data_shards.zarr_store import read_bytes
 
 LARGE_READ = 64 * 2**20
 MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
@@ -143,7 +144,10 @@ class ClipDataset:
         if start == stop:
             return np.empty(shape, np.float32)
         size = member.row_bytes
-        data = self._range(entry, member, member.data_offset + start * size, (stop - start) * size)
+        if entry.shard.endswith(".zarr"):
+            data = read_bytes(self.path, entry, member, start, stop)
+        else:
+            data = self._range(entry, member, member.data_offset + start * size, (stop - start) * size)
         for i in range(start, stop):
             if crc32c(memoryview(data)[(i - start) * size : (i - start + 1) * size]) != member.row_crc32c[i]:
                 raise ShardError(
@@ -158,11 +162,14 @@ class ClipDataset:
 
     def whole(self, entry: ClipEntry, member: MemberEntry) -> NDArray[Any]:
         """A replicated member, header and all, verified."""
-        data = self._range(entry, member, member.offset, member.length)
+        if entry.shard.endswith(".zarr"):
+            data = read_bytes(self.path, entry, member, 0, member.shape[0])
+        else:
+            data = self._range(entry, member, member.offset, member.length)
         header = member.data_offset - member.offset
         if crc32c(data) != member.crc32c:
             raise ShardError(f"checksum: got other bytes than were written {where(entry, member)}. Fix: {REPAIR}", entry.shard)
-        if member.field != "json" and data[:header] != npy_header(member.dtype, member.shape):
+        if header and data[:header] != npy_header(member.dtype, member.shape):
             raise ShardError(
                 f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}", entry.shard
             )
@@ -210,7 +217,7 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
     """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and sizes agree."""
     problem = ""
     if not SHARD_PATTERN.fullmatch(entry.shard):
-        problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar"
+        problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"
     elif duplicate:
         problem = "got this field twice"
     elif member.field not in FIELDS or member.dtype not in FIELDS[member.field][1]:
@@ -224,6 +231,8 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
             problem = f"got shape {member.shape}, expected {expected}"
         elif None in expected and count > MAX_FREE_BYTES:
             problem = f"got {count} bytes, expected at most {MAX_FREE_BYTES}"
+        elif (header and entry.shard.endswith(".zarr")) or (not header and member.field != "json" and entry.shard.endswith(".tar")):
+            problem = f"got {header} bytes of header, expected none in Zarr and an npy header in a tar"
         elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
             problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
         elif member.field == TIME_SHARDED and len(member.row_crc32c) != member.shape[0]:

@@ -33,7 +33,7 @@ MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix
 TIME_SHARDED = "latent.npy"
 ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
-SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.tar")
+SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
 MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips belong in Zarr
 
 

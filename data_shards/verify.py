@@ -19,8 +19,9 @@ import numpy as np
 from data_shards.arguments import Option, run, text, whole
 from data_shards.files import array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import SPLITS, TIME_SHARDED, ClipEntry, DatasetInfo, MemberEntry
+from data_shards.schema import SPLITS, TIME_SHARDED, ClipEntry, DatasetInfo, MemberEntry, ShardError
 from data_shards.write import BLOCK, fingerprint, shard_size, tar_header
+from data_shards.zarr_store import read_bytes
 
 ABOUT = "Check every byte of a data set against its index. Exit code 1 when something is wrong."
 OPTIONS = {
@@ -121,9 +122,30 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
     return problems
 
 
+def verify_zarr(path: str, shard: str, rows: Rows) -> list[Problem]:
+    """Every array of a Zarr shard, read through Zarr and compared with the index."""
+    problems = []
+    for entry, members in rows:
+        for member in members:
+            step = max(1, CHUNK // max(member.row_bytes, 1))
+            total, count = 0, member.shape[0]
+            try:
+                for start in range(0, count, step):
+                    data = read_bytes(path, entry, member, start, min(start + step, count))
+                    total = google_crc32c.extend(total, data)
+            except ShardError as error:
+                problems.append(Problem(shard, entry.key, member.field, str(error)))
+                continue
+            if total != member.crc32c:
+                problems.append(Problem(shard, entry.key, member.field, "checksum: got other bytes than were written"))
+    return problems
+
+
 def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
     import fsspec
 
+    if shard.endswith(".zarr"):
+        return verify_zarr(path, shard, rows)
     filesystem, root = fsspec.core.url_to_fs(path)
     name = f"{root.rstrip('/')}/{shard}"
     try:

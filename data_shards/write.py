@@ -62,6 +62,12 @@ def tar_header(name: str, length: int) -> bytes:
     return header.tobuf(tarfile.USTAR_FORMAT)
 
 
+def check_array(key: str, field: str, dtype: str, array: NDArray[Any]) -> None:
+    """Raises DataError unless the field, its stored dtype and its number of dimensions are on the list."""
+    if field not in FIELDS or dtype not in FIELDS[field][1] or array.ndim != FIELDS[field][0]:
+        raise DataError(f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key {key})")
+
+
 class ShardWriter:
     """Writes one tar. Use as a context manager: leaving it normally publishes the file, an exception leaves nothing behind."""
 
@@ -84,8 +90,7 @@ class ShardWriter:
         members = [self._append(key, "json", b"", text, "uint8", (len(text),))]
         for field in sorted(arrays, key=lambda name: (name == TIME_SHARDED, name)):
             dtype, array = arrays[field]
-            if field not in FIELDS or dtype not in FIELDS[field][1] or array.ndim != FIELDS[field][0]:
-                raise DataError(f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key {key})")
+            check_array(key, field, dtype, array)
             try:
                 header, data = encode_array(array, dtype)
             except DataError as error:
