@@ -1,0 +1,110 @@
+"""Event bucketing against a slow, obvious simulation in exact fractions; nothing lost, nothing twice."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_shards.controls import BUTTONS, CONTROL_NAMES, KEY_DOWN, KEY_UP, MOUSE, SCROLL, Events, bucket_edges, bucket_events
+from data_shards.schema import DataError
+
+
+def events_of(rows):
+    """[(time_ns, kind, code, dx, dy)] -> Events, sorted by time."""
+    columns = list(zip(*sorted(rows, key=lambda row: row[0]))) or [()] * 5
+    dtypes = (np.int64, np.uint8, np.uint8, np.int32, np.int32)
+    return Events(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes)))
+
+
+def simulate(events, latent_frames, fps, stride, keep_taps):
+    """The definition, one event at a time, with exact times."""
+    out = np.zeros((latent_frames, BUTTONS + 3))
+    held = set()
+    for t in range(-1, latent_frames):
+        upper = Fraction(stride * t) / fps if t >= 0 else -1 / fps
+        lower = Fraction(stride * (t - 1)) / fps if t > 0 else -1 / fps
+        tapped, scroll = set(), 0
+        for time, kind, code, dx, dy in zip(events.time_ns, events.kind, events.code, events.dx, events.dy):
+            seconds = Fraction(int(time), 10**9)
+            if seconds > upper or (t >= 0 and seconds <= lower):
+                continue
+            if kind == KEY_DOWN:
+                held.add(int(code))
+                tapped.add(int(code))
+            elif kind == KEY_UP:
+                held.discard(int(code))
+            elif kind == MOUSE and t >= 0:
+                out[t, BUTTONS] += dx
+                out[t, BUTTONS + 1] += dy
+            elif kind == SCROLL and t >= 0:
+                scroll += int(dy)
+        if t >= 0:
+            out[t, list(held | tapped if keep_taps else held)] = 1
+            out[t, BUTTONS + 2] = (scroll > 0) - (scroll < 0)
+    return out
+
+
+RATES = st.sampled_from([Fraction(60), Fraction(16), Fraction(30000, 1001), Fraction(35, 2)])
+# many events on, or one nanosecond beside, the edges
+TIMES = st.one_of(
+    st.integers(-(10**8), 10**9),
+    st.builds(lambda k, d: k * 4 * 10**9 // 60 + d, st.integers(-2, 12), st.integers(-1, 1)),
+    st.builds(lambda k, d: k * 4 * 10**9 * 1001 // 30000 + d, st.integers(-2, 12), st.integers(-1, 1)),
+)
+ROWS = st.lists(st.tuples(TIMES, st.integers(0, 3), st.integers(0, 5), st.integers(-40, 40), st.integers(-40, 40)), max_size=60)
+
+
+@settings(max_examples=120, deadline=None)
+@given(rows=ROWS, fps=RATES, stride=st.sampled_from([1, 4, 8]), keep_taps=st.booleans())
+def test_buckets_follow_the_definition(rows, fps, stride, keep_taps):
+    events = events_of(rows)
+    np.testing.assert_array_equal(bucket_events(events, 6, fps, stride, keep_taps), simulate(events, 6, fps, stride, keep_taps))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=ROWS, fps=RATES)
+def test_nothing_is_lost_or_counted_twice(rows, fps):
+    """Two clips that touch share no event and miss none: their displacements add up to those of the events they span."""
+    events = events_of(rows)
+    whole = bucket_events(events, 7, fps, 4)
+    edges = bucket_edges(7, fps, 4)
+    spanned = (events.kind == MOUSE) & (events.time_ns > edges[0]) & (events.time_ns <= edges[-1])
+    assert whole[:, BUTTONS].sum() == events.dx[spanned].sum()
+    assert whole[:, BUTTONS + 1].sum() == events.dy[spanned].sum()
+
+
+def test_ten_kilohertz_for_a_minute():
+    count = 600_000
+    random = np.random.default_rng(0)
+    dx = random.integers(-20, 21, count, dtype=np.int32)
+    time = np.arange(count, dtype=np.int64) * 100_000
+    events = Events(time, np.full(count, MOUSE, np.uint8), np.zeros(count, np.uint8), dx, dx[::-1].copy())
+    controls = bucket_events(events, 901, Fraction(60), 4)
+    assert controls.shape == (901, len(CONTROL_NAMES))
+    assert controls[:, BUTTONS].sum() == dx[time <= 60 * 10**9].sum()
+    # the bucket of latent 1 ends with raw frame 4, at 66.67 ms: events 1 to 666, event 0 lying in bucket 0
+    assert controls[1, BUTTONS] == dx[1:667].sum()
+    assert controls[0, BUTTONS] == dx[0]
+
+
+def test_taps_and_held_keys():
+    w, space, ms = 87, 32, 10**6
+    rows = [(-1000 * ms, KEY_DOWN, w), (70 * ms, KEY_DOWN, space), (80 * ms, KEY_UP, space), (200 * ms, KEY_UP, w)]
+    events = events_of([(*row, 0, 0) for row in rows])
+    kept, snapshots = (bucket_events(events, 5, Fraction(60), 4, keep_taps=keep) for keep in (True, False))
+    assert kept[:, 87].tolist() == [1, 1, 1, 0, 0]  # held since before the clip; released in (133, 200] ms
+    assert kept[:, 32].tolist() == [0, 0, 1, 0, 0]
+    assert snapshots[:, 32].tolist() == [0] * 5
+
+
+def test_bad_streams_are_refused():
+    with pytest.raises(DataError, match="time going back at event 1"):
+        Events(np.array([5, 3]), *(np.zeros(2, np.uint8) for _ in range(4)))
+    with pytest.raises(DataError, match="columns of"):
+        Events(np.array([5, 6]), *(np.zeros(3, np.uint8) for _ in range(4)))
+    with pytest.raises(DataError, match="got kind 9"):
+        Events(np.array([5]), np.array([9], np.uint8), *(np.zeros(1, np.uint8) for _ in range(3)))
+    with pytest.raises(DataError, match="whole nanoseconds"):
+        Events(np.array([0.5]), *(np.zeros(1, np.uint8) for _ in range(4)))
