@@ -17,12 +17,16 @@ from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import AttentionMask
 from parallel.reference import Kernels
 
-Frames = Heads = tuple[FrameRange, ...]
+Frames = tuple[FrameRange, ...]
+Heads = tuple[FrameRange, ...]
 
 
 @dataclass(frozen=True)
 class AttendVerb:
-    """tensors: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> out [B, T/P, S, H, D]"""
+    """tensors: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> out [B, T/P, S, H, D]
+
+    With a cache two more: keys and values of frames before the clip [B, c, S, H_kv, D], the same on all members and without gradient.
+    """
 
     layout: ClipLayout
     mask: AttentionMask
@@ -42,26 +46,31 @@ class AttendVerb:
         return [len(r) for r in groups[member.ring_index]], ranges, queries, keys, spans
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
-        q, k, v = (x for x in tensors if x is not None)
+        q, k, v, *past = (x for x in tensors if x is not None)
         frames, ranges, queries, keys, spans = self._plan(member)
         # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D], for q, k and v in one all-to-all
         q, k, v = yield from ulysses.to_heads(member, frames, [q, k, v], [queries, keys, keys])
-        out, lse = yield from ring.forward(member, self.layout, self.mask, self.kernels, ranges, spans, q, k, v)
+        mine = keys[member.ulysses_index]
+        past = [x[:, :, :, mine.start : mine.stop] for x in past]
+        cache = (past[0], past[1]) if past else None
+        out, lse = yield from ring.forward(member, self.layout, self.mask, self.kernels, ranges, spans, q, k, v, cache)
         out = out.to(q.dtype)
         # [B, T·U/P, S, H/U, D] -> [B, T/P, S, H, D]
         result = yield from ulysses.to_frames(member, frames, [out], [queries])
-        return tuple(result), (q, k, v, out, lse), None
+        return tuple(result), (q, k, v, out, lse, *past), None
 
     def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: Any, grads: tuple[Tensor | None, ...]) -> Program:
-        q, k, v, out, lse = (x for x in kept if x is not None)
+        q, k, v, out, lse, *past = (x for x in kept if x is not None)
         frames, ranges, queries, keys, spans = self._plan(member)
         grad = grads[0]
         if grad is None:  # members must agree on collectives even if one of them has no use for its result
             grad = out.new_zeros(out.shape[0], frames[member.ulysses_index], out.shape[2], self.heads, out.shape[4])
         # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D]
         (grad,) = yield from ulysses.to_heads(member, frames, [grad], [queries])
-        dq, dk, dv = yield from ring.backward(member, self.layout, self.mask, self.kernels, ranges, spans, grad, (q, k, v, out, lse))
+        cache = (past[0], past[1]) if past else None
+        own = (q, k, v, out, lse)
+        dq, dk, dv = yield from ring.backward(member, self.layout, self.mask, self.kernels, ranges, spans, grad, own, cache)
         narrow = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
         # [B, T·U/P, S, H/U, D] -> [B, T/P, S, H, D], for dq, dk and dv in one all-to-all
         result = yield from ulysses.to_frames(member, frames, narrow, [queries, keys, keys])
-        return tuple(result)
+        return (*result, *(None for _ in past))

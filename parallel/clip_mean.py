@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.comm import AllGather, Member, Program
-from parallel.reference import accumulation_dtype
+from parallel.local_attention import accumulation_dtype
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Communicator(Protocol):
 class SoloComm:
     """The one-device case: a single member that never needs a collective."""
 
-    members = (Member(),)
+    members: tuple[Member, ...] = (Member(),)
     joined = False
     scope = ""
     tape: Tape | None = None

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from parallel.comm import AllGather, Member, Program, pack, unpack
 from parallel.layout import ClipLayout, FrameRange, edges
-from parallel.reference import Cuts, Kernels, Stream, accumulation_dtype
+from parallel.local_attention import accumulation_dtype
+from parallel.reference import Cuts, Kernels, Stream
 
 Reverse = Literal["inclusive", "exclusive"] | None
 
@@ -71,7 +72,7 @@ class ScanVerb:
 
     def _split(self, tensors: Sequence[Tensor | None]) -> tuple[list[Stream], list[Tensor | None]]:
         streams = [Stream(*tensors[3 * i : 3 * i + 3]) for i in range(self.streams)]  # type: ignore[arg-type]
-        initial = list(tensors[3 * self.streams :]) if self.continued else [None] * self.streams
+        initial: list[Tensor | None] = [*tensors[3 * self.streams :]] if self.continued else [None] * self.streams
         return streams, initial
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
@@ -98,7 +99,9 @@ class ScanVerb:
                 transposed = [c.transpose(-1, -2) for c in products]
                 ends = [parts[width * i + 2] for parts in everyone]
                 back = _suffix(transposed, ends, [all(c.reverse) for c in cuts], None)[member.index]
-            outputs.append((self.kernels.local_states(stream, mine, self.reverse, ahead[member.index], back)[0], ahead[-1]))
+            final = ahead[-1]
+            assert final is not None
+            outputs.append((self.kernels.local_states(stream, mine, self.reverse, ahead[member.index], back)[0], final))
             kept += [ahead[member.index], back]
             chains += products
         return (*(o[0] for o in outputs), *(o[1] for o in outputs)), (*tensors[: 3 * self.streams], *kept, *chains), None

@@ -81,17 +81,32 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
     return frozenset(j for chunk in kept for j in range(chunk.start, chunk.stop))
 
 
+def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[Tile, ...]:
+    """Frames from before the clip are seen by every real frame of its first document; which of them to keep is the caller's choice."""
+    stop = min(queries.stop, layout.document_of(0).stop)
+    found = []
+    for rows, valid in _rows_by_valid(layout):
+        end = min(stop, valid)
+        if cached and queries.start < end:
+            found.append(Tile(rows, (0, end - queries.start), ((0, cached),)))
+    return tuple(found)
+
+
+def _rows_by_valid(layout: ClipLayout) -> list[tuple[tuple[int, ...] | None, int]]:
+    """Rows that have the same number of real frames, with that number."""
+    if not layout.ragged:
+        return [(None, layout.frames)]
+    by_valid: dict[int, list[int]] = {}
+    for row, valid in enumerate(layout.valid_frames or ()):
+        by_valid.setdefault(valid, []).append(row)
+    return [(tuple(rows), valid) for valid, rows in by_valid.items()]
+
+
 @lru_cache(maxsize=1024)
 def tiles(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange) -> tuple[Tile, ...]:
     """Cut one block (query frames × key frames) into rectangles; query frames that are padding or see no key here are in none."""
-    by_valid: dict[int, list[int]] = {}
-    if layout.ragged:
-        for row, valid in enumerate(layout.valid_frames or ()):
-            by_valid.setdefault(valid, []).append(row)
-    else:
-        by_valid[layout.frames] = []
     found = []
-    for valid, rows in by_valid.items():
+    for rows, valid in _rows_by_valid(layout):
         last = min(keys.stop, valid)
 
         def sees(frame: int, last: int = last) -> tuple[tuple[int, int], ...]:
@@ -102,5 +117,5 @@ def tiles(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: Fr
         for runs, group in groupby(range(queries.start, min(queries.stop, valid)), sees):
             frames = list(group)
             if runs:
-                found.append(Tile(tuple(rows) or None, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs))
+                found.append(Tile(rows, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs))
     return tuple(found)

@@ -26,7 +26,7 @@ class ProcessGroupComm:
 
     def __init__(self, member: Member, groups: dict[str, ProcessGroup]) -> None:
         assert dist.get_world_size(groups["sequence"]) == member.size
-        self.members = (member,)
+        self.members: tuple[Member, ...] = (member,)
         self.traffic = Traffic()
         self.tape: Tape | None = None
         self.scope = ""

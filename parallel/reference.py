@@ -1,4 +1,4 @@
-"""The default local kernels in plain PyTorch, and everybody's oracle: frame-wise GDN scan and dense attention tiles.
+"""The frame-wise GDN scan in plain PyTorch: the default kernels, and everybody's oracle. And the table of all local kernels.
 
 Recurrence of one head over frames (SANA-WM §3; `^T` is never needed for M because A, a Gram matrix, is symmetric):
 
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.masks import Tile
+from parallel.local_attention import accumulation_dtype, block_attention, block_attention_backward
 
 
 class Stream(NamedTuple):
@@ -40,10 +40,6 @@ class Cuts(NamedTuple):
 
     forward: tuple[bool, ...]
     reverse: tuple[bool, ...]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _time_first(x: Tensor, tail: tuple[int, ...]) -> Tensor:
@@ -257,93 +253,6 @@ def local_adjoint(
     d_gram = outer.mul_(-flat.decay)
     local = Stream(*(_batch_first(x, batch, heads) for x in (d_decay, d_gram, toward)))
     return local, None if to_start is None else to_start.reshape(batch, heads, e, d)
-
-
-def _to_kernel(x: Tensor) -> Tensor:
-    """[B, n, S, H, D] -> [B, H, n·S, D]"""
-    batch, n, s, heads, d = x.shape
-    return x.reshape(batch, n * s, heads, d).transpose(1, 2)
-
-
-def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """Rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D]; a view when it is one run of all rows."""
-    if tile.rows is not None:
-        x = x[list(tile.rows)]
-    parts = [x[:, start:stop] for start, stop in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D], natural-log LSE [B, H, n] in the accumulation
-    dtype.
-    """
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return out, lse.to(accumulation_dtype(q.dtype))
-    wide = accumulation_dtype(q.dtype)
-    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * q.shape[-1] ** -0.5
-    lse = torch.logsumexp(scores, -1)
-    return torch.matmul((scores - lse[..., None]).exp_(), v.to(wide)).to(q.dtype), lse
-
-
-def dense_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the result is then this block's exact
-    share.
-    """
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
-    wide = accumulation_dtype(q.dtype)
-    g, qw, kw, vw = (x.to(wide) for x in (grad, q, k, v))
-    scale = q.shape[-1] ** -0.5
-    p = (torch.matmul(qw, kw.transpose(-1, -2)) * scale - lse[..., None]).exp_()
-    score_grad = p * (torch.matmul(g, vw.transpose(-1, -2)) - (g * out.to(wide)).sum(-1, keepdim=True)) * scale
-    grads = torch.matmul(score_grad, kw), torch.matmul(score_grad.transpose(-1, -2), qw), torch.matmul(p.transpose(-1, -2), g)
-    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
-    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no tile get zeros and −inf."""
-    batch, n, s, heads, d = q.shape
-    if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
-        out, lse = dense_attention(*(_to_kernel(x) for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))))
-        return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(batch, n, s, heads)
-    result = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    sums = torch.full((batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
-    for tile in tiles:
-        block = _pick(q, tile, (tile.queries,))
-        out, lse = dense_attention(*(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys))))
-        rows = slice(None) if tile.rows is None else list(tile.rows)
-        result[rows, slice(*tile.queries)] = out.transpose(1, 2).reshape(block.shape)
-        sums[rows, slice(*tile.queries)] = lse.transpose(1, 2).reshape(block.shape[:-1])
-    return result, sums
-
-
-def block_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of dq, dk, dv (accumulation dtype, shapes of q, k, v), given the final out [B, n, S, H, D] and LSE [B, n, S,
-    H].
-    """
-    wide = accumulation_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    for tile in tiles:
-        picked = [_pick(x, tile, (tile.queries,)) for x in (grad, q, out)]
-        keys = [_pick(x, tile, tile.keys) for x in (k, v)]
-        sums = _pick(lse[..., None], tile, (tile.queries,))
-        g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
-        grads = dense_attention_backward(g, qq, kk, vv, oo, ll[..., 0])
-        dq_tile, dk_tile, dv_tile = (
-            x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True)
-        )
-        rows = slice(None) if tile.rows is None else list(tile.rows)
-        dq[rows, slice(*tile.queries)] += dq_tile
-        cursor = 0
-        for start, stop in tile.keys:
-            span = slice(cursor, cursor + stop - start)
-            dk[rows, start:stop] += dk_tile[:, span]
-            dv[rows, start:stop] += dv_tile[:, span]
-            cursor += stop - start
-    return dq, dk, dv
 
 
 class Kernels(NamedTuple):

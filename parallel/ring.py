@@ -18,9 +18,11 @@ from torch import Tensor
 
 from parallel.comm import Exchange, Member, Program, pack, unpack
 from parallel.layout import ClipLayout, FrameRange
-from parallel.masks import AttentionMask, tiles
-from parallel.reference import Kernels, accumulation_dtype
+from parallel.local_attention import accumulation_dtype
+from parallel.masks import AttentionMask, cache_tiles, tiles
+from parallel.reference import Kernels
 
+Cache = tuple[Tensor, Tensor]
 HeadSpans = tuple[tuple[int, int], ...]
 
 
@@ -58,16 +60,28 @@ def _shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> P
 
 
 def forward(
-    member: Member, layout: ClipLayout, mask: AttentionMask, kernels: Kernels, ranges: tuple[FrameRange, ...], spans: HeadSpans, q: Tensor,
-    k: Tensor, v: Tensor
+    member: Member,
+    layout: ClipLayout,
+    mask: AttentionMask,
+    kernels: Kernels,
+    ranges: tuple[FrameRange, ...],
+    spans: HeadSpans,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cache | None = None,
 ) -> Program:
     """q [B, n, S, h, D], k, v [B, n, S, h_kv, D] of this ring member's frames -> out (accumulation dtype), LSE [B, n, S, h].
 
-    ranges: the frames of each ring member.
+    ranges: the frames of each ring member. cache: keys and values of frames before the clip [B, c, S, h_kv, D], seen without a mask by the
+    first document.
     """
     mine = ranges[member.ring_index]
     out: Tensor | None = None
     lse: Tensor | None = None
+    if cache is not None:
+        part = kernels.block_attention(q, *(repeat_heads(x, spans) for x in cache), cache_tiles(layout, mine, cache[0].shape[1]))
+        out, lse = part[0].to(accumulation_dtype(q.dtype)), part[1]
     for step in range(member.ring):
         source = ranges[(member.ring_index - step) % member.ring]
         pieces = tiles(layout, mask, mine, source)
@@ -92,11 +106,15 @@ def backward(
     spans: HeadSpans,
     grad: Tensor,
     kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    cache: Cache | None = None,
 ) -> Program:
     """Gradients of q, k, v from that of out; kept = q, k, v, out, LSE as `forward` had and made them."""
     q, k, v, out, lse = kept
     mine, wide = ranges[member.ring_index], accumulation_dtype(q.dtype)
     dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+    if cache is not None:
+        pieces = cache_tiles(layout, mine, cache[0].shape[1])
+        dq = dq + kernels.block_attention_backward(grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces)[0]
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     for step in range(member.ring):
         pieces = tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])

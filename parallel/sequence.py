@@ -44,9 +44,12 @@ class SequenceShard(Protocol):
         """[1, T/P] int64 on the CPU: time index of each local frame inside its document. Broadcasts over B."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] with H a multiple of H_kv -> [B, T/P, S, H, D]; a row that sees nothing gives
         zeros.
+
+        cache: keys and values [B, c, S, H_kv, D] of frames before the clip (streaming), whole on every member, without gradient; all frames
+        of the clip's first document see them.
         """
         ...
 
@@ -81,8 +84,12 @@ class GroupSequence:
     def positions(self) -> Tensor:
         return torch.tensor([[self.layout.position_of(i) for i in range(self.frames.start, self.frames.stop)]], dtype=torch.int64)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
-        return self.comm.apply(AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]), q, k, v)[0]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if cache is not None and any(x.requires_grad for x in cache):
+            raise ValueError("attention cache: got tensors that require gradients, expected detached keys and values. Fix: detach them")
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        return self.comm.apply(AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]), q, k, v, *(cache or ()))[0]
 
     def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
         real = self._real(streams[0].decay)
@@ -150,7 +157,9 @@ class SequenceMesh(Protocol):
     """What `make_sequence` needs of a `parallel.mesh.Mesh`."""
 
     @property
-    def comm(self) -> Communicator | None: ...
+    def comm(self) -> Communicator | None:
+        """The sequence group's communicator; None when clips are not split."""
+        ...
 
 
 def make_sequence(layout: ClipLayout, mesh: SequenceMesh, kernels: Kernels = REFERENCE) -> SequenceShard:

@@ -16,7 +16,7 @@ from parallel.comm import Member, Verb
 from parallel.gdn_scan import ScanVerb
 from parallel.halo import HaloVerb
 from parallel.layout import split_evenly
-from parallel.reference import accumulation_dtype
+from parallel.local_attention import accumulation_dtype
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 

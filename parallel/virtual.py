@@ -31,7 +31,7 @@ class VirtualGroup:
     scope = ""
 
     def __init__(self, ring: int, ulysses: int) -> None:
-        self.members = tuple(Member(r, u, ring, ulysses) for r in range(ring) for u in range(ulysses))
+        self.members: tuple[Member, ...] = tuple(Member(r, u, ring, ulysses) for r in range(ring) for u in range(ulysses))
         self.traffic = [Traffic() for _ in self.members]
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -152,7 +152,7 @@ class VirtualComm:
 
     def __init__(self, meeting: _Meeting, index: int) -> None:
         self._meeting, self._index = meeting, index
-        self.members = (meeting.group.members[index],)
+        self.members: tuple[Member, ...] = (meeting.group.members[index],)
         self.tape: Tape | None = None
         self.scope = ""
         self.calls: list[Call] = []

@@ -98,7 +98,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     from wm_train import checkpoint
     from wm_train.world import World
 
-    manifest = checkpoint.check(folder, World(0, 1, torch.device("cpu")))
+    manifest = checkpoint.check(folder, World(rank=0, size=1))
     targets = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     checkpoint.load(folder, manifest, targets, may_ignore=[name for name in manifest.tensors if not name.startswith("model/")])
 
@@ -134,8 +134,9 @@ def forward(case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: s
         handles.append(block.register_forward_pre_hook(lambda module, inputs, scope=f"blocks.{number}": set_scope(sequence, scope)))
         handles.append(block.register_forward_hook(lambda module, inputs, output: set_scope(sequence, "")))
     conditions = conditions_of(case)
-    per_row = {name: getattr(conditions, name) for name in ("c2w", "intrinsics", "text", "text_mask")}
-    conditions = replace(conditions, **{name: None if value is None else value[rows] for name, value in per_row.items()})
+    per_row: dict[str, Any] = {name: getattr(conditions, name) for name in ("c2w", "intrinsics", "text", "text_mask")}
+    per_row = {name: None if value is None else value[rows] for name, value in per_row.items()}
+    conditions = replace(conditions, **per_row)
     clips = Clips(latents_of(case)[rows, sequence.frames.start : sequence.frames.stop], torch.arange(case.batch)[rows])
     output = OBJECTIVES[case.objective.name](model, clips, NoiseKey(case.seed, 0), case.objective, sequence, conditions)
     for handle in handles:

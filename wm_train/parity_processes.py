@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def on_processes(case: ParityCase, degrees: MeshDegrees) -> Outcome:
     return assemble(degrees, members)
 
 
-def wait(workers: list[BaseProcess]) -> None:
+def wait(workers: Sequence[BaseProcess]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while any(worker.is_alive() for worker in workers):
         failed = {rank: worker.exitcode for rank, worker in enumerate(workers) if worker.exitcode}

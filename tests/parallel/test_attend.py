@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from parallel.layout import ClipLayout
+from parallel.local_attention import block_attention
 from parallel.masks import CHUNK_CAUSAL, FRAME_CAUSAL, FULL, AttentionMask
-from parallel.reference import block_attention
 from parallel.ring import merge
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from parallel.layout import ClipLayout
+from parallel.masks import CHUNK_CAUSAL
 from parallel.reference import Stream
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
@@ -74,3 +75,35 @@ def test_the_gradient_of_a_final_state_needs_an_initial_state(oracles):
     out = LocalSequence(ClipLayout(3)).scan([Stream(decay, full["numerator.gram"], full["numerator.update"])])
     with pytest.raises(ValueError, match="Fix: pass initial="):
         out.final[0].sum().backward()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)])
+def test_attention_with_a_cache_equals_the_clip_at_once(oracles, grid):
+    """Chunk-causal attention of the last five frames, the first four from the cache; GQA, and gradients of the new frames."""
+    case = oracles.Case(ClipLayout(9, chunk_starts=(0, 4, 7)), ("attend",), mask=CHUNK_CAUSAL, key_heads=2)
+    full = oracles.inputs(case)
+    names = ("q", "k", "v")
+    whole = {n: full[n].clone().requires_grad_() for n in names}
+    expected = LocalSequence(case.layout).attend(*whole.values(), CHUNK_CAUSAL)
+    (expected[:, 4:] * full["out.upstream"][:, 4:]).sum().backward()
+
+    leaves = {n: full[n][:, 4:].clone().requires_grad_() for n in names}
+    cache = (full["k"][:, :4], full["v"][:, :4])
+
+    def body(comm):
+        sequence = GroupSequence(ClipLayout(5, chunk_starts=(0, 3)), comm)
+        local = slice(sequence.frames.start, sequence.frames.stop)
+        out = sequence.attend(*(leaves[n][:, local] for n in names), CHUNK_CAUSAL, cache)
+        return out, (out * full["out.upstream"][:, 4:][:, local]).sum()
+
+    results, _ = run_virtual(body, *grid)
+    sum(loss for _, loss in results).backward()
+    assert oracles.relative(torch.cat([out for out, _ in results], 1), expected[:, 4:]) <= 1e-12
+    for name in names:
+        assert oracles.relative(leaves[name].grad, whole[name].grad[:, 4:]) <= 1e-11, name
+
+
+def test_a_cache_that_wants_gradients_is_refused():
+    x = torch.randn(1, 2, 1, 1, 4)
+    with pytest.raises(ValueError, match="expected detached keys"):
+        LocalSequence(ClipLayout(2)).attend(x, x, x, cache=(x.requires_grad_(), x))

@@ -115,7 +115,7 @@ def test_weights_may_come_from_a_checkpoint(tmp_path, capsys):
     case = small_case()
     model = parity_case.make_model(case)
     tensors = {f"model/{name}": p.detach() * 1.5 for name, p in model.named_parameters()}
-    folder = checkpoint.save(tmp_path, 1, "short", tensors, {}, World(0, 1, torch.device("cpu")))
+    folder = checkpoint.save(tmp_path, 1, "short", tensors, {}, World(rank=0, size=1))
     loaded = parity_case.make_model(parity_case.ParityCase(**{**vars(case), "checkpoint": str(folder)}))
     for name, p in loaded.named_parameters():
         assert torch.equal(p.detach(), tensors[f"model/{name}"])

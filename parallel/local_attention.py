@@ -1,0 +1,128 @@
+"""Softmax attention of one block (query frames × key frames), tile by tile: the default kernels of `attend`.
+
+A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPU, ATen's flash attention on CUDA in half
+precision, and elsewhere plain matrix products over a bounded number of queries at a time. A row without a tile gets zeros and LSE −inf
+here, because kernels disagree on it (ATen's CPU flash calls it 0, and a ring merge would then be wrong).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.masks import Tile
+
+SCORES_AT_ONCE = 1 << 27  # of the plain path: 512 MiB in float32
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over frames and keys are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _to_kernel(x: Tensor) -> Tensor:
+    """[B, n, S, H, D] -> [B, H, n·S, D]"""
+    batch, n, s, heads, d = x.shape
+    return x.reshape(batch, n * s, heads, d).transpose(1, 2)
+
+
+def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D]; a view when it is one run of all rows."""
+    if tile.rows is not None:
+        x = x[list(tile.rows)]
+    parts = [x[:, start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _has_flash(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D], natural-log LSE [B, H, n] (accumulation dtype)."""
+    wide = accumulation_dtype(q.dtype)
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, lse.to(wide)
+    if _has_flash(q):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        return out, lse
+    outs, sums = [], []
+    for part in q.split(_queries_at_once(q, k), 2):
+        scores = torch.matmul(part.to(wide), k.to(wide).transpose(-1, -2)) * q.shape[-1] ** -0.5
+        sums.append(torch.logsumexp(scores, -1))
+        outs.append(torch.matmul((scores - sums[-1][..., None]).exp_(), v.to(wide)).to(q.dtype))
+    return torch.cat(outs, 2), torch.cat(sums, 2)
+
+
+def _queries_at_once(q: Tensor, k: Tensor) -> int:
+    return max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+
+
+def dense_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the result is then this block's share."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+    if _has_flash(q):
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout
+        sizes = (None, None, q.shape[2], k.shape[2])
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad.to(q.dtype), q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state
+        )
+    wide = accumulation_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    kw, vw = k.to(wide), v.to(wide)
+    dq, dk, dv = [], torch.zeros_like(kw), torch.zeros_like(vw)
+    size = _queries_at_once(q, k)
+    for g, part, o, sums in zip(grad.to(wide).split(size, 2), q.to(wide).split(size, 2), out.to(wide).split(size, 2), lse.split(size, 2)):
+        p = (torch.matmul(part, kw.transpose(-1, -2)) * scale - sums[..., None]).exp_()
+        score_grad = p * (torch.matmul(g, vw.transpose(-1, -2)) - (g * o).sum(-1, keepdim=True)) * scale
+        dq.append(torch.matmul(score_grad, kw))
+        dk += torch.matmul(score_grad.transpose(-1, -2), part)
+        dv += torch.matmul(p.transpose(-1, -2), g)
+    return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
+    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no tile get zeros and −inf."""
+    batch, n, s, heads, d = q.shape
+    if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
+        out, lse = dense_attention(*(_to_kernel(x) for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))))
+        return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(batch, n, s, heads)
+    result = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    sums = torch.full((batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
+    for tile in tiles:
+        block = _pick(q, tile, (tile.queries,))
+        out, lse = dense_attention(*(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys))))
+        rows = slice(None) if tile.rows is None else list(tile.rows)
+        result[rows, slice(*tile.queries)] = out.transpose(1, 2).reshape(block.shape)
+        sums[rows, slice(*tile.queries)] = lse.transpose(1, 2).reshape(block.shape[:-1])
+    return result, sums
+
+
+def block_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This block's share of dq, dk, dv (accumulation dtype, shapes of q, k, v), given the final out [B, n, S, H, D] and LSE [B, n, S,
+    H].
+    """
+    wide = accumulation_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for tile in tiles:
+        picked = [_pick(x, tile, (tile.queries,)) for x in (grad, q, out)]
+        keys = [_pick(x, tile, tile.keys) for x in (k, v)]
+        sums = _pick(lse[..., None], tile, (tile.queries,))
+        g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
+        grads = dense_attention_backward(g, qq, kk, vv, oo, ll[..., 0])
+        dq_tile, dk_tile, dv_tile = (
+            x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True)
+        )
+        rows = slice(None) if tile.rows is None else list(tile.rows)
+        dq[rows, slice(*tile.queries)] += dq_tile
+        cursor = 0
+        for start, stop in tile.keys:
+            span = slice(cursor, cursor + stop - start)
+            dk[rows, start:stop] += dk_tile[:, span]
+            dv[rows, start:stop] += dv_tile[:, span]
+            cursor += stop - start
+    return dq, dk, dv
