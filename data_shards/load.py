@@ -82,6 +82,8 @@ class ClipLoader:
         prefetch: batches read ahead.
         quarantined: names of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every member of
             the run must be given the same names: they are state, like the step.
+        replicated: False on all but one member of a context-parallel group: poses, intrinsics and controls are not read and come as NaN
+            of the right shape, to be received from the member that read them.
 
     Raises:
         DataError: an empty split, a cut longer than some clip, rows or frames outside. While iterating: whatever the reader found.
@@ -101,6 +103,7 @@ class ClipLoader:
         start_step: int = 0,
         prefetch: int = 2,
         quarantined: frozenset[str] = frozenset(),
+        replicated: bool = True,
     ) -> None:
         self.clips = dataset.clips(split)
         if not len(self.clips):
@@ -117,7 +120,7 @@ class ClipLoader:
             )
         self.dataset, self.order = dataset, SampleOrder(len(self.clips), seed, stage)
         self.global_batch, self.rows, self.frames, self.clip_frames = global_batch, rows, frames, clip_frames
-        self.quarantined = quarantined
+        self.quarantined, self.replicated = quarantined, replicated
         if quarantined and all(clip.shard in quarantined for clip in self.clips):
             raise DataError(f"quarantine: got all shards of split {split!r} quarantined, expected clips left ({dataset.path})")
         self.step = start_step  # of the next batch to be handed out
@@ -157,13 +160,17 @@ class ClipLoader:
 
     def _cut(self, entry: ClipEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One clip cut to this loader's frames: (latents [t,C,h,w], c2w [F,4,4], intrinsics [F,4], controls [T,A]), all float32."""
-        clip = self.dataset.read(entry, self.frames)
+        clip = self.dataset.read(entry, self.frames, self.replicated)
+        raw = (self.clip_frames - 1) * self.dataset.info.temporal_stride + 1
+        latents = normalise(clip.latents, self.dataset.info, self.frames[0]).astype(np.float32)
+        if not self.replicated:
+            shapes = ((raw, 4, 4), (raw, 4), (self.clip_frames, len(self.dataset.info.control_names)))
+            c2w, intrinsics, controls = (np.full(shape, np.nan, np.float32) for shape in shapes)
+            return latents, c2w, intrinsics, controls
         if clip.c2w is None or clip.intrinsics is None or clip.controls is None:
             raise DataError(f"clip: got no poses, intrinsics or controls, expected all (shard {entry.shard}, key {entry.key})")
-        raw = (self.clip_frames - 1) * self.dataset.info.temporal_stride + 1
-        latents = normalise(clip.latents, self.dataset.info, self.frames[0])
         poses = relative_poses(clip.c2w[:raw]).astype(np.float32)
-        return latents.astype(np.float32), poses, clip.intrinsics[:raw].astype(np.float32), clip.controls[: self.clip_frames].copy()
+        return latents, poses, clip.intrinsics[:raw].astype(np.float32), clip.controls[: self.clip_frames].copy()
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():

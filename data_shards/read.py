@@ -122,8 +122,8 @@ class ClipDataset:
             raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {TIME_SHARDED}). Fix: encode again")
         return found
 
-    def read(self, key: str | ClipEntry, frames: tuple[int, int] | None = None) -> Clip:
-        """A clip's latent frames [start, stop) and its replicated members whole.
+    def read(self, key: str | ClipEntry, frames: tuple[int, int] | None = None, replicated: bool = True) -> Clip:
+        """A clip's latent frames [start, stop) and, unless `replicated` is False, its other members whole.
 
         Raises:
             DataError: an unknown key, frames outside the clip, missing or changed bytes.
@@ -132,7 +132,8 @@ class ClipDataset:
         start, stop = frames or (0, entry.latent_frames)
         members = self.members(entry)
         c2w, intrinsics, controls = (
-            self.whole(entry, members[field]) if field in members else None for field in ("c2w.npy", "intrinsics.npy", "controls.npy")
+            self.whole(entry, members[field]) if replicated and field in members else None
+            for field in ("c2w.npy", "intrinsics.npy", "controls.npy")
         )
         return Clip(entry, self.rows(entry, members[TIME_SHARDED], start, stop), c2w, intrinsics, controls)
 
