@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -84,17 +86,22 @@ def _placed(spec: LaunchSpec) -> Iterator[list[Any]]:
             )
         for index in range(spec.workers):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            options = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
-            actors.append(
-                ray.remote(RankActor)
-                .options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), resources=options, scheduling_strategy=strategy)
-                .remote()
-            )
+            others = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+            options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "resources": others, "scheduling_strategy": strategy}
+            actors.append(ray.remote(RankActor).options(**options, runtime_env=_where_our_code_is(spec)).remote())
         yield actors
     finally:
         for actor in actors:
             ray.kill(actor)  # the leash takes its worker with it
         remove_placement_group(group)
+
+
+def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
+    """A cluster that was there before us does not know our PYTHONPATH; one that we started does, and starts actors faster if not told."""
+    if spec.address is None:
+        return None
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}}
 
 
 def _bundle(spec: LaunchSpec) -> dict[str, float]:
@@ -112,7 +119,11 @@ def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[st
     try:
         seats: list[Seat] = ray.get([actor.seat.remote() for actor in actors], timeout=spec.place_s)
     except RayError as error:
-        raise NoRoomError(f"starting {spec.workers} workers: got {error}, expected them within {spec.place_s:.0f} s") from error
+        reason = str(error).strip().splitlines()[-1].split(", expected")[0]
+        raise NoRoomError(
+            f"starting {spec.workers} workers: got {reason}, expected this package on every node within {spec.place_s:.0f} s. "
+            "Fix: install it on every node, or `ray job submit --working-dir <checkout> ...`"
+        ) from error
     nodes = list(dict.fromkeys(seat.node for seat in seats))
     order = sorted(range(len(actors)), key=lambda index: nodes.index(seats[index].node))
     actors, seats = [actors[index] for index in order], [seats[index] for index in order]

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launch.progress import ProgressView
@@ -31,6 +32,7 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
 
     from launch.attempt import NoRoomError
 
+    spec = replace(spec, address=spec.address or os.environ.get("RAY_ADDRESS"))
     problem = _connect(spec, view)
     if problem:
         view.text(problem)
@@ -90,7 +92,7 @@ def _connect(spec: LaunchSpec, view: ProgressView) -> str:
     """Join or start Ray; returns what is wrong, or nothing."""
     import ray
 
-    address = spec.address or os.environ.get("RAY_ADDRESS")
+    address = spec.address
     if not address:
         # Asked for as many CPUs as the workers claim: on a laptop they may share cores.
         cpus = max(os.cpu_count() or 1, spec.workers * spec.cpus_per_worker)
