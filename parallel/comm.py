@@ -11,6 +11,7 @@ Members are numbered along the time axis: member = ring index × ulysses + ulyss
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -174,6 +175,11 @@ class SoloComm:
         raise AssertionError(f"{label} asked for a collective on one device")
 
 
+def exact_arithmetic(device_type: str) -> AbstractContextManager[None]:
+    """Autocast off: the verbs choose their own precision. (Shape-only tensors know no autocast.)"""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
 class _Phases(torch.autograd.Function):
     """One graph node per verb call, whatever the number of hosted members; its backward runs the verb's backward phases."""
 
@@ -183,7 +189,7 @@ class _Phases(torch.autograd.Function):
         ctx.label = f"{comm.scope}/{verb.name}" if comm.scope else verb.name
         ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
         device = next(x.device.type for x in tensors if x is not None)
-        with torch.autocast(device, enabled=False):
+        with exact_arithmetic(device):
             own = ctx.count
             programs = [verb.forward(m, *tensors[i * own : (i + 1) * own]) for i, m in enumerate(comm.members)]
             results = comm.run(f"{ctx.label} forward", programs)
@@ -201,7 +207,7 @@ class _Phases(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         members, saved = ctx.comm.members, list(ctx.kept if ctx.comm.joined else ctx.saved_tensors)
         width, programs = len(grads) // len(members), []
-        with torch.autocast(ctx.device, enabled=False):
+        with exact_arithmetic(ctx.device):
             for i, member in enumerate(members):
                 kept = tuple(saved.pop(0) for _ in range(ctx.kept_counts[i]))
                 programs.append(ctx.verb.backward(member, kept, ctx.facts[i], grads[i * width : (i + 1) * width]))

@@ -87,8 +87,9 @@ class GroupSequence:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if cache is not None and any(x.requires_grad for x in cache):
             raise ValueError("attention cache: got tensors that require gradients, expected detached keys and values. Fix: detach them")
-        if torch.is_autocast_enabled(q.device.type):
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        device = q.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         return self.comm.apply(AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]), q, k, v, *(cache or ()))[0]
 
     def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
