@@ -229,3 +229,11 @@ def prune(root: Path, keep_last: int, keep_every: int, world: World) -> None:
 def drafts(root: Path) -> list[Path]:
     """Folders of saves that did not end."""
     return sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name) if root.is_dir() else []
+
+
+if __name__ == "__main__":
+    import sys
+
+    from wm_train.checkpoint_cli import main
+
+    sys.exit(main())

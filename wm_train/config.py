@@ -136,6 +136,8 @@ class TrainerConfig:
     spike_factor: float = 0.0  # a loss above this many times the recent median is bad; 0 = no limit
     skip_steps: tuple[int, ...] = ()  # steps (from 1) whose batch is left out
     accumulate: int = 1  # micro-batches per step
+    validate_every: int = 50  # steps between held-out losses; 0 = at the end only
+    validation_clips: int = 8  # 0 = no held-out loss
     samples: int = 2  # validation clips rolled out at the end of a stage; 0 = none
     sample_steps: int = 20  # Euler steps of a rollout
 

@@ -24,12 +24,13 @@ from wm_train.optim.ema import ema_update
 from wm_train.optim.schedule import learning_rate
 from wm_train.preemption import Preempted, StopRequest
 from wm_train.progress import Progress
+from wm_train.samples import show_samples
 from wm_train.saver import Saver
 from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
 from wm_train.state import SetupError, Start, TrainState, build_state, facts, restore
 from wm_train.tensor_parts import is_first_copy, local_tensor
 from wm_train.tracking import Tracker
-from wm_train.validation import show_samples
+from wm_train.validation import held_out_loss
 from wm_train.world import World
 
 
@@ -77,6 +78,8 @@ def run_steps(stage: Stage, state: TrainState, start: Start, tracker: Tracker | 
             stage.backend.synchronize()
             figures |= speed(stage, time.perf_counter() - started)
             stopping = figures.pop("stop") > 0
+            if step == steps or (run.trainer.validate_every and step % run.trainer.validate_every == 0):
+                figures |= held_out_loss(stage, state)
             if tracker:
                 tracker.step(step, figures)
             progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
@@ -135,8 +138,8 @@ def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]
 def squared_norm(state: TrainState, world: World) -> float:
     """Sum of squares of the gradients this process holds and nobody else counts."""
     held = [local_tensor(p.grad) for p in state.model.parameters() if p.grad is not None and is_first_copy(p, world.rank)]
-    norms = torch._foreach_norm([g.float() for g in held if g.numel()])
-    return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+    held = [g.float() for g in held if g.numel()]
+    return float(torch.stack(torch._foreach_norm(held)).double().square().sum()) if held else 0.0
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
             config.trainer,
             (
                 *_counts("checkpoint_every", "keep_last", "accumulate", "sample_steps"),
-                *_counts("samples", "keep_every", "bad_step_budget", low=0),
+                *_counts("samples", "validate_every", "validation_clips", "keep_every", "bad_step_budget", low=0),
                 ("spike_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (no limit) or more than 1"),
                 _one_of("on_bad_step", ("stop", "skip")),
                 ("skip_steps", lambda steps: all(step > 0 for step in steps), "step numbers from 1 on"),

@@ -1,0 +1,112 @@
+"""The loop in one process: what it refuses to continue, what it skips, what it hands on."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from wm_train import checkpoint, objectives
+from wm_train.guard import BadStepError
+from wm_train.manifest import read_manifest
+from wm_train.state import SetupError
+from wm_train.tracking import read_steps
+
+
+def newest(folder, stage="short"):
+    return checkpoint.committed(folder / "demo" / stage / "checkpoints")[-1]
+
+
+def tensors(folder):
+    """Every tensor of the newest checkpoint, whole."""
+    found = newest(folder)
+    manifest = read_manifest(found)
+    kinds = {"F32": torch.float32}
+    targets = {name: torch.empty(entry.shape, dtype=kinds[entry.dtype]) for name, entry in manifest.tensors.items()}
+    checkpoint.load(found, manifest, targets)
+    return targets
+
+
+def poison(monkeypatch, step: int, factor: float) -> None:
+    """Multiply the loss of one global batch of two clips."""
+    true = objectives.OBJECTIVES["flow_matching"]
+
+    def poisoned(model, batch, *rest):
+        out = true(model, batch, *rest)
+        scale = torch.where(batch.draws // 2 == step - 1, factor, 1.0)
+        return dataclasses.replace(out, loss=out.loss * scale)
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", poisoned)
+
+
+@pytest.mark.parametrize("change", ["seed=7", "model.width=32", "recipe.stages.short.global_batch=4", "recipe.stages.short.frames=33"])
+def test_continuing_another_run_is_refused_with_what_differs(train_here, tmp_path, change):
+    short = ("recipe.stages.short.steps=5", "trainer.async_checkpoint=false")
+    train_here(tmp_path, *short)
+    key, value = change.split("=")
+    with pytest.raises(SetupError, match=rf"{key.rpartition('.')[2]} was .* and is now {value}"):
+        train_here(tmp_path, *short, change)
+
+
+def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(alone, train_here, losses, tmp_path):
+    train_here(tmp_path / "sync", "trainer.async_checkpoint=false")
+    assert losses(tmp_path / "sync") == alone
+    train_here(tmp_path / "sync", "trainer.async_checkpoint=false")  # all steps are done already
+    assert losses(tmp_path / "sync") == alone
+    train_here(tmp_path / "accumulated", "trainer.accumulate=2")
+    assert losses(tmp_path / "accumulated") == pytest.approx(alone, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_bad_step_stops_the_run_before_its_update(train_here, tmp_path, monkeypatch, factor):
+    train_here(tmp_path / "reference", "recipe.stages.short.steps=7", "trainer.checkpoint_every=7")
+    poison(monkeypatch, 8, factor)
+    with pytest.raises(BadStepError, match="step 8: got rank 0"):
+        train_here(tmp_path / "poisoned", "trainer.checkpoint_every=7", "recipe.stages.short.steps=20")
+    before, after = tensors(tmp_path / "reference"), tensors(tmp_path / "poisoned")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_skipping_a_bad_step_equals_the_run_without_that_batch(train_here, tmp_path, monkeypatch):
+    train_here(tmp_path / "without", "trainer.skip_steps=[8]")
+    poison(monkeypatch, 8, float("nan"))
+    train_here(tmp_path / "skipped", "trainer.on_bad_step=skip")
+    without, skipped = tensors(tmp_path / "without"), tensors(tmp_path / "skipped")
+    assert without.keys() == skipped.keys()
+    assert all(torch.equal(without[name], skipped[name]) for name in without)
+    rows = read_steps(tmp_path / "skipped" / "demo" / "short" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["skipped"]] == [8]
+
+
+def test_a_spike_is_skipped_when_asked(train_here, tmp_path, monkeypatch):
+    poison(monkeypatch, 12, 1000.0)
+    train_here(tmp_path, "trainer.on_bad_step=skip", "trainer.spike_factor=20")
+    rows = read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["skipped"]] == [12]
+
+
+def test_the_second_stage_starts_from_the_averaged_weights_of_the_first(train_here, tmp_path):
+    train_here(tmp_path, "recipe.stages.short.steps=5")
+    averaged = {n: t for n, t in tensors(tmp_path).items() if n.startswith("ema/")}
+    second = ("stage=long", "recipe.stages.long.frames=41", "recipe.stages.long.global_batch=2", "recipe.stages.long.steps=1")
+    train_here(tmp_path, *second, "recipe.stages.long.optimizer.lr=1e-9", "recipe.stages.long.optimizer.warmup_steps=0")
+    manifest = read_manifest(newest(tmp_path, "long"))
+    weights = {n.replace("ema/", "model/"): torch.empty_like(t) for n, t in averaged.items()}
+    checkpoint.load(newest(tmp_path, "long"), manifest, weights, may_ignore=manifest.tensors)
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(weights[name.replace("ema/", "model/")], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_stage_without_its_source_says_which_to_train_first(train_here, tmp_path):
+    with pytest.raises(SetupError, match="Fix: train that stage first"):
+        train_here(tmp_path, "stage=long", "recipe.stages.long.frames=41", "recipe.stages.long.global_batch=2")
+
+
+def test_held_out_loss_falls(train_here, tmp_path):
+    optimizer = [f"recipe.stages.short.optimizer.{setting}" for setting in ("ema_decay=0", "lr=5e-3")]
+    train_here(tmp_path, "trainer.validation_clips=4", "trainer.validate_every=10", *optimizer)
+    rows = read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")
+    held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0]
+    assert json.dumps(rows[-1])  # every figure is a plain number

@@ -1,0 +1,80 @@
+"""What a stage has learned, for people to look at: rollouts of held-out clips from their first frame and camera path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_shards.codec import make_codec
+from data_shards.load import Batch, denormalise
+from wm_train.optim.ema import ema_weights
+from wm_train.pictures import contact_sheet, side_by_side, write_png, write_video
+from wm_train.progress import Progress
+from wm_train.rollout import rollout
+from wm_train.stage import Stage, conditions_of, on_device, open_loader, sequence_of
+from wm_train.state import TrainState
+from wm_train.tracking import Tracker
+
+
+def show_samples(stage: Stage, state: TrainState, folder: Path, tracker: Tracker | None, progress: Progress) -> None:
+    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each and one contact sheet.
+
+    Every process takes part (the model is sharded); rank 0 writes `<folder>/samples/`. The truth shown is the decoded latents, which is
+    the best any sample can look.
+    """
+    wanted = min(stage.run.trainer.samples, stage.dataset.info.clips.get("validation", 0))
+    if not wanted:
+        return
+    progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {stage.run.trainer.sample_steps} steps")
+    batch, latents = sample(stage, state, wanted)
+    truth, made = whole_clips(stage, batch.latents), whole_clips(stage, latents)
+    keys = [key for row in stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size] for key in row]
+    if tracker is None:
+        return
+    target = folder / "samples"
+    target.mkdir(exist_ok=True)
+    clips = []
+    for row in range(wanted):
+        clips.append((decode(stage, truth[row]), decode(stage, made[row])))
+        path = target / f"{keys[row]}.mp4"
+        write_video(path, side_by_side(*clips[-1]), stage.dataset.info.fps)
+        tracker.artifact(path)
+    write_png(target / "contact_sheet.png", contact_sheet(clips))
+    tracker.artifact(target / "contact_sheet.png")
+    progress.say(f"samples: {target / 'contact_sheet.png'} (truth above, sample below)")
+
+
+def sample(stage: Stage, state: TrainState, wanted: int) -> tuple[Batch, torch.Tensor]:
+    """This process's rows and frames of the first `wanted` validation clips, and what the model makes of them."""
+    each = -(-wanted // stage.mesh.data_size)
+    with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
+        batch = on_device(stage, next(loader))
+    held = batch.latents.shape[1]  # a process that holds no frames has no first one; what it passes then is never looked at
+    first = batch.latents[:, 0] if held else batch.latents.new_zeros(len(batch.keys), *batch.latents.shape[2:])
+    with ema_weights(state.ema, state.model), torch.no_grad():
+        latents = rollout(
+            state.model,
+            first,
+            conditions_of(stage, batch),
+            stage.run.trainer.sample_steps,
+            stage.noise,
+            batch.draws,
+            sequence_of(stage, batch),
+            flow_shift=stage.config.objective.flow_shift,
+        )
+    return batch, latents
+
+
+def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:
+    """[b, T/P, C, h, w] on every process -> [B, T, C, h, w] on the host, in the order of the global batch."""
+    parts = stage.world.gather_tensors(local)
+    size = stage.mesh.sequence_size
+    return torch.cat([torch.cat(parts[start : start + size], dim=1) for start in range(0, len(parts), size)])
+
+
+def decode(stage: Stage, latents: torch.Tensor) -> np.ndarray:
+    """Normalised latents [T, C, h, w] -> video [F, H, W, 3] uint8."""
+    info = stage.dataset.info
+    return make_codec(info.codec, info.codec_options).decode(denormalise(latents, info).float().numpy())
