@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileDigest
         put(len(text).to_bytes(8, "little"))
         put(text)
         for tensor in tensors.values():
-            raw = memoryview(tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8).numpy())
+            raw = tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8).numpy().data
             for start in range(0, len(raw), CHUNK):
                 put(raw[start : start + CHUNK])
         file.flush()

@@ -20,8 +20,8 @@ NOISE_STAGE = 2**16  # no stage of a recipe has this index, so validation never 
 
 def at_sigma(config: ObjectiveConfig, sigma: float) -> ObjectiveConfig:
     """The objective with every clip at one noise level, its first frame given and nothing dropped."""
-    fixed = {"sigma_mean": math.log(sigma / (1 - sigma)), "sigma_std": 0.0, "flow_shift": 1.0}
-    return replace(config, **fixed, image_condition=1.0, camera_dropout=0.0, text_dropout=0.0)
+    fixed = replace(config, sigma_mean=math.log(sigma / (1 - sigma)), sigma_std=0.0, flow_shift=1.0)
+    return replace(fixed, image_condition=1.0, camera_dropout=0.0, text_dropout=0.0)
 
 
 @torch.no_grad()
