@@ -35,6 +35,10 @@ class ProcessGroupComm:
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return apply(self, verb, *tensors)
 
+    def group(self, axis: str) -> ProcessGroup:
+        """The process group of an axis that has more than one member."""
+        return self._groups[axis]
+
     def run(self, label: str, programs: list[Program]) -> list[Any]:
         (program,) = programs
         tape = self.tape if label.endswith("forward") else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from parallel.attend import AttendVerb
 from parallel.clip_mean import MeanVerb
 from parallel.comm import Communicator, SoloComm
+from parallel.engines import AttentionEngine, check_engine
 from parallel.gdn_scan import Reverse, ScanOutput, ScanVerb
 from parallel.halo import HaloVerb
 from parallel.layout import ClipLayout, FrameRange, halo_limits
@@ -73,12 +74,16 @@ class SequenceShard(Protocol):
 class GroupSequence:
     """The verbs for one member of a sequence group, over any communicator."""
 
-    def __init__(self, layout: ClipLayout, comm: Communicator, kernels: Kernels = REFERENCE) -> None:
+    def __init__(
+        self, layout: ClipLayout, comm: Communicator, kernels: Kernels = REFERENCE, engine: tuple[str, AttentionEngine] | None = None
+    ) -> None:
+        """engine: name and function of an attention that is not ours (`engines.py`)."""
         (member,) = comm.members
         self.layout = layout
         self.frames = layout.split(member.size)[member.index]
         self.comm = comm
         self.kernels = kernels
+        self.engine = engine
 
     @property
     def positions(self) -> Tensor:
@@ -90,6 +95,10 @@ class GroupSequence:
         device = q.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        if self.engine is not None:
+            name, attention = self.engine
+            check_engine(name, self.layout, mask, self.comm.members[0], q.shape[3], k.shape[3], cache)
+            return attention(*(x.flatten(1, 2) for x in (q, k, v))).reshape(q.shape)
         return self.comm.apply(AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]), q, k, v, *(cache or ()))[0]
 
     def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
@@ -163,6 +172,10 @@ class SequenceMesh(Protocol):
         ...
 
 
-def make_sequence(layout: ClipLayout, mesh: SequenceMesh, kernels: Kernels = REFERENCE) -> SequenceShard:
+def make_sequence(
+    layout: ClipLayout, mesh: SequenceMesh, kernels: Kernels = REFERENCE, engine: tuple[str, AttentionEngine] | None = None
+) -> SequenceShard:
     """This process's shard of a clip: `LocalSequence` if the mesh does not split clips, else `GroupSequence` over its sequence group."""
-    return LocalSequence(layout, kernels) if mesh.comm is None else GroupSequence(layout, mesh.comm, kernels)
+    if mesh.comm is None:
+        return LocalSequence(layout, kernels)
+    return GroupSequence(layout, mesh.comm, kernels, engine)

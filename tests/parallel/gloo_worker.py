@@ -13,6 +13,7 @@ import hybrid
 import oracles
 
 from parallel.comm import Member
+from parallel.engines import make_engine
 from parallel.mesh import MeshDegrees, build_mesh, sequence_comm
 from parallel.sequence import GroupSequence, make_sequence
 from parallel.sharding import shard_model
@@ -68,7 +69,21 @@ def run_fsdp(rank: int, world: int) -> list:
     return found
 
 
+def run_engine(name: str, rank: int, world: int) -> list:
+    """An engine of others and our own on the same tokens; dense attention is what both are compared with by the test."""
+    comm = sequence_comm(Member(0, rank, 1, world), grid_groups([list(range(world))], 1, world))
+    engine = make_engine(name, comm)
+    found = []
+    for case in oracles.engine_cases():
+        for chosen in (None, engine):
+            leaves, outputs, loss = oracles.member_run(case, GroupSequence(case.layout, comm, engine=chosen))
+            loss.backward()
+            found.append(({n: x.detach() for n, x in outputs.items()}, {n: x.grad for n, x in leaves.items()}))
+    return found
+
+
 TASKS = {
+    "deepspeed2": lambda rank: run_engine("deepspeed", rank, 2),
     "fsdp2": lambda rank: run_fsdp(rank, 2),
     "fsdp4": lambda rank: run_fsdp(rank, 4),
     "pair": lambda rank: run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]),

@@ -327,6 +327,11 @@ def process_cases() -> list[Case]:
     ]
 
 
+def engine_cases() -> list[Case]:
+    """What engines of others can compute: full masks, even shares, batch above one, grouped key heads."""
+    return [Case(ClipLayout(6), ("attend",)), Case(ClipLayout(4), ("attend",), batch=3, heads=8, key_heads=4, tokens=3)]
+
+
 def starts(frames: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Starts of chunks of the given sizes, the last size repeating."""
     found, cursor = [], 0
