@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wm_train.noise import NoiseKey, normal, random_words, unit_interval
+from wm_train.tensor_parts import local_box, local_tensor
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,8 @@ def initialise_(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         rule = (own(name, shape) if own else None) or default_rule(name, shape)
-        local, slices = _local_part(parameter)
+        local, box = local_tensor(parameter), local_box(parameter)
+        slices = [slice(start, start + size) for start, size in zip(*box)]
         local.copy_(parameter_values(seed, name, shape, rule, slices).to(local.device, local.dtype))
     for buffer in model.buffers():
         buffer.zero_()
-
-
-def _local_part(parameter: Tensor) -> tuple[Tensor, list[slice] | None]:
-    """The tensor held here and which part of the whole it is; None for the whole."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not isinstance(parameter, DTensor):
-        return parameter.data, None
-    local = parameter.to_local()
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return local, [slice(start, start + size) for start, size in zip(offset, shape)]
