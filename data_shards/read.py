@@ -7,17 +7,19 @@ nothing is ever unpickled. A failure is one DataError naming shard, key and fiel
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.files import array_from_bytes, crc32c, npy_header
+from data_shards.files import array_from_bytes, crc32c, npy_header, read_json
 from data_shards.schema import (
     FIELDS,
     ITEM_BYTES,
@@ -87,6 +89,7 @@ class ClipDataset:
 
     def __init__(self, path: str, filesystem: Any, root: str, info: DatasetInfo, index: Any) -> None:
         self.path, self.info = path, info
+        self.fingerprint = info.fingerprint  # of the clips that are used: with a selection, another than the data set's
         self._fs, self._root, self._index = filesystem, root, index
         self._columns = index.read(columns=["key", "shard", "episode", "split", "latent_frames", "raw_frames"]).combine_chunks()
         splits = self._columns["split"].to_numpy()
@@ -100,6 +103,16 @@ class ClipDataset:
         if split not in SPLITS:
             raise DataError(f"split: got {split!r}, expected one of {SPLITS} (data set {self.path})")
         return ClipTable(self._columns, self._rows[split])
+
+    def select(self, path: str) -> None:
+        """Keep only the clips of a selection file; `fingerprint` then covers the choice too."""
+        chosen = read_json(Path(path), "selection")
+        if chosen.get("dataset_fingerprint") != self.info.fingerprint:
+            raise DataError(f"selection: got {path}, made for another data set, expected one for {self.path}. Fix: filter again")
+        kept = np.isin(self._columns["key"].to_numpy(), np.array(chosen["kept"], dtype=object))
+        self._rows = {split: rows[kept[rows]] for split, rows in self._rows.items()}
+        digest = hashlib.sha256(json.dumps([self.info.fingerprint, sorted(chosen["kept"])]).encode())
+        self.fingerprint = digest.hexdigest()
 
     def find(self, key: str) -> ClipEntry:
         import pyarrow.compute as pc
@@ -243,8 +256,8 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
     check_key(entry.key)
 
 
-def open_dataset(path: str) -> ClipDataset:
-    """Open a local folder or an fsspec URL (s3://…, gs://…, https://…).
+def open_dataset(path: str, selection: str | None = None) -> ClipDataset:
+    """Open a local folder or an fsspec URL (s3://…, gs://…, https://…); `selection` is a file made by `data_shards.filter`.
 
     Raises:
         DataError: no dataset.json there, one that this version cannot read, or an index that does not belong to it.
@@ -280,4 +293,6 @@ def open_dataset(path: str) -> ClipDataset:
     found = {split: len(dataset.clips(split)) for split in SPLITS}
     if found != dict(info.clips):
         raise DataError(f"index: got {found} clips, expected {dict(info.clips)} as dataset.json says ({path}). Fix: encode again")
+    if selection is not None:
+        dataset.select(selection)
     return dataset

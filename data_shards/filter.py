@@ -1,0 +1,163 @@
+"""`python -m data_shards.filter path=… table=… out=selection.json`: which clips to train on, and why the others are left out.
+
+Nothing is encoded again or deleted: the result is a list of keys that `open_dataset(path, selection=…)` applies. Measurements are kept in
+`scores_cache`, so trying other thresholds takes seconds. Scores of outside models (DOVER, a VLM, UniMatch, per-clip scale CV) are joined
+by key from a JSON file {key: {metric: value}} or a CSV with a `key` column.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_shards.arguments import Option, run, text
+from data_shards.codec import make_codec
+from data_shards.files import read_json, write_durably
+from data_shards.metrics import camera_metrics, camera_words, video_metrics
+from data_shards.read import ClipDataset, open_dataset
+from data_shards.schema import SPLITS, DataError
+
+ABOUT = "Choose the clips to train on by thresholds on camera, motion and quality; report what is dropped and why."
+OPTIONS = {
+    "path": Option(text, "data set folder or URL", required=True),
+    "out": Option(text, "selection file to write", required=True),
+    "table": Option(text, "which thresholds of the file, besides the camera's", "game"),
+    "thresholds": Option(text, "YAML file of thresholds; the built-in one if not given", None),
+    "scores": Option(text, "JSON or CSV file with scores of outside models, by key", None),
+    "captions": Option(text, "JSON file {key: caption} to check for words that name camera motion", None),
+    "scores_cache": Option(text, "JSON file that keeps measurements between runs", None),
+}
+Range = tuple[float, float]
+
+
+def load_thresholds(path: str | None, table: str) -> dict[str, Range]:
+    """metric -> (lowest, highest): the file's `camera` part and one of its `tables`.
+
+    Raises:
+        DataError: no such file or table, or a range that is not two ordered numbers.
+    """
+    import yaml
+
+    file = Path(path) if path else Path(__file__).with_name("filter_thresholds.yaml")
+    try:
+        content = yaml.safe_load(file.read_text())
+        tables = content["tables"]
+        raw = {**content["camera"], **tables[table]}
+    except OSError as error:
+        raise DataError(f"thresholds: cannot read {file} ({error.strerror}), expected a YAML file") from error
+    except (yaml.YAMLError, TypeError) as error:
+        raise DataError(f"thresholds: got {file}, expected YAML with `camera` and `tables` ({error})") from error
+    except KeyError as error:
+        known = sorted(content.get("tables", {}))
+        raise DataError(f"thresholds: got no {error} in {file.name}, expected one of {known}. Fix: table=<one of them>") from error
+    ranges = {}
+    for metric, bounds in raw.items():
+        good = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, (int, float)) and math.isfinite(b) for b in bounds)
+        if not good or bounds[0] > bounds[1]:
+            raise DataError(f"thresholds: got {metric}: {bounds}, expected [lowest, highest] ({file.name})")
+        ranges[metric] = (float(bounds[0]), float(bounds[1]))
+    return ranges
+
+
+def load_scores(path: str) -> dict[str, dict[str, float]]:
+    """key -> metric -> value, from JSON or CSV."""
+    if path.endswith(".json"):
+        return {key: {metric: float(value) for metric, value in scores.items()} for key, scores in read_json(Path(path), "scores").items()}
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {row.pop("key"): {metric: float(value) for metric, value in row.items()} for row in rows}
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"scores: cannot use {path} ({error}), expected a CSV with a column `key` and numbers") from error
+
+
+def measure(dataset: ClipDataset, wanted: set[str], known: dict[str, dict[str, float]], progress: Any = iter) -> None:
+    """Fill `known` (key -> metric -> value) with what is measured here and not there yet."""
+    info = dataset.info
+    codec = make_codec(info.codec, info.codec_options)
+    picture = {"saturation", "vmaf_motion", "scene_cuts"} & wanted
+    camera = {"fov_x_degrees", "fov_y_degrees", "focal_divergence", "pose_jump_m", "turn_jump_degrees"} & wanted
+    for entry in progress([entry for split in SPLITS for entry in dataset.clips(split)]):
+        scores = known.setdefault(entry.key, {})
+        if (picture | camera) <= set(scores):
+            continue
+        clip = dataset.read(entry)
+        if camera and clip.c2w is not None and clip.intrinsics is not None:
+            scores |= camera_metrics(clip.c2w, clip.intrinsics, info.image_width, info.image_height)
+        if picture:
+            scores |= video_metrics(codec.decode(clip.latents))
+
+
+def judge(scores: Mapping[str, float], ranges: Mapping[str, Range]) -> list[str]:
+    """Why a clip is dropped: one line per broken range; empty = kept. NaN is outside every range."""
+    return [
+        f"{metric} {scores[metric]:.4g} is not in [{low:g}, {high:g}]"
+        for metric, (low, high) in ranges.items()
+        if not low <= scores[metric] <= high
+    ]
+
+
+def select(dataset: ClipDataset, ranges: Mapping[str, Range], scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The content of the selection file.
+
+    Raises:
+        DataError: a metric that has a range was neither measured nor given for some clip.
+    """
+    keys = [entry.key for split in SPLITS for entry in dataset.clips(split)]
+    missing = Counter(metric for key in keys for metric in ranges if metric not in scores.get(key, {}))
+    if missing:
+        listed = ", ".join(f"{metric} ({count} clips)" for metric, count in sorted(missing.items()))
+        raise DataError(f"scores: got none for {listed}, expected one per clip. Fix: scores=<file with them>, or a table without them")
+    dropped = {key: reasons for key in keys if (reasons := judge(scores[key], ranges))}
+    return {
+        "dataset_fingerprint": dataset.info.fingerprint,
+        "thresholds": {metric: list(bounds) for metric, bounds in ranges.items()},
+        "kept": [key for key in keys if key not in dropped],
+        "dropped": dropped,
+    }
+
+
+def filter_clips(
+    path: str, out: str, table: str, thresholds: str | None, scores: str | None, captions: str | None, scores_cache: str | None
+) -> int:
+    """Write the selection and print the report; 1 if a caption names camera motion."""
+    from rich.progress import track
+
+    ranges = load_thresholds(thresholds, table)
+    dataset = open_dataset(path)
+    cache = Path(scores_cache) if scores_cache else None
+    known: dict[str, dict[str, float]] = {}
+    if cache and cache.exists():
+        kept = read_json(cache, "scores_cache")
+        known = kept["scores"] if kept.get("dataset_fingerprint") == dataset.info.fingerprint else {}
+    measure(dataset, set(ranges), known, lambda items: track(items, "measure"))
+    if cache:
+        write_durably(cache, json.dumps({"dataset_fingerprint": dataset.info.fingerprint, "scores": known}).encode())
+    outside = load_scores(scores) if scores else {}
+    selection = select(dataset, ranges, {key: {**values, **outside.get(key, {})} for key, values in known.items()})
+    data = (json.dumps(selection, indent=1) + "\n").encode()
+    write_durably(Path(out), data)
+    total = len(selection["kept"]) + len(selection["dropped"])
+    print(f"kept {len(selection['kept'])} of {total} clips; {out} sha256 {hashlib.sha256(data).hexdigest()[:16]}")
+    for metric, count in Counter(reason.split()[0] for reasons in selection["dropped"].values() for reason in reasons).most_common():
+        print(f"  {count} clips outside {metric} {selection['thresholds'][metric]}")
+    written = read_json(Path(captions), "captions") if captions else {}
+    flagged = {key: words for key, caption in written.items() if (words := camera_words(caption))}
+    for key, words in flagged.items():
+        print(f"  caption of {key} names camera motion: {', '.join(repr(word) for word in words)}")
+    return 1 if flagged else 0
+
+
+def main(arguments: list[str]) -> int:
+    return run("python -m data_shards.filter", ABOUT, OPTIONS, filter_clips, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
