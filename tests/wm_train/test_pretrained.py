@@ -116,7 +116,7 @@ def test_sana_video_gives_what_it_has(tmp_path):
     assert len(gates) == 8
     assert torch.allclose(torch.nn.functional.silu(ours["blocks.0.attn.output_gate.bias"]), torch.ones(48))
     assert all(torch.equal(ours[name], before[name]) for name in loaded.fresh if name not in gates)
-    new = ("x_embedder", "final_layer.linear", "plucker", "raymap", "_cam", "conv_k", "beta_proj", "gate_proj", "A_log", "dt_bias", "recall")
+    new = ("x_embedder", "final_layer.linear", "plucker", "raymap", "cam", "conv_k", "beta_proj", "gate_proj", "A_log", "dt_bias", "recall")
     assert all(any(word in name for word in new) for name in loaded.fresh if name not in gates)
 
 

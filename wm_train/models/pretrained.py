@@ -176,7 +176,8 @@ def _pieces(parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], box: 
 
 def _groups(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
     """Names in order, cut so that no group exceeds max_bytes (a larger tensor stands alone)."""
-    group, size = [], 0
+    group: list[str] = []
+    size = 0
     for name, tensor in tensors.items():
         if group and size + _size(tensor) > max_bytes:
             yield group
