@@ -9,7 +9,11 @@ if TYPE_CHECKING:
     from launch.progress import ProgressView
     from launch.spec import LaunchSpec
 
-LAUNCHERS = {"inline": "launch.inline", "ray": "launch.on_ray"}  # imported when used, as Ray takes a second
+LAUNCHERS = {
+    "inline": "launch.inline",
+    "ray": "launch.on_ray",
+    "torchrun": "launch.on_torchrun",
+}  # imported when used, as Ray takes a second
 
 
 def run(launcher: str, spec: LaunchSpec, view: ProgressView) -> int:

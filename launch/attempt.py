@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.progress import ProgressView
 from launch.rank_actor import News, RankActor, Seat
+from launch.restart import Death
 from launch.signals import Caught
-from launch.spec import USER_ERROR, LaunchSpec, describe_exit, rank_environment
+from launch.spec import USER_ERROR, LaunchSpec, rank_environment
 
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
 WITNESS_S = 2.0  # after a first death, how long to look for others: the peers of a killed rank die of their broken connections
@@ -31,27 +31,7 @@ class NoRoomError(RuntimeError):
     """The cluster did not have the resources in time."""
 
 
-@dataclass(frozen=True)
-class Death:
-    """How a rank ended. `code` None: the actor or its node was lost."""
-
-    rank: int
-    code: int | None
-    said: str  # the last lines of its log, or Ray's reason
-
-    def __str__(self) -> str:
-        what = "its node or its Ray actor was lost" if self.code is None else describe_exit(self.code)
-        return f"rank {self.rank} died: {what}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """`death` None: every rank ended with 0, or the driver was told to stop."""
-
-    death: Death | None
-
-
-def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Result:
+def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
     """Place, start, watch. Raises NoRoomError."""
     with _placed(spec) as actors:
         actors, environments, where = _seats(actors, spec)
@@ -60,14 +40,14 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
         try:
             pids = ray.get([actor.start.remote(spec, environments[rank], str(logs[rank])) for rank, actor in enumerate(actors)])
         except RayError as error:
-            return Result(Death(0, None, f"could not start the workers: {error}"))
+            return Death(0, None, f"could not start the workers: {error}")
         view.text("process ids " + " ".join(f"rank {rank}: {pid}" for rank, pid in enumerate(pids[:8])) + (" ..." if len(pids) > 8 else ""))
         deaths = _watch(actors, view, stop)
         if not deaths and stop.number is not None:
             _end(actors, spec.grace_s, view)
         elif deaths:
             _end(actors, STOP_BROKEN_S, view)
-        return Result(_cause(deaths))
+        return _cause(deaths)
 
 
 @contextmanager

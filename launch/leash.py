@@ -1,4 +1,4 @@
-"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`.
+"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`; 0 stands for whoever the parent is.
 
 A worker whose launcher was killed with SIGKILL would otherwise train on, hold its devices and write into the run directory that its
 successor uses. The kernel's parent-death signal survives exec, so nothing stays in between. Elsewhere than on Linux it only execs.
@@ -20,11 +20,16 @@ def leashed(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
+def leashed_to_anybody(command: list[str]) -> list[str]:
+    """The same for a command that another program will start."""
+    return [sys.executable, "-I", "-S", __file__, "0", *command]
+
+
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
+        if parent not in (0, os.getppid()):  # it died before the line above
             sys.exit(1)
     os.execvp(command[0], command)
 

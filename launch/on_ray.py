@@ -11,16 +11,12 @@ import ipaddress
 import logging
 import os
 import socket
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch.progress import ProgressView
-from launch.signals import caught
-from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec
-
-if TYPE_CHECKING:
-    from launch.attempt import Death
+from launch.restart import run_attempts
+from launch.spec import USER_ERROR, LaunchSpec
 
 CONNECT_S = 10  # to a cluster that should be there
 
@@ -30,7 +26,7 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, and by the processes that it starts
     import ray
 
-    from launch.attempt import NoRoomError
+    from launch.attempt import NoRoomError, run_attempt
 
     spec = replace(spec, address=spec.address or os.environ.get("RAY_ADDRESS"))
     problem = _connect(spec, view)
@@ -38,54 +34,12 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
         view.text(problem)
         return USER_ERROR
     try:
-        return _attempts(spec, view)
+        return run_attempts(spec, view, run_attempt)
     except NoRoomError as error:
         view.text(str(error))
         return 1
     finally:
         ray.shutdown()
-
-
-def _attempts(spec: LaunchSpec, view: ProgressView) -> int:
-    from launch.attempt import run_attempt
-
-    last_step: int | None = None
-    with caught() as stop:
-        for number in range(spec.max_restarts + 1):
-            death = run_attempt(spec, number, view, stop).death
-            if stop.number is not None:
-                view.text(f"stopped by signal {stop.number}")
-                return INTERRUPTED + stop.number
-            if death is None:
-                return 0
-            if death.said:
-                view.text(f"rank {death.rank}'s last lines:\n" + death.said)
-            at = f" at step {view.step}" if view.step is not None else ""
-            view.text(f"{death}{at}; logs in {spec.logs / f'attempt_{number}'}")
-            if death.code == USER_ERROR:
-                return USER_ERROR
-            if view.step is not None and view.step == last_step:
-                view.text(f"two deaths at step {last_step}: trying again would not help")
-                return _exit_code(death)
-            last_step = view.step
-            if number == spec.max_restarts:
-                view.text(f"given up after {spec.max_restarts} restarts")
-                return _exit_code(death)
-            pause = min(spec.backoff_s * 2**number, spec.backoff_limit_s)
-            view.text(f"restart {number + 1} of {spec.max_restarts} in {pause:.0f} s, from the last checkpoint")
-            until = time.monotonic() + pause
-            while time.monotonic() < until and stop.number is None:
-                time.sleep(0.1)
-            if stop.number is not None:
-                return INTERRUPTED + stop.number
-    raise AssertionError("the last attempt returns")
-
-
-def _exit_code(death: Death) -> int:
-    """As a shell would report it."""
-    if death.code is None:
-        return 1
-    return death.code if death.code > 0 else INTERRUPTED - death.code
 
 
 def _connect(spec: LaunchSpec, view: ProgressView) -> str:

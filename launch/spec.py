@@ -30,6 +30,8 @@ class LaunchSpec:
     cpus_per_worker: int = 1
     accelerators: bool = False  # one per worker, of whatever kind the machines have; without any, CPUs will do
     address: str | None = None  # of a running cluster
+    nodes: int = 1  # machines that start this same command themselves (torchrun)
+    endpoint: str | None = None  # host:port where they meet
     max_restarts: int = 0
     backoff_s: float = 1.0  # before the first restart; doubles each time
     backoff_limit_s: float = 60.0

@@ -111,11 +111,13 @@ class BackendConfig:
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    name: str = "ray"  # ray | inline
-    workers: int = 2
+    name: str = "ray"  # ray | torchrun | inline
+    workers: int = 2  # over all nodes
     cpus_per_worker: int = 1
     address: str | None = None  # null: join the cluster of RAY_ADDRESS or of `ray job submit`, else start one
     max_restarts: int = 3
+    nodes: int = 1  # torchrun: machines, each of which starts the same command
+    endpoint: str | None = None  # torchrun: host:port of one of them, where they meet
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage) -> LaunchSpec:
         cpus_per_worker=config.launcher.cpus_per_worker,
         accelerators=config.backend.name != "cpu",
         address=config.launcher.address,
+        nodes=config.launcher.nodes,
+        endpoint=config.launcher.endpoint,
         max_restarts=config.launcher.max_restarts,
     )
 

@@ -186,11 +186,19 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
         _check(
             "launcher.",
             launcher,
-            (_one_of("name", tuple(LAUNCHERS)), *_counts("workers", "cpus_per_worker"), *_counts("max_restarts", low=0)),
+            (_one_of("name", tuple(LAUNCHERS)), *_counts("workers", "cpus_per_worker", "nodes"), *_counts("max_restarts", low=0)),
         )
     )
     if launcher.name == "inline" and launcher.workers > 1:
         found.append(Problem("launcher.workers", str(launcher.workers), "1 with launcher=inline", "launcher.workers=1, or launcher=ray"))
+    if launcher.nodes > 1 and launcher.name != "torchrun":
+        found.append(Problem("launcher.nodes", str(launcher.nodes), f"1 with launcher={launcher.name}", "launcher=torchrun"))
+    if launcher.nodes > 1 and launcher.workers % launcher.nodes:
+        rule = f"a multiple of the {launcher.nodes} nodes"
+        found.append(Problem("launcher.workers", str(launcher.workers), rule, f"launcher.workers={launcher.nodes}"))
+    if launcher.nodes > 1 and not re.fullmatch(r"[^:\s]+:\d{1,5}", launcher.endpoint or ""):
+        rule = "host:port of one of the nodes, the same on all of them"
+        found.append(Problem("launcher.endpoint", repr(launcher.endpoint), rule, "launcher.endpoint=<first node>:29400"))
     return found
 
 

@@ -1,0 +1,70 @@
+"""Workers under torchrun: one agent on this machine, or the same command on each of several machines, which meet at an endpoint.
+
+torchrun places and watches; restarts are ours (max_restarts=0 there), because it would try again after a user's mistake too and its own
+exit code says nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+
+from launch.child import Child
+from launch.leash import leashed_to_anybody
+from launch.progress import ProgressView
+from launch.restart import Death, run_attempts
+from launch.signals import Caught
+from launch.spec import TAIL, LaunchSpec, fill
+
+# In torchrun's closing report: which rank failed first, and how.
+FIRST_FAILURE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+REPORT_LINES = 80
+
+
+def run(spec: LaunchSpec, view: ProgressView) -> int:
+    """Run `spec.workers` workers over `spec.nodes` machines to their end; returns the exit code of the worker that failed first, or 0."""
+    return run_attempts(spec, view, run_attempt)
+
+
+def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
+    """The agent's command line on this machine. Attempts of one run meet under different names."""
+    if spec.nodes == 1:
+        meeting = ["--standalone"]
+    else:
+        assert spec.endpoint is not None
+        meeting = [
+            f"--nnodes={spec.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={spec.endpoint}",
+            f"--rdzv-id={spec.logs.parent.name}-{attempt}",
+        ]
+    worker = leashed_to_anybody(fill(spec.command, str(spec.config_path)))
+    agent = fill(("{python}", "-m", "torch.distributed.run"), "")
+    return [*agent, *meeting, f"--nproc-per-node={spec.workers // spec.nodes}", "--max-restarts=0", "--no-python", *worker]
+
+
+def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
+    """One agent from start to end. Its workers' output comes through it unmarked; only rank 0 speaks while all is well."""
+    view.text(f"{spec.workers} workers under torchrun" + (f", meeting at {spec.endpoint}" if spec.nodes > 1 else ""))
+    log = spec.logs / f"attempt_{number}" / "all_ranks.log"
+    agent = Child(torchrun_command(spec, number), spec.environment, spec.directory, log)
+    last: deque[str] = deque(maxlen=REPORT_LINES)
+    asked_at: float | None = None
+    code: int | None = None
+    while code is None:
+        lines, code = agent.wait(0.5, for_lines=True)
+        last.extend(lines)
+        for line in lines:
+            view.feed(line)
+        if stop.number is not None and asked_at is None:
+            asked_at = time.monotonic()
+            agent.process.terminate()  # the agent hands it on to its workers, and waits for them
+        if asked_at is not None and time.monotonic() - asked_at > spec.grace_s + 5:
+            code = agent.stop(0.0)
+    if code == 0:
+        return None
+    found = FIRST_FAILURE.search("\n".join(last))
+    if found:
+        return Death(int(found[1]), int(found[2]), "")  # what it said is on the screen already
+    return Death(0, code, "\n".join(list(last)[-TAIL:]))

@@ -1,0 +1,81 @@
+"""Ranks under torchrun: the same environment, exit codes and restarts as under the other launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from launch import on_torchrun
+from launch.inline import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_environment_and_a_killed_rank_is_replaced_with_the_other(spec, view, tmp_path: Path) -> None:
+    program = """
+first = not (place / 'tried').exists()
+if first and rank == 1:
+    (place / 'tried').touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+if first:
+    time.sleep(60)
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "COLOUR")
+(place / f"rank_{rank}").write_text(json.dumps([os.environ[name] for name in names] + [bool(os.environ["MASTER_PORT"])]))
+if rank == 0:
+    print('@progress {"step": 1, "steps": 1}')
+"""
+    assert on_torchrun.run(spec(program, workers=2, environment={"COLOUR": "red"}, max_restarts=1), view) == 0
+    assert [json.loads((tmp_path / f"rank_{rank}").read_text()) for rank in range(2)] == [
+        [str(rank), "2", str(rank), "2", "red", True] for rank in range(2)
+    ]
+    shown = view.out.getvalue()
+    assert "rank 1 died: killed by SIGKILL" in shown
+    assert "step 1/1" in shown
+
+
+def test_a_users_mistake_is_not_tried_again(spec, view) -> None:
+    assert on_torchrun.run(spec("print('bad data', rank); sys.exit(2)", workers=2, max_restarts=3), view) == 2
+    shown = view.out.getvalue()
+    assert "bad data" in shown
+    assert "restart" not in shown.replace("max_restarts", "")
+
+
+def test_sigterm_lets_the_workers_finish_their_work(spec, view, tmp_path: Path) -> None:
+    program = """
+signal.signal(signal.SIGTERM, lambda *_: ((place / f"saved_{rank}").touch(), sys.exit(75)))
+(place / f"up_{rank}").touch()
+if rank == 0:
+    while len(list(place.glob("up_*"))) < 2:
+        time.sleep(0.05)
+    os.kill(int(os.environ["DRIVER"]), signal.SIGTERM)
+time.sleep(60)
+"""
+    asked = spec(program, workers=2, environment={"DRIVER": str(os.getpid())}, max_restarts=2, grace_s=20.0)
+    assert on_torchrun.run(asked, view) == 128 + signal.SIGTERM
+    assert {file.name for file in tmp_path.glob("saved_*")} == {"saved_0", "saved_1"}
+
+
+@pytest.mark.full
+def test_two_machines_meet_at_an_endpoint(spec, view, tmp_path: Path) -> None:
+    """The same command started twice, as on two machines; the second one in a process of its own."""
+    program = "(place / f'rank_{rank}').write_text(os.environ['WORLD_SIZE'] + ' ' + os.environ['LOCAL_WORLD_SIZE'])"
+    asked = spec(program, workers=4, nodes=2, endpoint=f"127.0.0.1:{free_port('127.0.0.1')}")
+    (tmp_path / "other.py").write_text(
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_torchrun\nfrom launch.progress import ProgressView\n"
+        f"from launch.spec import LaunchSpec\nsys.exit(on_torchrun.run({asked!r}, ProgressView()))\n"
+    )
+    other = subprocess.Popen([sys.executable, str(tmp_path / "other.py")], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    watchdog = threading.Timer(120, other.kill)
+    watchdog.start()
+    assert on_torchrun.run(asked, view) == 0
+    assert other.wait(timeout=60) == 0
+    watchdog.cancel()
+    assert sorted(file.name for file in tmp_path.glob("rank_*")) == ["rank_0", "rank_1", "rank_2", "rank_3"]
+    assert (tmp_path / "rank_3").read_text() == "4 2"

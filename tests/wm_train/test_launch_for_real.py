@@ -1,0 +1,149 @@
+"""The launch command with real training: a killed worker changes nothing, and a job on a cluster ends as its command does."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from wm_train import checkpoint
+from wm_train.tracking import read_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+
+
+@pytest.fixture
+def arguments(gameplay: Path) -> Callable[..., list[str]]:
+    """arguments(folder, *overrides): the launch command of a small demo run on two Ray workers."""
+
+    def make(folder: Path, *overrides: str) -> list[str]:
+        small = ["model.width=64", "recipe.stages.short.global_batch=2", "recipe.stages.short.optimizer.warmup_steps=5"]
+        quick = [f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=5", "trainer.samples=0", "tracker=none"]
+        return ["wm_train.launch", "experiment=demo", "stage=1", f"data.path={gameplay}", f"out={folder}", *small, *quick, *overrides]
+
+    return make
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Ours, without a cluster to join."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def losses(folder: Path) -> list[float]:
+    rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.drill
+def test_killing_a_worker_changes_nothing(arguments, environment, tmp_path: Path) -> None:
+    """kill -9 of rank 1 after the first checkpoint: restarted by itself, and the curve is that of the undisturbed run, bit for bit."""
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    subprocess.run([sys.executable, "-m", *arguments(calm)], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+    run = subprocess.Popen(
+        [sys.executable, "-m", *arguments(disturbed)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said, killed = [], False
+    assert run.stdout is not None
+    victim = 0
+    for line in run.stdout:
+        said.append(line)
+        if found := re.search(r"process ids .*rank 1: (\d+)", line):
+            victim = victim or int(found[1])
+        if not killed and checkpoint.committed(disturbed / "demo" / "short" / "checkpoints"):
+            os.kill(victim, signal.SIGKILL)
+            killed = True
+    assert run.wait(timeout=60) == 0, "".join(said)
+    assert "rank 1 died: killed by SIGKILL" in "".join(said)
+    assert losses(disturbed) == losses(calm)
+
+
+@pytest.mark.full
+def test_torchrun_gives_the_losses_of_ray_bit_for_bit(arguments, environment, tmp_path: Path) -> None:
+    for launcher in ("ray", "torchrun"):
+        command = [sys.executable, "-m", *arguments(tmp_path / launcher, f"launcher={launcher}")]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "ray")
+
+
+@pytest.fixture
+def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Address of the job server of a Ray head on loopback, and the environment to talk to it with."""
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    gcs, dashboard, agent = free_ports(3)
+    ray = Path(sys.executable).with_name("ray")
+    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(
+            [ray, "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--num-cpus=2", "--disable-usage-stats", *ports],
+            cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            wait_for_port(dashboard)
+            yield f"http://127.0.0.1:{dashboard}", environment
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def wait_for_port(port: int) -> None:
+    until = time.monotonic() + 90
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < until, "the head did not start"
+            time.sleep(0.2)
+
+
+@pytest.mark.full
+def test_a_job_ends_as_its_command_does(arguments, head, tmp_path: Path) -> None:
+    address, environment = head
+    ray = Path(sys.executable).with_name("ray")
+
+    def submit(*command: str) -> subprocess.CompletedProcess[str]:
+        call = [ray, "job", "submit", "--address", address, "--", sys.executable, "-m", *command]
+        for _ in range(20):  # the job agent comes up after the server
+            done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+            if "No available agent" not in done.stdout + done.stderr:
+                return done
+            time.sleep(2)
+        raise AssertionError("no job agent")
+
+    good = submit(*arguments(tmp_path / "runs"))
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "joined the Ray cluster" in good.stdout
+    assert f"step {STEPS}/{STEPS}" in good.stdout, "rank 0's log is streamed"
+    assert "succeeded" in good.stdout + good.stderr
+    assert len(losses(tmp_path / "runs")) == STEPS
+    bad = submit(*arguments(tmp_path / "bad", "parallel.cp=9"))
+    assert bad.returncode != 0
+    assert "parallel.cp: got 9" in bad.stdout + bad.stderr
+    assert not (tmp_path / "bad").exists()
