@@ -39,7 +39,7 @@ def token_builds(tokens: str = "*bf16", forward: str = "bf16", mode: str = "fp16
 
     padded = 128 if d > 64 else 64
     main = {"D": d, "DP": padded}
-    rays = {"D": d, "HP": padded // 2, "BS": camera.TOKENS}
+    rays = {"D": d, "HP": padded // 2}
     table = pointers("weight", "rstd", "cos", "sin")
     counts = {"tokens_per_frame": I, "heads": I, "rotary_tokens": I}
     keys = {**table, **counts, "key": tokens, "value": tokens, "beta": F, "key_stride": I, "value_stride": I, "scale": "fp32"}
@@ -68,7 +68,6 @@ def token_builds(tokens: str = "*bf16", forward: str = "bf16", mode: str = "fp16
             gram_kernels.gram_backward_kernel,
             {**keys, **key_grads, **pointers("d_gram_z", "d_update_z")},
             {**main, "BS": gram.BACKWARD_TOKENS, "MODE": mode},
-            stages=1,
         ),
         Build(
             "output",
@@ -81,35 +80,30 @@ def token_builds(tokens: str = "*bf16", forward: str = "bf16", mode: str = "fp16
             output_kernels.output_backward_kernel,
             {**queries, **query_grads, **pointers("state", "normaliser", "d_normaliser"), "eps": "fp32"},
             {**main, "BS": output.BACKWARD_TOKENS, "MODE": mode},
-            stages=1,
         ),
         Build(
             "camera gram",
             camera_kernels.camera_gram_kernel,
             {**keys, **pointers("matrix", "gram", "update", "inflation")},
-            {**rays, "MODE": forward},
-            stages=1,
+            {**rays, "BS": camera.GRAM_TOKENS, "MODE": forward},
         ),
         Build(
             "camera gram backward",
             camera_kernels.camera_gram_backward_kernel,
             {**keys, **key_grads, **pointers("matrix", "gram", "update", "inflation")},
-            {**rays, "MODE": mode},
-            stages=1,
+            {**rays, "BS": camera.BACKWARD_TOKENS, "MODE": mode},
         ),
         Build(
             "camera output",
             camera_kernels.camera_output_kernel,
             {**queries, **pointers("matrix", "state"), "out": tokens},
-            {**rays, "MODE": mode},
-            stages=1,
+            {**rays, "BS": camera.READ_TOKENS, "MODE": mode},
         ),
         Build(
             "camera output backward",
             camera_kernels.camera_output_backward_kernel,
             {**queries, **query_grads, **pointers("matrix", "state")},
-            {**rays, "MODE": mode},
-            stages=1,
+            {**rays, "BS": camera.BACKWARD_TOKENS, "MODE": mode},
         ),
     ]
 

@@ -16,7 +16,7 @@ from wm_train.kernels.camera_kernels import (
 from wm_train.kernels.launching import by_token, fp32, norm_finish, norm_pre_pass, sizes
 from wm_train.kernels.numerics import gram_mode, token_mode
 
-TOKENS = 32
+GRAM_TOKENS, READ_TOKENS, BACKWARD_TOKENS = 16, 32, 16  # per step of a program; with more, registers spill
 WARPS = 8
 
 
@@ -47,7 +47,7 @@ class CameraGram(torch.autograd.Function):
         camera_gram_kernel[(n.grid,)](
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
-            D=n.d, HP=n.padded_half, BS=n.block(TOKENS), MODE=gram_mode(key.dtype), num_warps=WARPS, num_stages=1,
+            D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation)
         ctx.scale, ctx.key_stride, ctx.value_stride = scale, key_stride, value_stride
@@ -64,7 +64,7 @@ class CameraGram(torch.autograd.Function):
         camera_gram_backward_kernel[(n.grid,)](
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation, *(fp32(g) for g in grads),
             d_key, d_value, d_beta, share, d_weight, n.tokens, n.heads, ctx.key_stride, ctx.value_stride, rotary_tokens, ctx.scale,
-            D=n.d, HP=n.padded_half, BS=n.block(TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=1,
+            D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
         return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None, None
@@ -85,7 +85,7 @@ class CameraOutput(torch.autograd.Function):
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         camera_output_kernel[(n.grid,)](
             query, state, weight, rstd, matrix, cos, sin, out, n.tokens, n.heads, stride, rotary_tokens,
-            D=n.d, HP=n.padded_half, BS=n.block(TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=1,
+            D=n.d, HP=n.padded_half, BS=n.block(READ_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(query, state, weight, rstd, matrix, cos, sin)
         ctx.stride = stride
@@ -104,7 +104,7 @@ class CameraOutput(torch.autograd.Function):
         camera_output_backward_kernel[(n.grid,)](
             query, state, weight, rstd, matrix, cos, sin, grad, d_query, d_state, share, d_weight,
             n.tokens, n.heads, ctx.stride, grad_stride, rotary_tokens,
-            D=n.d, HP=n.padded_half, BS=n.block(TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=1,
+            D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return d_query, d_state, d_weight.sum(0).to(weight.dtype), None, None, None, None

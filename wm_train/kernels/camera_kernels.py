@@ -123,8 +123,7 @@ def camera_gram_backward_kernel(
         first, second = parted(k, BS, HP)
         encoded = encode(first, second, matrix, n, inside, c, turn, BS, HP, False)
         factor, _, _ = limit(k, encoded, D)
-        limited = encoded * factor[:, None]
-        unit_k, peak_k = unit_rows(limited)
+        unit_k, peak_k = unit_rows(encoded * factor[:, None])
         first, second = load_halves(value, n, inside, value_stride, head * D, D, HP)
         v_raw = joined(first, second, BS, HP)
         v = encode(first, second, matrix, n, inside, c, turn, BS, HP, False)
@@ -140,15 +139,21 @@ def camera_gram_backward_kernel(
         v, peak_v = unit_rows(v * v_factor[:, None])
         through = product(v, outer, none, MODE) * (peak_v * peak_u)[:, None]
         half = product(unit_k, symmetric, none, MODE) * (peak_k * peak)[:, None]
-        d_b = tl.sum((through + 0.5 * half) * limited, axis=1)
+        d_b = tl.sum((through + 0.5 * half) * unit_k, axis=1) * peak_k
         tl.store(d_beta + n * heads + head, d_b * discount, mask=inside)
-        # the mean energy gain: ratio = |limited|² / |k|², both norms at least EPS
+        # read and encoded once more: held across the value's way, these three would spill
+        first, second = load_halves(key, n, inside, key_stride, head * D, D, HP)
+        raw = joined(first, second, BS, HP)
+        k = tl.maximum(raw * r[:, None] * w[None, :], 0.0) * scale
+        first, second = parted(k, BS, HP)
+        encoded = encode(first, second, matrix, n, inside, c, turn, BS, HP, False)
+        # the mean energy gain: ratio = |limited k|² / |k|², both norms at least EPS
         before = tl.sum(k * k, axis=1)
-        after = tl.sum(limited * limited, axis=1)
+        after = tl.sum(unit_k * unit_k, axis=1) * peak_k * peak_k
         per_token = 2.0 * d_gain / tokens_per_frame / tl.maximum(before, EPS * EPS)
         from_after = tl.where(after >= EPS * EPS, per_token, 0.0)
         from_before = tl.where(before >= EPS * EPS, per_token * tl.maximum(after, EPS * EPS) / tl.maximum(before, EPS * EPS), 0.0)
-        grad = (half + through) * b[:, None] + limited * from_after[:, None]
+        grad = (half + through) * b[:, None] + unit_k * (peak_k * from_after)[:, None]
         grad, direct = limit_backward(grad, k, encoded, D)
         first, second = parted(grad, BS, HP)
         grad = direct - k * from_before[:, None] + encode(first, second, matrix, n, inside, c, -turn, BS, HP, True)

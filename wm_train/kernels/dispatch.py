@@ -7,7 +7,7 @@ Shapes: B clips, t local latent frames, S tokens per frame, H heads of D channel
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -118,8 +118,9 @@ def camera_output(
     return CameraOutput.apply(query, state, weight, world_to_ray, cos, sin, norm_eps)
 
 
+@lru_cache(maxsize=16)
 def sequence_kernels(device: torch.device, engine: str = "auto") -> Kernels:
-    """The local kernels of `parallel`'s verbs on this device: `make_sequence(…, kernels=sequence_kernels(device))`."""
+    """The local kernels of `parallel`'s verbs on this device, the same table on every call; for `LocalSequence` and `GroupSequence`."""
     if engine not in ENGINES:
         raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (sequence_kernels). Fix: engine='auto'")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

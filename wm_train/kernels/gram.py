@@ -11,7 +11,7 @@ from wm_train.kernels.gram_kernels import gram_backward_kernel, gram_kernel
 from wm_train.kernels.launching import by_token, fp32, norm_finish, norm_pre_pass, sizes
 from wm_train.kernels.numerics import gram_mode, token_mode
 
-FORWARD_TOKENS, BACKWARD_TOKENS = 64, 32
+FORWARD_TOKENS, BACKWARD_TOKENS = 32, 16  # per step of a program; with more, registers spill
 WARPS = 8
 
 
@@ -50,7 +50,7 @@ class Gram(torch.autograd.Function):
         gram_backward_kernel[(n.grid,)](
             key, value, beta, weight, rstd, cos, sin, *(fp32(g) for g in grads), d_key, d_value, d_beta, share, d_weight,
             n.tokens, n.heads, ctx.key_stride, ctx.value_stride, rotary_tokens, ctx.scale,
-            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=1,
+            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
         return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None

@@ -11,7 +11,7 @@ from wm_train.kernels.launching import by_token, fp32, norm_finish, norm_pre_pas
 from wm_train.kernels.numerics import token_mode
 from wm_train.kernels.output_kernels import output_backward_kernel, output_kernel
 
-FORWARD_TOKENS, BACKWARD_TOKENS = 64, 32
+FORWARD_TOKENS, BACKWARD_TOKENS = 64, 16  # per step of a program; with more, registers spill
 WARPS = 8
 
 
@@ -49,7 +49,7 @@ class Output(torch.autograd.Function):
         output_backward_kernel[(n.grid,)](
             query, state, normaliser, weight, rstd, cos, sin, grad, d_query, d_state, d_normaliser, share, d_weight,
             n.tokens, n.heads, ctx.stride, grad_stride, rotary_tokens, ctx.eps,
-            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=1,
+            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return d_query, d_state, d_normaliser, d_weight.sum(0).to(weight.dtype), None, None, None, None

@@ -1,0 +1,84 @@
+"""Cases for checks that run Triton's interpreter: every pair of axis values in the default run, the whole product with `-m full`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "these checks need TRITON_INTERPRET=1 before Python starts; run tests/kernels instead"
+
+HEAD_DIMS, FRAMES = (16, 32, 64, 112, 128), (1, 2, 11, 61)
+SCAN_AXES = (HEAD_DIMS, FRAMES, ("open", "chunks", "documents", "padded"), ("exclusive", "inclusive", None), (False, True), (1, 3))
+TOKEN_AXES = (HEAD_DIMS, FRAMES, (5, 32, 37), (torch.float32, torch.bfloat16), (False, True))
+
+
+class ScanCase(NamedTuple):
+    head_dim: int
+    frames: int
+    layout: str
+    reverse: str | None
+    initial: bool
+    segments: int
+
+
+class TokenCase(NamedTuple):
+    head_dim: int
+    frames: int
+    tokens: int
+    dtype: torch.dtype
+    padding: bool
+
+
+def scan_cost(row: tuple) -> float:
+    d, frames, _, reverse, _, segments = row
+    return d * frames * (1 if reverse is None else 2) * (1 if segments == 1 else 3)
+
+
+def token_cost(row: tuple) -> float:
+    return row[0] * row[1] * row[2]
+
+
+def pairwise(axes: tuple[tuple, ...], cost: Callable[[tuple], float]) -> list[tuple]:
+    """Few rows of the product that hold every pair of values of any two axes; greedy, the same on every run."""
+    product = list(itertools.product(*axes))
+
+    def pairs(row: tuple) -> set:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    missing, chosen = set().union(*map(pairs, product)), []
+    while missing:
+        best = max(product, key=lambda row: (len(pairs(row) & missing), -cost(row)))  # the cheapest of those that cover most
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name, kind, axes, cost in (("scan_case", ScanCase, SCAN_AXES, scan_cost), ("token_case", TokenCase, TOKEN_AXES, token_cost)):
+        if name not in metafunc.fixturenames:
+            continue
+        default = pairwise(axes, cost)
+        rows = [pytest.param(kind(*row)) for row in default]
+        rows += [pytest.param(kind(*row), marks=pytest.mark.full) for row in itertools.product(*axes) if row not in set(default)]
+        metafunc.parametrize(name, rows, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case))
+
+
+@pytest.fixture
+def rms_ratio():
+    """RMS of a difference over RMS of what was expected, in fp64."""
+
+    def ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+    return ratio
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,109 @@
+"""Gram, output and camera kernels against their plain-PyTorch references in fp64: values and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output
+
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
+
+
+class Inputs:
+    """Raw tokens of one clip in fp64 that are exact in the case's dtype; keys and values are slices of one projection."""
+
+    def __init__(self, case) -> None:
+        t, s, d = case.frames, case.tokens, case.head_dim
+        self.heads = 1 if t > 2 else 2
+        self.batch = 1 if t > 2 else 2
+        self.lead, channels = (self.batch, t, s), self.heads * d
+        self.d, self.scale = d, (d * s) ** -0.5
+        qkv = torch.randn(*self.lead, 3 * channels).to(case.dtype).double()
+        self.query, self.key, self.value = qkv.chunk(3, -1)
+        self.weight = 1 + 0.2 * torch.randn(channels).double()
+        self.beta = torch.rand(*self.lead, self.heads).double()
+        if case.padding:
+            self.beta[:, -1] = 0.0
+        self.angles = torch.randn(1, t, s, 1, d // 2).double()  # one table for all clips, as the main branch has it
+        self.ray_angles = torch.randn(*self.lead, 1, d // 4).double()
+        self.state = torch.randn(*self.lead[:2], self.heads, d, d).double()
+        self.normaliser = torch.rand(*self.lead[:2], self.heads, 1, d).double()
+        self.pose = torch.eye(4).double().repeat(*self.lead, 1, 1)
+        self.pose[..., :3, :3] = torch.linalg.qr(torch.randn(*self.lead, 3, 3).double())[0]
+        self.pose[..., :3, 3] = torch.randn(*self.lead, 3)
+
+
+def compare(function, tensors: dict, rest: dict, tokens: set[str], dtype, rms_ratio) -> float:
+    """Largest RMS ratio over outputs and gradients of `tensors`; those in `tokens` have the case's dtype, all else is fp32."""
+    results, upstream = [], None
+    for engine in ("reference", "triton"):
+        exact = engine == "reference"
+        leaves = {}
+        for name, x in tensors.items():
+            kind = torch.float64 if exact else dtype if name in tokens else torch.float32
+            leaves[name] = x.to(kind).requires_grad_()
+        fixed = {name: x if exact or not torch.is_tensor(x) else x.float() for name, x in rest.items()}
+        out = function(**leaves, **fixed, engine=engine)
+        out = out if isinstance(out, tuple) else (out,)
+        if upstream is None:
+            low = dtype if function in (gdn_output, camera_output) else torch.float32
+            upstream = [torch.randn(x.shape).to(low).double() for x in out]
+        torch.autograd.backward(out, [g.to(x.dtype) for g, x in zip(upstream, out)])
+        assert not exact or all(x.dtype == torch.float64 for x in out)
+        results.append([*(x.detach() for x in out), *(x.grad for x in leaves.values())])
+    return max(rms_ratio(actual, expected) for expected, actual in zip(*results, strict=True))
+
+
+def tables(angles: torch.Tensor) -> dict:
+    return {"cos": angles.cos(), "sin": angles.sin()}
+
+
+def check_gram(x: Inputs, dtype, rms_ratio) -> float:
+    tensors = {"key": x.key, "value": x.value, "beta": x.beta, "weight": x.weight}
+    return compare(gdn_gram, tensors, {**tables(x.angles), "scale": x.scale}, {"key", "value"}, dtype, rms_ratio)
+
+
+def check_output(x: Inputs, dtype, rms_ratio) -> float:
+    tensors = {"query": x.query, "state": x.state, "normaliser": x.normaliser, "weight": x.weight}
+    return compare(gdn_output, tensors, {**tables(x.angles), "eps": 1e-3}, {"query"}, dtype, rms_ratio)
+
+
+def check_camera_gram(x: Inputs, dtype, rms_ratio) -> float:
+    tensors = {"key": x.key, "value": x.value, "beta": x.beta, "weight": x.weight}
+    rest = {**tables(x.ray_angles), "scale": x.scale, "ray_to_world": x.pose}
+    return compare(camera_gram, tensors, rest, {"key", "value"}, dtype, rms_ratio)
+
+
+def check_camera_output(x: Inputs, dtype, rms_ratio) -> float:
+    tensors = {"query": x.query, "state": x.state, "weight": x.weight}
+    rest = {**tables(x.ray_angles), "world_to_ray": x.pose}
+    return compare(camera_output, tensors, rest, {"query"}, dtype, rms_ratio)
+
+
+@pytest.mark.parametrize("check", [check_gram, check_output, check_camera_gram, check_camera_output], ids=lambda f: f.__name__[6:])
+def test_token_kernel_equals_the_fp64_reference(check, token_case, rms_ratio):
+    assert check(Inputs(token_case), token_case.dtype, rms_ratio) <= BOUND[token_case.dtype]
+
+
+def test_grams_are_symmetric_to_the_bit_in_bf16():
+    key, value = torch.randn(1, 1, 21, 32).bfloat16().chunk(2, -1)
+    angle = torch.randn(1, 1, 21, 1, 8)
+    gram, _, gram_z, _ = gdn_gram(key, value, torch.rand(1, 1, 21, 1), torch.ones(16), angle.cos(), angle.sin(), 0.1, engine="triton")
+    for a in (gram, gram_z):
+        assert (a - a.transpose(-1, -2)).abs().max() <= 1e-6 * a.abs().max()  # one rounded matrix times itself; only sums differ
+
+
+def test_tiny_and_huge_gradients_keep_their_accuracy(rms_ratio):
+    """Products in fp16 carry their scales outside: gradients of 1e-20 or 1e20 lose nothing."""
+    query = torch.randn(1, 1, 20, 16).bfloat16()
+    angle, weight = torch.randn(1, 1, 20, 1, 8), torch.ones(16)
+    state, normaliser, upstream = torch.randn(1, 1, 1, 16, 16), torch.rand(1, 1, 1, 1, 16), torch.randn(1, 1, 20, 1, 16).bfloat16()
+    grads = []
+    for factor in (1.0, 1e-20, 1e20):
+        leaves = [query.clone().requires_grad_(), state.clone().requires_grad_()]
+        out = gdn_output(leaves[0], leaves[1], normaliser, weight, angle.cos(), angle.sin(), engine="triton")
+        out.backward(upstream * factor)
+        grads.append([leaf.grad.double() / factor for leaf in leaves])
+    for one, tiny, huge in zip(*grads):
+        assert max(rms_ratio(tiny, one), rms_ratio(huge, one)) <= 4e-3  # the bf16 of the upstream itself
