@@ -15,14 +15,19 @@ MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for o
 
 def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Problem]:
     """Problems of `data.path` itself, else of how it fits the model and the selected stages."""
-    text = _dataset_json(config.data.path)
+    info = dataset_info(config.data.path)
+    return [info] if isinstance(info, Problem) else [*_model_problems(config, info), *_stage_problems(info, stages)]
+
+
+def dataset_info(path: str) -> DatasetInfo | Problem:
+    """The facts of the data set at `path`, or what is wrong with it."""
+    text = _dataset_json(path)
     if isinstance(text, Problem):
-        return [text]
+        return text
     try:
-        info = info_from_json(text, f"{config.data.path}/dataset.json")
+        return info_from_json(text, f"{path}/dataset.json")
     except (DataError, TypeError, AttributeError) as error:
-        return [Problem("data.path", f"{config.data.path}: {error}", "a data set of this version", "encode it again")]
-    return [*_model_problems(config, info), *_stage_problems(info, stages)]
+        return Problem("data.path", f"{path}: {error}", "a data set of this version", "encode it again")
 
 
 def _dataset_json(path: str) -> str | Problem:

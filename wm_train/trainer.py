@@ -43,7 +43,7 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
     try:
         stage = open_stage(run, backend, world)
         state = build_state(run, stage.mesh.fsdp, backend.device)
-        start = restore(run, state, stage.dataset.info.fingerprint, world, progress.say)
+        start = restore(run, state, stage.dataset.fingerprint, world, progress.say)
     except (DataError, CheckpointError) as error:
         raise SetupError(str(error)) from error
     folder = stage_directory(run, run.stage)
@@ -84,7 +84,7 @@ def run_steps(stage: Stage, state: TrainState, start: Start, tracker: Tracker | 
                 tracker.step(step, figures)
             progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
             if step % run.trainer.checkpoint_every == 0 or step == steps or stopping:
-                saver.save(step, state.tensors(), facts(run, stage.dataset.info.fingerprint, stage.world, list(guard.recent)))
+                saver.save(step, state.tensors(), facts(run, stage.dataset.fingerprint, stage.world, list(guard.recent)))
             if stopping and step < steps:
                 saved = saver.wait()
                 raise Preempted(f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of {steps}")

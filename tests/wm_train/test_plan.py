@@ -1,0 +1,83 @@
+"""The plan counts what a real run holds: measured, not estimated."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel.layout import ClipLayout
+from parallel.sequence import LocalSequence
+from wm_train import memory
+from wm_train.config import ModelConfig, OptimizerConfig
+from wm_train.models import build_model
+from wm_train.optim.build import OPTIMIZERS
+from wm_train.plan import main
+
+SMALL = ModelConfig(width=32, heads=2, depth=4, latent_channels=8)
+SHAPE = memory.ClipShape(clips=2, frames=3, channels=8, height=4, width=6, temporal_stride=8)
+
+
+def really_kept(config: ModelConfig) -> int:
+    """The same count on real tensors."""
+    kept = {}
+    model = build_model(config)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    inputs = [torch.rand_like(x) if isinstance(x, torch.Tensor) else x for x in memory._inputs(config, SHAPE)]
+    poses = torch.eye(4).expand(2, 17, 4, 4).contiguous()
+    inputs[2] = replace(inputs[2], c2w=poses, intrinsics=torch.ones(2, 17, 4))
+    with torch.autograd.graph.saved_tensors_hooks(keep, memory._give_back):
+        output = model(*inputs, LocalSequence(ClipLayout(SHAPE.frames)))
+    assert output.requires_grad
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+def test_activations_are_those_of_a_real_forward_pass():
+    assert memory.kept_bytes(SMALL, SHAPE, "fp32") == pytest.approx(really_kept(SMALL), rel=0.02)
+
+
+def test_blocks_measured_one_by_one_add_up():
+    assert memory.activation_bytes(SMALL, SHAPE, "fp32") == pytest.approx(memory.kept_bytes(SMALL, SHAPE, "fp32"), rel=0.02)
+
+
+def test_checkpointing_keeps_less_and_frames_cost_in_proportion():
+    plain = memory.activation_bytes(SMALL, SHAPE, "fp32")
+    assert memory.activation_bytes(replace(SMALL, gradient_checkpointing=True), SHAPE, "fp32") < 0.5 * plain
+    assert memory.activation_bytes(SMALL, replace(SHAPE, clips=4), "fp32") == pytest.approx(2 * plain, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "normuon"])
+def test_states_are_counted_from_the_objects_that_training_builds(name):
+    config = OptimizerConfig(name=name)
+    model = build_model(SMALL)
+    slots = [t for state in OPTIMIZERS[name](model, config).state.values() for t in state.values()]
+    counted = memory.stage_memory(SMALL, config, SHAPE, 1, "fp32", staged=True)
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    assert counted.optimizer == sum(t.numel() * t.element_size() for t in slots)
+    assert counted.staging == counted.weights + counted.optimizer + counted.average
+    quarter = memory.stage_memory(SMALL, config, SHAPE, 4, "fp32", staged=True)
+    assert quarter.weights == counted.weights // 4
+    assert quarter.gathered > 0 == counted.gathered
+
+
+def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
+    stages = ["experiment=demo", "--latent", "48x7x10/8"]
+    assert main([*stages, "--memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "stage 1 short: 41 frames = 6 latent frames" in out
+    assert "starts from short (ema weights)" in out
+    assert out.count(": fits") == 2
+    assert main([*stages, "--memory", "0.001"]) == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--latent", "48x7"], ["--latent", "16x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]])
+def test_bad_input_is_one_report(capsys, arguments):
+    assert main(["experiment=demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "in the configuration; nothing was started" in captured.err
+    assert not captured.out

@@ -1,0 +1,141 @@
+"""Know before you queue: `python -m wm_train.plan experiment=demo` says what every selected stage will hold, before anything is started.
+
+It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: frame sizes come from the data set, or from
+--latent where the data is elsewhere. Shapes, parameters, inheritance, mesh and memory; it says nothing about time yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wm_train import compose, curriculum
+from wm_train.config import RunConfig, StageConfig
+
+if TYPE_CHECKING:
+    from wm_train.memory import Memory
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Sizes of a latent frame and of its step in time."""
+
+    channels: int
+    height: int
+    width: int
+    temporal_stride: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; exit code 2 when the configuration is wrong, 3 when a stage does not fit in --memory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--latent", metavar="CxHxW/R", help="latent channels, height, width and temporal stride when the data is not here: 128x22x40/8"
+    )
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device; says which stages fit")
+    parser.add_argument("--config-dir", type=Path, help="a folder of your own with the groups of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for wm_train.launch")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        elsewhere = ["data.path=elsewhere"] if options.latent and not any(o.startswith("data.path=") for o in options.overrides) else []
+        run = compose.compose([*options.overrides, *elsewhere], options.config_dir)
+        frame = latent_frame(run, options.latent)
+        problems = without_data(run, data_is_here=options.latent is None)
+        if problems:
+            raise compose.ConfigError(problems)
+    except compose.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return show(run, frame, options.memory)
+
+
+def without_data(run: RunConfig, data_is_here: bool) -> list[compose.Problem]:
+    """What `launch` would refuse, but for the data and the earlier stages' checkpoints, which a plan does not need."""
+    from wm_train.validate import problems_of
+
+    def counts(problem: compose.Problem) -> bool:
+        return not problem.where.endswith(".inherit") and (data_is_here or not problem.where.startswith("data."))
+
+    return [problem for problem in problems_of(run) if counts(problem)]
+
+
+def latent_frame(run: RunConfig, given: str | None) -> Frame:
+    """From --latent, else from the data set's dataset.json."""
+    if given is None:
+        from wm_train.data_rules import dataset_info
+
+        found = dataset_info(run.data.path)
+        if isinstance(found, compose.Problem):
+            hint = compose.Problem("--latent", "nothing", "the latent's sizes when the data is not here", "--latent 128x22x40/8")
+            raise compose.ConfigError([found, hint])
+        return Frame(found.channels, found.latent_height, found.latent_width, found.temporal_stride)
+    try:
+        sizes, stride = given.split("/")
+        channels, height, width = (int(size) for size in sizes.split("x"))
+        frame = Frame(channels, height, width, int(stride))
+    except ValueError:
+        raise compose.ConfigError(
+            [compose.Problem("--latent", given, "channels x height x width / stride", "--latent 128x22x40/8")]
+        ) from None
+    if channels != run.model.latent_channels or min(height, width, frame.temporal_stride) < 1:
+        fix = f"--latent {run.model.latent_channels}x{height}x{width}/{frame.temporal_stride}"
+        raise compose.ConfigError([compose.Problem("--latent", given, f"the model's {run.model.latent_channels} channels", fix)])
+    return frame
+
+
+def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
+    """One block per selected stage; 3 if one of them needs more than `device_gib`."""
+    code = 0
+    for stage in curriculum.plan(run):
+        memory, shape = stage_plan(run, stage.config, frame)
+        print("\n".join(describe(run, stage, shape, memory)))
+        if device_gib is not None:
+            fits = memory.device <= device_gib * GIB
+            verdict = "fits" if fits else "DOES NOT FIT: try model.gradient_checkpointing=true, a larger parallel.cp, or more workers"
+            print(f"  {memory.device / GIB:.2f} of {device_gib:g} GiB: {verdict}")
+            code = code if fits else 3
+    return code
+
+
+def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory, tuple[int, int, int]]:
+    """Memory of one process, and (clips, latent frames, latent frames of the whole clip) that it holds at once."""
+    from parallel.layout import split_evenly
+    from wm_train.memory import ClipShape, stage_memory
+
+    whole = (stage.frames - 1) // frame.temporal_stride + 1
+    clips = -(-stage.global_batch * run.parallel.cp // (run.launcher.workers * run.trainer.accumulate))
+    held = len(split_evenly(whole, run.parallel.cp)[0])
+    shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
+    shards = run.launcher.workers // run.parallel.dp_replicate
+    precision, staged = run.parallel.precision, run.trainer.async_checkpoint
+    return stage_memory(run.model, stage.optimizer, shape, shards, precision, staged), (clips, held, whole)
+
+
+def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, int, int], memory: Memory) -> list[str]:
+    """The lines of one stage."""
+    config, mesh = stage.config, run.parallel
+    clips, held, whole = shape
+    source = "the seed" if stage.source is None else f"{stage.source.stage or stage.source.checkpoints} ({config.inherit_weights} weights)"
+    parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "average", "gathered", "activations")}
+    return [
+        f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
+        f"{config.steps:,} steps of {config.global_batch} clips",
+        f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g}, {config.optimizer.schedule}, {mesh.precision}",
+        f"  {run.launcher.workers} workers = {run.launcher.workers // mesh.cp} data parallel x {mesh.cp} sequence parallel; "
+        f"each holds {clips} clips x {held} latent frames at once",
+        f"  {memory.parameters:,} parameters; GiB per worker: "
+        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        + f"; together {memory.device / GIB:.2f}, and {memory.staging / GIB:.2f} of host memory to save from",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
