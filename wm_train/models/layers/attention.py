@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from parallel.masks import AttentionMask
 from parallel.sequence import HaloEdges, SequenceShard, Stream
-from wm_train.models.layers.precision import full_precision
-from wm_train.models.layers.rotary import Rotary, apply_rotary
-from wm_train.models.layers.ucpe import RayEncoding, discounted_beta, encode, limit_rms
+from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output
+from wm_train.kernels.reference import rotate, wide
+from wm_train.models.layers.rotary import Rotary
+from wm_train.models.layers.ucpe import RayEncoding, decoded, encoded
 
-NORMALISER_EPS = 1e-8
 UNUSED_IN_SOFTMAX = ("beta_proj.weight", "beta_proj.bias", "gate_proj.weight", "gate_proj.bias", "A_log", "dt_bias")
 
 
@@ -90,19 +90,11 @@ class CameraAttention(nn.Module):
         """[B, t, S, H * D] -> [B, t, S, H, D]."""
         return x.unflatten(-1, (self.heads, self.head_dim))
 
-    def encoded_camera(self, q: Tensor, k: Tensor, v: Tensor, rays: RayEncoding) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 6: q by D^T, k and v by D^-1, each held to its own RMS; [B, t, S, H, D] each."""
-        encoded_q = limit_rms(q, encode(q, rays.world_to_ray.transpose(-1, -2), rays.rotary))
-        encoded_k = limit_rms(k, encode(k, rays.ray_to_world, rays.rotary))
-        return encoded_q, encoded_k, limit_rms(v, encode(v, rays.ray_to_world, rays.rotary))
-
     def output(self, x: Tensor, main: Tensor, camera: Tensor | None, context: BlockContext) -> Tensor:
-        """Join the branches, gate and project: x [B, t, S, C] is the block input, main and camera [B, t, S, H, D]."""
-        joined = main.flatten(-2).to(x.dtype)
+        """Join the branches, gate and project: x [B, t, S, C] is the block input, main and camera (in the world) [B, t, S, H, D]."""
+        joined = main.flatten(-2)
         if camera is not None:
-            assert context.rays is not None
-            world = encode(camera.to(x.dtype), context.rays.world_to_ray, context.rays.rotary, inverse=True)
-            branch = self.out_proj_cam(world.flatten(-2))
+            branch = self.out_proj_cam(camera.flatten(-2))
             joined = joined + (branch if context.camera_keep is None else branch * context.camera_keep.to(branch.dtype))
         return self.proj(joined * F.silu(self.output_gate(x)))
 
@@ -120,31 +112,24 @@ class GatedDeltaNet(CameraAttention):
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        with_camera = self.camera and context.rays is not None
-        keys = self.convolved([k, self.k_proj_cam(x)] if with_camera else [k], context)
+        rays = context.rays if self.camera else None
+        keys = self.convolved([k] if rays is None else [k, self.k_proj_cam(x)], context)
         scale = (self.head_dim * x.shape[2]) ** -0.5  # eq. 5: S tokens enter a state at once, so keys shrink with S as well
-        beta = torch.sigmoid(full_precision(self.beta_proj(x)))  # [B, t, S, H]
-        decay = self.decay(x)
+        beta = torch.sigmoid(wide(self.beta_proj(x)))  # [B, t, S, H]
+        decay, tables = self.decay(x), context.rotary
 
-        q = self.by_head(F.relu(self.q_norm(q)))
-        k = self.by_head(F.relu(self.k_norm(keys[0]))) * scale
-        v = self.by_head(v)
-        q_rotated = apply_rotary(q, context.rotary)
-        streams = [
-            frame_stream(decay, beta, apply_rotary(k, context.rotary), v),
-            frame_stream(decay, beta, k, None),
-        ]
-        if with_camera:
-            assert context.rays is not None
-            q_cam = self.by_head(F.relu(self.q_norm_cam(self.q_proj_cam(x))))
-            k_cam = self.by_head(F.relu(self.k_norm_cam(keys[1]))) * scale
-            q_cam, encoded_k, v_cam = self.encoded_camera(q_cam, k_cam, self.by_head(self.v_proj_cam(x)), context.rays)
-            streams.append(frame_stream(decay, discounted_beta(beta, k_cam, encoded_k), encoded_k, v_cam))
+        gram, update, normaliser_gram, normaliser_update = gdn_gram(keys[0], v, beta, self.k_norm.weight, *tables, scale)
+        streams = [Stream(decay, gram, update), Stream(decay, normaliser_gram, normaliser_update)]
+        if rays is not None:
+            v_cam, weight = self.v_proj_cam(x), self.k_norm_cam.weight
+            streams.append(Stream(decay, *camera_gram(keys[1], v_cam, beta, weight, rays.ray_to_world, *rays.rotary, scale)))
 
         states = context.sequence.scan(streams, reverse="exclusive").states
-        numerator, normaliser = read_state(states[0], q_rotated), read_state(states[1], q)
-        camera = read_state(states[2], q_cam) if with_camera else None
-        return self.output(x, numerator / (normaliser + NORMALISER_EPS), camera, context)
+        main = gdn_output(q, states[0], states[1], self.q_norm.weight, *tables)
+        camera = None
+        if rays is not None:
+            camera = camera_output(self.q_proj_cam(x), states[2], self.q_norm_cam.weight, rays.world_to_ray, *rays.rotary)
+        return self.output(x, main, camera, context)
 
     def convolved(self, keys: list[Tensor], context: BlockContext) -> list[Tensor]:
         """The short convolution of the main and the camera keys, one exchange for both."""
@@ -156,9 +141,8 @@ class GatedDeltaNet(CameraAttention):
 
     def decay(self, x: Tensor) -> Tensor:
         """Frame-level decay gamma in (0, 1], fp32 [B, t, H], from the mean token of the frame."""
-        gate = full_precision(self.gate_proj(x.mean(dim=2)))
-        rate = full_precision(self.A_log).exp()
-        return torch.exp(-rate * F.softplus(gate + full_precision(self.dt_bias)))
+        gate = wide(self.gate_proj(x.mean(dim=2)))
+        return torch.exp(-wide(self.A_log).exp() * F.softplus(gate + wide(self.dt_bias)))
 
 
 class SoftmaxAttention(CameraAttention):
@@ -166,23 +150,21 @@ class SoftmaxAttention(CameraAttention):
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q = apply_rotary(self.by_head(self.q_norm(q)), context.rotary)
-        k = apply_rotary(self.by_head(self.k_norm(k)), context.rotary)
+        q, k = (rotate(self.by_head(y), *context.rotary) for y in (self.q_norm(q), self.k_norm(k)))
         v = self.by_head(v)
-        with_camera = self.camera and context.rays is not None
-        if with_camera:
-            assert context.rays is not None
-            branch = self.encoded_camera(
-                self.by_head(self.q_norm_cam(self.q_proj_cam(x))),
-                self.by_head(self.k_norm_cam(self.k_proj_cam(x))),
-                self.by_head(self.v_proj_cam(x)),
-                context.rays,
-            )
-            branch = (branch[0] * camera_softmax_scale(self.head_dim), *branch[1:])
-            q, k, v = (torch.cat(pair, dim=-2) for pair in zip((q, k, v), branch))
+        rays = context.rays if self.camera else None
+        if rays is not None:
+            q_cam = self.by_head(self.q_norm_cam(self.q_proj_cam(x)))
+            k_cam = self.by_head(self.k_norm_cam(self.k_proj_cam(x)))
+            v_cam = self.by_head(self.v_proj_cam(x))
+            q_cam, k_cam, v_cam = encoded(q_cam, k_cam, v_cam, rays)
+            q_cam = q_cam * camera_softmax_scale(self.head_dim)
+            q, k, v = (torch.cat(pair, dim=-2) for pair in ((q, q_cam), (k, k_cam), (v, v_cam)))
         out = context.sequence.attend(q, k, v, context.attention)
-        main, camera = out.chunk(2, dim=-2) if with_camera else (out, None)
-        return self.output(x, main, camera, context)
+        if rays is None:
+            return self.output(x, out, None, context)
+        main, camera = out.chunk(2, dim=-2)
+        return self.output(x, main, decoded(camera, rays), context)
 
 
 def camera_softmax_scale(head_dim: int) -> float:
@@ -194,23 +176,3 @@ def camera_softmax_scale(head_dim: int) -> float:
     if head_dim in (32, 64, 128, 256) or head_dim > 256:
         return 1.0
     return (head_dim / (128 if head_dim <= 128 else 256)) ** 0.5
-
-
-def frame_stream(decay: Tensor, beta: Tensor, key: Tensor, value: Tensor | None) -> Stream:
-    """A_t = K beta K^T and U_t = V beta K^T of every frame (eq. 3); the normaliser (value None) has U_t = sum of beta k.
-
-    decay [B, t, H], beta [B, t, S, H], key and value [B, t, S, H, D] -> Stream with gram [B, t, H, D, D], update [B, t, H, E, D].
-    """
-    with torch.autocast(device_type=key.device.type, enabled=False):
-        key = full_precision(key).transpose(2, 3)  # [B, t, H, S, D]
-        weighted = key * beta.transpose(2, 3).unsqueeze(-1)
-        gram = weighted.transpose(-1, -2) @ key
-        if value is None:
-            return Stream(decay, gram, weighted.sum(dim=-2, keepdim=True))
-        return Stream(decay, gram, full_precision(value).permute(0, 1, 3, 4, 2) @ weighted)
-
-
-def read_state(state: Tensor, query: Tensor) -> Tensor:
-    """O = S Q per frame: state [B, t, H, E, D], query [B, t, S, H, D] -> [B, t, S, H, E]."""
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        return (full_precision(query).transpose(2, 3) @ state.transpose(-1, -2)).transpose(2, 3)

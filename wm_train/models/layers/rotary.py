@@ -1,4 +1,4 @@
-"""Rotary position embedding over (time, height, width), real arithmetic on interleaved pairs of channels.
+"""Rotary position embedding over (time, height, width), as cosines and sines per interleaved pair of channels.
 
 Source: Wan2.1's three-axis split as the public SANA-WM uses it. Of D/2 pairs, height and width take D//6 each, time the rest.
 The camera branch rotates only the second half of its channels and takes the leading frequencies of each axis.
@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from wm_train.models.layers.precision import full_precision
 
 THETA = 10000.0
 
@@ -48,11 +46,3 @@ def rotary_tables(positions: Tensor, grid: tuple[int, int], head_dim: int, used_
         angles.append((index[axis][..., None] * frequency).expand(b, t, height, width, used))
     angle = torch.cat(angles, dim=-1).reshape(b, t, height * width, 1, sum(axis_pairs(used_dim or head_dim)))
     return Rotary(angle.cos(), angle.sin())
-
-
-def apply_rotary(x: Tensor, rotary: Rotary, inverse: bool = False) -> Tensor:
-    """Rotate channel pairs (2i, 2i+1) of x [B, t, S, H, 2 * pairs] by their angles; computed in fp32, returned in x's dtype."""
-    even, odd = full_precision(x).unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
-    cos, sin = rotary.cos, -rotary.sin if inverse else rotary.sin
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)

@@ -1,15 +1,16 @@
-"""Ray-local positional encoding of the camera branch (UCPE; SANA-WM §3.3, eq. 6) and its two stabilisers."""
+"""Ray-local positional encoding of the camera branch (UCPE; SANA-WM §3.3, eq. 6), as softmax blocks use it.
+
+GDN blocks have it inside `wm_train.kernels.camera_gram` and `camera_output`; the pieces are the same.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from wm_train.models.layers.rotary import Rotary, apply_rotary
-
-EPS = 1e-6
+from wm_train.kernels.reference import encode, limit_rms
+from wm_train.models.layers.rotary import Rotary
 
 
 class RayEncoding(NamedTuple):
@@ -24,31 +25,13 @@ class RayEncoding(NamedTuple):
     rotary: Rotary
 
 
-def encode(x: Tensor, matrix: Tensor, rotary: Rotary, inverse: bool = False) -> Tensor:
-    """(matrix ⊕ RoPE) x: groups of four of the first D/2 channels times a per-token 4x4 matrix, the rest rotated.
-
-    x [B, t, S, H, D], matrix [B, t, S, 4, 4] -> [B, t, S, H, D]. `inverse` turns the rotation back.
-    """
-    half = x.shape[-1] // 2
-    geometric, rotated = x.split(half, dim=-1)
-    groups = geometric.unflatten(-1, (half // 4, 4)).flatten(-3, -2)  # [B, t, S, H * D/8, 4]
-    geometric = (groups @ matrix.to(x.dtype).transpose(-1, -2)).reshape(geometric.shape)
-    return torch.cat((geometric, apply_rotary(rotated, rotary, inverse)), dim=-1)
+def encoded(q: Tensor, k: Tensor, v: Tensor, rays: RayEncoding) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 6: q by D^T, k and v by D^-1, each held to its own RMS; [B, t, S, H, D] each."""
+    q = limit_rms(q, encode(q, rays.world_to_ray.transpose(-1, -2), *rays.rotary))
+    k, v = (limit_rms(x, encode(x, rays.ray_to_world, *rays.rotary)) for x in (k, v))
+    return q, k, v
 
 
-def limit_rms(reference: Tensor, transformed: Tensor) -> Tensor:
-    """Scale `transformed` down, never up, to the channel RMS of `reference` per token and head; both [B, t, S, H, D].
-
-    Translations enter the homogeneous coordinates and can grow without bound over a minute; the recurrence must not see that.
-    """
-    wanted = reference.square().mean(dim=-1, keepdim=True).add(EPS).sqrt()
-    actual = transformed.square().mean(dim=-1, keepdim=True).add(EPS).sqrt()
-    return transformed * (wanted / actual.clamp_min(EPS)).clamp(max=1.0)
-
-
-def discounted_beta(beta: Tensor, key: Tensor, encoded_key: Tensor) -> Tensor:
-    """beta [B, t, S, H] divided by the energy the encoding added to a frame's keys [B, t, S, H, D] (at least 1, mean over S)."""
-    before = torch.linalg.vector_norm(key, dim=-1).clamp_min(EPS)
-    after = torch.linalg.vector_norm(encoded_key, dim=-1).clamp_min(EPS)
-    inflation = (after / before).square().mean(dim=2, keepdim=True)
-    return beta / inflation.clamp_min(1.0)
+def decoded(out: Tensor, rays: RayEncoding) -> Tensor:
+    """Eq. 6, last line: what was read in ray frames brought back to the world, [B, t, S, H, D]."""
+    return encode(out, rays.world_to_ray, rays.rotary.cos, -rays.rotary.sin)
