@@ -1,0 +1,101 @@
+"""Random kill -9 of one or both workers of a run, also during saves: the curve and the final weights are those of the undisturbed run.
+
+Twenty kills on two gloo processes by default; `WM_TRAIN_KILLS=200 make drills` for the long version.
+"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wm_train import checkpoint
+from wm_train.compose import compose, to_json
+from wm_train.manifest import read_manifest
+from wm_train.tracking import read_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = int(os.environ.get("WM_TRAIN_KILLS", "20"))
+STEPS = 60
+
+
+def make_data(folder: Path) -> Path:
+    for command in (
+        ["record", "vizdoom", f"out={folder / 'recording'}", "clips=8", "frames=41", "fps=16"],
+        ["encode", f"source={folder / 'recording'}", "codec=linear", f"out={folder / 'shards'}"],
+    ):
+        module, *arguments = command
+        subprocess.run([sys.executable, "-m", f"data_shards.{module}", *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return folder / "shards"
+
+
+def start(config: Path) -> list[subprocess.Popen]:
+    """Two ranks, as a launcher would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "wm_train.worker", "--config", str(config)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **quiet) for r in range(2)]
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "demo" / "short" / "metrics.jsonl"
+    return len(read_steps(path)) if path.exists() else 0
+
+
+def finish(ranks: list[subprocess.Popen]) -> list[int]:
+    return [rank.wait(timeout=300) for rank in ranks]
+
+
+def supervise(config: Path, folder: Path, kills: int, draws: random.Random) -> int:
+    """Restart the run until it ends, killing it `kills` times on the way; returns how many kills hit a running worker."""
+    done = 0
+    while True:
+        ranks = start(config)
+        if done == kills:
+            assert finish(ranks) == [0, 0]
+            return done
+        before, until = steps_done(folder), time.monotonic() + 60
+        while steps_done(folder) <= before and time.monotonic() < until and ranks[0].poll() is None:
+            time.sleep(0.02)
+        time.sleep(draws.uniform(0.0, 0.6))
+        victims = ranks if draws.random() < 0.3 else [draws.choice(ranks)]
+        if all(rank.poll() is None for rank in ranks):
+            for victim in victims:
+                victim.send_signal(signal.SIGKILL)
+            done += 1
+        elif finish(ranks) == [0, 0]:
+            return done
+        for rank in ranks:  # the survivor ends by itself when its peer's connection closes; a launcher would stop it
+            try:
+                rank.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+
+
+@pytest.mark.drill
+def test_random_kills_do_not_change_a_bit(tmp_path):
+    data, results = make_data(tmp_path), {}
+    for name in ("undisturbed", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        overrides = ["experiment=demo", "stage=short", f"data.path={data}", f"out={folder}", "tracker=none", "trainer.samples=0"]
+        small = ["model.width=64", "recipe.stages.short.global_batch=2", f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=2"]
+        config = folder / "run.json"
+        config.write_text(to_json(compose([*overrides, *small, "trainer.validation_clips=0", "parallel.cp=2"])))
+        hits = supervise(config, folder, KILLS if name == "killed" else 0, random.Random(0))
+        newest = checkpoint.committed(folder / "demo" / "short" / "checkpoints")[-1]
+        rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
+        curve = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+        results[name] = (curve, read_manifest(newest).files)
+        print(f"{name}: {hits} kills")
+    assert results["killed"] == results["undisturbed"], "losses, gradient norms, and the hashes of weights, moments and average"
+    assert len(results["killed"][0]) == STEPS
