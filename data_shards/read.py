@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.files import array_from_bytes, crc32c, npy_header, read_json
+from data_shards.remote import RangeCache, RetryPolicy, ShortRead, fetch, is_transient, storage_options, with_retries
 from data_shards.schema import (
     FIELDS,
     ITEM_BYTES,
@@ -39,6 +40,7 @@ from data_shards.schema import (
 )
 from data_shards.zarr_store import read_bytes
 
+DEFAULT_POLICY = RetryPolicy()
 LARGE_READ = 64 * 2**20
 MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
 
@@ -87,8 +89,11 @@ def entry_at(columns: Any, row: int) -> ClipEntry:
 class ClipDataset:
     """Made by `open_dataset`. Safe to use from several threads."""
 
-    def __init__(self, path: str, filesystem: Any, root: str, info: DatasetInfo, index: Any) -> None:
+    def __init__(
+        self, path: str, filesystem: Any, root: str, info: DatasetInfo, index: Any, policy: RetryPolicy, cache: RangeCache | None
+    ) -> None:
         self.path, self.info = path, info
+        self._policy, self._cache = policy, cache
         self.fingerprint = info.fingerprint  # of the clips that are used: with a selection, another than the data set's
         self._fs, self._root, self._index = filesystem, root, index
         self._columns = index.read(columns=["key", "shard", "episode", "split", "latent_frames", "raw_frames"]).combine_chunks()
@@ -158,15 +163,13 @@ class ClipDataset:
         if start == stop:
             return np.empty(shape, np.float32)
         size = member.row_bytes
-        if entry.shard.endswith(".zarr"):
-            data = read_bytes(self.path, entry, member, start, stop)
-        else:
-            data = self._range(entry, member, member.data_offset + start * size, (stop - start) * size)
-        for i in range(start, stop):
-            if crc32c(memoryview(data)[(i - start) * size : (i - start + 1) * size]) != member.row_crc32c[i]:
-                raise ShardError(
-                    f"checksum: got other bytes than were written {where(entry, member)}, latent frame {i}. Fix: {REPAIR}", entry.shard
-                )
+
+        def wrong(data: bytes) -> str:
+            rows = (memoryview(data)[i * size : (i + 1) * size] for i in range(stop - start))
+            bad = [start + i for i, row in enumerate(rows) if crc32c(row) != member.row_crc32c[start + i]]
+            return f"checksum: got other bytes than were written in latent frames {bad}" if bad else ""
+
+        data = self._range(entry, member, (start, stop), (member.data_offset + start * size, member.data_offset + stop * size), wrong)
         array = array_from_bytes(data, member.dtype, shape).astype(np.float32)
         if not np.isfinite(array).all():
             raise ShardError(
@@ -176,17 +179,16 @@ class ClipDataset:
 
     def whole(self, entry: ClipEntry, member: MemberEntry) -> NDArray[Any]:
         """A replicated member, header and all, verified."""
-        if entry.shard.endswith(".zarr"):
-            data = read_bytes(self.path, entry, member, 0, member.shape[0])
-        else:
-            data = self._range(entry, member, member.offset, member.length)
         header = member.data_offset - member.offset
-        if crc32c(data) != member.crc32c:
-            raise ShardError(f"checksum: got other bytes than were written {where(entry, member)}. Fix: {REPAIR}", entry.shard)
-        if header and data[:header] != npy_header(member.dtype, member.shape):
-            raise ShardError(
-                f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}", entry.shard
-            )
+
+        def wrong(data: bytes) -> str:
+            if crc32c(data) != member.crc32c:
+                return "checksum: got other bytes than were written"
+            if header and data[:header] != npy_header(member.dtype, member.shape):
+                return f"member: got an npy header that is not the index's {member.dtype} {member.shape}"
+            return ""
+
+        data = self._range(entry, member, (0, member.shape[0]), (member.offset, member.offset + member.length), wrong)
         return array_from_bytes(data[header:], member.dtype, member.shape)
 
     def description(self, entry: ClipEntry) -> dict[str, Any]:
@@ -197,25 +199,46 @@ class ClipDataset:
         """The index file as it is, for `verify`."""
         return bytes(self._fs.cat_file(f"{self._root}/index.parquet"))
 
-    def _range(self, entry: ClipEntry, member: MemberEntry, start: int, length: int) -> bytes:
-        try:
-            # an index that lies about sizes must not make us reserve its gigabytes
-            if length > LARGE_READ and start + length > self._fs.size(f"{self._root}/{entry.shard}"):
-                raise OSError(f"the shard ends before byte {start + length}")
-            data = bytes(self._fs.cat_file(f"{self._root}/{entry.shard}", start=start, end=start + length))
-        except (OSError, ValueError) as error:
-            raise ShardError(
-                f"shard: cannot read it ({type(error).__name__}: {error}) {where(entry, member)}. Fix: {REPAIR}", entry.shard
-            ) from error
-        if len(data) != length:
-            raise ShardError(
-                f"shard: got {len(data)} bytes, expected {length} from byte {start} {where(entry, member)}. Fix: {REPAIR}", entry.shard
-            )
+    def _range(
+        self, entry: ClipEntry, member: MemberEntry, rows: tuple[int, int], span: tuple[int, int], wrong: Callable[[bytes], str]
+    ) -> bytes:
+        """Rows of a member, which in a tar are the bytes `span`. `wrong` says what is wrong; a cached range gets a second chance."""
+        if entry.shard.endswith(".zarr"):
+            data = read_bytes(self.path, entry, member, *rows)
+            problem = wrong(data)
+        else:
+            data, problem = self._span(entry, member, span, wrong)
+        if problem:
+            raise ShardError(f"{problem} {where(entry, member)}. Fix: {REPAIR}", entry.shard)
         return data
+
+    def _span(self, entry: ClipEntry, member: MemberEntry, span: tuple[int, int], wrong: Callable[[bytes], str]) -> tuple[bytes, str]:
+        path, length = f"{self._root}/{entry.shard}", span[1] - span[0]
+
+        def fill() -> bytes:
+            # an index that lies about sizes must not make us reserve its gigabytes
+            if length > LARGE_READ and span[1] > self._fs.size(path):
+                raise ShortRead(f"the shard ends before byte {span[1]}")
+            return fetch(self._fs, path, *span, self._policy)
+
+        try:
+            if self._cache is None:
+                data = fill()
+                return data, wrong(data) if len(data) == length else f"shard: got {len(data)} bytes, expected {length} from byte {span[0]}"
+            identity = f"{self.info.fingerprint} {path} {span}"
+            data = self._cache.get(identity, length, fill)
+            if len(data) != length or wrong(data):
+                self._cache.drop(identity)
+                data = self._cache.get(identity, length, fill)
+            return data, wrong(data) if len(data) == length else f"shard: got {len(data)} bytes, expected {length} from byte {span[0]}"
+        except Exception as error:
+            if not isinstance(error, (OSError, ValueError)) and not is_transient(error):
+                raise
+            return b"", f"shard: cannot read it ({type(error).__name__}: {error})"
 
     def _read_group(self, group: int) -> Any:
         try:
-            return self._index.read_row_group(group, columns=["members"])["members"]
+            return with_retries(lambda: self._index.read_row_group(group, columns=["members"])["members"], self._policy)
         except OSError as error:
             raise DataError(f"index: cannot read row group {group} of {self.path}/index.parquet ({error}). Fix: encode again") from error
 
@@ -256,8 +279,15 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
     check_key(entry.key)
 
 
-def open_dataset(path: str, selection: str | None = None) -> ClipDataset:
-    """Open a local folder or an fsspec URL (s3://…, gs://…, https://…); `selection` is a file made by `data_shards.filter`.
+def open_dataset(
+    path: str, selection: str | None = None, policy: RetryPolicy = DEFAULT_POLICY, cache: RangeCache | None = None
+) -> ClipDataset:
+    """Open a local folder or an fsspec URL (s3://…, gs://…, https://…).
+
+    Args:
+        selection: a file made by `data_shards.filter`; only the clips it keeps are seen.
+        policy: time-outs and how long to try again when an object store fails.
+        cache: keeps the ranges read from shards on a local disk.
 
     Raises:
         DataError: no dataset.json there, one that this version cannot read, or an index that does not belong to it.
@@ -266,28 +296,32 @@ def open_dataset(path: str, selection: str | None = None) -> ClipDataset:
     import pyarrow.parquet as pq
 
     try:
-        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem, root = fsspec.core.url_to_fs(path, **storage_options(path, policy))
     except (ValueError, ImportError) as error:
         raise DataError(f"data.path: got {path!r}, expected a folder or a URL that fsspec opens ({error})") from error
     root = root.rstrip("/")
     try:
-        text = filesystem.cat_file(f"{root}/dataset.json").decode()
+        text = with_retries(lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"data.path: got {path}, which holds no dataset.json, expected a finished data set. "
             f"Fix: python -m data_shards.encode source=<recording> out={path}"
         ) from None
+    except OSError as error:
+        raise DataError(
+            f"data.path: cannot read {path}/dataset.json ({type(error).__name__}: {error}). Fix: see access rights and the network"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again") from error
     info = info_from_json(text, f"{path}/dataset.json")
     try:
-        size = filesystem.size(f"{root}/index.parquet")
+        size = with_retries(lambda: filesystem.size(f"{root}/index.parquet"), policy)
         if size != info.index_bytes:
             raise DataError(f"index: got {size} bytes, expected {info.index_bytes} ({path}/index.parquet). Fix: copy it again")
         index = pq.ParquetFile(filesystem.open(f"{root}/index.parquet", "rb"), page_checksum_verification=True)
         if not index.schema_arrow.equals(index_schema()):
             raise OSError("its columns are not those of this version")
-        dataset = ClipDataset(path, filesystem, root, info, index)
+        dataset = ClipDataset(path, filesystem, root, info, index, policy, cache)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"index: cannot read {path}/index.parquet ({error}). Fix: copy it again or encode again") from error
     found = {split: len(dataset.clips(split)) for split in SPLITS}

@@ -1,0 +1,148 @@
+"""Byte ranges from object stores that fail now and then, and a local cache that never holds half a range.
+
+Transient failures (connection lost, time-out, 5xx, throttling, a body shorter than asked) are tried again with growing, jittered pauses
+until `budget_s` is spent. What will not mend itself (no such object, no permission) fails at once. Whether the bytes are right is the
+reader's business: it checks every row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_shards.schema import DataError
+
+T = TypeVar("T")
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# what a client library may raise for a lost connection; others (a bug, a wrong argument) are not retried
+TRANSIENT_NAMES = (
+    "ClientError",
+    "ServerDisconnectedError",
+    "ClientPayloadError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "ResponseStreamingError",
+)
+
+
+class ShortRead(OSError):
+    """Fewer bytes came than were asked for, and the object is not that short."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    budget_s: float = 60.0  # for one range, all attempts together
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 5.0
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 20.0
+
+
+def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
+    """What to hand to fsspec so that one attempt cannot hang: time-outs, and no hidden retries below ours."""
+    if path.startswith(("s3://", "s3a://")):
+        timeouts = {"connect_timeout": policy.connect_timeout_s, "read_timeout": policy.read_timeout_s}
+        return {"config_kwargs": {**timeouts, "retries": {"max_attempts": 0, "mode": "standard"}}}
+    return {}
+
+
+def is_transient(error: BaseException) -> bool:
+    if isinstance(error, PERMANENT):
+        return False
+    return isinstance(error, (OSError, TimeoutError)) or type(error).__name__ in TRANSIENT_NAMES
+
+
+def with_retries(what: Callable[[], T], policy: RetryPolicy, sleep: Callable[[float], None] = time.sleep) -> T:
+    """Call until it succeeds, fails for good, or the budget is spent; then the last error is raised."""
+    started, attempt = time.monotonic(), 0
+    while True:
+        try:
+            return what()
+        except Exception as error:
+            longest = min(policy.longest_pause_s, policy.first_pause_s * 2**attempt)
+            pause = random.uniform(0.5, 1.0) * longest  # many ranks fail together: do not let them return together
+            if not is_transient(error) or time.monotonic() - started + pause > policy.budget_s:
+                raise
+            sleep(pause)
+            attempt += 1
+
+
+def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy) -> bytes:
+    """Bytes [start, stop) of an object.
+
+    Raises:
+        OSError: it is not there or not ours to read, it is shorter, or the store did not recover within the budget.
+    """
+
+    def attempt() -> bytes:
+        data = bytes(filesystem.cat_file(path, start=start, end=stop))
+        if len(data) != stop - start and filesystem.size(path) >= stop:
+            raise ShortRead(f"got {len(data)} of {stop - start} bytes")
+        return data
+
+    return with_retries(attempt, policy)
+
+
+class RangeCache:
+    """Ranges as files in a local folder, up to `limit_bytes`, the least recently used going first. Safe to share between processes: a file
+    is filled under another name and renamed, so it is whole or absent; two that fill the same range write the same bytes."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        if limit_bytes < 1:
+            raise DataError(f"cache size: got {limit_bytes} bytes, expected more than 0. Fix: leave the cache out")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self._lock = threading.Lock()
+        for stale in folder.glob("*.tmp-*"):
+            if time.time() - stale.stat().st_mtime > 3600:  # a younger one may belong to a process that is writing it
+                stale.unlink(missing_ok=True)
+
+    def get(self, identity: str, length: int, fill: Callable[[], bytes]) -> bytes:
+        """The bytes called `identity`, from the folder if they are there with the right length, else from `fill`."""
+        path = self.folder / hashlib.sha256(identity.encode()).hexdigest()
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if len(data) == length:
+                os.utime(path)
+                return data
+        data = fill()
+        if len(data) == length:
+            self._store(path, data)
+        return data
+
+    def drop(self, identity: str) -> None:
+        """Forget a range, say because its bytes turned out to be wrong."""
+        (self.folder / hashlib.sha256(identity.encode()).hexdigest()).unlink(missing_ok=True)
+
+    def _store(self, path: Path, data: bytes) -> None:
+        if len(data) > self.limit_bytes:
+            return
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError:  # a full disk must not stop training: the range was read, it is just not kept
+            temporary.unlink(missing_ok=True)
+            return
+        with self._lock:
+            self._evict()
+
+    def _evict(self) -> None:
+        files = []
+        for file in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process may have evicted it
+                files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in sorted(files):
+            if total <= self.limit_bytes:
+                return
+            file.unlink(missing_ok=True)
+            total -= size
