@@ -43,34 +43,39 @@ def hybrid():
     return load("hybrid")
 
 
-@pytest.fixture
-def processes(tmp_path):
-    """processes(task, world) -> what each gloo process returned, in rank order. The result files decide, not the exit codes."""
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """processes(task, world) -> what each gloo process returned, in rank order; run once. The result files decide, not the exit codes."""
+    done: dict[str, list] = {}
 
-    def run(task: str, world: int, limit_s: float = 90.0) -> list:
-        folder = tmp_path / f"{task}-{world}"
-        folder.mkdir()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-        children = [
-            subprocess.Popen(
-                [sys.executable, str(HERE / "gloo_worker.py"), task, str(rank), str(world), str(folder)],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        deadline = time.monotonic() + limit_s
-        try:
-            logs = [child.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for child in children]
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"{task} on {world} processes took longer than {limit_s} s")
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-        missing = [rank for rank in range(world) if not (folder / f"{rank}.pt").exists()]
-        assert not missing, f"{task}: no result from ranks {missing}\n" + "\n".join(log[-3000:] for log in logs)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    def run(task: str, world: int, limit_s: float = 180.0) -> list:
+        if task not in done:
+            done[task] = launch(task, world, tmp_path_factory.mktemp(task), limit_s)
+        return done[task]
 
     return run
+
+
+def launch(task: str, world: int, folder: Path, limit_s: float) -> list:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "gloo_worker.py"), task, str(rank), str(world), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    deadline = time.monotonic() + limit_s
+    try:
+        logs = [child.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for child in children]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{task} on {world} processes took longer than {limit_s} s")
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+    missing = [rank for rank in range(world) if not (folder / f"{rank}.pt").exists()]
+    assert not missing, f"{task}: no result from ranks {missing}\n" + "\n".join(log[-3000:] for log in logs)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -82,13 +82,16 @@ def run_engine(name: str, rank: int, world: int) -> list:
     return found
 
 
-TASKS = {
-    "deepspeed2": lambda rank: run_engine("deepspeed", rank, 2),
-    "fsdp2": lambda rank: run_fsdp(rank, 2),
-    "fsdp4": lambda rank: run_fsdp(rank, 4),
-    "pair": lambda rank: run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]),
-    "four": lambda rank: run_verbs(rank, [[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)]) + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]),
-}
+def run_two(rank: int) -> dict:
+    return {"verbs": run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]), "fsdp": run_fsdp(rank, 2)}
+
+
+def run_four(rank: int) -> dict:
+    together = run_verbs(rank, [[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)])
+    return {"verbs": together + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]), "fsdp": run_fsdp(rank, 4)}
+
+
+TASKS = {"two": run_two, "four": run_four, "deepspeed": lambda rank: run_engine("deepspeed", rank, 2)}
 
 
 def main(task: str, rank: int, world: int, folder: Path) -> None:

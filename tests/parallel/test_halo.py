@@ -15,11 +15,11 @@ SIDES = ((1, 0), (0, 1), (1, 1), (3, 0), (2, 1), (3, 3), (4, 0), (0, 4), (4, 4))
 def test_halo_equals_indexing(oracles, members, frames):
     kinds = list(oracles.layouts(frames))
     for n, (before, after) in enumerate(SIDES):
-        for edges in ("clip", "document", "chunk"):
-            layout = oracles.layouts(frames)[kinds[(n + members) % len(kinds)]]
-            case = oracles.Case(layout, ("halo",), before=before, after=after, halo_edges=edges, tokens=1)
-            errors = oracles.worst(oracles.joined(oracles.virtual_run(case, 1, members)[0]), oracles.serial_run(case))
-            assert max(errors) <= 1e-12, (case, errors)
+        edges = ("clip", "document", "chunk")[(n + members + frames) % 3]
+        layout = oracles.layouts(frames)[kinds[(n + members) % len(kinds)]]
+        case = oracles.Case(layout, ("halo",), before=before, after=after, halo_edges=edges, tokens=1)
+        errors = oracles.worst(oracles.joined(oracles.virtual_run(case, 1, members)[0]), oracles.serial_run(case))
+        assert max(errors) <= 1e-12, (case, errors)
 
 
 def test_several_tensors_go_in_one_exchange_of_exactly_the_needed_frames(oracles):

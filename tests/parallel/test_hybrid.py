@@ -71,11 +71,12 @@ def test_bytes_of_the_scan_follow_the_formula(hybrid):
         assert member.sent["scan backward"] == 4 * backward * (members - 1)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_fsdp2_gradients_equal_those_of_one_process(processes, hybrid, oracles, world):
+@pytest.mark.parametrize(("task", "world"), [("two", 2), ("four", 4)])
+def test_fsdp2_gradients_equal_those_of_one_process(processes, hybrid, oracles, task, world):
     """Summed over the sequence group, averaged over clips: unequal valid frames, sharded and replicated parameters, checkpointing."""
     _, expected = single(hybrid, torch.float32, 2)
-    for results in processes(f"fsdp{world}", world):
+    for member in processes(task, world):
+        results = member["fsdp"]
         runs = [r for r in results if isinstance(r, tuple)]
         assert len(runs) == (2 if world == 2 else 6)
         for (grads,) in runs:
