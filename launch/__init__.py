@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 LAUNCHERS = {
     "inline": "launch.inline",
     "ray": "launch.on_ray",
+    "slurm": "launch.on_slurm",
     "torchrun": "launch.on_torchrun",
 }  # imported when used, as Ray takes a second
 

@@ -21,7 +21,9 @@ class Death:
     said: str  # the last lines of its log, or why it is thought lost
 
     def __str__(self) -> str:
-        return f"rank {self.rank} died: " + ("it was lost with what kept it" if self.code is None else describe_exit(self.code))
+        return f"rank {self.rank} died: " + (
+            "its node, or the process that kept it, was lost" if self.code is None else describe_exit(self.code)
+        )
 
     @property
     def exit_code(self) -> int:

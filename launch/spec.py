@@ -9,7 +9,26 @@ from pathlib import Path
 
 USER_ERROR = 2  # a worker's exit code for a mistake of the user: trying again cannot help
 INTERRUPTED = 128  # plus the signal's number, as shells do
+JOB_ID = "slurm_job_id"  # file in a stage's folder
 TAIL = 20  # last lines of a rank's log that its death is reported with
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """What a queueing system is asked for, besides the workers. None leaves it to the cluster."""
+
+    name: str
+    after: Path | None = None  # file with the id of a job that must end well before this one starts
+    submit: bool = False
+    account: str | None = None
+    partition: str | None = None
+    time: str | None = None
+    devices: str | None = None
+    container: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    signal_s: int = 120
+    requeue: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class LaunchSpec:
     address: str | None = None  # of a running cluster
     nodes: int = 1  # machines that start this same command themselves (torchrun)
     endpoint: str | None = None  # host:port where they meet
+    batch: BatchJob | None = None  # for a queueing system
     max_restarts: int = 0
     backoff_s: float = 1.0  # before the first restart; doubles each time
     backoff_limit_s: float = 60.0

@@ -280,6 +280,8 @@ def _describe(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if argument is type(None) else _describe(argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_describe(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)}: [{', '.join(_describe(argument) for argument in arguments)}]"
     if origin is dict or dataclasses.is_dataclass(kind):

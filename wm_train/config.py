@@ -110,14 +110,31 @@ class BackendConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """What the batch script asks SLURM for; null leaves it to the cluster's defaults."""
+
+    submit: bool = False  # false: write the script only
+    account: str | None = None
+    partition: str | None = None
+    time: str | None = None  # as sbatch takes it: 1-12:00:00
+    devices: str | None = None  # --gres of each node: gpu:8
+    container: tuple[str, ...] = ()  # words put before the command on every node: [apptainer, exec, image.sif]
+    setup: tuple[str, ...] = ()  # shell lines run before anything else: [module load cuda]
+    options: tuple[str, ...] = ()  # further sbatch options: [--exclusive]
+    signal_s: int = 120  # seconds before the time limit at which the run saves, leaves and is queued again
+    requeue: bool = True
+
+
+@dataclass(frozen=True)
 class LauncherConfig:
-    name: str = "ray"  # ray | torchrun | inline
+    name: str = "ray"  # ray | torchrun | slurm | inline
     workers: int = 2  # over all nodes
     cpus_per_worker: int = 1
     address: str | None = None  # null: join the cluster of RAY_ADDRESS or of `ray job submit`, else start one
     max_restarts: int = 3
-    nodes: int = 1  # torchrun: machines, each of which starts the same command
+    nodes: int = 1  # torchrun: machines, each of which starts the same command; slurm: nodes of the job
     endpoint: str | None = None  # torchrun: host:port of one of them, where they meet
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)

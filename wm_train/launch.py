@@ -22,7 +22,7 @@ from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
-from launch.spec import USER_ERROR, LaunchSpec
+from launch.spec import JOB_ID, USER_ERROR, BatchJob, LaunchSpec
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
 from wm_train.tree_help import help_text
@@ -52,12 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(compose.to_json(config), end="")
         for stage in stages:
-            print(f"# stage {stage.name}: {config.launcher.workers} x {shlex.join(spec_of(config, stage).command)}  -> {stage.directory}")
+            print(f"# stage {stage.name}: {config.launcher.workers} x {shlex.join(WORKER)}  -> {stage.directory}")
         return 0
     for stage in stages:
-        code = run_stage(config, stage)
+        code = run_stage(config, stage, stages)
         if code != 0:
             return code
+    if config.launcher.name == "slurm":
+        return 0  # nothing has run yet
     print(summary(config, stages, arguments))
     return 0
 
@@ -72,8 +74,10 @@ def checked(config: RunConfig) -> tuple[curriculum.PlannedStage, ...]:
     return curriculum.plan(config)
 
 
-def spec_of(config: RunConfig, stage: curriculum.PlannedStage) -> LaunchSpec:
-    """What the launcher is asked for; the worker finds its one stage in `stage` of its config."""
+def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> LaunchSpec:
+    """What the launcher is asked for; the worker finds its one stage in `stage` of its config. In a queue, `stages` wait for each other."""
+    place = stages.index(stage)
+    after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return LaunchSpec(
         command=WORKER,
@@ -93,13 +97,14 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage) -> LaunchSpec:
         address=config.launcher.address,
         nodes=config.launcher.nodes,
         endpoint=config.launcher.endpoint,
+        batch=BatchJob(f"{config.name}-{stage.name}", after, **vars(config.launcher.slurm)),
         max_restarts=config.launcher.max_restarts,
     )
 
 
-def run_stage(config: RunConfig, stage: curriculum.PlannedStage) -> int:
+def run_stage(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> int:
     """Store the resolved config, run the workers, return their exit code."""
-    spec = spec_of(config, stage)
+    spec = spec_of(config, stage, stages)
     try:
         stage.directory.mkdir(parents=True, exist_ok=True)
         # The tracker's address may hold a password, so the file is for its owner only.

@@ -191,15 +191,20 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
     )
     if launcher.name == "inline" and launcher.workers > 1:
         found.append(Problem("launcher.workers", str(launcher.workers), "1 with launcher=inline", "launcher.workers=1, or launcher=ray"))
-    if launcher.nodes > 1 and launcher.name != "torchrun":
+    if launcher.nodes > 1 and launcher.name not in ("torchrun", "slurm"):
         found.append(Problem("launcher.nodes", str(launcher.nodes), f"1 with launcher={launcher.name}", "launcher=torchrun"))
     if launcher.nodes > 1 and launcher.workers % launcher.nodes:
         rule = f"a multiple of the {launcher.nodes} nodes"
         found.append(Problem("launcher.workers", str(launcher.workers), rule, f"launcher.workers={launcher.nodes}"))
-    if launcher.nodes > 1 and not re.fullmatch(r"[^:\s]+:\d{1,5}", launcher.endpoint or ""):
+    if launcher.nodes > 1 and launcher.name == "torchrun" and not re.fullmatch(r"[^:\s]+:\d{1,5}", launcher.endpoint or ""):
         rule = "host:port of one of the nodes, the same on all of them"
         found.append(Problem("launcher.endpoint", repr(launcher.endpoint), rule, "launcher.endpoint=<first node>:29400"))
-    return found
+    slurm = launcher.slurm
+    for key, value in vars(slurm).items():
+        words = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(word, str) and (not word or not word.isprintable()) for word in words):
+            found.append(Problem(f"launcher.slurm.{key}", repr(value), "printable text on one line, as it goes into a batch script"))
+    return [*found, *_check("launcher.slurm.", slurm, _counts("signal_s", low=0))]
 
 
 def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStage]) -> list[Problem]:

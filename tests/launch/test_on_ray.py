@@ -115,7 +115,7 @@ if first:
 """
     )
     assert on_ray.run(spec(program, workers=2, address=cluster, max_restarts=1), view) == 0
-    assert "rank 1 died: its node or its Ray actor was lost" in view.out.getvalue()
+    assert "rank 1 died: its node, or the process that kept it, was lost" in view.out.getvalue()
     assert all_gone(tmp_path, 4)
 
 
