@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from parallel.layout import ClipLayout
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
+from wm_train.models.streaming import StreamingSequence, StreamState
 from wm_train.noise import NoiseKey, normal
 from wm_train.objectives.flow_matching import first_frames, shift_sigma
 
@@ -38,16 +41,66 @@ def rollout(
     local = (sequence.frames.start, sequence.frames.stop)
     b = first_latent.shape[0]
     clean = first_frames(sequence, first_latent.device)[None, :].expand(b, local[1] - local[0])
-    sigmas = shift_sigma(torch.linspace(1.0, 0.0, steps + 1), flow_shift).tolist()
     given = first_latent.float()[:, None].expand(b, local[1] - local[0], *first_latent.shape[1:])
-    hold = clean[:, :, None, None, None]
-    latents = torch.where(hold, given, normal(key, "rollout", draws, local, tuple(first_latent.shape[1:])))
+    noise = normal(key, "rollout", draws, local, tuple(first_latent.shape[1:]))
     without = replace(conditions, camera_keep=torch.zeros(b, dtype=torch.bool, device=first_latent.device))
+
+    def velocity(latents: Tensor, level: Tensor) -> Tensor:
+        seen = model(latents, level, conditions, sequence).float()
+        if guidance == 1.0:
+            return seen
+        plain = model(latents, level, without, sequence).float()
+        return plain + guidance * (seen - plain)
+
+    return euler(velocity, noise, clean, given, steps, flow_shift)
+
+
+@torch.no_grad()
+def stream_rollout(
+    model: nn.Module,
+    first_latent: Tensor,
+    conditions: Conditions,
+    steps: int,
+    key: NoiseKey,
+    draws: Tensor,
+    layout: ClipLayout,
+    *,
+    flow_shift: float = 1.0,
+) -> Iterator[Tensor]:
+    """Yield the chunks of a clip, fp32 [B, t, C, h, w] each, as a chunk-causal model makes them; memory does not grow with the clip
+    once the attention window is full (SANA-WM §3.2).
+
+    Every chunk is denoised while the past stays as it is, then seen once more clean, and that pass makes the state of the next.
+    Arguments as for `rollout`; layout: the whole clip with its chunk starts.
+    """
+    state = StreamState()
+    for start in layout.chunk_starts:
+        chunk = layout.chunk_of(start)
+        b, t = first_latent.shape[0], len(chunk)
+        clean = (torch.arange(start, chunk.stop, device=first_latent.device) == 0)[None].expand(b, t)
+        given = first_latent.float()[:, None].expand(b, t, *first_latent.shape[1:])
+        noise = normal(key, "rollout", draws, (start, chunk.stop), tuple(first_latent.shape[1:]))
+
+        def velocity(latents: Tensor, level: Tensor, state: StreamState = state) -> Tensor:
+            return model(latents, level, conditions, StreamingSequence(layout, state)).float()
+
+        latents = euler(velocity, noise, clean, given, steps, flow_shift)
+        sequence = StreamingSequence(layout, state)
+        model(latents, torch.zeros(b, t, device=latents.device), conditions, sequence)
+        state = sequence.after()
+        yield latents
+
+
+def euler(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, clean: Tensor, given: Tensor, steps: int, flow_shift: float
+) -> Tensor:
+    """Euler steps from noise [B, t, C, h, w] at sigma 1 to data at 0; frames marked in clean [B, t] stay `given`, at sigma 0.
+
+    velocity(latents, sigma [B, t]) -> [B, t, C, h, w].
+    """
+    hold = clean[:, :, None, None, None]
+    latents = torch.where(hold, given, noise)
+    sigmas = shift_sigma(torch.linspace(1.0, 0.0, steps + 1), flow_shift).tolist()
     for sigma, following in pairwise(sigmas):
-        level = torch.where(clean, 0.0, sigma)
-        velocity = model(latents, level, conditions, sequence).float()
-        if guidance != 1.0:
-            plain = model(latents, level, without, sequence).float()
-            velocity = plain + guidance * (velocity - plain)
-        latents = torch.where(hold, given, latents + (following - sigma) * velocity)
+        latents = torch.where(hold, given, latents + (following - sigma) * velocity(latents, torch.where(clean, 0.0, sigma)))
     return latents

@@ -1,0 +1,140 @@
+"""Autoregressive rollout: one chunk at a time, with the past in a state of constant size (SANA-WM §3.2, chunk-causal inference; §5.4).
+
+Frames meet only in the verbs of a `SequenceShard`, so a streaming model is the same model with another implementation of the verbs:
+`StreamingSequence` holds the frames of one chunk and answers from what earlier chunks left behind. It remembers per call, in the order of
+the calls of a forward pass: the recurrent states of a scan, the last frames of a convolution, keys and values of the sink chunks and of
+the window for attention. One device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.gdn_scan import Reverse, ScanOutput
+from parallel.layout import ClipLayout
+from parallel.masks import FULL, AttentionMask
+from parallel.reference import REFERENCE, Kernels, Stream
+from parallel.sequence import HaloEdges, LocalSequence
+
+
+@dataclass(frozen=True)
+class Past:
+    """What one verb call remembers: tensors, and for attention one (keys, values) pair per kept chunk, sink chunks first."""
+
+    tensors: tuple[Tensor, ...] = ()
+    sink: tuple[tuple[Tensor, Tensor], ...] = ()
+    window: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Everything a rollout carries from chunk to chunk. `frames`: latent frames done; the empty state starts a video."""
+
+    frames: int = 0
+    calls: tuple[Past, ...] = ()
+
+    def elements(self) -> int:
+        """Numbers held, over all calls."""
+        pairs = [x for past in self.calls for kept in (past.sink, past.window) for pair in kept for x in pair]
+        return sum(x.numel() for past in self.calls for x in past.tensors) + sum(x.numel() for x in pairs)
+
+
+@dataclass
+class StreamingSequence:
+    """The verbs for the chunk that starts at `state.frames`. Make one for each forward pass; `after()` is the state once it ran.
+
+    layout: the whole clip, its chunk starts included; a pass whose `after()` is not used leaves no trace (denoising steps).
+    """
+
+    layout: ClipLayout
+    state: StreamState
+    kernels: Kernels = REFERENCE
+    _left: list[Past] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.layout.document_starts != (0,) or self.layout.ragged:
+            raise ValueError(
+                f"streaming failed: got documents {self.layout.document_starts} and valid_frames {self.layout.valid_frames}, expected one "
+                "document without padding (StreamingSequence). Fix: roll documents out one by one"
+            )
+        if self.state.frames not in self.layout.chunk_starts:
+            raise ValueError(
+                f"streaming failed: got a state after {self.state.frames} frames, expected a chunk start of {self.layout.chunk_starts} "
+                "(StreamingSequence). Fix: keep one layout for the whole rollout"
+            )
+        self.frames = self.layout.chunk_of(self.state.frames)
+        self._alone = LocalSequence(ClipLayout(len(self.frames)), self.kernels)
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.arange(self.frames.start, self.frames.stop, dtype=torch.int64)[None]
+
+    def after(self) -> StreamState:
+        """The state with this chunk in it; call when the forward pass is over."""
+        return StreamState(self.frames.stop, tuple(self._left))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
+        """q, k, v [B, t, S, H, D]; keys of the visible chunks -> [B, t, S, H, D]."""
+        if mask.causality != "chunk":
+            raise ValueError(
+                f"streaming failed: got {mask.causality} attention, expected chunk-causal, or the past would have to see the future "
+                "(key model.causal). Fix: model.causal=true"
+            )
+        past = self._past()
+        kept = [*past.sink, *past.window, (k, v)]
+        keys, values = (torch.cat([pair[i] for pair in kept], dim=1) for i in (0, 1))
+        b, t, s, h, d = q.shape
+        flat = [x.reshape(b, x.shape[1] * s, x.shape[3], d).transpose(1, 2) for x in (q, keys, values)]
+        out = F.scaled_dot_product_attention(flat[0], flat[1], flat[2])
+        sinks = mask.sink if mask.window is not None else 0
+        sink, window = past.sink, past.window
+        if len(sink) < sinks:
+            sink = (*sink, (k, v))
+        else:
+            window = (*window, (k, v))
+            window = window if mask.window is None else window[max(0, len(window) - mask.window + 1) :]
+        self._left.append(Past(sink=sink, window=window))
+        return out.transpose(1, 2).reshape(b, t, s, h, d)
+
+    def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
+        """The forward recurrence goes on from the chunk before; the reverse one sees this chunk alone."""
+        assert initial is None, "a streaming scan has its own initial state"
+        past = self._past().tensors
+        start = past or [stream.update.new_zeros(stream.update.shape[0], *stream.update.shape[2:]) for stream in streams]
+        out = self._alone.scan(streams, reverse, start)
+        self._left.append(Past(tuple(out.final)))
+        return out
+
+    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
+        """Taps before the chunk come from the chunks before; there is nothing after it yet."""
+        past = self._past().tensors
+        t, taps, tails = len(self.frames), [], []
+        for i, x in enumerate(tensors):
+            tail = past[i] if past else x.new_zeros(x.shape[0], before, *x.shape[2:])
+            extended = torch.cat([tail, x, x.new_zeros(x.shape[0], after, *x.shape[2:])], dim=1)
+            taps.append(tuple(extended[:, j : j + t] for j in range(before + 1 + after)))
+            tails.append(extended[:, t : t + before])
+        self._left.append(Past(tuple(tails)))
+        return taps
+
+    def mean(self, value: Tensor, weight: Tensor) -> Tensor:
+        """Over this chunk."""
+        return self._alone.mean(value, weight)
+
+    def _past(self) -> Past:
+        """What this call, the n-th of its pass, left in the chunk before."""
+        call = len(self._left)
+        return self.state.calls[call] if self.state.calls else Past()
+
+
+def chunk_starts(frames: int, chunk_frames: int) -> tuple[int, ...]:
+    """First frames of the chunks of a clip: the first holds one frame more (the image), as the public layout `first_chunk_plus_one` does.
+
+    frames 11, chunk_frames 3 -> (0, 4, 7, 10). chunk_frames 0: one chunk, bidirectional.
+    """
+    return (0, *range(chunk_frames + 1, frames, chunk_frames)) if chunk_frames else (0,)
