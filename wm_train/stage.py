@@ -15,6 +15,7 @@ from wm_train.backends import Backend
 from wm_train.conditioning import Conditions
 from wm_train.config import RunConfig, StageConfig
 from wm_train.curriculum import ordered
+from wm_train.metrics.flops import forward_flops, step_flops
 from wm_train.noise import NoiseKey
 from wm_train.state import SetupError
 from wm_train.world import World
@@ -32,6 +33,7 @@ class Stage:
     dataset: ClipDataset
     latent_frames: int  # T
     noise: NoiseKey
+    step_flops: int  # of the whole global batch, see metrics/flops.py
 
 
 def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
@@ -54,7 +56,11 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
         )
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
     place = ordered(run.recipe).index(run.stage)
-    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place))
+    info = dataset.info
+    flops = step_flops(
+        forward_flops(run.model, frames, info.latent_height * info.latent_width // run.model.patch_size**2), config.global_batch
+    )
+    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place), flops)
 
 
 def open_loader(stage: Stage, split: str, global_batch: int, first_step: int = 0) -> ClipLoader:

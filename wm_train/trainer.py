@@ -18,6 +18,7 @@ from wm_train.config import RunConfig
 from wm_train.curriculum import stage_directory
 from wm_train.guard import Guard
 from wm_train.manifest import CheckpointError
+from wm_train.metrics.flops import mfu
 from wm_train.objectives import OBJECTIVES
 from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.ema import ema_update
@@ -158,5 +159,7 @@ def speed(stage: Stage, seconds: float) -> dict[str, float]:
         "step_s": seconds,
         "frames_per_s": config.global_batch * config.frames / seconds,
         "tokens_per_s": tokens / seconds,
+        "model_tflops_per_s": stage.step_flops / seconds / 1e12,
+        **({"mfu": mfu(stage.step_flops, seconds, stage.world.size, peak)} if (peak := stage.backend.peak_flops) else {}),
         **{f"memory_{name}_bytes": value for name, value in stage.backend.memory().items()},
     }

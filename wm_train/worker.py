@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopRequest().listen()
     try:
         run = from_json(config_path.read_text(encoding="utf-8"))
-        backend = get_backend(run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            backend = get_backend(run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0")))
+        except ValueError as error:
+            raise SetupError(str(error)) from error
         world = join_world(backend, run.backend.collective_timeout_s)
         train_stage(run, backend, world, Progress(speaks=world.rank == 0), stop)
     except (ConfigError, SetupError) as error:

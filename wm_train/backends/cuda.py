@@ -7,6 +7,10 @@ import torch
 from wm_train.backends.protocol import Backend
 
 
+# dense bf16, from the vendor's data sheets of the SXM parts; longer names first
+PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
 def present() -> bool:
     """Whether this process can use an NVIDIA device."""
     return torch.cuda.is_available()
@@ -25,7 +29,8 @@ def make(threads: int, local_rank: int) -> Backend:
     torch.set_num_threads(threads)
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    return Backend("cuda", device, "nccl", synchronize=lambda: torch.cuda.synchronize(device), memory=lambda: _memory(device))
+    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
+    return Backend("cuda", device, "nccl", lambda: torch.cuda.synchronize(device), lambda: _memory(device), peak)
 
 
 def _memory(device: torch.device) -> dict[str, int]:
