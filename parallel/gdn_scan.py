@@ -39,8 +39,9 @@ Reverse = Literal["inclusive", "exclusive"] | None
 
 
 class ScanOutput(NamedTuple):
-    """states: per stream [B, T/P, H, E, D], forward inclusive plus reverse state.  final: per stream [B, H, E, D], F after the clip's last
-    frame.
+    """states: per stream [B, T/P, H, E, D], forward inclusive plus reverse state.
+
+    final: per stream [B, H, E, D], F after the clip's last frame, the same on all members; the gradients that members give it are added up.
     """
 
     states: list[Tensor]

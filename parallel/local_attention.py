@@ -103,9 +103,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) ->
 def block_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of dq, dk, dv (accumulation dtype, shapes of q, k, v), given the final out [B, n, S, H, D] and LSE [B, n, S,
-    H].
+    """This block's share of dq, dk, dv (shapes of q, k, v; accumulation dtype, or that of the inputs).
+
+    out [B, n, S, H, D] and lse [B, n, S, H] are the final ones, over all blocks.
     """
+    if tiles == (Tile(None, (0, q.shape[1]), ((0, k.shape[1]),)),):
+        g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (grad, q, out, k, v, lse[..., None]))
+        grads = dense_attention_backward(g, qq, kk, vv, oo, ll[..., 0])
+        return tuple(x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (q, k, v)))  # type: ignore[return-value]
     wide = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     for tile in tiles:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from datetime import timedelta
+from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -150,7 +151,7 @@ class Mesh:
         return split_evenly(latent_frames, self.sequence_size)[self.sequence_index]
 
 
-def sequence_comm(member: Member, rank_groups: dict[str, list[list[int]]], **options: Any) -> ProcessGroupComm:
+def sequence_comm(member: Member, rank_groups: dict[str, list[list[int]]], timeout: timedelta | None = None) -> ProcessGroupComm:
     """Make the process groups of all sequence groups (every process must call this with the same lists) and join this process's own.
 
     rank_groups: per axis ("sequence", "ulysses", "ring") all groups as global ranks in member order; they need not be contiguous, but
@@ -165,15 +166,18 @@ def sequence_comm(member: Member, rank_groups: dict[str, list[list[int]]], **opt
         key = tuple(tuple(ranks) for ranks in lists)
         if key not in made:  # axes that coincide (ring 1, or ulysses 1) share a communicator
             for ranks in lists:
-                group = dist.new_group(ranks, use_local_synchronization=False, **options)
+                group = dist.new_group(ranks, timeout=timeout)
                 if dist.get_rank() in ranks:
                     made[key] = group
         groups[axis] = made[key]
     return ProcessGroupComm(member, groups)
 
 
-def build_mesh(degrees: MeshDegrees, device_type: str) -> Mesh:
-    """The mesh of the initialised default process group. Every process calls it with the same degrees."""
+def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None = None) -> Mesh:
+    """The mesh of the initialised default process group. Every process calls it with the same degrees.
+
+    timeout: how long a collective of the sequence groups may take (None: torch's default; new groups do not inherit the default group's).
+    """
     degrees.check(dist.get_world_size(), degrees.ulysses)
     place = degrees.coordinate(dist.get_rank())
     inner = degrees.dp_shard * degrees.cp
@@ -185,5 +189,5 @@ def build_mesh(degrees: MeshDegrees, device_type: str) -> Mesh:
     if degrees.cp > 1:
         member = Member(place.ring, place.ulysses, degrees.ring, degrees.ulysses)
         axes = ["sequence", *(["ulysses"] if degrees.ulysses > 1 else []), *(["ring"] if degrees.ring > 1 else [])]
-        comm = sequence_comm(member, {axis: degrees.groups(axis) for axis in axes})
+        comm = sequence_comm(member, {axis: degrees.groups(axis) for axis in axes}, timeout)
     return Mesh(degrees, place, fsdp, comm)

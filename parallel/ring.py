@@ -42,10 +42,10 @@ def repeat_heads(x: Tensor, spans: HeadSpans) -> Tensor:
 
 
 def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
-    """The adjoint of `repeat_heads`, in a fixed order."""
+    """The adjoint of `repeat_heads`, in a fixed order and in the accumulation dtype."""
     if all(stop - start == 1 for start, stop in spans):
         return x
-    return torch.stack([x[:, :, :, start:stop].sum(3) for start, stop in spans], 3)
+    return torch.stack([x[:, :, :, start:stop].sum(3, dtype=accumulation_dtype(x.dtype)) for start, stop in spans], 3)
 
 
 def _shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:
@@ -111,16 +111,19 @@ def backward(
     """Gradients of q, k, v from that of out; kept = q, k, v, out, LSE as `forward` had and made them."""
     q, k, v, out, lse = kept
     mine, wide = ranges[member.ring_index], accumulation_dtype(q.dtype)
-    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+    blocks = [tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring]) for step in range(member.ring)]
+    if member.ring == 1 and cache is None and blocks[0]:
+        dq, dk, dv = kernels.block_attention_backward(grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, blocks[0])
+        return dq, sum_heads(dk, spans), sum_heads(dv, spans)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     if cache is not None:
         pieces = cache_tiles(layout, mine, cache[0].shape[1])
-        dq = dq + kernels.block_attention_backward(grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces)[0]
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    for step in range(member.ring):
-        pieces = tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
+        dq += kernels.block_attention_backward(grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces)[0]
+    for step, pieces in enumerate(blocks):
         if pieces:
             part = kernels.block_attention_backward(grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, pieces)
-            dq, dk, dv = dq + part[0], dk + sum_heads(part[1], spans), dv + sum_heads(part[2], spans)
+            dq += part[0]
+            dk, dv = dk + sum_heads(part[1], spans), dv + sum_heads(part[2], spans)
         coming = len(ranges[(member.ring_index - step - 1) % member.ring])
         if step + 1 < member.ring:
             # k, v, dk, dv of the block of r − step -> those of the block of r − step − 1
