@@ -19,7 +19,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.files import array_from_bytes, crc32c, npy_header, read_json
+from data_shards.files import all_finite, array_from_bytes, as_float32, crc32c, npy_header, read_json
 from data_shards.remote import RangeCache, RetryPolicy, ShortRead, fetch, is_transient, storage_options, with_retries
 from data_shards.schema import (
     FIELDS,
@@ -140,8 +140,10 @@ class ClipDataset:
             raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {TIME_SHARDED}). Fix: encode again")
         return found
 
-    def read(self, key: str | ClipEntry, frames: tuple[int, int] | None = None, replicated: bool = True) -> Clip:
+    def read(self, key: str | ClipEntry, frames: tuple[int, int] | None = None, replicated: bool = True, stored: bool = False) -> Clip:
         """A clip's latent frames [start, stop) and, unless `replicated` is False, its other members whole.
+
+        `stored` leaves the latents as they lie in the shard, for those who convert them faster: float16, or bfloat16's bits as uint16.
 
         Raises:
             DataError: an unknown key, frames outside the clip, missing or changed bytes.
@@ -153,15 +155,18 @@ class ClipDataset:
             self.whole(entry, members[field]) if replicated and field in members else None
             for field in ("c2w.npy", "intrinsics.npy", "controls.npy")
         )
-        return Clip(entry, self.rows(entry, members[TIME_SHARDED], start, stop), c2w, intrinsics, controls)
+        latents = self.rows(entry, members[TIME_SHARDED], start, stop)
+        if not stored:
+            latents = as_float32(latents, members[TIME_SHARDED].dtype)
+        return Clip(entry, latents, c2w, intrinsics, controls)
 
     def rows(self, entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) of a time-sharded member, as float32: one range read of just these bytes, each row verified."""
+        """Rows [start, stop) of a time-sharded member as stored (bfloat16 as uint16): one read of just these bytes, each row verified."""
         if not 0 <= start <= stop <= member.shape[0]:
             raise DataError(f"latent frames: got {start}:{stop}, expected a range inside 0:{member.shape[0]} (key {entry.key})")
         shape = (stop - start, *member.shape[1:])
         if start == stop:
-            return np.empty(shape, np.float32)
+            return array_from_bytes(b"", member.dtype, shape)
         size = member.row_bytes
 
         def wrong(data: bytes) -> str:
@@ -170,8 +175,8 @@ class ClipDataset:
             return f"checksum: got other bytes than were written in latent frames {bad}" if bad else ""
 
         data = self._range(entry, member, (start, stop), (member.data_offset + start * size, member.data_offset + stop * size), wrong)
-        array = array_from_bytes(data, member.dtype, shape).astype(np.float32)
-        if not np.isfinite(array).all():
+        array = array_from_bytes(data, member.dtype, shape)
+        if not all_finite(array, member.dtype):
             raise ShardError(
                 f"latents: got NaN or infinite values {where(entry, member)}, frames {start}:{stop}. Fix: encode again", entry.shard
             )

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import google_crc32c
-import numpy as np
 
 from data_shards.arguments import Option, run, text, whole
-from data_shards.files import array_from_bytes, crc32c, npy_header
+from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import SPLITS, TIME_SHARDED, ClipEntry, DatasetInfo, MemberEntry, ShardError
 from data_shards.write import BLOCK, fingerprint, shard_size, tar_header
@@ -87,7 +86,7 @@ def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -
         if member.field == TIME_SHARDED:
             if len(data) == step and crc32c(data) != member.row_crc32c[frame]:
                 problem = problem or f"checksum: got other bytes than were written, latent frame {frame}"
-            elif len(data) == step and not np.isfinite(array_from_bytes(data, member.dtype, member.shape[1:])).all():
+            elif len(data) == step and not all_finite(array_from_bytes(data, member.dtype, member.shape[1:]), member.dtype):
                 problem = problem or f"latents: got NaN or infinite values, latent frame {frame}"
             frame += 1
     return problem or ("" if total == member.crc32c else "checksum: got other bytes than were written")
