@@ -6,7 +6,6 @@ import torch
 
 from wm_train.backends.protocol import Backend
 
-
 # dense bf16, from the vendor's data sheets of the SXM parts; longer names first
 PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 

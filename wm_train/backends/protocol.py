@@ -13,8 +13,8 @@ class Backend:
     """One worker's hardware.
 
     `device` is where its tensors live, `collectives` the torch.distributed back end that joins workers, `synchronize` waits for queued work
-    (for honest timings), `memory` reports bytes: {"allocated", "peak"}, and `peak_flops` is the dense bf16 rate that the vendor states, in FLOP/s,
-    None where it is not known.
+    (for honest timings), `memory` reports bytes: {"allocated", "peak"}. `peak_flops` is the dense bf16 rate that the vendor states, in
+    FLOP/s; None where it is not known.
     """
 
     name: str
