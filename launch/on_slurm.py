@@ -34,7 +34,7 @@ leaving=no
 leave() {{
   leaving=yes
   echo "the time limit is near: asking the workers to save"
-  kill -TERM "$step"
+  scancel --signal=TERM "$SLURM_JOB_ID.0" # to the step; a SIGTERM to srun itself would kill it at once
 }}
 trap leave USR1
 
