@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 
 from parallel.mesh import MeshDegrees
 from wm_train import compose, curriculum
+from wm_train.backends import get_backend
 from wm_train.config import ParallelConfig, RunConfig
 from wm_train.parity_case import Comparison, Outcome, ParityCase, TrafficRow, compare, not_exercised, on_one_device, on_virtual_ranks
 
@@ -35,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="a checkpoint directory (step_N) instead of seeded weights")
     parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
-    torch.set_num_threads(1)
     try:
         config = compose.compose(options.overrides)
         degrees = degrees_of(config, options.processes)
@@ -86,6 +85,7 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         grid=(rows, columns),
         double=options.double,
         checkpoint=options.checkpoint,
+        device="cpu" if options.processes else str(get_backend(config.backend.name, config.backend.threads).device),
     )
 
 
@@ -96,10 +96,10 @@ def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: 
         if processes
         else f"{degrees.cp} virtual ranks (ring {degrees.ring} x ulysses {degrees.ulysses}; the sequence mesh. FSDP: --processes)"
     )
+    valid = ", ".join(str(n) for n in case.layout.valid_frames or ())
     return (
-        f"{config.name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames} latent frames"
-        f" ({', '.join(str(n) for n in case.layout.valid_frames or ())} valid), {'float64' if case.double else 'float32'}\n"
-        f"one device against {where}\n"
+        f"{config.name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames} latent frames ({valid} valid),"
+        f" {'float64' if case.double else 'float32'} on {case.device}\none device against {where}\n"
     )
 
 

@@ -21,6 +21,7 @@ from parallel.traffic import expected_cost
 from parallel.virtual import VirtualComm, replicate, run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig, ObjectiveConfig
+from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.models import build_model
 from wm_train.models.init import initialise_
 from wm_train.noise import NoiseKey, normal
@@ -32,7 +33,7 @@ WAKE = 0.1  # standard deviation of the noise that replaces zeros of a fresh mod
 
 @dataclass(frozen=True)
 class ParityCase:
-    """Everything a run depends on. frames: latent; grid: latent rows and columns."""
+    """Everything a run depends on. frames: latent; grid: latent rows and columns; device: where it runs, with that device's kernels."""
 
     model: ModelConfig
     objective: ObjectiveConfig
@@ -43,6 +44,7 @@ class ParityCase:
     grid: tuple[int, int]
     double: bool
     checkpoint: str | None = None
+    device: str = "cpu"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,8 +52,10 @@ class ParityCase:
 
     @property
     def layout(self) -> ClipLayout:
+        """Every second clip is shorter. Chunk-causal models see chunks of 4, 3, 3, … latent frames, as SANA-WM's."""
         short = max(1, self.frames - max(1, self.frames // 4))
-        return ClipLayout(self.frames, valid_frames=tuple(self.frames if row % 2 == 0 else short for row in range(self.batch)))
+        valid = tuple(self.frames if row % 2 == 0 else short for row in range(self.batch))
+        return ClipLayout(self.frames, chunk_starts=(0, *range(4, self.frames, 3)) if self.model.causal else (0,), valid_frames=valid)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def make_model(case: ParityCase) -> nn.Module:
         load_weights(model, Path(case.checkpoint))
     else:
         wake_(model, case.seed)
-    return model.to(case.dtype)
+    return model.to(case.device, case.dtype)
 
 
 @torch.no_grad()
@@ -136,8 +140,9 @@ def forward(case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: s
     conditions = conditions_of(case)
     per_row: dict[str, Any] = {name: getattr(conditions, name) for name in ("c2w", "intrinsics", "text", "text_mask")}
     per_row = {name: None if value is None else value[rows] for name, value in per_row.items()}
-    conditions = replace(conditions, **per_row)
-    clips = Clips(latents_of(case)[rows, sequence.frames.start : sequence.frames.stop], torch.arange(case.batch)[rows])
+    conditions = replace(conditions, **{name: None if value is None else value.to(case.device) for name, value in per_row.items()})
+    latents = latents_of(case)[rows, sequence.frames.start : sequence.frames.stop]
+    clips = Clips(latents.to(case.device), torch.arange(case.batch)[rows].to(case.device))
     output = OBJECTIVES[case.objective.name](model, clips, NoiseKey(case.seed, 0), case.objective, sequence, conditions)
     for handle in handles:
         handle.remove()
@@ -150,7 +155,7 @@ def set_scope(sequence: SequenceShard, scope: str) -> None:
 
 def on_one_device(case: ParityCase) -> Outcome:
     model = make_model(case)
-    losses, velocity = forward(case, model, LocalSequence(case.layout))
+    losses, velocity = forward(case, model, LocalSequence(case.layout, sequence_kernels(torch.device(case.device))))
     (losses.sum() / case.batch).backward()
     return Outcome(losses.detach(), velocity, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
@@ -159,10 +164,11 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
     """The same over ring x ulysses members in this process, and what they sent."""
     models = replicate(make_model(case), ring * ulysses)
     comms: list[VirtualComm] = []
+    kernels = sequence_kernels(torch.device(case.device))
 
     def body(comm: VirtualComm) -> tuple[Tensor, Tensor]:
         comms.append(comm)
-        return forward(case, models[comm.members[0].index], GroupSequence(case.layout, comm))
+        return forward(case, models[comm.members[0].index], GroupSequence(case.layout, comm, kernels))
 
     results, _ = run_virtual(body, ring, ulysses)
     torch.stack([losses.sum() / case.batch for losses, _ in results]).sum().backward()

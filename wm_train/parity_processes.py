@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
     rows = slice(mesh.data_index * each, (mesh.data_index + 1) * each)
     valid = case.layout.valid_frames
     assert valid is not None
-    sequence = make_sequence(type(case.layout)(case.frames, valid_frames=valid[rows]), mesh)
+    sequence = make_sequence(replace(case.layout, valid_frames=valid[rows]), mesh)
     losses, velocity = forward(case, model, sequence, rows)
     (losses.sum() / case.batch).backward()
     found = {"losses": losses.detach(), "velocity": velocity}

@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from parallel.sequence import LocalSequence
+
 MEMBERS = (1, 2, 3, 4, 8)
 FRAMES = (1, 2, 5, 11, 61, 121)
 KINDS = ("plain", "chunks 4,3,3", "chunks given", "documents", "ragged", "all")
@@ -44,3 +46,14 @@ def test_scan_in_single_precision(oracles, members):
     for frames in (5, 61):
         for variant in VARIANTS[1::5]:
             check(oracles, members, frames, variant, torch.float32, (5e-6, 3e-5))
+
+
+def test_the_graph_does_not_grow_with_the_frames(oracles):
+    """One node over the leaves, and what it keeps: its inputs and, per stream, two boundary states and the members' composites."""
+    case = oracles.Case(oracles.ClipLayout(61), ("scan",), heads=2)
+    leaves, outputs, _ = oracles.member_run(case, LocalSequence(case.layout))
+    node = outputs["numerator.states"].grad_fn
+    assert {type(parent).__name__ for parent, _ in node.next_functions if parent is not None} == {"AccumulateGrad"}
+    assert node is outputs["normaliser.final"].grad_fn
+    kept = [x for x in node.saved_tensors if x is not None]
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in leaves.values()}
