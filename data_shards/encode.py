@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from data_shards.arguments import Option, choice, number, run, text, whole
 from data_shards.codec import CODECS, LatentCodec, make_codec, psnr_db
+from data_shards.controls import bucket_events
 from data_shards.files import publish_folder, read_json, write_durably
 from data_shards.schema import (
     ITEM_BYTES,
@@ -40,7 +42,7 @@ from data_shards.zarr_store import ZarrWriter
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
-    "source": Option(text, "a recording", required=True),
+    "source": Option(text, "a recording, or a folder of videos", required=True),
     "out": Option(text, "folder to make", required=True),
     "codec": Option(choice(*CODECS), "video <-> latents", "linear"),
     "channels": Option(whole(1, 4096), "latent channels (codec linear)", 48),
@@ -161,7 +163,10 @@ def encode_shard(job: Job) -> Path:
             arrays: dict[str, tuple[str, NDArray[Any]]] = {"latent.npy": (job.settings.latent_dtype, latents)}
             if content.c2w is not None and intrinsics is not None:
                 arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
-            if content.frame_controls is not None:
+            if content.events is not None:
+                fps = Fraction(source.fps).limit_denominator(100_000)
+                arrays["controls.npy"] = ("float32", bucket_events(content.events, len(latents), fps, codec.temporal_stride))
+            elif content.frame_controls is not None:
                 controls = bucket_controls(content.frame_controls, source.control_sums, codec.temporal_stride)
                 arrays["controls.npy"] = ("float32", controls)
             facts = {"key": clip.key, "episode": clip.episode, "split": split, "fps": source.fps, "raw_frames": len(video)}
@@ -289,6 +294,8 @@ def encode(source: str, out: str, workers: int, settings: Settings) -> None:
     if size != (first.height, first.width):
         before = f"{first.height}x{first.width}"
         print(f"frames are cropped at the centre from {before} to {size[0]}x{size[1]}, multiples of {stride}")
+    for note in clips.notes:
+        print(note)
     started = time.perf_counter()
     todo = [job for job in jobs if not is_done(job)]
     columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())

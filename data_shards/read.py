@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_shards.files import all_finite, array_from_bytes, as_float32, crc32c, npy_header, read_json
@@ -97,8 +98,8 @@ class ClipDataset:
         self.fingerprint = info.fingerprint  # of the clips that are used: with a selection, another than the data set's
         self._fs, self._root, self._index = filesystem, root, index
         self._columns = index.read(columns=["key", "shard", "episode", "split", "latent_frames", "raw_frames"]).combine_chunks()
-        splits = self._columns["split"].to_numpy()
-        self._rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
+        # compared inside Arrow: a million Python strings would cost a second and 60 MB
+        self._rows = {split: np.flatnonzero(pc.equal(self._columns["split"], split).to_numpy()) for split in SPLITS}
         group_rows = [index.metadata.row_group(i).num_rows for i in range(index.metadata.num_row_groups)]
         self._group_ends = np.cumsum(group_rows).tolist()
         # per instance, so two data sets never share entries; a row group is some hundred kilobytes
@@ -120,8 +121,6 @@ class ClipDataset:
         self.fingerprint = digest.hexdigest()
 
     def find(self, key: str) -> ClipEntry:
-        import pyarrow.compute as pc
-
         row = pc.index(self._columns["key"], key).as_py()
         if row < 0:
             raise DataError(f"clip: got key {key!r}, expected one of the {len(self._columns)} keys of {self.path}")

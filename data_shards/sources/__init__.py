@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.controls import Events
 from data_shards.schema import DataError
 
 
@@ -26,15 +27,18 @@ class SourceClip:
 @dataclass(frozen=True)
 class ClipContent:
     """video [F,H,W,3] uint8; c2w [F,4,4] in metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels; frame_controls [F,A] float32:
-    row i holds what happened between frames i-1 and i (row 0: nothing). The last three may be absent."""
+    row i holds what happened between frames i-1 and i (row 0: nothing); or, finer than frames, `events`. All but the video may
+    be absent."""
 
     video: NDArray[np.uint8]
     c2w: NDArray[np.float64] | None = None
     intrinsics: NDArray[np.float64] | None = None
     frame_controls: NDArray[np.float32] | None = None
+    events: Events | None = None
 
 
 class ClipSource(Protocol):
+    notes: tuple[str, ...]  # what `encode` should tell the user, say about frames left out
     description: str  # goes into dataset.json; must not name folders of one machine
     fps: float
     metres_per_unit: float
@@ -52,6 +56,7 @@ def open_source(path: str) -> ClipSource:
         DataError: nothing there, or nothing known.
     """
     from data_shards.sources.recording import RecordingSource
+    from data_shards.sources.videos import SUFFIXES, VideosSource
 
     folder = Path(path)
     if not folder.exists():
@@ -59,4 +64,6 @@ def open_source(path: str) -> ClipSource:
         raise DataError(f"source: got {path}, which does not exist, expected a recording. Fix: {fix}")
     if (folder / "recording.json").exists():
         return RecordingSource(folder)
-    raise DataError(f"source: got {path}, which holds no recording.json, expected a finished recording. Fix: record it again")
+    if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
+        return VideosSource(folder)
+    raise DataError(f"source: got {path}, which holds no recording.json and no videos, expected a recording or a folder of videos")

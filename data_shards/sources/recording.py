@@ -18,6 +18,7 @@ from data_shards.sources import ClipContent, SourceClip
 class RecordingSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.notes: tuple[str, ...] = ()
         facts = read_json(folder / "recording.json", "recording")
         try:
             self.fps, self.metres_per_unit = float(facts["fps"]), float(facts["metres_per_unit"])

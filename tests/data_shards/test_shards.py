@@ -116,7 +116,7 @@ def test_encode_again_is_nothing_to_do_and_other_arguments_are_refused(recording
     [
         (["out=x"], "source: missing"),
         (["source=nowhere", "out=x"], "got nowhere, which does not exist"),
-        (["source=.", "out=x"], "holds no recording.json"),
+        (["source=.", "out=x"], "holds no recording.json and no videos"),
         (["source=.", "out=x", "codec=vae"], "codec: got 'vae'"),
     ],
 )
