@@ -85,11 +85,17 @@ def table(usages: list[Usage]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """python -m wm_train.kernels.ahead [architecture …]"""
+    """python -m wm_train.kernels.ahead [architecture …] [--only kernel …]"""
     from wm_train.kernels.builds import scan_builds, token_builds
 
-    architectures = [int(x) for x in arguments] or list(ARCHITECTURES)
-    print(table([compile_for(build, sm) for build in (*scan_builds(), *token_builds()) for sm in architectures]))
+    split = arguments.index("--only") if "--only" in arguments else len(arguments)
+    architectures, names = [int(x) for x in arguments[:split]] or list(ARCHITECTURES), arguments[split + 1 :]
+    builds = [build for build in (*scan_builds(), *token_builds()) if not names or build.name in names]
+    unknown = set(names) - {build.name for build in builds}
+    if unknown or set(architectures) - set(ARCHITECTURES):
+        print(f"ahead: got kernels {sorted(unknown)} or architectures {architectures}, expected some of {ARCHITECTURES}. Fix: no arguments")
+        return 2
+    print(table([compile_for(build, sm) for build in builds for sm in architectures]))
     return 0
 
 
