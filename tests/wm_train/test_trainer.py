@@ -102,6 +102,14 @@ def test_a_stage_without_its_source_says_which_to_train_first(train_here, tmp_pa
         train_here(tmp_path, "stage=long", "recipe.stages.long.frames=41", "recipe.stages.long.global_batch=2")
 
 
+def test_looking_at_held_out_clips_changes_neither_training_nor_what_is_saved(alone, train_here, losses, tmp_path):
+    looking = ("trainer.validation_clips=2", "trainer.validate_every=5", "trainer.samples=1", "trainer.sample_steps=2")
+    train_here(tmp_path, *looking, "recipe.stages.short.steps=10")
+    assert any(name.startswith("optimizer/x_embedder.proj.weight/") for name in tensors(tmp_path))
+    train_here(tmp_path, *looking)
+    assert losses(tmp_path) == alone
+
+
 def test_held_out_loss_falls(train_here, tmp_path):
     optimizer = [f"recipe.stages.short.optimizer.{setting}" for setting in ("ema_decay=0", "lr=5e-3")]
     train_here(tmp_path, "trainer.validation_clips=4", "trainer.validate_every=10", *optimizer)

@@ -58,6 +58,8 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Optimizer state by parameter name: {"<parameter>/<slot>": tensor}, the very tensors the optimizer updates."""
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state]
+    assert not strangers, f"parameters that the optimizer does not know (were they gathered?): {strangers[:5]}"
     return {
         f"{name}/{slot}": tensor
         for name, parameter in model.named_parameters()
