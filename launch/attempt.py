@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray._private.accelerators import get_all_accelerator_resource_names
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.progress import ProgressView
@@ -23,6 +23,7 @@ from launch.signals import Caught
 from launch.spec import USER_ERROR, LaunchSpec, rank_environment
 
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
+FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
 WITNESS_S = 2.0  # after a first death, how long to look for others: the peers of a killed rank die of their broken connections
 STOP_BROKEN_S = 2.0  # the others cannot finish a step without the dead rank, so they get little time
 
@@ -33,10 +34,10 @@ class NoRoomError(RuntimeError):
 
 def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
     """Place, start, watch. Raises NoRoomError."""
-    with _placed(spec) as actors:
+    with _placed(spec, spec.fewer if number else (), view) as actors:
         actors, environments, where = _seats(actors, spec)
-        view.text(f"{spec.workers} workers on {where}")
-        logs = [spec.logs / f"attempt_{number}" / f"rank_{rank}.log" for rank in range(spec.workers)]
+        view.text(f"{len(actors)} workers on {where}")
+        logs = [spec.logs / f"attempt_{number}" / f"rank_{rank}.log" for rank in range(len(actors))]
         try:
             pids = ray.get([actor.start.remote(spec, environments[rank], str(logs[rank])) for rank, actor in enumerate(actors)])
         except RayError as error:
@@ -51,21 +52,16 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
 
 
 @contextmanager
-def _placed(spec: LaunchSpec) -> Iterator[list[Any]]:
+def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Iterator[list[Any]]:
     """One actor per worker, all or none, packed on few nodes; gone afterwards with everything they started."""
-    bundle = _bundle(spec)
-    group = placement_group([bundle] * spec.workers, strategy="PACK")
+    group, workers = _room(spec, fewer)
+    if workers < spec.workers:
+        view.text(f"room for {workers} of {spec.workers} workers: going on with {workers}")
     actors: list[Any] = []
     try:
-        if not group.wait(spec.place_s):
-            free = {name: amount for name, amount in ray.available_resources().items() if name in bundle}
-            asked = {name: amount * spec.workers for name, amount in bundle.items()}
-            raise NoRoomError(
-                f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s, expected {asked}. "
-                "Fix: fewer launcher.workers or launcher.cpus_per_worker, or wait until other jobs have ended (`ray status`)"
-            )
-        for index in range(spec.workers):
+        for index in range(workers):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            bundle = group.bundle_specs[index]
             others = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
             options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "resources": others, "scheduling_strategy": strategy}
             actors.append(ray.remote(RankActor).options(**options, runtime_env=_where_our_code_is(spec)).remote())
@@ -74,6 +70,22 @@ def _placed(spec: LaunchSpec) -> Iterator[list[Any]]:
         for actor in actors:
             ray.kill(actor)  # the leash takes its worker with it
         remove_placement_group(group)
+
+
+def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int]:
+    """Room for all workers within `place_s`, else for the largest number of `fewer` that fits at once. Raises NoRoomError."""
+    bundle = _bundle(spec)
+    for workers in (spec.workers, *fewer):
+        group = placement_group([bundle] * workers, strategy="PACK")
+        if group.wait(spec.place_s if workers == spec.workers else FITS_NOW_S):
+            return group, workers
+        remove_placement_group(group)
+    free = {name: amount for name, amount in ray.available_resources().items() if name in bundle}
+    asked = {name: amount * spec.workers for name, amount in bundle.items()}
+    raise NoRoomError(
+        f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s, expected {asked}. "
+        "Fix: fewer launcher.workers or launcher.cpus_per_worker, or wait until other jobs have ended (`ray status`)"
+    )
 
 
 def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
@@ -101,7 +113,7 @@ def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[st
     except RayError as error:
         reason = str(error).strip().splitlines()[-1].split(", expected")[0]
         raise NoRoomError(
-            f"starting {spec.workers} workers: got {reason}, expected this package on every node within {spec.place_s:.0f} s. "
+            f"starting {len(actors)} workers: got {reason}, expected this package on every node within {spec.place_s:.0f} s. "
             "Fix: install it on every node, or `ray job submit --working-dir <checkout> ...`"
         ) from error
     nodes = list(dict.fromkeys(seat.node for seat in seats))

@@ -57,6 +57,7 @@ class LaunchSpec:
     backoff_limit_s: float = 60.0
     grace_s: float = 30.0  # between asking a worker to stop and killing it
     place_s: float = 60.0  # how long to wait for free resources
+    fewer: tuple[int, ...] = ()  # smaller numbers of workers that will do after a loss, largest first
 
 
 def rank_environment(rank: int, world: int, local_rank: int, local_world: int, address: str, port: int) -> dict[str, str]:

@@ -20,6 +20,8 @@ class ObjectiveConfig:
     image_condition: float = 1.0  # share of clips that see their first latent frame clean (sigma 0, no loss)
     camera_dropout: float = 0.0
     text_dropout: float = 0.0
+    # of chunk_mixture: shares of one sigma, rising from any chunk, rising to the last chunk, clean past
+    chunk_mixture: tuple[float, float, float, float] = (0.1, 0.4, 0.4, 0.1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class StageModel:
+    """What a stage changes of the run's model; null: as `model` says. Parameters go on by name, new ones start as initialised."""
+
+    softmax_every: int | None = None
+    camera: bool | None = None
+    causal: bool | None = None
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One step of the curriculum. `frames` are raw video frames, 8k+1 for a codec of temporal stride 8."""
 
@@ -47,8 +58,10 @@ class StageConfig:
     frames: int
     steps: int
     global_batch: int
-    inherit: str | None = None  # "previous" | a checkpoint directory | null: start from the seed
+    inherit: str | None = None  # "previous" | a checkpoint directory, ours or a diffusers one | null: start from the seed
     inherit_weights: str = "ema"  # ema | raw
+    chunk_frames: int = 0  # latent frames of a chunk, the first holds one more; 0 = one chunk, bidirectional
+    model: StageModel = field(default_factory=StageModel)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -70,7 +83,7 @@ class ModelConfig:
     depth: int = 4
     width: int = 128
     heads: int = 4
-    softmax_every: int = 4  # block i is softmax when (i + 1) % softmax_every == 0, else frame-wise GDN
+    softmax_every: int = 4  # block i is softmax when (i + 1) % softmax_every == 0, else frame-wise GDN; 0 = none is
     ffn_ratio: float = 3.0
     conv_kernel: int = 4  # K short convolution of a GDN block, in latent frames
     patch_size: int = 1
@@ -132,6 +145,8 @@ class LauncherConfig:
     cpus_per_worker: int = 1
     address: str | None = None  # null: join the cluster of RAY_ADDRESS or of `ray job submit`, else start one
     max_restarts: int = 3
+    place_s: float = 60.0  # ray: how long to wait for free resources, also for a lost node to come back
+    min_workers: int | None = None  # ray: after a loss go on with as many as there is room for, down to this; null: with all or not at all
     nodes: int = 1  # torchrun: machines, each of which starts the same command; slurm: nodes of the job
     endpoint: str | None = None  # torchrun: host:port of one of them, where they meet
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

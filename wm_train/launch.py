@@ -25,6 +25,7 @@ from launch.progress import ProgressView
 from launch.spec import JOB_ID, USER_ERROR, BatchJob, LaunchSpec
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
+from wm_train.mesh_rules import smaller_worlds
 from wm_train.tree_help import help_text
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
@@ -99,6 +100,8 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
         endpoint=config.launcher.endpoint,
         batch=BatchJob(f"{config.name}-{stage.name}", after, **vars(config.launcher.slurm)),
         max_restarts=config.launcher.max_restarts,
+        place_s=config.launcher.place_s,
+        fewer=smaller_worlds(config, stage.config.global_batch),
     )
 
 

@@ -62,5 +62,16 @@ def batch_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
     return found
 
 
+def smaller_worlds(config: RunConfig, global_batch: int) -> tuple[int, ...]:
+    """Numbers of workers below `launcher.workers` and not below `launcher.min_workers` that train the same: cp and dp_replicate stay, the
+    global batch divides evenly. Largest first."""
+    mesh, least = config.parallel, config.launcher.min_workers
+    if least is None:
+        return ()
+    step = mesh.cp * mesh.dp_replicate
+    possible = range(config.launcher.workers - 1, least - 1, -1)
+    return tuple(workers for workers in possible if workers % step == 0 and global_batch % (workers // mesh.cp) == 0)
+
+
 def divisors(number: int) -> list[int]:
     return [degree for degree in range(1, min(number, 4096) + 1) if number % degree == 0]

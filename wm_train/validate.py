@@ -131,6 +131,8 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
     betas = lambda pair: all(0 <= beta < 1 for beta in pair)  # noqa: E731 - one of many rules in a table
     return [
         *_check(where, stage, (*_counts("frames", "steps", "global_batch"), _one_of("inherit_weights", ("ema", "raw")))),
+        *_check(where, stage, _counts("chunk_frames", low=0)),
+        *(_check(where + "model.", stage.model, _counts("softmax_every", low=0)) if stage.model.softmax_every is not None else ()),
         *_check(
             where + "objective.",
             stage.objective,
@@ -139,6 +141,7 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
                 ("sigma_mean", math.isfinite, "a finite number"),
                 *_positive("sigma_std", "flow_shift"),
                 *_shares("image_condition", "camera_dropout", "text_dropout"),
+                ("chunk_mixture", lambda shares: all(x >= 0 for x in shares) and 0 < sum(shares) < math.inf, "four shares, not all 0"),
             ),
         ),
         *_check(
@@ -166,8 +169,8 @@ def _model_problems(model: ModelConfig) -> list[Problem]:
             model,
             (
                 _one_of("name", table("models/__init__.py", "MODELS")),
-                *_counts("latent_channels", "depth", "width", "heads", "softmax_every", "conv_kernel", "patch_size"),
-                *_counts("text_width", low=0),
+                *_counts("latent_channels", "depth", "width", "heads", "patch_size"),
+                *_counts("softmax_every", "conv_kernel", "text_width", "window_chunks", "sink_chunks", low=0),
                 *_positive("ffn_ratio"),
             ),
         )
@@ -186,7 +189,12 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
         _check(
             "launcher.",
             launcher,
-            (_one_of("name", tuple(LAUNCHERS)), *_counts("workers", "cpus_per_worker", "nodes"), *_counts("max_restarts", low=0)),
+            (
+                _one_of("name", tuple(LAUNCHERS)),
+                *_counts("workers", "cpus_per_worker", "nodes"),
+                *_counts("max_restarts", low=0),
+                *_positive("place_s"),
+            ),
         )
     )
     if launcher.name == "inline" and launcher.workers > 1:
@@ -199,6 +207,10 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
     if launcher.nodes > 1 and launcher.name == "torchrun" and not re.fullmatch(r"[^:\s]+:\d{1,5}", launcher.endpoint or ""):
         rule = "host:port of one of the nodes, the same on all of them"
         found.append(Problem("launcher.endpoint", repr(launcher.endpoint), rule, "launcher.endpoint=<first node>:29400"))
+    least = launcher.min_workers
+    if least is not None and (not 1 <= least <= launcher.workers or config.parallel.dp_shard is not None):
+        rule = "1 to launcher.workers, with parallel.dp_shard=null so that the mesh can shrink"
+        found.append(Problem("launcher.min_workers", str(least), rule, "launcher.min_workers=1 parallel.dp_shard=null"))
     slurm = launcher.slurm
     for key, value in vars(slurm).items():
         words = value if isinstance(value, tuple) else (value,)
@@ -215,11 +227,11 @@ def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStag
         planned.append(stage.name)
         if stage.source is None or stage.source.stage in planned or (config.resume and _has_checkpoint(stage.checkpoints)):
             continue
-        if not _has_checkpoint(stage.source.checkpoints):
+        if not _has_checkpoint(stage.source.checkpoints) and not (stage.source.checkpoints / "config.json").is_file():
             first = (
                 f"train it first: stage={stage.source.stage}, or both: stage=all" if stage.source.stage else "the folder that holds step_*"
             )
-            rule = "a folder with checkpoints (step_*)"
+            rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
             found.append(Problem(f"recipe.stages.{stage.name}.inherit", f"none in {stage.source.checkpoints}", rule, first))
     return found
 

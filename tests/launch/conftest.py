@@ -6,6 +6,7 @@ import io
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,8 +38,8 @@ def view() -> ProgressView:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a Ray cluster of one node with four CPUs, with token authentication, as a cluster should be run."""
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray cluster of one node with four CPUs, with token authentication, as a cluster should be run."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -49,5 +50,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         from ray.cluster_utils import Cluster
 
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-        yield nodes.address
+        yield nodes
         nodes.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cluster(nodes: Any) -> str:
+    """The address of `nodes`."""
+    return nodes.address

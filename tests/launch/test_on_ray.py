@@ -141,6 +141,36 @@ def test_too_few_cpus_are_reported_in_time(spec, view, cluster: str) -> None:
     assert re.search(r"placing 2 workers: got \{'CPU': 4.0\} free within 2 s, expected \{'CPU': 6\}", view.out.getvalue())
 
 
+@pytest.mark.full
+def test_after_a_lost_node_the_run_goes_on_with_fewer_workers(spec, view, cluster: str, nodes, tmp_path: Path) -> None:
+    """Two nodes, one worker on each by their size; the second node goes away for good."""
+    second = nodes.add_node(num_cpus=4)
+    program = """
+(place / f"world_{os.environ['WORLD_SIZE']}_{rank}").touch()
+if os.environ["WORLD_SIZE"] == "2":
+    time.sleep(300)
+"""
+
+    def pull_the_plug() -> None:
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("world_2_*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        nodes.remove_node(second)
+
+    plug = threading.Thread(target=pull_the_plug)
+    plug.start()
+    asked = spec(program, workers=2, cpus_per_worker=3, address=cluster, max_restarts=2, place_s=20.0, fewer=(1,))
+    started = time.monotonic()
+    assert on_ray.run(asked, view) == 0, view.out.getvalue()
+    plug.join()
+    assert time.monotonic() - started < 100
+    shown = view.out.getvalue()
+    assert "2 workers on 2 nodes" in shown
+    assert "its node, or the process that kept it, was lost" in shown
+    assert "room for 1 of 2 workers" in shown
+    assert (tmp_path / "world_1_0").exists()
+
+
 def test_sigterm_lets_the_workers_finish_their_work(spec, view, cluster: str, tmp_path: Path) -> None:
     program = (
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(0)))\n"

@@ -12,6 +12,7 @@ import pytest
 
 from data_shards.schema import DatasetInfo, info_to_json
 from wm_train.compose import Problem, build, compose, to_json
+from wm_train.mesh_rules import smaller_worlds
 from wm_train.models import MODELS
 from wm_train.objectives import OBJECTIVES
 from wm_train.optim.adamw import OPTIMIZERS
@@ -156,6 +157,12 @@ def test_all_problems_come_at_once(found: Find) -> None:
         (mesh(4, dp_shard=3), "parallel", "makes the 4 workers"),
         (mesh(4, dp_replicate=3), "parallel", "makes the 4 workers"),
         ({"launcher.name": "inline"}, "launcher.workers", "1 with launcher=inline"),
+        ({"launcher.nodes": 2}, "launcher.nodes", "1 with launcher=ray"),
+        ({"launcher.name": "torchrun", "launcher.nodes": 2}, "launcher.endpoint", "host:port"),
+        ({"launcher.name": "slurm", "launcher.nodes": 2, **mesh(3, 3)}, "launcher.workers", "a multiple of the 2 nodes"),
+        ({"launcher.slurm.setup": ["module load x\nrm -rf /"]}, "launcher.slurm.setup", "on one line"),
+        ({"launcher.min_workers": 3}, "launcher.min_workers", "1 to launcher.workers"),
+        ({"launcher.min_workers": 1, "parallel.dp_shard": 2}, "launcher.min_workers", "parallel.dp_shard=null"),
         ({"launcher.workers": 8, "stage": "1"}, SHORT + "global_batch", "a multiple of the 8 data-parallel members"),
     ],
 )
@@ -174,6 +181,19 @@ def test_impossible_meshes_say_what_is_possible(found: Find, changes: dict[str, 
 )
 def test_possible_meshes_pass(found: Find, changes: dict[str, Any]) -> None:
     assert found(changes) == {}
+
+
+def test_which_smaller_worlds_train_the_same() -> None:
+    """cp x divisors of the global batch; none unless asked for."""
+
+    def worlds(batch: int, *overrides: str) -> tuple[int, ...]:
+        return smaller_worlds(compose(["experiment=demo", *overrides]), batch)
+
+    assert worlds(12, "launcher.workers=8") == ()
+    assert worlds(12, "launcher.workers=8", "launcher.min_workers=1") == (6, 4, 3, 2, 1)
+    assert worlds(4, "launcher.workers=8", "launcher.min_workers=1", "parallel.cp=2") == (4, 2)
+    assert worlds(4, "launcher.workers=8", "launcher.min_workers=3", "parallel.cp=2") == (4,)
+    assert worlds(8, "launcher.workers=8", "launcher.min_workers=1", "parallel.dp_replicate=2") == (4, 2)
 
 
 def test_the_data_folder(found: Find, shards: Path, tmp_path: Path) -> None:
