@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 Axis = str
-Program = Generator["AllGather | Exchange", Any, Any]
+Program = Generator["Request", Any, Any]
 
 
 class AllGather(NamedTuple):
@@ -39,6 +39,21 @@ class Exchange(NamedTuple):
     parts: Sequence[Tensor]
     receive: Sequence[Sequence[Tensor]]
     axis: Axis = "sequence"
+
+
+class Begin(NamedTuple):
+    """Start an exchange and go on computing -> a ticket for `Finish`."""
+
+    exchange: Exchange
+
+
+class Finish(NamedTuple):
+    """Wait for a begun exchange -> its answer."""
+
+    ticket: Any
+
+
+Request = AllGather | Exchange | Begin | Finish
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,14 +9,14 @@ the two race.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.comm import AllGather, Exchange, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
+from parallel.comm import AllGather, Begin, Exchange, Finish, Member, Program, Request, Tape, Traffic, Verb, apply, sent_bytes
 
 
 class ProcessGroupComm:
@@ -49,12 +49,21 @@ class ProcessGroupComm:
             except StopIteration as done:
                 return [done.value]
             if tape is not None and tape.replaying:
-                answer = tape.next()
+                answer = None if isinstance(request, Begin) else tape.next()
                 continue
-            self.traffic.add(label, sent_bytes(request, self.members[0]))
-            answer = self._gather(request) if isinstance(request, AllGather) else self._exchange(request)
-            if tape is not None:
+            answer = self._carry_out(request, label)
+            if tape is not None and not isinstance(request, Begin):
                 tape.answers.append(answer)
+
+    def _carry_out(self, request: Request, label: str) -> Any:
+        if isinstance(request, Finish):
+            return request.ticket.wait()
+        collective = request.exchange if isinstance(request, Begin) else request
+        self.traffic.add(label, sent_bytes(collective, self.members[0]))
+        if isinstance(collective, AllGather):
+            return self._gather(collective)
+        ticket = self._exchange(collective)
+        return ticket if isinstance(request, Begin) else ticket.wait()
 
     def _gather(self, request: AllGather) -> list[Tensor]:
         """[*] -> list over members of [*]"""
@@ -64,7 +73,7 @@ class ProcessGroupComm:
         dist.all_gather(out, mine, group=group)
         return out
 
-    def _exchange(self, request: Exchange) -> Sequence[Tensor]:
+    def _exchange(self, request: Exchange) -> _Ticket:
         """parts[j], flat, to member j -> what member i sent, flat"""
         send = [part.numel() for part in request.parts]
         dtype = request.parts[0].dtype
@@ -72,5 +81,18 @@ class ProcessGroupComm:
         receive = [sum(x.numel() * x.element_size() for x in like) // wide for like in request.receive]
         buffer = torch.cat([part.reshape(part.numel()) for part in request.parts])
         out = torch.empty(sum(receive), dtype=dtype, device=buffer.device)
-        dist.all_to_all_single(out, buffer, receive, send, group=self._groups[request.axis])
-        return out.split(receive)
+        work = dist.all_to_all_single(out, buffer, receive, send, group=self._groups[request.axis], async_op=True)
+        return _Ticket(work, buffer, out, receive)
+
+
+class _Ticket(NamedTuple):
+    """An exchange under way; the buffers live until it is done."""
+
+    work: dist.Work
+    buffer: Tensor
+    out: Tensor
+    receive: list[int]
+
+    def wait(self) -> Sequence[Tensor]:
+        self.work.wait()
+        return self.out.split(self.receive)

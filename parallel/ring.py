@@ -5,18 +5,20 @@ float32 (float64 for float64 inputs): with half-precision accumulation the error
 arrive with LSE −inf and weigh nothing. Frames are contiguous, so under a causal mask late members have more work than early ones: prefer
 Ulysses there.
 
-Elements sent per member, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k, v, dk, dv and one of dk, dv (dk, dv in the
-accumulation dtype). In backward every block brings its gradients along and is home again after R shifts.
+Elements sent per member, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k and v and R of dk and dv (these in the
+accumulation dtype): every block brings its gradients along and is home again after R shifts. Shifts are begun before a block is computed
+and finished after it, so they hide behind the computation where the communicator runs beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.comm import Exchange, Member, Program, pack, unpack
+from parallel.comm import Begin, Exchange, Finish, Member, Program, pack, unpack
 from parallel.layout import ClipLayout, FrameRange
 from parallel.local_attention import accumulation_dtype
 from parallel.masks import AttentionMask, cache_tiles, tiles
@@ -48,15 +50,21 @@ def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
     return torch.stack([x[:, :, :, start:stop].sum(3, dtype=accumulation_dtype(x.dtype)) for start, stop in spans], 3)
 
 
-def _shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:
-    """Pass tensors [B, frames, …] on to the next ring member; -> those of the previous one, which hold `incoming_frames` frames."""
-    nothing = tensors[0].new_empty(0)
+def _begin_shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:
+    """Start passing tensors [B, frames, …] on to the next ring member -> (ticket, what will come: `incoming_frames` frames of each)."""
     after, before = (member.ring_index + 1) % member.ring, (member.ring_index - 1) % member.ring
     like = [torch.empty(x.shape[0], incoming_frames, *x.shape[2:], dtype=x.dtype, device="meta") for x in tensors]
     packed = pack(tensors)
-    parts = [packed if j == after else nothing.to(packed.dtype) for j in range(member.ring)]
-    answers = yield Exchange(parts, [like if i == before else [] for i in range(member.ring)], "ring")
-    return unpack(answers[before], like)
+    parts = [packed if j == after else packed[:0] for j in range(member.ring)]
+    ticket = yield Begin(Exchange(parts, [like if i == before else [] for i in range(member.ring)], "ring"))
+    return ticket, like
+
+
+def _finish_shift(member: Member, begun: tuple[Any, list[Tensor]]) -> Program:
+    """-> the previous ring member's tensors"""
+    ticket, like = begun
+    answers = yield Finish(ticket)
+    return unpack(answers[(member.ring_index - 1) % member.ring], like)
 
 
 def forward(
@@ -83,17 +91,19 @@ def forward(
         part = kernels.block_attention(q, *(repeat_heads(x, spans) for x in cache), cache_tiles(layout, mine, cache[0].shape[1]))
         out, lse = part[0].to(accumulation_dtype(q.dtype)), part[1]
     for step in range(member.ring):
-        source = ranges[(member.ring_index - step) % member.ring]
-        pieces = tiles(layout, mask, mine, source)
+        begun = None
+        if step + 1 < member.ring:  # the next block travels while this one is computed
+            # k, v [B, frames of r − step, S, h_kv, D] -> [B, frames of r − step − 1, S, h_kv, D]
+            begun = yield from _begin_shift(member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring]))
+        pieces = tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
         if pieces or out is None:
             part = kernels.block_attention(q, repeat_heads(k, spans), repeat_heads(v, spans), pieces)
             if out is None or lse is None:
                 out, lse = part if member.ring == 1 else (part[0].to(accumulation_dtype(q.dtype)), part[1])
             else:
                 out, lse = merge(out, lse, part[0].to(out.dtype), part[1])
-        if step + 1 < member.ring:
-            # k, v [B, frames of r − step, S, h_kv, D] -> [B, frames of r − step − 1, S, h_kv, D]
-            k, v = yield from _shift(member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring]))
+        if begun is not None:
+            k, v = yield from _finish_shift(member, begun)
     return out, lse
 
 
@@ -119,15 +129,26 @@ def backward(
     if cache is not None:
         pieces = cache_tiles(layout, mine, cache[0].shape[1])
         dq += kernels.block_attention_backward(grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces)[0]
+    arriving = None
     for step, pieces in enumerate(blocks):
+        begun = None
+        coming = len(ranges[(member.ring_index - step - 1) % member.ring])
+        if step + 1 < member.ring:
+            # k, v of the block of r − step -> those of the block of r − step − 1
+            begun = yield from _begin_shift(member, [k, v], coming)
+        part = None
         if pieces:
             part = kernels.block_attention_backward(grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, pieces)
             dq += part[0]
+        if arriving is not None:
+            dk, dv = yield from _finish_shift(member, arriving)
+        if part is not None:
             dk, dv = dk + sum_heads(part[1], spans), dv + sum_heads(part[2], spans)
-        coming = len(ranges[(member.ring_index - step - 1) % member.ring])
-        if step + 1 < member.ring:
-            # k, v, dk, dv of the block of r − step -> those of the block of r − step − 1
-            k, v, dk, dv = yield from _shift(member, [k, v, dk, dv], coming)
-        elif member.ring > 1:
-            dk, dv = yield from _shift(member, [dk, dv], coming)  # home
+        if begun is not None:
+            k, v = yield from _finish_shift(member, begun)
+        if member.ring > 1:
+            # dk, dv of the block of r − step -> those of the block of r − step − 1; the last time they come home
+            arriving = yield from _begin_shift(member, [dk, dv], coming)
+    if arriving is not None:
+        dk, dv = yield from _finish_shift(member, arriving)
     return dq, dk, dv

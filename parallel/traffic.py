@@ -65,7 +65,9 @@ def halo_cost(verb: HaloVerb, tensors: Shapes, member: Member) -> dict[str, Cost
 
 
 def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of k, v; backward dk, dv come along."""
+    """Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of k, v; backward as many, and R of dk,
+    dv.
+    """
     (b, t, s, _, d), dtype = tensors[0]
     width, token = dtype.itemsize, b * s * d
     group = verb.heads // verb.key_heads
@@ -85,5 +87,5 @@ def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, 
         last = step + 1 == member.ring
         forward += 0 if last else 2 * block * width
         backward += (0 if last else 2 * block * width) + 2 * block * accumulation_dtype(dtype).itemsize
-        calls = [calls[0] + (not last), calls[1] + 1]
+        calls = [calls[0] + (not last), calls[1] + 1 + (not last)]
     return {"forward": Cost(calls[0], forward), "backward": Cost(calls[1], backward)}

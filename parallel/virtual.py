@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from parallel.comm import AllGather, Exchange, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
+from parallel.comm import AllGather, Begin, Exchange, Finish, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
 
 Result = TypeVar("Result")
 
@@ -46,9 +46,14 @@ class VirtualGroup:
             if all(request is None for request in requests):
                 return [result for _, result in steps]
             first = requests[0]
-            assert all(type(r) is type(first) and r.axis == first.axis for r in requests if r is not None), f"{label}: members disagree"
-            assert first is not None
             assert None not in requests, f"{label}: members disagree on the number of collectives"
+            assert all(type(request) is type(first) for request in requests), f"{label}: members disagree on the collective"
+            if isinstance(first, Finish):
+                answers = [request.ticket for request in requests]
+                continue
+            if isinstance(first, Begin):
+                requests = [request.exchange for request in requests]
+            assert len({request.axis for request in requests}) == 1, f"{label}: members disagree on the axis"
             for member, request, traffic in zip(self.members, requests, self.traffic, strict=True):
                 traffic.add(label, sent_bytes(request, member))
             answers = self._answer(requests)

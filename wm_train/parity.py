@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from parallel.mesh import MeshDegrees
 from wm_train import compose, curriculum
 from wm_train.backends import get_backend

@@ -114,7 +114,7 @@ def test_half_precision_does_not_get_worse_with_the_ring(oracles):
 
 
 def test_collectives_and_bytes(oracles):
-    """Ulysses: two all-to-alls each way. Ring of R: R − 1 shifts forward and R backward. Bytes as the modules' docstrings say."""
+    """Ulysses: two all-to-alls each way. Ring of R: R − 1 shifts forward, 2R − 1 backward. Bytes as the modules' docstrings say."""
     frames, heads, dim, tokens, batch, width = 8, 4, 4, 2, 2, 8
     case = oracles.Case(ClipLayout(frames), ("attend",), heads=heads, key_heads=heads, dim=dim, tokens=tokens, batch=batch)
     token = batch * tokens * dim * width  # bytes of one head of one frame
@@ -128,6 +128,6 @@ def test_collectives_and_bytes(oracles):
         _, traffic = oracles.virtual_run(case, r, 1)
         t = frames // r
         for member in traffic:
-            assert member.collectives == {"attend forward": r - 1, "attend backward": r}
+            assert member.collectives == {"attend forward": r - 1, "attend backward": 2 * r - 1}
             assert member.sent["attend forward"] == (r - 1) * 2 * t * heads * token
             assert member.sent["attend backward"] == ((r - 1) * 4 + 2) * t * heads * token
