@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,43 @@ def run_ranks() -> Callable[..., None]:
         assert all(process.returncode == 0 for process in ranks), "\n".join(o[-2000:] for o in outputs)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of real gameplay: 8 clips of 41 frames."""
+    folder = tmp_path_factory.mktemp("gameplay")
+    record = ["record", "vizdoom", f"out={folder / 'recording'}", "clips=8", "frames=41", "fps=16"]
+    encode = ["encode", f"source={folder / 'recording'}", "codec=linear", f"out={folder / 'shards'}"]
+    for command in (record, encode):
+        module, *arguments = command
+        subprocess.run([sys.executable, "-m", f"data_shards.{module}", *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def demo_run(gameplay: Path) -> Callable[..., Any]:
+    """demo_run(folder, *overrides): the demo's first stage, smaller, so that its 20 steps take seconds."""
+    from wm_train.compose import compose
+
+    def make(folder: Path, *overrides: str) -> Any:
+        base = ["experiment=demo", "stage=short", f"data.path={gameplay}", f"out={folder}", "tracker=none", "trainer.samples=0"]
+        small = ["model.width=64", "model.depth=4", "recipe.stages.short.global_batch=2", "recipe.stages.short.frames=41"]
+        quick = ["recipe.stages.short.steps=20", "trainer.checkpoint_every=5", "trainer.validation_clips=0"]
+        return compose([*base, *small, *quick, "recipe.stages.short.optimizer.warmup_steps=5", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
+    """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker --config`."""
+    from wm_train.compose import to_json
+
+    def write(folder: Path, *overrides: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "run.json"
+        path.write_text(to_json(demo_run(folder, *overrides)))
+        return path
+
+    return write

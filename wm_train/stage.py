@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from data_shards.load import Batch, ClipLoader
 from data_shards.read import ClipDataset, open_dataset
@@ -41,7 +42,7 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     config = run.recipe.stages[run.stage]
     dataset = open_dataset(run.data.path)
     degrees = MeshDegrees.from_config(run.parallel, world.size, run.model.heads)
-    mesh = build_mesh(degrees, backend.device.type)
+    mesh = build_mesh(degrees, backend.device.type, timedelta(seconds=run.backend.collective_timeout_s))
     if config.global_batch % mesh.data_size:
         nearest = mesh.data_size * max(1, config.global_batch // mesh.data_size)
         raise SetupError(

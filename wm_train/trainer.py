@@ -17,6 +17,7 @@ from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import stage_directory
 from wm_train.guard import Guard
+from wm_train.heartbeat import Heartbeat, silent_ranks
 from wm_train.manifest import CheckpointError
 from wm_train.metrics.flops import mfu
 from wm_train.objectives import OBJECTIVES
@@ -24,7 +25,7 @@ from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.ema import ema_update
 from wm_train.optim.schedule import learning_rate
 from wm_train.preemption import Preempted, StopRequest
-from wm_train.progress import Progress
+from wm_train.progress import Progress, complain
 from wm_train.samples import show_samples
 from wm_train.saver import Saver
 from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
@@ -52,18 +53,26 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
     tracker = Tracker(run, run.stage, folder, start.steps_done, progress.say) if world.rank == 0 else None
     outcome = "FAILED"
     try:
-        run_steps(stage, state, start, tracker, progress, stop)
-        show_samples(stage, state, folder, tracker, progress)
+        with Heartbeat(folder / "heartbeats", world.rank) as pulse:
+            run_steps(stage, state, start, tracker, progress, stop, pulse)
+            pulse.at(stage.config.steps, "samples")
+            show_samples(stage, state, folder, tracker, progress)
         outcome = "FINISHED"
     except Preempted:
         outcome = "KILLED"
+        raise
+    except RuntimeError:  # what torch raises when a collective times out or loses its peer
+        for line in silent_ranks(folder / "heartbeats", world.size):
+            complain(f"rank {world.rank}: {line}")
         raise
     finally:
         if tracker:
             tracker.close(outcome)
 
 
-def run_steps(stage: Stage, state: TrainState, start: Start, tracker: Tracker | None, progress: Progress, stop: StopRequest) -> None:
+def run_steps(
+    stage: Stage, state: TrainState, start: Start, tracker: Tracker | None, progress: Progress, stop: StopRequest, pulse: Heartbeat
+) -> None:
     """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`, at the end and when asked to stop."""
     run, steps = stage.run, stage.config.steps
     if start.steps_done >= steps:
@@ -74,11 +83,14 @@ def run_steps(stage: Stage, state: TrainState, start: Start, tracker: Tracker | 
     with open_loader(stage, "train", stage.config.global_batch, start.steps_done) as loader:
         for step in range(start.steps_done + 1, steps + 1):
             started = time.perf_counter()
+            pulse.at(step, "data")
             batch = on_device(stage, next(loader))
+            pulse.at(step, "train")
             figures = train_step(stage, state, batch, step, guard, stop)
             stage.backend.synchronize()
             figures |= speed(stage, time.perf_counter() - started)
             stopping = figures.pop("stop") > 0
+            pulse.at(step, "record, validate, save")
             if step == steps or (run.trainer.validate_every and step % run.trainer.validate_every == 0):
                 figures |= held_out_loss(stage, state)
             if tracker:

@@ -15,23 +15,12 @@ from pathlib import Path
 import pytest
 
 from wm_train import checkpoint
-from wm_train.compose import compose, to_json
 from wm_train.manifest import read_manifest
 from wm_train.tracking import read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("WM_TRAIN_KILLS", "20"))
 STEPS = 60
-
-
-def make_data(folder: Path) -> Path:
-    for command in (
-        ["record", "vizdoom", f"out={folder / 'recording'}", "clips=8", "frames=41", "fps=16"],
-        ["encode", f"source={folder / 'recording'}", "codec=linear", f"out={folder / 'shards'}"],
-    ):
-        module, *arguments = command
-        subprocess.run([sys.executable, "-m", f"data_shards.{module}", *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
-    return folder / "shards"
 
 
 def start(config: Path) -> list[subprocess.Popen]:
@@ -82,16 +71,12 @@ def supervise(config: Path, folder: Path, kills: int, draws: random.Random) -> i
 
 
 @pytest.mark.drill
-def test_random_kills_do_not_change_a_bit(tmp_path):
-    data, results = make_data(tmp_path), {}
+def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
+    results = {}
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
-        folder.mkdir()
-        overrides = ["experiment=demo", "stage=short", f"data.path={data}", f"out={folder}", "tracker=none", "trainer.samples=0"]
-        small = ["model.width=64", "recipe.stages.short.global_batch=2", f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=2"]
-        config = folder / "run.json"
-        config.write_text(to_json(compose([*overrides, *small, "trainer.validation_clips=0", "parallel.cp=2"])))
-        hits = supervise(config, folder, KILLS if name == "killed" else 0, random.Random(0))
+        longer = (f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=2", "parallel.cp=2")
+        hits = supervise(worker_config(folder, *longer), folder, KILLS if name == "killed" else 0, random.Random(0))
         newest = checkpoint.committed(folder / "demo" / "short" / "checkpoints")[-1]
         rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
         curve = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]

@@ -1,9 +1,7 @@
-"""Fixtures of the model's and the trainer's tests: camera paths, real gameplay and short demo runs."""
+"""Fixtures of the model's and the trainer's tests: camera paths and runs of the demo in this process."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +9,13 @@ import pytest
 import torch
 
 from wm_train.backends import get_backend
-from wm_train.compose import compose, to_json
 from wm_train.config import RunConfig
 from wm_train.preemption import StopRequest
 from wm_train.progress import Progress
 from wm_train.tracking import read_steps
 from wm_train.world import join_world, leave_world
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 20
+STEPS = 20  # of the demo run of tests/conftest.py
 
 
 @pytest.fixture(scope="session")
@@ -40,44 +36,6 @@ def camera_path():
         return c2w, intrinsics
 
     return make
-
-
-@pytest.fixture(scope="session")
-def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set of real gameplay: 8 clips of 41 frames."""
-    folder = tmp_path_factory.mktemp("gameplay")
-    record = ["record", "vizdoom", f"out={folder / 'recording'}", "clips=8", "frames=41", "fps=16"]
-    encode = ["encode", f"source={folder / 'recording'}", "codec=linear", f"out={folder / 'shards'}"]
-    for command in (record, encode):
-        module, *arguments = command
-        subprocess.run([sys.executable, "-m", f"data_shards.{module}", *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
-    return folder / "shards"
-
-
-@pytest.fixture(scope="session")
-def demo_run(gameplay: Path) -> Callable[..., RunConfig]:
-    """demo_run(folder, *overrides): the demo's first stage, smaller, so that its 20 steps take seconds."""
-
-    def make(folder: Path, *overrides: str) -> RunConfig:
-        base = ["experiment=demo", "stage=short", f"data.path={gameplay}", f"out={folder}", "tracker=none", "trainer.samples=0"]
-        small = ["model.width=64", "model.depth=4", "recipe.stages.short.global_batch=2", "recipe.stages.short.frames=41"]
-        quick = [f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=5", "trainer.validation_clips=0"]
-        return compose([*base, *small, *quick, "recipe.stages.short.optimizer.warmup_steps=5", *overrides])
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def worker_config(demo_run: Callable[..., RunConfig]) -> Callable[..., Path]:
-    """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker --config`."""
-
-    def write(folder: Path, *overrides: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "run.json"
-        path.write_text(to_json(demo_run(folder, *overrides)))
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="session")

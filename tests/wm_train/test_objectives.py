@@ -16,6 +16,7 @@ from wm_train.config import ModelConfig, ObjectiveConfig
 from wm_train.models import build_model, initialise_
 from wm_train.noise import NoiseKey, normal
 from wm_train.objectives import OBJECTIVES
+from wm_train.objectives.chunk_mixture import ANCHORED, CLEAN_PAST, INCREMENTAL, SAME, chunk_levels, drawn_pattern
 from wm_train.objectives.flow_matching import clip_sigma, shift_sigma
 
 KEY = NoiseKey(3, 1)
@@ -89,10 +90,10 @@ def test_noise_levels_are_logit_normal_and_shifted():
     assert shift_sigma(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.75, 1.0]
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (3, 1)])
-def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, ring, ulysses):
+@pytest.mark.parametrize(("objective", "ring", "ulysses"), [("flow_matching", 1, 2), ("flow_matching", 3, 1), ("chunk_mixture", 1, 3)])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, objective, ring, ulysses):
     """Rows shared out over data-parallel members and frames over a sequence group: same loss per clip, same summed gradients."""
-    config = ModelConfig(latent_channels=3, depth=2, width=16, heads=2, softmax_every=2)
+    config = ModelConfig(latent_channels=3, depth=2, width=16, heads=2, softmax_every=2, causal=objective == "chunk_mixture")
     model = build_model(config)
     initialise_(model, 0)
     with torch.no_grad():
@@ -100,8 +101,8 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, ring, ulysses
             parameter.add_(0.1)
     data = batch(4, 7)
     c2w, intrinsics = camera_path(4, 49, torch.Generator().manual_seed(1))
-    conditions, layout = Conditions((96, 160), 8, c2w, intrinsics), ClipLayout(7)
-    whole = OBJECTIVES["flow_matching"](model, data, KEY, CONFIG, LocalSequence(layout), conditions)
+    conditions, layout = Conditions((96, 160), 8, c2w, intrinsics), ClipLayout(7, chunk_starts=(0, 4) if config.causal else (0,))
+    whole = OBJECTIVES[objective](model, data, KEY, CONFIG, LocalSequence(layout), conditions)
     whole.loss.sum().backward()
     losses, grads = [], {}
     for rows in (slice(0, 3), slice(3, 4)):
@@ -111,7 +112,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, ring, ulysses
             sequence = GroupSequence(layout, comm)
             part = Batch(data.latents[rows, sequence.frames.start : sequence.frames.stop], data.draws[rows])
             seen = replace(conditions, c2w=c2w[rows], intrinsics=intrinsics[rows])
-            return OBJECTIVES["flow_matching"](copies[comm.members[0].index], part, KEY, CONFIG, sequence, seen).loss
+            return OBJECTIVES[objective](copies[comm.members[0].index], part, KEY, CONFIG, sequence, seen).loss
 
         results, _ = run_virtual(body, ring, ulysses)
         sum(loss.sum() for loss in results).backward()
@@ -123,3 +124,60 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, ring, ulysses
     for name, grad in grads.items():
         expected = model.get_parameter(name).grad
         assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1e-6), name
+
+
+def test_dropped_text_is_the_null_text():
+    data, model = batch(64, 2), Recorder()
+    text, null = torch.randn(64, 5, 6), torch.randn(3, 6)
+    seen = Conditions((96, 160), 8, text=text, text_mask=torch.ones(64, 5, dtype=torch.bool), null_text=null)
+    config = ObjectiveConfig(text_dropout=0.3)
+    OBJECTIVES["flow_matching"](model, data, KEY, config, LocalSequence(ClipLayout(2)), seen)
+    given = model.seen[2]
+    dropped = ~given.text_mask.all(1)
+    assert 8 < int(dropped.sum()) < 32
+    assert torch.equal(given.text[~dropped], text[~dropped])
+    assert torch.equal(given.text[dropped][:, :3], null.expand(int(dropped.sum()), 3, 6))
+    assert given.text_mask[dropped].sum(1).tolist() == [3] * int(dropped.sum())
+    with pytest.raises(ValueError, match="null text"):
+        OBJECTIVES["flow_matching"](model, data, KEY, config, LocalSequence(ClipLayout(2)), replace(seen, null_text=None))
+
+
+def test_chunk_levels_follow_their_pattern():
+    draws, chunks = torch.arange(4000), 5
+    sigma = torch.full((4000,), 0.4)
+    levels = {p: chunk_levels(KEY, draws, torch.full((4000,), p), sigma, chunks) for p in (SAME, INCREMENTAL, ANCHORED, CLEAN_PAST)}
+    assert (levels[SAME] == 0.4).all()
+    assert torch.equal(levels[CLEAN_PAST], torch.tensor([0.0, 0.0, 0.0, 0.0, 0.4]).expand(4000, 5))
+    for pattern in (INCREMENTAL, ANCHORED):
+        assert (levels[pattern].diff(dim=1) >= 0).all()
+        assert 0 < levels[pattern].min() < levels[pattern].max() < 1
+        assert (levels[pattern] == 0.4).any(dim=1).all()
+    assert (levels[ANCHORED][:, -1] == 0.4).all()
+    # four sorted uniforms below 0.4 have means 0.4 * k / 5
+    assert (levels[ANCHORED][:, :4].mean(0) - 0.4 * torch.arange(1, 5) / 5).abs().max() < 0.01
+    # any chunk may be the anchor, each as often
+    anchored = (levels[INCREMENTAL] == 0.4).float().mean(0)
+    assert (anchored - 0.2).abs().max() < 0.03
+
+
+def test_patterns_come_in_their_shares():
+    pattern = drawn_pattern(KEY, torch.arange(20_000), ObjectiveConfig(chunk_mixture=(1.0, 4.0, 4.0, 1.0)))
+    shares = torch.bincount(pattern, minlength=4) / 20_000
+    assert (shares - torch.tensor([0.1, 0.4, 0.4, 0.1])).abs().max() < 0.015
+
+
+def test_chunk_mixture_gives_every_frame_its_chunks_level_and_weighs_no_clean_frame():
+    data, model = batch(32, 8), Recorder()
+    sequence, conditions = LocalSequence(ClipLayout(8, chunk_starts=(0, 4, 7))), Conditions((96, 160), 8)
+    out = OBJECTIVES["chunk_mixture"](model, data, KEY, replace(CONFIG, chunk_mixture=(0.0, 0.0, 0.0, 1.0)), sequence, conditions)
+    noisy, sigma, _ = model.seen
+    assert torch.equal(noisy[:, :7], data.latents[:, :7])
+    assert torch.equal(sigma[:, 7], out.metrics["sigma"])
+    noise = normal(KEY, "noise", data.draws, (7, 8), (3, 2, 4))[:, 0]
+    assert torch.allclose(out.loss, (noise - data.latents[:, 7]).square().mean((1, 2, 3)), rtol=1e-5)
+    OBJECTIVES["chunk_mixture"](model, data, KEY, replace(CONFIG, image_condition=0.0), sequence, conditions)
+    sigma = model.seen[1]
+    assert all(torch.equal(sigma[:, a:b], sigma[:, a : a + 1].expand(32, b - a)) for a, b in ((0, 4), (4, 7), (7, 8)))
+    assert len(sigma[:, 0].unique()) > 20
+    with pytest.raises(ValueError, match="one chunk"):
+        OBJECTIVES["chunk_mixture"](model, data, KEY, CONFIG, LocalSequence(ClipLayout(8)), conditions)
