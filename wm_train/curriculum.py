@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wm_train.config import RecipeConfig, RunConfig, StageConfig
+from wm_train.config import ModelConfig, RecipeConfig, RunConfig, StageConfig, StageModel
 
 PREVIOUS = "previous"
 
@@ -60,6 +60,16 @@ def select(recipe: RecipeConfig, stage: str) -> tuple[str, ...]:
 def stage_directory(config: RunConfig, stage: str) -> Path:
     """<out>/<run name>/<stage name>"""
     return Path(config.out) / config.name / stage
+
+
+def stage_run(config: RunConfig, stage: str) -> RunConfig:
+    """The run as this stage sees it: `model` with the stage's changes in it."""
+    return replace(config, stage=stage, model=changed_model(config.model, config.recipe.stages[stage].model))
+
+
+def changed_model(model: ModelConfig, changes: StageModel) -> ModelConfig:
+    """The model with what a stage changes of it."""
+    return replace(model, **{key: value for key, value in vars(changes).items() if value is not None})
 
 
 def source_of(config: RunConfig, stage: str) -> Source | None:

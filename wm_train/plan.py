@@ -116,7 +116,8 @@ def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory
     shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
     shards = run.launcher.workers // run.parallel.dp_replicate
     precision, staged = run.parallel.precision, run.trainer.async_checkpoint
-    return stage_memory(run.model, stage.optimizer, shape, shards, precision, staged), (clips, held, whole)
+    model = curriculum.changed_model(run.model, stage.model)
+    return stage_memory(model, stage.optimizer, shape, shards, precision, staged), (clips, held, whole)
 
 
 def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, int, int], memory: Memory) -> list[str]:

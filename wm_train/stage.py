@@ -17,6 +17,7 @@ from wm_train.conditioning import Conditions
 from wm_train.config import RunConfig, StageConfig
 from wm_train.curriculum import ordered
 from wm_train.metrics.flops import forward_flops, step_flops
+from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey
 from wm_train.state import SetupError
 from wm_train.world import World
@@ -84,7 +85,8 @@ def open_loader(stage: Stage, split: str, global_batch: int, first_step: int = 0
 
 def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     """The seam of this batch: its layout and this process's share of the frames."""
-    layout = ClipLayout(stage.latent_frames, valid_frames=tuple(batch.valid_frames.tolist()))
+    starts = chunk_starts(stage.latent_frames, stage.config.chunk_frames)
+    layout = ClipLayout(stage.latent_frames, chunk_starts=starts, valid_frames=tuple(batch.valid_frames.tolist()))
     return make_sequence(layout, stage.mesh)
 
 

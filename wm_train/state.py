@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from wm_train.config import RunConfig
 from wm_train.curriculum import source_of, stage_directory
 from wm_train.models import build_model
 from wm_train.models.init import initialise_
+from wm_train.models.pretrained import load_pretrained_
+from wm_train.models.public_layout import stage_parts
 from wm_train.optim.adamw import Optimizer, optimizer_tensors
 from wm_train.optim.build import OPTIMIZERS
 from wm_train.optim.ema import ema_start
@@ -122,6 +125,9 @@ def _inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[
     source = source_of(run, run.stage)
     if source is None:
         return
+    if (source.checkpoints / "config.json").is_file():
+        _start_from_public(source.checkpoints, state, report)
+        return
     found = checkpoint.find_newest(source.checkpoints, world, report)
     if found is None:
         raise SetupError(
@@ -131,13 +137,31 @@ def _inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[
     folder, manifest = found
     use_average = run.recipe.stages[run.stage].inherit_weights == "ema"
     averaged = {n.removeprefix("ema/") for n in manifest.tensors if use_average and n.startswith("ema/")}
-    weights = {("ema/" if name in averaged else "model/") + name: tensor for name, tensor in state.weights().items()}
-    unused = [n for n in manifest.tensors if not n.startswith("model/") or n.removeprefix("model/") in averaged]
+    held = {n.removeprefix("model/") for n in manifest.tensors if n.startswith("model/")}
+    added = set(stage_parts(state.weights().keys() - held))  # by a stage that adds a branch: they start as initialised
+    removed = {f"model/{name}" for name in stage_parts(held - state.weights().keys())}
+    weights = {("ema/" if n in averaged else "model/") + n: tensor for n, tensor in state.weights().items() if n not in added}
+    unused = [n for n in manifest.tensors if not n.startswith("model/") or n.removeprefix("model/") in averaged or n in removed]
     checkpoint.load(folder, manifest, weights, may_ignore=unused)
+    _restart_average(state)
+    changes = f", {len(added)} new tensors, {len(removed)} left behind" if added or removed else ""
+    report(f"weights from {folder} ({'averaged' if averaged else 'as trained'}{changes})")
+
+
+def _start_from_public(folder: Path, state: TrainState, report: Callable[[str], None]) -> None:
+    """Take the weights of a diffusers directory (SANA-WM, or SANA-Video as a start)."""
+    try:
+        loaded = load_pretrained_(state.model, folder)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    _restart_average(state)
+    report(f"weights from {folder} ({len(loaded.filled)} tensors, {len(loaded.fresh)} new)")
+
+
+def _restart_average(state: TrainState) -> None:
     for name, tensor in state.weights().items():
         if name in state.ema:
             state.ema[name].copy_(tensor)
-    report(f"weights from {folder} ({'averaged' if averaged else 'as trained'})")
 
 
 def _difference(key: str, theirs: Any, mine: Any) -> str:

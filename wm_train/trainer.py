@@ -15,7 +15,7 @@ from data_shards.load import Batch
 from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.config import RunConfig
-from wm_train.curriculum import stage_directory
+from wm_train.curriculum import stage_directory, stage_run
 from wm_train.guard import Guard
 from wm_train.heartbeat import Heartbeat, silent_ranks
 from wm_train.manifest import CheckpointError
@@ -42,6 +42,7 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
     Errors: SetupError for what the user must change, before the first step; BadStepError from the guard; Preempted after `stop` was
     raised on any process and the state was saved.
     """
+    run = stage_run(run, run.stage)
     try:
         stage = open_stage(run, backend, world)
         state = build_state(run, stage.mesh.fsdp, backend.device)

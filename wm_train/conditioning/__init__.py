@@ -14,7 +14,7 @@ class Conditions:
     c2w: camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), metres; intrinsics: fx, fy, cx, cy in
     pixels of an image of `image_size` (height, width), fp32 [B, F, 4]; temporal_stride: raw frames per latent frame after the
     first. camera_keep: bool [B], False where the camera is dropped (None: kept everywhere). text: [B, L, E] with text_mask bool
-    [B, L], True at real tokens. controls: [B, T, A] at latent rate.
+    [B, L], True at real tokens; null_text: [L0, E], what stands for "no text". controls: [B, T, A] at latent rate.
     """
 
     image_size: tuple[int, int]
@@ -24,4 +24,5 @@ class Conditions:
     camera_keep: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    null_text: Tensor | None = None
     controls: Tensor | None = None

@@ -149,5 +149,11 @@ def sana_video_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def stage_parts(names: Iterable[str]) -> list[str]:
+    """Those of our parameters that a stage may add or drop: the camera branch, and the short convolution that only GDN blocks have."""
+    words = ("plucker", "raymap_embedder.", "_cam.", ".conv_k.")
+    return sorted(name for name in names if any(word in name for word in words))
+
+
 # Of SANA-Video: sized for another VAE, so SANA-WM starts them anew.
 REPLACED_IN_SANA_VIDEO = ("patch_embedding.weight", "patch_embedding.bias", "proj_out.weight", "proj_out.bias")

@@ -6,6 +6,7 @@ stage, draw, latent frame), so the loss does not depend on how clips and frames 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -25,39 +26,78 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 def clip_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
     """One noise level per clip, fp32 [B]: logit-normal, then shifted."""
+    return shift_sigma(plain_sigma(key, draws, config), config.flow_shift)
+
+
+def plain_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
+    """The logit-normal noise level of each clip before the shift, fp32 [B]."""
     gaussian = normal(key, "sigma", draws, (0, 1), ())[:, 0]
-    return shift_sigma(torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian), config.flow_shift)
+    return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
 
 
 def dropped_conditions(conditions: Conditions, key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Conditions:
-    """Drop the camera of some clips, so that the model also learns without it."""
-    if config.camera_dropout == 0.0:
-        return conditions
-    keep = uniform(key, "camera_dropout", draws) >= config.camera_dropout
-    return replace(conditions, camera_keep=keep if conditions.camera_keep is None else keep & conditions.camera_keep)
+    """Drop the camera of some clips and replace the text of some by the null text, so that the model also learns without them."""
+    if config.camera_dropout > 0.0:
+        keep = uniform(key, "camera_dropout", draws) >= config.camera_dropout
+        conditions = replace(conditions, camera_keep=keep if conditions.camera_keep is None else keep & conditions.camera_keep)
+    if config.text_dropout > 0.0 and conditions.text is not None:
+        conditions = dropped_text(conditions, uniform(key, "text_dropout", draws) < config.text_dropout)
+    return conditions
+
+
+def dropped_text(conditions: Conditions, drop: Tensor) -> Conditions:
+    """Rows where drop [B] holds get the null text, padded or cut to the length L of the batch. Raises ValueError without a null text."""
+    text, null = conditions.text, conditions.null_text
+    assert text is not None
+    if null is None:
+        raise ValueError(
+            "text dropout failed: got no null text in the conditions, expected the null member of dataset.json (text_dropout). "
+            "Fix: encode the data with a null text, or text_dropout=0"
+        )
+    length = min(null.shape[0], text.shape[1])
+    padded = torch.zeros_like(text[0])
+    padded[:length] = null[:length].to(text.dtype)
+    real = torch.arange(text.shape[1], device=text.device) < length
+    mask = torch.ones_like(text[..., 0]) if conditions.text_mask is None else conditions.text_mask
+    return replace(conditions, text=torch.where(drop[:, None, None], padded, text), text_mask=torch.where(drop[:, None], real, mask.bool()))
 
 
 def flow_matching(
     model: nn.Module, batch: TrainingBatch, key: NoiseKey, config: ObjectiveConfig, sequence: SequenceShard, conditions: Conditions
 ) -> ObjectiveOutput:
-    """Mean squared error of the velocity over all frames that were not given, per clip.
+    """Mean squared error of the velocity over all frames that were not given, per clip; one noise level per clip.
 
     With probability `image_condition` a clip's first latent frame (of each document) is given clean, at sigma 0 and without
     loss; a document of one frame is never given. Metrics: sigma, image_condition.
     """
-    latents, draws = batch.latents, batch.draws.to(batch.latents.device)
-    c, h, w = latents.shape[2:]
-    local = (sequence.frames.start, sequence.frames.stop)
+    draws = batch.draws.to(batch.latents.device)
     sigma = clip_sigma(key, draws, config)
+    frame_sigma = sigma[:, None].expand(len(draws), len(sequence.frames))
+    return velocity_loss(model, batch, key, config, sequence, conditions, frame_sigma, {"sigma": sigma})
+
+
+def velocity_loss(
+    model: nn.Module,
+    batch: TrainingBatch,
+    key: NoiseKey,
+    config: ObjectiveConfig,
+    sequence: SequenceShard,
+    conditions: Conditions,
+    frame_sigma: Tensor,
+    metrics: Mapping[str, Tensor],
+) -> ObjectiveOutput:
+    """The rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at sigma 0 are context and weigh nothing."""
+    latents, draws = batch.latents, batch.draws.to(batch.latents.device)
     given = uniform(key, "image_condition", draws) < config.image_condition  # [B]
-    clean = given[:, None] & first_frames(sequence, latents.device)[None, :]  # [B, t]
-    frame_sigma = torch.where(clean, 0.0, sigma[:, None])
-    noise = normal(key, "noise", draws, local, (c, h, w))
+    first = given[:, None] & first_frames(sequence, latents.device)[None, :]  # [B, t]
+    frame_sigma = torch.where(first, 0.0, frame_sigma)
+    noise = normal(key, "noise", draws, (sequence.frames.start, sequence.frames.stop), latents.shape[2:])
     level = frame_sigma[:, :, None, None, None]
     noisy = (1.0 - level) * latents + level * noise
     velocity = model(noisy, frame_sigma, dropped_conditions(conditions, key, draws, config), sequence)
     error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
-    return ObjectiveOutput(sequence.mean(error, (~clean).float()), {"sigma": sigma, "image_condition": given.float()})
+    loss = sequence.mean(error, (frame_sigma > 0).float())
+    return ObjectiveOutput(loss, {**metrics, "image_condition": given.float()})
 
 
 def first_frames(sequence: SequenceShard, device: torch.device) -> Tensor:
