@@ -188,8 +188,8 @@ class VirtualComm:
 def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: int = 1) -> tuple[list[Result], list[Traffic]]:
     """body(comm) for every member at once -> results in member order, and what each member has sent so far.
 
-    The caller's autograd mode, autocast and default dtype hold in every thread. Random numbers must come from keyed generators: torch's
-    global one is shared by all threads, so what a member would draw from it depends on their timing.
+    The caller's autograd mode, autocast, default dtype and device hold in every thread. Random numbers must come from keyed generators:
+    torch's global one is shared by all threads, so what a member would draw from it depends on their timing.
     """
     group = VirtualGroup(ring, ulysses)
     meeting = _Meeting(group)
@@ -199,11 +199,14 @@ def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: i
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
+    accelerator = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
     def enter(index: int) -> None:
         failure: BaseException | None = None
         try:
             torch.set_default_dtype(dtype)
+            if accelerator is not None:  # the current device is a thread's own
+                torch.accelerator.set_device_index(accelerator)
             with torch.set_grad_enabled(grad):
                 contexts = [torch.autocast(kind, dtype=cast) for kind, cast in casts]
                 for context in contexts:
