@@ -15,7 +15,7 @@ from wm_train.compose import Problem, build, compose, to_json
 from wm_train.mesh_rules import smaller_worlds
 from wm_train.models import MODELS
 from wm_train.objectives import OBJECTIVES
-from wm_train.optim.adamw import OPTIMIZERS
+from wm_train.optim.build import OPTIMIZERS
 from wm_train.optim.schedule import SCHEDULES
 from wm_train.validate import problems_of, table
 
@@ -131,7 +131,7 @@ def test_the_demo_is_sound(found: Find) -> None:
 def test_tables_are_those_of_the_builders() -> None:
     assert table("objectives/__init__.py", "OBJECTIVES") == tuple(OBJECTIVES)
     assert table("models/__init__.py", "MODELS") == tuple(MODELS)
-    assert table("optim/adamw.py", "OPTIMIZERS") == tuple(OPTIMIZERS)
+    assert table("optim/build.py", "OPTIMIZERS") == tuple(OPTIMIZERS)
     assert table("optim/schedule.py", "SCHEDULES") == tuple(SCHEDULES)
 
 

@@ -75,6 +75,38 @@ def test_killing_a_worker_changes_nothing(arguments, environment, tmp_path: Path
 
 
 @pytest.mark.full
+def test_after_a_lost_node_the_losses_are_those_of_the_undisturbed_run(arguments, environment, tmp_path: Path) -> None:
+    """Two simulated nodes of one CPU each; one goes away for good, and the run ends on the other with the same samples and losses."""
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    subprocess.run([sys.executable, "-m", *arguments(calm)], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "token").touch(mode=0o600)
+        (tmp_path / "token").write_text(secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            second = nodes.add_node(num_cpus=1)
+            elastic = arguments(disturbed, "launcher.min_workers=1", "launcher.place_s=10", f"launcher.address={nodes.address}")
+            with (tmp_path / "log").open("w") as log:
+                run = subprocess.Popen([sys.executable, "-m", *elastic], cwd=ROOT, stdout=log, stderr=log)
+                until = time.monotonic() + 120
+                while not checkpoint.committed(disturbed / "demo" / "short" / "checkpoints") and time.monotonic() < until:
+                    time.sleep(0.05)
+                nodes.remove_node(second)
+                assert run.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        finally:
+            nodes.shutdown()
+    said = (tmp_path / "log").read_text()
+    assert "2 workers on 2 nodes" in said
+    assert "room for 1 of 2 workers" in said
+    assert losses(disturbed) == pytest.approx(losses(calm), rel=1e-6, abs=0)
+
+
+@pytest.mark.full
 def test_torchrun_gives_the_losses_of_ray_bit_for_bit(arguments, environment, tmp_path: Path) -> None:
     for launcher in ("ray", "torchrun"):
         command = [sys.executable, "-m", *arguments(tmp_path / launcher, f"launcher={launcher}")]
