@@ -114,7 +114,7 @@ class GatedDeltaNet(CameraAttention):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         rays = context.rays if self.camera else None
         keys = self.convolved([k] if rays is None else [k, self.k_proj_cam(x)], context)
-        scale = (self.head_dim * x.shape[2]) ** -0.5  # eq. 5: S tokens enter a state at once, so keys shrink with S as well
+        scale = self.key_scale(x.shape[2])
         beta = torch.sigmoid(wide(self.beta_proj(x)))  # [B, t, S, H]
         decay, tables = self.decay(x), context.rotary
 
@@ -130,6 +130,10 @@ class GatedDeltaNet(CameraAttention):
         if rays is not None:
             camera = camera_output(self.q_proj_cam(x), states[2], self.q_norm_cam.weight, rays.world_to_ray, *rays.rotary)
         return self.output(x, main, camera, context)
+
+    def key_scale(self, tokens: int) -> float:
+        """Eq. 5: S tokens enter a state at once, so keys shrink with S as well as with D."""
+        return float((self.head_dim * tokens) ** -0.5)
 
     def convolved(self, keys: list[Tensor], context: BlockContext) -> list[Tensor]:
         """The short convolution of the main and the camera keys, one exchange for both."""

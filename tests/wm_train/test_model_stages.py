@@ -1,0 +1,59 @@
+"""Stages that change the model: what a stage may add or drop is exactly what its change adds and drops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from parallel.layout import ClipLayout
+from parallel.sequence import LocalSequence
+from wm_train.conditioning import Conditions
+from wm_train.config import ModelConfig, StageModel
+from wm_train.curriculum import changed_model
+from wm_train.models import build_model, initialise_
+from wm_train.models.public_layout import stage_parts
+
+FULL = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
+GDN = changed_model(FULL, StageModel(softmax_every=0, camera=False))
+HYBRID = changed_model(FULL, StageModel(camera=False))
+CAUSAL = changed_model(FULL, StageModel(causal=True))
+
+
+def names(config: ModelConfig) -> set[str]:
+    return {name for name, _ in build_model(config).named_parameters()}
+
+
+def test_only_named_parts_come_and_go_between_stages():
+    assert (GDN.softmax_every, GDN.camera, HYBRID.softmax_every, CAUSAL.causal, CAUSAL.camera) == (0, False, 4, True, True)
+    dropped, added = names(GDN) - names(HYBRID), names(HYBRID) - names(GDN)
+    assert dropped == {"blocks.3.attn.conv_k.weight"}
+    assert not added
+    camera = names(FULL) - names(HYBRID)
+    assert not names(HYBRID) - names(FULL)
+    assert sorted(dropped | camera) == stage_parts(dropped | camera)
+    assert not stage_parts(names(HYBRID) - {f"blocks.{i}.attn.conv_k.weight" for i in range(4)})
+    assert names(CAUSAL) == names(FULL)
+
+
+def test_a_new_camera_branch_changes_nothing_at_first(camera_path):
+    """The paper's zero-initialised camera projection and Plücker embedder preserve the model they are added to (§3.3)."""
+    before, after = build_model(HYBRID), build_model(FULL)
+    initialise_(before, 0)
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    initialise_(after, 1)
+    result = after.load_state_dict(before.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert sorted(result.missing_keys) == stage_parts(result.missing_keys)
+    generator = torch.Generator().manual_seed(2)
+    c2w, intrinsics = camera_path(2, 17, generator)
+    conditions = Conditions((96, 160), 8, c2w, intrinsics, text=torch.randn(2, 3, 6, generator=generator))
+    latents, sigma = torch.randn(2, 3, 4, 2, 3, generator=generator), torch.rand(2, 3, generator=generator)
+    sequence = LocalSequence(ClipLayout(3))
+    with torch.no_grad():
+        old, new = (model(latents, sigma, conditions, sequence) for model in (before, after))
+    assert old.abs().max() > 0.1
+    assert torch.equal(old, new)
+    assert replace(CAUSAL, causal=False) == FULL
