@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from wm_train.manifest import NAME, CheckpointError, Manifest, Part, TensorEntry, check_names, read_manifest, to_text
 from wm_train.shard_file import DTYPES, read_digest, sync_folder, write_tensors, write_text
@@ -196,6 +196,14 @@ def load(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], 
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"loading {folder}: {shown}. Fix: use the model that wrote this checkpoint")
+    try:
+        _read(folder, manifest, targets)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"loading {folder}: {error}. Fix: use another checkpoint") from error
+
+
+def _read(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
+    stored = manifest.tensors
     with ExitStack() as files, torch.no_grad():
         names = {part.file for key in targets for part in stored[key].parts}
         opened = {name: files.enter_context(safe_open(folder / name, framework="pt")) for name in names}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 NAME = "manifest.json"
 FORMAT = 1
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -73,15 +75,48 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {folder}: {NAME} is damaged ({error}). Fix: use another checkpoint") from error
     if whole != text:
         raise CheckpointError(f"checkpoint {folder}: {NAME} does not match its own sha256. Fix: use another checkpoint")
-    if body.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder}: got format {body.get('format')}, expected {FORMAT}. Fix: read it with the version that wrote it"
-        )
-    tensors = {
-        name: TensorEntry(entry["dtype"], entry["shape"], [Part(**part) for part in entry["parts"]])
-        for name, entry in body["tensors"].items()
+    found = body.get("format") if isinstance(body, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: got format {found}, expected {FORMAT}. Fix: read it with the version that wrote it")
+    try:
+        return _from_body(body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {NAME} says something impossible ({error}). Fix: use another checkpoint") from error
+
+
+def _from_body(body: dict[str, Any]) -> Manifest:
+    """The manifest that a JSON object stands for. Any error says that it stands for none."""
+    files = {
+        _is(str, name): {"size": _is(int, entry["size"]), "sha256": _is(str, entry["sha256"])} for name, entry in body["files"].items()
     }
-    return Manifest(body["step"], body["stage"], body["facts"], tensors, body["files"], body["format"])
+    tensors = {}
+    for name, entry in body["tensors"].items():
+        shape = _sizes(entry["shape"])
+        parts = [Part(_is(str, part["file"]), _sizes(part["offset"]), _sizes(part["shape"])) for part in entry["parts"]]
+        for part in parts:
+            if part.file not in files:
+                raise ValueError(f"{name} lies in {part.file!r}, which is not listed")
+            if not len(part.offset) == len(part.shape) == len(shape):
+                raise ValueError(f"{name} has a part of other dimensions")
+            if any(start + size > whole for start, size, whole in zip(part.offset, part.shape, shape, strict=True)):
+                raise ValueError(f"{name} has a part outside its shape")
+        if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
+            raise ValueError(f"{name} is not covered by its parts")
+        tensors[name] = TensorEntry(_is(str, entry["dtype"]), shape, parts)
+    return Manifest(_is(int, body["step"]), _is(str, body["stage"]), _is(dict, body["facts"]), tensors, files, body["format"])
+
+
+def _is(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def _sizes(values: Any) -> list[int]:
+    sizes = [_is(int, value) for value in _is(list, values)]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{sizes} has a negative size")
+    return sizes
 
 
 def check_names(folder: Path, manifest: Manifest) -> None:
@@ -96,9 +131,6 @@ def check_names(folder: Path, manifest: Manifest) -> None:
     if present != set(manifest.files):
         missing, foreign = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
         raise CheckpointError(f"checkpoint {folder}: missing files {missing}, foreign files {foreign}. Fix: use another checkpoint")
-    used = {part.file for entry in manifest.tensors.values() for part in entry.parts}
-    if not used <= set(manifest.files):
-        raise CheckpointError(f"checkpoint {folder}: tensors name files that it does not list: {sorted(used - set(manifest.files))}")
 
 
 def _canonical(value: Any) -> str:

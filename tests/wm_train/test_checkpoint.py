@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent: every damage is found before a tensor is used, and the one before is taken."""
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -91,7 +93,7 @@ def test_damaged_folders_are_refused_with_a_reason(tmp_path, damage):
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
     folder = save(tmp_path, 1)
     read = manifest.read_manifest(folder)
-    evil = {**vars(read), "files": {"../../etc/passwd": {"size": 1, "sha256": "0"}}}
+    evil = {**vars(read), "files": {**read.files, "../../etc/passwd": {"size": 1, "sha256": "0"}}}
     (folder / manifest.NAME).write_text(manifest.to_text(manifest.Manifest(**evil)))
     with pytest.raises(manifest.CheckpointError, match="plain name"):
         checkpoint.check(folder, ALONE)
@@ -137,3 +139,41 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path, keep_every, kept):
     checkpoint.prune(tmp_path, 2, keep_every, ALONE)
     assert [p.name for p in checkpoint.committed(tmp_path)] == [f"step_{step:08d}" for step in kept]
     assert (tmp_path / "latest").read_text() == "step_00000010\n"
+
+
+def mutate(value, draws: random.Random):
+    """The same JSON tree with one node dropped, repeated, retyped or pushed out of range."""
+    if isinstance(value, dict) and value and draws.random() < 0.85:
+        key = draws.choice(sorted(value))
+        if draws.random() < 0.2:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: mutate(value[key], draws)}
+    if isinstance(value, list) and value and draws.random() < 0.8:
+        place = draws.randrange(len(value))
+        return [*value[:place], mutate(value[place], draws), *value[place + draws.randrange(2) :]]
+    return draws.choice([None, True, -1, 2**70, 0.5, "x", "../../etc/passwd", [], {}, [value], {"a": value}])
+
+
+def test_mutated_manifests_with_a_right_hash_are_one_clear_error_or_harmless(tmp_path):
+    folder, draws = save(tmp_path, 1), random.Random(0)
+    body = json.loads((folder / manifest.NAME).read_text())["body"]
+    messages = []
+    for _ in range(2000):
+        changed = mutate(body, draws)
+        text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
+        (folder / manifest.NAME).write_text(f'{{"body":{text},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n')
+        targets = {name: torch.empty_like(tensor) for name, tensor in tensors(0).items()}
+        try:
+            checkpoint.load(folder, checkpoint.check(folder, ALONE), targets)
+        except manifest.CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 1500
+    assert all("Fix:" in message for message in messages)
+
+
+def test_text_that_is_no_manifest_is_refused(tmp_path):
+    folder = save(tmp_path, 1)
+    for text in ("", "[]", "{}", "null", '{"body":1,"sha256":"0"}', "[" * 100_000, "\x00\xff"):
+        (folder / manifest.NAME).write_text(text)
+        with pytest.raises(manifest.CheckpointError):
+            checkpoint.check(folder, ALONE)
