@@ -50,8 +50,7 @@ def resolve(engine: str, device_type: str, capability: tuple[int, int] | None, d
         raise ValueError(
             f"kernels: got engine 'triton' on {where}, expected a device that has it: {obstacle} (wm_train.kernels). Fix: engine='auto'"
         )
-    level = logging.INFO if device_type == "cpu" and dtype == torch.float32 else logging.WARNING
-    log.log(level, "kernels: reference instead of triton (%s): %s", where, obstacle)
+    log.log(logging.INFO if device_type == "cpu" else logging.WARNING, "kernels: reference instead of triton (%s): %s", where, obstacle)
     return "reference"
 
 
