@@ -132,7 +132,20 @@ class LinearCodec:
         return np.clip(np.rint((video + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-CODECS: Mapping[str, Callable[..., LatentCodec]] = {"linear": LinearCodec}
+def diffusers_codec(name: str) -> Callable[..., LatentCodec]:
+    def make(**options: Any) -> LatentCodec:
+        from data_shards.codec_diffusers import DiffusersCodec
+
+        return DiffusersCodec(name=name, **options)
+
+    return make
+
+
+CODECS: Mapping[str, Callable[..., LatentCodec]] = {
+    "linear": LinearCodec,
+    "ltx2": diffusers_codec("ltx2"),
+    "wan": diffusers_codec("wan"),
+}
 
 
 def make_codec(name: str, options: Mapping[str, Any] | None = None) -> LatentCodec:

@@ -46,6 +46,8 @@ OPTIONS = {
     "out": Option(text, "folder to make", required=True),
     "codec": Option(choice(*CODECS), "video <-> latents", "linear"),
     "channels": Option(whole(1, 4096), "latent channels (codec linear)", 48),
+    "model": Option(text, "folder or hub name of the autoencoder (codecs ltx2, wan)", None),
+    "psnr": Option(choice("yes", "no"), "decode every clip again to measure the loss; slow for learned codecs", "yes"),
     "latent_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored latents", "float16"),
     "validation": Option(number(0, 0.9), "share of the episodes kept out of training", 0.1),
     "container": Option(choice("tar", "zarr"), "tar, or Zarr v3 for very long clips", "tar"),
@@ -65,9 +67,15 @@ class Settings:
     validation: float = 0.1
     shard_mb: float = 256.0
     container: str = "tar"
+    model: str | None = None
+    psnr: str = "yes"
 
     def make_codec(self) -> LatentCodec:
-        return make_codec(self.codec, {"channels": self.channels})
+        if self.codec == "linear":
+            return make_codec(self.codec, {"channels": self.channels})
+        if not self.model:
+            raise DataError(f"model: got none, expected a folder or hub name for codec {self.codec}. Fix: model=<folder>")
+        return make_codec(self.codec, {"model": self.model})
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,9 @@ def encode_shard(job: Job) -> Path:
             content = source.load(clip)
             video, intrinsics = crop(content.video, content.intrinsics, crop_size(clip, codec.spatial_stride))
             latents = codec.encode(video)
-            difference = codec.decode(latents).astype(np.int32) - video
-            squared_error, values = squared_error + float(np.square(difference).sum(dtype=np.float64)), values + difference.size
+            if job.settings.psnr == "yes":
+                difference = codec.decode(latents).astype(np.int32) - video
+                squared_error, values = squared_error + float(np.square(difference).sum(dtype=np.float64)), values + difference.size
             if split == SPLITS[0]:
                 for kind, part in enumerate((latents[:1], latents[1:])):
                     wide = part.astype(np.float64)
@@ -253,7 +262,7 @@ def finish(folder: Path, jobs: list[Job], source: ClipSource, settings: Settings
         shards=len(jobs),
         latent_frames=sum(entry.latent_frames for entry, _ in rows),
         raw_frames=sum(entry.raw_frames for entry, _ in rows),
-        psnr_db=round(psnr_db(squared_error, values), 3),
+        psnr_db=round(psnr_db(squared_error, values), 3) if values else None,
         null_text=None,
         index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),

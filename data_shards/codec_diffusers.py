@@ -1,0 +1,95 @@
+"""The video autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels) and Wan (4x8x8, 16 channels).
+
+`model` is a local folder or a hub name, as `from_pretrained` takes it. Encoding takes the mode of the posterior, so it is deterministic.
+The latents are the autoencoder's own; the scaling that some pipelines apply is left out, as dataset.json carries measured mean and std.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.schema import DataError, latent_frame_count
+
+CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan"}
+
+
+@dataclass(frozen=True)
+class DiffusersCodec:
+    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights are loaded at the first use."""
+
+    name: str
+    model: str
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise DataError(f"codec dtype: got {self.dtype!r}, expected float32 or bfloat16 (codec {self.name})")
+
+    @cached_property
+    def network(self) -> Any:
+        try:
+            import diffusers
+            import torch
+        except ImportError as error:
+            raise DataError(f"codec {self.name}: diffusers is not installed, expected it. Fix: pip install diffusers") from error
+        try:
+            # safetensors only: a pickled checkpoint could run code
+            network = getattr(diffusers, CLASSES[self.name]).from_pretrained(
+                self.model, use_safetensors=True, torch_dtype=getattr(torch, self.dtype)
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"codec {self.name}: cannot load {self.model!r} ({error}), expected a diffusers folder or hub name of {CLASSES[self.name]}"
+            ) from error
+        return network.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"model": self.model, "dtype": self.dtype}
+
+    @property
+    def channels(self) -> int:
+        config = self.network.config
+        return int(config.latent_channels if "latent_channels" in config else config.z_dim)
+
+    @property
+    def temporal_stride(self) -> int:
+        config = self.network.config
+        return int(config.scale_factor_temporal if "scale_factor_temporal" in config else self.network.temporal_compression_ratio)
+
+    @property
+    def spatial_stride(self) -> int:
+        config = self.network.config
+        return int(config.scale_factor_spatial if "scale_factor_spatial" in config else self.network.spatial_compression_ratio)
+
+    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[F, H, W, 3] uint8 -> [T, C, h, w] float32."""
+        import torch
+
+        count = latent_frame_count(len(video), self.temporal_stride)
+        pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
+        with torch.no_grad():
+            latents = self.network.encode(pixels.to(self.device, self.network.dtype)).latent_dist.mode()  # [1, C, T, h, w]
+        if tuple(latents.shape[1:3]) != (self.channels, count):
+            raise DataError(
+                f"codec {self.name}: got {latents.shape[1]} channels and {latents.shape[2]} latent frames of {len(video)}, expected "
+                f"{self.channels} and {count} as its config.json states ({self.model}). Fix: see its compression ratios"
+            )
+        return np.asarray(latents[0].permute(1, 0, 2, 3).float().cpu().numpy())
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """[T, C, h, w] -> [F, H, W, 3] uint8."""
+        import torch
+
+        tensor = torch.from_numpy(np.ascontiguousarray(latents, np.float32)).permute(1, 0, 2, 3)[None]
+        with torch.no_grad():
+            video = self.network.decode(tensor.to(self.device, self.network.dtype)).sample  # [1, 3, F, H, W]
+        pixels = (video[0].permute(1, 2, 3, 0).float().cpu().numpy() + 1.0) * 127.5
+        return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -1,0 +1,73 @@
+"""The adapters of learned autoencoders, with randomly initialised small networks saved and loaded as real ones are."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_shards import encode
+from data_shards.codec import make_codec
+from data_shards.read import open_dataset
+from data_shards.schema import DataError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """codec -> folder of a tiny network of the real class."""
+    from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
+
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    wan = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    wan.save_pretrained(folder / "wan")
+    ltx2 = AutoencoderKLLTX2Video(
+        latent_channels=8,
+        block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    ltx2.save_pretrained(folder / "ltx2")
+    return {"wan": folder / "wan", "ltx2": folder / "ltx2"}
+
+
+@pytest.mark.parametrize(("name", "strides", "channels"), [("wan", (4, 8), 4), ("ltx2", (8, 32), 8)])
+def test_layout_is_causal_and_deterministic(models, name, strides, channels):
+    codec = make_codec(name, {"model": str(models[name])})
+    assert (codec.temporal_stride, codec.spatial_stride, codec.channels) == (*strides, channels)
+    video = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
+    latents = codec.encode(video)
+    assert latents.shape == (16 // strides[0] + 1, channels, 64 // strides[1], 64 // strides[1])
+    np.testing.assert_array_equal(codec.encode(video), latents)
+    assert codec.decode(latents).shape == video.shape
+    changed = video.copy()
+    changed[9:] = 255 - changed[9:]
+    first = 8 // strides[0] + 1  # latents of the frames 0 to 8
+    np.testing.assert_allclose(codec.encode(changed)[:first], latents[:first], atol=1e-5)
+    assert np.abs(codec.encode(changed)[first:] - latents[first:]).max() > 1e-4
+
+
+def test_a_recording_is_encoded_with_it(models, recording, tmp_path):
+    out, short = tmp_path / "set", shutil.copytree(recording, tmp_path / "recording")
+    facts = json.loads((short / "recording.json").read_text())
+    (short / "recording.json").write_text(json.dumps({**facts, "clips": facts["clips"][:1]}))  # one clip: these networks are slow here
+    model = f"model={models['wan']}"
+    assert encode.main([f"source={short}", f"out={out}", "codec=wan", model, "psnr=no", "latent_dtype=bfloat16"]) == 0
+    dataset = open_dataset(str(out))
+    info = dataset.info
+    assert (info.codec, info.channels, info.temporal_stride, info.latent_height, info.latent_width) == ("wan", 4, 4, 15, 20)
+    assert info.psnr_db is None
+    clip = dataset.read(dataset.clips("train")[0])
+    assert clip.latents.shape == (5, 4, 15, 20)
+    assert clip.controls.shape == (5, 6)
+
+
+def test_a_missing_model_is_one_report(recording, tmp_path, capsys):
+    arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "codec=ltx2"]
+    assert encode.main(arguments) == 2
+    assert "model: got none" in capsys.readouterr().err
+    assert encode.main([*arguments, f"model={tmp_path}"]) == 2
+    assert "cannot load" in capsys.readouterr().err
+    with pytest.raises(DataError, match="got 'int4'"):
+        make_codec("wan", {"model": "x", "dtype": "int4"})
