@@ -16,6 +16,7 @@ from wm_train.backends import Backend
 from wm_train.conditioning import Conditions
 from wm_train.config import RunConfig, StageConfig
 from wm_train.curriculum import ordered
+from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.metrics.flops import forward_flops, step_flops
 from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey
@@ -87,7 +88,7 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     """The seam of this batch: its layout and this process's share of the frames."""
     starts = chunk_starts(stage.latent_frames, stage.config.chunk_frames)
     layout = ClipLayout(stage.latent_frames, chunk_starts=starts, valid_frames=tuple(batch.valid_frames.tolist()))
-    return make_sequence(layout, stage.mesh)
+    return make_sequence(layout, stage.mesh, sequence_kernels(stage.backend.device))
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
