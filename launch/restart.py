@@ -44,7 +44,7 @@ def run_attempts(spec: LaunchSpec, view: ProgressView, attempt: Attempt, sleep: 
     last_step: int | None = None
     with caught() as stop:
         for number in range(spec.max_restarts + 1):
-            death = attempt(spec, number, view, stop)
+            death = attempt(spec, number, view, stop) if stop.number is None else None
             if stop.number is not None:
                 view.text(f"stopped by signal {stop.number}")
                 return INTERRUPTED + stop.number

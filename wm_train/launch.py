@@ -22,7 +22,7 @@ from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
-from launch.spec import JOB_ID, USER_ERROR, BatchJob, LaunchSpec
+from launch.spec import JOB_ID, USER_ERROR, BatchJob, LaunchSpec, fill
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
 from wm_train.mesh_rules import smaller_worlds
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(compose.to_json(config), end="")
         for stage in stages:
-            print(f"# stage {stage.name}: {config.launcher.workers} x {shlex.join(WORKER)}  -> {stage.directory}")
+            worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
+            print(f"# stage {stage.name}, {config.launcher.name}: {config.launcher.workers} x {worker}")
         return 0
     for stage in stages:
         code = run_stage(config, stage, stages)

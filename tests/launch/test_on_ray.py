@@ -119,21 +119,6 @@ if first:
     assert all_gone(tmp_path, 4)
 
 
-def test_two_deaths_at_one_step_end_the_run(spec, view, cluster: str) -> None:
-    program = """print('@progress {"step": 7, "steps": 9}'); sys.exit(5)"""
-    assert on_ray.run(spec(program, address=cluster, max_restarts=9), view) == 5
-    shown = view.out.getvalue()
-    assert "two deaths at step 7" in shown
-    assert "restart 2" not in shown
-
-
-def test_the_restart_budget_ends(spec, view, cluster: str) -> None:
-    assert on_ray.run(spec("print('no luck'); os.abort()", address=cluster, max_restarts=1), view) == 128 + signal.SIGABRT
-    shown = view.out.getvalue()
-    assert "rank 0's last lines:\nno luck" in shown
-    assert "given up after 1 restarts" in shown
-
-
 def test_too_few_cpus_are_reported_in_time(spec, view, cluster: str) -> None:
     started = time.monotonic()
     assert on_ray.run(spec("", workers=2, cpus_per_worker=3, address=cluster, place_s=2.0), view) == 1
