@@ -40,44 +40,58 @@ def _has_flash(q: Tensor) -> bool:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D], natural-log LSE [B, H, n] (accumulation dtype)."""
-    wide = accumulation_dtype(q.dtype)
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return out, lse.to(wide)
-    if _has_flash(q):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-        return out, lse
-    outs, sums = [], []
-    for part in q.split(_queries_at_once(q, k), 2):
-        scores = torch.matmul(part.to(wide), k.to(wide).transpose(-1, -2)) * q.shape[-1] ** -0.5
-        sums.append(torch.logsumexp(scores, -1))
-        outs.append(torch.matmul((scores - sums[-1][..., None]).exp_(), v.to(wide)).to(q.dtype))
-    return torch.cat(outs, 2), torch.cat(sums, 2)
-
-
-def _queries_at_once(q: Tensor, k: Tensor) -> int:
-    return max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+        return out, lse.to(accumulation_dtype(q.dtype))
+    return flash_attention(q, k, v) if _has_flash(q) else plain_attention(q, k, v)
 
 
 def dense_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the result is then this block's share."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
-    if _has_flash(q):
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout
-        sizes = (None, None, q.shape[2], k.shape[2])
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad.to(q.dtype), q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state
-        )
+    backward = flash_attention_backward if _has_flash(q) else plain_attention_backward
+    return backward(grad, q, k, v, out, lse)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`dense_attention` by ATen's CUDA flash attention."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return out, lse
+
+
+def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout
+    sizes = (None, None, q.shape[2], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state)
+
+
+def _queries_at_once(q: Tensor, k: Tensor) -> int:
+    return max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`dense_attention` by matrix products on any device, in the accumulation dtype."""
+    wide = accumulation_dtype(q.dtype)
+    keys, values, scale = k.to(wide).transpose(-1, -2), v.to(wide), q.shape[-1] ** -0.5
+    outs, sums = [], []
+    for part in q.to(wide).split(_queries_at_once(q, k), 2):
+        scores = torch.matmul(part, keys) * scale
+        sums.append(torch.logsumexp(scores, -1))
+        outs.append(torch.matmul((scores - sums[-1][..., None]).exp_(), values).to(q.dtype))
+    return torch.cat(outs, 2), torch.cat(sums, 2)
+
+
+def plain_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5
-    kw, vw = k.to(wide), v.to(wide)
-    dq, dk, dv = [], torch.zeros_like(kw), torch.zeros_like(vw)
+    keys, values = k.to(wide), v.to(wide)
+    dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
     size = _queries_at_once(q, k)
     for g, part, o, sums in zip(grad.to(wide).split(size, 2), q.to(wide).split(size, 2), out.to(wide).split(size, 2), lse.split(size, 2)):
-        p = (torch.matmul(part, kw.transpose(-1, -2)) * scale - sums[..., None]).exp_()
-        score_grad = p * (torch.matmul(g, vw.transpose(-1, -2)) - (g * o).sum(-1, keepdim=True)) * scale
-        dq.append(torch.matmul(score_grad, kw))
+        p = (torch.matmul(part, keys.transpose(-1, -2)) * scale - sums[..., None]).exp_()
+        score_grad = p * (torch.matmul(g, values.transpose(-1, -2)) - (g * o).sum(-1, keepdim=True)) * scale
+        dq.append(torch.matmul(score_grad, keys))
         dk += torch.matmul(score_grad.transpose(-1, -2), part)
         dv += torch.matmul(p.transpose(-1, -2), g)
     return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -33,7 +33,9 @@ class SequenceShard(Protocol):
     def layout(self) -> ClipLayout: ...
 
     @property
-    def comm(self) -> Communicator: ...
+    def comm(self) -> Communicator:
+        """For checkpointing and for counting traffic; models leave it alone."""
+        ...
 
     @property
     def frames(self) -> FrameRange:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallel import local_attention
 from parallel.layout import ClipLayout
 from parallel.local_attention import block_attention
 from parallel.masks import CHUNK_CAUSAL, FRAME_CAUSAL, FULL, AttentionMask
@@ -131,3 +132,27 @@ def test_collectives_and_bytes(oracles):
             assert member.collectives == {"attend forward": r - 1, "attend backward": 2 * r - 1}
             assert member.sent["attend forward"] == (r - 1) * 2 * t * heads * token
             assert member.sent["attend backward"] == ((r - 1) * 4 + 2) * t * heads * token
+
+
+def test_the_plain_path_of_other_devices_equals_the_cpu_kernel(monkeypatch):
+    """Also in pieces of few queries, and as one block's share of a softmax over more keys."""
+    g = torch.Generator().manual_seed(2)
+    q, k, v, grad = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (10, 14, 14, 10))
+    monkeypatch.setattr(local_attention, "SCORES_AT_ONCE", 2 * 3 * 14 * 4)
+    out, lse = local_attention.dense_attention(q, k, v)
+    found = local_attention.plain_attention(q, k, v)
+    torch.testing.assert_close(found, (out, lse), rtol=1e-12, atol=1e-12)
+    for keys in (slice(0, 14), slice(0, 5)):
+        block = (grad, q, k[:, :, keys].contiguous(), v[:, :, keys].contiguous(), out, lse)
+        expected = local_attention.dense_attention_backward(*block)
+        torch.testing.assert_close(local_attention.plain_attention_backward(*block), expected, rtol=1e-11, atol=1e-12)
+
+
+def test_the_flash_path_of_accelerators_is_called_with_the_right_arguments():
+    """Shapes and dtypes on meta tensors; the numbers need a device."""
+    q, k = (torch.empty(2, 4, n, 112, dtype=torch.bfloat16, device="meta") for n in (40, 60))
+    out, lse = local_attention.flash_attention(q, k, k)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    grads = local_attention.flash_attention_backward(out, q, k, k, out, lse)
+    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
