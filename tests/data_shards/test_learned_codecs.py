@@ -1,5 +1,8 @@
 """The adapters of learned autoencoders, with randomly initialised small networks saved and loaded as real ones are."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
