@@ -93,7 +93,7 @@ print("finished", rank)
     )
     started = time.monotonic()
     assert on_ray.run(spec(program, workers=2, address=cluster, max_restarts=2), view) == 0
-    assert time.monotonic() - started < 30, "rank 0 must not be waited for"
+    assert time.monotonic() - started < 55, "rank 0 must not be waited for"
     shown = view.out.getvalue()
     assert "rank 1 died: killed by SIGKILL at step 7" in shown
     assert "restart 1 of 2" in shown
