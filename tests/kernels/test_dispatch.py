@@ -41,6 +41,7 @@ def arguments():
         ("cuda", (7, 5), torch.bfloat16, 112, "capability 8.0"),
         ("cuda", (9, 0), torch.bfloat16, 256, "head dims 16 … 128"),
         ("cuda", (9, 0), torch.float16, 112, "float32 and bfloat16"),
+        ("cuda", (9, 0), torch.float32, 112, "more shared memory"),
         ("npu", None, torch.bfloat16, 112, "triton-ascend"),
         ("xpu", None, torch.bfloat16, 112, "xpu"),
     ],
@@ -49,28 +50,36 @@ def test_a_missing_kernel_is_a_logged_fallback(device, capability, dtype, head_d
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(engine, "interpreted", lambda: False)
     with caplog.at_level(logging.WARNING, "wm_train.kernels"):
-        answers = {engine.resolve("auto", device, capability, dtype, head_dim) for _ in range(3)}
+        answers = {engine.resolve("auto", "tokens", device, capability, dtype, head_dim) for _ in range(3)}
     assert answers == {"reference"}
     assert len(caplog.records) == 1  # once per distinct answer
     assert reason in caplog.text
     with pytest.raises(ValueError, match="Fix: engine='auto'"):
-        engine.resolve("triton", device, capability, dtype, head_dim)
+        engine.resolve("triton", "tokens", device, capability, dtype, head_dim)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 def test_cuda_takes_triton_and_says_so(capability, caplog, monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
     with caplog.at_level(logging.INFO, "wm_train.kernels"):
-        assert engine.resolve("auto", "cuda", capability, torch.bfloat16, 112) == "triton"
-        assert engine.resolve("reference", "cuda", capability, torch.bfloat16, 112) == "reference"
-    assert "kernels: triton (cuda" in caplog.text
+        assert engine.resolve("auto", "tokens", "cuda", capability, torch.bfloat16, 112) == "triton"
+        assert engine.resolve("reference", "tokens", "cuda", capability, torch.bfloat16, 112) == "reference"
+    assert "kernels: triton (tokens, cuda" in caplog.text
     assert "as asked" in caplog.text
+
+
+def test_fp32_states_take_triton_at_any_head_dim(monkeypatch):
+    """Only tokens in fp32 are too wide for the shared memory; the recurrences are fp32 always."""
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engine, "interpreted", lambda: False)
+    assert engine.resolve("auto", "states", "cuda", (9, 0), torch.float32, 112) == "triton"
+    assert engine.resolve("auto", "tokens", "cuda", (9, 0), torch.float32, 64) == "triton"
 
 
 def test_without_triton_the_reference_runs_and_the_log_says_why(caplog, monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING, "wm_train.kernels"):
-        assert engine.resolve("auto", "cuda", (9, 0), torch.bfloat16, 112) == "reference"
+        assert engine.resolve("auto", "tokens", "cuda", (9, 0), torch.bfloat16, 112) == "reference"
     assert "triton is not installed" in caplog.text
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel.reference import REFERENCE, Kernels
 from wm_train.kernels import reference
-from wm_train.kernels.engine import ENGINES, engine_for, resolve
+from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
 
 
 def gdn_gram(
@@ -124,7 +124,7 @@ def sequence_kernels(device: torch.device, engine: str = "auto") -> Kernels:
     if engine not in ENGINES:
         raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (sequence_kernels). Fix: engine='auto'")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if resolve(engine, device.type, capability, torch.float32, 112) == "reference":
+    if resolve(engine, "states", device.type, capability, torch.float32, HEAD_DIMS[1]) == "reference":
         return REFERENCE
     from wm_train.kernels import scan
 
@@ -139,7 +139,7 @@ def sequence_kernels(device: torch.device, engine: str = "auto") -> Kernels:
 
 def _engine(engine: str, tokens: Tensor, head_dim: int) -> str:
     """No tokens: nothing to launch, and the reference keeps the graph."""
-    return "reference" if tokens.numel() == 0 else engine_for(engine, tokens, head_dim)
+    return "reference" if tokens.numel() == 0 else engine_for(engine, "tokens", tokens, head_dim)
 
 
 def _check_tokens(where: str, x: Tensor, heads: int, weight: Tensor, cos: Tensor, sin: Tensor, per_pair: int) -> int:

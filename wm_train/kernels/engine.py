@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 
 ENGINES = ("auto", "triton", "reference")
+KINDS = ("tokens", "states")  # of kernels: over tokens, which come in the compute dtype; over states, which are always fp32
+FP32_TOKEN_DIM = 64  # largest D for which fp32 operands fit the shared memory
 HEAD_DIMS = (16, 128)  # Triton tiles pad D to a power of two and must fit a multiprocessor
 log = logging.getLogger("wm_train.kernels")
 
@@ -28,15 +30,15 @@ def interpreted() -> bool:
 
 
 @lru_cache(maxsize=64)
-def resolve(engine: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str:
+def resolve(engine: str, kind: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str:
     """`triton` or `reference`; the reason is logged once per distinct answer.
 
     Errors: ValueError for an unknown engine, or for engine=triton where Triton cannot run. Source: design §4, §8.
     """
     if engine not in ENGINES:
         raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (wm_train.kernels). Fix: engine='auto'")
-    obstacle = _obstacle(device_type, capability, dtype, head_dim)
-    where = f"{device_type}, capability {capability}, {dtype}, head dim {head_dim}"
+    obstacle = _obstacle(kind, device_type, capability, dtype, head_dim)
+    where = f"{kind}, {device_type}, capability {capability}, {dtype}, head dim {head_dim}"
     if engine == "reference":
         log.info("kernels: reference, as asked (%s)", where)
         return "reference"
@@ -54,13 +56,13 @@ def resolve(engine: str, device_type: str, capability: tuple[int, int] | None, d
     return "reference"
 
 
-def engine_for(engine: str, tensor: torch.Tensor, head_dim: int) -> str:
+def engine_for(engine: str, kind: str, tensor: torch.Tensor, head_dim: int) -> str:
     """`resolve` for the device and dtype of a tensor."""
     capability = torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
-    return resolve(engine, tensor.device.type, capability, tensor.dtype, head_dim)
+    return resolve(engine, kind, tensor.device.type, capability, tensor.dtype, head_dim)
 
 
-def _obstacle(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
+def _obstacle(kind: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why Triton cannot take these inputs; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed in {sys.prefix}"
@@ -68,6 +70,8 @@ def _obstacle(device_type: str, capability: tuple[int, int] | None, dtype: torch
         return f"the kernels compute float32 and bfloat16, not {dtype}"
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1] or head_dim % 8:
         return f"the kernels take head dims {HEAD_DIMS[0]} … {HEAD_DIMS[1]} that divide by 8"
+    if device_type == "cuda" and kind == "tokens" and dtype == torch.float32 and head_dim > FP32_TOKEN_DIM:
+        return f"fp32 tokens with head dims above {FP32_TOKEN_DIM} need more shared memory than a multiprocessor has; bf16 tokens fit"
     if device_type == "cuda":
         return None if capability is not None and capability >= (8, 0) else "tensor cores with bf16 and TF32 begin at capability 8.0"
     if device_type == "npu":

@@ -183,7 +183,7 @@ def _adjoint(
 
 def _by_reference(stream: Stream, settings: ScanSettings) -> bool:
     """No frames: nothing to launch, and the reference knows the empty answers."""
-    return stream.update.shape[1] == 0 or engine_for(settings.engine, stream.update, stream.update.shape[-1]) == "reference"
+    return stream.update.shape[1] == 0 or engine_for(settings.engine, "states", stream.update, stream.update.shape[-1]) == "reference"
 
 
 def local_states(
