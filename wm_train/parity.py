@@ -13,10 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from parallel.mesh import MeshDegrees
 from wm_train import compose, curriculum
 from wm_train.backends import get_backend
 from wm_train.config import ParallelConfig, RunConfig
+from wm_train.models import build_model
+from wm_train.objectives import OBJECTIVES
 from wm_train.parity_case import Comparison, Outcome, ParityCase, TrafficRow, compare, not_exercised, on_one_device, on_virtual_ranks
 
 DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to ask
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, help="largest relative error of any tensor (default 1e-5, with --double 1e-9)")
     parser.add_argument("--frames", type=int, help="latent frames (default: the stage's)")
     parser.add_argument("--batch", type=int, default=2, help="clips; every second one is shorter")
-    parser.add_argument("--grid", default="4x4", help="latent rows x columns")
+    parser.add_argument("--grid", type=grid, default=(4, 4), metavar="4x4", help="latent rows x columns")
     parser.add_argument("--checkpoint", help="a checkpoint directory (step_N) instead of seeded weights")
     parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
@@ -54,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report(case, reference, found, rows, tolerance, options.worst)
 
 
+def grid(text: str) -> tuple[int, int]:
+    """ "4x6" -> (4, 6)"""
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
 def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
     """The mesh to prove. Ulysses and ring, where both are given, decide; virtual ranks cover one sequence group."""
     wanted = config.parallel
@@ -72,7 +82,10 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         from data_shards.read import open_dataset
 
         stride = open_dataset(config.data.path).info.temporal_stride
-    rows, columns = (int(side) for side in options.grid.split("x"))
+    if stage.objective.name not in OBJECTIVES:
+        raise ValueError(f"objective: got {stage.objective.name!r}, expected one of {', '.join(OBJECTIVES)} (key objective.name)")
+    with torch.device("meta"):
+        build_model(config.model)  # says what is wrong with it before anything runs
     members = degrees.dp_replicate * degrees.dp_shard
     return ParityCase(
         model=config.model,
@@ -81,7 +94,7 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         frames=options.frames or (stage.frames - 1) // stride + 1,
         temporal_stride=stride,
         batch=-(-max(options.batch, 2) // members) * members,
-        grid=(rows, columns),
+        grid=options.grid,
         double=options.double,
         checkpoint=options.checkpoint,
         device="cpu" if options.processes else str(get_backend(config.backend.name, config.backend.threads).device),

@@ -93,6 +93,11 @@ def test_wrong_arguments_end_in_a_report(capsys):
     assert "ulyses" in capsys.readouterr().err
     assert parity.main(["experiment=demo", "parallel.ulysses=9", "parallel.ring=1"]) == 2
     assert "expected ulysses <= 4 heads" in capsys.readouterr().err
+    assert parity.main(["experiment=demo", "model.width=30", "parallel.cp=2"]) == 2
+    assert "got width 30" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        parity.main(["experiment=demo", "--grid", "4"])
+    assert end.value.code == 2
 
 
 def test_processes_with_sharded_parameters_agree(capsys):
