@@ -228,3 +228,17 @@ def test_a_cluster_that_is_not_there_is_a_users_mistake(spec, view, monkeypatch:
 )
 def test_which_dashboards_are_on_loopback(endpoint: str, inside: bool) -> None:
     assert on_ray.on_loopback(endpoint) is inside
+
+
+@pytest.mark.parametrize(("mode", "code"), [("", 2), ("token", 0)])
+def test_an_open_dashboard_is_refused_unless_it_asks_for_a_token(spec, view, monkeypatch: pytest.MonkeyPatch, mode: str, code: int) -> None:
+    import ray
+
+    from launch import attempt
+
+    context = type("Context", (), {"address_info": {"webui_url": "10.0.0.5:8265"}})()
+    monkeypatch.setattr(ray, "init", lambda **options: context)
+    monkeypatch.setattr(attempt, "run_attempt", lambda *arguments: None)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    assert on_ray.run(spec("", address="auto"), view) == code
+    assert ("got a dashboard at 10.0.0.5:8265 without authentication" in view.out.getvalue()) is (code == 2)
