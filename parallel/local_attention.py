@@ -7,6 +7,8 @@ here, because kernels disagree on it (ATen's CPU flash calls it 0, and a ring me
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -97,17 +99,22 @@ def plain_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
     return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
-    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no tile get zeros and −inf."""
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable[..., tuple[Tensor, Tensor]] = dense_attention
+) -> tuple[Tensor, Tensor]:
+    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no tile get zeros and −inf.
+
+    dense: computes one tile.
+    """
     batch, n, s, heads, d = q.shape
     if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
-        out, lse = dense_attention(*(_to_kernel(x) for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))))
+        out, lse = dense(*(_to_kernel(x) for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))))
         return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(batch, n, s, heads)
     result = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = torch.full((batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
     for tile in tiles:
         block = _pick(q, tile, (tile.queries,))
-        out, lse = dense_attention(*(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys))))
+        out, lse = dense(*(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys))))
         rows = slice(None) if tile.rows is None else list(tile.rows)
         result[rows, slice(*tile.queries)] = out.transpose(1, 2).reshape(block.shape)
         sums[rows, slice(*tile.queries)] = lse.transpose(1, 2).reshape(block.shape[:-1])
@@ -115,7 +122,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) ->
 
 
 def block_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: tuple[Tile, ...],
+    dense: Callable[..., tuple[Tensor, Tensor, Tensor]] = dense_attention_backward,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of dq, dk, dv (shapes of q, k, v; accumulation dtype, or that of the inputs).
 
@@ -123,7 +137,7 @@ def block_attention_backward(
     """
     if tiles == (Tile(None, (0, q.shape[1]), ((0, k.shape[1]),)),):
         g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (grad, q, out, k, v, lse[..., None]))
-        grads = dense_attention_backward(g, qq, kk, vv, oo, ll[..., 0])
+        grads = dense(g, qq, kk, vv, oo, ll[..., 0])
         return tuple(x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (q, k, v)))  # type: ignore[return-value]
     wide = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
@@ -132,7 +146,7 @@ def block_attention_backward(
         keys = [_pick(x, tile, tile.keys) for x in (k, v)]
         sums = _pick(lse[..., None], tile, (tile.queries,))
         g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
-        grads = dense_attention_backward(g, qq, kk, vv, oo, ll[..., 0])
+        grads = dense(g, qq, kk, vv, oo, ll[..., 0])
         dq_tile, dk_tile, dv_tile = (
             x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True)
         )
