@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-SPILL_LIMIT = 64  # bytes per thread in any kernel; 0 in most, see benchmarks/RESULTS.md for which and why
+SPILL_LIMIT = {80: 160, 90: 32, 100: 32}  # bytes per thread in any kernel; 0 in most, see benchmarks/RESULTS.md for which and why
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def check(rows: list[list[str]]) -> None:
     for name, architecture, registers, spilled, shared, _ in rows:
         where = f"{name} for sm_{architecture}"
         assert int(registers) <= 255, where
-        assert int(spilled) <= SPILL_LIMIT, where
+        assert int(spilled) <= SPILL_LIMIT[int(architecture)], where
         assert int(shared) <= SHARED_LIMIT[int(architecture)], where
 
 

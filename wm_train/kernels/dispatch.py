@@ -12,8 +12,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from parallel.local_attention import block_attention, block_attention_backward
 from parallel.reference import REFERENCE, Kernels
 from wm_train.kernels import reference
+from wm_train.kernels.attention import attend_tile, attend_tile_backward
 from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
 
 
@@ -119,17 +121,26 @@ def camera_output(
 
 
 @lru_cache(maxsize=16)
-def sequence_kernels(device: torch.device, engine: str = "auto") -> Kernels:
-    """The local kernels of `parallel`'s verbs on this device, the same table on every call; for `LocalSequence` and `GroupSequence`."""
+def sequence_kernels(device: torch.device, engine: str = "auto", attention: str = "auto") -> Kernels:
+    """The local kernels of `parallel`'s verbs on this device, the same table on every call; for `LocalSequence` and `GroupSequence`.
+
+    engine: of the GDN states; attention: auto | cudnn | flash | plain, of the softmax blocks on CUDA devices (`attention.py`).
+    """
     if engine not in ENGINES:
         raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (sequence_kernels). Fix: engine='auto'")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    table = REFERENCE
+    if device.type == "cuda":
+        table = table._replace(
+            block_attention=partial(block_attention, dense=partial(attend_tile, engine=attention)),
+            block_attention_backward=partial(block_attention_backward, dense=partial(attend_tile_backward, engine=attention)),
+        )
     if resolve(engine, "states", device.type, capability, torch.float32, HEAD_DIMS[1]) == "reference":
-        return REFERENCE
+        return table
     from wm_train.kernels import scan
 
     settings = scan.ScanSettings(engine=engine)
-    return REFERENCE._replace(
+    return table._replace(
         local_composites=partial(scan.local_composites, settings=settings),
         local_states=partial(scan.local_states, settings=settings),
         local_adjoint_composites=partial(scan.local_adjoint_composites, settings=settings),
