@@ -45,6 +45,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, softmax: bool) -> None:
         super().__init__()
         width = config.width
+        self.checkpointed = config.gradient_checkpointing
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
         if config.camera and config.plucker:
             self.plucker_proj = nn.Linear(width, width)
@@ -59,15 +60,29 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, plucker: Tensor | None, text: Tensor | None, context: BlockContext) -> Tensor:
         """x [B, t, S, C], modulation [B, t, 6, C], plucker [B, t, S, C], text [B, L, C] -> [B, t, S, C]."""
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.scale_shift_table + modulation).unsqueeze(3).unbind(2)
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return self.feed_forward(self.attention(x, modulation, plucker, text, context), modulation, context)
+        # Two halves: while one is recomputed in backward, nothing of the other is in memory.
+        x = checkpoint(self.attention, x, modulation, plucker, text, context, sequence=context.sequence)
+        return checkpoint(self.feed_forward, x, modulation, context, sequence=context.sequence)
+
+    def attention(self, x: Tensor, modulation: Tensor, plucker: Tensor | None, text: Tensor | None, context: BlockContext) -> Tensor:
+        """The first half: self-attention, Plücker injection, cross-attention."""
+        shift, scale, gate = self.modulation_rows(modulation, slice(0, 3))
         x = x + gate * self.attn(modulated(x, shift, scale), context)
         if plucker is not None:
             injected = self.plucker_proj(plucker)
             x = x + (injected if context.camera_keep is None else injected * context.camera_keep.to(x.dtype))
-        if text is not None:
-            x = x + self.cross_attn(x, text, context.text_mask)
-        inner = modulated(x, shift_ffn, scale_ffn)
-        return x + gate_ffn * self.mlp(inner, context.grid, context.sequence, context.edges)
+        return x if text is None else x + self.cross_attn(x, text, context.text_mask)
+
+    def feed_forward(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
+        """The second half: the convolutional FFN."""
+        shift, scale, gate = self.modulation_rows(modulation, slice(3, 6))
+        return x + gate * self.mlp(modulated(x, shift, scale), context.grid, context.sequence, context.edges)
+
+    def modulation_rows(self, modulation: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of one half, [B, t, 1, C] each."""
+        return (self.scale_shift_table[rows] + modulation[:, :, rows]).unsqueeze(3).unbind(2)
 
 
 class FinalLayer(nn.Module):
@@ -150,10 +165,7 @@ class SanaWM(nn.Module):
             x = x + (absolute if context.camera_keep is None else absolute * context.camera_keep.to(x.dtype))
         text = self.attention_y_norm(self.y_embedder(conditions.text)) if self.config.text_width and conditions.text is not None else None
         for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, plucker, text, context, sequence=sequence)
-            else:
-                x = block(x, modulation, plucker, text, context)
+            x = block(x, modulation, plucker, text, context)
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size).contiguous()
 
     def token_grid(self, latents: Tensor) -> tuple[int, int]:
