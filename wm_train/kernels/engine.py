@@ -57,9 +57,14 @@ def resolve(engine: str, kind: str, device_type: str, capability: tuple[int, int
 
 
 def engine_for(engine: str, kind: str, tensor: torch.Tensor, head_dim: int) -> str:
-    """`resolve` for the device and dtype of a tensor."""
+    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first pass their trial there."""
     capability = torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
-    return resolve(engine, kind, tensor.device.type, capability, tensor.dtype, head_dim)
+    answer = resolve(engine, kind, tensor.device.type, capability, tensor.dtype, head_dim)
+    if engine == "auto" and answer == "triton":
+        from wm_train.kernels.trial import trusted
+
+        return "triton" if trusted(kind, tensor.device, tensor.dtype, head_dim) else "reference"
+    return answer
 
 
 def _obstacle(kind: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -1,0 +1,108 @@
+"""A kernel is tried on the device it is to run on, once, before it is trusted: small tensors, forward and backward, against the reference.
+
+Compilers and drivers differ between machines more than our tests can cover; a wrong answer there must end in a log line, not in a model.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from wm_train.kernels.engine import log
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # RMS ratio to the reference in fp32; states go through TF32
+FRAMES, TOKENS, HEADS = 2, 20, 2
+
+
+@lru_cache(maxsize=32)
+def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether kernels of this kind come out right here; if not, the log says what went wrong."""
+    reason = defect(kind, device, dtype, head_dim)
+    if reason is not None:
+        log.error("kernels: reference instead of triton (%s, %s, %s, head dim %d): %s", kind, device, dtype, head_dim, reason)
+    return reason is None
+
+
+def defect(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What is wrong with kernels of a kind (`tokens` or `states`) on this device; None if nothing is."""
+    from triton.runtime.errors import TritonError
+
+    try:
+        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+            ratios = _tokens(device, dtype, head_dim) if kind == "tokens" else _states(device, head_dim)
+    except (RuntimeError, ValueError, TritonError) as reason:
+        return f"the trial raised {type(reason).__name__}: {str(reason).strip().splitlines()[0]}"
+    name, worst = max(ratios.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
+    return None if worst <= TOLERANCE[dtype] else f"{name} differs from the reference by {worst:.1e}, more than {TOLERANCE[dtype]}"
+
+
+def _ratio(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
+    """RMS ratio of every output and gradient of the four token functions."""
+    from wm_train.kernels import dispatch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    lead, scale = (1, FRAMES, TOKENS), (d * TOKENS) ** -0.5
+    one, two = (normal(*lead, HEADS * d).to(dtype) for _ in range(2))
+    beta, weight = torch.sigmoid(normal(*lead, HEADS)), 1.0 + 0.1 * normal(HEADS * d)
+    state, normaliser = normal(1, FRAMES, HEADS, d, d), normal(1, FRAMES, HEADS, 1, d).abs()
+    angle, ray_angle = normal(*lead, 1, d // 2), normal(*lead, 1, d // 4)
+    pose = torch.eye(4, device=device).repeat(*lead, 1, 1)
+    pose[..., :3, 3] = normal(*lead, 3)
+    tables, rays = (angle.cos(), angle.sin()), (ray_angle.cos(), ray_angle.sin())
+    calls = {
+        dispatch.gdn_gram: ((one, two, beta, weight), (*tables, scale)),
+        dispatch.gdn_output: ((one, state, normaliser, weight), tables),
+        dispatch.camera_gram: ((one, two, beta, weight), (pose, *rays, scale)),
+        dispatch.camera_output: ((one, state, weight), (pose, *rays)),
+    }
+    ratios = {}
+    for function, (inputs, rest) in calls.items():
+        results = []
+        for engine, kind in (("reference", torch.float32), ("triton", dtype)):
+            leaves = [x.detach().to(kind if x.dtype == dtype else x.dtype).requires_grad_() for x in inputs]
+            out = function(*leaves, *rest, engine=engine)
+            out = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(out, [torch.cos(torch.arange(x.numel(), device=device)).reshape(x.shape).to(x.dtype) for x in out])
+            results.append([*(x.detach() for x in out), *(leaf.grad for leaf in leaves)])
+        for i, (expected, actual) in enumerate(zip(*results, strict=True)):
+            ratios[f"{function.__name__}[{i}]"] = _ratio(actual, expected)
+    return ratios
+
+
+def _states(device: torch.device, d: int) -> dict[str, float]:
+    """RMS ratio of states, composites and gradients, in two segments with a cut."""
+    from parallel import reference
+    from parallel.reference import Cuts, Stream
+    from wm_train.kernels import scan
+
+    generator = torch.Generator().manual_seed(0)
+    frames, settings = 2 * FRAMES, scan.ScanSettings(engine="triton", segments=2)
+    ratios = {}
+    for e in (d, 1):
+        key = torch.randn(1, frames, HEADS, TOKENS, d, generator=generator).relu() * (2 / (TOKENS * d)) ** 0.5
+        update, grads = (torch.randn(1, frames, HEADS, e, d, generator=generator) for _ in range(2))
+        stream = Stream(*(x.to(device) for x in (torch.full((1, frames, HEADS), 0.9), key.transpose(-1, -2) @ key, update)))
+        grads, cuts = grads.to(device), Cuts((False, *(True,) * (frames - 1)), (True, True, False, *(True,) * (frames - 4), False))
+        none = (None, None)
+        pairs = [
+            (scan.local_states(stream, cuts, "exclusive", *none, settings), reference.local_states(stream, cuts, "exclusive", *none)),
+            (scan.local_composites(stream, cuts, "exclusive", settings), reference.local_composites(stream, cuts, "exclusive")),
+            (
+                scan.local_adjoint(stream, cuts, "exclusive", *none, grads, *none, settings)[0],
+                reference.local_adjoint(stream, cuts, "exclusive", *none, grads, *none)[0],
+            ),
+        ]
+        for i, (actual, expected) in enumerate(pairs):
+            for j, (a, b) in enumerate(zip(actual, expected, strict=True)):
+                ratios[f"states E={e} [{i}][{j}]"] = _ratio(a, b)
+    return ratios
