@@ -138,9 +138,12 @@ def forward(case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: s
         handles.append(block.register_forward_pre_hook(lambda module, inputs, scope=f"blocks.{number}": set_scope(sequence, scope)))
         handles.append(block.register_forward_hook(lambda module, inputs, output: set_scope(sequence, "")))
     conditions = conditions_of(case)
-    per_row: dict[str, Any] = {name: getattr(conditions, name) for name in ("c2w", "intrinsics", "text", "text_mask")}
-    per_row = {name: None if value is None else value[rows] for name, value in per_row.items()}
-    conditions = replace(conditions, **{name: None if value is None else value.to(case.device) for name, value in per_row.items()})
+
+    def held(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[rows].to(case.device)
+
+    text, mask = held(conditions.text), held(conditions.text_mask)
+    conditions = replace(conditions, c2w=held(conditions.c2w), intrinsics=held(conditions.intrinsics), text=text, text_mask=mask)
     latents = latents_of(case)[rows, sequence.frames.start : sequence.frames.stop]
     clips = Clips(latents.to(case.device), torch.arange(case.batch)[rows].to(case.device))
     output = OBJECTIVES[case.objective.name](model, clips, NoiseKey(case.seed, 0), case.objective, sequence, conditions)
