@@ -8,11 +8,13 @@ import torch
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
+from wm_train.compose import compose
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig, StageModel
-from wm_train.curriculum import changed_model
+from wm_train.curriculum import changed_model, ordered, stage_run
 from wm_train.models import build_model, initialise_
 from wm_train.models.public_layout import stage_parts
+from wm_train.models.streaming import chunk_starts
 
 FULL = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
 GDN = changed_model(FULL, StageModel(softmax_every=0, camera=False))
@@ -57,3 +59,22 @@ def test_a_new_camera_branch_changes_nothing_at_first(camera_path):
     assert old.abs().max() > 0.1
     assert torch.equal(old, new)
     assert replace(CAUSAL, causal=False) == FULL
+
+
+def test_the_recipe_has_the_values_of_table_7():
+    run = compose(["recipe=sana_wm", "model=sana_wm_2b6", "data.path=somewhere"])
+    stages = run.recipe.stages
+    assert ordered(run.recipe) == ("gdn", "hybrid", "minute_camera", "sft", "chunk_causal")
+    table = [(s.steps, s.global_batch, s.optimizer.lr, s.frames) for s in stages.values()][:4]
+    assert table == [(30_000, 64, 5e-5, 81), (30_000, 64, 5e-5, 81), (31_000, 32, 1e-5, 961), (10_000, 32, 1e-5, 961)]
+    assert all(s.optimizer.clip_norm == 0.5 and s.optimizer.eps == 1e-10 for s in stages.values())
+    assert all(s.objective.flow_shift == 9.95 and s.objective.image_condition == 0.9 for s in stages.values())
+    assert stages["chunk_causal"].objective.chunk_mixture == (0.1, 0.4, 0.4, 0.1)
+    assert [s.inherit for s in stages.values()] == [None, *["previous"] * 4]
+    models = {name: stage_run(run, name).model for name in stages}
+    assert [(m.softmax_every, m.camera, m.causal) for m in models.values()] == [
+        (0, False, False), (4, False, False), (4, True, False), (4, True, False), (4, True, True),
+    ]  # fmt: skip
+    assert chunk_starts(121, stages["chunk_causal"].chunk_frames)[:3] == (0, 4, 7)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model(models["sft"]).parameters()) == 2_661_800_448
