@@ -99,7 +99,6 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "???"
-    bad_shard: str = "fail"  # fail | quarantine
     prefetch: int = 2  # batches read ahead
 
 
@@ -117,7 +116,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class BackendConfig:
-    name: str = "auto"  # auto | cpu | cuda | npu
+    name: str = "auto"  # auto | cpu | cuda, or one that an installed package adds
     threads: int = 1  # CPU threads per worker; a fixed number makes CPU runs repeat to the bit
     collective_timeout_s: float = 120.0
 

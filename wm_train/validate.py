@@ -34,7 +34,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *_stage_list_problems(config),
         *(problem for name, stage in config.recipe.stages.items() for problem in _stage_problems(name, stage)),
         *_model_problems(config.model),
-        *_check("data.", config.data, (*_counts("prefetch"), _one_of("bad_shard", ("fail", "quarantine")))),
+        *_check("data.", config.data, _counts("prefetch")),
         *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), _one_of("name", backends()))),
         *_launcher_problems(config),
         *_check("tracker.", config.tracker, (_one_of("name", ("mlflow", "none")), ("experiment", bool, "a name"))),

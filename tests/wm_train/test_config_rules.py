@@ -56,7 +56,6 @@ BAD_VALUES: dict[str, list[Any]] = {
     "model.patch_size": [3],
     "model.text_width": [64],
     "model.ffn_ratio": [NAN],
-    "data.bad_shard": ["skip"],
     "data.prefetch": [0],
     "parallel.cp": [3, 0],
     "parallel.dp_shard": [0],

@@ -1,0 +1,41 @@
+"""Every way to spread or to save memory trains the same: replicas, shards, sequence members, checkpointing, accumulation, bf16."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("workers", "overrides"),
+    [
+        (2, ("parallel.dp_replicate=2",)),
+        (2, ("parallel.cp=2", "parallel.ring=2", "parallel.ulysses=1")),
+        (2, ("parallel.cp=2", "model.gradient_checkpointing=true")),
+        (1, ("model.gradient_checkpointing=true",)),
+    ],
+    ids=["hsdp", "ring", "checkpointed cp", "checkpointed"],
+)
+def test_losses_do_not_depend_on_how_work_is_spread(alone, worker_config, losses, tmp_path, run_ranks, workers, overrides):
+    run_ranks(workers, "-m", "wm_train.worker", "--config", worker_config(tmp_path, *overrides))
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-5, abs=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "overrides",
+    [("parallel.dp_replicate=2", "parallel.dp_shard=2"), ("parallel.cp=4",), ("parallel.cp=2", "parallel.dp_shard=2")],
+    ids=["hsdp 2x2", "cp4", "dp2 x cp2"],
+)
+def test_four_processes(train_here, worker_config, losses, tmp_path, run_ranks, overrides):
+    batch = "recipe.stages.short.global_batch=4"
+    train_here(tmp_path / "alone", batch)
+    run_ranks(4, "-m", "wm_train.worker", "--config", worker_config(tmp_path / "four", batch, *overrides), timeout=400)
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5, abs=0)
+
+
+def test_bf16_stays_close_to_fp32_and_normuon_does_not_care_for_the_mesh(alone, train_here, worker_config, losses, tmp_path, run_ranks):
+    train_here(tmp_path / "bf16", "parallel.precision=bf16")
+    assert losses(tmp_path / "bf16") != alone
+    assert losses(tmp_path / "bf16") == pytest.approx(alone, rel=0.03)
+    optimizer = "recipe.stages.short.optimizer.name=normuon"
+    train_here(tmp_path / "one", optimizer)
+    run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(tmp_path / "two", optimizer))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5, abs=0)
