@@ -71,5 +71,5 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 # dataset.json is written last, so a folder without it is a run that was interrupted.
 $(DATA)/dataset.json: | $(VENV)/.demo
 	@rm -rf $(DATA) $(DATA)_recording
-	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=32 frames=81 fps=16
+	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=128 frames=81 fps=16
 	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA)

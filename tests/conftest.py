@@ -65,7 +65,8 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
         base = ["experiment=demo", "stage=short", f"data.path={gameplay}", f"out={folder}", "tracker=none", "trainer.samples=0"]
         small = ["model.width=64", "model.depth=4", "recipe.stages.short.global_batch=2", "recipe.stages.short.frames=41"]
         quick = ["recipe.stages.short.steps=20", "trainer.checkpoint_every=5", "trainer.validation_clips=0"]
-        return compose([*base, *small, *quick, "recipe.stages.short.optimizer.warmup_steps=5", *overrides])
+        optimizer = [f"recipe.stages.short.optimizer.{setting}" for setting in ("warmup_steps=5", "lr=2e-3", "schedule=constant")]
+        return compose([*base, *small, *quick, *optimizer, *overrides])
 
     return make
 
