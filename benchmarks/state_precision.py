@@ -3,8 +3,8 @@
     python benchmarks/state_precision.py
 
 S_t = γ (S − S·A) + U with S kept in fp32; only the operands of S·A are rounded: to nearest TF32, or truncated to it, which is what the
-hardware does with an fp32 operand by itself. RMS ratio of the whole state history to fp64. D=112, 220 tokens per frame, keys of ReLU'd normals,
-independent or with a direction in common.
+hardware does with an fp32 operand by itself. RMS ratio of the whole state history to fp64. D=112, 220 tokens per frame, keys of ReLU'd
+normals, independent or with a direction in common.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def scan_cost(row: tuple) -> float:
 
 def token_cost(row: tuple) -> float:
     """Steps of all programs, 16 tokens each; the interpreter's time hardly depends on their size."""
-    return row[2] * -(-row[3] // 16) * (1 + row[1] / 256)
+    return row[2] * -(-row[3] // 16) * (1 + row[1] / 256) * (2.5 if row[0].startswith("camera") else 1)
 
 
 def pairwise(axes: tuple[tuple, ...], cost: Callable[[tuple], float], limit: float) -> list[tuple]:
