@@ -60,7 +60,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def plain_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulation_dtype(q.dtype)
-    grads = dense_attention_backward(*(x.to(wide) for x in (grad, q, k, v, out)), lse)
+    grads = dense_attention_backward(grad.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide), lse)
     return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
 
 

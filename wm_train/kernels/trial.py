@@ -5,7 +5,9 @@ Compilers and drivers differ between machines more than our tests can cover; a w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float
     pose = torch.eye(4, device=device).repeat(*lead, 1, 1)
     pose[..., :3, 3] = normal(*lead, 3)
     tables, rays = (angle.cos(), angle.sin()), (ray_angle.cos(), ray_angle.sin())
-    calls = {
+    calls: dict[Callable[..., Any], tuple[tuple[Tensor, ...], tuple[Any, ...]]] = {
         dispatch.gdn_gram: ((one, two, beta, weight), (*tables, scale)),
         dispatch.gdn_output: ((one, state, normaliser, weight), tables),
         dispatch.camera_gram: ((one, two, beta, weight), (pose, *rays, scale)),
@@ -94,7 +96,7 @@ def _states(device: torch.device, d: int) -> dict[str, float]:
         stream = Stream(*(x.to(device) for x in (torch.full((1, frames, HEADS), 0.9), key.transpose(-1, -2) @ key, update)))
         grads, cuts = grads.to(device), Cuts((False, *(True,) * (frames - 1)), (True, True, False, *(True,) * (frames - 4), False))
         none = (None, None)
-        pairs = [
+        pairs: list[tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]] = [
             (scan.local_states(stream, cuts, "exclusive", *none, settings), reference.local_states(stream, cuts, "exclusive", *none)),
             (scan.local_composites(stream, cuts, "exclusive", settings), reference.local_composites(stream, cuts, "exclusive")),
             (
@@ -104,5 +106,7 @@ def _states(device: torch.device, d: int) -> dict[str, float]:
         ]
         for i, (actual, expected) in enumerate(pairs):
             for j, (a, b) in enumerate(zip(actual, expected, strict=True)):
+                assert a is not None
+                assert b is not None
                 ratios[f"states E={e} [{i}][{j}]"] = _ratio(a, b)
     return ratios
