@@ -111,6 +111,7 @@ class ParallelConfig:
     cp: int = 1
     ulysses: int | None = None  # null: gcd(heads, cp)
     ring: int | None = None  # null: cp / ulysses
+    attention: str = "native"  # native | deepspeed | xfuser: whose softmax attention runs over the sequence group
     precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
 
 

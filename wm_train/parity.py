@@ -76,7 +76,8 @@ def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
 
 def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
     """The first selected stage, at its full length."""
-    stage = config.recipe.stages[curriculum.select(config.recipe, config.stage)[0]]
+    name = curriculum.select(config.recipe, config.stage)[0]
+    config, stage = curriculum.stage_run(config, name), config.recipe.stages[name]
     stride = DEFAULT_STRIDE
     if Path(config.data.path).is_dir():
         from data_shards.read import open_dataset
@@ -91,6 +92,7 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         model=config.model,
         objective=stage.objective,
         seed=config.seed,
+        chunk_frames=stage.chunk_frames,
         frames=options.frames or (stage.frames - 1) // stride + 1,
         temporal_stride=stride,
         batch=-(-max(options.batch, 2) // members) * members,

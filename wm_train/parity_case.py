@@ -24,6 +24,7 @@ from wm_train.config import ModelConfig, ObjectiveConfig
 from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.models import build_model
 from wm_train.models.init import initialise_
+from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey, normal
 from wm_train.objectives import OBJECTIVES
 
@@ -43,6 +44,7 @@ class ParityCase:
     batch: int
     grid: tuple[int, int]
     double: bool
+    chunk_frames: int = 0
     checkpoint: str | None = None
     device: str = "cpu"
 
@@ -52,10 +54,11 @@ class ParityCase:
 
     @property
     def layout(self) -> ClipLayout:
-        """Every second clip is shorter. Chunk-causal models see chunks of 4, 3, 3, … latent frames, as SANA-WM's."""
+        """Every second clip is shorter. Chunks are the stage's; a causal model of a stage without any gets 4, 3, 3, … latent frames."""
         short = max(1, self.frames - max(1, self.frames // 4))
         valid = tuple(self.frames if row % 2 == 0 else short for row in range(self.batch))
-        return ClipLayout(self.frames, chunk_starts=(0, *range(4, self.frames, 3)) if self.model.causal else (0,), valid_frames=valid)
+        chunk_frames = self.chunk_frames or (3 if self.model.causal else 0)
+        return ClipLayout(self.frames, chunk_starts=chunk_starts(self.frames, chunk_frames), valid_frames=valid)
 
 
 @dataclass(frozen=True)

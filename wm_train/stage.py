@@ -9,6 +9,7 @@ from datetime import timedelta
 from data_shards.load import Batch, ClipLoader
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import latent_frame_count
+from parallel.engines import AttentionEngine, make_engine
 from parallel.layout import ClipLayout
 from parallel.mesh import Mesh, MeshDegrees, build_mesh
 from parallel.sequence import SequenceShard, make_sequence
@@ -36,6 +37,7 @@ class Stage:
     dataset: ClipDataset
     latent_frames: int  # T
     noise: NoiseKey
+    attention: tuple[str, AttentionEngine] | None  # an engine of others for the softmax blocks; None: ours
     step_flops: int  # of the whole global batch, see metrics/flops.py
 
 
@@ -63,7 +65,8 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     flops = step_flops(
         forward_flops(run.model, frames, info.latent_height * info.latent_width // run.model.patch_size**2), config.global_batch
     )
-    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place), flops)
+    engine = make_engine(run.parallel.attention, mesh.comm)
+    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place), engine, flops)
 
 
 def open_loader(stage: Stage, split: str, global_batch: int, first_step: int = 0) -> ClipLoader:
@@ -88,7 +91,7 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     """The seam of this batch: its layout and this process's share of the frames."""
     starts = chunk_starts(stage.latent_frames, stage.config.chunk_frames)
     layout = ClipLayout(stage.latent_frames, chunk_starts=starts, valid_frames=tuple(batch.valid_frames.tolist()))
-    return make_sequence(layout, stage.mesh, sequence_kernels(stage.backend.device))
+    return make_sequence(layout, stage.mesh, sequence_kernels(stage.backend.device), stage.attention)
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:

@@ -22,6 +22,7 @@ from wm_train.data_rules import data_problems
 from wm_train.mesh_rules import batch_problems, mesh_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
+ENGINES = ("native", "deepspeed", "xfuser")  # parallel/engines.py, which imports torch
 MOST = 10**9  # beyond any run; catches a slipped exponent
 
 Rule = tuple[str, Callable[[Any], bool], str]  # key, what must hold, the same in words
@@ -49,7 +50,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
                 ("skip_steps", lambda steps: all(step > 0 for step in steps), "step numbers from 1 on"),
             ),
         ),
-        *_check("parallel.", config.parallel, (_one_of("precision", ("fp32", "bf16")),)),
+        *_check("parallel.", config.parallel, (_one_of("precision", ("fp32", "bf16")), _one_of("attention", ENGINES))),
     ]
     mesh = mesh_problems(config)
     found += mesh
