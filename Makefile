@@ -72,4 +72,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 $(DATA)/dataset.json: | $(VENV)/.demo
 	@rm -rf $(DATA) $(DATA)_recording
 	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=128 frames=81 fps=16
-	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA)
+	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA) codec=linear channels=16

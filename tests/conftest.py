@@ -49,7 +49,7 @@ def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of real gameplay: 8 clips of 41 frames."""
     folder = tmp_path_factory.mktemp("gameplay")
     record = ["record", "vizdoom", f"out={folder / 'recording'}", "clips=8", "frames=41", "fps=16"]
-    encode = ["encode", f"source={folder / 'recording'}", "codec=linear", f"out={folder / 'shards'}"]
+    encode = ["encode", f"source={folder / 'recording'}", "codec=linear", "channels=16", f"out={folder / 'shards'}"]
     for command in (record, encode):
         module, *arguments = command
         subprocess.run([sys.executable, "-m", f"data_shards.{module}", *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)

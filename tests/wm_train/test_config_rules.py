@@ -22,7 +22,7 @@ from wm_train.validate import problems_of, table
 Find = Callable[..., dict[str, Problem]]
 SHORT, LONG = "recipe.stages.short.", "recipe.stages.long."
 NAN, INF = float("nan"), float("inf")
-CHANNELS = 48
+CHANNELS = 16  # of experiment=demo
 
 BAD_VALUES: dict[str, list[Any]] = {
     SHORT + "optimizer.lr": [NAN, -1.0, INF, 0.0],

@@ -65,7 +65,7 @@ def test_states_are_counted_from_the_objects_that_training_builds(name):
 
 
 def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
-    stages = ["experiment=demo", "--latent", "48x7x10/8"]
+    stages = ["experiment=demo", "--latent", "16x7x10/8"]
     assert main([*stages, "--memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "stage 1 short: 41 frames = 6 latent frames" in out
@@ -75,7 +75,7 @@ def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--latent", "48x7"], ["--latent", "16x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]])
+@pytest.mark.parametrize("arguments", [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]])
 def test_bad_input_is_one_report(capsys, arguments):
     assert main(["experiment=demo", *arguments]) == 2
     captured = capsys.readouterr()
