@@ -147,9 +147,7 @@ def block_attention_backward(
         sums = _pick(lse[..., None], tile, (tile.queries,))
         g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
         grads = dense(g, qq, kk, vv, oo, ll[..., 0])
-        dq_tile, dk_tile, dv_tile = (
-            x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True)
-        )
+        dq_tile, dk_tile, dv_tile = (x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True))
         rows = slice(None) if tile.rows is None else list(tile.rows)
         dq[rows, slice(*tile.queries)] += dq_tile
         cursor = 0

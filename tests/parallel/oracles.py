@@ -307,8 +307,9 @@ def worst(found, expected) -> tuple[float, float]:
         assert set(a) == set(b)
         largest = max(float(x.detach().double().norm()) for x in b.values())
         zero = {n for n in b if float(b[n].detach().double().norm()) <= 1e-13 * largest}  # 0 but for rounding, such as d softmax of one key
-        errors.append(max(float((a[n].double() - b[n].double()).detach().norm()) / (largest or 1) if n in zero else relative(a[n], b[n]) for
-        n in a))
+        errors.append(
+            max(float((a[n].double() - b[n].double()).detach().norm()) / (largest or 1) if n in zero else relative(a[n], b[n]) for n in a)
+        )
     return errors[0], errors[1]
 
 

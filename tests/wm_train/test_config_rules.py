@@ -52,7 +52,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "model.width": [100],
     "model.heads": [0],
     "model.depth": [0],
-    "model.latent_channels": [16],
+    "model.latent_channels": [48],
     "model.patch_size": [3],
     "model.text_width": [64],
     "model.ffn_ratio": [NAN],
