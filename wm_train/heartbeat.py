@@ -8,11 +8,13 @@ and what it did last. Ages are measured by the file system's clock, the same for
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
 INTERVAL_S = 1.0
 SILENT_AFTER_S = 3 * INTERVAL_S
+LENGTH = 128  # bytes of a sign of life, padded
 
 
 class Heartbeat:
@@ -21,7 +23,7 @@ class Heartbeat:
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.step, self.section = 0, "start"
-        self._path = folder / f"rank_{rank:05d}.json"
+        self._file = os.open(folder / f"rank_{rank:05d}.json", os.O_WRONLY | os.O_CREAT, 0o644)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -31,7 +33,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while True:
-            self._path.write_text(json.dumps({"step": self.step, "section": self.section}))
+            # One write of one length in place: a process that is stopped in between never leaves half a sentence.
+            os.pwrite(self._file, json.dumps({"step": self.step, "section": self.section}).ljust(LENGTH).encode(), 0)
             if self._ended.wait(INTERVAL_S):
                 return
 
@@ -41,7 +44,8 @@ class Heartbeat:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join(timeout=INTERVAL_S)
+        self._thread.join()
+        os.close(self._file)
 
 
 def silent_ranks(folder: Path, size: int) -> list[str]:
@@ -63,5 +67,5 @@ def _last_words(path: Path) -> str:
     try:
         said = json.loads(path.read_text())
         return f", last seen in step {said['step']}, section {said['section']}"
-    except (ValueError, KeyError, TypeError):  # it died while writing
+    except (ValueError, KeyError, TypeError):  # it died before its first words
         return ""
