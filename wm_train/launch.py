@@ -26,6 +26,7 @@ from launch.spec import JOB_ID, USER_ERROR, BatchJob, LaunchSpec, fill
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
 from wm_train.mesh_rules import smaller_worlds
+from wm_train.owner import OwnedError, check_free
 from wm_train.tree_help import help_text
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
@@ -110,10 +111,15 @@ def run_stage(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequenc
     """Store the resolved config, run the workers, return their exit code."""
     spec = spec_of(config, stage, stages)
     try:
+        if config.launcher.nodes == 1:  # else the same command on another machine may have begun already
+            check_free(stage.directory)
         stage.directory.mkdir(parents=True, exist_ok=True)
         # The tracker's address may hold a password, so the file is for its owner only.
         with open(os.open(spec.config_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(spec.config_text)
+    except OwnedError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
     except OSError as error:
         print(f"run folder: got {error}, expected a folder that can be written (key out). Fix: out=<folder>", file=sys.stderr)
         return USER_ERROR

@@ -1,7 +1,8 @@
 """What every launcher runs on every rank: `python -m wm_train.worker --config resolved.json`.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the resolved config, whose `stage` names
-one stage. Exit codes: 0 the stage is done; 2 the user must change something, so a restart would not help; 75 asked to stop by SIGTERM or
+one stage. Exit codes: 0 the stage is done; 2 the user must change something, so a restart would not help, or another run owns the
+folder; 75 asked to stop by SIGTERM or
 SIGUSR1, and saved: start the same command again to go on; 1 anything else.
 """
 
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from wm_train.backends import get_backend
     from wm_train.compose import ConfigError, from_json
+    from wm_train.curriculum import stage_directory
+    from wm_train.owner import OwnedError, only_run
     from wm_train.preemption import EXIT_CODE, Preempted, StopRequest
     from wm_train.progress import Progress, complain
     from wm_train.trainer import SetupError, train_stage
@@ -38,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             raise SetupError(str(error)) from error
         world = join_world(backend, run.backend.collective_timeout_s)
-        train_stage(run, backend, world, Progress(speaks=world.rank == 0), stop)
-    except (ConfigError, SetupError) as error:
+        with only_run(stage_directory(run, run.stage), world):
+            train_stage(run, backend, world, Progress(speaks=world.rank == 0), stop)
+    except (ConfigError, SetupError, OwnedError) as error:
         complain(f"rank {rank}: {error}")
         return USER_ERROR
     except Preempted as reason:
