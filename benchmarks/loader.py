@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards.encode import Settings
+from data_shards.encode_job import Settings
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import SCHEMA_VERSION, ClipEntry, DatasetInfo, MemberEntry, info_to_json
 from data_shards.write import ShardWriter, write_index

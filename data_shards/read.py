@@ -26,6 +26,7 @@ from data_shards.schema import (
     FIELDS,
     ITEM_BYTES,
     MAX_FREE_BYTES,
+    READ_BY_ROW,
     SHARD_PATTERN,
     SPLITS,
     TIME_SHARDED,
@@ -35,6 +36,7 @@ from data_shards.schema import (
     MemberEntry,
     ShardError,
     check_key,
+    expected_fields,
     expected_shape,
     index_schema,
     info_from_json,
@@ -135,8 +137,8 @@ class ClipDataset:
             member = MemberEntry(**{**raw, "shape": tuple(raw["shape"]), "row_crc32c": tuple(raw["row_crc32c"])})
             check_member(member, entry, self.info, duplicate=member.field in found)
             found[member.field] = member
-        if TIME_SHARDED not in found:
-            raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {TIME_SHARDED}). Fix: encode again")
+        for field in sorted({TIME_SHARDED, *expected_fields(self.info, entry.raw_frames)} - set(found)):
+            raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {field}). Fix: encode again")
         return found
 
     def read(self, key: str | ClipEntry, frames: tuple[int, int] | None = None, replicated: bool = True, stored: bool = False) -> Clip:
@@ -276,7 +278,7 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
             problem = f"got {header} bytes of header, expected none in Zarr and an npy header in a tar"
         elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
             problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
-        elif member.field == TIME_SHARDED and len(member.row_crc32c) != member.shape[0]:
+        elif member.field in READ_BY_ROW and len(member.row_crc32c) != member.shape[0]:
             problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
     if problem:
         raise DataError(f"index: {problem} {where(entry, member)}. Fix: encode again")

@@ -3,7 +3,16 @@
 Layout of a data set directory:
   shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
   index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
+  null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt, real tokens only
   dataset.json         written last: without it the directory is no data set
+
+Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r = temporal_stride each, so a shorter clip can start at
+latent 0 only, or at a raw frame whose own *image latent* (that frame alone, encoded as the first of a clip) was stored. With
+`image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has the member `image_latents.npy`
+[K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k is the image latent of raw frame (k + 1) e, that is of every multiple
+of e up to the clip's last frame, except frame 0, whose image latent is latent 0 itself. Its columns in the index are those of
+`latent.npy`: one crc32c per row, so one row is read and verified by itself. The cut that starts at raw frame s = (k + 1) e is row k
+followed by latents s / r + 1, s / r + 2, … of `latent.npy`; its first latent is normalised as a first one. e = 0: no such member.
 """
 
 from __future__ import annotations
@@ -16,12 +25,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "validation")
 
 # field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16 array lies in the tar as uint16.
 FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "latent.npy": (4, ("float16", "bfloat16", "float32")),
+    "image_latents.npy": (4, ("float16", "bfloat16", "float32")),
     "c2w.npy": (3, ("float32", "float64")),
     "intrinsics.npy": (2, ("float32", "float64")),
     "controls.npy": (2, ("float32",)),
@@ -31,6 +41,9 @@ FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
 }
 MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
+IMAGE_LATENTS = "image_latents.npy"
+READ_BY_ROW = (TIME_SHARDED, IMAGE_LATENTS)  # these carry a crc32c per row; all other members are read whole
+NULL_TEXT = "null_text.npy"
 ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
 SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
@@ -60,7 +73,7 @@ class MemberEntry:
     dtype: str
     shape: tuple[int, ...]
     crc32c: int  # of the whole member
-    row_crc32c: tuple[int, ...] = ()  # of each latent frame; empty for replicated members
+    row_crc32c: tuple[int, ...] = ()  # of each row of the members READ_BY_ROW; empty for the others
 
     @property
     def row_bytes(self) -> int:
@@ -110,16 +123,38 @@ class DatasetInfo:
     index_sha256: str
     source: str
     fingerprint: str  # sha256 over every clip's key, split and member checksums, and over the codec
+    fields: tuple[str, ...] = ()  # what every clip has, besides image_latents.npy, which only clips longer than image_latents_every have
+    image_latents_every: int = 0  # raw frames between stored image latents (see the module's docstring); 0: none
+    text_encoder: str | None = None  # what made text.npy; None: this set has no text
+    text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
+    text_width: int = 0  # E
+    null_text_crc32c: int = 0  # of the file null_text
 
 
 def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int | None, ...]:
     """The shape that `field` of this clip must have; None where any length is allowed."""
     return {
         "latent.npy": (entry.latent_frames, info.channels, info.latent_height, info.latent_width),
+        "image_latents.npy": (
+            image_latent_count(entry.raw_frames, info.image_latents_every), info.channels, info.latent_height, info.latent_width
+        ),
         "c2w.npy": (entry.raw_frames, 4, 4),
         "intrinsics.npy": (entry.raw_frames, 4),
         "controls.npy": (entry.latent_frames, len(info.control_names)),
+        "text.npy": (info.text_length, info.text_width),
+        "text_mask.npy": (info.text_length,),
     }.get(field, (None,) * FIELDS[field][0])
+
+
+def expected_fields(info: DatasetInfo, raw_frames: int) -> frozenset[str]:
+    """The members that a clip of this length must have."""
+    extra = {IMAGE_LATENTS} if image_latent_count(raw_frames, info.image_latents_every) else set()
+    return frozenset({*info.fields, *extra})
+
+
+def image_latent_count(raw_frames: int, every: int) -> int:
+    """K: how many image latents a clip has besides latent 0; see the module's docstring. They are of the raw frames every, 2 every, …"""
+    return (raw_frames - 1) // every if every else 0
 
 
 def latent_frame_count(raw_frames: int, temporal_stride: int) -> int:
@@ -183,11 +218,14 @@ def info_from_json(text: str, where: str) -> DatasetInfo:
         raise DataError(f"dataset.json: got missing or unknown fields {wrong}, expected exactly those of DatasetInfo ({where})")
     raw["mean"] = tuple(tuple(float(x) for x in row) for row in raw["mean"])
     raw["std"] = tuple(tuple(float(x) for x in row) for row in raw["std"])
-    raw["control_names"] = tuple(raw["control_names"])
+    raw["control_names"], raw["fields"] = tuple(raw["control_names"]), tuple(raw["fields"])
     info = DatasetInfo(**raw)
     for name, table in (("mean", info.mean), ("std", info.std)):
         if [len(row) for row in table] != [info.channels] * 2 or not all(math.isfinite(x) for row in table for x in row):
             raise DataError(f"dataset.json: got a {name} that is not [2][{info.channels}] finite numbers ({where}). Fix: encode again")
+    every, stride = info.image_latents_every, info.temporal_stride
+    if not isinstance(every, int) or every < 0 or every % stride:
+        raise DataError(f"dataset.json: got image_latents_every {every}, expected 0 or a multiple of {stride} ({where}). Fix: encode again")
     if min(min(row) for row in info.std) <= 0:
         raise DataError(f"dataset.json: got a std of 0 or less, expected positive numbers ({where}). Fix: encode again")
     return info

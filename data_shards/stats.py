@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.arguments import Option, choice, run, text, whole
+from data_shards.files import as_float32
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import SPLITS
+from data_shards.schema import IMAGE_LATENTS, SPLITS, ClipEntry
 
 ABOUT = "Durations, motion and controls of a data set, and its latent statistics measured again."
 OPTIONS = {
@@ -38,6 +39,14 @@ def motion(c2w: NDArray[np.float64], fps: float) -> dict[str, float]:
     return {"speed_m_s": steps.sum() / seconds, "turn_deg_s": turns.sum() / seconds, "path_m": steps.sum()}
 
 
+def image_latents(dataset: ClipDataset, entry: ClipEntry) -> NDArray[np.float32]:
+    """[K, C, h, w]; they are first latents too."""
+    member = dataset.members(entry).get(IMAGE_LATENTS)
+    if member is None:
+        return np.empty((0, dataset.info.channels, dataset.info.latent_height, dataset.info.latent_width), np.float32)
+    return as_float32(dataset.rows(entry, member, 0, member.shape[0]), member.dtype)
+
+
 def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) -> dict[str, Any]:
     """Figures over at most `limit` clips of a split, evenly spread."""
     clips, info = dataset.clips(split), dataset.info
@@ -48,7 +57,7 @@ def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) 
     for index in progress(chosen):
         clip = dataset.read(clips[index])
         columns["seconds"].append(clip.entry.raw_frames / info.fps)
-        for kind, part in enumerate((clip.latents[:1], clip.latents[1:])):
+        for kind, part in ((0, clip.latents[:1]), (0, image_latents(dataset, clip.entry)), (1, clip.latents[1:])):
             wide = part.astype(np.float64)
             sums[kind] += (wide.sum(axis=(0, 2, 3)), np.square(wide).sum(axis=(0, 2, 3)))
             counts[kind] += wide.size / info.channels

@@ -18,7 +18,7 @@ import google_crc32c
 from data_shards.arguments import Option, run, text, whole
 from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import SPLITS, TIME_SHARDED, ClipEntry, DatasetInfo, MemberEntry, ShardError
+from data_shards.schema import READ_BY_ROW, SPLITS, ClipEntry, DatasetInfo, MemberEntry, ShardError
 from data_shards.write import BLOCK, fingerprint, shard_size, tar_header
 from data_shards.zarr_store import read_bytes
 
@@ -70,12 +70,12 @@ def describe_header(block: bytes, expected: bytes) -> str:
 
 
 def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -> str:
-    """Read a member and return what is wrong with it, or ''. Latents are read frame by frame, others in chunks."""
+    """Read a member and return what is wrong with it, or ''. Latents are read row by row, others in chunks."""
     header = file.read(len(expected_header))
     total = crc32c(header)
     problem = "" if header == expected_header else f"npy header: got another one than {member.dtype} {member.shape}"
     left = member.length - len(expected_header)
-    step = member.row_bytes if member.field == TIME_SHARDED else CHUNK
+    step = member.row_bytes if member.field in READ_BY_ROW else CHUNK
     frame = 0
     while left:
         data = file.read(min(step, left))
@@ -83,7 +83,7 @@ def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -
             return f"member: the shard ends {left} bytes before it does"
         total = google_crc32c.extend(total, data)
         left -= len(data)
-        if member.field == TIME_SHARDED:
+        if member.field in READ_BY_ROW:
             if len(data) == step and crc32c(data) != member.row_crc32c[frame]:
                 problem = problem or f"checksum: got other bytes than were written, latent frame {frame}"
             elif len(data) == step and not all_finite(array_from_bytes(data, member.dtype, member.shape[1:]), member.dtype):

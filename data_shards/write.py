@@ -22,7 +22,7 @@ from data_shards.files import crc32c, npy_header, to_bfloat16
 from data_shards.schema import (
     FIELDS,
     MAX_MEMBER_BYTES,
-    TIME_SHARDED,
+    READ_BY_ROW,
     ClipEntry,
     DataError,
     DatasetInfo,
@@ -81,14 +81,14 @@ class ShardWriter:
     def add(self, key: str, arrays: Mapping[str, tuple[str, NDArray[Any]]], description: Mapping[str, Any]) -> tuple[MemberEntry, ...]:
         """Append a clip: `arrays` is field -> (stored dtype, array); `description` becomes the `json` member, written first.
 
-        Latents come last, so all replicated members of a clip are one contiguous range.
+        What is read by row comes last, so all replicated members of a clip are one contiguous range.
         """
         if check_key(key) in self._keys:
             raise DataError(f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})")
         self._keys.add(key)
         text = (json.dumps(description, sort_keys=True) + "\n").encode()
         members = [self._append(key, "json", b"", text, "uint8", (len(text),))]
-        for field in sorted(arrays, key=lambda name: (name == TIME_SHARDED, name)):
+        for field in sorted(arrays, key=lambda name: (name in READ_BY_ROW, name)):
             dtype, array = arrays[field]
             check_array(key, field, dtype, array)
             try:
@@ -107,7 +107,7 @@ class ShardWriter:
         self._write(header)
         self._write(data)
         self._write(b"\0" * (-length % BLOCK))
-        row = len(data) // shape[0] if field == TIME_SHARDED else 0
+        row = len(data) // shape[0] if field in READ_BY_ROW else 0
         rows = tuple(crc32c(memoryview(data)[i * row : (i + 1) * row]) for i in range(shape[0])) if row else ()
         return MemberEntry(field, offset, length, offset + len(header), dtype, shape, crc32c(header + data), rows)
 
@@ -155,6 +155,7 @@ def fingerprint(rows: Iterable[tuple[ClipEntry, tuple[MemberEntry, ...]]], info:
     """sha256 over what training depends on: each clip's key, split and contents, the codec and the statistics. Not over file layout."""
     digest = hashlib.sha256()
     facts = [info.schema_version, info.codec, dict(info.codec_options), info.mean, info.std, info.fps, info.control_names]
+    facts += [info.image_latents_every, info.null_text_crc32c]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for entry, members in rows:
         content = [[m.field, m.dtype, m.shape, m.crc32c] for m in members]

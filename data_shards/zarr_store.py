@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.files import crc32c, fresh_folder
-from data_shards.schema import TIME_SHARDED, ClipEntry, DataError, MemberEntry, ShardError, check_key
+from data_shards.schema import READ_BY_ROW, ClipEntry, DataError, MemberEntry, ShardError, check_key
 from data_shards.write import check_array, encode_array
 
 FRAMES_PER_FILE = 64
@@ -54,7 +54,7 @@ class ZarrWriter:
         self._keys.add(key)
         text = np.frombuffer((json.dumps(description, sort_keys=True) + "\n").encode(), np.uint8)
         members = [self._append(key, "json", "uint8", text)]
-        for field in sorted(arrays, key=lambda name: (name == TIME_SHARDED, name)):
+        for field in sorted(arrays, key=lambda name: (name in READ_BY_ROW, name)):
             dtype, array = arrays[field]
             check_array(key, field, dtype, array)
             members.append(self._append(key, field, dtype, array))
@@ -66,7 +66,7 @@ class ZarrWriter:
         except DataError as error:
             raise DataError(f"member: {error} (shard {self.path.name}, key {key}, field {field})") from error
         stored = np.frombuffer(data, np.dtype(STORED.get(dtype, dtype)).newbyteorder("<")).reshape(array.shape)
-        sharded = field == TIME_SHARDED
+        sharded = field in READ_BY_ROW
         target = self._group.create_array(
             array_path(key, field),
             shape=stored.shape,
@@ -87,6 +87,17 @@ class ZarrWriter:
             os.replace(self._temporary, self.path)
         else:
             shutil.rmtree(self._temporary)
+
+
+def is_whole(shard: Path, members: Iterable[tuple[str, MemberEntry]]) -> bool:
+    """Whether every array (key, member) of a finished shard is there with its chunks: a cheap look, not a check of contents."""
+    for key, member in members:
+        folder = shard / array_path(key, member.field)
+        rows = FRAMES_PER_FILE if member.field in READ_BY_ROW else max(1, member.shape[0])
+        files = sum(file.is_file() for file in (folder / "c").rglob("*"))
+        if not (folder / "zarr.json").is_file() or files != -(-member.shape[0] // rows):
+            return False
+    return True
 
 
 def read_bytes(path: str, entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> bytes:

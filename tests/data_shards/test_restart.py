@@ -11,7 +11,7 @@ from data_shards import encode
 # Runs the command in a process that kills itself on entering its n-th call of a function.
 KILLED_RUN = """
 import os, signal, sys
-from data_shards import encode, write
+from data_shards import encode, encode_finish, encode_job, write
 calls = 0
 def deadly(original):
     def call(*arguments, **options):
@@ -35,8 +35,8 @@ def killed(target, number, arguments):
     ("target", "number"),
     [
         ("write.ShardWriter._append", 8),  # inside the first shard's second clip
-        ("encode.write_durably", 4),  # the third shard's tar is there, the note that it is done is not
-        ("encode.write_index", 1),  # all shards are there, no index
+        ("encode_job.write_durably", 3),  # the third shard's tar is there, the note that it is done is not
+        ("encode_finish.write_index", 1),  # all shards are there, no index
         ("encode.publish_folder", 1),  # everything is there but the name
     ],
 )
@@ -50,7 +50,7 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
     names = sorted(str(file.relative_to(dataset_path)) for file in dataset_path.rglob("*") if file.is_file())
     assert names == sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     assert filecmp.cmpfiles(dataset_path, out, names, shallow=False)[1:] == ([], [])
-    if target == "encode.write_index":
+    if target == "encode_finish.write_index":
         assert len(kept) == 3
         assert all((out / "shards" / path.name).stat().st_mtime_ns == time for path, time in kept.items())
 
@@ -58,6 +58,6 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
 def test_leftovers_of_other_arguments_are_not_mixed_in(recording, tmp_path, capsys):
     out = tmp_path / "set"
     arguments = [f"source={recording}", f"out={out}", "shard_mb=0.03"]
-    assert killed("encode.write_index", 1, arguments) == -9
+    assert killed("encode_finish.write_index", 1, arguments) == -9
     assert encode.main([*arguments, "channels=24"]) == 2
     assert "left by a run with other arguments" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from data_shards import encode
 from data_shards.codec import make_codec
-from data_shards.encode import crop, split_of_episodes
+from data_shards.encode_job import crop, split_of_episodes
 from data_shards.files import from_bfloat16, npy_header, to_bfloat16
 from data_shards.read import open_dataset
 from data_shards.schema import DataError, MemberEntry

@@ -1,0 +1,93 @@
+"""The last step of `encode`: the shards' results become the index and, written last, dataset.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.codec import LatentCodec, psnr_db
+from data_shards.encode_job import Job, Settings, crop_size
+from data_shards.files import read_json, write_durably
+from data_shards.schema import IMAGE_LATENTS, SCHEMA_VERSION, SPLITS, ClipEntry, DataError, DatasetInfo, MemberEntry, info_to_json
+from data_shards.sources import ClipSource
+from data_shards.write import fingerprint, write_index
+
+STD_FLOOR = 1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
+Rows = list[tuple[ClipEntry, tuple[MemberEntry, ...]]]
+
+
+def finish(folder: Path, jobs: list[Job], source: ClipSource, settings: Settings, codec: LatentCodec) -> DatasetInfo:
+    """Merge the shards' results in shard order; write the index and, last, dataset.json."""
+    rows: Rows = []
+    sums, counts, squared_error, values = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0
+    for job in jobs:
+        result = read_json(job.result, "encode")
+        for row in result["rows"]:
+            key, episode, split, latent_frames, raw_frames = row["clip"]
+            members = tuple(MemberEntry(**{**m, "shape": tuple(m["shape"]), "row_crc32c": tuple(m["row_crc32c"])}) for m in row["members"])
+            rows.append((ClipEntry(key, len(rows), job.shard, episode, split, latent_frames, raw_frames), members))
+        sums, counts = sums + np.array(result["sums"]), counts + np.array(result["counts"])
+        squared_error, values = squared_error + result["squared_error"], values + result["values"]
+    counts[counts == 0] = np.inf  # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
+    mean = sums[:, 0] / counts[:, None]
+    std = np.sqrt(np.maximum(sums[:, 1] / counts[:, None] - mean**2, 0.0))
+    write_index(folder / "index.parquet", rows)
+    index = (folder / "index.parquet").read_bytes()
+    height, width = crop_size(source.clips[0], codec.spatial_stride)
+    info = DatasetInfo(
+        schema_version=SCHEMA_VERSION,
+        codec=codec.name,
+        codec_options=dict(codec.options),
+        channels=codec.channels,
+        latent_height=height // codec.spatial_stride,
+        latent_width=width // codec.spatial_stride,
+        latent_dtype=settings.latent_dtype,
+        temporal_stride=codec.temporal_stride,
+        spatial_stride=codec.spatial_stride,
+        image_height=height,
+        image_width=width,
+        fps=source.fps,
+        metres_per_unit=source.metres_per_unit,
+        control_names=source.control_names,
+        mean=tuple(map(tuple, mean.tolist())),
+        std=tuple(map(tuple, np.maximum(std, STD_FLOOR).tolist())),
+        clips={split: sum(entry.split == split for entry, _ in rows) for split in SPLITS},
+        shards=len(jobs),
+        latent_frames=sum(entry.latent_frames for entry, _ in rows),
+        raw_frames=sum(entry.raw_frames for entry, _ in rows),
+        psnr_db=round(psnr_db(squared_error, values), 3) if values else None,
+        null_text=None,
+        index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        source=source.description,
+        fingerprint="",
+        fields=common_fields(rows),
+        image_latents_every=settings.image_latents_every,
+    )
+    info = dataclasses.replace(info, fingerprint=fingerprint(rows, info))
+    write_durably(folder / "dataset.json", info_to_json(info).encode())
+    return info
+
+
+def common_fields(rows: Rows) -> tuple[str, ...]:
+    """The fields of every clip.
+
+    Raises:
+        DataError: a clip that lacks what another one has, or a key that is there twice.
+    """
+    keys: set[str] = set()
+    first = {member.field for member in rows[0][1]} - {IMAGE_LATENTS}
+    for entry, members in rows:
+        if entry.key in keys:
+            raise DataError(f"clip key: got {entry.key!r} twice, expected unique keys in a source. Fix: rename one")
+        keys.add(entry.key)
+        differing = sorted(first ^ ({member.field for member in members} - {IMAGE_LATENTS}))
+        if differing:
+            raise DataError(
+                f"source: got clips {rows[0][0].key} and {entry.key}, of which only one has {', '.join(differing)}, expected the same "
+                f"in every clip. Fix: give each its sidecar, or encode them separately"
+            )
+    return tuple(sorted(first))

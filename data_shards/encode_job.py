@@ -1,0 +1,209 @@
+"""One shard's worth of encoding: which clips go where, and how each becomes arrays. `encode` plans the jobs, `runners` run them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.codec import LatentCodec, make_codec
+from data_shards.controls import bucket_events
+from data_shards.files import read_json, write_durably
+from data_shards.schema import (
+    IMAGE_LATENTS,
+    ITEM_BYTES,
+    SPLITS,
+    DataError,
+    MemberEntry,
+    image_latent_count,
+    latent_frame_count,
+)
+from data_shards.sources import ClipContent, ClipSource, SourceClip, open_source
+from data_shards.write import ShardWriter, shard_size
+from data_shards.zarr_store import ZarrWriter, is_whole
+
+Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the finished bytes depend on, besides the source."""
+
+    codec: str = "linear"
+    channels: int = 48
+    latent_dtype: str = "float16"
+    validation: float = 0.1
+    shard_mb: float = 256.0
+    container: str = "tar"
+    model: str | None = None
+    psnr: str = "yes"
+    image_latents_every: int = 0
+
+    def make_codec(self) -> LatentCodec:
+        if self.codec == "linear":
+            return make_codec(self.codec, {"channels": self.channels})
+        if not self.model:
+            raise DataError(f"model: got none, expected a folder or hub name for codec {self.codec}. Fix: model=<folder>")
+        return make_codec(self.codec, {"model": self.model})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: which clips, and how to make their latents. Small and picklable; a worker opens the source itself."""
+
+    source: str
+    content: str  # the source's description: a worker that finds another source under the path says so
+    folder: str
+    number: int
+    clips: tuple[tuple[SourceClip, str], ...]  # with the split of each
+    settings: Settings
+
+    @property
+    def shard(self) -> str:
+        return f"shards/{self.number:06d}.{self.settings.container}"
+
+    @property
+    def result(self) -> Path:
+        return Path(self.folder) / "rows" / f"{self.number:06d}.json"
+
+
+def split_of_episodes(episodes: set[str], share: float) -> dict[str, str]:
+    """episode -> split. The validation episodes are those with the smallest hash of their name: no order or seed enters."""
+    ranked = sorted(episodes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    count = min(len(ranked) - 1, max(1, round(share * len(ranked)))) if share > 0 else 0
+    return {name: SPLITS[1] if i < count else SPLITS[0] for i, name in enumerate(ranked)}
+
+
+def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
+    """(height, width) of the centred crop: the largest multiples of the codec's stride."""
+    height, width = clip.height // stride * stride, clip.width // stride * stride
+    if not height or not width:
+        raise DataError(f"video size: got {clip.height}x{clip.width}, expected at least {stride}x{stride} (key {clip.key})")
+    return height, width
+
+
+def crop(video: NDArray[np.uint8], intrinsics: NDArray[np.float64] | None, size: tuple[int, int]) -> tuple[NDArray[np.uint8], Any]:
+    """Centred crop of [F,H,W,3]; the principal point moves along."""
+    top, left = (video.shape[1] - size[0]) // 2, (video.shape[2] - size[1]) // 2
+    moved = None if intrinsics is None else intrinsics - np.array([0.0, 0.0, left, top])
+    return video[:, top : top + size[0], left : left + size[1]], moved
+
+
+def bucket_controls(frames: NDArray[np.float32], sums: tuple[bool, ...], stride: int) -> NDArray[np.float32]:
+    """[F, A] per raw frame -> [T, A] per latent: latent t > 0 takes the frames it encodes; amounts are summed, states averaged."""
+    count = latent_frame_count(len(frames), stride)
+    out = np.zeros((count, frames.shape[1]), np.float32)
+    out[0] = frames[0]
+    groups = frames[1:].reshape(count - 1, stride, frames.shape[1])
+    out[1:] = np.where(np.array(sums), groups.sum(axis=1), groups.mean(axis=1))
+    return out
+
+
+def plan_jobs(source: ClipSource, path: str, folder: Path, settings: Settings, codec: LatentCodec) -> list[Job]:
+    """Cut the clips into shards of about `shard_mb`, in the source's order."""
+    sizes = {crop_size(clip, codec.spatial_stride) for clip in source.clips}
+    if len(sizes) > 1:
+        raise DataError(f"video size: got clips of {sorted(sizes)}, expected one size in a data set. Fix: encode them separately")
+    every, stride = settings.image_latents_every, codec.temporal_stride
+    if every % stride:
+        near = max(stride, round(every / stride) * stride)
+        raise DataError(
+            f"image_latents_every: got {every}, expected 0 or a multiple of {stride}: a cut goes on with latents that start there. "
+            f"Fix: image_latents_every={near}"
+        )
+    splits = split_of_episodes({clip.episode for clip in source.clips}, settings.validation)
+    jobs: list[Job] = []
+    pending: list[tuple[SourceClip, str]] = []
+    size = 0.0
+    height, width = next(iter(sizes))
+    per_frame = codec.channels * (height // codec.spatial_stride) * (width // codec.spatial_stride) * ITEM_BYTES[settings.latent_dtype]
+    for clip in source.clips:
+        pending.append((clip, splits[clip.episode]))
+        size += (latent_frame_count(clip.frames, stride) + image_latent_count(clip.frames, every)) * per_frame
+        if size >= settings.shard_mb * 1e6 or clip is source.clips[-1]:
+            jobs.append(Job(path, source.description, str(folder), len(jobs), tuple(pending), settings))
+            pending, size = [], 0.0
+    return jobs
+
+
+def encode_shard(job: Job, source: ClipSource, codec: LatentCodec) -> None:
+    """Encode one shard and write it, then the JSON file that says it is done: index rows and sums for the statistics."""
+    rows, squared_error, values = [], 0.0, 0
+    sums = np.zeros((2, 2, codec.channels))  # [first|later, sum|sum of squares, C], over training clips
+    counts = np.zeros(2)
+    with (ShardWriter if job.settings.container == "tar" else ZarrWriter)(Path(job.folder) / job.shard) as writer:
+        for clip, split in job.clips:
+            content = source.load(clip)
+            video, intrinsics = crop(content.video, content.intrinsics, crop_size(clip, codec.spatial_stride))
+            latents = codec.encode(video)
+            images = image_latents(video, codec, job.settings.image_latents_every)
+            if job.settings.psnr == "yes":
+                difference = codec.decode(latents).astype(np.int32) - video
+                squared_error, values = squared_error + float(np.square(difference).sum(dtype=np.float64)), values + difference.size
+            if split == SPLITS[0]:
+                for kind, part in ((0, latents[:1]), (0, images), (1, latents[1:])):
+                    wide = part.astype(np.float64)
+                    sums[kind] += (wide.sum(axis=(0, 2, 3)), np.square(wide).sum(axis=(0, 2, 3)))
+                    counts[kind] += wide.size / codec.channels
+            arrays: Arrays = {"latent.npy": (job.settings.latent_dtype, latents)}
+            if len(images):
+                arrays[IMAGE_LATENTS] = (job.settings.latent_dtype, images)
+            if content.c2w is not None and intrinsics is not None:
+                arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
+            arrays |= control_arrays(source, content, len(latents), codec.temporal_stride)
+            facts = {"key": clip.key, "episode": clip.episode, "split": split, "fps": source.fps, "raw_frames": clip.frames}
+            members = writer.add(clip.key, arrays, {**facts, "latent_frames": len(latents), "controls": list(source.control_names)})
+            row = [clip.key, clip.episode, split, len(latents), clip.frames]
+            rows.append({"clip": row, "members": [vars(member) for member in members]})
+    result = {"rows": rows, "sums": sums.tolist(), "counts": counts.tolist(), "squared_error": squared_error, "values": values}
+    write_durably(job.result, json.dumps(result).encode())
+
+
+def image_latents(video: NDArray[np.uint8], codec: LatentCodec, every: int) -> NDArray[np.float32]:
+    """[K, C, h, w]: each raw frame that is a multiple of `every`, but frame 0, encoded alone (see data_shards/schema.py)."""
+    frames = range(every, len(video), every) if every else ()
+    height, width = (side // codec.spatial_stride for side in video.shape[1:3])
+    empty = np.empty((0, codec.channels, height, width), np.float32)
+    return np.concatenate([empty, *(codec.encode(video[frame : frame + 1]) for frame in frames)])
+
+
+def control_arrays(source: ClipSource, content: ClipContent, latent_frames: int, stride: int) -> Arrays:
+    if content.events is not None:
+        fps = Fraction(source.fps).limit_denominator(100_000)
+        return {"controls.npy": ("float32", bucket_events(content.events, latent_frames, fps, stride))}
+    if content.frame_controls is not None:
+        return {"controls.npy": ("float32", bucket_controls(content.frame_controls, source.control_sums, stride))}
+    return {}
+
+
+def encode_in_worker(job: Job) -> int:
+    """`encode_shard` in a process of its own. Returns the job's number."""
+    encode_shard(job, *opened(job.source, job.content, job.settings))
+    return job.number
+
+
+@lru_cache(maxsize=1)  # listing a folder of videos or loading weights once per job would cost more than encoding
+def opened(path: str, content: str, settings: Settings) -> tuple[ClipSource, LatentCodec]:
+    source = open_source(path)
+    if source.description != content:
+        raise DataError(f"source: got {source.description}, expected {content} as planned ({path}). Fix: leave it alone while encoding")
+    return source, settings.make_codec()
+
+
+def is_done(job: Job) -> bool:
+    """Whether an earlier run finished this shard: its result is there, and the shard, of the size that follows from it."""
+    shard = Path(job.folder) / job.shard
+    if not job.result.exists() or not shard.exists():
+        return False
+    rows: list[Mapping[str, Any]] = read_json(job.result, "encode")["rows"]
+    if job.settings.container == "zarr":
+        return is_whole(shard, ((row["clip"][0], MemberEntry(**member)) for row in rows for member in row["members"]))
+    return shard.stat().st_size == shard_size(MemberEntry(**member) for member in rows[-1]["members"])
