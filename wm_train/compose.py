@@ -20,6 +20,7 @@ from typing import Any
 from wm_train.config import RunConfig
 
 MISSING = "???"
+UNKNOWN = "an unknown key"
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """All problems of one configuration; `str()` is the report that a user sees."""
+    """All problems of one configuration; `str()` is the report that a user sees.
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    `rest`: the configuration without its unknown keys, where these are all that is wrong so far: its values can still be checked.
+    """
+
+    def __init__(self, problems: Iterable[Problem], rest: RunConfig | None = None) -> None:
         self.problems = tuple(problems)
+        self.rest = rest
         super().__init__(report(self.problems))
 
 
@@ -115,8 +120,18 @@ def build(plain: Any) -> RunConfig:
     problems: list[Problem] = []
     config = _convert(RunConfig, plain, "", problems)
     if problems:
-        raise ConfigError(problems)
+        unknown = [problem.where for problem in problems if problem.got == UNKNOWN]
+        rest = _convert(RunConfig, _without(plain, unknown), "", []) if len(unknown) == len(problems) else None
+        raise ConfigError(problems, rest)
     return config
+
+
+def _without(plain: Any, keys: Iterable[str], where: str = "") -> Any:
+    """Plain mappings without the entries of these full keys."""
+    if not isinstance(plain, Mapping):
+        return plain
+    full = {key: f"{where}.{key}".lstrip(".") for key in plain}
+    return {key: _without(item, keys, full[key]) for key, item in plain.items() if full[key] not in keys}
 
 
 def to_json(config: RunConfig) -> str:
@@ -254,7 +269,7 @@ def _convert_dataclass(kind: Any, value: Any, where: str, problems: list[Problem
         if key not in hints:
             nearest = _nearest(str(key), hints, lambda name: f"{prefix}{name}")
             fix = f"did you mean {nearest}?" if nearest else f"keys here: {', '.join(hints)}"
-            problems.append(Problem(f"{prefix}{key}", "an unknown key", "a key that wm_train/config.py declares", fix))
+            problems.append(Problem(f"{prefix}{key}", UNKNOWN, "a key that wm_train/config.py declares", fix))
     before = len(problems)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):

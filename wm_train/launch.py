@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = compose.compose(options.overrides, options.config_dir)
         stages = checked(config)
     except compose.ConfigError as error:
-        print(error, file=sys.stderr)
+        print(compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]), file=sys.stderr)
         return USER_ERROR
     if options.dry_run:
         print(compose.to_json(config), end="")
@@ -69,12 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def checked(config: RunConfig) -> tuple[curriculum.PlannedStage, ...]:
     """The stages to run. Raises ConfigError with everything that `validate` finds."""
-    from wm_train.validate import problems_of
-
-    problems = problems_of(config)
+    problems = problems_in(config)
     if problems:
         raise compose.ConfigError(problems)
     return curriculum.plan(config)
+
+
+def problems_in(config: RunConfig) -> list[compose.Problem]:
+    """What is wrong with the values. `validate` reads the tables of the whole package, so it waits until there is a config."""
+    from wm_train.validate import problems_of
+
+    return problems_of(config)
 
 
 def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> LaunchSpec:

@@ -78,6 +78,7 @@ MISTAKES = {
     "empty data directory": (["data.path={empty}"], ["data.path: got {empty}, an empty folder"]),
     "cp that does not fit": (["parallel.cp=3"], ["parallel.cp: got 3, expected a divisor of the 2 workers: 1, 2"]),
     "no such stage": (["stage=9"], ["stage: got '9', expected one of 1 short, 2 long"]),
+    "unknown key beside a wrong value": (["model.dept=3", "parallel.cp=3"], ["2 problems", "model.dept: got", "parallel.cp: got 3"]),
     "several at once": (["stage=9", "seed=-1", "name=../x"], ["3 problems", "stage: got", "seed: got", "name: got"]),
 }
 
