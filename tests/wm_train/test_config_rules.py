@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_shards.schema import DatasetInfo, info_to_json
+from data_shards.schema import SCHEMA_VERSION, DatasetInfo, info_to_json
 from wm_train.compose import Problem, build, compose, to_json
 from wm_train.mesh_rules import smaller_worlds
 from wm_train.models import MODELS
@@ -77,10 +77,11 @@ BAD_VALUES: dict[str, list[Any]] = {
 
 def write(folder: Path, **changes: object) -> None:
     """A dataset.json: 10 clips of 81 frames, unless `changes` say otherwise."""
-    values: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(DatasetInfo)}
+    values: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(DatasetInfo) if field.default is dataclasses.MISSING}
     statistics = ((0.5,) * CHANNELS,) * 2
     values |= {"codec": "dct", "codec_options": {}, "channels": CHANNELS, "temporal_stride": 8, "mean": statistics, "std": statistics}
     values |= {"clips": {"train": 8, "validation": 2}, "raw_frames": 810, "null_text": None, "control_names": ()}
+    values["schema_version"] = SCHEMA_VERSION
     values |= {"latent_height": 8, "latent_width": 12, **changes}
     (folder / "dataset.json").write_text(info_to_json(DatasetInfo(**values)))
 

@@ -22,7 +22,7 @@ print("HEAVY", sorted({"torch", "ray", "mlflow", "pyarrow"} & set(sys.modules)))
 sys.exit(code)
 """
 DATASET = {
-    "schema_version": 1,
+    "schema_version": 2,
     "codec": "dct",
     "codec_options": {},
     "channels": 16,
@@ -48,6 +48,12 @@ DATASET = {
     "latent_dtype": "float32",
     "source": "test",
     "fingerprint": "",
+    "fields": ["latent.npy"],
+    "image_latents_every": 0,
+    "text_encoder": None,
+    "text_length": 0,
+    "text_width": 0,
+    "null_text_crc32c": 0,
 }
 
 
