@@ -78,3 +78,21 @@ def test_the_recipe_has_the_values_of_table_7():
     assert chunk_starts(121, stages["chunk_causal"].chunk_frames)[:3] == (0, 4, 7)
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model(models["sft"]).parameters()) == 2_661_800_448
+
+
+def test_the_demo_takes_the_papers_recipe_at_toy_size():
+    """Same stages, model changes, inheritance, chunks and dropout as Tab. 7; only lengths, steps, batches and learning rates differ."""
+    paper, toy = compose(["recipe=sana_wm", "data.path=x"]), compose(["experiment=demo", "recipe=sana_wm", "stage=all"])
+    small = {"frames", "steps", "global_batch", "objective", "optimizer"}
+    assert ordered(toy.recipe) == ordered(paper.recipe)
+    assert (toy.model, toy.data) == (compose(["experiment=demo"]).model, compose(["experiment=demo"]).data)
+    for name, stage in toy.recipe.stages.items():
+        theirs = paper.recipe.stages[name]
+        assert {key: value for key, value in vars(stage).items() if key not in small} == {
+            key: value for key, value in vars(theirs).items() if key not in small
+        }
+        assert replace(stage.objective, flow_shift=9.95) == theirs.objective
+        assert stage.frames <= 81, "the demo records clips of 81 frames"
+        assert stage.steps * stage.frames * stage.global_batch < 10**5, "a laptop's minutes"
+    assert compose(["experiment=demo", "recipe=sana_wm", "recipe.stages.gdn.steps=7"]).recipe.stages["gdn"].steps == 7
+    assert "gdn" not in compose(["experiment=demo"]).recipe.stages
