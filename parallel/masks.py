@@ -21,7 +21,7 @@ class AttentionMask:
 
     causality: full | frame (frames up to itself) | chunk (up to the end of its own chunk).
     window: how many frames (frame) or chunks (chunk) back, its own included; None: all of the past.
-    sink: that many first frames (frame) or chunks (chunk) of the document stay visible when the window has moved on.
+    sink: that many first frames of the document stay visible when the window has moved on.
     dilation: frame only; beyond the window every `dilation`-th frame of the document stays visible …
     reach: … as long as it is less than `reach` frames back (None: without end).
     """
@@ -77,8 +77,9 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
     while cursor <= frame:
         chunks.append(layout.chunk_of(cursor))
         cursor = chunks[-1].stop
-    kept = chunks if mask.window is None else chunks[: mask.sink] + chunks[max(mask.sink, len(chunks) - mask.window) :]
-    return frozenset(j for chunk in kept for j in range(chunk.start, chunk.stop))
+    oldest = document.start if mask.window is None else chunks[max(0, len(chunks) - mask.window)].start
+    end = chunks[-1].stop
+    return frozenset(range(oldest, end)) | frozenset(range(document.start, min(document.start + mask.sink, end)))
 
 
 def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[Tile, ...]:

@@ -92,7 +92,7 @@ class ModelConfig:
     text_width: int = 0  # 0 = no text conditioning
     causal: bool = False  # chunk-causal variant
     window_chunks: int = 0  # chunk-causal softmax looks this many chunks back, its own included; 0 = the whole past
-    sink_chunks: int = 1  # first chunks that stay visible when the window has moved on
+    sink_frames: int = 1  # first latent frames that stay visible when the window has moved on
     gradient_checkpointing: bool = False
 
 

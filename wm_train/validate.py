@@ -171,7 +171,7 @@ def _model_problems(model: ModelConfig) -> list[Problem]:
             (
                 _one_of("name", table("models/__init__.py", "MODELS")),
                 *_counts("latent_channels", "depth", "width", "heads", "patch_size"),
-                *_counts("softmax_every", "conv_kernel", "text_width", "window_chunks", "sink_chunks", low=0),
+                *_counts("softmax_every", "conv_kernel", "text_width", "window_chunks", "sink_frames", low=0),
                 *_positive("ffn_ratio"),
             ),
         )

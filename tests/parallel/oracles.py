@@ -57,7 +57,7 @@ def may_attend(layout, mask: AttentionMask, i, j):
     starts = sorted({*layout.document_starts, *layout.chunk_starts})
     number = [s for s in starts if s >= first]
     ci, cj = (max(n for n, s in enumerate(number) if s <= f) for f in (i, j))
-    return cj <= ci and (mask.window is None or ci - cj < mask.window or cj < mask.sink)
+    return cj <= ci and (mask.window is None or ci - cj < mask.window or j - first < mask.sink)
 
 
 def serial_scan(streams, layout: ClipLayout, reverse, initial=None):

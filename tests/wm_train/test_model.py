@@ -257,7 +257,7 @@ def test_checkpointing_changes_nothing(camera_path):
 def test_attention_mask_follows_the_config():
     assert attention_mask(CONFIG).causality == "full"
     assert attention_mask(replace(CONFIG, causal=True)).window is None
-    windowed = attention_mask(replace(CONFIG, causal=True, window_chunks=3, sink_chunks=1))
+    windowed = attention_mask(replace(CONFIG, causal=True, window_chunks=3, sink_frames=1))
     assert (windowed.window, windowed.sink) == (3, 1)
 
 

@@ -45,9 +45,9 @@ def test_chunk_layout_is_the_public_one():
     assert chunk_starts(11, 0) == (0,)
 
 
-@pytest.mark.parametrize(("window", "sink"), [(0, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("window", "sink"), [(0, 1), (3, 1), (1, 1), (1, 5), (2, 0)])
 def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window, sink):
-    config = replace(CONFIG, window_chunks=window, sink_chunks=sink)
+    config = replace(CONFIG, window_chunks=window, sink_frames=sink)
     model, (latents, sigma, conditions) = awake(config), clip(camera_path, 40)
     layout = ClipLayout(40, chunk_starts=chunk_starts(40, 3))
     sizes, made, state = [], [], StreamState()
@@ -62,9 +62,12 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
     assert state.frames == 40
     assert (torch.cat(made, dim=1) - expected).abs().max() <= 1e-5 * expected.abs().max()
     if window:
-        full = sink + window
-        assert len(set(sizes[full:])) == 1
-        assert sizes[0] < sizes[full]
+        attention = [past for past in state.calls if past.window or past.sink]
+        assert all(sum(k.shape[1] for k, _ in past.sink) == sink for past in attention)
+        sinks = [x for past in attention for pair in past.sink for x in pair]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in sinks), "a sink frame must not hold its chunk in memory"
+        assert len(set(sizes[window + 1 :])) == 1
+        assert window == 1 or sizes[0] != sizes[window + 1]
     else:
         assert sizes[-1] > sizes[-2]
 

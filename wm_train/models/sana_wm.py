@@ -237,12 +237,12 @@ class SanaWM(nn.Module):
 
 
 def attention_mask(config: ModelConfig) -> AttentionMask:
-    """Full attention, or chunk-causal with the first chunks as sink and a window over the last ones (SANA-WM §5.4, deployment)."""
+    """Full attention, or chunk-causal with the first frame as sink and a window over the last chunks (SANA-WM §5.4, deployment)."""
     if not config.causal:
         return FULL
     if config.window_chunks == 0:
         return AttentionMask("chunk")
-    return AttentionMask("chunk", window=config.window_chunks, sink=config.sink_chunks)
+    return AttentionMask("chunk", window=config.window_chunks, sink=config.sink_frames)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Frames meet only in the verbs of a `SequenceShard`, so a streaming model is the same model with another implementation of the verbs:
 `StreamingSequence` holds the frames of one chunk and answers from what earlier chunks left behind. It remembers per call, in the order of
-the calls of a forward pass: the recurrent states of a scan, the last frames of a convolution, keys and values of the sink chunks and of
+the calls of a forward pass: the recurrent states of a scan, the last frames of a convolution, keys and values of the sink frames and of
 the window for attention. One device.
 """
 
@@ -24,7 +24,8 @@ from parallel.sequence import HaloEdges, LocalSequence
 
 @dataclass(frozen=True)
 class Past:
-    """What one verb call remembers: tensors, and for attention one (keys, values) pair per kept chunk, sink chunks first."""
+    """What one verb call remembers: tensors; for attention the (keys, values) of the sink frames that the window has left behind, and one
+    such pair per chunk of the window."""
 
     tensors: tuple[Tensor, ...] = ()
     sink: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -91,13 +92,12 @@ class StreamingSequence:
         b, t, s, h, d = q.shape
         flat = [x.reshape(b, x.shape[1] * s, x.shape[3], d).transpose(1, 2) for x in (q, keys, values)]
         out = F.scaled_dot_product_attention(flat[0], flat[1], flat[2])
-        sinks = mask.sink if mask.window is not None else 0
-        sink, window = past.sink, past.window
-        if len(sink) < sinks:
-            sink = (*sink, (k, v))
-        else:
-            window = (*window, (k, v))
-            window = window if mask.window is None else window[max(0, len(window) - mask.window + 1) :]
+        sink, window = past.sink, (*past.window, (k, v))
+        while mask.window is not None and len(window) >= mask.window:
+            first = self.frames.stop - sum(pair[0].shape[1] for pair in window)  # of the chunk that leaves
+            (k, v), window = window[0], window[1:]
+            if first < mask.sink:
+                sink = (*sink, (k[:, : mask.sink - first].clone(), v[:, : mask.sink - first].clone()))
         self._left.append(Past(sink=sink, window=window))
         return out.transpose(1, 2).reshape(b, t, s, h, d)
 
