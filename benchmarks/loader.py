@@ -1,13 +1,16 @@
-"""How fast clips are read, as ratios measured side by side in one run; and what opening a data set of a million clips costs.
+"""How fast clips are read, as ratios of passes that alternate in one run; and what opening a data set of a million clips costs.
 
-    python benchmarks/loader.py [clips=32] [latent_frames=121] [million=1000000]
+    python benchmarks/loader.py [clips=32] [latent_frames=121] [rounds=15] [million=1000000]
 
-Four ways to get every clip's share of one of four context-parallel members (a quarter of its frames):
-  pread      the same bytes, nothing checked: the ceiling
-  indexed    our reader: range reads, each row's crc32c verified, all numbers finite
-  webdataset stock WebDataset reads whole clips and the member keeps its quarter, nothing checked
-  zarr       our reader on Zarr shards
-Page cache is warm for all (a first pass is not counted).
+Ways to get every clip's share of one of four context-parallel members (a quarter of its frames):
+  pread       os.pread of the same bytes, nothing checked: the ceiling
+  rows        ours: the index is asked, the range is read into a buffer that is kept, each row's crc32c is verified
+  clips       ours: `rows`, and no number may be NaN or infinite: what the loader does before it converts
+  webdataset  stock WebDataset reads whole clips and the member keeps its quarter, nothing checked
+  zarr        `clips` on Zarr shards
+Two threads take every second clip each, of pread and of ours. *warm*: the file is in the page cache, so pread is a copy in memory; *cold*:
+it was dropped from the page cache before each pass, so storage sets the pace. Each ratio is the median over rounds of the two ways' times
+in the same round, and beside it that of their fastest passes, as a busy machine disturbs some.
 """
 
 from __future__ import annotations
@@ -19,14 +22,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from data_shards.encode_job import Settings
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import SCHEMA_VERSION, ClipEntry, DatasetInfo, MemberEntry, info_to_json
-from data_shards.write import ShardWriter, write_index
+from data_shards.schema import SCHEMA_VERSION, ClipEntry, DatasetInfo, MemberEntry, index_schema, info_to_json
+from data_shards.write import ROW_GROUP, ShardWriter, index_writer, write_index
 from data_shards.zarr_store import ZarrWriter
 
 CHANNELS, HEIGHT, WIDTH, MEMBERS = 128, 22, 40, 4
@@ -78,38 +87,54 @@ def make_dataset(folder: Path, clips: int, frames: int, container: str) -> ClipD
     return open_dataset(str(folder))
 
 
-def best_of(repeats: int, run: Callable[[], int]) -> tuple[float, int]:
-    """(seconds of the fastest pass, bytes that it read), after one pass that is not counted."""
-    size = run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), size
+def alternate(ways: dict[str, Callable[[], int]], rounds: int, before: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            before()
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def report(title: str, seconds: dict[str, list[float]], sizes: dict[str, int], base: str) -> None:
+    print(title)
+    for name, values in seconds.items():
+        paired = median(b / v for b, v in zip(seconds[base], values, strict=True))
+        fastest = min(seconds[base]) / min(values)
+        speed = sizes[name] / 1e9 / min(values)
+        print(f"  {name:<12}{sizes[name] / 1e6:7.0f} MB {speed:6.2f} GB/s   {paired:.2f} x {base} (best {fastest:.2f})")
 
 
 def share(frames: int, member: int) -> tuple[int, int]:
     return frames * member // MEMBERS, frames * (member + 1) // MEMBERS
 
 
-def compare(clips: int, frames: int) -> None:
+def compare(clips: int, frames: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tar = make_dataset(Path(scratch) / "tar", clips, frames, "tar")
         zarr = make_dataset(Path(scratch) / "zarr", clips, frames, "zarr")
         entries = list(tar.clips("train"))
         start, stop = share(frames, 1)
-        places = [tar.members(entry)["latent.npy"] for entry in entries]
         shard = Path(scratch) / "tar" / entries[0].shard
+        member = tar.members(entries[0])["latent.npy"]
+        row = member.row_bytes
+        places = [tar.members(entry)["latent.npy"].data_offset + start * row for entry in entries]
+        buffers = [np.empty((stop - start) * row, np.uint8) for _ in range(2)]
 
-        def pread() -> int:
+        def pread(part: slice = slice(None)) -> int:
             file = os.open(shard, os.O_RDONLY)
-            total = sum(len(os.pread(file, (stop - start) * m.row_bytes, m.data_offset + start * m.row_bytes)) for m in places)
+            total = sum(len(os.pread(file, (stop - start) * row, place)) for place in places[part])
             os.close(file)
             return total
 
-        def indexed(dataset: ClipDataset) -> int:
-            return sum(dataset.read(entry, (start, stop), stored=True).latents.nbytes for entry in dataset.clips("train"))
+        def rows(part: slice = slice(None), buffer: int = 0) -> int:
+            return sum(tar.rows(e, tar.members(e)["latent.npy"], start, stop, buffers[buffer]).nbytes for e in entries[part])
+
+        def whole_clips(dataset: ClipDataset) -> int:
+            return sum(dataset.read(e, (start, stop), stored=True, into=buffers[0]).latents.nbytes for e in dataset.clips("train"))
 
         def stock() -> int:
             import webdataset
@@ -120,12 +145,28 @@ def compare(clips: int, frames: int) -> None:
                 np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False)[start:stop].copy()
             return total
 
-        ways = {"pread": pread, "indexed": lambda: indexed(tar), "webdataset": stock, "zarr": lambda: indexed(zarr)}
-        times = {name: best_of(3, way) for name, way in ways.items()}
-    print(f"{clips} clips of {frames} latent frames, one of {MEMBERS} members:")
-    for name, (seconds, size) in times.items():
-        ratio = times["indexed"][0] / seconds
-        print(f"  {name:<11} {size / 1e6:8.0f} MB read {size / 1e6 / seconds:8.0f} MB/s   {ratio:6.2f} x indexed in clips/s")
+        def drop() -> None:
+            file = os.open(shard, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+        halves = (slice(0, None, 2), slice(1, None, 2))
+        with ThreadPoolExecutor(2) as pool:
+            ways: dict[str, Callable[[], int]] = {
+                "pread": pread,
+                "rows": rows,
+                "clips": lambda: whole_clips(tar),
+                "pread x 2": lambda: sum(pool.map(pread, halves)),
+                "rows x 2": lambda: sum(pool.map(rows, halves, (0, 1))),
+            }
+            sizes = {name: way() for name, way in ways.items()}
+            print(f"{clips} clips of {frames} latent frames, one of {MEMBERS} members, rows of {row / 1e3:.0f} kB:")
+            report("warm", alternate(ways, rounds, lambda: None), sizes, "pread")
+            report("cold", alternate({n: ways[n] for n in ("pread", "rows", "clips")}, max(3, rounds // 3), drop), sizes, "pread")
+        others = {"clips": ways["clips"], "webdataset": stock, "zarr": lambda: whole_clips(zarr)}
+        sizes = {name: way() for name, way in others.items()}
+        report("other containers, warm", alternate(others, max(3, rounds // 5), lambda: None), sizes, "clips")
 
 
 MILLION = """
@@ -146,26 +187,56 @@ print(f"  imports {imported - started:.2f} s, open {opened - imported:.2f} s, "
 """
 
 
+def index_of(clips: int, frames: int) -> pa.Table:
+    """Rows as `write_index` writes them, made column by column: a million Python objects each would take minutes."""
+    numbers, per_shard = np.arange(clips), 1000
+    member = index_schema().field("members").type.value_type
+    size = frames * CHANNELS * HEIGHT * WIDTH * 2
+
+    def lists(values: NDArray[Any], each: int, kind: pa.DataType) -> pa.Array:
+        return pa.ListArray.from_arrays(np.arange(0, clips * each + 1, each, dtype=np.int32), pa.array(values, kind))
+
+    checksums = (np.arange(clips * frames, dtype=np.uint64) * 2654435761 % 2**32).astype(np.uint32)
+    columns = {
+        "field": pa.array(["latent.npy"] * clips),
+        "offset": pa.array(np.full(clips, 512)),
+        "length": pa.array(np.full(clips, size + 128)),
+        "data_offset": pa.array(np.full(clips, 640)),
+        "dtype": pa.array(["float16"] * clips),
+        "shape": lists(np.tile([frames, CHANNELS, HEIGHT, WIDTH], clips), 4, pa.int32()),
+        "crc32c": pa.array(numbers.astype(np.uint32)),
+        "row_crc32c": lists(checksums, frames, pa.uint32()),
+    }
+    members = pa.StructArray.from_arrays([columns[field.name] for field in member], fields=list(member))
+    return pa.table(
+        {
+            "key": pa.array([f"clip{i:08d}" for i in range(clips)]),
+            "shard": pa.array([f"shards/{i // per_shard:06d}.tar" for i in range(clips)]),
+            "episode": pa.array([f"e{i // 10}" for i in range(clips)]),
+            "split": pa.array(["train"] * clips),
+            "latent_frames": pa.array(np.full(clips, frames, np.int32)),
+            "raw_frames": pa.array(np.full(clips, (frames - 1) * 8 + 1, np.int32)),
+            "members": pa.ListArray.from_arrays(np.arange(clips + 1, dtype=np.int32), members),
+        },
+        schema=index_schema(),
+    )
+
+
 def million(clips: int, frames: int) -> None:
-    """Write an index of this many clips (no shards behind it) and open it in a fresh process."""
+    """Write an index of this many clips (no shards behind it) and open it in a fresh process, three times."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder, per_shard = Path(scratch), 1000
-        size = frames * CHANNELS * HEIGHT * WIDTH * 2
-        rows = []
-        for i in range(clips):
-            crc = tuple((i * 2654435761 + t * 40503) % 2**32 for t in range(frames))
-            member = MemberEntry("latent.npy", 512, size + 128, 640, "float16", (frames, CHANNELS, HEIGHT, WIDTH), i, crc)
-            shard = f"shards/{i // per_shard:06d}.tar"
-            rows.append((ClipEntry(f"clip{i:08d}", i, shard, f"e{i // 10}", "train", frames, (frames - 1) * 8 + 1), (member,)))
-        write_index(folder / "index.parquet", rows)
-        index = (folder / "index.parquet").read_bytes()
-        (folder / "dataset.json").write_text(info_to_json(describe(rows, index, -(-clips // per_shard))))
-        del rows
-        print(f"{clips} clips in an index of {len(index) / 1e6:.0f} MB:", flush=True)
-        subprocess.run([sys.executable, "-c", MILLION, scratch], check=True)
+        file = Path(scratch) / "index.parquet"
+        with index_writer(file) as writer:
+            writer.write_table(index_of(clips, frames), row_group_size=ROW_GROUP)
+        facts = describe([], file.read_bytes(), -(-clips // 1000))
+        facts = replace(facts, clips={"train": clips, "validation": 0}, latent_frames=clips * frames)
+        (Path(scratch) / "dataset.json").write_text(info_to_json(facts))
+        print(f"{clips} clips in an index of {file.stat().st_size / 1e6:.0f} MB, opened in a fresh process:", flush=True)
+        for _ in range(3):
+            subprocess.run([sys.executable, "-c", MILLION, scratch], check=True)
 
 
 if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    compare(int(given.get("clips", 32)), int(given.get("latent_frames", 121)))
+    compare(int(given.get("clips", 32)), int(given.get("latent_frames", 121)), int(given.get("rounds", 15)))
     million(int(given.get("million", 1_000_000)), frames=11)

@@ -43,7 +43,7 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def array_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def array_from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Raw little-endian elements -> array, without a copy; bfloat16 comes back as its bits in uint16."""
     assert len(data) == int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype], "callers check the length"
     return np.frombuffer(data, NPY_DESCRIPTIONS[dtype]).reshape(shape)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -44,9 +45,11 @@ class ClipIndex:
         self._file, self._path, self._info, self._policy = file, path, info, policy
         self._lock = threading.Lock()  # the file's position is shared
         columns = self._read(lambda: file.read(columns=["split", "latent_frames"]), "its columns")
-        # compared inside Arrow: a million Python strings would cost a second and 60 MB
-        self._rows = {split: np.flatnonzero(pc.equal(columns["split"], split).to_numpy()) for split in SPLITS}
-        self.latent_frames: NDArray[np.int32] = columns["latent_frames"].to_numpy()
+        # numbers instead of a million Python strings
+        encoded = columns["split"].combine_chunks().dictionary_encode()
+        names, codes = encoded.dictionary.to_pylist(), integers(encoded.indices, np.int32)
+        self._rows = {split: np.flatnonzero(codes == (names.index(split) if split in names else -1)) for split in SPLITS}
+        self.latent_frames: NDArray[np.int32] = integers(columns["latent_frames"].combine_chunks(), np.int32)
         self._group_ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]).tolist()
         self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)  # per instance, so two data sets never share entries
 
@@ -55,8 +58,8 @@ class ClipIndex:
 
     def keep(self, keys: Sequence[str]) -> None:
         """Forget all clips but these."""
-        kept = np.isin(self._keys.to_numpy(), np.array(keys, dtype=object))
-        self._rows = {split: rows[kept[rows]] for split, rows in self._rows.items()}
+        kept = nonzero(pc.is_in(self._keys, value_set=pa.array(list(keys), pa.string())))
+        self._rows = {split: np.intersect1d(rows, kept, assume_unique=True) for split, rows in self._rows.items()}
 
     def find(self, key: str) -> ClipEntry:
         row = pc.index(self._keys, key).as_py()
@@ -64,9 +67,10 @@ class ClipIndex:
             raise DataError(f"clip: got key {key!r}, expected one of the {len(self.latent_frames)} keys of {self._path}")
         return self.entry(row)
 
-    def shards(self, rows: NDArray[np.int64]) -> Any:
-        """The shard names of these rows (a pyarrow array)."""
-        return self._read(lambda: self._file.read(columns=["shard"]), "its shard names")["shard"].take(rows)
+    def in_shards(self, shards: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of the clips that lie in these shards."""
+        names = self._read(lambda: self._file.read(columns=["shard"]), "its shard names")["shard"]
+        return nonzero(pc.is_in(names, value_set=pa.array(list(shards), pa.string())))
 
     def entry(self, row: int) -> ClipEntry:
         group, place = self._place(row)
@@ -97,12 +101,23 @@ class ClipIndex:
     def _read_group(self, group: int) -> Any:
         return self._read(lambda: self._file.read_row_group(group, use_threads=False).combine_chunks(), f"row group {group}")
 
-    def _read(self, what: Any, name: str) -> Any:
+    def _read(self, what: Callable[[], Any], name: str) -> Any:
+        def attempt() -> Any:
+            try:
+                return what()
+            except OSError as error:
+                if error.errno is None and type(error) is OSError:  # Arrow's own: the bytes are wrong, which time does not mend
+                    raise self._damage(name, error) from error
+                raise
+
         try:
             with self._lock:
-                return with_retries(what, self._policy)
+                return with_retries(attempt, self._policy)
         except OSError as error:
-            raise DataError(f"index: cannot read {name} of {self._path}/index.parquet ({error}). Fix: copy it again") from error
+            raise self._damage(name, error) from error
+
+    def _damage(self, name: str, error: OSError) -> DataError:
+        return DataError(f"index: cannot read {name} of {self._path}/index.parquet ({error}). Fix: copy it again, or encode again")
 
 
 class ClipTable(Sequence[ClipEntry]):
@@ -116,11 +131,9 @@ class ClipTable(Sequence[ClipEntry]):
         """[clips] T of each clip."""
         return self._index.latent_frames[self._rows].astype(np.int64)
 
-    def in_shards(self, shards: Sequence[str]) -> NDArray[np.bool_]:
-        """[clips] whether each clip lies in one of these shards."""
-        import pyarrow as pa
-
-        return np.asarray(pc.is_in(self._index.shards(self._rows), value_set=pa.array(list(shards), pa.string())))
+    def in_shards(self, shards: Sequence[str]) -> int:
+        """How many of the clips lie in these shards."""
+        return len(np.intersect1d(self._rows, self._index.in_shards(shards), assume_unique=True))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -132,6 +145,16 @@ class ClipTable(Sequence[ClipEntry]):
 
     def __iter__(self) -> Iterator[ClipEntry]:
         return (self[i] for i in range(len(self)))
+
+
+def integers(array: Any, dtype: Any) -> NDArray[Any]:
+    """An Arrow array of integers without nulls, as it lies in memory. Arrow's own conversion imports pandas, which takes half a second."""
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
+
+
+def nonzero(mask: Any) -> NDArray[np.int64]:
+    """Ascending positions at which a mask of Arrow holds."""
+    return integers(pc.indices_nonzero(mask), np.uint64).astype(np.int64)
 
 
 def where(entry: ClipEntry, member: MemberEntry) -> str:

@@ -136,12 +136,18 @@ def shard_size(members: Iterable[MemberEntry]) -> int:
     return end + (-end % BLOCK) + 2 * BLOCK
 
 
-def write_index(path: Path, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
-    """One row per clip, in order. Pages carry checksums, which the reader verifies."""
-    import pyarrow as pa
+def index_writer(path: Path) -> Any:
+    """The ParquetWriter of an index. Pages carry checksums, which the reader verifies; there are no statistics, which nobody asks for."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(path, index_schema(), compression="zstd", write_page_checksum=True) as writer:
+    return pq.ParquetWriter(path, index_schema(), compression="zstd", write_page_checksum=True, write_statistics=False)
+
+
+def write_index(path: Path, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
+    """One row per clip, in order."""
+    import pyarrow as pa
+
+    with index_writer(path) as writer:
         for start in range(0, len(rows), ROW_GROUP):
             writer.write_table(pa.Table.from_pylist([index_row(*row) for row in rows[start : start + ROW_GROUP]], index_schema()))
 
