@@ -141,15 +141,23 @@ def diffusers_codec(name: str) -> Callable[..., LatentCodec]:
     return make
 
 
-CODECS: Mapping[str, Callable[..., LatentCodec]] = {
-    "linear": LinearCodec,
+def taehv_codec(**options: Any) -> LatentCodec:
+    from data_shards.codec_taehv import TaehvCodec
+
+    return TaehvCodec(**options)
+
+
+CODECS_WITH_WEIGHTS: Mapping[str, Callable[..., LatentCodec]] = {
     "ltx2": diffusers_codec("ltx2"),
     "wan": diffusers_codec("wan"),
+    "tiny": diffusers_codec("tiny"),
+    "taehv": taehv_codec,
 }
+CODECS: Mapping[str, Callable[..., LatentCodec]] = {"linear": LinearCodec, **CODECS_WITH_WEIGHTS}
 
 
-def make_codec(name: str, options: Mapping[str, Any] | None = None) -> LatentCodec:
-    """The codec called `name` with these options.
+def make_codec(name: str, options: Mapping[str, Any] | None = None, **runtime: Any) -> LatentCodec:
+    """The codec called `name` with these options, as dataset.json keeps them; `runtime` (device) is for this process only.
 
     Raises:
         DataError: an unknown name or an option it does not take.
@@ -157,7 +165,7 @@ def make_codec(name: str, options: Mapping[str, Any] | None = None) -> LatentCod
     if name not in CODECS:
         raise DataError(f"codec: got {name!r}, expected one of {sorted(CODECS)}. Fix: codec=linear")
     try:
-        return CODECS[name](**(options or {}))
+        return CODECS[name](**(options or {}), **runtime)
     except TypeError as error:
         raise DataError(f"codec options: got {dict(options or {})}, expected what codec {name!r} takes ({error})") from error
 

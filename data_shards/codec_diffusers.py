@@ -1,4 +1,5 @@
-"""The video autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels) and Wan (4x8x8, 16 channels).
+"""The autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels), Wan (4x8x8, 16 channels), and the tiny ones (TAESD) that
+encode frame by frame (1x8x8, 4 channels or 16). Tiny autoencoders with a temporal stride are in `codec_taehv`.
 
 `model` is a local folder or a hub name, as `from_pretrained` takes it. Encoding takes the mode of the posterior, so it is deterministic.
 The latents are the autoencoder's own; the scaling that some pipelines apply is left out, as dataset.json carries measured mean and std.
@@ -16,17 +17,21 @@ from numpy.typing import NDArray
 
 from data_shards.schema import DataError, latent_frame_count
 
-CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan"}
+CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan", "tiny": "AutoencoderTiny"}
 
 
 @dataclass(frozen=True)
 class DiffusersCodec:
-    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights are loaded at the first use."""
+    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights are loaded at the first use.
+
+    `normalised`: latents that came ready made are normalised by LTX-2's own statistics, which decoding undoes.
+    """
 
     name: str
     model: str
     dtype: str = "float32"
     device: str = "cpu"
+    normalised: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -41,9 +46,11 @@ class DiffusersCodec:
             raise DataError(f"codec {self.name}: diffusers is not installed, expected it. Fix: pip install diffusers") from error
         try:
             # safetensors only: a pickled checkpoint could run code
-            network = getattr(diffusers, CLASSES[self.name]).from_pretrained(
-                self.model, use_safetensors=True, torch_dtype=getattr(torch, self.dtype)
+            network, report = getattr(diffusers, CLASSES[self.name]).from_pretrained(
+                self.model, use_safetensors=True, torch_dtype=getattr(torch, self.dtype), output_loading_info=True
             )
+            if report["missing_keys"]:
+                raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"codec {self.name}: cannot load {self.model!r} ({error}), expected a diffusers folder or hub name of {CLASSES[self.name]}"
@@ -52,7 +59,7 @@ class DiffusersCodec:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return {"model": self.model, "dtype": self.dtype}
+        return {"model": self.model, "dtype": self.dtype, **({"normalised": True} if self.normalised else {})}
 
     @property
     def channels(self) -> int:
@@ -62,11 +69,15 @@ class DiffusersCodec:
     @property
     def temporal_stride(self) -> int:
         config = self.network.config
+        if self.name == "tiny":
+            return 1
         return int(config.scale_factor_temporal if "scale_factor_temporal" in config else self.network.temporal_compression_ratio)
 
     @property
     def spatial_stride(self) -> int:
         config = self.network.config
+        if self.name == "tiny":
+            return int(2 ** (len(config.encoder_block_out_channels) - 1))
         return int(config.scale_factor_spatial if "scale_factor_spatial" in config else self.network.spatial_compression_ratio)
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -76,7 +87,11 @@ class DiffusersCodec:
         count = latent_frame_count(len(video), self.temporal_stride)
         pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
         with torch.no_grad():
-            latents = self.network.encode(pixels.to(self.device, self.network.dtype)).latent_dist.mode()  # [1, C, T, h, w]
+            if self.name == "tiny":
+                frames = [self.network.encode(pixels[:, :, i].to(self.device, self.network.dtype)).latents for i in range(len(video))]
+                latents = torch.stack(frames, dim=2)  # [1, C, T, h, w]
+            else:
+                latents = self.network.encode(pixels.to(self.device, self.network.dtype)).latent_dist.mode()  # [1, C, T, h, w]
         if tuple(latents.shape[1:3]) != (self.channels, count):
             raise DataError(
                 f"codec {self.name}: got {latents.shape[1]} channels and {latents.shape[2]} latent frames of {len(video)}, expected "
@@ -89,7 +104,14 @@ class DiffusersCodec:
         import torch
 
         tensor = torch.from_numpy(np.ascontiguousarray(latents, np.float32)).permute(1, 0, 2, 3)[None]
+        tensor = tensor.to(self.device, self.network.dtype)
         with torch.no_grad():
-            video = self.network.decode(tensor.to(self.device, self.network.dtype)).sample  # [1, 3, F, H, W]
+            if self.normalised:
+                mean, std = (each.to(tensor).view(1, -1, 1, 1, 1) for each in (self.network.latents_mean, self.network.latents_std))
+                tensor = tensor * std / self.network.config.scaling_factor + mean
+            if self.name == "tiny":
+                video = torch.stack([self.network.decode(frame).sample for frame in tensor.unbind(2)], dim=2)
+            else:
+                video = self.network.decode(tensor).sample  # [1, 3, F, H, W]
         pixels = (video[0].permute(1, 2, 3, 0).float().cpu().numpy() + 1.0) * 127.5
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -23,17 +23,26 @@ from data_shards.encode_job import Job, Settings, crop_size, encode_shard, is_do
 from data_shards.files import publish_folder, read_json, write_durably
 from data_shards.runners import RUNNERS
 from data_shards.schema import DataError
-from data_shards.sources import ClipSource, open_source
+from data_shards.sources import ClipSource, Place, open_source
+from data_shards.text import TextEncoder
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
-    "source": Option(text, "a recording, or a folder of videos", required=True),
+    "source": Option(text, "a recording, a folder of videos, or the folder of zips of SANA-WM's public training layout", required=True),
     "out": Option(text, "folder to make", required=True),
+    "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
+    "captions": Option(text, "JSON file {key: caption}; it goes before the source's own captions", None),
     "codec": Option(choice(*CODECS), "video <-> latents", "linear"),
     "channels": Option(whole(1, 4096), "latent channels (codec linear)", 48),
-    "model": Option(text, "folder or hub name of the autoencoder (codecs ltx2, wan)", None),
+    "model": Option(text, "folder, file or hub name of the autoencoder (all codecs but linear)", None),
     "psnr": Option(choice("yes", "no"), "decode every clip again to measure the loss; slow for learned codecs", "yes"),
     "image_latents_every": Option(whole(0), "raw frames between stored image latents, where cuts may start; 0 = at the start only", 0),
+    "text": Option(text, "folder or hub name of a transformers encoder; `ready`: the source's own embeddings", None),
+    "text_length": Option(whole(1, 65536), "tokens kept of a caption, L", 300),
+    "text_prefix": Option(text, "goes before every caption; its tokens are dropped, but for the first and the last", ""),
+    "text_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored text", "bfloat16"),
+    "null_text": Option(text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None),
+    "device": Option(text, "where codec and text encoder run: cpu, cuda, cuda:1, npu", "cpu"),
     "latent_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored latents", "float16"),
     "validation": Option(number(0, 0.9), "share of the episodes kept out of training", 0.1),
     "container": Option(choice("tar", "zarr"), "tar, or Zarr v3 for very long clips", "tar"),
@@ -43,30 +52,32 @@ OPTIONS = {
 }
 
 
-def run_jobs(jobs: list[Job], runner: str, workers: int, source: ClipSource, codec: LatentCodec) -> Iterator[int]:
+def run_jobs(
+    jobs: list[Job], runner: str, workers: int, source: ClipSource, codec: LatentCodec, encoder: TextEncoder | None
+) -> Iterator[int]:
     """Run the jobs, yielding the number of each as it finishes."""
     if runner == "processes" and workers == 1:
         for job in jobs:
-            encode_shard(job, source, codec)
+            encode_shard(job, source, codec, encoder)
             yield job.number
     else:
         yield from RUNNERS[runner](jobs, workers)
 
 
-def encode(source: str, out: str, workers: int, runner: str, settings: Settings) -> None:
-    """Encode `source` into the data set `out`, going on where an interrupted run stopped.
+def encode(place: Place, out: str, workers: int, runner: str, settings: Settings) -> None:
+    """Encode what lies at `place` into the data set `out`, going on where an interrupted run stopped.
 
     Raises:
         DataError: a source that cannot be read, or an `out` that holds something else.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    clips = open_source(source)
+    clips = open_source(place)
     if not clips.clips:
-        raise DataError(f"source: got no clips in {source}, expected at least one. Fix: record some")
-    codec = settings.make_codec()
+        raise DataError(f"source: got no clips in {place.path}, expected at least one. Fix: record some")
+    codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
     final, folder = Path(out), Path(f"{out.rstrip('/')}.partial")
-    jobs = plan_jobs(clips, str(Path(source).resolve()), folder.resolve(), settings, codec)
+    jobs = plan_jobs(clips, place.resolved(), folder.resolve(), settings, codec)
     plan = {"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)}
     if final.exists():
         return check_existing(final, plan)
@@ -90,9 +101,9 @@ def encode(source: str, out: str, workers: int, runner: str, settings: Settings)
     columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("encode", total=len(clips.clips), completed=len(clips.clips) - sum(len(job.clips) for job in todo))
-        for job in run_jobs(todo, runner, workers, clips, codec):
+        for job in run_jobs(todo, runner, workers, clips, codec, encoder):
             progress.advance(task, len(jobs[job].clips))
-    info = finish(folder, jobs, clips, settings, codec)
+    info, cut_captions = finish(folder, jobs, clips, settings, codec, encoder)
     shutil.rmtree(folder / "rows")
     publish_folder(folder, final)
     seconds, frames = time.perf_counter() - started, sum(clip.frames for job in todo for clip, _ in job.clips)
@@ -102,6 +113,8 @@ def encode(source: str, out: str, workers: int, runner: str, settings: Settings)
         f"[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}: PSNR {info.psnr_db} dB, "
         f"{frames / max(seconds, 1e-9):.0f} frames/s, {size_mb:.1f} MB in {out}"
     )
+    if cut_captions:
+        print(f"{cut_captions} captions were longer than text_length={settings.text_length} tokens and were cut there")
 
 
 def check_existing(final: Path, plan: Mapping[str, Any]) -> None:
@@ -114,8 +127,8 @@ def check_existing(final: Path, plan: Mapping[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    def call(source: str, out: str, workers: int, runner: str, **settings: Any) -> None:
-        encode(source, out, workers, runner, Settings(**settings))
+    def call(source: str, latents: str | None, captions: str | None, out: str, workers: int, runner: str, **settings: Any) -> None:
+        encode(Place(source, latents, captions), out, workers, runner, Settings(**settings))
 
     return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments)
 

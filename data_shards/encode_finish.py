@@ -5,24 +5,38 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_shards.codec import LatentCodec, psnr_db
 from data_shards.encode_job import Job, Settings, crop_size
-from data_shards.files import read_json, write_durably
-from data_shards.schema import IMAGE_LATENTS, SCHEMA_VERSION, SPLITS, ClipEntry, DataError, DatasetInfo, MemberEntry, info_to_json
+from data_shards.files import crc32c, read_json, write_durably
+from data_shards.schema import (
+    IMAGE_LATENTS,
+    NULL_TEXT,
+    SCHEMA_VERSION,
+    SPLITS,
+    ClipEntry,
+    DataError,
+    DatasetInfo,
+    MemberEntry,
+    info_to_json,
+)
 from data_shards.sources import ClipSource
-from data_shards.write import fingerprint, write_index
+from data_shards.text import TextEncoder, read_null_text
+from data_shards.write import encode_array, fingerprint, write_index
 
 STD_FLOOR = 1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
 Rows = list[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 
-def finish(folder: Path, jobs: list[Job], source: ClipSource, settings: Settings, codec: LatentCodec) -> DatasetInfo:
-    """Merge the shards' results in shard order; write the index and, last, dataset.json."""
+def finish(
+    folder: Path, jobs: list[Job], source: ClipSource, settings: Settings, codec: LatentCodec, encoder: TextEncoder | None
+) -> tuple[DatasetInfo, int]:
+    """Merge the shards' results in shard order; write the index and, last, dataset.json. Returns it, and how many captions were cut."""
     rows: Rows = []
-    sums, counts, squared_error, values = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0
+    sums, counts, squared_error, values, cut_captions = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0, 0
     for job in jobs:
         result = read_json(job.result, "encode")
         for row in result["rows"]:
@@ -31,6 +45,7 @@ def finish(folder: Path, jobs: list[Job], source: ClipSource, settings: Settings
             rows.append((ClipEntry(key, len(rows), job.shard, episode, split, latent_frames, raw_frames), members))
         sums, counts = sums + np.array(result["sums"]), counts + np.array(result["counts"])
         squared_error, values = squared_error + result["squared_error"], values + result["values"]
+        cut_captions += result["cut_captions"]
     counts[counts == 0] = np.inf  # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
     mean = sums[:, 0] / counts[:, None]
     std = np.sqrt(np.maximum(sums[:, 1] / counts[:, None] - mean**2, 0.0))
@@ -59,17 +74,37 @@ def finish(folder: Path, jobs: list[Job], source: ClipSource, settings: Settings
         latent_frames=sum(entry.latent_frames for entry, _ in rows),
         raw_frames=sum(entry.raw_frames for entry, _ in rows),
         psnr_db=round(psnr_db(squared_error, values), 3) if values else None,
-        null_text=None,
+        null_text=NULL_TEXT if settings.text else None,
         index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),
         source=source.description,
         fingerprint="",
         fields=common_fields(rows),
         image_latents_every=settings.image_latents_every,
+        **text_facts(folder, rows, settings, encoder),
     )
     info = dataclasses.replace(info, fingerprint=fingerprint(rows, info))
     write_durably(folder / "dataset.json", info_to_json(info).encode())
-    return info
+    return info, cut_captions
+
+
+def text_facts(folder: Path, rows: Rows, settings: Settings, encoder: TextEncoder | None) -> dict[str, Any]:
+    """Write the null text and return what dataset.json says about text."""
+    if not settings.text:
+        return {}
+    widths = {member.shape[1] for _, members in rows for member in members if member.field == "text.npy"}
+    if encoder is not None:
+        null = encoder.tokens("")[0]
+    elif settings.null_text:
+        null = read_null_text(settings.null_text)
+    else:
+        raise DataError("null_text: got none with text=ready, expected the embedding of the empty prompt. Fix: null_text=<npy of [L0, E]>")
+    if widths != {null.shape[1]} or len(null) > settings.text_length:
+        raise DataError(f"null_text: got {null.shape}, expected [at most {settings.text_length}, E] with E of the clips' {sorted(widths)}")
+    header, data = encode_array(null, "float32")
+    write_durably(folder / NULL_TEXT, header + data)
+    facts = {"text_encoder": settings.text, "text_length": settings.text_length, "text_width": null.shape[1]}
+    return {**facts, "null_text_crc32c": crc32c(header + data)}
 
 
 def common_fields(rows: Rows) -> tuple[str, ...]:

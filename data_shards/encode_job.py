@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.codec import LatentCodec, make_codec
+from data_shards.codec import CODECS_WITH_WEIGHTS, LatentCodec, make_codec
 from data_shards.controls import bucket_events
 from data_shards.files import read_json, write_durably
 from data_shards.schema import (
@@ -26,7 +26,8 @@ from data_shards.schema import (
     image_latent_count,
     latent_frame_count,
 )
-from data_shards.sources import ClipContent, ClipSource, SourceClip, open_source
+from data_shards.sources import ClipContent, ClipSource, Place, SourceClip, open_source
+from data_shards.text import READY, TextEncoder
 from data_shards.write import ShardWriter, shard_size
 from data_shards.zarr_store import ZarrWriter, is_whole
 
@@ -46,20 +47,38 @@ class Settings:
     model: str | None = None
     psnr: str = "yes"
     image_latents_every: int = 0
+    device: str = "cpu"
+    text: str | None = None
+    text_length: int = 300
+    text_prefix: str = ""
+    text_dtype: str = "bfloat16"
+    null_text: str | None = None
 
-    def make_codec(self) -> LatentCodec:
+    def make_codec(self, source: ClipSource) -> LatentCodec:
+        """The codec for this source; that of ready latents needs no weights here, but a name under which decoding will find them."""
+        if source.stored is not None and self.codec != source.stored.name:
+            raise DataError(
+                f"codec: got {self.codec}, expected {source.stored.name}, which made these latents. Fix: codec={source.stored.name}"
+            )
+        if self.codec in CODECS_WITH_WEIGHTS and not self.model:
+            raise DataError(f"model: got none, expected a folder or hub name for codec {self.codec}. Fix: model=<folder>")
+        if source.stored is not None:
+            return replace(source.stored, options={"model": self.model, **source.stored.options})
         if self.codec == "linear":
             return make_codec(self.codec, {"channels": self.channels})
-        if not self.model:
-            raise DataError(f"model: got none, expected a folder or hub name for codec {self.codec}. Fix: model=<folder>")
-        return make_codec(self.codec, {"model": self.model})
+        return make_codec(self.codec, {"model": self.model}, device=self.device)
+
+    def make_text_encoder(self) -> TextEncoder | None:
+        if self.text in (None, READY):
+            return None
+        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Job:
     """One shard: which clips, and how to make their latents. Small and picklable; a worker opens the source itself."""
 
-    source: str
+    source: Place
     content: str  # the source's description: a worker that finds another source under the path says so
     folder: str
     number: int
@@ -107,7 +126,7 @@ def bucket_controls(frames: NDArray[np.float32], sums: tuple[bool, ...], stride:
     return out
 
 
-def plan_jobs(source: ClipSource, path: str, folder: Path, settings: Settings, codec: LatentCodec) -> list[Job]:
+def plan_jobs(source: ClipSource, place: Place, folder: Path, settings: Settings, codec: LatentCodec) -> list[Job]:
     """Cut the clips into shards of about `shard_mb`, in the source's order."""
     sizes = {crop_size(clip, codec.spatial_stride) for clip in source.clips}
     if len(sizes) > 1:
@@ -129,50 +148,79 @@ def plan_jobs(source: ClipSource, path: str, folder: Path, settings: Settings, c
         pending.append((clip, splits[clip.episode]))
         size += (latent_frame_count(clip.frames, stride) + image_latent_count(clip.frames, every)) * per_frame
         if size >= settings.shard_mb * 1e6 or clip is source.clips[-1]:
-            jobs.append(Job(path, source.description, str(folder), len(jobs), tuple(pending), settings))
+            jobs.append(Job(place, source.description, str(folder), len(jobs), tuple(pending), settings))
             pending, size = [], 0.0
     return jobs
 
 
-def encode_shard(job: Job, source: ClipSource, codec: LatentCodec) -> None:
+@dataclass
+class Tally:
+    """What a shard adds to the data set's statistics. sums [first|later, sum|sum of squares, C] and counts are over training clips."""
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    squared_error: float = 0.0
+    values: int = 0
+    cut_captions: int = 0
+
+    def add(self, latents: NDArray[np.float32], images: NDArray[np.float32]) -> None:
+        for kind, part in ((0, latents[:1]), (0, images), (1, latents[1:])):
+            wide = part.astype(np.float64)
+            self.sums[kind] += (wide.sum(axis=(0, 2, 3)), np.square(wide).sum(axis=(0, 2, 3)))
+            self.counts[kind] += wide.size / latents.shape[1]
+
+    def compare(self, video: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> None:
+        difference = decoded.astype(np.int32) - video
+        self.squared_error += float(np.square(difference).sum(dtype=np.float64))
+        self.values += difference.size
+
+
+def encode_shard(job: Job, source: ClipSource, codec: LatentCodec, encoder: TextEncoder | None) -> None:
     """Encode one shard and write it, then the JSON file that says it is done: index rows and sums for the statistics."""
-    rows, squared_error, values = [], 0.0, 0
-    sums = np.zeros((2, 2, codec.channels))  # [first|later, sum|sum of squares, C], over training clips
-    counts = np.zeros(2)
+    rows, tally = [], Tally(np.zeros((2, 2, codec.channels)), np.zeros(2))
     with (ShardWriter if job.settings.container == "tar" else ZarrWriter)(Path(job.folder) / job.shard) as writer:
         for clip, split in job.clips:
             content = source.load(clip)
-            video, intrinsics = crop(content.video, content.intrinsics, crop_size(clip, codec.spatial_stride))
-            latents = codec.encode(video)
-            images = image_latents(video, codec, job.settings.image_latents_every)
-            if job.settings.psnr == "yes":
-                difference = codec.decode(latents).astype(np.int32) - video
-                squared_error, values = squared_error + float(np.square(difference).sum(dtype=np.float64)), values + difference.size
-            if split == SPLITS[0]:
-                for kind, part in ((0, latents[:1]), (0, images), (1, latents[1:])):
-                    wide = part.astype(np.float64)
-                    sums[kind] += (wide.sum(axis=(0, 2, 3)), np.square(wide).sum(axis=(0, 2, 3)))
-                    counts[kind] += wide.size / codec.channels
-            arrays: Arrays = {"latent.npy": (job.settings.latent_dtype, latents)}
-            if len(images):
-                arrays[IMAGE_LATENTS] = (job.settings.latent_dtype, images)
-            if content.c2w is not None and intrinsics is not None:
-                arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
+            arrays = latent_arrays(clip, content, codec, job.settings, tally, count=split == SPLITS[0])
+            latents = arrays["latent.npy"][1]
             arrays |= control_arrays(source, content, len(latents), codec.temporal_stride)
+            arrays |= text_arrays(clip, content, job.settings, encoder, tally)
             facts = {"key": clip.key, "episode": clip.episode, "split": split, "fps": source.fps, "raw_frames": clip.frames}
+            facts |= {} if content.caption is None else {"caption": content.caption}
             members = writer.add(clip.key, arrays, {**facts, "latent_frames": len(latents), "controls": list(source.control_names)})
             row = [clip.key, clip.episode, split, len(latents), clip.frames]
             rows.append({"clip": row, "members": [vars(member) for member in members]})
-    result = {"rows": rows, "sums": sums.tolist(), "counts": counts.tolist(), "squared_error": squared_error, "values": values}
+    result = {**vars(tally), "rows": rows, "sums": tally.sums.tolist(), "counts": tally.counts.tolist()}
     write_durably(job.result, json.dumps(result).encode())
 
 
-def image_latents(video: NDArray[np.uint8], codec: LatentCodec, every: int) -> NDArray[np.float32]:
-    """[K, C, h, w]: each raw frame that is a multiple of `every`, but frame 0, encoded alone (see data_shards/schema.py)."""
-    frames = range(every, len(video), every) if every else ()
-    height, width = (side // codec.spatial_stride for side in video.shape[1:3])
-    empty = np.empty((0, codec.channels, height, width), np.float32)
-    return np.concatenate([empty, *(codec.encode(video[frame : frame + 1]) for frame in frames)])
+def latent_arrays(clip: SourceClip, content: ClipContent, codec: LatentCodec, settings: Settings, tally: Tally, count: bool) -> Arrays:
+    """Latents, image latents, and the camera of the frames that were encoded."""
+    size, intrinsics = crop_size(clip, codec.spatial_stride), content.intrinsics
+    images = np.empty((0, codec.channels, *(side // codec.spatial_stride for side in size)), np.float32)
+    if content.video is not None:
+        video, intrinsics = crop(content.video, content.intrinsics, size)
+        latents = codec.encode(video)
+        images = np.concatenate([images, *image_latents(video, codec, settings.image_latents_every)])
+        if settings.psnr == "yes":
+            tally.compare(video, codec.decode(latents))
+    else:
+        assert content.latents is not None, "a source gives one or the other"
+        latents = content.latents
+    if count:
+        tally.add(latents, images)
+    arrays: Arrays = {"latent.npy": (settings.latent_dtype, latents)}
+    if len(images):
+        arrays[IMAGE_LATENTS] = (settings.latent_dtype, images)
+    if content.c2w is not None and intrinsics is not None:
+        arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
+    return arrays
+
+
+def image_latents(video: NDArray[np.uint8], codec: LatentCodec, every: int) -> Iterator[NDArray[np.float32]]:
+    """[1, C, h, w] each: every raw frame that is a multiple of `every`, but frame 0, encoded alone (see data_shards/schema.py)."""
+    for frame in range(every, len(video), every) if every else ():
+        yield codec.encode(video[frame : frame + 1])
 
 
 def control_arrays(source: ClipSource, content: ClipContent, latent_frames: int, stride: int) -> Arrays:
@@ -184,6 +232,31 @@ def control_arrays(source: ClipSource, content: ClipContent, latent_frames: int,
     return {}
 
 
+def text_arrays(clip: SourceClip, content: ClipContent, settings: Settings, encoder: TextEncoder | None, tally: Tally) -> Arrays:
+    if encoder is not None:
+        if content.caption is None:
+            raise DataError(
+                f"text: got no caption, expected one for every clip (key {clip.key}). Fix: captions=<JSON file>, or a sidecar's `caption`"
+            )
+        embedding, mask, cut = encoder.encode(content.caption)
+        tally.cut_captions += cut
+    elif settings.text == READY:
+        if content.text is None:
+            raise DataError(
+                f"text: got no ready embedding, expected `text` and `text_mask` for every clip (key {clip.key}). Fix: text=<encoder>"
+            )
+        embedding, mask = content.text
+        length = settings.text_length
+        if embedding.ndim != 2 or len(embedding) != length or mask.shape != (length,) or not set(np.unique(mask)) <= {0, 1}:
+            raise DataError(
+                f"text: got {embedding.shape} with a mask {mask.shape}, expected [{length}, E] and [{length}] of 0 and 1 (key {clip.key}). "
+                f"Fix: text_length={len(embedding)}, or pad them alike"
+            )
+    else:
+        return {}
+    return {"text.npy": (settings.text_dtype, embedding), "text_mask.npy": ("uint8", mask)}
+
+
 def encode_in_worker(job: Job) -> int:
     """`encode_shard` in a process of its own. Returns the job's number."""
     encode_shard(job, *opened(job.source, job.content, job.settings))
@@ -191,11 +264,13 @@ def encode_in_worker(job: Job) -> int:
 
 
 @lru_cache(maxsize=1)  # listing a folder of videos or loading weights once per job would cost more than encoding
-def opened(path: str, content: str, settings: Settings) -> tuple[ClipSource, LatentCodec]:
-    source = open_source(path)
+def opened(place: Place, content: str, settings: Settings) -> tuple[ClipSource, LatentCodec, TextEncoder | None]:
+    source = open_source(place)
     if source.description != content:
-        raise DataError(f"source: got {source.description}, expected {content} as planned ({path}). Fix: leave it alone while encoding")
-    return source, settings.make_codec()
+        raise DataError(
+            f"source: got {source.description}, expected {content} as planned ({place.path}). Fix: leave it alone while encoding"
+        )
+    return source, settings.make_codec(source), settings.make_text_encoder()
 
 
 def is_done(job: Job) -> bool:

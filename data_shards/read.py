@@ -174,9 +174,9 @@ class ClipDataset:
         """The clip's `json` member."""
         return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
 
-    def index_bytes(self) -> bytes:
-        """The index file as it is, for `verify`."""
-        return bytes(self._fs.cat_file(f"{self._root}/index.parquet"))
+    def file_bytes(self, name: str) -> bytes:
+        """A file beside the shards as it is, for `verify`."""
+        return bytes(self._fs.cat_file(f"{self._root}/{name}"))
 
     def _stream(
         self,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from data_shards.arguments import Option, run, text, whole
 from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import READ_BY_ROW, SPLITS, ClipEntry, DatasetInfo, MemberEntry, ShardError
+from data_shards.schema import INDEX, NULL_TEXT, READ_BY_ROW, SPLITS, ClipEntry, DatasetInfo, MemberEntry, ShardError
 from data_shards.write import BLOCK, fingerprint, shard_size, tar_header
 from data_shards.zarr_store import read_bytes
 
@@ -152,6 +152,16 @@ def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
         return [Problem(shard, "-", "-", f"shard: cannot read it ({type(error).__name__}: {error})")]
 
 
+def check_null_text(dataset: ClipDataset) -> list[Problem]:
+    if dataset.info.null_text is None:
+        return []
+    try:
+        found = crc32c(dataset.file_bytes(NULL_TEXT))
+    except OSError as error:
+        return [Problem("-", "-", NULL_TEXT, f"null text: cannot read it ({type(error).__name__}: {error})")]
+    return [] if found == dataset.info.null_text_crc32c else [Problem("-", "-", NULL_TEXT, "checksum: got other bytes than were written")]
+
+
 def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[DatasetInfo, list[Problem], set[str]]:
     """(facts, problems, shards with a problem). `progress` wraps the list of shards.
 
@@ -160,12 +170,13 @@ def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[D
     """
     dataset = open_dataset(path)
     problems = []
-    if hashlib.sha256(dataset.index_bytes()).hexdigest() != dataset.info.index_sha256:
+    if hashlib.sha256(dataset.file_bytes(INDEX)).hexdigest() != dataset.info.index_sha256:
         changed = "index: got other bytes than dataset.json states; nothing it says about the shards can be trusted"
         return dataset.info, [Problem("-", "-", "-", changed)], set()
     rows = list(index_rows(dataset))
     if fingerprint(rows, dataset.info) != dataset.info.fingerprint:
         problems.append(Problem("-", "-", "-", "fingerprint: index and dataset.json do not belong together"))
+    problems += check_null_text(dataset)
     shards: dict[str, list[Any]] = {}
     keys: set[str] = set()
     for entry, members in rows:

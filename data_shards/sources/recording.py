@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from data_shards.files import crc32c, read_json
 from data_shards.schema import DataError, check_key
-from data_shards.sources import ClipContent, SourceClip
+from data_shards.sources import ClipContent, SourceClip, StoredLatents
 
 
 class RecordingSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: tuple[str, ...] = ()
+        self.stored: StoredLatents | None = None
         facts = read_json(folder / "recording.json", "recording")
         try:
             self.fps, self.metres_per_unit = float(facts["fps"]), float(facts["metres_per_unit"])

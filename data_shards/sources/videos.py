@@ -4,6 +4,8 @@ Beside `name.mp4` may lie, in the file `name.npz` or `name.json` (same keys; npz
   c2w or w2c   [F, 4, 4] or [F, 3, 4], OpenCV axes (+x right, +y down, +z forward), in metres (or units of `metres_per_unit`)
   intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels, or a 3x3 matrix [3, 3] or [F, 3, 3]
   controls     [F, A] per raw frame, with `control_names` [A] and optionally `control_sums` [A] (true: amounts that add up over frames)
+  caption      text that describes the scene; or it is the content of `name.txt`
+  text         [L, E] ready embeddings of it, with text_mask [L] (1 at real tokens), for `encode text=ready`
   episode      name of the source video: clips of one episode go to the same side of the validation split (default: the clip's own name)
 or, instead of c2w and intrinsics, a COLMAP text model in the folder `name.colmap` (cameras.txt, images.txt; images sorted by name are the
 frames); or, instead of controls, `name.events.npz` with the columns of `data_shards.controls.Events`.
@@ -13,7 +15,7 @@ Either every clip has poses or none has; the same for controls. Frames past the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from data_shards.controls import CONTROL_NAMES, Events
 from data_shards.files import read_json
 from data_shards.schema import DataError, check_key
-from data_shards.sources import ClipContent, SourceClip
+from data_shards.sources import ClipContent, SourceClip, StoredLatents
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 STRIDE = 8  # of every codec here: a clip has 8k + 1 frames
@@ -109,6 +111,7 @@ def read_sidecar(video: Path) -> dict[str, Any]:
 class VideosSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.stored: StoredLatents | None = None
         self._files = {check_key(file.stem): file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES}
         clips, rates, trimmed = [], set(), 0
         names: set[tuple[str, ...]] = set()
@@ -172,7 +175,23 @@ class VideosSource:
             None if intrinsics is None else intrinsics[:frames],
             None if controls is None else controls[:frames],
             read_events(file.with_suffix(".events.npz")),
+            caption=read_caption(file.with_suffix(".txt"), sidecar),
+            text=read_text(sidecar, where),
         )
+
+
+def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    return str(sidecar["caption"]) if "caption" in sidecar else None
+
+
+def read_text(sidecar: Mapping[str, Any], where: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]] | None:
+    if "text" not in sidecar:
+        return None
+    if "text_mask" not in sidecar:
+        raise DataError(f"sidecar: got text without text_mask, expected both ({where})")
+    return np.array(sidecar["text"], np.float32), np.array(sidecar["text_mask"]).astype(np.uint8)
 
 
 def read_events(path: Path) -> Events | None:

@@ -2,6 +2,8 @@
 
 import shutil
 
+import av
+import numpy as np
 import pytest
 
 from data_shards import encode, record
@@ -27,3 +29,23 @@ def dataset_path(recording, tmp_path_factory):
 def damaged(dataset_path, tmp_path):
     """A copy of the data set to break."""
     return shutil.copytree(dataset_path, tmp_path / "set")
+
+
+@pytest.fixture(scope="session")
+def write_video():
+    """write(path, frames, rate, size): a small video file, made with PyAV."""
+
+    def write(path, frames=20, rate=16, size=32):
+        """Grey levels that rise with time, so a frame's number can be told from its brightness."""
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=rate)
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+            for i in range(frames):
+                picture = np.full((size, size, 3), 10 * i, np.uint8)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                    container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+
+    return write

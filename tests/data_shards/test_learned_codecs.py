@@ -51,6 +51,35 @@ def test_layout_is_causal_and_deterministic(models, name, strides, channels):
     assert np.abs(codec.encode(changed)[first:] - latents[first:]).max() > 1e-4
 
 
+def test_ready_latents_are_decoded_from_the_networks_own_normalisation(models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models["ltx2"], tmp_path / "ltx2")
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    weights["latents_mean"], weights["latents_std"] = torch.linspace(-1, 1, 8), torch.linspace(0.5, 2, 8)
+    save_file(weights, file, {"format": "pt"})
+    latents = np.random.default_rng(0).normal(size=(2, 8, 2, 2)).astype(np.float32)
+    mean, std = (weights[name].numpy()[None, :, None, None] for name in ("latents_mean", "latents_std"))
+    plain, normalised = (make_codec("ltx2", {"model": str(folder), **extra}) for extra in ({}, {"normalised": True}))
+    shown = plain.decode(latents).astype(int)
+    assert np.abs(normalised.decode((latents - mean) / std) - shown).max() <= 1
+    assert np.abs(normalised.decode(latents) - shown).max() > 5
+    assert normalised.options == {"model": str(folder), "dtype": "float32", "normalised": True}
+
+
+def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models["wan"], tmp_path / "wan")
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(DataError, match="no weights for"):
+        make_codec("wan", {"model": str(folder)}).encode(np.zeros((5, 16, 16, 3), np.uint8))
+
+
 def test_a_recording_is_encoded_with_it(models, recording, tmp_path):
     out, short = tmp_path / "set", shutil.copytree(recording, tmp_path / "recording")
     facts = json.loads((short / "recording.json").read_text())

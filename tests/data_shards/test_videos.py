@@ -3,7 +3,6 @@
 import json
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 
@@ -15,20 +14,6 @@ from data_shards.sources import open_source
 from data_shards.sources.videos import read_colmap, square_intrinsics, square_poses
 
 FRAMES = 20  # 17 of them make a clip
-
-
-def write_video(path, frames=FRAMES, rate=16, size=32):
-    """Grey levels that rise with time, so a frame's number can be told from its brightness."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            picture = np.full((size, size, 3), 10 * i, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 def poses(frames=FRAMES):
@@ -53,7 +38,7 @@ def write_colmap(folder, c2w):
     (folder / "images.txt").write_text("\n".join(lines) + "\n")
 
 
-def test_videos_with_sidecars_become_a_data_set(tmp_path, capsys):
+def test_videos_with_sidecars_become_a_data_set(write_video, tmp_path, capsys):
     folder, out = tmp_path / "videos", tmp_path / "set"
     folder.mkdir()
     c2w, controls = poses(), np.arange(2 * FRAMES, dtype=np.float32).reshape(FRAMES, 2)
@@ -85,7 +70,7 @@ def test_colmap_poses_are_the_same_camera(tmp_path):
     np.testing.assert_array_equal(intrinsics[5], [20, 21, 16, 17])
 
 
-def test_events_are_bucketed_at_the_latent_rate(tmp_path):
+def test_events_are_bucketed_at_the_latent_rate(write_video, tmp_path):
     folder, out = tmp_path / "videos", tmp_path / "set"
     folder.mkdir()
     write_video(folder / "a.mp4", frames=17)
@@ -98,7 +83,7 @@ def test_events_are_bucketed_at_the_latent_rate(tmp_path):
     assert controls[:, 65].tolist() == [0, 1, 1]
 
 
-def test_what_does_not_fit_is_refused(tmp_path, capsys):
+def test_what_does_not_fit_is_refused(write_video, tmp_path, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()
     write_video(folder / "a.mp4")

@@ -1,0 +1,176 @@
+"""TAEHV-style tiny video autoencoders as codecs: TAEHV 1.5 (Waypoint-1.5; stride 4x16x16, 32 channels), TAEW, TAELTX.
+
+`model` is a local `.safetensors` file or a folder with one; widths, strides, patch and channels follow from the weights. The network is
+that of madebyollin/taehv, written anew: 2-D convolutions over single frames; a memory block sees the frame before as well; a pool joins a
+pair of frames, a grow parts one. diffusers 0.42 has no class for it (its `AutoencoderTiny` knows single images: codec `tiny`).
+
+Layout: F = r k + 1 frames give k + 1 latents, as with the causal autoencoders these stand in for, and decode to F frames. As in the
+original, the encoder's latent t pools the frames r t … r t + r - 1 (the last frame is repeated at the end), so it has looked up to r - 1
+frames ahead of the frame r t that it ends with for the decoder. Frames go through CHUNK latents at a time; the result is that of one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.schema import DataError, latent_frame_count
+
+CHUNK = 4
+STAGES = 3
+# Places in the two sequences of layers, which are also the names of the weights.
+ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT = "encoder.0", "encoder.17", "decoder.1", "decoder.22"
+
+
+def pool_at(stage: int) -> int:
+    return 2 + 5 * stage  # then a convolution of stride 2 and three memory blocks
+
+
+def grow_at(stage: int) -> int:
+    return 7 + 6 * stage  # after three memory blocks and an upsampling; then a convolution
+
+
+@dataclass(frozen=True)
+class TaehvCodec:
+    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights are loaded at the first use."""
+
+    model: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    name: str = "taehv"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise DataError(f"codec dtype: got {self.dtype!r}, expected float32 or bfloat16 (codec taehv)")
+
+    @cached_property
+    def weights(self) -> dict[str, Any]:
+        """name -> tensor, checked to be a network of this kind."""
+        import safetensors
+        import torch
+        from safetensors.torch import load_file
+
+        path = Path(self.model)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if len(files) != 1 or files[0].suffix != ".safetensors" or not files[0].is_file():
+            raise DataError(
+                f"model: got {self.model}, expected a .safetensors file, or a folder with one (codec taehv). "
+                "Fix: convert a pickled .pth, which is not read here"
+            )
+        try:
+            weights = {name: tensor.to(self.device, getattr(torch, self.dtype)) for name, tensor in load_file(files[0]).items()}
+            grows = [weights[f"decoder.{grow_at(stage)}.conv.weight"] for stage in range(STAGES)]
+            pools = [weights[f"encoder.{pool_at(stage)}.conv.weight"] for stage in range(STAGES)]
+            for name in (ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT):
+                assert weights[f"{name}.weight"].ndim == 4
+        except (OSError, KeyError, AssertionError, safetensors.SafetensorError) as error:
+            raise DataError(
+                f"model: got {files[0]}, which lacks or misstates {error}, expected the weights of a TAEHV (codec taehv)"
+            ) from error
+        stride = int(np.prod([pool.shape[1] // pool.shape[0] for pool in pools]))
+        for stage, grow in enumerate(grows):
+            # weights trained to grow more than their encoder pools: the last of the frames is the one that is kept
+            if int(np.prod([g.shape[0] // g.shape[1] for g in grows])) > stride:
+                grows[stage] = weights[f"decoder.{grow_at(stage)}.conv.weight"] = grow[-grow.shape[1] :]
+        if int(np.prod([grow.shape[0] // grow.shape[1] for grow in grows])) != stride:
+            raise DataError(f"model: got {files[0]}, whose decoder has another time stride than its encoder's {stride} (codec taehv)")
+        return weights
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"model": self.model, "dtype": self.dtype}
+
+    @property
+    def channels(self) -> int:
+        return int(self.weights[f"{ENCODER_OUT}.weight"].shape[0])
+
+    @property
+    def patch(self) -> int:
+        return round((self.weights[f"{ENCODER_IN}.weight"].shape[1] / 3) ** 0.5)
+
+    @property
+    def temporal_stride(self) -> int:
+        pools = [self.weights[f"encoder.{pool_at(stage)}.conv.weight"] for stage in range(STAGES)]
+        return int(np.prod([pool.shape[1] // pool.shape[0] for pool in pools]))
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2**STAGES * self.patch
+
+    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[F, H, W, 3] uint8 -> [T, C, h, w] float32."""
+        import torch
+
+        stride, count = self.temporal_stride, latent_frame_count(len(video), self.temporal_stride)
+        padded = np.concatenate([video, *[video[-1:]] * (stride - 1)])
+        memory: dict[int, Any] = {}
+        out = []
+        with torch.no_grad():
+            for start in range(0, count, CHUNK):
+                frames = torch.from_numpy(padded[start * stride : (start + CHUNK) * stride]).permute(0, 3, 1, 2)
+                x = frames.to(self.device, self.weights[f"{ENCODER_IN}.weight"].dtype) / 255
+                out.append(self._encode(torch.nn.functional.pixel_unshuffle(x, self.patch), memory).float().cpu().numpy())
+        return np.concatenate(out)
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """[T, C, h, w] -> [F, H, W, 3] uint8."""
+        import torch
+
+        memory: dict[int, Any] = {}
+        out = []
+        with torch.no_grad():
+            for start in range(0, len(latents), CHUNK):
+                x = torch.from_numpy(np.ascontiguousarray(latents[start : start + CHUNK], np.float32))
+                frames = self._decode(x.to(self.device, self.weights[f"{DECODER_IN}.weight"].dtype), memory)
+                pixels = torch.nn.functional.pixel_shuffle(frames, self.patch).float().clamp(0, 1) * 255
+                out.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(out)[self.temporal_stride - 1 :]  # the frames before the clip's first
+
+    def _encode(self, x: Any, memory: dict[int, Any]) -> Any:
+        """[n, 3 p p, H, W] -> [n / r, C, h, w]. `memory` carries each memory block's last frame to the next call."""
+        x = self._conv(ENCODER_IN, x).relu()
+        for stage in range(STAGES):
+            at = pool_at(stage)
+            weight = self.weights[f"encoder.{at}.conv.weight"]
+            x = self._conv(f"encoder.{at}.conv", x.reshape(-1, weight.shape[1], *x.shape[2:]), padding=0)
+            x = self._conv(f"encoder.{at + 1}", x, stride=2)
+            for block in range(at + 2, at + 5):
+                x = self._remember("encoder", block, x, memory)
+        return self._conv(ENCODER_OUT, x)
+
+    def _decode(self, x: Any, memory: dict[int, Any]) -> Any:
+        """[n, C, h, w] -> [n r, 3 p p, H, W]."""
+        x = self._conv(DECODER_IN, (x / 3).tanh() * 3).relu()
+        for stage in range(STAGES):
+            at = grow_at(stage)
+            for block in range(at - 4, at - 1):
+                x = self._remember("decoder", block, x, memory)
+            x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            channels = x.shape[1]
+            x = self._conv(f"decoder.{at}.conv", x, padding=0)
+            x = self._conv(f"decoder.{at + 1}", x.reshape(-1, channels, *x.shape[2:]))
+        return self._conv(DECODER_OUT, x.relu())
+
+    def _remember(self, part: str, block: int, x: Any, memory: dict[int, Any]) -> Any:
+        """A memory block: [n, A, H, W] -> [n, B, H, W], frame i seeing frames i and i - 1."""
+        import torch
+
+        past = torch.cat([memory.get(block, torch.zeros_like(x[:1])), x[:-1]])
+        memory[block] = x[-1:]
+        name = f"{part}.{block}"
+        y = self._conv(f"{name}.conv.0", torch.cat([x, past], dim=1)).relu()
+        y = self._conv(f"{name}.conv.4", self._conv(f"{name}.conv.2", y).relu())
+        return (y + (self._conv(f"{name}.skip", x, padding=0) if f"{name}.skip.weight" in self.weights else x)).relu()
+
+    def _conv(self, name: str, x: Any, stride: int = 1, padding: int = 1) -> Any:
+        import torch
+
+        return torch.nn.functional.conv2d(
+            x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), stride=stride, padding=padding
+        )
