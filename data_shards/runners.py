@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
-    with ProcessPoolExecutor(min(workers, len(jobs) or 1), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs) or 1), multiprocessing.get_context("spawn"), leave_with_parent) as pool:
         futures = [pool.submit(encode_in_worker, job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -26,6 +27,22 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def leave_with_parent() -> None:
+    """End this worker when the process that started it dies, however it dies: a pool's workers would wait for ever."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in workers only"
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:

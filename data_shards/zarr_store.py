@@ -84,6 +84,14 @@ class ZarrWriter:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
+            for file in self._temporary.rglob("*"):
+                descriptor = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            # what an interrupted run left under this name: a folder, unlike a file, is not replaced by a rename
+            shutil.rmtree(self.path, ignore_errors=True)
             os.replace(self._temporary, self.path)
         else:
             shutil.rmtree(self._temporary)

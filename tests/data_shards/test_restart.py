@@ -1,17 +1,18 @@
 """`encode` killed with SIGKILL at chosen points and run again: the bytes of an undisturbed run, no finished shard made twice."""
 
 import filecmp
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from data_shards import encode
+from data_shards import encode, verify
 
 # Runs the command in a process that kills itself on entering its n-th call of a function.
 KILLED_RUN = """
 import os, signal, sys
-from data_shards import encode, encode_finish, encode_job, write
+from data_shards import encode, encode_finish, encode_job, write, zarr_store
 calls = 0
 def deadly(original):
     def call(*arguments, **options):
@@ -53,6 +54,49 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
     if target == "encode_finish.write_index":
         assert len(kept) == 3
         assert all((out / "shards" / path.name).stat().st_mtime_ns == time for path, time in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        ("zarr_store.ZarrWriter._append", 8),  # inside the first shard's second clip
+        ("encode_job.write_durably", 2),  # the second shard is there, the note that it is done is not
+    ],
+)
+def test_zarr_shards_are_the_same_after_a_kill(recording, tmp_path, target, number):
+    arguments = [f"source={recording}", "shard_mb=0.03", "container=zarr", "psnr=no"]
+    assert killed(target, number, [*arguments, f"out={tmp_path / 'set'}"]) == -9
+    assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
+    assert encode.main([*arguments, f"out={tmp_path / 'undisturbed'}"]) == 0
+    assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "undisturbed")
+
+
+def test_a_finished_zarr_shard_that_lost_a_file_is_made_again(recording, tmp_path):
+    arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "shard_mb=0.03", "container=zarr", "psnr=no"]
+    assert killed("encode_finish.write_index", 1, arguments) == -9
+    chunk = next((tmp_path / "set.partial" / "shards" / "000001.zarr").rglob("latent/c/*/*/*/*"))
+    chunk.unlink()
+    assert encode.main(arguments) == 0
+    assert verify.main([f"path={tmp_path / 'set'}"]) == 0
+
+
+def bytes_of(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.full
+def test_ray_tasks_give_the_same_bytes(recording, dataset_path, tmp_path):
+    arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "shard_mb=0.03", "validation=0.3", "runner=ray", "workers=2"]
+    assert encode.main(arguments) == 0
+    assert bytes_of(tmp_path / "set") == bytes_of(dataset_path)
+
+
+@pytest.mark.full
+def test_a_mistake_in_a_ray_task_is_one_report(recording, tmp_path, capsys):
+    broken = shutil.copytree(recording, tmp_path / "broken")
+    next(broken.rglob("c2w.npy")).unlink()
+    assert encode.main([f"source={broken}", f"out={tmp_path / 'set'}", "runner=ray", "workers=2"]) == 2
+    assert "recording: cannot read" in capsys.readouterr().err
 
 
 def test_leftovers_of_other_arguments_are_not_mixed_in(recording, tmp_path, capsys):

@@ -1,0 +1,54 @@
+"""`encode` with two workers, killed with SIGKILL at random moments until it gets through: the bytes of an undisturbed run, no orphans."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_shards import encode, record
+
+KILLS = 8
+
+
+def bytes_of(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def processes_of_group(group):
+    listed = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout.split("\n")
+    return [line.split()[1] for line in listed if line.split()[:1] == [str(group)] and not line.split()[2].startswith("Z")]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("container", ["tar", "zarr"])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_random_kills(tmp_path, container, whole_group):
+    """`whole_group`: the workers die too, as on a machine that is switched off; else only the command, and they must follow it."""
+    recording = tmp_path / "rec"
+    assert record.main(["vizdoom", f"out={recording}", "clips=24", "frames=41", "seed=5"]) == 0
+    arguments = [f"source={recording}", "shard_mb=0.05", f"container={container}", "workers=2", "image_latents_every=16"]
+    started = time.monotonic()
+    assert encode.main([*arguments, f"out={tmp_path / 'undisturbed'}"]) == 0
+    seconds = time.monotonic() - started
+    moments, killed = random.Random(container), 0
+    command = [sys.executable, "-m", "data_shards.encode", *arguments, f"out={tmp_path / 'set'}"]
+    for _ in range(KILLS):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        try:
+            child.wait(timeout=moments.uniform(0.1, 0.9) * seconds)
+            break
+        except subprocess.TimeoutExpired:
+            killed += 1
+            (os.killpg if whole_group else os.kill)(child.pid, signal.SIGKILL)
+            child.wait()
+        deadline = time.monotonic() + 20
+        while processes_of_group(child.pid):
+            assert time.monotonic() < deadline, "workers outlived the command"
+            time.sleep(0.1)
+    assert killed
+    assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
+    assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "undisturbed")
