@@ -3,9 +3,9 @@
     python benchmarks/gdn_kernels.py                                      # on a CUDA device, at production shapes
     python benchmarks/gdn_kernels.py --device cpu --frames 2 --tokens 12 --heads 1 --dim 16 --repeats 1   # only that the script runs
 
-From post-projection q, k, v (bf16; k after its short convolution) to O, B = 1. "main" is numerator and normaliser, "+camera" adds that
-branch. Columns: median ms over repeats; GB/s counts only what any implementation must move, every token tensor once and every state-sized
-fp32 tensor (A, A_z, U, S) written and read once, plus their gradients backward:
+From post-projection q, k, v (bf16) to O, the short convolution of k included, B = 1. "main" is numerator and normaliser, "+camera" adds
+that branch. Columns: median ms over repeats; GB/s counts only what any implementation must move, every token tensor once and every state-
+sized fp32 tensor (A, A_z, U, S) written and read once, plus their gradients backward:
     forward           2 · N C (q, k, v, O)           + 4 · T H D² · 2 (A, A_z, U, S)
     forward+backward  2 · N C (q, k, v, O; q, k, v, dO, dq, dk, dv)   + 4 · T H D² · 2 (A, A_z, U, S; the same and their gradients)
 with q, k, v, O and A, U, S once more for the camera. "share" is of the copy bandwidth measured first on this device. "error" is the RMS
@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.halo import Taps
 from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE, Kernels, Stream
 from parallel.sequence import LocalSequence
-from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output, sequence_kernels
+from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output, sequence_kernels, short_convolution
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.b
     inputs = {name: normal(1, t, s, h * d).to(dtype) for name in names}
     inputs["beta"] = torch.sigmoid(normal(1, t, s, h))
     inputs["decay"] = 1.0 - 0.05 * torch.rand(1, t, h, generator=generator, device=device)
+    inputs["taps"] = torch.cat((0.1 * normal(h * d, 1, 3), torch.ones(h * d, 1, 1, device=device)), -1)
     inputs["weight"] = 1.0 + 0.1 * normal(h * d)
     inputs["angle"], inputs["ray_angle"] = normal(1, t, s, 1, d // 2), normal(1, t, s, 1, d // 4)
     pose = torch.eye(4, device=device).repeat(1, t, s, 1, 1)
@@ -68,17 +70,26 @@ def layer(x: dict[str, Tensor], shape: Shape, camera: bool, engine: str, table: 
     """O of the main branch, and of the camera branch."""
     scale = (shape.dim * shape.tokens) ** -0.5
     tables = (x["angle"].cos(), x["angle"].sin())
-    gram, update, gram_z, update_z = gdn_gram(x["key"], x["value"], x["beta"], x["weight"], *tables, scale, engine=engine)
+    key, rstd = convolved(x, "key", shape, engine)
+    gram, update, gram_z, update_z = gdn_gram(key, x["value"], x["beta"], x["weight"], *tables, scale, engine=engine, rstd=rstd)
     streams = [Stream(x["decay"], gram, update), Stream(x["decay"], gram_z, update_z)]
     rays = (x["ray_angle"].cos(), x["ray_angle"].sin())
     if camera:
-        tokens = (x["camera_key"], x["camera_value"], x["beta"], x["weight"], x["pose"])
-        streams.append(Stream(x["decay"], *camera_gram(*tokens, *rays, scale, engine=engine)))
+        key, rstd = convolved(x, "camera_key", shape, engine)
+        tokens = (key, x["camera_value"], x["beta"], x["weight"], x["pose"])
+        streams.append(Stream(x["decay"], *camera_gram(*tokens, *rays, scale, engine=engine, rstd=rstd)))
     states = LocalSequence(ClipLayout(shape.frames), table).scan(streams, "exclusive").states
     main = gdn_output(x["query"], states[0], states[1], x["weight"], *tables, engine=engine)
     if not camera:
         return (main,)
     return main, camera_output(x["camera_query"], states[2], x["weight"], x["pose"], *rays, engine=engine)
+
+
+def convolved(x: dict[str, Tensor], name: str, shape: Shape, engine: str) -> tuple[Tensor, Tensor | None]:
+    """Keys after their short convolution over the whole clip."""
+    reach = x["taps"].shape[-1] - 1
+    extended = torch.nn.functional.pad(x[name], (0, 0, 0, 0, reach, reach))
+    return short_convolution(Taps(extended, reach, shape.frames), x["taps"], shape.heads, engine=engine)
 
 
 def token_wise(x: dict[str, Tensor], shape: Shape) -> tuple[Tensor, ...]:

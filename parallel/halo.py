@@ -10,7 +10,9 @@ they are added in member order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,6 +21,49 @@ from parallel.comm import Exchange, Member, Program, pack, unpack
 from parallel.layout import ClipLayout, FrameRange
 
 NOTHING = FrameRange(0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Taps(Sequence[Tensor]):
+    """The taps of a temporal convolution, each cut out and masked when it is asked for; a fused kernel reads `extended` itself.
+
+    extended: [B, before + t + after, …], zero beyond the clip; before; seen: per local frame the first tap it may see and the one after the
+    last, where an edge inside the clip hides any; None: every frame sees all taps.
+    """
+
+    extended: Tensor
+    before: int
+    frames: int
+    seen: tuple[tuple[int, int], ...] | None = None
+
+    def __len__(self) -> int:
+        return self.extended.shape[1] - self.frames + 1
+
+    @overload
+    def __getitem__(self, j: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, j: slice) -> list[Tensor]: ...
+    def __getitem__(self, j: int | slice) -> Tensor | list[Tensor]:
+        """Tap j of every local frame, [B, t, …]: a view where nothing is hidden."""
+        if isinstance(j, slice):
+            return [self[i] for i in range(len(self))[j]]
+        j = range(len(self))[j]
+        piece = self.extended[:, j : j + self.frames]
+        hidden = [not first <= j < stop for first, stop in self.seen or ()]
+        if not any(hidden):
+            return piece
+        mask = torch.tensor(hidden, device=piece.device).reshape(1, self.frames, *[1] * (piece.dim() - 2))
+        return piece.masked_fill(mask, 0)
+
+
+def visible_taps(limits: Sequence[FrameRange], local: FrameRange, before: int, after: int) -> tuple[tuple[int, int], ...] | None:
+    """`Taps.seen` of the local frames, from the frames that each frame of the clip may see (`layout.halo_limits`)."""
+    seen, clip = [], FrameRange(0, len(limits))
+    for i in range(local.start, local.stop):
+        first, stop = (max(0, limits[i].start - i + before), min(before + 1 + after, limits[i].stop - i + before))
+        # frames outside the clip are zero already
+        seen.append((0 if limits[i].start == clip.start else first, before + 1 + after if limits[i].stop == clip.stop else stop))
+    return None if all(pair == (0, before + 1 + after) for pair in seen) else tuple(seen)
 
 
 @dataclass(frozen=True)

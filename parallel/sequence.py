@@ -18,7 +18,7 @@ from parallel.clip_mean import MeanVerb
 from parallel.comm import Communicator, SoloComm
 from parallel.engines import AttentionEngine, check_engine
 from parallel.gdn_scan import Reverse, ScanOutput, ScanVerb
-from parallel.halo import HaloVerb
+from parallel.halo import HaloVerb, Taps, visible_taps
 from parallel.layout import ClipLayout, FrameRange, halo_limits
 from parallel.masks import FULL, AttentionMask
 from parallel.reference import REFERENCE, Kernels, Stream
@@ -60,7 +60,7 @@ class SequenceShard(Protocol):
         """GDN states of all streams with one collective. initial: per stream [B, H, E, D], the state before frame 0."""
         ...
 
-    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
+    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[Taps]:
         """Per tensor [B, T/P, …] its before + 1 + after taps, [B, T/P, …] each: tap j of frame i is frame i + j − before, zero beyond
         `edges`.
         """
@@ -111,27 +111,14 @@ class GroupSequence:
         out = self.comm.apply(verb, *(x for s in streams for x in s), *(initial or ()))
         return ScanOutput(list(out[: len(streams)]), list(out[len(streams) :]))
 
-    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
+    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[Taps]:
         limits = halo_limits(self.layout, edges)
         real = self._real(tensors[0])
         if real is not None:
             tensors = [_fill(real, x, 0.0) for x in tensors]
         extended = self.comm.apply(HaloVerb(self.layout, before, after), *tensors)
-        t = len(self.frames)
-        taps: list[list[Tensor]] = [[] for _ in tensors]
-        for j in range(before + 1 + after):
-            # frames outside the clip are zero already; only an edge inside it needs a mask
-            hidden = [
-                0 <= i + j - before < self.layout.frames and not limits[i].start <= i + j - before < limits[i].stop
-                for i in range(self.frames.start, self.frames.stop)
-            ]
-            for tap, x in zip(taps, extended):
-                piece = x[:, j : j + t]
-                if any(hidden):
-                    mask = torch.tensor(hidden, device=x.device).reshape(1, t, *[1] * (x.dim() - 2))
-                    piece = piece.masked_fill(mask, 0)
-                tap.append(piece)
-        return [tuple(tap) for tap in taps]
+        seen = visible_taps(limits, self.frames, before, after)
+        return [Taps(x, before, len(self.frames), seen) for x in extended]
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
         weight = weight.reshape(*weight.shape, *[1] * (value.dim() - weight.dim())).expand(value.shape)

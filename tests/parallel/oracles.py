@@ -222,7 +222,7 @@ def member_run(case: Case, sequence: GroupSequence) -> tuple[dict[str, Tensor], 
     if "halo" in case.verbs:
         found = sequence.halo([leaves["x"], leaves["y"]], case.before, case.after, case.halo_edges)
         for name, pieces in zip(("x", "y"), found):
-            outputs[f"{name}.taps"] = torch.stack(pieces)
+            outputs[f"{name}.taps"] = torch.stack(list(pieces))
             loss = loss + (outputs[f"{name}.taps"] * local(f"{name}.upstream", 2)).sum()
     if "attend" in case.verbs:
         outputs["out"] = sequence.attend(leaves["q"], leaves["k"], leaves["v"], case.mask)

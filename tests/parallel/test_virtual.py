@@ -63,7 +63,7 @@ def test_autocast_grad_mode_and_default_dtype_hold_in_every_thread():
 def toy(sequence, layer, x):
     """A convolution over time, an activation and attention: everything that checkpointing has to get right."""
     (taps,) = sequence.halo([layer(x)], 1, 1)
-    mixed = torch.stack(taps).sum(0).sin()
+    mixed = torch.stack(list(taps)).sum(0).sin()
     out = sequence.attend(mixed[:, :, :, None], mixed[:, :, :, None], mixed[:, :, :, None])
     return out[:, :, :, 0] + x
 

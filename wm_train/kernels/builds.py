@@ -34,7 +34,17 @@ def scan_builds(mode: str = "tf32", d: int = 112, rows: int = 32) -> list[Build]
 
 def token_builds(tokens: str = "*bf16", forward: str = "bf16", mode: str = "fp16", d: int = 112) -> list[Build]:
     """Gram, output and camera kernels over tokens of one dtype; the launchers' own block sizes."""
-    from wm_train.kernels import camera, camera_kernels, gram, gram_kernels, launching, output, output_kernels
+    from wm_train.kernels import (
+        camera,
+        camera_kernels,
+        convolution,
+        convolution_kernels,
+        gram,
+        gram_kernels,
+        launching,
+        output,
+        output_kernels,
+    )
     from wm_train.kernels import tokens as norm
 
     padded = 128 if d > 64 else 64
@@ -56,6 +66,20 @@ def token_builds(tokens: str = "*bf16", forward: str = "bf16", mode: str = "fp16
             {**norm_sizes, "HEADS": 32},
             4,
             3,
+        ),
+        Build(
+            "key convolution",
+            convolution_kernels.convolution_kernel,
+            {"x": tokens, "weight": F, "seen": "*i32", "out": tokens, "rstd": F, "frames": I, "tokens_per_frame": I, "eps": "fp32"},
+            {"C": 20 * d, "K": 4, "BLOCK": convolution.BLOCK, "ROWS": convolution.ROWS},
+            4,
+        ),
+        Build(
+            "key convolution backward",
+            convolution_kernels.convolution_backward_kernel,
+            {"x": tokens, "weight": F, "seen": "*i32", "grad": tokens, "d_x": tokens, "d_weight": F, "frames": I, "tokens_per_frame": I},
+            {"C": 20 * d, "K": 4, "KP": 4, "BLOCK": convolution.BACKWARD_BLOCK, "ROWS": convolution.BACKWARD_ROWS},
+            4,
         ),
         Build(
             "gram",

@@ -35,11 +35,12 @@ class CameraGram(torch.autograd.Function):
         sin: Tensor,
         scale: float,
         norm_eps: float,
+        rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         n = sizes(key, beta.shape[-1])
         (key, key_stride), (value, value_stride) = by_token(key), by_token(value)
         beta, matrix, cos, sin = fp32(beta), fp32(matrix), fp32(cos), fp32(sin)
-        rstd = norm_pre_pass(key, key_stride, norm_eps)
+        rstd = norm_pre_pass(key, key_stride, norm_eps) if rstd is None else rstd
         lead = (*key.shape[:2], n.heads)
         gram, update = (torch.empty(*lead, n.d, n.d, dtype=torch.float32, device=key.device) for _ in range(2))
         inflation = torch.empty(lead, dtype=torch.float32, device=key.device)
@@ -47,7 +48,7 @@ class CameraGram(torch.autograd.Function):
         camera_gram_kernel[(n.grid,)](
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
-            D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype), num_warps=WARPS, num_stages=2,
+            D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype, n.tokens), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation)
         ctx.scale, ctx.key_stride, ctx.value_stride = scale, key_stride, value_stride
@@ -67,7 +68,7 @@ class CameraGram(torch.autograd.Function):
             D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
-        return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None, None
+        return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None, None, None
 
 
 class CameraOutput(torch.autograd.Function):

@@ -54,6 +54,7 @@ def camera_gram_kernel(
     frame = cell // heads
     head = cell % heads
     w = _joined_weight(weight, head * D, D, HP) * scale
+    largest = 0.0 if MODE == "fp16" else 1.0
     a = tl.zeros([2 * HP, 2 * HP], dtype=tl.float32)
     u = tl.zeros([2 * HP, 2 * HP], dtype=tl.float32)
     gain = 0.0
@@ -74,14 +75,19 @@ def camera_gram_kernel(
         first, second = load_halves(value, n, inside, value_stride, head * D, D, HP)
         v = encode(first, second, matrix, n, inside, c, turn, BS, HP, False)
         factor, _, _ = limit(joined(first, second, BS, HP), v, D)
-        encoded = encoded * root[:, None]
+        encoded = encoded * (root / scale)[:, None]
         a = product(tl.trans(encoded), encoded, a, MODE)
-        u = product(tl.trans(v * (factor * root)[:, None]), encoded, u, MODE)
+        v = v * (factor * root)[:, None]
+        if MODE == "fp16":  # whatever the size of v
+            v, peak = unit_rows(v)
+            share, u, largest = common_scale(peak, u, largest)
+            encoded = encoded * share[:, None]
+        u = product(tl.trans(v), encoded, u, MODE)
     gain = gain / tokens_per_frame
     tl.store(inflation + cell, gain)
     discount = 1.0 / tl.maximum(gain, 1.0)
-    store_joined_matrix(gram, a * discount, cell, D, HP)
-    store_joined_matrix(update, u * discount, cell, D, HP)
+    store_joined_matrix(gram, a * (scale * scale * discount), cell, D, HP)
+    store_joined_matrix(update, u * (scale * largest * discount), cell, D, HP)
 
 
 @triton.jit

@@ -12,11 +12,33 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from parallel.halo import Taps
 from parallel.local_attention import block_attention, block_attention_backward
 from parallel.reference import REFERENCE, Kernels
 from wm_train.kernels import reference
 from wm_train.kernels.attention import attend_tile, attend_tile_backward
 from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
+
+
+def short_convolution(taps: Taps, weight: Tensor, heads: int, norm_eps: float = 1e-5, engine: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """The K short convolution, both ways, on frames with their halo: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}.
+
+    taps: 2K-1 of [B, t, S, H·D], from `SequenceShard.halo`; weight [H·D, 1, K] -> y [B, t, S, H·D], and 1 / RMS of its tokens [B·t·S] for
+    the Gram that follows, where the kernel computed it on the way.
+    """
+    x, kernel = taps.extended, weight.shape[-1]
+    if x.dim() != 4 or x.shape[-1] % heads:
+        raise ValueError(f"short_convolution failed: got frames {tuple(x.shape)}, expected [B, t, S, H·D] with H = {heads} (kernels)")
+    _same("short_convolution", "weight", weight, (x.shape[-1], 1, kernel))
+    if len(taps) != 2 * kernel - 1 or taps.before != kernel - 1:
+        raise ValueError(
+            f"short_convolution failed: got {len(taps)} taps, {taps.before} before, expected {2 * kernel - 1} and {kernel - 1} (kernels)"
+        )
+    if not taps.frames or _engine(engine, x, x.shape[-1] // heads) == "reference":
+        return reference.short_convolution(taps, weight), None
+    from wm_train.kernels.convolution import short_convolution as fused
+
+    return fused(taps, weight, norm_eps)
 
 
 def gdn_gram(
@@ -29,10 +51,12 @@ def gdn_gram(
     scale: float,
     norm_eps: float = 1e-5,
     engine: str = "auto",
+    rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Streams of the main branch (SANA-WM eq. 3, 5): k̂ = scale · ReLU(RMSNorm(key)), rotated for the numerator only.
 
-    key (after its short convolution), value [B, t, S, H·D]; beta [B, t, S, H], 0 at padding; weight [H·D] of the key norm.
+    key (after its short convolution), value [B, t, S, H·D]; beta [B, t, S, H], 0 at padding; weight [H·D] of the key norm; rstd: what
+    `short_convolution` returned with the key.
     -> numerator's A, U [B, t, H, D, D], normaliser's A [B, t, H, D, D] and U [B, t, H, 1, D].
     """
     d = _check_tokens("gdn_gram", key, beta.shape[-1], weight, cos, sin, 2)
@@ -42,7 +66,7 @@ def gdn_gram(
         return reference.gdn_gram(key, value, beta, weight, cos, sin, scale, norm_eps)
     from wm_train.kernels.gram import Gram
 
-    return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps)
+    return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps, rstd)
 
 
 def gdn_output(
@@ -81,6 +105,7 @@ def camera_gram(
     scale: float,
     norm_eps: float = 1e-5,
     engine: str = "auto",
+    rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stream of the camera branch (SANA-WM eq. 6): keys and values encoded by D^-1, held to their RMS, beta discounted.
 
@@ -94,7 +119,7 @@ def camera_gram(
         return reference.camera_gram(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps)
     from wm_train.kernels.camera import CameraGram
 
-    return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps)
+    return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
 
 
 def camera_output(

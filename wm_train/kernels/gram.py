@@ -20,12 +20,21 @@ class Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, key: Tensor, value: Tensor, beta: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, scale: float, norm_eps: float
+        ctx: Any,
+        key: Tensor,
+        value: Tensor,
+        beta: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        norm_eps: float,
+        rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = sizes(key, beta.shape[-1])
         (key, key_stride), (value, value_stride) = by_token(key), by_token(value)
         beta, cos, sin = fp32(beta), fp32(cos), fp32(sin)
-        rstd = norm_pre_pass(key, key_stride, norm_eps)
+        rstd = norm_pre_pass(key, key_stride, norm_eps) if rstd is None else rstd
         lead = (*key.shape[:2], n.heads)
         gram, update, gram_z = (torch.empty(*lead, n.d, n.d, dtype=torch.float32, device=key.device) for _ in range(3))
         update_z = torch.empty(*lead, 1, n.d, dtype=torch.float32, device=key.device)
@@ -33,7 +42,7 @@ class Gram(torch.autograd.Function):
         gram_kernel[(2 * n.grid,)](
             key, value, beta, weight, rstd, cos, sin, gram, update, gram_z, update_z,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
-            D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=gram_mode(key.dtype), num_warps=WARPS, num_stages=2,
+            D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=gram_mode(key.dtype, n.tokens), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(key, value, beta, weight, rstd, cos, sin)
         ctx.scale, ctx.key_stride, ctx.value_stride = scale, key_stride, value_stride
@@ -53,4 +62,4 @@ class Gram(torch.autograd.Function):
             D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
-        return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None
+        return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None, None

@@ -7,7 +7,7 @@ so that A is a product of one rounded matrix with itself: symmetric and positive
 import triton
 import triton.language as tl
 
-from wm_train.kernels.numerics import product, rounded, unit_matrix, unit_rows
+from wm_train.kernels.numerics import common_scale, product, rounded, unit_matrix, unit_rows
 from wm_train.kernels.tokens import load_channels, load_vector, norm_backward, rotate, store_channels
 
 
@@ -21,13 +21,14 @@ def gram_kernel(
     cell = (tl.program_id(0) // 2).to(tl.int64)
     frame = cell // heads
     head = cell % heads
-    w = load_vector(weight, head * D, D, DP) * scale
+    w = load_vector(weight, head * D, D, DP)
     a = tl.zeros([DP, DP], dtype=tl.float32)
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
     mask = (row < D) & (column < D)
     if tl.program_id(0) % 2 == 0:
         u = tl.zeros([DP, DP], dtype=tl.float32)
+        largest = 0.0 if MODE == "fp16" else 1.0
         for s0 in range(0, tokens_per_frame, BS):
             s = s0 + tl.arange(0, BS)
             inside = s < tokens_per_frame
@@ -40,9 +41,13 @@ def gram_kernel(
             k = rotate(k, c, load_channels(sin, angle, inside, D // 2, 0, D // 2, DP // 2), BS, DP)
             v = load_channels(value, n, inside, value_stride, head * D, D, DP) * root[:, None]
             a = product(tl.trans(k), k, a, MODE)
+            if MODE == "fp16":  # whatever the size of v
+                v, peak = unit_rows(v)
+                share, u, largest = common_scale(peak, u, largest)
+                k = k * share[:, None]
             u = product(tl.trans(v), k, u, MODE)
-        tl.store(gram + cell * (D * D) + row * D + column, a, mask=mask)
-        tl.store(update + cell * (D * D) + row * D + column, u, mask=mask)
+        tl.store(gram + cell * (D * D) + row * D + column, a * (scale * scale), mask=mask)
+        tl.store(update + cell * (D * D) + row * D + column, u * (scale * largest), mask=mask)
     else:
         total = tl.zeros([DP], dtype=tl.float32)
         for s0 in range(0, tokens_per_frame, BS):
@@ -54,9 +59,9 @@ def gram_kernel(
             k = tl.maximum(load_channels(key, n, inside, key_stride, head * D, D, DP) * r[:, None] * w[None, :], 0.0)
             a = product(tl.trans(k), k, a, MODE)
             total += tl.sum(k * root[:, None], axis=0)
-        tl.store(gram_z + cell * (D * D) + row * D + column, a, mask=mask)
+        tl.store(gram_z + cell * (D * D) + row * D + column, a * (scale * scale), mask=mask)
         d = tl.arange(0, DP)
-        tl.store(update_z + cell * D + d, total, mask=d < D)
+        tl.store(update_z + cell * D + d, total * scale, mask=d < D)
 
 
 @triton.jit

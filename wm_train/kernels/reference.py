@@ -5,6 +5,8 @@ Source: SANA-WM §3.2 (eq. 3-5), §3.3 (eq. 6), App. C.1. Products and sums are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channel pairs (2i, 2i+1) of x [B, t, S, H, 2·pairs] turned by angles [B or 1, t, S, 1, pairs], in fp32, returned in x's dtype."""
     even, odd = wide(x).unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def short_convolution(taps: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Temporal taps of width K, both ways: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. 2K-1 taps [B, t, S, C], weight [C, 1, K]."""
+    by_distance = weight[:, 0].unbind(-1)
+    centre = len(by_distance) - 1
+    y = taps[centre] * by_distance[centre]
+    for distance in range(1, len(by_distance)):
+        y = torch.addcmul(y, taps[centre - distance] + taps[centre + distance], by_distance[centre - distance])
+    return y
 
 
 def encode(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

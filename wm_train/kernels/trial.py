@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.halo import Taps
 from wm_train.kernels.engine import log
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # RMS ratio to the reference in fp32; states go through TF32
@@ -45,7 +46,7 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
 
 
 def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
-    """RMS ratio of every output and gradient of the four token functions."""
+    """RMS ratio of every output and gradient of the token functions."""
     from wm_train.kernels import dispatch
 
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +62,13 @@ def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float
     pose = torch.eye(4, device=device).repeat(*lead, 1, 1)
     pose[..., :3, 3] = normal(*lead, 3)
     tables, rays = (angle.cos(), angle.sin()), (ray_angle.cos(), ray_angle.sin())
+    extended = normal(1, FRAMES + 6, TOKENS, HEADS * d).to(dtype)
+
+    def convolution(x: Tensor, w: Tensor, engine: str) -> Tensor:
+        return dispatch.short_convolution(Taps(x, 3, FRAMES), w, HEADS, engine=engine)[0]
+
     calls: dict[Callable[..., Any], tuple[tuple[Tensor, ...], tuple[Any, ...]]] = {
+        convolution: ((extended, normal(HEADS * d, 1, 4)), ()),
         dispatch.gdn_gram: ((one, two, beta, weight), (*tables, scale)),
         dispatch.gdn_output: ((one, state, normaliser, weight), tables),
         dispatch.camera_gram: ((one, two, beta, weight), (pose, *rays, scale)),

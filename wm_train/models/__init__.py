@@ -8,9 +8,10 @@ from torch import nn
 
 from wm_train.config import ModelConfig
 from wm_train.models.init import initialise_, parameter_values
+from wm_train.models.layers.attention import CameraAttention
 from wm_train.models.sana_wm import SanaWM
 
-__all__ = ["MODELS", "build_model", "initialise_", "parameter_values"]
+__all__ = ["MODELS", "build_model", "initialise_", "parameter_values", "use_engine_"]
 
 MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {"sana_wm": SanaWM}
 
@@ -28,3 +29,10 @@ def build_model(config: ModelConfig) -> nn.Module:
             f"{step} (key model.width). Fix: model.width={config.heads * step * max(1, round(config.width / config.heads / step))}"
         )
     return MODELS[config.name](config)
+
+
+def use_engine_(model: nn.Module, engine: str) -> None:
+    """Which kernels the model's layers ask for from now on: auto | triton | reference (key backend.kernels)."""
+    for module in model.modules():
+        if isinstance(module, CameraAttention):
+            module.engine = engine

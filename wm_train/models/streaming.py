@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.gdn_scan import Reverse, ScanOutput
+from parallel.halo import Taps
 from parallel.layout import ClipLayout
 from parallel.masks import FULL, AttentionMask
 from parallel.reference import REFERENCE, Kernels, Stream
@@ -110,14 +111,14 @@ class StreamingSequence:
         self._left.append(Past(tuple(out.final)))
         return out
 
-    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[tuple[Tensor, ...]]:
+    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[Taps]:
         """Taps before the chunk come from the chunks before; there is nothing after it yet."""
         past = self._past().tensors
         t, taps, tails = len(self.frames), [], []
         for i, x in enumerate(tensors):
             tail = past[i] if past else x.new_zeros(x.shape[0], before, *x.shape[2:])
             extended = torch.cat([tail, x, x.new_zeros(x.shape[0], after, *x.shape[2:])], dim=1)
-            taps.append(tuple(extended[:, j : j + t] for j in range(before + 1 + after)))
+            taps.append(Taps(extended, before, t))
             tails.append(extended[:, t : t + before])
         self._left.append(Past(tuple(tails)))
         return taps

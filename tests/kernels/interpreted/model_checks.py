@@ -16,7 +16,7 @@ from parallel.virtual import replicate, run_virtual
 from wm_train import kernels
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig
-from wm_train.models import build_model, initialise_
+from wm_train.models import build_model, initialise_, use_engine_
 from wm_train.models.layers import attention
 
 CONFIG = ModelConfig(latent_channels=4, depth=2, width=48, heads=2, softmax_every=2)  # D = 24: a padded head
@@ -87,8 +87,9 @@ def test_model_on_kernels_equals_model_on_references(ranks, layout, clip, monkey
     model = awake()
     expected, expected_grads = on_one_device(model, clip, layout, REFERENCE)
     model.zero_grad()
-    for name in ("gdn_gram", "gdn_output", "camera_gram", "camera_output"):  # on CPUs `auto` never picks the interpreter
-        monkeypatch.setattr(attention, name, one_at_a_time(partial(getattr(kernels, name), engine="triton")))
+    for name in ("short_convolution", "gdn_gram", "gdn_output", "camera_gram", "camera_output"):
+        monkeypatch.setattr(attention, name, one_at_a_time(getattr(kernels, name)))
+    use_engine_(model, "triton")  # on CPUs `auto` never picks the interpreter
     run = on_one_device if ranks == 1 else partial(on_virtual_ranks, ranks=ranks)
     actual, grads = run(model, clip, layout, kernels.sequence_kernels(torch.device("cpu"), "triton"))
     assert rms_ratio(actual, expected) <= 1e-4

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output
+from parallel.halo import Taps
+from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output, short_convolution
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
 
@@ -86,6 +90,57 @@ CHECKS = {"gram": check_gram, "output": check_output, "camera_gram": check_camer
 
 def test_token_kernel_equals_the_fp64_reference(token_case, rms_ratio):
     assert CHECKS[token_case.kernel](Inputs(token_case), token_case.dtype, rms_ratio) <= BOUND[token_case.dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "batch", "frames", "tokens", "channels", "seen"),
+    [
+        (4, 1, 1, 5, 48, None),
+        (4, 2, 5, 9, 48, None),
+        (2, 1, 3, 8, 384, None),  # two tiles of channels
+        (4, 1, 4, 5, 32, ((3, 7), (2, 5), (0, 7), (1, 4))),  # edges inside the clip hide taps
+        (1, 1, 2, 3, 16, None),
+    ],
+)
+def test_convolution_with_its_norm_equals_the_fp64_reference(kernel, batch, frames, tokens, channels, seen, dtype, rms_ratio):
+    """Halo frames as another rank would send them; values, 1 / RMS of what was stored, and the gradients of halo frames and weights."""
+    extended = torch.randn(batch, frames + 2 * kernel - 2, tokens, channels).to(dtype).double()
+    weight = torch.randn(channels, 1, kernel).double()
+    upstream, results = torch.randn(batch, frames, tokens, channels).to(dtype).double(), []
+    for engine, kind, weights in (("reference", torch.float64, torch.float64), ("triton", dtype, torch.float32)):
+        leaves = [x.to(t).detach().requires_grad_() for x, t in ((extended, kind), (weight, weights))]
+        out, rstd = short_convolution(Taps(leaves[0], kernel - 1, frames, seen), leaves[1], -(-channels // 128), engine=engine)
+        out.backward(upstream.to(kind))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert max(rms_ratio(actual, expected) for expected, actual in zip(*results, strict=True)) <= BOUND[dtype]
+    assert rms_ratio(rstd, (out.detach().double().square().mean(-1) + 1e-5).rsqrt().flatten()) <= 1e-6
+
+
+def test_the_gram_takes_the_norm_of_the_convolution(rms_ratio):
+    """Convolution and Gram as one chain in bf16: the gradient that arrives at the halo frames holds the norm's share."""
+    case = SimpleNamespace(head_dim=32, frames=2, tokens=16, dtype=torch.bfloat16, padding=False)
+    x, extended, weight = Inputs(case), torch.randn(2, 8, 16, 64).bfloat16().double(), torch.randn(64, 1, 4).double()
+    results = []
+    for engine, dtype in (("reference", torch.float64), ("triton", torch.bfloat16)):
+        leaf, wide = extended.to(dtype).detach().requires_grad_(), torch.float64 if engine == "reference" else torch.float32
+        key, rstd = short_convolution(Taps(leaf, 3, 2), weight.to(wide), 2, engine=engine)
+        rest = [y.to(wide) for y in (x.beta, x.weight, x.angles.cos(), x.angles.sin())]
+        out = gdn_gram(key, x.value.to(dtype), *rest, x.scale, engine=engine, rstd=rstd)
+        torch.autograd.backward(out, [torch.cos(torch.arange(y.numel())).reshape(y.shape).to(y.dtype) for y in out])
+        results.append([*(y.detach() for y in out), leaf.grad])
+    assert (rstd is None) == (engine == "reference")
+    assert max(rms_ratio(actual, expected) for expected, actual in zip(*results, strict=True)) <= 6e-3  # two bf16 tensors in a row
+
+
+def test_values_of_any_size_keep_their_accuracy_over_few_tokens(rms_ratio):
+    """Frames of a few tokens multiply in fp16, with the scale of their values outside."""
+    key, value = torch.randn(1, 1, 5, 32).bfloat16().chunk(2, -1)
+    angle = torch.randn(1, 1, 5, 1, 8)
+    rest = (torch.rand(1, 1, 5, 1), torch.ones(16), angle.cos(), angle.sin(), 0.1)
+    one = gdn_gram(key, value, *rest, engine="triton")[1]
+    for factor in (2.0**-60, 2.0**60):
+        assert rms_ratio(gdn_gram(key, value * factor, *rest, engine="triton")[1].double() / factor, one) <= 1e-6
 
 
 def test_grams_are_symmetric_to_the_bit_in_bf16():

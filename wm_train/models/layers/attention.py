@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.halo import Taps
 from parallel.masks import AttentionMask
 from parallel.sequence import HaloEdges, SequenceShard, Stream
-from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output
+from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output, short_convolution
 from wm_train.kernels.reference import rotate, wide
 from wm_train.models.layers.rotary import Rotary
 from wm_train.models.layers.ucpe import RayEncoding, decoded, encoded
@@ -51,14 +52,9 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel))
 
-    def forward(self, taps: tuple[Tensor, ...]) -> Tensor:
-        """taps: 2K-1 tensors [B, t, S, C], K-1 before to K-1 after."""
-        weight = self.weight[:, 0].unbind(-1)
-        centre = len(weight) - 1
-        y = taps[centre] * weight[centre]
-        for distance in range(1, len(weight)):
-            y = torch.addcmul(y, taps[centre - distance] + taps[centre + distance], weight[centre - distance])
-        return y
+    def forward(self, taps: Taps, heads: int, engine: str) -> tuple[Tensor, Tensor | None]:
+        """taps: 2K-1 of [B, t, S, C], K-1 before to K-1 after -> y [B, t, S, C], and its tokens' 1 / RMS where a kernel has them."""
+        return short_convolution(taps, self.weight, heads, engine=engine)
 
 
 class CameraAttention(nn.Module):
@@ -67,6 +63,7 @@ class CameraAttention(nn.Module):
     def __init__(self, width: int, heads: int, camera: bool) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
+        self.engine = "auto"  # of the kernels; `wm_train.models.use_engine_` changes it
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
         self.q_norm = nn.RMSNorm(width, eps=1e-5)
@@ -114,34 +111,40 @@ class GatedDeltaNet(CameraAttention):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         rays = context.rays if self.camera else None
         keys = self.convolved([k] if rays is None else [k, self.k_proj_cam(x)], context)
+        engine = self.engine
         scale = self.key_scale(x.shape[2])
         beta = torch.sigmoid(wide(self.beta_proj(x)))  # [B, t, S, H]
         decay, tables = self.decay(x), context.rotary
 
-        gram, update, normaliser_gram, normaliser_update = gdn_gram(keys[0], v, beta, self.k_norm.weight, *tables, scale)
+        gram, update, normaliser_gram, normaliser_update = gdn_gram(
+            keys[0][0], v, beta, self.k_norm.weight, *tables, scale, engine=engine, rstd=keys[0][1]
+        )
         streams = [Stream(decay, gram, update), Stream(decay, normaliser_gram, normaliser_update)]
         if rays is not None:
-            v_cam, weight = self.v_proj_cam(x), self.k_norm_cam.weight
-            streams.append(Stream(decay, *camera_gram(keys[1], v_cam, beta, weight, rays.ray_to_world, *rays.rotary, scale)))
+            key, rstd = keys[1]
+            tokens = (key, self.v_proj_cam(x), beta, self.k_norm_cam.weight)
+            streams.append(Stream(decay, *camera_gram(*tokens, rays.ray_to_world, *rays.rotary, scale, engine=engine, rstd=rstd)))
 
         states = context.sequence.scan(streams, reverse="exclusive").states
-        main = gdn_output(q, states[0], states[1], self.q_norm.weight, *tables)
+        main = gdn_output(q, states[0], states[1], self.q_norm.weight, *tables, engine=engine)
         camera = None
         if rays is not None:
-            camera = camera_output(self.q_proj_cam(x), states[2], self.q_norm_cam.weight, rays.world_to_ray, *rays.rotary)
+            q_cam, weight = self.q_proj_cam(x), self.q_norm_cam.weight
+            camera = camera_output(q_cam, states[2], weight, rays.world_to_ray, *rays.rotary, engine=engine)
         return self.output(x, main, camera, context)
 
     def key_scale(self, tokens: int) -> float:
         """Eq. 5: S tokens enter a state at once, so keys shrink with S as well as with D."""
         return float((self.head_dim * tokens) ** -0.5)
 
-    def convolved(self, keys: list[Tensor], context: BlockContext) -> list[Tensor]:
-        """The short convolution of the main and the camera keys, one exchange for both."""
+    def convolved(self, keys: list[Tensor], context: BlockContext) -> list[tuple[Tensor, Tensor | None]]:
+        """The short convolution of the main and the camera keys, one exchange for both; with 1 / RMS where a kernel has it already."""
         if self.conv_kernel == 0:
-            return keys
+            return [(key, None) for key in keys]
         reach = self.conv_kernel - 1
         taps = context.sequence.halo(keys, reach, reach, edges=context.edges)
-        return [convolution(tap) for convolution, tap in zip((self.conv_k, *([self.conv_k_cam] if len(keys) > 1 else [])), taps)]
+        convolutions = (self.conv_k, *([self.conv_k_cam] if len(keys) > 1 else []))
+        return [convolution(tap, self.heads, self.engine) for convolution, tap in zip(convolutions, taps)]
 
     def decay(self, x: Tensor) -> Tensor:
         """Frame-level decay gamma in (0, 1], fp32 [B, t, H], from the mean token of the frame."""

@@ -42,4 +42,4 @@ class GatedConvFeedForward(nn.Module):
         reach = self.t_conv.kernel_size[0] // 2
         (taps,) = sequence.halo([x], reach, reach, edges=edges)
         kernel = self.t_conv.weight[..., 0].transpose(1, 2).flatten(1)  # [C, K, C] -> [C, K * C], one product for all taps
-        return x + F.linear(torch.cat(taps, dim=-1), kernel)
+        return x + F.linear(torch.cat(list(taps), dim=-1), kernel)
