@@ -29,6 +29,7 @@ class Batch:
     latents [b,t,C,h,w] float32, normalised; c2w [b,F,4,4] float32, metres, relative to the first raw frame of the cut, OpenCV axes;
     intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of (image_height, image_width), a pixel's centre at (column + 0.5, row + 0.5);
     controls [b,T,A] float32; draws [b] and valid_frames [b] (latent) int64; data_wait_s: how long the caller waited for this batch.
+    text [b,L,E] float32 and text_mask [b,L] bool, True at real tokens: None in a data set without text.
     """
 
     latents: Tensor
@@ -39,6 +40,8 @@ class Batch:
     draws: Tensor
     valid_frames: Tensor
     data_wait_s: float
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
 
 
 def _statistics(info: DatasetInfo, count: int, first_frame_index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,16 +150,19 @@ class ClipLoader:
             (raw, 4, 4),
             (raw, 4),
             (self.clip_frames, len(info.control_names)),
+            (info.text_length, info.text_width),
+            (info.text_length,),
         )
         # concatenating onto nothing keeps the shape when this member has no rows
-        latents, c2w, intrinsics, controls = (
+        latents, c2w, intrinsics, controls, text, text_mask = (
             torch.from_numpy(np.concatenate([np.empty((0, *shape), np.float32), *(s[i][None] for s in samples)]))
             for i, shape in enumerate(shapes)
         )
         keys = tuple(entry.key for entry in entries)
         valid = torch.full((len(draws),), self.clip_frames, dtype=torch.int64)
         draw_tensor = torch.tensor(draws, dtype=torch.int64)
-        return Batch(latents, c2w, intrinsics, controls, keys, draw_tensor, valid, data_wait_s=0.0)
+        texts = (text, text_mask > 0) if info.null_text else (None, None)
+        return Batch(latents, c2w, intrinsics, controls, keys, draw_tensor, valid, 0.0, *texts)
 
     def clip_of(self, draw: int) -> ClipEntry:
         """The clip that this draw takes, past the quarantined shards."""
@@ -165,19 +171,24 @@ class ClipLoader:
             entry, attempt = self.clips[self.order.replacement(draw, attempt)], attempt + 1
         return entry
 
-    def _cut(self, entry: ClipEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """One clip cut to this loader's frames: (latents [t,C,h,w], c2w [F,4,4], intrinsics [F,4], controls [T,A]), all float32."""
+    def _cut(self, entry: ClipEntry) -> tuple[np.ndarray, ...]:
+        """One clip cut to this loader's frames: latents [t,C,h,w], c2w [F,4,4], intrinsics [F,4], controls [T,A], text [L,E] and its mask
+        [L] (L = E = 0 without text), all float32."""
         clip = self.dataset.read(entry, self.frames, self.replicated, stored=True)
         raw = (self.clip_frames - 1) * self.dataset.info.temporal_stride + 1
         latents = normalise(widen(clip.latents), self.dataset.info, self.frames[0]).numpy()
         if not self.replicated:
-            shapes = ((raw, 4, 4), (raw, 4), (self.clip_frames, len(self.dataset.info.control_names)))
-            c2w, intrinsics, controls = (np.full(shape, np.nan, np.float32) for shape in shapes)
-            return latents, c2w, intrinsics, controls
+            info = self.dataset.info
+            texts = ((info.text_length, info.text_width), (info.text_length,))
+            shapes = ((raw, 4, 4), (raw, 4), (self.clip_frames, len(info.control_names)), *texts)
+            return latents, *(np.full(shape, np.nan, np.float32) for shape in shapes)
         if clip.c2w is None or clip.intrinsics is None or clip.controls is None:
             raise DataError(f"clip: got no poses, intrinsics or controls, expected all (shard {entry.shard}, key {entry.key})")
         poses = relative_poses(clip.c2w[:raw]).astype(np.float32)
-        return latents, poses, clip.intrinsics[:raw].astype(np.float32), clip.controls[: self.clip_frames].copy()
+        text, mask = np.empty((0, 0), np.float32), np.empty(0, np.float32)
+        if clip.text is not None and clip.text_mask is not None:
+            text, mask = widen(clip.text).numpy(), clip.text_mask.astype(np.float32)
+        return latents, poses, clip.intrinsics[:raw].astype(np.float32), clip.controls[: self.clip_frames].copy(), text, mask
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():

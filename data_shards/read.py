@@ -9,6 +9,7 @@ and field.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from data_shards.files import NPY_DESCRIPTIONS, all_finite, array_from_bytes, as
 from data_shards.index import ClipIndex, ClipTable, where
 from data_shards.remote import RangeCache, RetryPolicy, ShortRead, fetch, is_transient, storage_options, with_retries
 from data_shards.schema import (
+    NULL_TEXT,
     SPLITS,
     TIME_SHARDED,
     ClipEntry,
@@ -173,6 +175,18 @@ class ClipDataset:
     def description(self, entry: ClipEntry) -> dict[str, Any]:
         """The clip's `json` member."""
         return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
+
+    def null_text(self) -> NDArray[np.float32] | None:
+        """[L0, E], the embedding of the empty prompt, verified; None in a data set without text. Raises DataError for changed bytes."""
+        if self.info.null_text is None:
+            return None
+        try:
+            data = with_retries(lambda: self.file_bytes(NULL_TEXT), self._policy)
+        except OSError as error:
+            raise DataError(f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or encode again") from error
+        if crc32c(data) != self.info.null_text_crc32c:
+            raise DataError(f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy it again or encode again")
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.float32)
 
     def file_bytes(self, name: str) -> bytes:
         """A file beside the shards as it is, for `verify`."""

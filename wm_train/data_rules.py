@@ -65,8 +65,10 @@ def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:
     if model.patch_size > 0 and (info.latent_height % model.patch_size or info.latent_width % model.patch_size):
         rule = f"a divisor of the latents' {info.latent_height} x {info.latent_width}"
         found.append(Problem("model.patch_size", str(model.patch_size), rule, "model.patch_size=1"))
-    if model.text_width and info.null_text is None:
-        found.append(Problem("model.text_width", str(model.text_width), "0, as the data set has no text", "model.text_width=0"))
+    if model.text_width and model.text_width != info.text_width:
+        fix = f"model.text_width={info.text_width}" + ("" if info.text_width else ", or encode with text=<encoder>")
+        rule = f"the data set's {info.text_width} ({info.text_encoder})" if info.text_width else "0, as the data set has no text"
+        found.append(Problem("model.text_width", str(model.text_width), rule, fix))
     if not info.clips.get("train"):
         found.append(Problem("data.path", f"{config.data.path}, no training clips", "at least one", "record or encode more clips"))
     if config.trainer.samples and not info.clips.get("validation"):

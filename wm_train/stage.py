@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import torch
+from torch import Tensor
+
 from data_shards.load import Batch, ClipLoader
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import latent_frame_count
@@ -37,6 +40,7 @@ class Stage:
     dataset: ClipDataset
     latent_frames: int  # T
     noise: NoiseKey
+    null_text: Tensor | None  # [L0, E] on the device; None: the model takes no text
     attention: tuple[str, AttentionEngine] | None  # an engine of others for the softmax blocks; None: ours
     step_flops: int  # of the whole global batch, see metrics/flops.py
 
@@ -66,7 +70,9 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
         forward_flops(run.model, frames, info.latent_height * info.latent_width // run.model.patch_size**2), config.global_batch
     )
     engine = make_engine(run.parallel.attention, mesh.comm)
-    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place), engine, flops)
+    null = dataset.null_text() if run.model.text_width else None
+    null_text = None if null is None else torch.from_numpy(null).to(backend.device)
+    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place), null_text, engine, flops)
 
 
 def open_loader(stage: Stage, split: str, global_batch: int, first_step: int = 0) -> ClipLoader:
@@ -95,20 +101,25 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
-    info = stage.dataset.info
+    """What the model sees of this batch besides its latents; text only if the model takes text."""
+    info, takes_text = stage.dataset.info, stage.run.model.text_width > 0
     return Conditions(
         image_size=(info.image_height, info.image_width),
         temporal_stride=info.temporal_stride,
         c2w=batch.c2w,
         intrinsics=batch.intrinsics,
         controls=batch.controls,
+        text=batch.text if takes_text else None,
+        text_mask=batch.text_mask if takes_text else None,
+        null_text=stage.null_text,
     )
 
 
 def on_device(stage: Stage, batch: Batch) -> Batch:
     """The batch with its tensors where the model is."""
-    names = ("latents", "c2w", "intrinsics", "controls", "draws")
-    return replace(batch, **{name: getattr(batch, name).to(stage.backend.device, non_blocking=True) for name in names})
+    tensors = {name: getattr(batch, name) for name in ("latents", "c2w", "intrinsics", "controls", "draws", "text", "text_mask")}
+    moved = {name: tensor.to(stage.backend.device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+    return replace(batch, **moved)
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
@@ -116,8 +127,8 @@ def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     if count == 1:
         yield batch
         return
-    names = ("latents", "c2w", "intrinsics", "controls", "draws", "valid_frames")
-    pieces = {name: getattr(batch, name).tensor_split(count) for name in names}
+    names = ("latents", "c2w", "intrinsics", "controls", "draws", "valid_frames", "text", "text_mask")
+    pieces = {name: tensor.tensor_split(count) for name in names if (tensor := getattr(batch, name)) is not None}
     start = 0
     for part in range(count):
         size = len(pieces["draws"][part])
