@@ -1,8 +1,9 @@
 """`python -m data_shards.filter path=… table=… out=selection.json`: which clips to train on, and why the others are left out.
 
 Nothing is encoded again or deleted: the result is a list of keys that `open_dataset(path, selection=…)` applies. Measurements are kept in
-`scores_cache`, so trying other thresholds takes seconds. Scores of outside models (DOVER, a VLM, UniMatch, per-clip scale CV) are joined
-by key from a JSON file {key: {metric: value}} or a CSV with a `key` column.
+`scores_cache`, so trying other thresholds takes seconds. Scores of outside models (DOVER, a VLM, UniMatch, scale CV) are joined by key
+from files: JSON {key: {metric: value}}, or CSV or Parquet with a column `key`. A list of values (one per chunk or frame pair) counts as
+its mean; `scales`, the per-frame metric scales of pose annotation, gives `scale_cv`. An empty cell is no score.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_shards.arguments import Option, run, text
 from data_shards.codec import make_codec
 from data_shards.files import read_json, write_durably
-from data_shards.metrics import camera_metrics, camera_words, video_metrics
+from data_shards.metrics import CAMERA_METRICS, VIDEO_METRICS, camera_metrics, camera_words, scale_cv, video_metrics
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import SPLITS, DataError
 
@@ -30,8 +33,8 @@ OPTIONS = {
     "out": Option(text, "selection file to write", required=True),
     "table": Option(text, "which thresholds of the file, besides the camera's", "game"),
     "thresholds": Option(text, "YAML file of thresholds; the built-in one if not given", None),
-    "scores": Option(text, "JSON or CSV file with scores of outside models, by key", None),
-    "captions": Option(text, "JSON file {key: caption} to check for words that name camera motion", None),
+    "scores": Option(text, "JSON, CSV or Parquet files with scores of outside models, separated by commas", None),
+    "captions": Option(text, "JSON file {key: caption} to check for words that name camera motion; `shards`: those in the data set", None),
     "scores_cache": Option(text, "JSON file that keeps measurements between runs", None),
 }
 Range = tuple[float, float]
@@ -67,23 +70,62 @@ def load_thresholds(path: str | None, table: str) -> dict[str, Range]:
 
 
 def load_scores(path: str) -> dict[str, dict[str, float]]:
-    """key -> metric -> value, from JSON or CSV."""
+    """key -> metric -> value, from JSON, CSV or Parquet.
+
+    Raises:
+        DataError: a file that cannot be read, has no keys, has one twice, or holds what is not a number.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for key, row in score_rows(path):
+        if key in scores:
+            raise DataError(f"scores: got key {key!r} twice in {path}, expected one row per clip. Fix: take one out")
+        scores[key] = {}
+        for metric, value in row.items():
+            if value is None or value == "":
+                continue
+            try:
+                if metric == "scales":
+                    scores[key]["scale_cv"] = scale_cv([float(scale) for scale in value])
+                else:
+                    scores[key][metric] = float(np.mean([float(part) for part in value])) if isinstance(value, list) else float(value)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"scores: got {value!r}, expected a number or a list of them ({path}, key {key}, {metric})") from error
+    return scores
+
+
+def score_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.endswith(".json"):
-        return {key: {metric: float(value) for metric, value in scores.items()} for key, scores in read_json(Path(path), "scores").items()}
+        for key, row in read_json(Path(path), "scores").items():
+            if not isinstance(row, dict):
+                raise DataError(f"scores: got {row!r}, expected an object {{metric: value}} ({path}, key {key})")
+            yield key, row
+        return
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {row.pop("key"): {metric: float(value) for metric, value in row.items()} for row in rows}
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"scores: cannot use {path} ({error}), expected a CSV with a column `key` and numbers") from error
+        if path.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
+            rows = pq.read_table(path).to_pylist()
+        else:
+            with open(path, newline="") as file:
+                rows = list(csv.DictReader(file))
+        yield from [(str(row.pop("key")), row) for row in rows]
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise DataError(f"scores: cannot use {path} ({error}), expected a column `key` and columns of numbers") from error
+
+
+def load_captions(path: str, dataset: ClipDataset) -> dict[str, str]:
+    """key -> caption, from a JSON file, or with `shards` from the clips themselves."""
+    if path == "shards":
+        described = ((entry.key, dataset.description(entry).get("caption")) for split in SPLITS for entry in dataset.clips(split))
+        return {key: str(caption) for key, caption in described if caption is not None}
+    return {key: str(value) for key, value in read_json(Path(path), "captions").items()}
 
 
 def measure(dataset: ClipDataset, wanted: set[str], known: dict[str, dict[str, float]], progress: Any = iter) -> None:
     """Fill `known` (key -> metric -> value) with what is measured here and not there yet."""
     info = dataset.info
     codec = make_codec(info.codec, info.codec_options)
-    picture = {"saturation", "vmaf_motion", "scene_cuts"} & wanted
-    camera = {"fov_x_degrees", "fov_y_degrees", "focal_divergence", "pose_jump_m", "turn_jump_degrees"} & wanted
+    picture, camera = set(VIDEO_METRICS) & wanted, set(CAMERA_METRICS) & wanted
     for entry in progress([entry for split in SPLITS for entry in dataset.clips(split)]):
         scores = known.setdefault(entry.key, {})
         if (picture | camera) <= set(scores):
@@ -91,8 +133,8 @@ def measure(dataset: ClipDataset, wanted: set[str], known: dict[str, dict[str, f
         clip = dataset.read(entry)
         if camera and clip.c2w is not None and clip.intrinsics is not None:
             scores |= camera_metrics(clip.c2w, clip.intrinsics, info.image_width, info.image_height)
-        if picture:
-            scores |= video_metrics(codec.decode(clip.latents))
+        if picture - set(scores):
+            scores |= video_metrics(codec.decode(clip.latents), info.fps, picture - set(scores))
 
 
 def judge(scores: Mapping[str, float], ranges: Mapping[str, Range]) -> list[str]:
@@ -140,16 +182,20 @@ def filter_clips(
     measure(dataset, set(ranges), known, lambda items: track(items, "measure"))
     if cache:
         write_durably(cache, json.dumps({"dataset_fingerprint": dataset.info.fingerprint, "scores": known}).encode())
-    outside = load_scores(scores) if scores else {}
+    outside: dict[str, dict[str, float]] = {}
+    for file in scores.split(",") if scores else ():
+        for key, values in load_scores(file).items():
+            outside.setdefault(key, {}).update(values)
     selection = select(dataset, ranges, {key: {**values, **outside.get(key, {})} for key, values in known.items()})
+    written = load_captions(captions, dataset) if captions else {}
+    flagged = {key: words for key, caption in written.items() if (words := camera_words(caption))}
+    selection["captions_that_name_camera_motion"] = flagged
     data = (json.dumps(selection, indent=1) + "\n").encode()
     write_durably(Path(out), data)
     total = len(selection["kept"]) + len(selection["dropped"])
     print(f"kept {len(selection['kept'])} of {total} clips; {out} sha256 {hashlib.sha256(data).hexdigest()[:16]}")
     for metric, count in Counter(reason.split()[0] for reasons in selection["dropped"].values() for reason in reasons).most_common():
         print(f"  {count} clips outside {metric} {selection['thresholds'][metric]}")
-    written = read_json(Path(captions), "captions") if captions else {}
-    flagged = {key: words for key, caption in written.items() if (words := camera_words(caption))}
     for key, words in flagged.items():
         print(f"  caption of {key} names camera motion: {', '.join(repr(word) for word in words)}")
     return 1 if flagged else 0

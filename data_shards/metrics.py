@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import re
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.schema import DataError
+
 # VMAF's motion feature: mean absolute difference of luma frames blurred by this kernel
 BLUR = np.array([3571, 16004, 26386, 16004, 3571], np.float32) / 65536
-CUT_THRESHOLD = 27.0  # PySceneDetect's ContentDetector, its default
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array([0.299, 0.587, 0.114], np.float32) * 219 / 255  # BT.601 in video range, as in the files that FFmpeg measures
+EPSILON = 1e-6
+FLOW_EVERY_S, FLOW_WITHIN_S = 0.5, 60.0  # App. B.3: frame pairs every 0.5 s across the first 60 s
+CAMERA_METRICS = ("fov_x_degrees", "fov_y_degrees", "focal_divergence", "pose_jump_m", "turn_jump_degrees")
+VIDEO_METRICS = ("saturation", "vmaf_motion", "flow_pixels", "scene_cuts")
 _MOVES = r"pan(?:s|ned|ning)?|tilt(?:s|ed|ing)?|doll(?:y|ies|ied|ying)|zoom(?:s|ed|ing)?|truck(?:s|ed|ing)|orbit(?:s|ed|ing)?|crane(?:s|d)?"
 _GOES = (
     r"(?:mov|rotat|glid|advanc)(?:e|es|ed|ing)|(?:turn|walk|strafe|push|pull|pedestal|track|travel|back)(?:s|ed|ing)?"
@@ -40,37 +50,104 @@ def camera_metrics(c2w: NDArray[np.float64], intrinsics: NDArray[np.float64], wi
     }
 
 
-def hsv(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[H,W,3] RGB -> hue 0-180, saturation and value 0-255, OpenCV's scales."""
-    rgb = frame.astype(np.float32)
-    value, low = rgb.max(axis=-1), rgb.min(axis=-1)
-    spread = value - low
-    safe = np.where(spread > 0, spread, 1)
-    r, g, b = (rgb[..., i] for i in range(3))
-    sixth = np.where(value == r, (g - b) / safe % 6, np.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    saturation = np.where(value > 0, spread / np.where(value > 0, value, 1), 0) * 255
-    return np.stack([np.where(spread > 0, sixth * 30, 0), saturation, value], axis=-1)
+def scale_cv(scales: Sequence[float]) -> float:
+    """Coefficient of variation of per-frame metric scales: std / (mean + epsilon)."""
+    values = np.asarray(scales, np.float64)
+    return float(values.std() / (values.mean() + EPSILON))
 
 
-def blurred_luma(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[H,W,3] -> [H,W], edges mirrored."""
-    luma = np.pad(frame.astype(np.float32) @ LUMA, 2, mode="reflect")
-    rows = sum(weight * luma[i : luma.shape[0] - 4 + i] for i, weight in enumerate(BLUR))
+def video_metrics(video: NDArray[np.uint8], fps: float, wanted: Iterable[str] = VIDEO_METRICS) -> dict[str, float]:
+    """[F,H,W,3] -> those of VIDEO_METRICS that are wanted.
+
+    Raises:
+        DataError: a tool that a metric needs is not installed.
+    """
+    measures: dict[str, Callable[[], float]] = {
+        "saturation": lambda: float(np.mean([saturation(frame).mean() for frame in video])),
+        "vmaf_motion": lambda: float(np.mean(vmaf_motion(video)[1:] or [0.0])),
+        "flow_pixels": lambda: flow_pixels(video, fps),
+        "scene_cuts": lambda: float(len(scene_cuts(video, fps))),
+    }
+    return {name: measures[name]() for name in VIDEO_METRICS if name in wanted}
+
+
+def saturation(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[H,W,3] RGB -> [H,W] of HSV, 0 to 255."""
+    value, low = frame.max(axis=-1).astype(np.float32), frame.min(axis=-1).astype(np.float32)
+    return np.asarray((value - low) / np.maximum(value, 1) * 255, np.float32)
+
+
+def vmaf_motion(video: NDArray[np.uint8]) -> list[float]:
+    """VMAF's motion feature of each frame (0 for the first): by FFmpeg's own filter where PyAV brings it, else by the same formula here."""
+    planes = [np.rint(frame.astype(np.float32) @ LUMA + 16).astype(np.uint8) for frame in video]
+    try:
+        import av
+    except ImportError:
+        return motion_by_formula(planes)
+    return motion_by_ffmpeg(planes) if "vmafmotion" in av.filter.filters_available else motion_by_formula(planes)
+
+
+def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
+    import av
+
+    height, width = planes[0].shape
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("gray", width, height), time_base=Fraction(1, 25))
+    measure, sink = graph.add("vmafmotion"), graph.add("buffersink")
+    source.link_to(measure)
+    measure.link_to(sink)
+    graph.configure()
+    scores = []
+    for number, plane in enumerate(planes):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(plane), format="gray")
+        frame.pts = number
+        graph.push(frame)
+        scores.append(float(graph.pull().metadata["lavfi.vmafmotion.score"]))
+    return scores
+
+
+def motion_by_formula(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
+    """Mean absolute difference of blurred luma; FFmpeg's differs by how it treats the two outermost pixels."""
+    blurred = [blur(plane.astype(np.float32)) for plane in planes]
+    return [0.0, *(float(np.abs(b - a).mean()) for a, b in itertools.pairwise(blurred))]
+
+
+def blur(luma: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[H,W] -> [H,W], edges mirrored."""
+    padded = np.pad(luma, 2, mode="reflect")
+    rows = sum(weight * padded[i : padded.shape[0] - 4 + i] for i, weight in enumerate(BLUR))
     return np.asarray(sum(weight * rows[:, i : rows.shape[1] - 4 + i] for i, weight in enumerate(BLUR)))
 
 
-def video_metrics(video: NDArray[np.uint8]) -> dict[str, float]:
-    """[F,H,W,3] -> mean saturation (0-255), VMAF motion (mean over frames), number of scene cuts."""
-    motion, saturation, cuts = [], [], 0
-    previous_luma, previous_hsv = None, None
-    for frame in video:
-        luma, colour = blurred_luma(frame), hsv(frame)
-        saturation.append(float(colour[..., 1].mean()))
-        if previous_luma is not None and previous_hsv is not None:
-            motion.append(float(np.abs(luma - previous_luma).mean()))
-            cuts += float(np.abs(colour - previous_hsv).mean(axis=(0, 1)).mean()) > CUT_THRESHOLD
-        previous_luma, previous_hsv = luma, colour
-    return {"saturation": float(np.mean(saturation)), "vmaf_motion": float(np.mean(motion)) if motion else 0.0, "scene_cuts": float(cuts)}
+def flow_pixels(video: NDArray[np.uint8], fps: float) -> float:
+    """Mean length of the optical flow (OpenCV's DIS) in pixels between frames FLOW_EVERY_S apart; 0 for a clip of one sample."""
+    cv2 = filter_tool("cv2")
+    step = max(1, round(FLOW_EVERY_S * fps))
+    grey = [np.ascontiguousarray(np.rint(frame @ LUMA + 16).astype(np.uint8)) for frame in video[: round(FLOW_WITHIN_S * fps) + 1 : step]]
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    lengths = [float(np.linalg.norm(flow.calc(a, b, None), axis=-1).mean()) for a, b in itertools.pairwise(grey)]
+    return float(np.mean(lengths)) if lengths else 0.0
+
+
+def scene_cuts(video: NDArray[np.uint8], fps: float) -> list[int]:
+    """The first frame of every later scene, by PySceneDetect's ContentDetector with its own defaults."""
+    scenedetect = filter_tool("scenedetect")
+    detector, found = scenedetect.ContentDetector(), []
+    moment = scenedetect.FrameTimecode(0, float(fps))
+    for number, frame in enumerate(video):
+        moment = scenedetect.FrameTimecode(number, float(fps))
+        found += detector.process_frame(moment, np.ascontiguousarray(frame[..., ::-1]))  # it takes BGR
+    return [cut.frame_num for cut in (*found, *detector.post_process(moment))]
+
+
+def filter_tool(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(
+            f"filter: {name} is not installed, expected it for flow_pixels and scene_cuts. Fix: pip install 'wm-train[filter]', "
+            "or a table without them"
+        ) from error
 
 
 def camera_words(caption: str) -> list[str]:

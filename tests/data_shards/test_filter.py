@@ -1,13 +1,25 @@
 """Filtering: each metric on clips made to have a known value, the report, and that the loader obeys the selection."""
 
 import json
+import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_shards import filter as filter_command
 from data_shards.filter import judge, load_scores, load_thresholds
-from data_shards.metrics import camera_metrics, camera_words, hsv, video_metrics
+from data_shards.metrics import (
+    camera_metrics,
+    camera_words,
+    motion_by_ffmpeg,
+    motion_by_formula,
+    saturation,
+    scene_cuts,
+    video_metrics,
+    vmaf_motion,
+)
 from data_shards.read import open_dataset
 from data_shards.schema import DataError
 
@@ -33,22 +45,48 @@ def test_camera_metrics_of_known_cameras():
 
 
 def test_video_metrics_of_known_videos():
-    grey = np.full((6, 16, 16, 3), 100, np.uint8)
-    assert video_metrics(grey) == {"saturation": 0.0, "vmaf_motion": 0.0, "scene_cuts": 0.0}
-    brighter = grey + np.arange(0, 30, 5, dtype=np.uint8)[:, None, None, None]
-    assert video_metrics(brighter)["vmaf_motion"] == pytest.approx(5.0, abs=0.01)  # blurring a flat frame changes nothing
+    grey = np.full((40, 32, 32, 3), 100, np.uint8)
+    assert video_metrics(grey, 16) == {"saturation": 0.0, "vmaf_motion": 0.0, "flow_pixels": 0.0, "scene_cuts": 0.0}
+    brighter = grey[:6] + np.arange(0, 30, 5, dtype=np.uint8)[:, None, None, None]
+    assert vmaf_motion(brighter)[1:] == pytest.approx([5 * 219 / 255] * 5, abs=0.75)  # luma in video range, in whole numbers
+    assert video_metrics(brighter, 16, ["vmaf_motion"])["vmaf_motion"] == pytest.approx(5 * 219 / 255, abs=0.1)
     cut = grey.copy()
-    cut[3:] = (250, 10, 10)
-    assert video_metrics(cut)["scene_cuts"] == 1.0
-    assert video_metrics(cut)["saturation"] == pytest.approx(255 * 0.96 / 2, rel=0.01)
+    cut[20:] = (250, 10, 10)
+    assert scene_cuts(cut, 16) == [20]
+    found = video_metrics(cut, 16, ["scene_cuts", "saturation"])
+    assert found == {"scene_cuts": 1.0, "saturation": pytest.approx(255 * 0.96 / 2, rel=0.01)}
 
 
-def test_hsv_is_the_standard_librarys():
+def test_motion_is_ffmpegs():
+    """The formula, which is used where PyAV is not installed, against FFmpeg's filter."""
+    planes = np.random.default_rng(0).integers(16, 236, (4, 96, 128), dtype=np.uint8)
+    ours, ffmpegs = motion_by_formula(planes), motion_by_ffmpeg(planes)
+    assert ours == pytest.approx(ffmpegs, rel=0.01)
+    assert ours[1] > 10
+
+
+def test_flow_of_a_picture_that_moves():
+    y, x = np.mgrid[0:112, 0:200] / 8.0
+    picture = np.sin(x + np.sin(y)) + np.sin(1.7 * y + 0.6 * x) + np.sin(0.31 * x * y)
+    grey = ((picture / 6 + 0.5) * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)  # [112, 200, 3]
+    video = np.stack([grey[:, i : i + 160] for i in range(17)])  # a pixel a frame, 8 in half a second
+    assert video_metrics(video, 16, ["flow_pixels"])["flow_pixels"] == pytest.approx(8, rel=0.15)
+    assert video_metrics(video[:1], 16, ["flow_pixels"])["flow_pixels"] == 0.0
+
+
+def test_saturation_is_the_standard_librarys():
     import colorsys
 
     random = np.random.default_rng(0).integers(0, 256, (1, 200, 3), dtype=np.uint8)
-    expected = [[h * 180, s * 255, v * 255] for h, s, v in (colorsys.rgb_to_hsv(*(pixel / 255)) for pixel in random[0])]
-    np.testing.assert_allclose(hsv(random)[0], expected, atol=0.05)
+    expected = [colorsys.rgb_to_hsv(*(pixel / 255))[1] * 255 for pixel in random[0]]
+    np.testing.assert_allclose(saturation(random[0]), expected, atol=0.05)
+    assert saturation(np.zeros((1, 3), np.uint8)) == [0]
+
+
+def test_a_tool_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scenedetect", None)
+    with pytest.raises(DataError, match=r"scenedetect is not installed.*wm-train\[filter\]"):
+        video_metrics(np.zeros((2, 16, 16, 3), np.uint8), 16, ["scene_cuts"])
 
 
 def test_ranges_are_inclusive_and_nan_is_outside():
@@ -58,12 +96,23 @@ def test_ranges_are_inclusive_and_nan_is_outside():
     assert judge({"dover": 0.2}, ranges) == ["dover 0.2 is not in [0.35, 1]"]
 
 
-def test_papers_table():
-    ranges = load_thresholds(None, "dl3dv_gs")
-    assert ranges["vmaf_motion"] == (6.0, 50.0)
-    assert ranges["scale_cv"] == (0.0, 2.0)
-    assert ranges["focal_divergence"] == (0.0, 0.2)
-    assert ranges["fov_x_degrees"] == (25.0, 120.0)
+# Tab. 6 of the paper, row by row: VMAF motion, UniMatch, DOVER, colour saturation, scene cuts, VLM entity, VLM quality
+PAPER = {
+    "omniworld": [(0.5, 100), (3, 100), (0.35, 1.0), None, None, (0, 10), (0.5, 1.5)],
+    "sekai_game": [(0.5, 50), (3, 80), (0.25, 1.0), None, None, (0, 10), (0.5, 1.5)],
+    "sekai_walking": [(0.5, 50), (3, 50), (0.35, 1.0), (0, 180), None, (0, 25), (0.5, 1.5)],
+    "miradata": [(0.5, 50), (3, 80), (0.4, 1.0), (0, 180), (0, 1), None, None],
+    "dl3dv_gs": [(6, 50), (3, 80), (0.4, 1.0), (0, 180), (0, 1), None, None],
+    "spatialvid": [(0.5, 50), (3, 80), (0.35, 1.0), (0, 180), None, (0, 10), (0.5, 1.5)],
+}
+COLUMNS = ("vmaf_motion", "unimatch", "dover", "saturation", "scene_cuts", "vlm_entity", "vlm_quality")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_papers_table(name):
+    ranges = {"fov_x_degrees": (25, 120), "fov_y_degrees": (25, 120), "focal_divergence": (0, 0.2), "scale_cv": (0, 2.0)}
+    ranges |= {column: bounds for column, bounds in zip(COLUMNS, PAPER[name]) if bounds}
+    assert load_thresholds(None, name) == ranges
 
 
 @pytest.mark.parametrize(
@@ -127,9 +176,30 @@ def test_captions_that_name_camera_motion_are_flagged(dataset_path, tmp_path, ca
     arguments = [f"path={dataset_path}", f"out={tmp_path / 's.json'}", "table=none", f"captions={captions}"]
     assert filter_command.main(arguments) == 1
     assert "caption of b names camera motion" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["captions_that_name_camera_motion"] == {"b": ["camera moves"]}
+    assert filter_command.main([*arguments[:-1], "captions=shards"]) == 0  # these clips have none
+
+
+def test_scores_of_every_kind_of_file(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"x": {"dover": [0.2, 0.6], "scales": [1.0, 1.0, 4.0]}, "y": {"dover": None}}))
+    (tmp_path / "b.csv").write_text("key,unimatch\nx,7\ny,\n")
+    pq.write_table(pa.table({"key": ["x"], "vlm_entity": [3]}), tmp_path / "c.parquet")
+    scores = load_scores(str(tmp_path / "a.json"))
+    assert scores == {"x": {"dover": pytest.approx(0.4), "scale_cv": pytest.approx(2**0.5 / 2, rel=1e-5)}, "y": {}}
+    assert load_scores(str(tmp_path / "b.csv")) == {"x": {"unimatch": 7.0}, "y": {}}
+    assert load_scores(str(tmp_path / "c.parquet")) == {"x": {"vlm_entity": 3.0}}
 
 
 def test_bad_scores_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("name,dover\nx,1\n")
-    with pytest.raises(DataError, match="expected a CSV with a column"):
-        load_scores(str(tmp_path / "a.csv"))
+    for name, content, report in (
+        ("a.csv", "name,dover\nx,1\n", "expected a column `key`"),
+        ("b.csv", "key,dover\nx,1\nx,2\n", "got key 'x' twice"),
+        ("c.csv", "key,dover\nx,good\n", r"got 'good', expected a number.*key x, dover"),
+        ("d.json", '{"x": 3}', "got 3, expected an object"),
+        ("e.parquet", "no", "cannot use"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=report):
+            load_scores(str(tmp_path / name))
+    with pytest.raises(DataError, match="cannot use"):
+        load_scores(str(tmp_path / "absent.csv"))
