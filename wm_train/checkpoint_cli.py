@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from wm_train import checkpoint
+from wm_train.config import ModelConfig
 from wm_train.manifest import CheckpointError, Manifest, read_manifest
 from wm_train.world import World
 
@@ -20,20 +22,21 @@ def main(argv: list[str] | None = None) -> int:
     for name, words in {
         "verify": "hash every file of a checkpoint, or of all checkpoints of a stage",
         "inspect": "print what a checkpoint holds: step, stage, mesh, tensors, bytes",
-        "export": "write the weights as one safetensors file",
+        "export": "write the weights as one safetensors file, or as a directory that diffusers' from_pretrained reads",
         "prune": "delete all but the newest checkpoints of a stage",
     }.items():
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("folder", type=Path, help="step_N, or the checkpoints folder of a stage")
         if name == "export":
-            command.add_argument("out", type=Path, help="file to write, ending in .safetensors")
+            command.add_argument("out", type=Path, help="file to write, ending in .safetensors; with --layout diffusers a directory")
+            command.add_argument("--layout", choices=("file", "diffusers"), default="file", help="one file, or SanaWMTransformer3DModel's")
             command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights or as trained (default: ema)")
         if name == "prune":
             command.add_argument("--keep-last", type=int, required=True, help="how many to keep, at least 1")
     arguments = parser.parse_args(argv)
     try:
         return {"verify": verify, "inspect": inspect, "export": export, "prune": prune}[arguments.command](arguments)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -71,10 +74,11 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Weights under their names in the model, each whole, in one file."""
+    """Weights under their names in the model, each whole, in one file or in the directory of a public checkpoint."""
     import torch
     from safetensors.torch import save_file
 
+    from wm_train.models.pretrained import export_pretrained
     from wm_train.shard_file import DTYPES
 
     folder = chosen(arguments.folder)[-1]
@@ -88,11 +92,22 @@ def export(arguments: argparse.Namespace) -> int:
         entry = manifest.tensors[key]
         targets[key] = torch.empty(entry.shape, dtype=torch_types[entry.dtype])
     checkpoint.load(folder, manifest, targets, may_ignore=manifest.tensors)
-    if arguments.out.exists():
+    weights = {key.split("/", 1)[1]: tensor for key, tensor in targets.items()}
+    if arguments.layout == "diffusers":
+        export_pretrained(weights, model_config(manifest), arguments.out)
+    elif arguments.out.exists():
         raise CheckpointError(f"export: got {arguments.out}, which exists. Fix: name another file")
-    save_file({key.split("/", 1)[1]: tensor for key, tensor in targets.items()}, arguments.out, metadata={"step": str(manifest.step)})
+    else:
+        save_file(weights, arguments.out, metadata={"step": str(manifest.step)})
     print(f"{len(targets)} tensors of {folder} ({'averaged' if averaged else 'as trained'}) in {arguments.out}")
     return 0
+
+
+def model_config(manifest: Manifest) -> ModelConfig:
+    """The model that a checkpoint holds, as its stage trained it."""
+    held = manifest.facts["identity"]["model"]
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**{key: value for key, value in held.items() if key in known})
 
 
 def prune(arguments: argparse.Namespace) -> int:
