@@ -3,8 +3,8 @@
 Events of up to 10 kHz (key down, key up, mouse motion, scroll) are cut into buckets at the latent rate. A row is a snapshot taken at the
 time of the latest raw frame its latent encodes: the state of 256 buttons, the net mouse displacement since the snapshot before, and the
 sign of the net scroll since then. An event at the very time of a snapshot belongs to it, so every event lies in exactly one bucket:
-bucket 0 is (-1/fps, 0] before raw frame 0, bucket t is (r (t-1) / fps, r t / fps]. A key pressed and released inside one bucket would be
-invisible in a snapshot; with `keep_taps` (the default) it counts as held there.
+bucket 0 is (-1/fps, 0] before raw frame 0, bucket t is (r (t-1) / fps, r t / fps]. A key pressed and released inside one bucket is not seen
+by a snapshot, as in the paper; with `keep_taps` it counts as held there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def bucket_edges(latent_frames: int, fps: Fraction, temporal_stride: int) -> NDA
     return np.array([frame * 10**9 * fps.denominator // fps.numerator for frame in frames], dtype=np.int64)
 
 
-def bucket_events(events: Events, latent_frames: int, fps: Fraction, temporal_stride: int, keep_taps: bool = True) -> NDArray[np.float32]:
+def bucket_events(events: Events, latent_frames: int, fps: Fraction, temporal_stride: int, keep_taps: bool = False) -> NDArray[np.float32]:
     """[T, 259] controls in the order of CONTROL_NAMES. Buttons pressed before the first bucket are held until released."""
     edges = bucket_edges(latent_frames, fps, temporal_stride)
     bucket = np.searchsorted(edges, events.time_ns, side="left") - 1  # -1: before the first bucket; T: after the last

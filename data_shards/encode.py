@@ -37,6 +37,7 @@ OPTIONS = {
     "model": Option(text, "folder, file or hub name of the autoencoder (all codecs but linear)", None),
     "psnr": Option(choice("yes", "no"), "decode every clip again to measure the loss; slow for learned codecs", "yes"),
     "image_latents_every": Option(whole(0), "raw frames between stored image latents, where cuts may start; 0 = at the start only", 0),
+    "keep_taps": Option(choice("yes", "no"), "a key pressed and released between two snapshots of the controls counts as held", "no"),
     "text": Option(text, "folder or hub name of a transformers encoder; `ready`: the source's own embeddings", None),
     "text_length": Option(whole(1, 65536), "tokens kept of a caption, L", 300),
     "text_prefix": Option(text, "goes before every caption; its tokens are dropped, but for the first and the last", ""),

@@ -47,6 +47,7 @@ class Settings:
     model: str | None = None
     psnr: str = "yes"
     image_latents_every: int = 0
+    keep_taps: str = "no"
     device: str = "cpu"
     text: str | None = None
     text_length: int = 300
@@ -183,7 +184,7 @@ def encode_shard(job: Job, source: ClipSource, codec: LatentCodec, encoder: Text
             content = source.load(clip)
             arrays = latent_arrays(clip, content, codec, job.settings, tally, count=split == SPLITS[0])
             latents = arrays["latent.npy"][1]
-            arrays |= control_arrays(source, content, len(latents), codec.temporal_stride)
+            arrays |= control_arrays(source, content, len(latents), codec.temporal_stride, job.settings.keep_taps == "yes")
             arrays |= text_arrays(clip, content, job.settings, encoder, tally)
             facts = {"key": clip.key, "episode": clip.episode, "split": split, "fps": source.fps, "raw_frames": clip.frames}
             facts |= {} if content.caption is None else {"caption": content.caption}
@@ -223,10 +224,10 @@ def image_latents(video: NDArray[np.uint8], codec: LatentCodec, every: int) -> I
         yield codec.encode(video[frame : frame + 1])
 
 
-def control_arrays(source: ClipSource, content: ClipContent, latent_frames: int, stride: int) -> Arrays:
+def control_arrays(source: ClipSource, content: ClipContent, latent_frames: int, stride: int, keep_taps: bool) -> Arrays:
     if content.events is not None:
         fps = Fraction(source.fps).limit_denominator(100_000)
-        return {"controls.npy": ("float32", bucket_events(content.events, latent_frames, fps, stride))}
+        return {"controls.npy": ("float32", bucket_events(content.events, latent_frames, fps, stride, keep_taps))}
     if content.frame_controls is not None:
         return {"controls.npy": ("float32", bucket_controls(content.frame_controls, source.control_sums, stride))}
     return {}

@@ -1,5 +1,6 @@
 """Event bucketing against a slow, obvious simulation in exact fractions; nothing lost, nothing twice."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -66,13 +67,36 @@ def test_buckets_follow_the_definition(rows, fps, stride, keep_taps):
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS, fps=RATES)
 def test_nothing_is_lost_or_counted_twice(rows, fps):
-    """Two clips that touch share no event and miss none: their displacements add up to those of the events they span."""
+    """The displacements add up to those of the events that the clip spans, whatever lies on its buckets' edges."""
     events = events_of(rows)
     whole = bucket_events(events, 7, fps, 4)
     edges = bucket_edges(7, fps, 4)
     spanned = (events.kind == MOUSE) & (events.time_ns > edges[0]) & (events.time_ns <= edges[-1])
     assert whole[:, BUTTONS].sum() == events.dx[spanned].sum()
     assert whole[:, BUTTONS + 1].sum() == events.dy[spanned].sum()
+
+
+FRAME_NS = 20 * 10**6  # at 50 frames per second a raw frame starts at a whole nanosecond, so a clip may be cut at any
+NEAR_FRAMES = st.builds(lambda k, d: k * FRAME_NS + d, st.integers(-3, 60), st.integers(-1, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(NEAR_FRAMES, st.integers(0, 3), st.integers(0, 5), st.integers(-9, 9), st.integers(-9, 9)), max_size=60))
+def test_two_clips_that_touch_share_no_event_and_miss_none(rows):
+    """Raw frames 0 to 24, and 25 to 49 of one recording, against the events between."""
+    events, parts = events_of(rows), []
+    for first in (0, 25):
+        shifted = dataclasses.replace(events, time_ns=events.time_ns - first * FRAME_NS)
+        parts.append(bucket_events(shifted, 7, Fraction(50), 4))
+    both = np.concatenate(parts)
+    spanned = (events.kind == MOUSE) & (events.time_ns > -FRAME_NS) & (events.time_ns <= 49 * FRAME_NS)
+    assert both[:, BUTTONS].sum() == events.dx[spanned].sum()
+    assert both[:, BUTTONS + 1].sum() == events.dy[spanned].sum()
+    held = np.zeros(BUTTONS)
+    for kind, code, time in zip(events.kind, events.code, events.time_ns):
+        if kind <= KEY_UP and time <= 25 * FRAME_NS:
+            held[code] = kind == KEY_DOWN
+    np.testing.assert_array_equal(parts[1][0, :BUTTONS], held)  # the state goes on over the cut
 
 
 def test_ten_kilohertz_for_a_minute():
@@ -97,6 +121,7 @@ def test_taps_and_held_keys():
     assert kept[:, 87].tolist() == [1, 1, 1, 0, 0]  # held since before the clip; released in (133, 200] ms
     assert kept[:, 32].tolist() == [0, 0, 1, 0, 0]
     assert snapshots[:, 32].tolist() == [0] * 5
+    np.testing.assert_array_equal(bucket_events(events, 5, Fraction(60), 4), snapshots)  # the paper's is the default
 
 
 def test_bad_streams_are_refused():
