@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel.comm import AllGather, Begin, Exchange, Finish, Member, Program, Request, Tape, Traffic, Verb, apply, sent_bytes
+from parallel.timing import CommClock
 
 
 class ProcessGroupComm:
@@ -30,6 +31,7 @@ class ProcessGroupComm:
         self.traffic = Traffic()
         self.tape: Tape | None = None
         self.scope = ""
+        self.clock: CommClock | None = None  # told of the time in collectives, if there is one
         self._groups = groups
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -51,7 +53,10 @@ class ProcessGroupComm:
             if tape is not None and tape.replaying:
                 answer = None if isinstance(request, Begin) else tape.next()
                 continue
+            mark = self.clock.mark() if self.clock else None
             answer = self._carry_out(request, label)
+            if self.clock:
+                self.clock.since(mark)
             if tape is not None and not isinstance(request, Begin):
                 tape.answers.append(answer)
 

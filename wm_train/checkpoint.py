@@ -144,10 +144,12 @@ def verify(folder: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) ->
     return problems
 
 
-def find_newest(root: Path, world: World, report: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """The newest valid checkpoint under `root`, the same on all ranks, or None. Bad ones are quarantined and reported."""
+def find_newest(root: Path, world: World, report: Callable[[str], None], before: int | None = None) -> tuple[Path, Manifest] | None:
+    """The newest valid checkpoint under `root` (of a step less than `before`), the same on all ranks, or None. Bad ones are quarantined
+    and reported."""
     while True:
         found = committed(root) if world.rank == 0 else []
+        found = [folder for folder in found if before is None or int(folder.name.removeprefix("step_")) < before]
         name = world.from_first(found[-1].name if found else None)
         if name is None:
             return None

@@ -166,9 +166,13 @@ class TrainerConfig:
     keep_last: int = 2
     keep_every: int = 0  # checkpoints of every n-th step are kept for good; 0 = none
     on_bad_step: str = "stop"  # stop | skip: what to do with a loss or gradient that is not finite, or spikes
-    bad_step_budget: int = 10  # skipped steps before the run stops all the same
+    bad_step_budget: int = 10  # skipped steps before the run goes back, or stops
+    rewinds: int = 1  # how often it goes back to the checkpoint before them, to leave out all batches since; then it stops
     spike_factor: float = 0.0  # a loss above this many times the recent median is bad; 0 = no limit
     skip_steps: tuple[int, ...] = ()  # steps (from 1) whose batch is left out
+    sdc_every: int = 100  # steps between comparisons of replicated state, also before each checkpoint; 0 = none
+    straggler_factor: float = 1.5  # a rank whose own work takes this many times the others' median is named; 0 = none is
+    profile: str | None = None  # steps of which rank 0 writes a trace: 10-15
     accumulate: int = 1  # micro-batches per step
     validate_every: int = 50  # steps between held-out losses; 0 = at the end only
     validation_clips: int = 8  # 0 = no held-out loss

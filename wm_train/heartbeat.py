@@ -7,6 +7,7 @@ and what it did last. Ages are measured by the file system's clock, the same for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -34,7 +35,8 @@ class Heartbeat:
     def _beat(self) -> None:
         while True:
             # One write of one length in place: a process that is stopped in between never leaves half a sentence.
-            os.pwrite(self._file, json.dumps({"step": self.step, "section": self.section}).ljust(LENGTH).encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk ends no run; silence is what others will see
+                os.pwrite(self._file, json.dumps({"step": self.step, "section": self.section}).ljust(LENGTH).encode(), 0)
             if self._ended.wait(INTERVAL_S):
                 return
 

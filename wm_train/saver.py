@@ -40,7 +40,8 @@ class Saver:
             self._commit(step, state, facts)
             self.wait()
         else:
-            self._thread = threading.Thread(target=self._commit, args=(step, state, facts), name="checkpoint")
+            # A daemon: when the run has failed, its peers may never answer, and what is half written is no checkpoint.
+            self._thread = threading.Thread(target=self._commit, args=(step, state, facts), name="checkpoint", daemon=True)
             self._thread.start()
 
     def wait(self) -> bool:

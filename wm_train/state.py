@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +79,22 @@ def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def facts(run: RunConfig, data_fingerprint: str, world: World, recent_losses: list[float]) -> dict[str, Any]:
+def facts(run: RunConfig, data_fingerprint: str, world: World, guard: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself besides its tensors."""
     return {
         "identity": identity(run, data_fingerprint),
         "config": public_config(run),
         "world": world.size,
-        "recent_losses": recent_losses,
+        "guard": guard,
     }
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage begins: steps that are done already, and the last losses before."""
+    """Where a stage begins: steps that are done already, and what the step guard remembers of them."""
 
     steps_done: int = 0
-    recent_losses: tuple[float, ...] = ()
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: World, report: Callable[[str], None]) -> Start:
@@ -117,7 +117,7 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
         )
     checkpoint.load(folder, manifest, state.tensors())
     report(f"continuing from {folder} after {manifest.step} steps")
-    return Start(manifest.step, tuple(manifest.facts["recent_losses"]))
+    return Start(manifest.step, manifest.facts.get("guard", {}))
 
 
 def _inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[str], None]) -> None:

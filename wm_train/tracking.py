@@ -1,27 +1,27 @@
-"""The record of a run: a JSONL file that is always complete, and MLflow fed from it by a thread that training never waits for.
+"""The record of a run: JSONL files that are always complete, and MLflow fed from them by a thread that training never waits for.
 
 `metrics.jsonl` in the stage's folder has one line per step. After a restart the lines of steps that are done again are dropped first, so
-the file always reads like an undisturbed run. MLflow gets the same figures in batches. If its store fails, the run goes on and says so
-once; the file still has everything.
+the file always reads like an undisturbed run. If MLflow's store fails, the run goes on and says so once; what the store missed is sent
+when it answers again, at the next start, or by `python -m wm_train.tracking replay <folder>`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import logging
 import os
-import queue
-import threading
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from wm_train.compose import from_json
 from wm_train.config import RunConfig
-
-BATCH_SECONDS = 2.0  # how long figures may wait for company before they are sent
+from wm_train.goodput import begin_life, productive, read_life, write_life
+from wm_train.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord
 
 
 def public_config(run: RunConfig) -> dict[str, Any]:
@@ -42,20 +42,37 @@ def store_uri(run: RunConfig) -> str:
 
 
 class StepLog:
-    """`metrics.jsonl`: one JSON object per step, in order, each step once."""
+    """`metrics.jsonl`: one JSON object per step, in order, each step once. `dropped`: steps after `first_step` that it held."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [row for row in read_steps(path) if row["step"] <= first_step] if path.exists() else []
+        rows = read_steps(path) if path.exists() else []
+        kept = [row for row in rows if row["step"] <= first_step]
+        self.dropped = len(rows) - len(kept)
+        self.productive_s = sum(map(productive, kept))
         draft = path.with_suffix(".tmp-rewrite")
         draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
         draft.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._unwritten = b""
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+    def write(self, row: dict[str, Any]) -> OSError | None:
+        """Add a line. What cannot be written now (a full disk) is kept and goes first next time; the reason is returned."""
+        self._unwritten += (json.dumps(row) + "\n").encode()
+        self.productive_s += productive(row)
+        return self._flush()
 
-    def close(self) -> None:
-        self._file.close()
+    def _flush(self) -> OSError | None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> OSError | None:
+        problem = self._flush()
+        os.close(self._file)
+        return problem
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -70,110 +87,88 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Steps, artifacts and the end of one stage, written to the JSONL file and forwarded to MLflow. Lives on rank 0 only."""
+    """Steps, artifacts and the end of one stage, written to files that MLflow is fed from. Lives on rank 0 only."""
 
     def __init__(self, run: RunConfig, stage: str, folder: Path, first_step: int, report: Callable[[str], None]) -> None:
-        self._steps = StepLog(folder / "metrics.jsonl", first_step)
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self.folder, self.report = folder, report
+        self._steps = StepLog(folder / METRICS, first_step)
+        self._life = begin_life(folder, self._steps.dropped)
+        self._worked = self._full = False
+        self._forwarder: Forwarder | None = None
         if run.tracker.name == "mlflow":
-            sender = _MlflowSender(run, stage, folder)
-            self._thread = threading.Thread(target=_forward, args=(sender, self._queue, report), name="mlflow", daemon=True)
-            self._thread.start()
+            record = record_of(run, stage, folder)
+            record.rewind(first_step)
+            self._forwarder = Forwarder(record, report)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of finished step `step` (counted from 1)."""
-        self._steps.write({"step": step, **figures})
-        self._queue.put(("metrics", step, int(time.time() * 1000), figures))
+        """Figures of finished step `step` (counted from 1). Writes one line; nothing is waited for."""
+        problem = self._steps.write({"step": step, "time": time.time(), **figures})
+        if problem is not None and not self._full:
+            self.report(f"record: cannot write {self.folder / METRICS} ({problem}). Its lines are kept until it can. Fix: make room")
+        self._worked, self._full = True, problem is not None
+
+    def rewind(self, step: int) -> None:
+        """What comes after `step` will be done again."""
+        self._steps.close()
+        self._steps = StepLog(self.folder / METRICS, step)
+        self._life = replace(self._life, redone_steps=self._life.redone_steps + self._steps.dropped)
+        if self._forwarder is not None:
+            self._forwarder.record.rewind(step)
 
     def artifact(self, path: Path) -> None:
-        """Copy a file into the run's artifacts."""
-        self._queue.put(("artifact", path))
+        """Note a file in the stage's folder as one of the run's artifacts."""
+        try:
+            with (self.folder / ARTIFACTS).open("a") as file:
+                file.write(json.dumps({"path": str(path.relative_to(self.folder))}) + "\n")
+        except OSError as error:
+            self.report(f"record: {path} is not noted as an artifact ({error})")
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
-        """Write out what is queued and end the run as FINISHED, FAILED or KILLED."""
-        self._steps.close()
-        self._queue.put(("end", status))
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        """End the run as FINISHED, FAILED or KILLED; say and record its goodput; send what is left."""
+        problem = self._steps.close()
+        if self._worked or status != "FINISHED":
+            spent = self._steps.productive_s
+            self._life = replace(self._life, status=status, ended=time.time(), productive_s=spent)
+            self.report(str(self._life))
+        else:  # there was nothing to do
+            self._life = replace(self._life, status=status)
+        try:
+            write_life(self.folder, self._life)
+        except OSError as error:
+            problem = problem or error
+        if problem is not None:
+            self.report(f"record: the last lines of {self.folder / METRICS} are lost ({problem})")
+        if self._forwarder is not None:
+            self._forwarder.close(status, timeout_s)
 
 
-def _forward(sender: _MlflowSender, items: queue.SimpleQueue, report: Callable[[str], None]) -> None:
-    """Thread body: gather what arrives within BATCH_SECONDS and send it. A failing store is reported once and given up."""
-    try:
-        sender.open()
-        ended = False
-        while not ended:
-            batch = [items.get()]
-            until = time.monotonic() + BATCH_SECONDS
-            while batch[-1][0] != "end" and (left := until - time.monotonic()) > 0:
-                try:
-                    batch.append(items.get(timeout=left))
-                except queue.Empty:
-                    break
-            ended = batch[-1][0] == "end"
-            sender.send(batch)
-    except Exception as error:  # any failure of a tracking store, of whatever library, must not stop training
-        report(f"MLflow at {_without_login(sender.uri)} failed, the run goes on without it ({type(error).__name__}: {error}). "
-               f"Every figure is in {sender.folder / 'metrics.jsonl'}")  # fmt: skip
+def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
+    uri = store_uri(run)
+    return MlflowRecord(run, public_config(run), stage, folder, uri, _without_login(uri))
 
 
-class _MlflowSender:
-    """The MLflow client calls. One MLflow run per stage; a restarted stage continues its run."""
-
-    def __init__(self, run: RunConfig, stage: str, folder: Path) -> None:
-        self.run, self.stage, self.folder = run, stage, folder
-        self.uri = store_uri(run)
-        self._client: Any = None
-        self._run_id = ""
-
-    def open(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        from mlflow import MlflowClient
-
-        for chatter in ("mlflow.store.db.utils", "alembic"):  # they report the tables they create
-            logging.getLogger(chatter).setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=self.uri)
-        note = self.folder / "mlflow_run_id"
-        if note.exists():
-            self._run_id = note.read_text().strip()
-            return
-        name = self.run.tracker.experiment
-        found = self._client.get_experiment_by_name(name)
-        place = (Path(self.run.out).resolve() / "mlartifacts").as_uri() if self.run.tracker.uri is None else None
-        experiment = found.experiment_id if found else self._client.create_experiment(name, artifact_location=place)
-        self._run_id = self._client.create_run(experiment, run_name=f"{self.run.name}/{self.stage}").info.run_id
-        note.write_text(self._run_id)
-        self._log_config()
-
-    def _log_config(self) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)[:500]) for key, value in _flat("", public_config(self.run))]
-        for start in range(0, len(params), 100):  # MLflow's limit per call
-            self._client.log_batch(self._run_id, params=params[start : start + 100])
-
-    def send(self, batch: list[tuple]) -> None:
-        from mlflow.entities import Metric
-
-        rows = [
-            Metric(key, value, time_ms, step)
-            for kind, *rest in batch
-            if kind == "metrics"
-            for step, time_ms, figures in [rest]
-            for key, value in figures.items()
-        ]
-        for start in range(0, len(rows), 1000):
-            self._client.log_batch(self._run_id, metrics=rows[start : start + 1000])
-        for kind, *rest in batch:
-            if kind == "artifact":
-                self._client.log_artifact(self._run_id, str(rest[0]))
-            elif kind == "end":
-                self._client.set_terminated(self._run_id, rest[0])
+def main(argv: list[str] | None = None) -> int:
+    """`python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
+    parser = argparse.ArgumentParser(prog="python -m wm_train.tracking", description="The record of a stage.")
+    command = parser.add_subparsers(dest="command", required=True, metavar="command").add_parser(
+        "replay", help="send to MLflow what its store does not have yet", description="Send to MLflow what its store does not have yet."
+    )
+    command.add_argument("folder", type=Path, nargs="+", help="<out>/<name>/<stage>, one or more")
+    command.add_argument("--uri", help="another store than the run's")
+    arguments = parser.parse_args(argv)
+    for folder in arguments.folder:
+        try:
+            run = from_json((folder / "config.json").read_text(encoding="utf-8"))
+            uri = arguments.uri or run.tracker.uri
+            record = record_of(replace(run, tracker=replace(run.tracker, uri=uri)), folder.name, folder)
+            life = read_life(folder)
+            steps = record.catch_up(life.status if life and life.status != "RUNNING" else None)
+        except Exception as error:  # a missing file, or any failure of whatever library the store uses
+            print(f"replay of {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        print(f"{folder}: {steps} steps sent")
+    return 0
 
 
-def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [row for key, inner in value.items() for row in _flat(f"{prefix}.{key}" if prefix else key, inner)]
-    return [(prefix, value)]
+if __name__ == "__main__":
+    sys.exit(main())

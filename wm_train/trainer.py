@@ -7,7 +7,6 @@ take the same step (design §3, §9).
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 
@@ -16,7 +15,7 @@ from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import stage_directory, stage_run
-from wm_train.guard import Guard
+from wm_train.guard import Guard, RewindError
 from wm_train.heartbeat import Heartbeat, silent_ranks
 from wm_train.manifest import CheckpointError
 from wm_train.metrics.flops import mfu
@@ -25,11 +24,16 @@ from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.ema import ema_update
 from wm_train.optim.schedule import learning_rate
 from wm_train.preemption import Preempted, StopRequest
+from wm_train.profiling import StepProfiler, steps_to_profile
 from wm_train.progress import Progress, complain
+from wm_train.replicas import check_replicas
+from wm_train.rewind import rewind
 from wm_train.samples import show_samples
 from wm_train.saver import Saver
 from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
 from wm_train.state import SetupError, Start, TrainState, build_state, facts, restore
+from wm_train.step_clock import StepClock
+from wm_train.stragglers import Stragglers
 from wm_train.tensor_parts import is_first_copy, local_tensor
 from wm_train.tracking import Tracker
 from wm_train.validation import held_out_loss
@@ -55,7 +59,15 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
     outcome = "FAILED"
     try:
         with Heartbeat(folder / "heartbeats", world.rank) as pulse:
-            run_steps(stage, state, start, tracker, progress, stop, pulse)
+            clock, done = StepClock(stage, state), False
+            while not done:
+                try:
+                    run_steps(stage, state, start, tracker, progress, stop, pulse, clock)
+                    done = True
+                except RewindError as asked:
+                    start = rewind(run, state, asked, world, progress.say)
+                    if tracker:
+                        tracker.rewind(start.steps_done)
             pulse.at(stage.config.steps, "samples")
             show_samples(stage, state, folder, tracker, progress)
         outcome = "FINISHED"
@@ -68,28 +80,49 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
         raise
     finally:
         if tracker:
-            tracker.close(outcome)
+            tracker.close(outcome, timeout_s=30.0 if outcome == "FINISHED" else 5.0)
 
 
 def run_steps(
-    stage: Stage, state: TrainState, start: Start, tracker: Tracker | None, progress: Progress, stop: StopRequest, pulse: Heartbeat
+    stage: Stage,
+    state: TrainState,
+    start: Start,
+    tracker: Tracker | None,
+    progress: Progress,
+    stop: StopRequest,
+    pulse: Heartbeat,
+    clock: StepClock,
 ) -> None:
-    """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`, at the end and when asked to stop."""
+    """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`, at the end and when asked to stop.
+
+    Errors: BadStepError and RewindError from the guard, CorruptionError when replicas differ, Preempted.
+    """
     run, steps = stage.run, stage.config.steps
     if start.steps_done >= steps:
         progress.say(f"stage {run.stage} already has all of its {steps} steps")
         return
-    guard = Guard(run.trainer, start.recent_losses)
+    guard, stragglers = Guard(run.trainer, start.guard), Stragglers(run.trainer.straggler_factor)
+    profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), stage_directory(run, run.stage) / "profile")
     saver = Saver(stage_directory(run, run.stage) / "checkpoints", run.stage, run.trainer, stage.world, progress.say)
     with open_loader(stage, "train", stage.config.global_batch, start.steps_done) as loader:
         for step in range(start.steps_done + 1, steps + 1):
-            started = time.perf_counter()
+            profiler.before(step)
+            clock.begin()
             pulse.at(step, "data")
             batch = on_device(stage, next(loader))
             pulse.at(step, "train")
-            figures = train_step(stage, state, batch, step, guard, stop)
+            try:
+                figures, times = train_step(stage, state, batch, step, guard, stop, clock)
+            except RewindError:
+                saver.wait()
+                raise
             stage.backend.synchronize()
-            figures |= speed(stage, time.perf_counter() - started)
+            figures |= clock.end(batch.data_wait_s)
+            figures |= speed(stage, figures["step_s"])
+            if tracker and (trace := profiler.after(step)):
+                tracker.artifact(trace)
+            if news := stragglers.seen(step, times):
+                progress.say(news)
             stopping = figures.pop("stop") > 0
             pulse.at(step, "record, validate, save")
             if step == steps or (run.trainer.validate_every and step % run.trainer.validate_every == 0):
@@ -97,8 +130,11 @@ def run_steps(
             if tracker:
                 tracker.step(step, figures)
             progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
-            if step % run.trainer.checkpoint_every == 0 or step == steps or stopping:
-                saver.save(step, state.tensors(), facts(run, stage.dataset.fingerprint, stage.world, list(guard.recent)))
+            saving = step % run.trainer.checkpoint_every == 0 or step == steps or stopping
+            if run.trainer.sdc_every and (saving or step % run.trainer.sdc_every == 0):
+                check_replicas(step, state.tensors(), stage.world)
+            if saving:
+                saver.save(step, state.tensors(), facts(run, stage.dataset.fingerprint, stage.world, guard.memory()))
             if stopping and step < steps:
                 saved = saver.wait()
                 raise Preempted(f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of {steps}")
@@ -106,17 +142,20 @@ def run_steps(
         raise CheckpointError(f"stage {run.stage}: its last checkpoint could not be saved. Fix: make room and start it again")
 
 
-def train_step(stage: Stage, state: TrainState, batch: Batch, step: int, guard: Guard, stop: StopRequest) -> dict[str, float]:
-    """Step `step` (from 1) on one global batch; returns its figures, the same on every process."""
+def train_step(
+    stage: Stage, state: TrainState, batch: Batch, step: int, guard: Guard, stop: StopRequest, clock: StepClock
+) -> tuple[dict[str, float], list[list[float]]]:
+    """Step `step` (from 1) on one global batch; returns its figures and every process's times of the step before, both the same on all."""
     config = stage.config
     lr = learning_rate(config.optimizer, step - 1, config.steps)
     set_learning_rate(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
-    left_out = step in stage.run.trainer.skip_steps
+    left_out = guard.leaves_out(step)
 
     sums = {"loss": 0.0} if left_out else gradients(stage, state, batch)
-    mine = [*sums.values(), squared_norm(state, stage.world), batch.data_wait_s, float(stop.raised)]
-    everyone = stage.world.gather_numbers(mine)
+    mine = [*clock.last, *sums.values(), squared_norm(state, stage.world), batch.data_wait_s, float(stop.raised)]
+    with clock.comm.on_host():
+        times, everyone = stage.world.gather_numbers(mine).tensor_split([len(clock.last)], dim=1)
     totals = everyone.sum(dim=0).tolist()
     figures = {name: total / config.global_batch for name, total in zip(sums, totals, strict=False)}
     norm = math.sqrt(totals[-3]) if totals[-3] >= 0 else math.nan
@@ -127,14 +166,14 @@ def train_step(stage: Stage, state: TrainState, batch: Batch, step: int, guard: 
         state.optimizer.step()
         if state.ema:
             ema_update(state.ema, state.model, config.optimizer.ema_decay, step - 1)
-    return {
-        **figures,
+    figures |= {
         "lr": lr,
         "grad_norm": norm,
         "skipped": float(not take),
         "data_wait_s": float(everyone[:, -2].max()),
         "stop": totals[-1],
     }
+    return figures, times.tolist()
 
 
 def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
@@ -169,7 +208,6 @@ def speed(stage: Stage, seconds: float) -> dict[str, float]:
     info, config = stage.dataset.info, stage.config
     tokens = config.global_batch * stage.latent_frames * info.latent_height * info.latent_width
     return {
-        "step_s": seconds,
         "frames_per_s": config.global_batch * config.frames / seconds,
         "tokens_per_s": tokens / seconds,
         "model_tflops_per_s": stage.step_flops / seconds / 1e12,

@@ -20,6 +20,7 @@ from wm_train.compose import Problem
 from wm_train.config import ModelConfig, RunConfig, StageConfig
 from wm_train.data_rules import data_problems
 from wm_train.mesh_rules import batch_problems, mesh_problems
+from wm_train.profiling import is_step_range
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
 ENGINES = ("native", "deepspeed", "xfuser")  # parallel/engines.py, which imports torch
@@ -44,7 +45,9 @@ def problems_of(config: RunConfig) -> list[Problem]:
             config.trainer,
             (
                 *_counts("checkpoint_every", "keep_last", "accumulate", "sample_steps"),
-                *_counts("samples", "validate_every", "validation_clips", "keep_every", "bad_step_budget", low=0),
+                *_counts("samples", "validate_every", "validation_clips", "keep_every", "bad_step_budget", "rewinds", "sdc_every", low=0),
+                ("straggler_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (none is named) or more than 1"),
+                ("profile", is_step_range, "steps such as 10-15, or null"),
                 ("spike_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (no limit) or more than 1"),
                 _one_of("on_bad_step", ("stop", "skip")),
                 ("skip_steps", lambda steps: all(step > 0 for step in steps), "step numbers from 1 on"),

@@ -1,9 +1,8 @@
 """What every launcher runs on every rank: `python -m wm_train.worker --config resolved.json`.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the resolved config, whose `stage` names
-one stage. Exit codes: 0 the stage is done; 2 the user must change something, so a restart would not help, or another run owns the
-folder; 75 asked to stop by SIGTERM or
-SIGUSR1, and saved: start the same command again to go on; 1 anything else.
+one stage. Exit codes: 0 the stage is done; 2 the user must change something, or another run owns the folder, so a restart would not help;
+75 asked to stop by SIGTERM or SIGUSR1, and saved: start the same command again to go on; 1 anything else.
 """
 
 from __future__ import annotations
@@ -58,4 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == FAILED:  # at once: threads and connections may wait for peers that will never answer
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -71,6 +71,10 @@ BAD_VALUES: dict[str, list[Any]] = {
     "trainer.checkpoint_every": [0],
     "trainer.keep_last": [0],
     "trainer.samples": [-1],
+    "trainer.rewinds": [-1],
+    "trainer.sdc_every": [-1],
+    "trainer.straggler_factor": [0.5, NAN],
+    "trainer.profile": ["", "5-", "7-3", "0-2", "a"],
     "trainer.sample_steps": [0],
 }
 

@@ -1,6 +1,7 @@
 """The loop in one process: what it refuses to continue, what it skips, what it hands on."""
 
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -27,13 +28,13 @@ def tensors(folder):
     return targets
 
 
-def poison(monkeypatch, step: int, factor: float) -> None:
-    """Multiply the loss of one global batch of two clips."""
+def poison(monkeypatch, step: int, factor: float, until: int | None = None) -> None:
+    """Multiply the loss of one global batch of two clips, or of all `until` another."""
     true = objectives.OBJECTIVES["flow_matching"]
 
     def poisoned(model, batch, *rest):
         out = true(model, batch, *rest)
-        scale = torch.where(batch.draws // 2 == step - 1, factor, 1.0)
+        scale = torch.where((batch.draws // 2 >= step - 1) & (batch.draws // 2 < (until or step)), factor, 1.0)
         return dataclasses.replace(out, loss=out.loss * scale)
 
     monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", poisoned)
@@ -83,6 +84,38 @@ def test_a_spike_is_skipped_when_asked(train_here, tmp_path, monkeypatch):
     train_here(tmp_path, "trainer.on_bad_step=skip", "trainer.spike_factor=20")
     rows = read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["skipped"]] == [12]
+
+
+def test_when_skipping_does_not_help_the_run_goes_back_and_leaves_out_what_led_there(train_here, tmp_path, monkeypatch):
+    """Steps 12 to 14 are bad and two may be skipped: back to the checkpoint of step 10, without the batches 11 to 14."""
+    train_here(tmp_path / "without", "trainer.skip_steps=[11,12,13,14]")
+    poison(monkeypatch, 12, float("nan"), until=14)
+    train_here(tmp_path / "rewound", "trainer.on_bad_step=skip", "trainer.bad_step_budget=2")
+    without, rewound = tensors(tmp_path / "without"), tensors(tmp_path / "rewound")
+    assert all(torch.equal(without[name], rewound[name]) for name in without)
+    rows = read_steps(tmp_path / "rewound" / "demo" / "short" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["step"] for row in rows if row["skipped"]] == [11, 12, 13, 14]
+    assert read_manifest(newest(tmp_path / "rewound")).facts["guard"]["rewound"] == [[11, 14]]
+
+
+def test_without_a_checkpoint_before_the_bad_steps_there_is_nothing_to_go_back_to(train_here, tmp_path, monkeypatch):
+    poison(monkeypatch, 2, float("nan"), until=4)
+    with pytest.raises(BadStepError, match="no checkpoint before step 2"):
+        train_here(tmp_path, "trainer.on_bad_step=skip", "trainer.bad_step_budget=1")
+
+
+def test_profiled_steps_become_a_trace_and_change_nothing(alone, train_here, losses, tmp_path):
+    train_here(tmp_path, "trainer.profile=3-4")
+    assert losses(tmp_path) == alone
+    with gzip.open(tmp_path / "demo" / "short" / "profile" / "steps_3-4.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    assert "profile/steps_3-4.json.gz" in (tmp_path / "demo" / "short" / "artifacts.jsonl").read_text()
+    row = read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")[-1]
+    assert 0 <= row["comm_share"] < 1
+    assert row["cpu_cores"] > 0
+    assert row["memory_host_bytes"] > 10**7
 
 
 def test_the_second_stage_starts_from_the_averaged_weights_of_the_first(train_here, tmp_path):

@@ -1,0 +1,48 @@
+"""Profiling on demand: `trainer.profile=10-15` records these steps of rank 0 as a trace for chrome://tracing or Perfetto."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+RANGE = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
+
+
+def is_step_range(text: str | None) -> bool:
+    """Whether `text` is None, `10` or `10-15`."""
+    found = text is None or RANGE.fullmatch(text)
+    return found is True or bool(found and int(found[2] or found[1]) >= int(found[1]))
+
+
+def steps_to_profile(text: str | None) -> range:
+    """`10-15` or `10` -> the steps; None -> none."""
+    found = RANGE.fullmatch(text or "")
+    return range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+
+
+class StepProfiler:
+    """Call `before` and `after` every step."""
+
+    def __init__(self, steps: range, folder: Path) -> None:
+        self.steps, self.folder = steps, folder
+        self._profile: Any = None
+        self._first = 0
+
+    def before(self, step: int) -> None:
+        if step in self.steps and self._profile is None:
+            from torch.profiler import profile
+
+            self._profile, self._first = profile(), step
+            self._profile.start()
+
+    def after(self, step: int) -> Path | None:
+        """The trace, when `step` was its last one."""
+        if self._profile is None or step + 1 in self.steps:
+            return None
+        self._profile.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"steps_{self._first}-{step}.json.gz"
+        self._profile.export_chrome_trace(str(path))
+        self._profile = None
+        return path

@@ -1,0 +1,34 @@
+"""Going back after too many bad steps: the checkpoint before them is taken, and what was learned since is dropped."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from wm_train import checkpoint
+from wm_train.config import RunConfig
+from wm_train.curriculum import stage_directory
+from wm_train.guard import BadStepError, RewindError
+from wm_train.state import Start, TrainState
+from wm_train.world import World
+
+
+def rewind(run: RunConfig, state: TrainState, asked: RewindError, world: World, report: Callable[[str], None]) -> Start:
+    """Fill the state from the newest valid checkpoint before the first bad step; later ones will be made again.
+
+    Errors: BadStepError when there is no such checkpoint.
+    """
+    root = stage_directory(run, run.stage) / "checkpoints"
+    found = checkpoint.find_newest(root, world, report, before=asked.first)
+    if found is None:
+        raise BadStepError(f"{asked.text}, and no checkpoint before step {asked.first} to go back to. Fix: lower the learning rate")
+    folder, manifest = found
+    if world.rank == 0:  # under names that drafts have: they are never taken for checkpoints, and cleaned with the next save
+        for later in checkpoint.committed(root):
+            if later.name > folder.name:
+                later.rename(root / f"{later.name}.tmp-{secrets.token_hex(4)}")
+    world.barrier()
+    checkpoint.load(folder, manifest, state.tensors())
+    memory = manifest.facts.get("guard", {})
+    report(f"{asked.text}: going back to step {manifest.step}; the batches of steps {manifest.step + 1} to {asked.last} are left out")
+    return Start(manifest.step, {**memory, "skipped": [], "rewound": [*asked.earlier, (manifest.step + 1, asked.last)]})
