@@ -227,13 +227,22 @@ def _fill(files: dict[str, Any], key: str, entry: TensorEntry, target: torch.Ten
 
 
 def prune(root: Path, keep_last: int, keep_every: int, world: World) -> None:
-    """Delete drafts, and all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (0: none)."""
+    """Delete drafts, and all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (0: none).
+
+    Errors: CheckpointError on all ranks when something could not be deleted.
+    """
+    problems = []
     if world.rank == 0:
         for folder in [*committed(root)[:-keep_last], *drafts(root)]:
             step = STEP_FOLDER.fullmatch(folder.name)
             if not (step and keep_every and int(step[1]) % keep_every == 0):
-                shutil.rmtree(folder)
-    world.barrier()
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    problems.append(str(error))
+    problems = world.from_first(problems)
+    if problems:
+        raise CheckpointError(f"deleting old checkpoints in {root}: {'; '.join(problems)}. Fix: delete them by hand")
 
 
 def drafts(root: Path) -> list[Path]:

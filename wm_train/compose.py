@@ -87,6 +87,7 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     folders = [config_directory(), *([extra.resolve()] if extra else [])]
     lines, problems = _read_overrides(list(overrides), groups(folders))
@@ -101,6 +102,8 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
             composed = hydra_compose("config", lines)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_translate(error)]) from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:  # a file of one's own that is no plain YAML
+        raise ConfigError([Problem("--config-dir", " ".join(str(error).split()), "files of plain YAML, without tags")]) from error
     raw = OmegaConf.to_container(composed, resolve=False)
     problems = _resolver_calls(raw, "")
     try:

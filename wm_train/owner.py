@@ -51,13 +51,13 @@ def this_process() -> Owner:
     token = secrets.token_hex(8)
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
-        born = _born(os.getpid())
+        born = born_at(os.getpid())
     except OSError:  # no such facts here: only the beat will tell
         machine, born = token, ""
     return Owner(token, socket.gethostname(), os.getpid(), machine, born)
 
 
-def _born(pid: int) -> str:
+def born_at(pid: int) -> str:
     """When a process started, in ticks since boot; empty for one that is gone or a zombie."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -81,7 +81,7 @@ def read_owner(folder: Path) -> Owner | None:
 def lives(folder: Path, owner: Owner, me: Owner) -> bool:
     """Whether the owner of `folder` is alive; takes up to STALE_S when it is on another machine."""
     if owner.machine == me.machine:
-        return bool(owner.born) and _born(owner.pid) == owner.born
+        return bool(owner.born) and born_at(owner.pid) == owner.born
     until = time.monotonic() + STALE_S
     while time.monotonic() < until:
         now = read_owner(folder)

@@ -18,7 +18,7 @@ from wm_train.tensor_parts import local_box, local_tensor
 from wm_train.world import World
 
 
-class CorruptionError(RuntimeError):
+class CorruptionError(Exception):
     """Copies of one tensor differ between processes."""
 
 

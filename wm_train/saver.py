@@ -57,6 +57,10 @@ class Saver:
     def _commit(self, step: int, state: checkpoint.HostCopy, facts: dict[str, Any]) -> None:
         try:
             checkpoint.commit(self.root, step, self.stage, state, facts, self._world)
-            checkpoint.prune(self.root, self.config.keep_last, self.config.keep_every, self._world)
         except CheckpointError as error:  # the same on all ranks, so all of them go on
             self._failure = error
+            return
+        try:
+            checkpoint.prune(self.root, self.config.keep_last, self.config.keep_every, self._world)
+        except CheckpointError as error:  # costs room, not the checkpoint
+            self.report(str(error))

@@ -16,7 +16,7 @@ from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import stage_directory, stage_run
 from wm_train.guard import Guard, RewindError
-from wm_train.heartbeat import Heartbeat, silent_ranks
+from wm_train.heartbeat import Heartbeat, missing_ranks
 from wm_train.manifest import CheckpointError
 from wm_train.metrics.flops import mfu
 from wm_train.objectives import OBJECTIVES
@@ -75,7 +75,7 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
         outcome = "KILLED"
         raise
     except RuntimeError:  # what torch raises when a collective times out or loses its peer
-        for line in silent_ranks(folder / "heartbeats", world.size):
+        for line in missing_ranks(folder / "heartbeats", world.size):
             complain(f"rank {world.rank}: {line}")
         raise
     finally:

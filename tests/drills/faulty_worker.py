@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from wm_train import objectives, trainer, worker
+from wm_train.guard import BadStepError
 from wm_train.tensor_parts import local_tensor
 
 SIGNALS = {"segfault": signal.SIGSEGV, "die": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -49,7 +51,24 @@ def after_step(kind: str, at: int) -> None:
     trainer.train_step = step_and_fault
 
 
+def keep_state_of_a_bad_step() -> None:
+    """What this rank holds when the guard raises goes to `state_of_rank_R.pt` beside the config."""
+    true = trainer.train_step
+
+    def step_or_keep(stage, state, *rest):
+        try:
+            return true(stage, state, *rest)
+        except BadStepError:
+            held = {name: local_tensor(tensor).clone() for name, tensor in state.tensors().items()}
+            path = Path(stage.run.out) / f"state_of_rank_{stage.world.rank}.pt"
+            torch.save({name: tensor for name, tensor in held.items() if tensor.numel()}, path)
+            raise
+
+    trainer.train_step = step_or_keep
+
+
 if __name__ == "__main__":
+    keep_state_of_a_bad_step()
     kind, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if int(os.environ["RANK"]) == rank:
         (after_step if kind in SIGNALS or kind == "flip" else poison)(kind, step)

@@ -58,7 +58,7 @@ def test_a_second_run_is_refused_and_told_whose_it_is_and_a_killed_one_is_succee
         check_free(tmp_path)
     rival.kill()
     began = time.monotonic()
-    while owner._born(rival.pid):
+    while owner.born_at(rival.pid):
         time.sleep(0.01)  # it is a zombie until we wait for it, and that is dead enough
     with owned(tmp_path) as mine:
         assert read_owner(tmp_path).pid == mine.pid == os.getpid()
