@@ -1,7 +1,9 @@
-"""Does a trained model use the camera? Flow-matching loss on held-out clips with each clip's own path, with another clip's, and with none.
+"""Does a trained model use the camera? Flow-matching loss on held-out clips with each clip's own path, with other clips', and with none.
 
-`python benchmarks/camera_matters.py RUN/STAGE [--clips 4] [--draws 8]`: RUN/STAGE is a finished stage's folder; its newest checkpoint's
-averaged weights are used. All three see the same noise and noise levels. Prints the three losses and their ratios to the first.
+`python benchmarks/camera_matters.py RUN/STAGE [--clips 14] [--draws 2] [--others 3]`: RUN/STAGE is a finished stage's folder; its newest
+checkpoint's averaged weights are used. The first frame is given, every frame has the same noise level, and all cases see the same noise, so
+that differences are paired. "Others'" are paths of other videos, `--others` per clip. Standard errors are over videos: two clips of one
+video are not independent. "None" tells something only of a model that was trained with camera_dropout.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data_shards.load import ClipLoader
-from data_shards.read import open_dataset
+from data_shards.load import Batch, ClipLoader
+from data_shards.read import ClipDataset, open_dataset
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train import checkpoint
@@ -25,7 +28,10 @@ from wm_train.models import build_model
 from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey
 from wm_train.objectives import OBJECTIVES
+from wm_train.validation import NOISE_STAGE, at_sigma
 from wm_train.world import World
+
+SIGMAS = (0.3, 0.5, 0.7, 0.9, 0.97)
 
 
 def trained_model(run: RunConfig, folder: Path) -> torch.nn.Module:
@@ -40,13 +46,39 @@ def trained_model(run: RunConfig, folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
+def held_out(dataset: ClipDataset, split: str, clips: int, frames: int) -> Batch:
+    """The first `clips` clips of a split, whole."""
+    rows, span = range(clips), (0, frames)
+    with ClipLoader(dataset, split=split, seed=0, stage=0, global_batch=clips, rows=rows, frames=span, clip_frames=frames) as loader:
+        return next(loader)
+
+
+def other_videos(episodes: list[str], count: int) -> list[list[int]]:
+    """`count` permutations of the clips that give each one a clip of another video, all of them different."""
+    order = sorted(range(len(episodes)), key=lambda clip: episodes[clip])
+    found = []
+    for turn in range(1, len(order)):
+        partner = dict(zip(order, order[turn:] + order[:turn], strict=True))
+        if all(episodes[clip] != episodes[partner[clip]] for clip in order):
+            found.append([partner[clip] for clip in range(len(order))])
+    assert len(found) >= count, f"{len(set(episodes))} videos have {len(found)} such permutations, fewer than the {count} asked for"
+    return found[:: len(found) // count][:count]
+
+
+def paired(difference: Tensor, episodes: list[str]) -> tuple[float, float]:
+    """Mean over clips and its standard error over videos."""
+    per_video = torch.stack([difference[[e == video for e in episodes]].mean() for video in sorted(set(episodes))])
+    return float(difference.mean()), float(per_video.std() / len(per_video) ** 0.5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", help="data set, if it moved")
     parser.add_argument("--split", default="validation")
-    parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--clips", type=int, default=14)
+    parser.add_argument("--draws", type=int, default=2, help="noises per clip and noise level")
+    parser.add_argument("--others", type=int, default=3, help="other paths per clip")
     options = parser.parse_args()
     run = from_json((options.folder / "config.json").read_text())
     run = stage_run(run, run.stage)
@@ -54,27 +86,46 @@ def main() -> None:
     model, dataset = trained_model(run, options.folder), open_dataset(options.data or run.data.path)
     frames = (stage.frames - 1) // dataset.info.temporal_stride + 1
     sequence = LocalSequence(ClipLayout(frames, chunk_starts=chunk_starts(frames, stage.chunk_frames)))
-    rows, span = range(options.clips), (0, frames)
-    with ClipLoader(
-        dataset, split=options.split, seed=0, stage=0, global_batch=options.clips, rows=rows, frames=span, clip_frames=frames
-    ) as loader:
-        batch = next(loader)
+    batch = held_out(dataset, options.split, options.clips, frames)
+    episodes = [dataset.find(key).episode for key in batch.keys]
     own = Conditions((dataset.info.image_height, dataset.info.image_width), dataset.info.temporal_stride, batch.c2w, batch.intrinsics)
-    cases = {
-        "own path": own,
-        "another clip's": replace(own, c2w=batch.c2w.roll(1, 0), intrinsics=batch.intrinsics.roll(1, 0)),
-        "none": replace(own, camera_keep=torch.zeros(options.clips, dtype=torch.bool)),
-    }
-    config = replace(stage.objective, name="flow_matching", image_condition=1.0, camera_dropout=0.0, text_dropout=0.0)
-    losses = dict.fromkeys(cases, 0.0)
-    with torch.no_grad():
+    others = [
+        replace(own, c2w=batch.c2w[clips], intrinsics=batch.intrinsics[clips]) for clips in other_videos(episodes, options.others)
+    ]
+    none = replace(own, camera_keep=torch.zeros(options.clips, dtype=torch.bool))
+
+    @torch.no_grad()
+    def losses(seen: Conditions, sigma: float) -> Tensor:
+        """Loss of each clip, mean over the draws, [clips]."""
+        config = replace(at_sigma(stage.objective, sigma), name="flow_matching")
+        total = torch.zeros(options.clips)
         for draw in range(options.draws):
             part = replace(batch, draws=torch.arange(options.clips) + draw * options.clips)
-            for name, seen in cases.items():
-                output = OBJECTIVES["flow_matching"](model, part, NoiseKey(1, 0), config, sequence, seen)
-                losses[name] += float(output.loss.mean()) / options.draws
-    for name, loss in losses.items():
-        print(f"{name:15} loss {loss:.5f}  {loss / losses['own path']:.4f}x")
+            total += OBJECTIVES["flow_matching"](model, part, NoiseKey(1, NOISE_STAGE), config, sequence, seen).loss
+        return total / options.draws
+
+    print(f"{options.folder}: {options.clips} {options.split} clips of {len(set(episodes))} videos, {stage.frames} frames")
+    print("sigma   own path  others'   others' - own       none     none - own")
+    rows = []
+    for sigma in SIGMAS:
+        rows.append(torch.stack([losses(own, sigma), torch.stack([losses(o, sigma) for o in others]).mean(0), losses(none, sigma)]))
+        report(f"{sigma:<6}", rows[-1], episodes)
+    everything = torch.stack(rows).mean(0)
+    report("mean  ", everything, episodes)
+    better = int((everything[0] < everything[1]).sum())
+    mean, error = paired(everything[1] - everything[0], episodes)
+    print(f"own path better for {better} of {options.clips} clips; others' / own = {1 + mean / float(everything[0].mean()):.4f}")
+    print(f"the camera {'matters' if mean > 2 * error else 'is not shown to matter'}: {mean / error:.1f} standard errors")
+
+
+def report(label: str, cases: Tensor, episodes: list[str]) -> None:
+    own, others, none = cases
+    (shuffled, shuffled_error), (dropped, dropped_error) = paired(others - own, episodes), paired(none - own, episodes)
+    print(
+        f"{label}  {own.mean():.4f}    {others.mean():.4f}    {shuffled:+.4f} ± {shuffled_error:.4f}   {none.mean():.4f}   "
+        f"{dropped:+.4f} ± {dropped_error:.4f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
