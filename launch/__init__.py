@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,24 @@ if TYPE_CHECKING:
 
 LAUNCHERS = {
     "inline": "launch.inline",
+    "kubernetes": "launch.on_kubernetes",
     "ray": "launch.on_ray",
     "slurm": "launch.on_slurm",
     "torchrun": "launch.on_torchrun",
 }  # imported when used, as Ray takes a second
+LATER = ("kubernetes", "slurm")  # these only prepare or queue the work
+WHOLE = ("kubernetes",)  # these take all stages at once
 
 
-def run(launcher: str, spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec` with the named launcher (a key of LAUNCHERS) to its end; returns the exit code, 128 + n for signal n."""
-    return int(import_module(LAUNCHERS[launcher]).run(spec, view))
+def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
+    """Run groups of workers by their names, one of them as "", with the named launcher (a key of LAUNCHERS) to their end; returns the exit
+    code, 128 + n for signal n. Only some launchers take several groups: those with `run_pools`."""
+    module = import_module(LAUNCHERS[launcher])
+    if len(pools) == 1:
+        return int(module.run(next(iter(pools.values())), view))
+    return int(module.run_pools(pools, view))
+
+
+def run_whole(launcher: str, stages: Sequence[Mapping[str, LaunchSpec]], view: ProgressView) -> int:
+    """Hand all stages to one of the launchers in WHOLE; returns the exit code."""
+    return int(import_module(LAUNCHERS[launcher]).run_stages(stages, view))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.progress import ProgressView
 from launch.rank_actor import News, RankActor, Seat
-from launch.restart import Death
+from launch.restart import Death, Growth
 from launch.signals import Caught
 from launch.spec import USER_ERROR, LaunchSpec, rank_environment
 
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
 FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
 WITNESS_S = 2.0  # after a first death, how long to look for others: the peers of a killed rank die of their broken connections
+GROW_LOOK_S = 2.0  # how often to ask Ray whether there is room for more
 STOP_BROKEN_S = 2.0  # the others cannot finish a step without the dead rank, so they get little time
 
 
@@ -32,8 +33,8 @@ class NoRoomError(RuntimeError):
     """The cluster did not have the resources in time."""
 
 
-def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
-    """Place, start, watch. Raises NoRoomError."""
+def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None:
+    """Place, start, watch. After a loss with fewer workers, until there is room for more of them again. Raises NoRoomError."""
     with _placed(spec, spec.fewer if number else (), view) as actors:
         actors, environments, where = _seats(actors, spec)
         view.text(f"{len(actors)} workers on {where}")
@@ -43,12 +44,39 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
         except RayError as error:
             return Death(0, None, f"could not start the workers: {error}")
         view.text("process ids " + " ".join(f"rank {rank}: {pid}" for rank, pid in enumerate(pids[:8])) + (" ..." if len(pids) > 8 else ""))
-        deaths = _watch(actors, view, stop)
-        if not deaths and stop.number is not None:
-            _end(actors, spec.grace_s, view)
-        elif deaths:
-            _end(actors, STOP_BROKEN_S, view)
+        with _more_room(spec, len(actors)) as larger:
+            deaths, workers = _watch(actors, view, stop, larger)
+            if deaths:
+                _end(actors, STOP_BROKEN_S, view)
+            elif workers or stop.number is not None:
+                codes = _end(actors, spec.grace_s, view)
+                if workers and codes != [0] * len(actors):  # else they had just come to their end
+                    return Growth(workers)
         return _cause(deaths)
+
+
+@contextmanager
+def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
+    """A function that says how many workers there is room for, if more than now, else 0. What is missing for the next larger number is
+    asked of Ray all the while, so an autoscaler knows of the need."""
+    larger = min((number for number in (spec.workers, *spec.fewer) if number > workers), default=0)
+    if not larger:
+        yield lambda: 0
+        return
+    group = placement_group([_bundle(spec)] * (larger - workers), strategy="PACK")
+    looked = time.monotonic() + spec.grow_s - GROW_LOOK_S
+
+    def look() -> int:
+        nonlocal looked
+        if time.monotonic() < looked + GROW_LOOK_S:
+            return 0
+        looked = time.monotonic()
+        return larger if group.wait(0) else 0
+
+    try:
+        yield look
+    finally:
+        remove_placement_group(group)
 
 
 @contextmanager
@@ -131,14 +159,16 @@ def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[st
     return actors, environments, f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, rendezvous {address}:{port}"
 
 
-def _watch(actors: list[Any], view: ProgressView, stop: Caught) -> list[Death]:
-    """Until all ranks ended with 0 (no deaths), or some died, or the driver is told to stop."""
+def _watch(actors: list[Any], view: ProgressView, stop: Caught, larger: Callable[[], int]) -> tuple[list[Death], int]:
+    """Until all ranks ended with 0 (no deaths), or some died, or the driver is told to stop, or there is room for a larger number."""
     running = {_listen(actors, rank): rank for rank in range(len(actors))}
     deaths: list[Death] = []
     until: float | None = None
     while running and stop.number is None:
         if until is not None and time.monotonic() > until:
             break
+        if until is None and (workers := larger()):
+            return [], workers
         ready, _ = ray.wait(list(running), num_returns=1, timeout=LISTEN_S)
         for call in ready:
             rank = running.pop(call)
@@ -155,7 +185,7 @@ def _watch(actors: list[Any], view: ProgressView, stop: Caught) -> list[Death]:
                 deaths.append(Death(rank, news.code, "\n".join(news.tail)))
         if deaths and until is None:
             until = time.monotonic() + WITNESS_S
-    return deaths
+    return deaths, 0
 
 
 def _listen(actors: list[Any], rank: int) -> Any:
@@ -176,12 +206,19 @@ def _cause(deaths: list[Death]) -> Death | None:
     return min(deaths, key=weight) if deaths else None
 
 
-def _end(actors: list[Any], grace_s: float, view: ProgressView) -> None:
-    """Stop what still runs, all at the same time, and show what rank 0 had to say about it."""
+def _end(actors: list[Any], grace_s: float, view: ProgressView) -> list[int | None]:
+    """Stop what still runs, all at the same time, and show what rank 0 had to say about it; returns the exit codes, as far as known."""
     calls = [actor.stop.remote(grace_s) for actor in actors]
-    ray.wait(calls, num_returns=len(calls), timeout=grace_s + 5)
+    ready, _ = ray.wait(calls, num_returns=len(calls), timeout=grace_s + 5)
+    codes: list[int | None] = []
+    for call in calls:
+        try:
+            codes.append(ray.get(call) if call in ready else None)
+        except RayError:
+            codes.append(None)
     try:
         for line in ray.get(actors[0].listen.remote(0.1, True), timeout=2).lines:
             view.feed(line)
     except RayError as error:
         view.text(f"rank 0's last lines are lost: {str(error).strip().splitlines()[0]}")
+    return codes

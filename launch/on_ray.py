@@ -11,45 +11,65 @@ import ipaddress
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from launch.pools import run_together
 from launch.progress import ProgressView
 from launch.restart import run_attempts
+from launch.signals import Caught
 from launch.spec import USER_ERROR, LaunchSpec
+from launch.token import TokenError, protect_local_ray
 
 CONNECT_S = 10  # to a cluster that should be there
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
     """Run `spec` to its end; returns 0, or the exit code of the worker that the run ended with (1: its node was lost), or 128 + signal."""
+    return run_pools({"": spec}, view)
+
+
+def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
+    """The same for several groups of workers on one cluster, see `launch.pools`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, and by the processes that it starts
+    address = next(iter(pools.values())).address or os.environ.get("RAY_ADDRESS")
+    try:
+        if not address:
+            protect_local_ray()
+    except TokenError as error:
+        view.text(str(error))
+        return USER_ERROR
     import ray
 
-    from launch.attempt import NoRoomError, run_attempt
-
-    spec = replace(spec, address=spec.address or os.environ.get("RAY_ADDRESS"))
-    problem = _connect(spec, view)
+    problem = _connect(address, sum(spec.workers * spec.cpus_per_worker for spec in pools.values()), view)
     if problem:
         view.text(problem)
         return USER_ERROR
+    pools = {name: replace(spec, address=address) for name, spec in pools.items()}
     try:
-        return run_attempts(spec, view, run_attempt)
-    except NoRoomError as error:
-        view.text(str(error))
-        return 1
+        return run_together(pools, view, _run_placed) if len(pools) > 1 else _run_placed(next(iter(pools.values())), view, None)
     finally:
         ray.shutdown()
 
 
-def _connect(spec: LaunchSpec, view: ProgressView) -> str:
+def _run_placed(spec: LaunchSpec, view: ProgressView, stop: Caught | None) -> int:
+    from launch.attempt import NoRoomError, run_attempt
+
+    try:
+        return run_attempts(spec, view, run_attempt, stop=stop)
+    except NoRoomError as error:
+        view.text(str(error))
+        return 1
+
+
+def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
     """Join or start Ray; returns what is wrong, or nothing."""
     import ray
 
-    address = spec.address
     if not address:
         # Asked for as many CPUs as the workers claim: on a laptop they may share cores.
-        cpus = max(os.cpu_count() or 1, spec.workers * spec.cpus_per_worker)
+        cpus = max(os.cpu_count() or 1, cpus)
         ray.init(
             address="local",
             num_cpus=cpus,

@@ -1,4 +1,5 @@
-"""SLURM: one batch script per stage, in which srun starts a torchrun agent on every node. Written to the run folder, submitted on request.
+"""SLURM: one batch script per stage, written to the run folder and submitted on request. Inside the job either a torchrun agent on every
+node starts the workers, or `ray symmetric-run` makes the nodes a Ray cluster and our Ray driver does, with its restarts and pools.
 
 `signal_s` before the time limit the script asks the workers to save and leave, and puts itself back into the queue: its next start
 resumes. A stage of a longer curriculum waits for the one before it (`afterok`).
@@ -6,12 +7,19 @@ resumes. A stage of a longer curriculum waits for the one before it (`afterok`).
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
+from launch import frozen
 from launch.progress import ProgressView
 from launch.spec import JOB_ID, USER_ERROR, LaunchSpec, fill
+from launch.token import TokenError, ensure_token, environment
 
 SCRIPT = """\
 #!/bin/bash
@@ -25,16 +33,13 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-srun --kill-on-bad-exit=1 {container}{agent} \\
-  --nnodes={nodes} --nproc-per-node={each} --max-restarts={restarts} --rdzv-backend=c10d \\
-  --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
-  --no-python {worker} &
+{step} &
 step=$!
 leaving=no
 leave() {{
   leaving=yes
   echo "the time limit is near: asking the workers to save"
-  scancel --signal=TERM "$SLURM_JOB_ID.0" # to the step; a SIGTERM to srun itself would kill it at once
+  {ask}
 }}
 trap leave USR1
 
@@ -49,14 +54,44 @@ if [ "$leaving" = yes ] && [ {requeue} = yes ]; then
 fi
 exit "$code"
 """
+TORCHRUN = """\
+srun --kill-on-bad-exit=1 {srun}{agent} \\
+  --nnodes={nodes} --nproc-per-node={each} --max-restarts={restarts} --rdzv-backend=c10d \\
+  --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
+  --no-python {worker}"""
+# A SIGTERM to srun itself would kill it at once; this goes to the agents, which hand it on and wait.
+ASK_TORCHRUN = 'scancel --signal=TERM "$SLURM_JOB_ID.0"'
+# Ray's own processes would take a signal to the step for theirs, so the driver watches a file.
+RAY = """\
+stop={folder}/stop_$SLURM_JOB_ID
+rm -f "$stop"
+export PATH={bin}:$PATH # symmetric-run calls `ray`
+srun --kill-on-bad-exit=1 {srun}{ray} symmetric-run --address "$address:$port" --min-nodes {nodes} \\
+  --num-cpus={cpus} --disable-usage-stats -- \\
+  {driver} {job} --stop-file "$stop\""""
+ASK_RAY = 'touch "$stop"'
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
     """Write the script of this stage; submit it if asked to. Returns 0, or 2 when sbatch is missing or refuses."""
+    return run_pools({"": spec}, view)
+
+
+def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
+    """The same for several groups of workers in one job, under Ray."""
+    spec = next(iter(pools.values()))
     assert spec.batch is not None
+    folder = spec.logs.parent
     spec.logs.mkdir(parents=True, exist_ok=True)
-    script = spec.logs.parent / "slurm.sh"
-    script.write_text(render(spec), encoding="utf-8")
+    script = folder / "slurm.sh"
+    try:
+        if spec.batch.runner == "ray":
+            write_private(folder / "slurm_job.json", frozen.to_text("ray", [_inside(pools)]))
+            ensure_token(folder / "ray_token")
+    except TokenError as error:
+        view.text(str(error))
+        return USER_ERROR
+    script.write_text(render(pools), encoding="utf-8")
     if not spec.batch.submit:
         after = " --dependency=afterok:<job of the stage before>" if spec.batch.after else ""
         view.text(f"written; submit it with: sbatch{after} {script}   (launcher.slurm.submit=true does that)")
@@ -72,21 +107,29 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
         view.text(f"submitting {script}: got {done.stderr.strip()}, expected a job. Fix: the launcher.slurm keys")
         return USER_ERROR
     job = done.stdout.strip().split(";")[0]
-    (spec.logs.parent / JOB_ID).write_text(job + "\n", encoding="utf-8")
+    (folder / JOB_ID).write_text(job + "\n", encoding="utf-8")
     view.text(f"job {job}: {script}, log in {spec.logs / f'slurm_{job}.log'}")
     return 0
 
 
-def render(spec: LaunchSpec) -> str:
+def _inside(pools: Mapping[str, LaunchSpec]) -> dict[str, LaunchSpec]:
+    """What the driver inside the job runs; symmetric-run leaves a cluster that Ray finds by itself."""
+    return {pool: replace(spec, address="auto", batch=None) for pool, spec in pools.items()}
+
+
+def render(pools: Mapping[str, LaunchSpec]) -> str:
     """The batch script."""
+    spec = next(iter(pools.values()))
     job = spec.batch
     assert job is not None
-    each = spec.workers // spec.nodes
+    workers = sum(pool.workers for pool in pools.values())
+    each = -(-workers // spec.nodes)
+    cpus = max(each * pool.cpus_per_worker for pool in pools.values())
     asked = {
         "job-name": job.name,
         "nodes": spec.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": each * spec.cpus_per_worker,
+        "cpus-per-task": cpus,
         "gres": job.devices,
         "account": job.account,
         "partition": job.partition,
@@ -98,15 +141,35 @@ def render(spec: LaunchSpec) -> str:
     }
     directives = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None]
     directives += ["#SBATCH --requeue"] * job.requeue + [f"#SBATCH {option}" for option in job.options]
+    ray = job.runner == "ray"
+    folder = spec.logs.parent
+    variables = {**spec.environment, **(environment(folder / "ray_token") if ray else {})}
+    step = (RAY if ray else TORCHRUN).format(
+        srun="".join(shlex.quote(word) + " " for word in (*job.srun, *job.container)),
+        agent=shlex.join(fill(("{python}", "-m", "torch.distributed.run"), "")),
+        worker=shlex.join(fill(spec.command, str(spec.config_path))),
+        bin=shlex.quote(str(Path(sys.executable).parent)),
+        ray=shlex.join(fill(("{python}", "-m", "ray.scripts.scripts"), "")),
+        driver=shlex.join(fill(("{python}", "-m", "launch.frozen"), "")),
+        job=shlex.quote(str(folder / "slurm_job.json")),
+        folder=shlex.quote(str(folder)),
+        nodes=spec.nodes,
+        each=each,
+        cpus=cpus,
+        restarts=spec.max_restarts,
+    )
     return SCRIPT.format(
         directives="\n".join(directives),
         setup="\n".join(job.setup),
-        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in spec.environment.items()),
-        container="".join(shlex.quote(word) + " " for word in job.container),
-        agent=shlex.join(fill(("{python}", "-m", "torch.distributed.run"), "")),
-        worker=shlex.join(fill(spec.command, str(spec.config_path))),
-        nodes=spec.nodes,
-        each=each,
-        restarts=spec.max_restarts,
+        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        step=step,
+        ask=ASK_RAY if ray else ASK_TORCHRUN,
         requeue="yes" if job.requeue else "no",
     )
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file for its owner only: configs may hold the tracker's password."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
+from collections.abc import Mapping
 
 from launch.child import Child
 from launch.leash import leashed_to_anybody
+from launch.pools import run_together
 from launch.progress import ProgressView
 from launch.restart import Death, run_attempts
 from launch.signals import Caught
@@ -25,6 +27,11 @@ REPORT_LINES = 80
 def run(spec: LaunchSpec, view: ProgressView) -> int:
     """Run `spec.workers` workers over `spec.nodes` machines to their end; returns the exit code of the worker that failed first, or 0."""
     return run_attempts(spec, view, run_attempt)
+
+
+def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
+    """The same for several groups of workers on this machine, see `launch.pools`."""
+    return run_together(pools, view, lambda spec, part, stop: run_attempts(spec, part, run_attempt, stop=stop))
 
 
 def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:

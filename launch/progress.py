@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
@@ -54,6 +55,11 @@ class ProgressView:
         self._printed_at: float | None = None
         self._bar: Progress | None = None
         self._tasks: dict[str, Any] = {}
+        self._lock = threading.RLock()  # views of several pools share one screen
+
+    def of(self, pool: str) -> ProgressView:
+        """A view for one of several groups of workers: what it shows says whose it is."""
+        return _PoolView(self, pool)
 
     def __enter__(self) -> ProgressView:
         return self
@@ -82,14 +88,15 @@ class ProgressView:
         if self._printed_at is None or now - self._printed_at >= self.every_s or figures["step"] >= figures["steps"]:
             self._printed_at = now
             parts = (str(figures.get("stage", "")), f"step {figures['step']}/{figures['steps']}", figures_text(figures))
-            print("  ".join(part for part in parts if part), file=self.out, flush=True)
+            self.text("  ".join(part for part in parts if part))
 
     def text(self, line: str) -> None:
         """An ordinary line; above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=self.out, flush=True)
+        with self._lock:
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False)
+            else:
+                print(line, file=self.out, flush=True)
 
     def partial(self, text: str) -> None:
         """Text without a newline, a debugger's prompt say; it cannot share the screen with a bar."""
@@ -110,3 +117,22 @@ class ProgressView:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=figures["steps"], figures="")
         self._bar.update(self._tasks[stage], completed=figures["step"], total=figures["steps"], figures=figures_text(figures))
+
+
+class _PoolView(ProgressView):
+    """One pool's part of a view: its lines and bars carry its name, its step is its own."""
+
+    def __init__(self, whole: ProgressView, pool: str) -> None:
+        super().__init__(whole.out, whole.every_s, whole.clock)
+        self._whole, self._pool = whole, pool
+
+    def text(self, line: str) -> None:
+        for part in line.split("\n"):
+            self._whole.text(f"{self._pool} | {part}")
+
+    def partial(self, text: str) -> None:
+        self.text(text)
+
+    def _draw(self, figures: Mapping[str, Any]) -> None:
+        with self._whole._lock:
+            self._whole._draw({**figures, "stage": f"{self._pool} {figures.get('stage', '')}".strip()})

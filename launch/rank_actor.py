@@ -61,10 +61,9 @@ class RankActor:
         lines, code = self._child.wait(seconds, for_lines)
         return News(lines if for_lines else [], code, list(self._child.tail) if code is not None else [])
 
-    def stop(self, grace_s: float) -> None:
-        """End the worker and what it started."""
-        if self._child is not None:
-            self._child.stop(grace_s)
+    def stop(self, grace_s: float) -> int | None:
+        """End the worker and what it started; returns its exit code."""
+        return self._child.stop(grace_s) if self._child is not None else None
 
 
 def _config_here(spec: LaunchSpec) -> Path:

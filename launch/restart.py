@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from launch.progress import ProgressView
 from launch.signals import Caught, caught
 from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec, describe_exit
+
+GROWTH_PLACE_S = 10.0  # the room is there already: the spare part of it was reserved, the rest is what the stopped workers held
 
 
 @dataclass(frozen=True)
@@ -33,39 +36,54 @@ class Death:
         return self.code if self.code > 0 else INTERRUPTED - self.code
 
 
+@dataclass(frozen=True)
+class Growth:
+    """The workers have saved and left, because there is room for more of them."""
+
+    workers: int
+
+
 class Attempt(Protocol):
     """Starts all ranks, watches them, takes them down; None: all ended with 0, or the driver was told to stop."""
 
-    def __call__(self, spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None: ...
+    def __call__(self, spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None: ...
 
 
-def run_attempts(spec: LaunchSpec, view: ProgressView, attempt: Attempt, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Attempts until one succeeds or trying again would not help; returns the exit code."""
+def run_attempts(
+    spec: LaunchSpec, view: ProgressView, attempt: Attempt, sleep: Callable[[float], None] = time.sleep, stop: Caught | None = None
+) -> int:
+    """Attempts until one succeeds or trying again would not help; returns the exit code. `stop`: who listens to signals, if not we."""
+    number, restarts, asked = 0, 0, spec
     last_step: int | None = None
-    with caught() as stop:
-        for number in range(spec.max_restarts + 1):
-            death = attempt(spec, number, view, stop) if stop.number is None else None
+    with nullcontext(stop) if stop else caught() as stop:
+        while True:
+            outcome = attempt(asked, number, view, stop) if stop.number is None else None
             if stop.number is not None:
                 view.text(f"stopped by signal {stop.number}")
                 return INTERRUPTED + stop.number
-            if death is None:
+            if outcome is None:
                 return 0
-            if death.said:
-                view.text(f"rank {death.rank}'s last lines:\n" + death.said)
+            number, asked = number + 1, spec
+            if isinstance(outcome, Growth):
+                view.text(f"room for {outcome.workers} workers: growing, from the checkpoint just made")
+                asked = replace(spec, place_s=min(GROWTH_PLACE_S, spec.place_s))
+                continue
+            if outcome.said:
+                view.text(f"rank {outcome.rank}'s last lines:\n" + outcome.said)
             at = f" at step {view.step}" if view.step is not None else ""
-            view.text(f"{death}{at}; logs in {spec.logs / f'attempt_{number}'}")
-            if death.code == USER_ERROR:
+            view.text(f"{outcome}{at}; logs in {spec.logs / f'attempt_{number - 1}'}")
+            if outcome.code == USER_ERROR:
                 return USER_ERROR
-            if view.step is not None and view.step == last_step:
+            if outcome.code is not None and view.step is not None and view.step == last_step:  # a lost node is no fault of the step
                 view.text(f"two deaths at step {last_step}: trying again would not help")
-                return death.exit_code
+                return outcome.exit_code
             last_step = view.step
-            if number == spec.max_restarts:
+            if restarts == spec.max_restarts:
                 view.text(f"given up after {spec.max_restarts} restarts")
-                return death.exit_code
-            pause = min(spec.backoff_s * 2**number, spec.backoff_limit_s)
-            view.text(f"restart {number + 1} of {spec.max_restarts} in {pause:.0f} s, from the last checkpoint")
+                return outcome.exit_code
+            pause = min(spec.backoff_s * 2**restarts, spec.backoff_limit_s)
+            restarts += 1
+            view.text(f"restart {restarts} of {spec.max_restarts} in {pause:.0f} s, from the last checkpoint")
             for _ in range(round(pause * 10)):
                 if stop.number is None:
                     sleep(0.1)
-    raise AssertionError("the last attempt returns")

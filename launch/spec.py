@@ -20,15 +20,32 @@ class BatchJob:
     name: str
     after: Path | None = None  # file with the id of a job that must end well before this one starts
     submit: bool = False
+    runner: str = "torchrun"  # torchrun | ray: who starts the workers inside the job
     account: str | None = None
     partition: str | None = None
     time: str | None = None
     devices: str | None = None
     container: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     signal_s: int = 120
     requeue: bool = True
+
+
+@dataclass(frozen=True)
+class Pods:
+    """What Kubernetes is asked for, besides the workers."""
+
+    name: str
+    image: str
+    claim: str  # persistent volume claim that holds data and runs
+    mount: str  # where all machines see it
+    namespace: str = "default"
+    memory: str = "16Gi"  # of a node
+    devices: str | None = None  # of a node, as resource:count
+    secret: str | None = None  # whose keys become environment variables
+    submit: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class LaunchSpec:
     workers: int
     config_path: Path
     config_text: str
+    title: str = field(default="", kw_only=True)  # for people
     logs: Path  # one folder per attempt, one file per rank
     directory: Path = field(default_factory=Path.cwd)  # working directory of the workers
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -52,12 +70,14 @@ class LaunchSpec:
     nodes: int = 1  # machines that start this same command themselves (torchrun)
     endpoint: str | None = None  # host:port where they meet
     batch: BatchJob | None = None  # for a queueing system
+    pods: Pods | None = None  # for Kubernetes
     max_restarts: int = 0
     backoff_s: float = 1.0  # before the first restart; doubles each time
     backoff_limit_s: float = 60.0
     grace_s: float = 30.0  # between asking a worker to stop and killing it
     place_s: float = 60.0  # how long to wait for free resources
     fewer: tuple[int, ...] = ()  # smaller numbers of workers that will do after a loss, largest first
+    grow_s: float = 60.0  # with fewer of them, the least time between a start and growing again
 
 
 def rank_environment(rank: int, world: int, local_rank: int, local_world: int, address: str, port: int) -> dict[str, str]:

@@ -17,6 +17,8 @@ class ObjectiveConfig:
     sigma_mean: float = 0.0  # logit-normal: sigma = sigmoid(mean + std * normal), then shifted
     sigma_std: float = 1.0
     flow_shift: float = 1.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
+    sigma_min: float = 0.0  # only noise levels of this range, after the shift, are drawn: as the untruncated ones fall inside it
+    sigma_max: float = 1.0
     image_condition: float = 1.0  # share of clips that see their first latent frame clean (sigma 0, no loss)
     camera_dropout: float = 0.0
     text_dropout: float = 0.0
@@ -127,11 +129,13 @@ class SlurmConfig:
     """What the batch script asks SLURM for; null leaves it to the cluster's defaults."""
 
     submit: bool = False  # false: write the script only
+    runner: str = "torchrun"  # torchrun | ray: who starts the workers inside the job
     account: str | None = None
     partition: str | None = None
     time: str | None = None  # as sbatch takes it: 1-12:00:00
     devices: str | None = None  # --gres of each node: gpu:8
     container: tuple[str, ...] = ()  # words put before the command on every node: [apptainer, exec, image.sif]
+    srun: tuple[str, ...] = ()  # further srun options: [--container-image=image.sqsh] with pyxis
     setup: tuple[str, ...] = ()  # shell lines run before anything else: [module load cuda]
     options: tuple[str, ...] = ()  # further sbatch options: [--exclusive]
     signal_s: int = 120  # seconds before the time limit at which the run saves, leaves and is queued again
@@ -139,17 +143,34 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True)
+class KubernetesConfig:
+    """What the RayJob asks Kubernetes for."""
+
+    submit: bool = False  # false: write the manifest only
+    image: str | None = None  # holds this package and its dependencies
+    claim: str | None = None  # persistent volume claim that holds `data.path` and `out`
+    mount: str = "/shared"  # where it is mounted, in the pods and on the machine that runs this command
+    namespace: str = "default"
+    memory: str = "16Gi"  # of each node
+    devices: str | None = None  # of each node, as resource:count
+    secret: str | None = None  # a Secret whose keys become environment variables: credentials of an object store
+
+
+@dataclass(frozen=True)
 class LauncherConfig:
-    name: str = "ray"  # ray | torchrun | slurm | inline
+    name: str = "ray"  # ray | torchrun | slurm | kubernetes | inline
     workers: int = 2  # over all nodes
     cpus_per_worker: int = 1
     address: str | None = None  # null: join the cluster of RAY_ADDRESS or of `ray job submit`, else start one
     max_restarts: int = 3
     place_s: float = 60.0  # ray: how long to wait for free resources, also for a lost node to come back
     min_workers: int | None = None  # ray: after a loss go on with as many as there is room for, down to this; null: with all or not at all
-    nodes: int = 1  # torchrun: machines, each of which starts the same command; slurm: nodes of the job
+    grow_s: float = 60.0  # ray: with fewer, the least time between a start and growing again, once a lost node is back
+    preflight: bool = True  # check every node before the first step
+    nodes: int = 1  # torchrun: machines, each of which starts the same command; slurm, kubernetes: nodes of the job
     endpoint: str | None = None  # torchrun: host:port of one of them, where they meet
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,7 @@ class TrackerConfig:
     name: str = "mlflow"  # mlflow | none
     uri: str | None = None  # null: sqlite file in `out`
     experiment: str = "wm_train"
+    parent: str | None = None  # id of the run that this one is part of; the launcher sets it for pools
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,15 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class PoolConfig:
+    """One of several groups of workers that train together, each its own model: MoWorld's experts for high and low noise (§3.4.1)."""
+
+    sigma_min: float = 0.0  # the noise levels this pool learns, in all stages
+    sigma_max: float = 1.0
+    overrides: tuple[str, ...] = ()  # as on the command line: [launcher.workers=8, parallel.cp=2, model.depth=12]
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. `stage` takes a number, a name, a range `1-2`, or `all`."""
 
@@ -196,4 +227,6 @@ class RunConfig:
     stage: str = "all"
     out: str = "runs"
     seed: int = 0
+    pools: dict[str, PoolConfig] = field(default_factory=dict)  # several groups of workers instead of one
+    pool: str | None = None  # one of them alone; null: all of them together
     resume: bool = True  # continue from the newest valid checkpoint of this run directory

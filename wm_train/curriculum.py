@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wm_train.config import ModelConfig, RecipeConfig, RunConfig, StageConfig, StageModel
 
 PREVIOUS = "previous"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def select(recipe: RecipeConfig, stage: str) -> tuple[str, ...]:
 
 
 def stage_directory(config: RunConfig, stage: str) -> Path:
-    """<out>/<run name>/<stage name>"""
-    return Path(config.out) / config.name / stage
+    """<out>/<run name>/<stage name>, or <out>/<run name>/<pool>/<stage name>"""
+    return Path(config.out) / config.name / (config.pool or "") / stage
 
 
 def stage_run(config: RunConfig, stage: str) -> RunConfig:

@@ -17,19 +17,21 @@ import argparse
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
-from launch.spec import JOB_ID, USER_ERROR, BatchJob, LaunchSpec, fill
+from launch.spec import INTERRUPTED, JOB_ID, USER_ERROR, BatchJob, LaunchSpec, Pods, fill
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
 from wm_train.mesh_rules import smaller_worlds
 from wm_train.owner import OwnedError, check_free
+from wm_train.pools import JOINT, boundaries, pool_runs
 from wm_train.tree_help import help_text
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
+JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
 PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
 
 
@@ -47,31 +49,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(help_text(options.config_dir))
             return 0
         config = compose.compose(options.overrides, options.config_dir)
-        stages = checked(config)
+        pools = pool_runs(config, options.overrides, options.config_dir)
+        plans = {pool: checked(run, pool) for pool, run in pools.items()}
     except compose.ConfigError as error:
         print(compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]), file=sys.stderr)
         return USER_ERROR
     if options.dry_run:
         print(compose.to_json(config), end="")
-        for stage in stages:
-            worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
-            print(f"# stage {stage.name}, {config.launcher.name}: {config.launcher.workers} x {worker}")
+        for pool, run in pools.items():
+            for stage in plans[pool]:
+                worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
+                name = f"pool {pool}, stage {stage.name}" if pool else f"stage {stage.name}"
+                print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
         return 0
-    for stage in stages:
-        code = run_stage(config, stage, stages)
-        if code != 0:
-            return code
-    if config.launcher.name == "slurm":
-        return 0  # nothing has run yet
-    print(summary(config, stages, arguments))
+    code = run_stages(config, pools, plans)
+    if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
+        return code
+    for pool, run in pools.items():
+        print(summary(run, plans[pool]))
+    print(what_next(config, next(iter(plans.values()))[-1].name, arguments))
     return 0
 
 
-def checked(config: RunConfig) -> tuple[curriculum.PlannedStage, ...]:
+def checked(config: RunConfig, pool: str = "") -> tuple[curriculum.PlannedStage, ...]:
     """The stages to run. Raises ConfigError with everything that `validate` finds."""
     problems = problems_in(config)
     if problems:
-        raise compose.ConfigError(problems)
+        where = f"pools.{pool}: " if pool else ""
+        raise compose.ConfigError(dataclasses.replace(problem, where=where + problem.where) for problem in problems)
     return curriculum.plan(config)
 
 
@@ -82,12 +87,46 @@ def problems_in(config: RunConfig) -> list[compose.Problem]:
     return problems_of(config)
 
 
+Plans = Mapping[str, Sequence[curriculum.PlannedStage]]
+
+
+def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) -> int:
+    """The selected stages one after the other, each with all pools at once; returns the exit code."""
+    together = dataclasses.replace(config, pool=None)
+    folder = curriculum.stage_directory(together, "")
+    parent = None
+    if config.pools:
+        from wm_train.tracking import parent_run
+
+        folder.mkdir(parents=True, exist_ok=True)
+        parent = parent_run(together, folder, print)
+        pools = {pool: dataclasses.replace(run, tracker=dataclasses.replace(run.tracker, parent=parent)) for pool, run in pools.items()}
+    groups: list[dict[str, LaunchSpec]] = []
+    for place in range(min(len(plan) for plan in plans.values())):
+        groups.append({pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()})
+        if len(pools) > 1 and boundaries(config) and config.launcher.name != "slurm":
+            groups.append({"": judge_spec(next(iter(pools.values())), config, next(iter(plans.values()))[place])})
+    code = run_groups(groups, config.launcher.name)
+    if parent and config.launcher.name not in launch.LATER:
+        parent_run(together, folder, print, "FINISHED" if code == 0 else "KILLED" if code > INTERRUPTED else "FAILED")
+    return code
+
+
+def judge_spec(pool: RunConfig, config: RunConfig, stage: curriculum.PlannedStage) -> LaunchSpec:
+    """What judges all pools of a stage together when they have ended, on the run's own mesh."""
+    joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
+    stage = dataclasses.replace(stage, source=None, directory=curriculum.stage_directory(joint, stage.name))
+    title = f"all pools of stage {stage.name} as one model -> {stage.directory}"
+    return dataclasses.replace(spec_of(joint, stage, [stage]), command=JUDGE, fewer=(), title=title)
+
+
 def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> LaunchSpec:
     """What the launcher is asked for; the worker finds its one stage in `stage` of its config. In a queue, `stages` wait for each other."""
     place = stages.index(stage)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return LaunchSpec(
+        title=f"stage {stage.name} ({stage.config.frames} frames, {stage.config.steps} steps) -> {stage.directory}",
         command=WORKER,
         workers=config.launcher.workers,
         config_path=(stage.directory / "config.json").absolute(),
@@ -105,56 +144,68 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
         address=config.launcher.address,
         nodes=config.launcher.nodes,
         endpoint=config.launcher.endpoint,
-        batch=BatchJob(f"{config.name}-{stage.name}", after, **vars(config.launcher.slurm)),
+        batch=BatchJob("-".join(part for part in (config.name, config.pool, stage.name) if part), after, **vars(config.launcher.slurm)),
+        pods=Pods(config.name, **vars(config.launcher.kubernetes)) if config.launcher.name == "kubernetes" else None,
         max_restarts=config.launcher.max_restarts,
         place_s=config.launcher.place_s,
         fewer=smaller_worlds(config, stage.config.global_batch),
+        grow_s=config.launcher.grow_s,
     )
 
 
-def run_stage(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> int:
-    """Store the resolved config, run the workers, return their exit code."""
-    spec = spec_of(config, stage, stages)
-    try:
-        if config.launcher.nodes == 1:  # else the same command on another machine may have begun already
-            check_free(stage.directory)
-        stage.directory.mkdir(parents=True, exist_ok=True)
-        # The tracker's address may hold a password, so the file is for its owner only.
-        with open(os.open(spec.config_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(spec.config_text)
-    except OwnedError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        print(f"run folder: got {error}, expected a folder that can be written (key out). Fix: out=<folder>", file=sys.stderr)
-        return USER_ERROR
-    with ProgressView() as view:
-        view.text(f"stage {stage.name} ({stage.config.frames} frames, {stage.config.steps} steps) -> {stage.directory}")
-        return launch.run(config.launcher.name, spec, view)
+def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int:
+    """Store the resolved configs, run the workers of one group after the other, return the exit code of the first that fails, or 0."""
+    for group in groups:
+        try:
+            for spec in group.values():
+                if spec.nodes == 1 and launcher not in launch.LATER:  # else another machine may have begun already
+                    check_free(spec.config_path.parent)
+                spec.config_path.parent.mkdir(parents=True, exist_ok=True)
+                # The tracker's address may hold a password, so the file is for its owner only.
+                with open(os.open(spec.config_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+                    file.write(spec.config_text)
+        except OwnedError as error:
+            print(error, file=sys.stderr)
+            return USER_ERROR
+        except OSError as error:
+            print(f"run folder: got {error}, expected a folder that can be written (key out). Fix: out=<folder>", file=sys.stderr)
+            return USER_ERROR
+        if launcher not in launch.WHOLE:
+            with ProgressView() as view:
+                for spec in group.values():
+                    view.text(spec.title)
+                code = launch.run(launcher, group, view)
+            if code != 0:
+                return code
+    if launcher in launch.WHOLE:
+        with ProgressView() as view:
+            return launch.run_whole(launcher, groups, view)
+    return 0
 
 
-def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage], arguments: Sequence[str]) -> str:
-    """Where the results are, and what to type next."""
+def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str:
+    """Where the results are."""
     last = stages[-1]
     steps = sorted(folder.name for folder in last.checkpoints.glob("step_*") if "." not in folder.name)
-    lines = [f"done: {', '.join(stage.name for stage in stages)}"]
+    lines = [f"done: {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.name for stage in stages)}"]
     if steps:
         lines.append(f"  checkpoint  {last.checkpoints / steps[-1]}")
     lines += [f"  samples     {sheet}" for stage in stages for sheet in sorted((stage.directory / "samples").glob("*.png"))]
     if config.tracker.name == "mlflow":
         store = config.tracker.uri or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
         lines.append(f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1 --backend-store-uri {store})")
+    return "\n".join(lines)
+
+
+def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
+    """What to type after stage `last`."""
     names = curriculum.ordered(config.recipe)
-    place = names.index(last.name) + 1
+    place = names.index(last) + 1
     others = [argument for argument in arguments if not argument.startswith("stage=")]
     if place < len(names):
         index = config.recipe.stages[names[place]].index
-        lines.append(f"next: python -m wm_train.launch {shlex.join([*others, f'stage={index}'])}    ({names[place]})")
-    else:
-        lines.append(
-            "that was the last stage of the recipe; for longer training raise recipe.stages.<stage>.steps and run the same command"
-        )
-    return "\n".join(lines)
+        return f"next: python -m wm_train.launch {shlex.join([*others, f'stage={index}'])}    ({names[place]})"
+    return "that was the last stage of the recipe; for longer training raise recipe.stages.<stage>.steps and run the same command"
 
 
 if __name__ == "__main__":

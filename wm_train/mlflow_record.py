@@ -24,6 +24,7 @@ EVERY_S = 2.0  # how long figures wait for company before they are sent
 RETRY_S, RETRY_LIMIT_S = 5.0, 60.0  # between attempts at a store that does not answer; doubles
 MOST = 1000  # metrics in one call: MLflow's limit
 NOT_METRICS = ("step", "time")
+PARENT_METRICS = ("loss", "validation_loss")  # of a pool, that the run of all pools has too
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class MlflowRecord:
         self._sent: Sent | None = None
         self._offset = 0  # bytes of the metrics file that are sent
         self._back_to: int | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The run's name in the store, once it has been reached."""
+        assert self._sent is not None
+        return self._sent.run_id
 
     def rewind(self, step: int) -> None:
         """The record after `step` is written again; from any thread."""
@@ -102,7 +109,9 @@ class MlflowRecord:
         found = client.get_experiment_by_name(name)
         place = (Path(self.run.out).resolve() / "mlartifacts").as_uri() if self.run.tracker.uri is None else None
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
-        run_id = client.create_run(experiment, run_name=f"{self.run.name}/{self.stage}").info.run_id
+        name = "/".join(part for part in (self.run.name, self.run.pool, self.stage) if part)
+        tags = {"mlflow.parentRunId": self.run.tracker.parent} if self.run.tracker.parent else {}
+        run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in _flat("", self.config)]
         for start in range(0, len(params), 100):  # MLflow's limit per call
             client.log_batch(run_id, params=params[start : start + 100])
@@ -124,6 +133,10 @@ class MlflowRecord:
             ]
             for start in range(0, len(metrics), MOST):
                 self._client.log_batch(self._sent.run_id, metrics=metrics[start : start + MOST])
+            if (parent := self.run.tracker.parent) and rows:
+                name = f"{self.run.pool}/{self.stage}/"
+                losses = [Metric(name + m.key, m.value, m.timestamp, m.step) for m in metrics if m.key in PARENT_METRICS]
+                self._client.log_batch(parent, metrics=losses)  # at most two of each of a hundred rows
             if rows:
                 self._keep(replace(self._sent, step=rows[-1]["step"]))
             self._offset, steps = end, steps + len(rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +17,11 @@ class Progress:
         self.speaks = speaks
         self.started = time.monotonic()
         self.first_step: int | None = None
+        self._marks: list[tuple[str, float]] = []  # what has been done since the process began, and how old it was then
+
+    def mark(self, done: str) -> None:
+        """Something that training had to wait for is done."""
+        self._marks.append((done, process_age()))
 
     def say(self, text: str) -> None:
         """One line for a person."""
@@ -27,6 +34,10 @@ class Progress:
             return
         if self.first_step is None:  # the first step pays for warm-up, so the clock starts after it
             self.first_step, self.started = step, time.monotonic()
+            self.mark("first step")
+            ages = [0.0, *(age for _, age in self._marks)]
+            parts = [f"{name} {age - before:.1f}" for (name, age), before in zip(self._marks, ages)]
+            self.say(f"first step after {ages[-1]:.1f} s: {', '.join(parts)}")
         done = step - self.first_step
         left = (time.monotonic() - self.started) / done * (steps - step) if done else None
         print("@progress " + json.dumps({"stage": stage, "step": step, "steps": steps, "eta_s": left, **figures}), flush=True)
@@ -35,3 +46,12 @@ class Progress:
 def complain(text: str) -> None:
     """One line on the error stream, from any rank."""
     print(text, file=sys.stderr, flush=True)
+
+
+def process_age() -> float:
+    """Seconds since this process began; where the system does not tell, since its clock began to run for us."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.process_time()
+    ticks = int(stat.read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -17,9 +17,22 @@ from wm_train.noise import NoiseKey, normal
 from wm_train.objectives.flow_matching import first_frames, shift_sigma
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Models that were trained on parts of the noise: `models[i]` makes the steps that start at `boundaries[i]` or above. Boundaries fall,
+    and the last one is 0 (Wan2.2's two experts, MoWorld §3)."""
+
+    boundaries: tuple[float, ...]
+    models: tuple[nn.Module, ...]
+
+    def at(self, sigma: float) -> nn.Module:
+        """Whose step the one from noise level sigma is."""
+        return next(model for boundary, model in zip(self.boundaries, self.models, strict=True) if sigma >= boundary)
+
+
 @torch.no_grad()
 def rollout(
-    model: nn.Module,
+    model: nn.Module | Experts,
     first_latent: Tensor,
     conditions: Conditions,
     steps: int,
@@ -33,8 +46,8 @@ def rollout(
     """Local frames of a sampled batch of clips, fp32 [B, t, C, h, w].
 
     first_latent: [B, C, h, w], normalised, held clean at the first frame of the clip; draws: int64 [B], which noise each clip starts
-    from; flow_shift: spacing of the steps, as in training; guidance: weight of the camera (1: plain; above 1 the prediction without
-    a camera is pushed away from, at twice the cost). Raises ValueError for fewer than one step.
+    from; model: one for all noise levels, or experts; flow_shift: spacing of the steps, as in training; guidance: weight of the camera
+    (1: plain; above 1 the prediction without a camera is pushed away from, at twice the cost). Raises ValueError for fewer than one step.
     """
     if steps < 1:
         raise ValueError(f"rollout failed: got {steps} steps, expected at least 1 (key trainer.sample_steps). Fix: trainer.sample_steps=20")
@@ -45,11 +58,16 @@ def rollout(
     noise = normal(key, "rollout", draws, local, tuple(first_latent.shape[1:]))
     without = replace(conditions, camera_keep=torch.zeros(b, dtype=torch.bool, device=first_latent.device))
 
+    # The step's own level, not the largest of `level`: who holds only given frames sees zeros there, and must run the same expert.
+    sigmas = iter(step_levels(steps, flow_shift))
+
     def velocity(latents: Tensor, level: Tensor) -> Tensor:
-        seen = model(latents, level, conditions, sequence).float()
+        sigma = next(sigmas)
+        expert = model.at(sigma) if isinstance(model, Experts) else model
+        seen = expert(latents, level, conditions, sequence).float()
         if guidance == 1.0:
             return seen
-        plain = model(latents, level, without, sequence).float()
+        plain = expert(latents, level, without, sequence).float()
         return plain + guidance * (seen - plain)
 
     return euler(velocity, noise, clean, given, steps, flow_shift)
@@ -96,11 +114,16 @@ def euler(
 ) -> Tensor:
     """Euler steps from noise [B, t, C, h, w] at sigma 1 to data at 0; frames marked in clean [B, t] stay `given`, at sigma 0.
 
-    velocity(latents, sigma [B, t]) -> [B, t, C, h, w].
+    velocity(latents, sigma [B, t]) -> [B, t, C, h, w], called once per step.
     """
     hold = clean[:, :, None, None, None]
     latents = torch.where(hold, given, noise)
-    sigmas = shift_sigma(torch.linspace(1.0, 0.0, steps + 1), flow_shift).tolist()
-    for sigma, following in pairwise(sigmas):
+    for sigma, following in pairwise(step_levels(steps, flow_shift)):
         latents = torch.where(hold, given, latents + (following - sigma) * velocity(latents, torch.where(clean, 0.0, sigma)))
     return latents
+
+
+def step_levels(steps: int, flow_shift: float) -> list[float]:
+    """Where the Euler steps start, from 1 down, and after them 0."""
+    levels: list[float] = shift_sigma(torch.linspace(1.0, 0.0, steps + 1), flow_shift).tolist()
+    return levels

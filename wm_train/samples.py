@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +14,24 @@ from data_shards.load import Batch, denormalise
 from wm_train.optim.ema import ema_weights
 from wm_train.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.progress import Progress
-from wm_train.rollout import rollout
+from wm_train.rollout import Experts, rollout
 from wm_train.stage import Stage, conditions_of, on_device, open_loader, sequence_of
 from wm_train.state import TrainState
 from wm_train.tracking import Tracker
 
 
-def show_samples(stage: Stage, state: TrainState, folder: Path, tracker: Tracker | None, progress: Progress) -> None:
+def show_samples(
+    stage: Stage, state: TrainState | Mapping[float, TrainState], folder: Path, tracker: Tracker | None, progress: Progress
+) -> None:
     """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each and one contact sheet.
 
     Every process takes part (the model is sharded); rank 0 writes `<folder>/samples/`. The truth shown is the decoded latents, which is
-    the best any sample can look.
+    the best any sample can look. state: of one model, or of experts by the noise level from which each is used; one that has learned a
+    part of the noise only makes no samples alone.
     """
+    noise = stage.config.objective
+    if isinstance(state, TrainState) and (noise.sigma_min, noise.sigma_max) != (0.0, 1.0):
+        return
     wanted = min(stage.run.trainer.samples, stage.dataset.info.clips.get("validation", 0))
     if not wanted:
         return
@@ -46,16 +54,19 @@ def show_samples(stage: Stage, state: TrainState, folder: Path, tracker: Tracker
     progress.say(f"samples: {target / 'contact_sheet.png'} (truth above, sample below)")
 
 
-def sample(stage: Stage, state: TrainState, wanted: int) -> tuple[Batch, torch.Tensor]:
+def sample(stage: Stage, state: TrainState | Mapping[float, TrainState], wanted: int) -> tuple[Batch, torch.Tensor]:
     """This process's rows and frames of the first `wanted` validation clips, and what the model makes of them."""
     each = -(-wanted // stage.mesh.data_size)
     with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
         batch = on_device(stage, next(loader))
     held = batch.latents.shape[1]  # a process that holds no frames has no first one; what it passes then is never looked at
     first = batch.latents[:, 0] if held else batch.latents.new_zeros(len(batch.keys), *batch.latents.shape[2:])
-    with ema_weights(state.ema, state.model), torch.no_grad():
+    states = {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
+    with ExitStack() as averaged, torch.no_grad():
+        for one in states.values():
+            averaged.enter_context(ema_weights(one.ema, one.model))
         latents = rollout(
-            state.model,
+            Experts(tuple(states), tuple(one.model for one in states.values())),
             first,
             conditions_of(stage, batch),
             stage.run.trainer.sample_steps,

@@ -147,6 +147,20 @@ def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
     return MlflowRecord(run, public_config(run), stage, folder, uri, _without_login(uri))
 
 
+def parent_run(run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None) -> str | None:
+    """The MLflow run that the pools' runs are parts of, remembered in `folder`, ended if `status` says how; None without a tracker or when
+    its store fails."""
+    if run.tracker.name != "mlflow":
+        return None
+    record = record_of(run, "", folder)
+    try:
+        record.catch_up(status)
+    except Exception as error:  # any failure of a tracking store, of whatever library, must not stop training
+        report(f"MLflow at {record.shown_uri} failed, the run of all pools misses what it would have said ({type(error).__name__})")
+        return None
+    return record.run_id
+
+
 def main(argv: list[str] | None = None) -> int:
     """`python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
     parser = argparse.ArgumentParser(prog="python -m wm_train.tracking", description="The record of a stage.")

@@ -58,6 +58,7 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
     tracker = Tracker(run, run.stage, folder, start.steps_done, progress.say) if world.rank == 0 else None
     outcome = "FAILED"
     try:
+        progress.mark("model and data")
         with Heartbeat(folder / "heartbeats", world.rank) as pulse:
             clock, done = StepClock(stage, state), False
             while not done:

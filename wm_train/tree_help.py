@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wm_train.compose import config_directory, groups
-from wm_train.config import RunConfig, StageConfig
+from wm_train.config import RunConfig
 
 USAGE = """\
 usage: python -m wm_train.launch [--dry-run] [--config-dir DIR] [group=choice ...] [key=value ...]
@@ -40,8 +40,9 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
             found += _keys(inner, f"{prefix}{field.name}.")
-        elif inner == dict[str, StageConfig]:
-            found += _keys(StageConfig, f"{prefix}{field.name}.<stage>.")
+        elif typing.get_origin(inner) is dict:
+            kind_of_item = typing.get_args(inner)[1]
+            found += _keys(kind_of_item, f"{prefix}{field.name}.<{kind_of_item.__name__.removesuffix('Config').lower()}>.")
         else:
             found.append((prefix + field.name, _default(field)))
     return found

@@ -18,11 +18,12 @@ from launch import LAUNCHERS
 from wm_train import curriculum
 from wm_train.compose import Problem
 from wm_train.config import ModelConfig, RunConfig, StageConfig
+from wm_train.curriculum import NAME
 from wm_train.data_rules import data_problems
 from wm_train.mesh_rules import batch_problems, mesh_problems
+from wm_train.pools import LEAST_SHARE, range_share
 from wm_train.profiling import is_step_range
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
 ENGINES = ("native", "deepspeed", "xfuser")  # parallel/engines.py, which imports torch
 MOST = 10**9  # beyond any run; catches a slipped exponent
 
@@ -35,6 +36,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *_run_problems(config),
         *_stage_list_problems(config),
         *(problem for name, stage in config.recipe.stages.items() for problem in _stage_problems(name, stage)),
+        *(problem for name, stage in config.recipe.stages.items() for problem in _range_problems(name, stage)),
         *_model_problems(config.model),
         *_check("data.", config.data, _counts("prefetch")),
         *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), _one_of("name", backends()))),
@@ -143,6 +145,7 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
             (
                 _one_of("name", table("objectives/__init__.py", "OBJECTIVES")),
                 ("sigma_mean", math.isfinite, "a finite number"),
+                *_shares("sigma_min", "sigma_max"),
                 *_positive("sigma_std", "flow_shift"),
                 *_shares("image_condition", "camera_dropout", "text_dropout"),
                 ("chunk_mixture", lambda shares: all(x >= 0 for x in shares) and 0 < sum(shares) < math.inf, "four shares, not all 0"),
@@ -164,6 +167,16 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
             ),
         ),
     ]
+
+
+def _range_problems(name: str, stage: StageConfig) -> list[Problem]:
+    """A range of noise levels that the distribution never, or hardly ever, reaches."""
+    noise, share = stage.objective, range_share(stage.objective)
+    if share >= LEAST_SHARE or not all(0 <= value <= 1 for value in (noise.sigma_min, noise.sigma_max)):
+        return []  # the second is reported as a value
+    got = f"{noise.sigma_min} to {noise.sigma_max}, which holds {share:.2g} of the noise levels"
+    rule = f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and flow_shift"
+    return [Problem(f"recipe.stages.{name}.objective.sigma_min", got, rule, "sigma_min=0 sigma_max=1, or pools.<pool>.sigma_min")]
 
 
 def _model_problems(model: ModelConfig) -> list[Problem]:
@@ -197,13 +210,13 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
                 _one_of("name", tuple(LAUNCHERS)),
                 *_counts("workers", "cpus_per_worker", "nodes"),
                 *_counts("max_restarts", low=0),
-                *_positive("place_s"),
+                *_positive("place_s", "grow_s"),
             ),
         )
     )
     if launcher.name == "inline" and launcher.workers > 1:
         found.append(Problem("launcher.workers", str(launcher.workers), "1 with launcher=inline", "launcher.workers=1, or launcher=ray"))
-    if launcher.nodes > 1 and launcher.name not in ("torchrun", "slurm"):
+    if launcher.nodes > 1 and launcher.name not in ("torchrun", "slurm", "kubernetes"):
         found.append(Problem("launcher.nodes", str(launcher.nodes), f"1 with launcher={launcher.name}", "launcher=torchrun"))
     if launcher.nodes > 1 and launcher.workers % launcher.nodes:
         rule = f"a multiple of the {launcher.nodes} nodes"
@@ -215,12 +228,24 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
     if least is not None and (not 1 <= least <= launcher.workers or config.parallel.dp_shard is not None):
         rule = "1 to launcher.workers, with parallel.dp_shard=null so that the mesh can shrink"
         found.append(Problem("launcher.min_workers", str(least), rule, "launcher.min_workers=1 parallel.dp_shard=null"))
+    pods = launcher.kubernetes
+    if launcher.name == "kubernetes":
+        for key in ("image", "claim"):
+            if not getattr(pods, key):
+                found.append(Problem(f"launcher.kubernetes.{key}", "nothing", "a name", f"launcher.kubernetes.{key}=<name>"))
+        for key, path in (("out", config.out), ("data.path", config.data.path)):
+            if "://" not in path and not Path(path).is_relative_to(pods.mount):
+                rule = f"a folder below {pods.mount}, which all pods share (key launcher.kubernetes.mount)"
+                found.append(Problem(key, path, rule, f"{key}={pods.mount}/<folder>"))
+        if pods.devices and not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9._-]+:[1-9]\d*", pods.devices):
+            rule = "resource:count, as the cluster's device plugin names it"
+            found.append(Problem("launcher.kubernetes.devices", repr(pods.devices), rule, "<vendor.com/device>:8"))
     slurm = launcher.slurm
     for key, value in vars(slurm).items():
         words = value if isinstance(value, tuple) else (value,)
         if any(isinstance(word, str) and (not word or not word.isprintable()) for word in words):
             found.append(Problem(f"launcher.slurm.{key}", repr(value), "printable text on one line, as it goes into a batch script"))
-    return [*found, *_check("launcher.slurm.", slurm, _counts("signal_s", low=0))]
+    return [*found, *_check("launcher.slurm.", slurm, (*_counts("signal_s", low=0), _one_of("runner", ("torchrun", "ray"))))]
 
 
 def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStage]) -> list[Problem]:

@@ -20,8 +20,14 @@ NOISE_STAGE = 2**16  # no stage of a recipe has this index, so validation never 
 
 def at_sigma(config: ObjectiveConfig, sigma: float) -> ObjectiveConfig:
     """The objective with every clip at one noise level, its first frame given and nothing dropped."""
-    fixed = replace(config, sigma_mean=math.log(sigma / (1 - sigma)), sigma_std=0.0, flow_shift=1.0)
+    fixed = replace(config, sigma_mean=math.log(sigma / (1 - sigma)), sigma_std=0.0, flow_shift=1.0, sigma_min=0.0, sigma_max=1.0)
     return replace(fixed, image_condition=1.0, camera_dropout=0.0, text_dropout=0.0)
+
+
+def levels_of(config: ObjectiveConfig) -> tuple[float, ...]:
+    """The levels of the grid that this objective trains, its lower end not counted; of a range between two of them the middle."""
+    inside = tuple(sigma for sigma in SIGMAS if config.sigma_min < sigma <= config.sigma_max)
+    return inside or ((config.sigma_min + config.sigma_max) / 2,)
 
 
 @torch.no_grad()
@@ -34,9 +40,9 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
     with open_loader(stage, "validation", share * stage.mesh.data_size) as loader:
         batch = on_device(stage, next(loader))
     parts = math.ceil(share * stage.mesh.data_size / stage.config.global_batch)  # no more clips at once than in training
-    sums = []
+    sums, levels = [], levels_of(stage.config.objective)
     with ema_weights(state.ema, state.model):
-        for sigma in SIGMAS:
+        for sigma in levels:
             config, total = at_sigma(stage.config.objective, sigma), 0.0
             for part in micro_batches(batch, parts):
                 objective = OBJECTIVES[config.name]
@@ -47,4 +53,4 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
                 total += float((output.loss.double() * counted).sum()) / stage.mesh.sequence_size
             sums.append(total)
     means = (stage.world.gather_numbers(sums).sum(dim=0) / wanted).tolist()
-    return {"validation_loss": sum(means) / len(means), **{f"validation_loss_sigma_{s}": m for s, m in zip(SIGMAS, means, strict=True)}}
+    return {"validation_loss": sum(means) / len(means), **{f"validation_loss_sigma_{s}": m for s, m in zip(levels, means, strict=True)}}

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 DONE, FAILED, USER_ERROR = 0, 1, 2  # and preemption.EXIT_CODE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one stage as one rank of it."""
+def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
+    """Run one stage as one rank of it: train it, or do other `work` on it, called as `trainer.train_stage` is."""
     parser = argparse.ArgumentParser(prog="python -m wm_train.worker", description="One rank of one stage; launchers start this.")
     parser.add_argument("--config", type=Path, required=True, help="resolved config of the run, as JSON")
     config_path = parser.parse_args(argv).config
@@ -27,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from wm_train.curriculum import stage_directory
     from wm_train.owner import OwnedError, only_run
     from wm_train.preemption import EXIT_CODE, Preempted, StopRequest
+    from wm_train.preflight import preflight
     from wm_train.progress import Progress, complain
     from wm_train.trainer import SetupError, train_stage
     from wm_train.world import join_world, leave_world
@@ -39,11 +42,17 @@ def main(argv: list[str] | None = None) -> int:
             backend = get_backend(run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0")))
         except ValueError as error:
             raise SetupError(str(error)) from error
+        progress = Progress(speaks=rank == 0)
+        progress.mark("imports")
         world = join_world(backend, run.backend.collective_timeout_s)
+        progress.mark("rendezvous")
         with only_run(stage_directory(run, run.stage), world):
-            train_stage(run, backend, world, Progress(speaks=world.rank == 0), stop)
+            if run.launcher.preflight:
+                preflight(run, backend, world, progress)
+                progress.mark("checks")
+            (work or train_stage)(run, backend, world, progress, stop)
     except (ConfigError, SetupError, OwnedError) as error:
-        complain(f"rank {rank}: {error}")
+        complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return USER_ERROR
     except Preempted as reason:
         if rank == 0:

@@ -127,33 +127,75 @@ def test_too_few_cpus_are_reported_in_time(spec, view, cluster: str) -> None:
 
 
 @pytest.mark.full
-def test_after_a_lost_node_the_run_goes_on_with_fewer_workers(spec, view, cluster: str, nodes, tmp_path: Path) -> None:
-    """Two nodes, one worker on each by their size; the second node goes away for good."""
+def test_after_a_lost_node_the_run_goes_on_with_fewer_workers_and_grows_again(spec, view, cluster: str, nodes, tmp_path: Path) -> None:
+    """Two nodes, one worker on each by their size; the second one goes away and comes back. Growing lets the workers save."""
     second = nodes.add_node(num_cpus=4)
     program = """
-(place / f"world_{os.environ['WORLD_SIZE']}_{rank}").touch()
-if os.environ["WORLD_SIZE"] == "2":
+world = int(os.environ["WORLD_SIZE"])
+(place / f"world_{world}_{rank}").touch()
+signal.signal(signal.SIGTERM, lambda *_: ((place / f"saved_{world}").touch(), sys.exit(75)))
+if not (place / "saved_1").exists():
     time.sleep(300)
 """
 
-    def pull_the_plug() -> None:
-        until = time.monotonic() + 60
-        while len(list(tmp_path.glob("world_2_*"))) < 2 and time.monotonic() < until:
+    def until(*names: str) -> None:
+        limit = time.monotonic() + 60
+        while not all((tmp_path / name).exists() for name in names) and time.monotonic() < limit:
             time.sleep(0.1)
-        nodes.remove_node(second)
 
-    plug = threading.Thread(target=pull_the_plug)
+    def pull_the_plug_and_put_it_back() -> None:
+        nonlocal second
+        until("world_2_0", "world_2_1")
+        nodes.remove_node(second)
+        until("world_1_0")
+        nodes._shutdown_at_exit = False  # its hooks are signal handlers, which only the main thread may set
+        second = nodes.add_node(num_cpus=4)
+
+    plug = threading.Thread(target=pull_the_plug_and_put_it_back)
     plug.start()
-    asked = spec(program, workers=2, cpus_per_worker=3, address=cluster, max_restarts=2, place_s=20.0, fewer=(1,))
+    asked = spec(program, workers=2, cpus_per_worker=3, address=cluster, max_restarts=2, place_s=10.0, fewer=(1,), grow_s=3.0)
     started = time.monotonic()
-    assert on_ray.run(asked, view) == 0, view.out.getvalue()
-    plug.join()
-    assert time.monotonic() - started < 100
+    try:
+        assert on_ray.run(asked, view) == 0, view.out.getvalue()
+        assert time.monotonic() - started < 120
+    finally:
+        plug.join()
+        nodes.remove_node(second)
     shown = view.out.getvalue()
-    assert "2 workers on 2 nodes" in shown
+    assert shown.count("2 workers on 2 nodes") == 2
     assert "its node, or the process that kept it, was lost" in shown
     assert "room for 1 of 2 workers" in shown
-    assert (tmp_path / "world_1_0").exists()
+    assert "room for 2 workers: growing" in shown
+
+
+def test_two_pools_restart_apart(spec, view, cluster: str, tmp_path: Path) -> None:
+    """A killed worker of one pool costs the other nothing: it keeps its process, and both end."""
+    program = (
+        NOTE_PID
+        + """
+pool = os.environ["POOL"]
+if pool == "low":
+    first = not (place / "tried").exists()
+    (place / "tried").touch()
+    if first:
+        while not (place / "high_is_up").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    (place / "low_is_back").touch()
+else:
+    (place / "high_is_up").touch()
+    while not (place / "low_is_back").exists():
+        time.sleep(0.05)
+print('@progress {"step": 9, "steps": 9}')
+"""
+    )
+    common = {"address": cluster, "max_restarts": 1}
+    pools = {pool: spec(program, environment={"POOL": pool}, logs=tmp_path / pool / "logs", **common) for pool in ("high", "low")}
+    assert on_ray.run_pools(pools, view) == 0, view.out.getvalue()
+    shown = view.out.getvalue()
+    assert "low | rank 0 died: killed by SIGKILL" in shown
+    assert "high | rank 0 died" not in shown
+    assert all_gone(tmp_path, 3)
 
 
 def test_sigterm_lets_the_workers_finish_their_work(spec, view, cluster: str, tmp_path: Path) -> None:

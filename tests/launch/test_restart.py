@@ -10,22 +10,23 @@ from dataclasses import replace
 import pytest
 
 from launch.progress import ProgressView
-from launch.restart import Death, run_attempts
+from launch.restart import Death, Growth, run_attempts
 from launch.signals import Caught
 from launch.spec import LaunchSpec
 
 Run = Callable[..., tuple[int, list[int], list[float]]]
+Outcome = tuple[Death | Growth | None, int | None]
 
 
 @pytest.fixture
 def run(spec, view) -> Run:
     """run(outcomes, ...): attempts end as (death or None, last step) in turn; returns exit code, attempts made, seconds slept."""
 
-    def go(*outcomes: tuple[Death | None, int | None], **changes: object) -> tuple[int, list[int], list[float]]:
+    def go(*outcomes: Outcome, **changes: object) -> tuple[int, list[int], list[float]]:
         made: list[int] = []
         slept: list[float] = []
 
-        def attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
+        def attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None:
             made.append(number)
             death, step = outcomes[number]
             if step is not None:
@@ -81,7 +82,7 @@ def test_deaths_before_the_first_step_do_not_count_as_one_step(run: Run) -> None
 def test_a_signal_between_attempts_ends_the_run(spec, view) -> None:
     made: list[int] = []
 
-    def attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
+    def attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None:
         made.append(number)
         return crash()
 
@@ -94,3 +95,10 @@ def test_a_signal_between_attempts_ends_the_run(spec, view) -> None:
 
     assert run_attempts(asked, view, attempt, sleep) == 128 + signal.SIGTERM
     assert (len(calls), made) == (1, [0])
+
+
+def test_growing_uses_up_no_restart_and_a_lost_node_is_not_the_steps_fault(run: Run, view) -> None:
+    code, made, slept = run((crash(None), 7), (Growth(4), 7), (crash(None), 7), (Growth(4), 9), (None, 20), max_restarts=2, backoff_s=1.0)
+    assert (code, made) == (0, [0, 1, 2, 3, 4])
+    assert sum(slept) == pytest.approx(1 + 2), "no pause before growing"
+    assert view.out.getvalue().count("room for 4 workers: growing") == 2

@@ -1,5 +1,6 @@
-"""Two SLURM nodes on this machine: jobs over both, stages in a chain, saving and queueing again. Needs root and Debian's
-slurmctld, slurmd, slurm-client and munge; `make test-slurm` runs it."""
+"""Two SLURM nodes on this machine, each with a network, processes and a name of its own: jobs over both, stages in a chain, saving and
+queueing again, and the demo under both templates. Needs root, iproute2 and Debian's slurmctld, slurmd, slurm-client and munge;
+`make test-slurm` runs it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,12 +18,17 @@ import pytest
 
 from launch import on_slurm
 from launch.spec import BatchJob
+from wm_train import checkpoint
+from wm_train.manifest import read_manifest
+from wm_train.tracking import read_steps
 
 pytestmark = pytest.mark.slurm
-INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+ROOT = Path(__file__).resolve().parents[2]
+INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2"
+NETWORK, BRIDGE = "10.213.77", "wmslurm"
 CONFIGURATION = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({network}.254)
 SlurmUser=root
 AuthType=auth/munge
 StateSaveLocation={folder}/state
@@ -30,7 +37,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -44,9 +51,16 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 MinJobAge=300
 KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=n1 NodeHostname=n1 NodeAddr={network}.1 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=n2 NodeHostname=n2 NodeAddr={network}.2 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+# Inside the namespaces of a node: its name, the names of the others, a folder for Ray of its own.
+NODE = """
+set -e
+hostname {name}; ip link set lo up
+mkdir -p /tmp/ray; mount --bind {folder}/ray-{name} /tmp/ray; mount --bind {folder}/hosts /etc/hosts
+exec slurmd -D -N {name}
 """
 
 
@@ -65,36 +79,57 @@ def state(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in command("scontrol", "show", "job", job).split() if "=" in word)
 
 
+def start_node(number: int, folder: Path) -> subprocess.Popen[bytes]:
+    """slurmd as on a machine of its own; whatever it starts dies with it."""
+    name, space = f"n{number}", f"{BRIDGE}{number}"
+    for name_of in (f"spool-{name}", f"ray-{name}"):
+        (folder / name_of).mkdir()
+    command("ip", "netns", "add", space)
+    command("ip", "link", "add", space, "master", BRIDGE, "up", "type", "veth", "peer", "name", "eth0", "netns", space)
+    command("ip", "-n", space, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
+    command("ip", "-n", space, "link", "set", "eth0", "up")
+    inside = ["unshare", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc"]
+    return subprocess.Popen(["nsenter", f"--net=/run/netns/{space}", *inside, "bash", "-c", NODE.format(name=name, folder=folder)])
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A controller and two nodes with two make-believe devices each."""
-    assert os.geteuid() == 0, "the daemons need root"
+    assert os.geteuid() == 0, "the daemons and the nodes' networks need root"
     assert shutil.which("slurmctld"), f"SLURM is not installed. Fix: {INSTALL}"
     folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool-n1", "spool-n2"):
-        (folder / name).mkdir()
+    (folder / "state").mkdir()
     for name in ("gpu0", "gpu1"):
         (folder / name).touch()
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    ports = [server.getsockname()[1] for server in servers]
-    for server in servers:
-        server.close()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     host = socket.gethostname().split(".")[0]
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, ports=ports))
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{NETWORK}.1 n1\n{NETWORK}.2 n2\n{NETWORK}.254 {host}\n")
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, port=port, network=NETWORK))
     (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
+    nodes: list[subprocess.Popen[bytes]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         if not Path("/run/munge/munge.socket.2").exists():
             command("install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge")
             command("runuser", "-u", "munge", "--", "/usr/sbin/munged", "--force")
         try:
-            for daemon in (["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]):
-                command(*daemon)
+            command("ip", "link", "add", BRIDGE, "type", "bridge")
+            command("ip", "addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
+            command("ip", "link", "set", BRIDGE, "up")
+            command("slurmctld")
+            nodes += [start_node(number, folder) for number in (1, 2)]
             wait_for(lambda: command("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "two idle nodes")
             yield
         finally:
-            for file in folder.glob("*.pid"):
+            for node in nodes:
+                node.kill()
+                node.wait()
+            for file in folder.glob("slurmctld.pid"):
                 subprocess.run(["kill", file.read_text().strip()], check=False)
+            for number in (1, 2):
+                subprocess.run(["ip", "netns", "del", f"{BRIDGE}{number}"], check=False, capture_output=True)
+            subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
 
 
 @pytest.fixture
@@ -147,3 +182,62 @@ time.sleep(120)
     wait_for(lambda: (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING"), "the job to be queued again")
     assert sorted(file.name for file in tmp_path.glob("saved_*")) == ["saved_0", "saved_1", "saved_2", "saved_3"]
     command("scancel", job)
+
+
+@pytest.fixture
+def demo(gameplay: Path, slurm: None, tmp_path: Path) -> Callable[..., None]:
+    """demo(runner, *overrides): submit the demo, smaller, on one worker per node, with its Python only on the path that it needs."""
+
+    def go(runner: str, *overrides: str) -> None:
+        where = [f"data.path={gameplay}", f"out={tmp_path / 'runs'}", "launcher=slurm", f"launcher.slurm.runner={runner}"]
+        job = ["launcher.nodes=2", "launcher.workers=2", "launcher.slurm.submit=true", "tracker=none", "trainer.samples=0"]
+        batches = [f"recipe.stages.{stage}.global_batch=2" for stage in ("short", "long")]
+        small = ["model.width=64", "recipe.stages.long.frames=41", *batches]
+        command_line = [sys.executable, "-m", "wm_train.launch", "experiment=demo", *where, *job, *small, *overrides]
+        done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return go
+
+
+def logs(tmp_path: Path) -> str:
+    return "\n".join(file.read_text()[-5000:] for file in tmp_path.glob("runs/demo/*/logs/slurm_*.log"))
+
+
+@pytest.mark.parametrize("runner", ["torchrun", "ray"])
+def test_the_demos_two_stages_run_over_two_nodes_one_after_the_other(demo, runner: str, tmp_path: Path) -> None:
+    quick = [f"recipe.stages.{stage}.{setting}" for stage in ("short", "long") for setting in ("steps=6", "optimizer.warmup_steps=2")]
+    demo(runner, "stage=all", "trainer.validation_clips=0", "launcher.slurm.time=0:10:00", *quick)
+    jobs = [(tmp_path / "runs" / "demo" / stage / "slurm_job_id").read_text().strip() for stage in ("short", "long")]
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    wait_for(lambda: state(jobs[1])["JobState"] in ended or state(jobs[0])["JobState"] in ended[1:], "both stages", within_s=400)
+    assert [state(job)["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED"], logs(tmp_path)
+    for stage in ("short", "long"):
+        assert [row["step"] for row in read_steps(tmp_path / "runs" / "demo" / stage / "metrics.jsonl")] == list(range(1, 7))
+    said = logs(tmp_path)
+    assert "checked 2 nodes" in said
+    assert "weights from" in said
+    if runner == "ray":
+        assert "2 workers on 2 nodes" in said
+        token = (tmp_path / "runs" / "demo" / "short" / "ray_token").read_text()
+        assert token not in said + (tmp_path / "runs" / "demo" / "short" / "slurm.sh").read_text()
+
+
+@pytest.mark.parametrize("runner", ["torchrun", "ray"])
+def test_at_the_time_limit_the_demo_saves_queues_again_and_resumes(demo, runner: str, tmp_path: Path) -> None:
+    """SLURM itself sends the signal, 100 s before a limit of two minutes; the job that comes back goes on from the checkpoint."""
+    limit = ["launcher.slurm.time=0:02:00", "launcher.slurm.signal_s=100"]
+    demo(runner, "stage=1", "recipe.stages.short.steps=100000", "trainer.checkpoint_every=90000", "trainer.validate_every=0", *limit)
+    stage = tmp_path / "runs" / "demo" / "short"
+    job = (stage / "slurm_job_id").read_text().strip()
+    wait_for(lambda: (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING"), "the job to be queued again", within_s=150)
+    saved = checkpoint.committed(stage / "checkpoints")
+    assert len(saved) == 1, logs(tmp_path)
+    steps = read_manifest(saved[0]).step
+    for file in (stage / "config.json", stage / "slurm_job.json"):
+        if file.exists():  # let the second part be short
+            file.write_text(file.read_text().replace("100000", str(steps + 5)))
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
+    wait_for(lambda: state(job)["JobState"] == "COMPLETED", "the job to end", within_s=200)
+    assert f"continuing from {saved[0]}" in logs(tmp_path)
+    assert [row["step"] for row in read_steps(stage / "metrics.jsonl")] == list(range(1, steps + 6))

@@ -20,7 +20,7 @@ def asked(spec, tmp_path: Path) -> LaunchSpec:
 
 
 def test_what_the_script_asks_for(asked: LaunchSpec, tmp_path: Path) -> None:
-    lines = on_slurm.render(asked).splitlines()
+    lines = on_slurm.render({"": asked}).splitlines()
     directives = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
     assert {
         "--nodes=2",
@@ -39,7 +39,7 @@ def test_what_the_script_asks_for(asked: LaunchSpec, tmp_path: Path) -> None:
 
 def test_values_are_quoted_and_the_script_parses(asked: LaunchSpec, tmp_path: Path) -> None:
     script = tmp_path / "slurm.sh"
-    script.write_text(on_slurm.render(asked))
+    script.write_text(on_slurm.render({"": asked}))
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
     export = next(line for line in script.read_text().splitlines() if line.startswith("export NOTE"))
     shown = subprocess.run(["bash", "-c", f'{export}; printf %s "$NOTE"'], capture_output=True, text=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,40 @@ from wm_train.tracking import read_steps
 from wm_train.world import join_world, leave_world
 
 STEPS = 20  # of the demo run of tests/conftest.py
+DATASET = {
+    "schema_version": 2,
+    "codec": "dct",
+    "codec_options": {},
+    "channels": 16,
+    "latent_height": 8,
+    "latent_width": 8,
+    "temporal_stride": 8,
+    "spatial_stride": 16,
+    "image_height": 128,
+    "image_width": 128,
+    "fps": 16,
+    "metres_per_unit": 0.03,
+    "control_names": [],
+    "mean": [[0.0] * 16] * 2,
+    "std": [[1.0] * 16] * 2,
+    "clips": {"train": 8, "validation": 2},
+    "shards": 1,
+    "latent_frames": 110,
+    "raw_frames": 810,
+    "psnr_db": None,
+    "null_text": None,
+    "index_bytes": 0,
+    "index_sha256": "",
+    "latent_dtype": "float32",
+    "source": "test",
+    "fingerprint": "",
+    "fields": ["latent.npy"],
+    "image_latents_every": 0,
+    "text_encoder": None,
+    "text_length": 0,
+    "text_width": 0,
+    "null_text_crc32c": 0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +110,11 @@ def alone(train_here, losses, tmp_path_factory: pytest.TempPathFactory) -> list[
     folder = tmp_path_factory.mktemp("alone")
     train_here(folder)
     return losses(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    return folder

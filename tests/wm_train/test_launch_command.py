@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,49 +20,6 @@ code = main(sys.argv[1:])
 print("HEAVY", sorted({"torch", "ray", "mlflow", "pyarrow"} & set(sys.modules)))
 sys.exit(code)
 """
-DATASET = {
-    "schema_version": 2,
-    "codec": "dct",
-    "codec_options": {},
-    "channels": 16,
-    "latent_height": 8,
-    "latent_width": 8,
-    "temporal_stride": 8,
-    "spatial_stride": 16,
-    "image_height": 128,
-    "image_width": 128,
-    "fps": 16,
-    "metres_per_unit": 0.03,
-    "control_names": [],
-    "mean": [[0.0] * 16] * 2,
-    "std": [[1.0] * 16] * 2,
-    "clips": {"train": 8, "validation": 2},
-    "shards": 1,
-    "latent_frames": 110,
-    "raw_frames": 810,
-    "psnr_db": None,
-    "null_text": None,
-    "index_bytes": 0,
-    "index_sha256": "",
-    "latent_dtype": "float32",
-    "source": "test",
-    "fingerprint": "",
-    "fields": ["latent.npy"],
-    "image_latents_every": 0,
-    "text_encoder": None,
-    "text_length": 0,
-    "text_width": 0,
-    "null_text_crc32c": 0,
-}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "dataset.json").write_text(json.dumps(DATASET))
-    return folder
-
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Callable[..., int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import secrets
@@ -41,9 +43,9 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, steps: int = STEPS) -> list[float]:
     rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
     return [row["loss"] for row in rows]
 
 
@@ -84,44 +86,113 @@ def test_killing_a_worker_changes_nothing(arguments, environment, tmp_path: Path
     assert outcome(disturbed) == outcome(calm)
 
 
-@pytest.mark.full
-def test_after_a_lost_node_the_losses_are_those_of_the_undisturbed_run(arguments, environment, tmp_path: Path) -> None:
-    """Two simulated nodes of one CPU each; one goes away for good, and the run ends on the other with the same samples and losses."""
-    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    subprocess.run([sys.executable, "-m", *arguments(calm)], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
-    with pytest.MonkeyPatch.context() as patch:
-        (tmp_path / "token").touch(mode=0o600)
-        (tmp_path / "token").write_text(secrets.token_hex(32))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token authentication for a cluster that a test starts itself."""
+    (tmp_path / "token").touch(mode=0o600)
+    (tmp_path / "token").write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        try:
-            second = nodes.add_node(num_cpus=1)
-            elastic = arguments(disturbed, "launcher.min_workers=1", "launcher.place_s=10", f"launcher.address={nodes.address}")
-            with (tmp_path / "log").open("w") as log:
-                run = subprocess.Popen([sys.executable, "-m", *elastic], cwd=ROOT, stdout=log, stderr=log)
-                until = time.monotonic() + 120
-                while not checkpoint.committed(disturbed / "demo" / "short" / "checkpoints") and time.monotonic() < until:
+
+@pytest.mark.full
+def test_after_a_lost_node_the_run_goes_on_alone_grows_again_and_has_the_losses_of_the_undisturbed_one(
+    arguments, environment, token, tmp_path: Path
+) -> None:
+    """Two simulated nodes of one CPU each. One goes away, the run goes on on the other; it comes back, and the run grows."""
+    calm, disturbed, steps = tmp_path / "calm", tmp_path / "disturbed", 60
+    longer = [f"recipe.stages.short.steps={steps}", "recipe.stages.short.global_batch=8", "trainer.keep_last=100"]
+    command = [sys.executable, "-m", *arguments(calm, *longer)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
+    from ray.cluster_utils import Cluster
+
+    checkpoints = disturbed / "demo" / "short" / "checkpoints"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = nodes.add_node(num_cpus=1)
+        elastic = ["launcher.min_workers=1", "launcher.place_s=5", "launcher.grow_s=15", f"launcher.address={nodes.address}"]
+        with (tmp_path / "log").open("w") as log:
+            run = subprocess.Popen([sys.executable, "-m", *arguments(disturbed, *longer, *elastic)], cwd=ROOT, stdout=log, stderr=log)
+
+            def wait(happened: Callable[[], object], what: str) -> None:
+                until = time.monotonic() + 200
+                while not happened():
+                    assert run.poll() is None, (tmp_path / "log").read_text()
+                    assert time.monotonic() < until, f"waited for {what}: " + (tmp_path / "log").read_text()
                     time.sleep(0.05)
-                nodes.remove_node(second)
-                assert run.wait(timeout=240) == 0, (tmp_path / "log").read_text()
-        finally:
-            nodes.shutdown()
+
+            wait(lambda: checkpoint.committed(checkpoints), "the first checkpoint")
+            nodes.remove_node(second)
+            wait(lambda: "going on with 1" in (tmp_path / "log").read_text(), "the smaller world")
+            nodes.add_node(num_cpus=1)
+            assert run.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    finally:
+        nodes.shutdown()
     said = (tmp_path / "log").read_text()
-    assert "2 workers on 2 nodes" in said
+    assert said.count("2 workers on 2 nodes") == 2
     assert "room for 1 of 2 workers" in said
-    assert losses(disturbed) == pytest.approx(losses(calm), rel=1e-6, abs=0)
+    assert "room for 2 workers: growing, from the checkpoint just made" in said
+    worlds = [read_manifest(folder).facts["world"] for folder in checkpoint.committed(checkpoints)]
+    assert [world for world, _ in itertools.groupby(worlds)] == [2, 1, 2]
+    assert losses(disturbed, steps) == pytest.approx(losses(calm, steps), rel=1e-6, abs=0)
 
 
 @pytest.mark.full
-def test_torchrun_gives_the_losses_of_ray_bit_for_bit(arguments, environment, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, 4])
+def test_torchrun_gives_the_losses_of_ray_bit_for_bit(arguments, environment, tmp_path: Path, workers: int) -> None:
     for launcher in ("ray", "torchrun"):
-        command = [sys.executable, "-m", *arguments(tmp_path / launcher, f"launcher={launcher}")]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+        size = [f"launcher={launcher}", f"launcher.workers={workers}", "recipe.stages.short.global_batch=4", "parallel.cp=2"]
+        command = [sys.executable, "-m", *arguments(tmp_path / launcher, *size)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
     assert losses(tmp_path / "torchrun") == losses(tmp_path / "ray")
+
+
+@pytest.mark.full
+def test_a_killed_worker_of_one_pool_costs_the_other_nothing(arguments, environment, tmp_path: Path) -> None:
+    """Two experts under one driver; `kill -9` of the low one's worker. The high one's steps go on meanwhile, the low one resumes, both end,
+    they are judged together, and one MLflow run shows both curves."""
+    from mlflow import MlflowClient
+
+    line = [argument for argument in arguments(tmp_path) if not argument.startswith(("experiment=", "tracker="))]
+    longer = ["experiment=demo_pools", "recipe.stages.short.steps=150", "trainer.samples=1", "trainer.sample_steps=4", "name=demo"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", *line, *longer], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said: list[str] = []
+    victim, died, back, steps = 0, 0, 0, {}
+    assert run.stdout is not None
+    for text in run.stdout:
+        said.append(text)
+        if found := re.search(r"low \| process ids rank 0: (\d+)", text):
+            victim = victim or int(found[1])
+        folder = tmp_path / "demo" / "low" / "short" / "checkpoints"
+        if victim and not died and checkpoint.committed(folder):
+            os.kill(victim, signal.SIGKILL)
+            died = 1
+            steps["killed"] = rows(tmp_path / "demo" / "high" / "short")
+        if "low | continuing from" in text:
+            back = 1
+            steps["back"] = rows(tmp_path / "demo" / "high" / "short")
+    assert run.wait(timeout=60) == 0, "".join(said)
+    output = "".join(said)
+    assert died
+    assert back, output
+    assert "low | rank 0 died: killed by SIGKILL" in output
+    assert output.count("high | process ids") == 1, "it keeps its process"
+    assert steps["back"] > steps["killed"], "its steps go on"
+    assert "joint validation_loss" in output
+    assert (tmp_path / "demo" / "joint" / "short" / "samples" / "contact_sheet.png").exists()
+    assert rows(tmp_path / "demo" / "high" / "short") == rows(tmp_path / "demo" / "low" / "short") == 150
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    parent = client.get_run(json.loads((tmp_path / "demo" / "mlflow.json").read_text())["run_id"])
+    assert parent.info.status == "FINISHED"
+    for pool in ("high", "low"):
+        assert {m.step for m in client.get_metric_history(parent.info.run_id, f"{pool}/short/loss")} == set(range(1, 151))
+
+
+def rows(folder: Path) -> int:
+    return len(read_steps(folder / "metrics.jsonl"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.config import ObjectiveConfig
 from wm_train.noise import NoiseKey, random_words, uniform, unit_interval
-from wm_train.objectives.flow_matching import plain_sigma, shift_sigma, velocity_loss
+from wm_train.objectives.flow_matching import plain_range, plain_sigma, shift_sigma, velocity_loss
 from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
 
 SAME, INCREMENTAL, ANCHORED, CLEAN_PAST = range(4)
@@ -44,7 +44,7 @@ def chunk_mixture(
     draws = batch.draws.to(batch.latents.device)
     pattern = drawn_pattern(key, draws, config)
     sigma = plain_sigma(key, draws, config)
-    levels = shift_sigma(chunk_levels(key, draws, pattern, sigma, chunks), config.flow_shift)
+    levels = shift_sigma(chunk_levels(key, draws, pattern, sigma, chunks, plain_range(config)), config.flow_shift)
     local = torch.tensor(chunk_index(sequence.layout, sequence.frames.start, sequence.frames.stop), dtype=torch.int64, device=draws.device)
     metrics = {"sigma": shift_sigma(sigma, config.flow_shift), "pattern": pattern.float()}
     return velocity_loss(model, batch, key, config, sequence, conditions, levels[:, local], metrics)
@@ -56,8 +56,10 @@ def drawn_pattern(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tens
     return (uniform(key, "chunk_pattern", draws)[:, None] * shares[-1] >= shares[:-1]).sum(1)
 
 
-def chunk_levels(key: NoiseKey, draws: Tensor, pattern: Tensor, sigma: Tensor, chunks: int) -> Tensor:
-    """Noise level of every chunk before the shift, fp32 [B, chunks]; the anchor chunk has `sigma` [B]."""
+def chunk_levels(
+    key: NoiseKey, draws: Tensor, pattern: Tensor, sigma: Tensor, chunks: int, ends: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Noise level of every chunk before the shift, fp32 [B, chunks], between `ends`; the anchor chunk has `sigma` [B]."""
     b = len(draws)
     any_chunk = (uniform(key, "chunk_anchor", draws) * chunks).long().clamp(max=chunks - 1)
     anchor = torch.where(pattern == INCREMENTAL, any_chunk, chunks - 1)[:, None]
@@ -68,7 +70,10 @@ def chunk_levels(key: NoiseKey, draws: Tensor, pattern: Tensor, sigma: Tensor, c
     # Sort the numbers of either side on its own: those below the anchor chunk first, moved apart by a whole unit.
     side = torch.where(before, 0.0, torch.where(place == anchor, 1.0, 2.0))
     ordered = (free + side).sort(dim=1).values - side
-    rising = torch.where(before, ordered * sigma[:, None], sigma[:, None] + ordered * (1.0 - sigma[:, None]))
+    low, high = ends
+    below = low + ordered * (sigma[:, None] - low)
+    above = sigma[:, None] + ordered * (high - sigma[:, None])
+    rising = torch.where(before, below, above)
     rising = torch.where(place == anchor, sigma[:, None], rising)
     clean = torch.where(place == anchor, sigma[:, None], 0.0)
     chosen = pattern[:, None]

@@ -29,10 +29,26 @@ def clip_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
     return shift_sigma(plain_sigma(key, draws, config), config.flow_shift)
 
 
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The noise level that `shift_sigma` moves to sigma."""
+    return sigma / (shift - (shift - 1.0) * sigma)
+
+
 def plain_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
-    """The logit-normal noise level of each clip before the shift, fp32 [B]."""
+    """The logit-normal noise level of each clip before the shift, fp32 [B], from the part of the distribution that the shift moves into
+    sigma_min to sigma_max: by its inverse distribution function, so that nothing piles up at the ends of the range."""
     gaussian = normal(key, "sigma", draws, (0, 1), ())[:, 0]
-    return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
+    if config.sigma_min == 0.0 and config.sigma_max == 1.0:
+        return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
+    ends = torch.tensor(plain_range(config), dtype=torch.float64, device=draws.device)
+    low, high = torch.special.ndtr((torch.logit(ends) - config.sigma_mean) / config.sigma_std)
+    truncated = torch.special.ndtri(low + (high - low) * torch.special.ndtr(gaussian.double()))
+    return torch.sigmoid(config.sigma_mean + config.sigma_std * truncated).clamp(ends[0], ends[1]).float()  # clamp: rounding only
+
+
+def plain_range(config: ObjectiveConfig) -> tuple[float, float]:
+    """sigma_min and sigma_max as they are before the shift."""
+    return unshift_sigma(config.sigma_min, config.flow_shift), unshift_sigma(config.sigma_max, config.flow_shift)
 
 
 def dropped_conditions(conditions: Conditions, key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Conditions:

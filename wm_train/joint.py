@@ -1,0 +1,90 @@
+"""All pools of a run judged as the one model they are: `python -m wm_train.joint --config resolved.json`, which the launch command runs as
+workers when the pools of a stage have ended.
+
+Every noise level is left to the pool that learned it: the held-out loss level by level, and rollouts that switch at the boundaries
+(Wan2.2; MoWorld §3). Results are in `<out>/<name>/joint/<stage>`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+from wm_train import checkpoint
+from wm_train.backends import Backend
+from wm_train.compose import from_json
+from wm_train.config import RunConfig
+from wm_train.curriculum import stage_directory, stage_run
+from wm_train.pools import JOINT, boundaries
+from wm_train.preemption import StopRequest
+from wm_train.progress import Progress
+from wm_train.samples import show_samples
+from wm_train.stage import Stage, open_stage
+from wm_train.state import SetupError, TrainState, build_state
+from wm_train.tracking import Tracker
+from wm_train.validation import held_out_loss
+from wm_train.worker import main as worker_main
+from wm_train.world import World
+
+
+def judge(run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest) -> None:
+    """Evaluate the newest checkpoints of all pools at the stage named `run.stage`, over the mesh of `run`.
+
+    Errors: SetupError when a pool has no checkpoint.
+    """
+    joint = replace(run, pool=JOINT)
+    folder = stage_directory(joint, run.stage)
+    states: dict[float, TrainState] = {}
+    losses: dict[str, float] = {}
+    stage: Stage | None = None
+    steps = 0
+    for pool, lowest in boundaries(run).items():
+        own = pool_run(run, pool)
+        stage = open_stage(own, backend, world)
+        states[lowest], done = load_state(own, stage, world)
+        steps = max(steps, done)
+        losses |= held_out_loss(stage, states[lowest])
+    assert stage is not None, "the launch command checks that pools make all noise levels"
+    by_level = {name: loss for name, loss in losses.items() if name != "validation_loss"}
+    if by_level:
+        losses["validation_loss"] = sum(by_level.values()) / len(by_level)
+    whole = replace(stage, run=stage_run(joint, run.stage))
+    tracker = None
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
+        tracker = Tracker(joint, run.stage, folder, 0, progress.say)
+        tracker.step(steps, losses)
+        progress.say("joint " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    try:
+        show_samples(whole, states, folder, tracker, progress)
+    finally:
+        if tracker:
+            tracker.close()
+
+
+def pool_run(run: RunConfig, pool: str) -> RunConfig:
+    """The run of `pool` as it was started, on the mesh of `run`. Raises SetupError when it never was."""
+    file = stage_directory(replace(run, pool=pool), run.stage) / "config.json"
+    try:
+        own = from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SetupError(f"joint evaluation: got {error}, expected the config of pool {pool}. Fix: train the pool first") from error
+    return stage_run(replace(own, parallel=run.parallel), run.stage)
+
+
+def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[TrainState, int]:
+    """The newest checkpoint of a pool, and how many steps it has made."""
+    root = stage_directory(own, own.stage) / "checkpoints"
+    found = checkpoint.find_newest(root, world, lambda line: None)
+    if found is None:
+        raise SetupError(f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}. Fix: train the pool first")
+    folder, manifest = found
+    state = build_state(own, stage.mesh.fsdp, stage.backend.device)
+    checkpoint.load(folder, manifest, state.tensors())
+    return state, manifest.step
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main(work=judge))
