@@ -24,6 +24,7 @@ from launch.spec import USER_ERROR, LaunchSpec, rank_environment
 
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
 FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
+START_S = 60.0  # for the actors' processes, once they have their place
 WITNESS_S = 2.0  # after a first death, how long to look for others: the peers of a killed rank die of their broken connections
 GROW_LOOK_S = 2.0  # how often to ask Ray whether there is room for more
 STOP_BROKEN_S = 2.0  # the others cannot finish a step without the dead rank, so they get little time
@@ -137,11 +138,11 @@ def _bundle(spec: LaunchSpec) -> dict[str, float]:
 def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[str, str]], str]:
     """Actors in rank order (ranks of a node side by side, so that a sequence-parallel group stays inside it) and their environments."""
     try:
-        seats: list[Seat] = ray.get([actor.seat.remote() for actor in actors], timeout=spec.place_s)
+        seats: list[Seat] = ray.get([actor.seat.remote() for actor in actors], timeout=START_S)
     except RayError as error:
         reason = str(error).strip().splitlines()[-1].split(", expected")[0]
         raise NoRoomError(
-            f"starting {len(actors)} workers: got {reason}, expected this package on every node within {spec.place_s:.0f} s. "
+            f"starting {len(actors)} workers: got {reason}, expected this package on every node within {START_S:.0f} s. "
             "Fix: install it on every node, or `ray job submit --working-dir <checkout> ...`"
         ) from error
     nodes = list(dict.fromkeys(seat.node for seat in seats))

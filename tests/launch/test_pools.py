@@ -43,10 +43,16 @@ def test_both_run_at_the_same_time_and_end_well(pools, view) -> None:
 
 
 def test_a_pool_that_fails_is_named_and_the_other_may_save(pools, view) -> None:
+    told: list[int] = []
+
     def run(spec: LaunchSpec, part: ProgressView, stop: Caught) -> int:
-        return 5 if spec.environment["POOL"] == "low" else wait_for_stop(stop)
+        if spec.environment["POOL"] == "low":
+            return 5
+        told.append(wait_for_stop(stop))
+        return told[0]
 
     assert run_together(pools, view, run) == 5
+    assert told == [128 + signal.SIGTERM]
     assert "pool low failed with exit code 5; asking high to save and leave" in view.out.getvalue()
     assert "pool high failed" not in view.out.getvalue()
 

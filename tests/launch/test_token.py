@@ -14,7 +14,7 @@ from launch.spec import BatchJob
 from launch.token import TokenError, ensure_token, protect_local_ray
 
 
-def test_it_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
+def test_it_is_made_once_and_for_its_owner_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "home" / ".ray" / "auth_token"
     before = os.umask(0)
     try:
@@ -26,6 +26,7 @@ def test_it_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     made = path.read_text()
+    assert not caplog.records, "no moment at which others could read it"
     assert (len(made), path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (64, 0o600, 0o700)
     assert ensure_token(path).read_text() == made
     assert list(path.parent.iterdir()) == [path]
