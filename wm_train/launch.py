@@ -104,7 +104,7 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
     groups: list[dict[str, LaunchSpec]] = []
     for place in range(min(len(plan) for plan in plans.values())):
         groups.append({pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()})
-        if len(pools) > 1 and boundaries(config) and config.launcher.name != "slurm":
+        if len(pools) > 1 and boundaries(config):
             groups.append({"": judge_spec(next(iter(pools.values())), config, next(iter(plans.values()))[place])})
     code = run_groups(groups, config.launcher.name)
     if parent and config.launcher.name not in launch.LATER:
@@ -115,9 +115,12 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
 def judge_spec(pool: RunConfig, config: RunConfig, stage: curriculum.PlannedStage) -> LaunchSpec:
     """What judges all pools of a stage together when they have ended, on the run's own mesh."""
     joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
+    after = stage.directory.absolute() / JOB_ID
     stage = dataclasses.replace(stage, source=None, directory=curriculum.stage_directory(joint, stage.name))
     title = f"all pools of stage {stage.name} as one model -> {stage.directory}"
-    return dataclasses.replace(spec_of(joint, stage, [stage]), command=JUDGE, fewer=(), title=title)
+    spec = spec_of(joint, stage, [stage])
+    batch = dataclasses.replace(spec.batch, after=after) if spec.batch else None
+    return dataclasses.replace(spec, command=JUDGE, fewer=(), title=title, batch=batch)
 
 
 def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> LaunchSpec:

@@ -229,16 +229,22 @@ def test_no_worker_outlives_a_killed_driver(spec, cluster: str, tmp_path: Path) 
     assert all_gone(tmp_path, 2)
 
 
-def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics(spec, view, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics_and_with_a_token(
+    spec, view, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `cluster`, which has set the token's path; Ray reads it once per process."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     seen: list[str] = []
+    secrets_shown: list[str] = []
     before = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
 
     def watch() -> None:
         while not stop.wait(0.3):
             found = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
             seen.extend(line for line in found.splitlines() if "dashboard/dashboard.py" in line and line not in before)
+            token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+            secrets_shown.extend(line for line in found.splitlines() if token.exists() and token.read_text() in line)
 
     stop = threading.Event()
     watcher = threading.Thread(target=watch)
@@ -255,6 +261,10 @@ def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics(spec
     # Ray runs this process in any case; without its front end it listens nowhere.
     assert seen, "the watcher saw no Ray"
     assert all("--disable-frontend" in line and "--host=127.0.0.1" in line for line in seen)
+    assert not secrets_shown
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.read_text() not in view.out.getvalue()
 
 
 def test_a_cluster_that_is_not_there_is_a_users_mistake(spec, view, monkeypatch: pytest.MonkeyPatch) -> None:
