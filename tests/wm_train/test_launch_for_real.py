@@ -155,7 +155,7 @@ def test_a_killed_worker_of_one_pool_costs_the_other_nothing(arguments, environm
     from mlflow import MlflowClient
 
     line = [argument for argument in arguments(tmp_path) if not argument.startswith(("experiment=", "tracker="))]
-    longer = ["experiment=demo_pools", "recipe.stages.short.steps=150", "trainer.samples=1", "trainer.sample_steps=4", "name=demo"]
+    longer = ["experiment=demo_pools", "recipe.stages.short.steps=80", "trainer.samples=1", "trainer.sample_steps=4", "name=demo"]
     run = subprocess.Popen(
         [sys.executable, "-m", *line, *longer], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -183,12 +183,12 @@ def test_a_killed_worker_of_one_pool_costs_the_other_nothing(arguments, environm
     assert steps["back"] > steps["killed"], "its steps go on"
     assert "joint validation_loss" in output
     assert (tmp_path / "demo" / "joint" / "short" / "samples" / "contact_sheet.png").exists()
-    assert rows(tmp_path / "demo" / "high" / "short") == rows(tmp_path / "demo" / "low" / "short") == 150
+    assert rows(tmp_path / "demo" / "high" / "short") == rows(tmp_path / "demo" / "low" / "short") == 80
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     parent = client.get_run(json.loads((tmp_path / "demo" / "mlflow.json").read_text())["run_id"])
     assert parent.info.status == "FINISHED"
     for pool in ("high", "low"):
-        assert {m.step for m in client.get_metric_history(parent.info.run_id, f"{pool}/short/loss")} == set(range(1, 151))
+        assert {m.step for m in client.get_metric_history(parent.info.run_id, f"{pool}/short/loss")} == set(range(1, 81))
 
 
 def rows(folder: Path) -> int:

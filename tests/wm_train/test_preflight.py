@@ -99,6 +99,7 @@ def test_three_processes_agree_on_who_is_bad(worker_config, run_ranks, tmp_path:
     assert not left, "probes are removed"
 
 
+@pytest.mark.full
 def test_a_worker_that_cannot_reach_its_data_names_its_node(worker_config, tmp_path: Path) -> None:
     config = worker_config(tmp_path)
     config.write_text(config.read_text().replace('"path": "', '"path": "/moved'))
