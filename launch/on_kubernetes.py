@@ -128,8 +128,8 @@ def pod(spec: LaunchSpec, limits: Mapping[str, str], secret: str | None = None) 
         "resources": {"limits": dict(limits), "requests": dict(limits)},
         "volumeMounts": mounts,
     }
-    if pods.secret:
-        container["envFrom"] = [{"secretRef": {"name": pods.secret}}]
+    if pods.environment_from:
+        container["envFrom"] = [{"secretRef": {"name": pods.environment_from}}]
     return {"spec": {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": round(spec.grace_s) + 30}}
 
 

@@ -44,7 +44,7 @@ class Pods:
     namespace: str = "default"
     memory: str = "16Gi"  # of a node
     devices: str | None = None  # of a node, as resource:count
-    secret: str | None = None  # whose keys become environment variables
+    environment_from: str | None = None  # whose keys become environment variables
     submit: bool = False
 
 

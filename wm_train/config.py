@@ -153,7 +153,7 @@ class KubernetesConfig:
     namespace: str = "default"
     memory: str = "16Gi"  # of each node
     devices: str | None = None  # of each node, as resource:count
-    secret: str | None = None  # a Secret whose keys become environment variables: credentials of an object store
+    environment_from: str | None = None  # a Secret whose keys become environment variables: credentials of an object store
 
 
 @dataclass(frozen=True)

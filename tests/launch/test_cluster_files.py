@@ -83,7 +83,7 @@ RAYJOB = mapping(
 
 @pytest.fixture
 def asked(spec, tmp_path: Path) -> LaunchSpec:
-    pods = Pods("My_Run", "registry/wm:1", "volume", str(tmp_path), devices="vendor.com/device:4", secret="s3")
+    pods = Pods("My_Run", "registry/wm:1", "volume", str(tmp_path), devices="vendor.com/device:4", environment_from="s3")
     return spec("print('hi')", workers=8, nodes=2, cpus_per_worker=3, pods=pods, title="stage one", environment={"NOTE": "it's"})
 
 
