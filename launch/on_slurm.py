@@ -21,6 +21,7 @@ from launch.progress import ProgressView
 from launch.spec import JOB_ID, USER_ERROR, LaunchSpec, fill
 from launch.token import TokenError, ensure_token, environment
 
+MEET_S = 300.0  # nodes may pull a container first
 SCRIPT = """\
 #!/bin/bash
 {directives}
@@ -66,6 +67,7 @@ RAY = """\
 stop={folder}/stop_$SLURM_JOB_ID
 rm -f "$stop"
 export PATH={bin}:$PATH # symmetric-run calls `ray`
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={wait:.0f} # seconds for all nodes to be there
 srun --kill-on-bad-exit=1 {srun}{ray} symmetric-run --address "$address:$port" --min-nodes {nodes} \\
   --num-cpus={cpus} --disable-usage-stats -- \\
   {driver} {job} --stop-file "$stop\""""
@@ -157,6 +159,7 @@ def render(pools: Mapping[str, LaunchSpec]) -> str:
         each=each,
         cpus=cpus,
         restarts=spec.max_restarts,
+        wait=max(MEET_S, spec.place_s),
     )
     return SCRIPT.format(
         directives="\n".join(directives),
