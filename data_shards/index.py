@@ -21,6 +21,7 @@ from data_shards.schema import (
     FIELDS,
     ITEM_BYTES,
     MAX_FREE_BYTES,
+    MAX_MEMBER_BYTES,
     READ_BY_ROW,
     SHARD_PATTERN,
     SPLITS,
@@ -181,6 +182,8 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
             problem = f"got {count} bytes, expected at most {MAX_FREE_BYTES}"
         elif (header and entry.shard.endswith(".zarr")) or (not header and member.field != "json" and entry.shard.endswith(".tar")):
             problem = f"got {header} bytes of header, expected none in Zarr and an npy header in a tar"
+        elif entry.shard.endswith(".tar") and member.length > MAX_MEMBER_BYTES:
+            problem = f"got {member.length} bytes, expected at most {MAX_MEMBER_BYTES} in a tar"
         elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
             problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
         elif member.field in READ_BY_ROW and len(member.row_crc32c) != member.shape[0]:

@@ -164,6 +164,8 @@ class ClipDataset:
                         return f"checksum: got other bytes than were written {where(entry, member)}"
                     if header and part[:header] != npy_header(member.dtype, member.shape):
                         return f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}"
+                    if not all_finite(array_from_bytes(part[header:], member.dtype, member.shape), member.dtype):
+                        return f"values: got NaN or infinite ones {where(entry, member)}"
                 return ""
 
             data = self._range(entry, group, (0, group[0].shape[0]), (base, end), wrong)

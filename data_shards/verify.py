@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from data_shards.arguments import Option, run, text, whole
 from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import INDEX, NULL_TEXT, READ_BY_ROW, SPLITS, ClipEntry, DatasetInfo, MemberEntry, ShardError
+from data_shards.schema import INDEX, ITEM_BYTES, NULL_TEXT, READ_BY_ROW, SPLITS, ClipEntry, DatasetInfo, MemberEntry, ShardError
 from data_shards.write import BLOCK, fingerprint, shard_size, tar_header
 from data_shards.zarr_store import read_bytes
 
@@ -68,26 +68,32 @@ def describe_header(block: bytes, expected: bytes) -> str:
 
 
 def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -> str:
-    """Read a member and return what is wrong with it, or ''. Latents are read row by row, others in chunks."""
+    """Read a member and return what is wrong with it, or ''. At most CHUNK bytes are in memory, whatever the index claims."""
     header = file.read(len(expected_header))
     total = crc32c(header)
     problem = "" if header == expected_header else f"npy header: got another one than {member.dtype} {member.shape}"
-    left = member.length - len(expected_header)
-    step = member.row_bytes if member.field in READ_BY_ROW else CHUNK
-    frame = 0
-    while left:
-        data = file.read(min(step, left))
-        if not data:
-            return f"member: the shard ends {left} bytes before it does"
-        total = crc32c(data, total)
-        left -= len(data)
-        if member.field in READ_BY_ROW:
-            if len(data) == step and crc32c(data) != member.row_crc32c[frame]:
-                problem = problem or f"checksum: got other bytes than were written, latent frame {frame}"
-            elif len(data) == step and not all_finite(array_from_bytes(data, member.dtype, member.shape[1:]), member.dtype):
-                problem = problem or f"latents: got NaN or infinite values, latent frame {frame}"
-            frame += 1
+    by_row = member.field in READ_BY_ROW
+    size, count = (member.row_bytes, member.shape[0]) if by_row else (member.length - len(expected_header), 1)
+    for row in range(count):
+        place, row_crc, left = f", latent frame {row}" if by_row else "", 0, size
+        while left:
+            data = file.read(min(CHUNK, left))
+            if not data:
+                return f"member: the shard ends {left + (count - 1 - row) * size} bytes before it does"
+            left -= len(data)
+            total, row_crc = crc32c(data, total), crc32c(data, row_crc)
+            problem = problem or not_finite(data, member, place)
+        if by_row and row_crc != member.row_crc32c[row]:
+            problem = problem or f"checksum: got other bytes than were written{place}"
     return problem or ("" if total == member.crc32c else "checksum: got other bytes than were written")
+
+
+def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
+    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are cut."""
+    count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
+    if rest or member.dtype == "uint8" or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
+        return ""
+    return f"values: got NaN or infinite ones{place}"
 
 
 def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Problem]:
@@ -125,16 +131,19 @@ def verify_zarr(path: str, shard: str, rows: Rows) -> list[Problem]:
     for entry, members in rows:
         for member in members:
             step = max(1, CHUNK // max(member.row_bytes, 1))
-            total, count = 0, member.shape[0]
+            total, count, problem = 0, member.shape[0], ""
             try:
                 for start in range(0, count, step):
                     data = read_bytes(path, entry, member, start, min(start + step, count))
                     total = crc32c(data, total)
+                    problem = problem or not_finite(data, member, f", from row {start}")
             except ShardError as error:
                 problems.append(Problem(shard, entry.key, member.field, str(error)))
                 continue
             if total != member.crc32c:
-                problems.append(Problem(shard, entry.key, member.field, "checksum: got other bytes than were written"))
+                problem = "checksum: got other bytes than were written"
+            if problem:
+                problems.append(Problem(shard, entry.key, member.field, problem))
     return problems
 
 

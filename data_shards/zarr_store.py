@@ -37,6 +37,11 @@ def array_path(key: str, field: str) -> str:
     return f"{key}/{field.removesuffix('.npy')}"
 
 
+def chunk_layout(field: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """(chunks, shards) of an array."""
+    return ((1, *shape[1:]), (FRAMES_PER_FILE, *shape[1:])) if field in READ_BY_ROW else (shape, None)
+
+
 class ZarrWriter:
     """Writes one Zarr shard; used exactly as `ShardWriter`."""
 
@@ -66,17 +71,11 @@ class ZarrWriter:
         except DataError as error:
             raise DataError(f"member: {error} (shard {self.path.name}, key {key}, field {field})") from error
         stored = np.frombuffer(data, np.dtype(STORED.get(dtype, dtype)).newbyteorder("<")).reshape(array.shape)
-        sharded = field in READ_BY_ROW
-        target = self._group.create_array(
-            array_path(key, field),
-            shape=stored.shape,
-            dtype=stored.dtype,
-            chunks=(1, *stored.shape[1:]) if sharded else stored.shape,
-            shards=(FRAMES_PER_FILE, *stored.shape[1:]) if sharded else None,
-            compressors=None,
-        )
+        chunks, shards = chunk_layout(field, stored.shape)
+        place = array_path(key, field)
+        target = self._group.create_array(place, shape=stored.shape, dtype=stored.dtype, chunks=chunks, shards=shards, compressors=None)
         target[:] = stored
-        rows = tuple(crc32c(row.tobytes()) for row in stored) if sharded else ()
+        rows = tuple(crc32c(row.tobytes()) for row in stored) if field in READ_BY_ROW else ()
         return MemberEntry(field, 0, len(data), 0, dtype, tuple(array.shape), crc32c(data), rows)
 
     def __enter__(self) -> ZarrWriter:
@@ -120,6 +119,10 @@ def read_bytes(path: str, entry: ClipEntry, member: MemberEntry, start: int, sto
         array = zarr.open_array(f"{path}/{entry.shard}", path=array_path(entry.key, member.field), mode="r", zarr_format=3)
         if array.shape != member.shape or array.dtype != np.dtype(STORED.get(member.dtype, member.dtype)):
             raise ValueError(f"it is {array.dtype} {array.shape}, the index says {member.dtype} {member.shape}")
+        # a codec that we did not write could unpack gigabytes from a small file
+        layout = (array.chunks, array.shards, len(array.compressors), len(array.filters))
+        if layout != (*chunk_layout(member.field, member.shape), 0, 0):
+            raise ValueError(f"got chunks, shards, compressors, filters {layout}, which encode does not write")
         return np.ascontiguousarray(array[start:stop]).tobytes()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ShardError(

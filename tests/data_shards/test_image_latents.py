@@ -1,6 +1,8 @@
 """Image latents: which raw frames have one, that they are what a clip cut there would start with, and that damage to one is found."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -45,11 +47,14 @@ def test_they_count_as_first_latents_in_the_statistics(path):
     assert stats.measure(dataset, "train", 100)["mean_shift_in_std"] < 0.01
 
 
-def test_a_clip_without_its_image_latents_is_refused(path):
-    dataset = open_dataset(str(path))
-    dataset.info = dataclasses.replace(dataset.info, image_latents_every=16)
-    with pytest.raises(DataError, match=r"got shape \(2, 48, 7, 10\), expected \(1, 48, 7, 10\)"):
-        dataset.read(dataset.clips("train")[0])
+def test_a_clip_without_its_image_latents_is_refused(path, tmp_path):
+    copy = shutil.copytree(path, tmp_path / "copy")
+    facts = json.loads((copy / "dataset.json").read_text())
+    for every, report in ((16, r"got shape \(2, 48, 7, 10\), expected \(1, 48, 7, 10\)"), (0, r"got shape \(2, .* expected \(0, ")):
+        (copy / "dataset.json").write_text(json.dumps({**facts, "image_latents_every": every}))
+        dataset = open_dataset(str(copy))
+        with pytest.raises(DataError, match=report):
+            dataset.read(dataset.clips("train")[0])
 
 
 def test_only_multiples_of_the_stride(recording, tmp_path, capsys, path):

@@ -87,9 +87,9 @@ def test_a_data_set_with_text(encoders, captions, recording, tmp_path, capsys):
     for key, caption in json.loads(captions.read_text()).items():
         entry = dataset.find(key)
         members = dataset.members(entry)
-        stored = from_bfloat16(dataset.whole(entry, members["text.npy"]))
+        stored = from_bfloat16(dataset.whole(entry, [members["text.npy"]])["text.npy"])
         np.testing.assert_allclose(stored, encoder.encode(caption)[0], rtol=2**-8)
-        assert dataset.whole(entry, members["text_mask.npy"]).tolist() == [1, 1, 1]
+        assert dataset.whole(entry, [members["text_mask.npy"]])["text_mask.npy"].tolist() == [1, 1, 1]
         assert dataset.description(entry)["caption"] == caption
     np.testing.assert_allclose(np.load(out / "null_text.npy"), encoder.tokens("")[0])
     assert len({encoder.encode(caption)[0].tobytes() for caption in ("a red door", "the big room")}) == 2
@@ -115,9 +115,10 @@ def test_ready_embeddings(write_video, tmp_path, capsys):
     shutil.rmtree(f"{out}.partial")
     assert encode.main([*arguments, f"null_text={null}"]) == 0
     dataset = open_dataset(str(out))
-    members = dataset.members(dataset.find("b"))
-    np.testing.assert_array_equal(dataset.whole(dataset.find("b"), members["text.npy"]), text)
-    np.testing.assert_array_equal(dataset.whole(dataset.find("b"), members["text_mask.npy"]), mask)
+    clip = dataset.find("b")
+    found = dataset.whole(clip, [dataset.members(clip)[field] for field in ("text.npy", "text_mask.npy")])
+    np.testing.assert_array_equal(found["text.npy"], text)
+    np.testing.assert_array_equal(found["text_mask.npy"], mask)
     assert encode.main([f"source={folder}", f"out={tmp_path / 'other'}", "text=ready", "text_length=3", f"null_text={null}"]) == 2
     assert "got (4, 5) with a mask (4,), expected [3, E]" in capsys.readouterr().err
 

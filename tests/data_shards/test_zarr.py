@@ -59,3 +59,42 @@ def test_damage_in_zarr_is_found(zarr_path):
         assert [problem.key for problem in verify.verify_dataset(str(zarr_path))[1]] == [entry.key], name
         if folder.joinpath("zarr.json").exists() and name in ("flipped", "cut", "gone"):
             chunk.write_bytes(good)
+
+
+def test_a_codec_that_unpacks_is_not_used(zarr_path):
+    """A compressed array could unpack gigabytes from a small file; nothing here is written compressed."""
+    import zarr
+
+    dataset = open_dataset(str(zarr_path))
+    entry = dataset.clips("train")[0]
+    c2w = dataset.read(entry).c2w
+    group = zarr.open_group(zarr_path / entry.shard, mode="a")
+    del group[f"{entry.key}/c2w"]
+    group.create_array(f"{entry.key}/c2w", shape=c2w.shape, dtype=c2w.dtype, chunks=c2w.shape)[:] = c2w
+    with pytest.raises(ShardError, match=r"which encode does not write.*field c2w\.npy"):
+        open_dataset(str(zarr_path)).read(entry)
+
+
+def test_any_flipped_bit_is_found_or_changes_nothing(zarr_path):
+    """In every file of a shard: what is read is what was written, or a named error; in chunks it is always an error of verify."""
+    dataset = open_dataset(str(zarr_path))
+    entries = {entry.key: dataset.read(entry) for entry in dataset.clips("train")}
+    shard = next(iter(entries.values())).entry.shard
+    random, refused = np.random.default_rng(0), []
+    for file in sorted(path for path in (zarr_path / shard).rglob("*") if path.is_file()):
+        good = file.read_bytes()
+        place = int(random.integers(len(good)))
+        file.write_bytes(good[:place] + bytes([good[place] ^ (1 << int(random.integers(8)))]) + good[place + 1 :])
+        for key, clip in entries.items():
+            try:
+                again = open_dataset(str(zarr_path)).read(key)
+            except ShardError as error:
+                refused.append(f"key {key}, field" in str(error))
+                continue
+            for name in ("latents", "c2w", "intrinsics", "controls"):
+                np.testing.assert_array_equal(getattr(again, name), getattr(clip, name))
+        if "c" in file.relative_to(zarr_path).parts:
+            assert verify.verify_dataset(str(zarr_path))[1], file
+        file.write_bytes(good)
+    assert all(refused)
+    assert len(refused) > 5
