@@ -155,6 +155,8 @@ class VideosSource:
         c2w = intrinsics = None
         if file.with_suffix(".colmap").is_dir():
             c2w, intrinsics = read_colmap(file.with_suffix(".colmap"))
+        elif "c2w" in sidecar and "w2c" in sidecar:
+            raise DataError(f"sidecar: got c2w and w2c, expected one of them ({where})")
         elif "c2w" in sidecar or "w2c" in sidecar:
             if "intrinsics" not in sidecar:
                 raise DataError(f"sidecar: got poses without intrinsics, expected both ({where})")

@@ -70,6 +70,48 @@ def test_colmap_poses_are_the_same_camera(tmp_path):
     np.testing.assert_array_equal(intrinsics[5], [20, 21, 16, 17])
 
 
+POSES = poses()
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        ("npz", {"c2w": POSES}),
+        ("npz", {"w2c": np.linalg.inv(POSES)}),
+        ("npz", {"w2c": np.linalg.inv(POSES)[:, :3]}),
+        ("json", {"c2w": POSES[:, :3].tolist()}),
+        ("json", {"w2c": np.linalg.inv(POSES).tolist()}),
+        ("colmap", {}),
+    ],
+)
+def test_poses_of_every_kind_of_sidecar_are_the_same_camera(write_video, tmp_path, kind, facts):
+    write_video(tmp_path / "a.mp4")
+    if kind == "colmap":
+        write_colmap(tmp_path / "a.colmap", POSES)
+        (tmp_path / "a.json").write_text(json.dumps({"metres_per_unit": 2.0}))
+    elif kind == "npz":
+        np.savez(tmp_path / "a.npz", **facts, intrinsics=np.tile([20, 21, 16, 17], (FRAMES, 1)), metres_per_unit=2.0)
+    else:
+        (tmp_path / "a.json").write_text(json.dumps({**facts, "intrinsics": [20, 21, 16, 17], "metres_per_unit": 2.0}))
+    source = open_source(str(tmp_path))
+    content = source.load(source.clips[0])
+    np.testing.assert_allclose(content.c2w[:, :3, :3], POSES[:17, :3, :3], atol=1e-9)
+    np.testing.assert_allclose(content.c2w[:, :3, 3], 2 * POSES[:17, :3, 3], atol=1e-9)  # in metres
+    np.testing.assert_array_equal(content.intrinsics, np.tile([20, 21, 16, 17], (17, 1)))
+
+
+def test_colmap_cameras(tmp_path):
+    write_colmap(tmp_path / "m", POSES)
+    (tmp_path / "m" / "cameras.txt").write_text("1 SIMPLE_PINHOLE 32 32 20 16 17\n")
+    np.testing.assert_array_equal(read_colmap(tmp_path / "m")[1][0], [20, 20, 16, 17])
+    (tmp_path / "m" / "cameras.txt").write_text("1 OPENCV 32 32 20 21 16 17 0.1 0 0 0\n")
+    with pytest.raises(DataError, match=r"got camera model OPENCV.*Fix: undistort first"):
+        read_colmap(tmp_path / "m")
+    (tmp_path / "m" / "cameras.txt").write_text("2 PINHOLE 32 32 20 21 16 17\n")
+    with pytest.raises(DataError, match="cannot read the text model"):
+        read_colmap(tmp_path / "m")
+
+
 def test_events_are_bucketed_at_the_latent_rate(write_video, tmp_path):
     folder, out = tmp_path / "videos", tmp_path / "set"
     folder.mkdir()
@@ -92,6 +134,7 @@ def test_what_does_not_fit_is_refused(write_video, tmp_path, capsys):
     for content, report in (
         ({"c2w": poses().tolist()}, "poses without intrinsics"),
         ({"c2w": (2 * poses()).tolist(), "intrinsics": [1, 1, 0, 0]}, "expected rigid"),
+        ({"c2w": poses().tolist(), "w2c": poses().tolist(), "intrinsics": [1, 1, 0, 0]}, "got c2w and w2c, expected one"),
         ({"c2w": poses(5).tolist(), "intrinsics": [1, 1, 0, 0]}, "poses for 5 frames, expected at least 17"),
         ({"controls": [[1.0]] * FRAMES, "control_names": ["a", "b"]}, r"got controls \(20, 1\)"),
     ):
