@@ -74,7 +74,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, float]
         if inside := INSIDE.match(line):
             own = {name: float(seconds) for name, seconds in re.findall(r"([a-z ]+) ([\d.]+)(?:, |$)", inside[1])}
             parts |= {f"rank 0: {name.strip()}": seconds for name, seconds in own.items()}
-            parts["lines on their way"] = now - last - sum(own.values())
+            parts["the rest"] = now - last - sum(own.values())
             parts["command to first step"] = now - started
     assert run.wait() == 0, "".join(said)
     return parts

@@ -172,8 +172,8 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
 def _range_problems(name: str, stage: StageConfig) -> list[Problem]:
     """A range of noise levels that the distribution never, or hardly ever, reaches."""
     noise, share = stage.objective, range_share(stage.objective)
-    if share >= LEAST_SHARE or not all(0 <= value <= 1 for value in (noise.sigma_min, noise.sigma_max)):
-        return []  # the second is reported as a value
+    if share >= LEAST_SHARE or (noise.sigma_min, noise.sigma_max) == (0.0, 1.0) or not (0 <= noise.sigma_min <= 1 >= noise.sigma_max >= 0):
+        return []  # the last is reported as a value
     got = f"{noise.sigma_min} to {noise.sigma_max}, which holds {share:.2g} of the noise levels"
     rule = f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and flow_shift"
     return [Problem(f"recipe.stages.{name}.objective.sigma_min", got, rule, "sigma_min=0 sigma_max=1, or pools.<pool>.sigma_min")]
