@@ -4,6 +4,7 @@ the previous good one is taken. Plain torch.distributed.checkpoint finds none of
 import random
 import shutil
 
+import pytest
 import torch
 
 from wm_train import checkpoint
@@ -13,6 +14,7 @@ ALONE = World(0, 1)
 FLIPS = 200
 
 
+@pytest.mark.drill
 def test_two_hundred_flipped_bits(tmp_path):
     g = torch.Generator().manual_seed(0)
     draws, found = random.Random(1), 0

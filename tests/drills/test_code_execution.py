@@ -126,6 +126,7 @@ def test_overrides(tmp_path, canary, override):
         judged(["experiment=demo", f"data.path={tmp_path}", override, f"+model.args=['touch {canary}']"])
 
 
+@pytest.mark.drill
 def test_yaml_tags_in_a_config_folder(tmp_path, canary):
     """11: `--config-dir` with a tag that runs code in an unsafe loader."""
     (tmp_path / "model").mkdir()
@@ -146,6 +147,7 @@ def test_a_resolved_config_with_keys_of_its_own(tmp_path, canary):
         from_json(json.dumps(plain))
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("kind", ["pickle member", "object npy", "pth beside", "entry points"])
 def test_a_data_set(gameplay, tmp_path, canary, kind):
     """13-16: a pickled member in a tar, an npy of objects, a .pth and an entry_points.txt in the data folder."""

@@ -124,6 +124,26 @@ def test_of_many_successors_one_wins(tmp_path):
     assert sorted(outcomes) == ["owner"] + ["refused"] * 15
 
 
+def test_a_successor_that_comes_late_does_not_push_out_the_first_one(tmp_path, monkeypatch):
+    """Both have found the same owner dead; the first has taken over when the second goes on."""
+    dead = dataclasses.replace(this_process(), born="1", token="dead")
+    (tmp_path / NAME).write_text(json.dumps(dataclasses.asdict(dead)))
+    first = owned(tmp_path)
+    true = owner.lives
+
+    def late(*arguments):
+        monkeypatch.setattr(owner, "lives", true)
+        first.__enter__()
+        return False
+
+    monkeypatch.setattr(owner, "lives", late)
+    with pytest.raises(OwnedError), owned(tmp_path):
+        pass
+    assert read_owner(tmp_path).pid == os.getpid()
+    first.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_owner_that_was_thought_dead_leaves_when_it_wakes(tmp_path, rival):
     assert rival.stderr is not None
     there = elsewhere(tmp_path)
