@@ -25,7 +25,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     config = ModelConfig(
-        latent_channels=options.channels, depth=options.depth, width=options.width, heads=options.heads, gradient_checkpointing=True
+        latent_channels=options.channels, depth=options.depth, width=options.width, heads=options.heads, activation_checkpointing="block"
     )
     model = build_model(config)
     initialise_(model, 0)

@@ -105,7 +105,7 @@ def main() -> None:
         heads=arguments.heads,
         softmax_every=4,
         text_width=2304,
-        gradient_checkpointing=True,
+        activation_checkpointing="block",
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (shows only that the script runs)"
     print(f"{name}, torch {torch.__version__}, {arguments.depth} blocks of width {arguments.width}")

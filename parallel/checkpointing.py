@@ -4,18 +4,34 @@ A checkpointed block runs twice: now without keeping its activations, and again 
 would double the traffic, and virtual ranks cannot meet inside backward. So the first run keeps what its collectives returned and the second
 one reads that. Kept per block and member: the gathered composites and halo frames (small), and for softmax attention its all-to-all and
 ring results.
+
+`keep_products` makes it selective: what matrix products, convolutions and attention returned is kept as well, so the second run repeats
+only the cheap operations between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from parallel.comm import Communicator, Tape
 from parallel.sequence import SequenceShard
+
+aten = torch.ops.aten
+PRODUCTS = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 class _Using:
@@ -32,11 +48,28 @@ class _Using:
         self.comm.tape = self.previous
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, sequence: SequenceShard) -> Any:
+class _Both(ExitStack):
+    """Several contexts, entered in order."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        super().__init__()
+        self.contexts = contexts
+
+    def __enter__(self) -> _Both:
+        for context in self.contexts:
+            self.enter_context(context)
+        return self
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, sequence: SequenceShard, keep_products: bool = False) -> Any:
     """`function(*args)` now, and once more in backward instead of keeping its activations. `function` may call the verbs of `sequence`."""
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         answers: list[Any] = []
-        return _Using(sequence.comm, answers, False), _Using(sequence.comm, answers, True)
+        first, again = _Using(sequence.comm, answers, False), _Using(sequence.comm, answers, True)
+        if not keep_products:
+            return first, again
+        keeping, giving = create_selective_checkpoint_contexts(PRODUCTS)
+        return _Both(first, keeping), _Both(again, giving)
 
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

@@ -8,6 +8,7 @@ state, is zero in halos and weighs nothing in means.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -161,10 +162,29 @@ class SequenceMesh(Protocol):
         ...
 
 
+@cache
+def _outside_graphs() -> type[GroupSequence]:
+    """GroupSequence for compiled models: a graph ends before each verb, as collectives and their bookkeeping are no tensor arithmetic."""
+
+    class OutsideGraphs(GroupSequence):
+        attend = torch.compiler.disable(GroupSequence.attend)
+        scan = torch.compiler.disable(GroupSequence.scan)
+        halo = torch.compiler.disable(GroupSequence.halo)
+        mean = torch.compiler.disable(GroupSequence.mean)
+
+    return OutsideGraphs
+
+
 def make_sequence(
-    layout: ClipLayout, mesh: SequenceMesh, kernels: Kernels = REFERENCE, engine: tuple[str, AttentionEngine] | None = None
+    layout: ClipLayout,
+    mesh: SequenceMesh,
+    kernels: Kernels = REFERENCE,
+    engine: tuple[str, AttentionEngine] | None = None,
+    compiled: bool = False,
 ) -> SequenceShard:
-    """This process's shard of a clip: `LocalSequence` if the mesh does not split clips, else `GroupSequence` over its sequence group."""
+    """This process's shard of a clip: the whole clip if the mesh does not split clips, else one over its sequence group. compiled: for a
+    model under torch.compile."""
+    kind = _outside_graphs() if compiled else GroupSequence
     if mesh.comm is None:
-        return LocalSequence(layout, kernels)
-    return GroupSequence(layout, mesh.comm, kernels, engine)
+        return kind(layout, SoloComm(), kernels)
+    return kind(layout, mesh.comm, kernels, engine)

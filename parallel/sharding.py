@@ -12,22 +12,34 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def shard_model(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str = "fp32") -> nn.Module:
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """torch.compile the forward pass of each block. Collectives stay outside its graphs: give the model sequences of
+    `make_sequence(compiled=True)`. FSDP gathers and frees a block around its forward, so before or after `shard_model` is the same.
+    """
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+
+
+def shard_model(
+    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str = "fp32", offload: bool = False
+) -> nn.Module:
     """Shard `model` in place, each of `blocks` as one unit that is gathered just before it runs.
 
     `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay fp32; `precision` is what blocks
-    compute in. Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations.
+    compute in. Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations. With `offload`, what a
+    process holds of weights and gradients lies in host memory, so an optimizer steps there; blocks go to the device when they run.
     """
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place)
     # The root too: left gathered after a forward pass without a backward, it would show optimizer and checkpoint other parameters.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

@@ -7,6 +7,8 @@
            reason is reported, and the next older one is tried; rank 0's choice holds for everybody
     load   each rank reads just the boxes it needs, so any mesh can read what any other wrote
 
+A store without rename (s3://, see place.py) gets step_N-<id>/ at once; it counts when the manifest is there, and a bad one loses its.
+
 Plain torch.distributed.checkpoint finds none of 200 flipped bits, mixes two saves in one folder, and its metadata is a pickle; hence ours.
 """
 
@@ -16,7 +18,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +26,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from wm_train.manifest import NAME, CheckpointError, Manifest, Part, TensorEntry, check_names, read_manifest, to_text
-from wm_train.shard_file import DTYPES, read_digest, sync_folder, write_tensors, write_text
+from wm_train.place import Place, Remote
+from wm_train.shard_file import DTYPES, RemoteTensors, read_digest, sync_folder, write_tensors, write_text
 from wm_train.tensor_parts import Box, is_first_copy, local_box, local_tensor, overlap, within
 from wm_train.world import World
 
-STEP_FOLDER = re.compile(r"step_(\d{8})")
+STEP_FOLDER = re.compile(r"step_(\d{8})(-[0-9a-f]{8})?")  # the token: in a store, where a save begins under its last name
+BAD = "manifest.bad"
 
 
 class HostCopy(NamedTuple):
@@ -54,24 +58,23 @@ def copy_to_host(tensors: Mapping[str, torch.Tensor], rank: int, kept: dict[str,
     return HostCopy(mine, boxes, {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()})
 
 
-def save(root: Path, step: int, stage: str, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], world: World) -> Path:
+def save(root: Place, step: int, stage: str, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], world: World) -> Place:
     """Write the state after `step` finished steps and publish it, now; see `commit`."""
     return commit(root, step, stage, copy_to_host(tensors, world.rank), facts, world)
 
 
-def commit(root: Path, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World) -> Path:
+def commit(root: Place, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World) -> Place:
     """Write and publish a state; returns its folder on every rank. A step that is committed already is left as it is.
 
     Errors: CheckpointError on all ranks when any rank could not write; what was committed before is untouched.
     """
-    final = root / f"step_{step:08d}"
-    token = world.from_first(None if final.exists() else secrets.token_hex(4))
-    if token is None:
+    final, draft = _names(root, step, world)
+    if draft is None:
         return final
-    draft = root / f"{final.name}.tmp-{token}"
     part, problem = None, None
     try:
-        draft.mkdir(parents=True, exist_ok=True)  # the name is fresh, so whoever comes first makes it
+        if isinstance(draft, Path):
+            draft.mkdir(parents=True, exist_ok=True)  # the name is fresh, so whoever comes first makes it
         part = _write_part(draft, state, world.rank)
     except OSError as error:
         problem = f"rank {world.rank}: {error}"
@@ -85,12 +88,35 @@ def commit(root: Path, step: int, stage: str, state: HostCopy, facts: dict[str, 
     problems = world.from_first(problems)
     if problems:
         if world.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
+            with suppress(OSError):
+                _remove(draft)
         raise CheckpointError(f"saving {final}: {'; '.join(problems)}. Earlier checkpoints are untouched. Fix: make room or fix the folder")
     return final
 
 
-def _write_part(draft: Path, state: HostCopy, rank: int) -> dict[str, Any]:
+def _names(root: Place, step: int, world: World) -> tuple[Place, Place | None]:
+    """The folder of a step and the one to write to, the same on all ranks; None: it is there already."""
+    known = [folder for folder in committed(root) if _step(folder) == step] if world.rank == 0 else []
+    token = secrets.token_hex(4)
+    fresh = f"step_{step:08d}" + (f"-{token}" if isinstance(root, Remote) else "")
+    name, token = world.from_first((known[0].name, None) if known else (fresh, token))
+    final = root / name
+    return final, None if token is None else final if isinstance(root, Remote) else root / f"{name}.tmp-{token}"
+
+
+def _step(folder: Place) -> int:
+    found = STEP_FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
+def _remove(folder: Place) -> None:
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+    else:
+        folder.remove()
+
+
+def _write_part(draft: Place, state: HostCopy, rank: int) -> dict[str, Any]:
     """Write this rank's file; returns what the manifest needs to know of it."""
     name = f"rank_{rank:05d}.safetensors"
     digest = write_tensors(draft / name, state.mine)
@@ -112,9 +138,12 @@ def _check_cover(name: str, entry: TensorEntry) -> None:
     assert held == torch.Size(entry.shape).numel(), f"{name}: parts hold {held} elements of shape {entry.shape}"
 
 
-def _publish(draft: Path, final: Path, manifest: Manifest) -> None:
+def _publish(draft: Place, final: Place, manifest: Manifest) -> None:
     """Manifest, folder name, pointer: in this order, each flushed before the next."""
     write_text(draft / NAME, to_text(manifest))
+    if not isinstance(draft, Path) or not isinstance(final, Path):
+        write_text(final.parent / "latest", final.name + "\n")
+        return
     sync_folder(draft)
     draft.rename(final)
     sync_folder(final.parent)
@@ -124,14 +153,15 @@ def _publish(draft: Path, final: Path, manifest: Manifest) -> None:
     sync_folder(final.parent)
 
 
-def committed(root: Path) -> list[Path]:
+def committed(root: Place) -> list[Place]:
     """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names."""
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))
+    if isinstance(root, Path):
+        return [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))] if root.is_dir() else []
+    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
+    return sorted(found, key=lambda folder: folder.name)
 
 
-def verify(folder: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:
+def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Hash the files `share[0]::share[1]` of a checkpoint; returns what is wrong with them."""
     problems = []
     for name in sorted(manifest.files)[share[0] :: share[1]]:
@@ -144,12 +174,12 @@ def verify(folder: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) ->
     return problems
 
 
-def find_newest(root: Path, world: World, report: Callable[[str], None], before: int | None = None) -> tuple[Path, Manifest] | None:
+def find_newest(root: Place, world: World, report: Callable[[str], None], before: int | None = None) -> tuple[Place, Manifest] | None:
     """The newest valid checkpoint under `root` (of a step less than `before`), the same on all ranks, or None. Bad ones are quarantined
     and reported."""
     while True:
         found = committed(root) if world.rank == 0 else []
-        found = [folder for folder in found if before is None or int(folder.name.removeprefix("step_")) < before]
+        found = [folder for folder in found if before is None or _step(folder) < before]
         name = world.from_first(found[-1].name if found else None)
         if name is None:
             return None
@@ -158,13 +188,30 @@ def find_newest(root: Path, world: World, report: Callable[[str], None], before:
             return folder, check(folder, world)
         except CheckpointError as error:
             if world.rank == 0:
-                aside = root / f"{name}.bad-{secrets.token_hex(4)}"
-                folder.rename(aside)
+                aside = _set_aside(folder)
                 report(f"quarantined a bad checkpoint as {aside}: {error}")
             world.barrier()
 
 
-def check(folder: Path, world: World) -> Manifest:
+def _set_aside(folder: Place) -> Place:
+    """Take a bad checkpoint out of the way but leave it to be looked at."""
+    if isinstance(folder, Path):
+        return folder.rename(folder.with_name(f"{folder.name}.bad-{secrets.token_hex(4)}"))
+    manifest = folder / NAME
+    write_text(folder / BAD, manifest.read_text(errors="replace"))
+    manifest.unlink()
+    return folder / BAD
+
+
+def withdraw(folder: Place) -> None:
+    """Make a checkpoint a draft: it is never taken for a checkpoint, and is cleaned with the next save."""
+    if isinstance(folder, Path):
+        folder.rename(folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}"))
+    else:
+        (folder / NAME).unlink()
+
+
+def check(folder: Place, world: World) -> Manifest:
     """The manifest of `folder` after every file was hashed, each rank a share.
 
     Errors: CheckpointError, the same on all ranks.
@@ -183,7 +230,7 @@ def check(folder: Path, world: World) -> Manifest:
     return manifest
 
 
-def load(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], may_ignore: Collection[str] = ()) -> None:
+def load(folder: Place, manifest: Manifest, targets: Mapping[str, torch.Tensor], may_ignore: Collection[str] = ()) -> None:
     """Copy the checkpoint's tensors into `targets` of the same names, in place, each rank its own box.
 
     Every stored tensor must have a target, but for the names in `may_ignore`.
@@ -204,11 +251,13 @@ def load(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], 
         raise CheckpointError(f"loading {folder}: {error}. Fix: use another checkpoint") from error
 
 
-def _read(folder: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
+def _read(folder: Place, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
     stored = manifest.tensors
     with ExitStack() as files, torch.no_grad():
-        names = {part.file for key in targets for part in stored[key].parts}
-        opened = {name: files.enter_context(safe_open(folder / name, framework="pt")) for name in names}
+        names, opened = {part.file for key in targets for part in stored[key].parts}, dict[str, Any]()
+        for name in names:
+            file = folder / name
+            opened[name] = files.enter_context(safe_open(file, framework="pt")) if isinstance(file, Path) else RemoteTensors(file)
         for name, target in targets.items():
             _fill(opened, name, stored[name], target)
 
@@ -226,18 +275,20 @@ def _fill(files: dict[str, Any], key: str, entry: TensorEntry, target: torch.Ten
         storage[within(common, box)].copy_(piece)
 
 
-def prune(root: Path, keep_last: int, keep_every: int, world: World) -> None:
-    """Delete drafts, and all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (0: none).
+def prune(root: Place, keep_last: int, keep_every: int, world: World, keep_best: int = 0) -> None:
+    """Delete drafts, and all checkpoints but the newest `keep_last`, those of every `keep_every`-th step (0: none) and the `keep_best`
+    with the lowest held-out loss.
 
     Errors: CheckpointError on all ranks when something could not be deleted.
     """
     problems = []
     if world.rank == 0:
-        for folder in [*committed(root)[:-keep_last], *drafts(root)]:
+        kept, unfinished = best(root, keep_best), drafts(root)
+        for folder in [*committed(root)[:-keep_last], *unfinished]:
             step = STEP_FOLDER.fullmatch(folder.name)
-            if not (step and keep_every and int(step[1]) % keep_every == 0):
+            if folder not in kept and not (step and keep_every and int(step[1]) % keep_every == 0 and folder not in unfinished):
                 try:
-                    shutil.rmtree(folder)
+                    _remove(folder)
                 except OSError as error:
                     problems.append(str(error))
     problems = world.from_first(problems)
@@ -245,9 +296,22 @@ def prune(root: Path, keep_last: int, keep_every: int, world: World) -> None:
         raise CheckpointError(f"deleting old checkpoints in {root}: {'; '.join(problems)}. Fix: delete them by hand")
 
 
-def drafts(root: Path) -> list[Path]:
+def best(root: Place, count: int) -> list[Place]:
+    """The `count` checkpoints with the lowest held-out loss, best first; of equals the newer. Those without a loss do not count."""
+    losses: list[tuple[float, Place]] = []
+    for folder in reversed(committed(root) if count else []):
+        with suppress(CheckpointError):  # a damaged one is no best; the next start will set it aside
+            loss = read_manifest(folder).facts.get("validation_loss")
+            losses += [(loss, folder)] if isinstance(loss, float) else []
+    return [folder for _, folder in sorted(losses, key=lambda pair: pair[0])[:count]]
+
+
+def drafts(root: Place) -> list[Place]:
     """Folders of saves that did not end."""
-    return sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name) if root.is_dir() else []
+    if isinstance(root, Path):
+        return [*sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name)] if root.is_dir() else []
+    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name)]
+    return [p for p in found if not (p / NAME).is_file() and not (p / BAD).is_file()]
 
 
 if __name__ == "__main__":

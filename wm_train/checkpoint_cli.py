@@ -10,6 +10,7 @@ from pathlib import Path
 from wm_train import checkpoint
 from wm_train.config import ModelConfig
 from wm_train.manifest import CheckpointError, Manifest, read_manifest
+from wm_train.place import Place, place
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         "prune": "delete all but the newest checkpoints of a stage",
     }.items():
         command = commands.add_parser(name, help=words, description=words)
-        command.add_argument("folder", type=Path, help="step_N, or the checkpoints folder of a stage")
+        command.add_argument("folder", type=place, help="step_N, or the checkpoints folder of a stage; also s3://...")
         if name == "export":
             command.add_argument("out", type=Path, help="file to write, ending in .safetensors; with --layout diffusers a directory")
             command.add_argument("--layout", choices=("file", "diffusers"), default="file", help="one file, or SanaWMTransformer3DModel's")
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def chosen(folder: Path) -> list[Path]:
+def chosen(folder: Place) -> list[Place]:
     """The checkpoint itself, or all of a stage, oldest first."""
     found = [folder] if checkpoint.STEP_FOLDER.fullmatch(folder.name) else checkpoint.committed(folder)
     if not found or not all(path.is_dir() for path in found):

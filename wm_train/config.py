@@ -53,15 +53,37 @@ class StageModel:
 
 
 @dataclass(frozen=True)
+class StageParallel:
+    """What a stage changes of the run's mesh and precision; null: as `parallel` says."""
+
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
+    cp: int | None = None
+    ulysses: int | None = None
+    ring: int | None = None
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
 class StageConfig:
-    """One step of the curriculum. `frames` are raw video frames, 8k+1 for a codec of temporal stride 8."""
+    """One step of the curriculum. `frames` are raw video frames, 8k+1 for a codec of temporal stride 8.
+
+    Weights are handed on by parameter name. A name that the source does not have is refused unless the stage's own model adds it or a
+    pattern of `new` covers it; patterns are shell globs over names: `blocks.*.attn.qkv.*`.
+    """
 
     index: int
     frames: int
-    steps: int
+    steps: int  # the stage ends here at the latest
     global_batch: int
+    until_loss: float = 0.0  # it ends earlier at the first held-out loss (trainer.validate_every) of at most this; 0 = no such gate
     inherit: str | None = None  # "previous" | a checkpoint directory, ours or a diffusers one | null: start from the seed
     inherit_weights: str = "ema"  # ema | raw
+    inherit_optimizer: bool = False  # also take the optimizer's moments; false: they start from zero
+    new: tuple[str, ...] = ()  # parameters that the source lacks: they start as initialised
+    reinitialise: tuple[str, ...] = ()  # parameters that start as initialised although the source has them
+    frozen: tuple[str, ...] = ()  # parameters that this stage does not train
+    parallel: StageParallel = field(default_factory=StageParallel)
     chunk_frames: int = 0  # latent frames of a chunk, the first holds one more; 0 = one chunk, bidirectional
     model: StageModel = field(default_factory=StageModel)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -95,7 +117,7 @@ class ModelConfig:
     causal: bool = False  # chunk-causal variant
     window_chunks: int = 0  # chunk-causal softmax looks this many chunks back, its own included; 0 = the whole past
     sink_frames: int = 1  # first latent frames that stay visible when the window has moved on
-    gradient_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # none | block (recompute blocks in backward) | selective (all but products and attention)
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,11 @@ class ParallelConfig:
     ring: int | None = None  # null: cp / ulysses
     attention: str = "native"  # native | deepspeed | xfuser: whose softmax attention runs over the sequence group
     precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
+    compile: bool = False  # torch.compile of each block, between its collectives
+    offload_activations: bool = False  # what backward needs waits in host memory
+    sharding: str = "fsdp"  # fsdp | zero3 (DeepSpeed; over all processes, AdamW only)
+    offload_state: str = "none"  # none | cpu (weights, gradients and optimizer in host memory, where the update runs) | nvme (zero3)
+    nvme_path: str | None = None  # a folder on a local disk, for offload_state=nvme
 
 
 @dataclass(frozen=True)
@@ -184,9 +211,11 @@ class TrackerConfig:
 @dataclass(frozen=True)
 class TrainerConfig:
     checkpoint_every: int = 50  # steps
+    checkpoint_to: str | None = None  # a folder, or a store: s3://bucket/prefix; null: each stage's own folder under `out`
     async_checkpoint: bool = True  # training waits for the copy to host buffers only
     keep_last: int = 2
     keep_every: int = 0  # checkpoints of every n-th step are kept for good; 0 = none
+    keep_best: int = 0  # checkpoints with the lowest held-out loss that are kept besides; 0 = none
     on_bad_step: str = "stop"  # stop | skip: what to do with a loss or gradient that is not finite, or spikes
     bad_step_budget: int = 10  # skipped steps before the run goes back, or stops
     rewinds: int = 1  # how often it goes back to the checkpoint before them, to leave out all batches since; then it stops

@@ -1,15 +1,16 @@
-"""Recipe -> ordered stages, and whose weights each one starts from. Stages hand weights on by name:
-
-<out>/<run name>/<stage name>/checkpoints
-"""
+"""Recipe -> ordered stages, and whose weights each one starts from. Stages hand weights on by name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from wm_train.config import ModelConfig, RecipeConfig, RunConfig, StageConfig, StageModel
+from wm_train.place import Place, place
 
 PREVIOUS = "previous"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
@@ -19,7 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no se
 class Source:
     """Where a stage's first weights come from: `stage` of the same run, or a checkpoint directory given by hand (`stage` None)."""
 
-    checkpoints: Path
+    checkpoints: Place
     stage: str | None
 
 
@@ -30,11 +31,8 @@ class PlannedStage:
     name: str
     config: StageConfig
     directory: Path
+    checkpoints: Place
     source: Source | None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
 
 
 def ordered(recipe: RecipeConfig) -> tuple[str, ...]:
@@ -64,14 +62,74 @@ def stage_directory(config: RunConfig, stage: str) -> Path:
     return Path(config.out) / config.name / (config.pool or "") / stage
 
 
+def checkpoints_of(config: RunConfig, stage: str) -> Place:
+    """Where a stage saves: <out>/<run name>/<stage name>/checkpoints, or <trainer.checkpoint_to>/<run name>/<stage name>."""
+    given = config.trainer.checkpoint_to
+    if given is None:
+        return stage_directory(config, stage) / "checkpoints"
+    return place(given) / "/".join(part for part in (config.name, config.pool, stage) if part)
+
+
 def stage_run(config: RunConfig, stage: str) -> RunConfig:
-    """The run as this stage sees it: `model` with the stage's changes in it."""
-    return replace(config, stage=stage, model=changed_model(config.model, config.recipe.stages[stage].model))
+    """The run as this stage sees it: `model` and `parallel` with the stage's changes in them."""
+    own = config.recipe.stages[stage]
+    return replace(
+        config, stage=stage, model=changed_model(config.model, own.model), parallel=replace(config.parallel, **_given(own.parallel))
+    )
 
 
 def changed_model(model: ModelConfig, changes: StageModel) -> ModelConfig:
     """The model with what a stage changes of it."""
-    return replace(model, **{key: value for key, value in vars(changes).items() if value is not None})
+    return replace(model, **_given(changes))
+
+
+def _given(changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(changes).items() if value is not None}
+
+
+def matching(patterns: Iterable[str], names: Collection[str], where: str) -> set[str]:
+    """The names that any of the patterns covers. Raises ValueError for a pattern that covers none: it is a slip."""
+    found = set()
+    for pattern in patterns:
+        covered = {name for name in names if fnmatchcase(name, pattern)}
+        if not covered:
+            like = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{where}: got {pattern!r}, expected a pattern of parameter names such as {like}. Fix: correct it")
+        found |= covered
+    return found
+
+
+@dataclass(frozen=True)
+class Handover:
+    """How the parameters of a stage meet those of its source, by name."""
+
+    taken: frozenset[str]  # get the source's values
+    fresh: frozenset[str]  # start as initialised
+    left: frozenset[str]  # the source's own, which this stage has no use for
+
+
+def handover(stage: StageConfig, name: str, mine: Collection[str], theirs: Collection[str], parts: Callable[..., list[str]]) -> Handover:
+    """Who gets what. `parts` picks the names that a stage's own changes of the model may add or drop.
+
+    Raises ValueError when a name on one side has no counterpart and nothing says that this is meant.
+    """
+    where, added, dropped = f"recipe.stages.{name}", set(mine) - set(theirs), set(theirs) - set(mine)
+    declared = matching(stage.new, mine, f"{where}.new")
+    if declared & set(theirs):
+        known = sorted(declared & set(theirs))[0]
+        raise ValueError(f"{where}.new: got {known}, expected names that the source lacks. Fix: {where}.reinitialise")
+    unexplained = sorted(added - declared - set(parts(added)))
+    if unexplained:
+        raise ValueError(f"{where}: got parameters that its source lacks, {_few(unexplained)}, expected them in {where}.new. Fix: add them")
+    unknown = sorted(dropped - set(parts(dropped)))
+    if unknown:
+        raise ValueError(f"{where}: got a source with parameters that its model lacks, {_few(unknown)}. Fix: use the model that wrote it")
+    fresh = added | matching(stage.reinitialise, mine, f"{where}.reinitialise")
+    return Handover(frozenset(set(mine) - fresh), frozenset(fresh), frozenset(dropped))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def source_of(config: RunConfig, stage: str) -> Source | None:
@@ -80,20 +138,20 @@ def source_of(config: RunConfig, stage: str) -> Source | None:
     if inherit is None:
         return None
     if inherit != PREVIOUS:
-        return Source(Path(inherit), None)
+        return Source(place(inherit), None)
     names = ordered(config.recipe)
-    place = names.index(stage)
-    if place == 0:
+    index = names.index(stage)
+    if index == 0:
         raise ValueError(
             f"recipe.stages.{stage}.inherit: got previous, expected null or a checkpoint directory, as it is the first stage. Fix: null"
         )
-    return Source(stage_directory(config, names[place - 1]) / "checkpoints", names[place - 1])
+    return Source(checkpoints_of(config, names[index - 1]), names[index - 1])
 
 
 def plan(config: RunConfig) -> tuple[PlannedStage, ...]:
     """The stages that `config.stage` selects, in order. Raises ValueError as `select` and `source_of` do."""
     return tuple(
-        PlannedStage(name, config.recipe.stages[name], stage_directory(config, name), source_of(config, name))
+        PlannedStage(name, config.recipe.stages[name], stage_directory(config, name), checkpoints_of(config, name), source_of(config, name))
         for name in select(config.recipe, config.stage)
     )
 

@@ -15,7 +15,7 @@ from wm_train import checkpoint
 from wm_train.backends import Backend
 from wm_train.compose import from_json
 from wm_train.config import RunConfig
-from wm_train.curriculum import stage_directory, stage_run
+from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
 from wm_train.pools import JOINT, boundaries
 from wm_train.preemption import StopRequest
 from wm_train.progress import Progress
@@ -76,13 +76,15 @@ def pool_run(run: RunConfig, pool: str) -> RunConfig:
 
 def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[TrainState, int]:
     """The newest checkpoint of a pool, and how many steps it has made."""
-    root = stage_directory(own, own.stage) / "checkpoints"
+    root = checkpoints_of(own, own.stage)
     found = checkpoint.find_newest(root, world, lambda line: None)
     if found is None:
         raise SetupError(f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}. Fix: train the pool first")
     folder, manifest = found
     state = build_state(own, stage.mesh.fsdp, stage.backend.device)
-    checkpoint.load(folder, manifest, state.tensors())
+    held = state.tensors()
+    checkpoint.load(folder, manifest, held)
+    state.put(held)
     return state, manifest.step
 
 

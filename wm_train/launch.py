@@ -27,6 +27,7 @@ from wm_train import compose, curriculum
 from wm_train.config import RunConfig
 from wm_train.mesh_rules import smaller_worlds
 from wm_train.owner import OwnedError, check_free
+from wm_train.place import steps_in
 from wm_train.pools import JOINT, boundaries, pool_runs
 from wm_train.tree_help import help_text
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
+    from wm_train import plan
+
     try:
         if options.help:
             print(help_text(options.config_dir))
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.name}" if pool else f"stage {stage.name}"
                 print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
-        return 0
+        return max(plan.shown(run, plan.latent_frame(run, None)) for run in pools.values())
     code = run_stages(config, pools, plans)
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
@@ -151,7 +154,7 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
         pods=Pods(config.name, **vars(config.launcher.kubernetes)) if config.launcher.name == "kubernetes" else None,
         max_restarts=config.launcher.max_restarts,
         place_s=config.launcher.place_s,
-        fewer=smaller_worlds(config, stage.config.global_batch),
+        fewer=smaller_worlds(curriculum.stage_run(config, stage.name), stage.config.global_batch),
         grow_s=config.launcher.grow_s,
     )
 
@@ -189,7 +192,7 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
 def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str:
     """Where the results are."""
     last = stages[-1]
-    steps = sorted(folder.name for folder in last.checkpoints.glob("step_*") if "." not in folder.name)
+    steps = steps_in(last.checkpoints)
     lines = [f"done: {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.name for stage in stages)}"]
     if steps:
         lines.append(f"  checkpoint  {last.checkpoints / steps[-1]}")

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wm_train.place import Place
+
 NAME = "manifest.json"
 FORMAT = 1
 T = TypeVar("T")
@@ -58,7 +60,7 @@ def to_text(manifest: Manifest) -> str:
     return f'{{"body":{body},"sha256":"{_digest(body)}"}}\n'
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """Read and check the manifest of a checkpoint folder.
 
     Errors: CheckpointError when it is absent, damaged, or of another format.
@@ -119,7 +121,7 @@ def _sizes(values: Any) -> list[int]:
     return sizes
 
 
-def check_names(folder: Path, manifest: Manifest) -> None:
+def check_names(folder: Place, manifest: Manifest) -> None:
     """Refuse names that lead out of the folder, and files that the manifest does not know.
 
     Errors: CheckpointError.

@@ -6,18 +6,23 @@ pass. Blocks repeat, so one block of each kind is measured and multiplied. Nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel.checkpointing import PRODUCTS
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
 from wm_train.conditioning import Conditions
-from wm_train.config import ModelConfig, OptimizerConfig
+from wm_train.config import ModelConfig, OptimizerConfig, ParallelConfig
+from wm_train.curriculum import matching
 from wm_train.models import build_model
 from wm_train.optim.build import OPTIMIZERS
 
@@ -37,30 +42,57 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process by category. `staging` is host memory, the rest is on the device."""
+    """Bytes of one process by category. `staging` and the categories named in `offloaded` are host memory, the rest is on the device.
+
+    `busy`: activations of the one block that is computed or recomputed; `activations`: what all blocks keep for their backward besides.
+    """
 
     parameters: int  # of the whole model, as a number, not bytes
+    trained: int
     weights: int
     gradients: int
     optimizer: int
     average: int
     gathered: int
     activations: int
+    busy: int
     staging: int
+    offloaded: tuple[str, ...] = ()
 
     @property
     def device(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.gathered + self.activations
+        return sum(size for name, size in self.categories().items() if name not in self.offloaded)
+
+    @property
+    def host(self) -> int:
+        return self.staging + sum(size for name, size in self.categories().items() if name in self.offloaded)
+
+    def categories(self) -> dict[str, int]:
+        """Bytes by name, without `staging`."""
+        names = ("weights", "gradients", "optimizer", "average", "gathered", "activations", "busy")
+        return {name: getattr(self, name) for name in names}
 
 
-def stage_memory(model: ModelConfig, optimizer: OptimizerConfig, shape: ClipShape, shards: int, precision: str, staged: bool) -> Memory:
-    """Memory of one process when the model is sharded over `shards` of them.
+def stage_memory(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    shape: ClipShape,
+    shards: int,
+    parallel: ParallelConfig,
+    staged: bool,
+    frozen: Iterable[str] = (),
+) -> Memory:
+    """Memory of one process when the model is sharded over `shards` of them. Raises ValueError for a pattern of `frozen` without a match.
 
     Weights, gradients, optimizer and average are fp32 and sharded; `gathered` holds two blocks and what is outside blocks, in the compute
     type, since the next block is gathered while one runs. Sequence exchange buffers (states, halos) are not counted: they are megabytes.
     """
+    precision = parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole = build_model(model)
+        parameters = dict(whole.named_parameters())
+        for name in matching(frozen, parameters, "frozen"):
+            parameters[name].requires_grad_(False)
         count = sum(p.numel() for p in whole.parameters())
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         state = {
@@ -73,34 +105,61 @@ def stage_memory(model: ModelConfig, optimizer: OptimizerConfig, shape: ClipShap
         gathered = width * (2 * max(blocks) + count - sum(blocks)) if shards > 1 else 0
     weights, optimizer_bytes = 4 * count // shards, sum(state.values()) // shards
     average = 4 * trained // shards if optimizer.ema_decay else 0
+    kept, busy = activation_bytes(model, shape, precision)
     return Memory(
         parameters=count,
+        trained=trained,
         weights=weights,
         gradients=4 * trained // shards,
         optimizer=optimizer_bytes,
         average=average,
         gathered=gathered,
-        activations=activation_bytes(model, shape, precision),
+        activations=kept,
+        busy=busy,
         staging=weights + optimizer_bytes + average if staged else 0,
+        offloaded=(
+            *(("weights", "gradients", "optimizer", "average") if parallel.offload_state != "none" else ()),
+            *(("activations",) if parallel.offload_activations else ()),
+        ),
     )
 
 
-def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
-    """What autograd keeps from the forward to the backward pass. With checkpointing, a block's input each and one block's inside."""
+def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
+    """What autograd keeps from the forward to the backward pass, and the inside of the one block that is recomputed, which without
+    checkpointing is among what is kept."""
     period = model.softmax_every
     kinds = [bool(period) and (i + 1) % period == 0 for i in range(model.depth)]  # True: softmax
-    measured: dict[bool, int] = {}
-    outside = 0
+    kept, inside, outside = dict[bool, int](), dict[bool, int](), 0
     for softmax in sorted(set(kinds)):
-        every = 1 if softmax else 0
-        one, two = (
-            kept_bytes(replace(model, depth=depth, softmax_every=every, gradient_checkpointing=False), shape, precision) for depth in (1, 2)
-        )
-        measured[softmax], outside = two - one, max(outside, one - (two - one))
-    if not model.gradient_checkpointing:
-        return outside + sum(measured[kind] for kind in kinds)
-    tokens = shape.clips * shape.frames * (shape.height // model.patch_size) * (shape.width // model.patch_size)
-    return outside + len(kinds) * tokens * model.width * PRECISIONS[precision].itemsize + max(measured.values())
+        alone = replace(model, depth=1, softmax_every=1 if softmax else 0)
+        kept[softmax], around = _per_block(alone, shape, precision)
+        outside = max(outside, around)
+        inside[softmax] = kept[softmax]
+        if model.activation_checkpointing != "none":
+            inside[softmax], _ = _per_block(replace(alone, activation_checkpointing="none"), shape, precision)
+    together = outside + sum(kept[kind] for kind in kinds)
+    most = max(inside.values())
+    return (together - most, most) if model.activation_checkpointing == "none" else (together, most)
+
+
+def _per_block(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
+    """Bytes kept by one block, and by what is around the blocks."""
+    one, two = (kept_bytes(replace(model, depth=depth), shape, precision) for depth in (1, 2))
+    return two - one, 2 * one - two
+
+
+class _ProductBytes(TorchDispatchMode):
+    """Counts the bytes of what selective checkpointing keeps, which no saved-tensor hook sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            self.total += sum(t.numel() * t.element_size() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+        return out
 
 
 def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
@@ -116,10 +175,12 @@ def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
         built = _built_in(model, PRECISIONS[precision])
         own = {p.untyped_storage()._cdata for p in built.parameters()}
         latents, sigma, conditions = _inputs(model, shape)
-        with torch.autograd.graph.saved_tensors_hooks(keep, _give_back):
+        products = _ProductBytes()
+        counting = products if model.activation_checkpointing == "selective" else nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, _give_back), counting:
             output = built(latents, sigma, conditions, LocalSequence(ClipLayout(shape.frames)))
         assert output.shape == latents.shape
-        return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+        return products.total + sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
 def _give_back(tensor: Tensor) -> Tensor:

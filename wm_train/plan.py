@@ -54,7 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except compose.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return show(run, frame, options.memory)
+    return shown(run, frame, options.memory)
+
+
+def shown(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
+    """`show`, with names that do not fit each other reported as mistakes of the configuration: exit code 2."""
+    try:
+        return show(run, frame, device_gib)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def without_data(run: RunConfig, data_is_here: bool) -> list[compose.Problem]:
@@ -95,18 +104,20 @@ def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
     """One block per selected stage; 3 if one of them needs more than `device_gib`."""
     code = 0
     for stage in curriculum.plan(run):
-        memory, shape = stage_plan(run, stage.config, frame)
-        print("\n".join(describe(run, stage, shape, memory)))
+        own = curriculum.stage_run(run, stage.name)
+        memory, shape = stage_plan(own, stage.config, frame)
+        print("\n".join(describe(own, stage, shape, memory, inheritance(run, stage))))
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
-            verdict = "fits" if fits else "DOES NOT FIT: try model.gradient_checkpointing=true, a larger parallel.cp, or more workers"
+            verdict = "fits" if fits else "DOES NOT FIT: try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
             print(f"  {memory.device / GIB:.2f} of {device_gib:g} GiB: {verdict}")
             code = code if fits else 3
     return code
 
 
 def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory, tuple[int, int, int]]:
-    """Memory of one process, and (clips, latent frames, latent frames of the whole clip) that it holds at once."""
+    """Memory of one process, and (clips, latent frames, latent frames of the whole clip) that it holds at once. `run`: as the stage sees
+    it."""
     from parallel.layout import split_evenly
     from wm_train.memory import ClipShape, stage_memory
 
@@ -115,26 +126,56 @@ def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory
     held = len(split_evenly(whole, run.parallel.cp)[0])
     shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
     shards = run.launcher.workers // run.parallel.dp_replicate
-    precision, staged = run.parallel.precision, run.trainer.async_checkpoint
-    model = curriculum.changed_model(run.model, stage.model)
-    return stage_memory(model, stage.optimizer, shape, shards, precision, staged), (clips, held, whole)
+    memory = stage_memory(run.model, stage.optimizer, shape, shards, run.parallel, run.trainer.async_checkpoint, stage.frozen)
+    return memory, (clips, held, whole)
 
 
-def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, int, int], memory: Memory) -> list[str]:
+def inheritance(run: RunConfig, stage: curriculum.PlannedStage) -> str:
+    """Whose weights the stage starts from, and which of its parameters are new. Raises ValueError where names do not fit."""
+    if stage.source is None:
+        return "the seed"
+    config = stage.config
+    words = f"{stage.source.stage or stage.source.checkpoints} ({config.inherit_weights} weights"
+    words += ", with its optimizer)" if config.inherit_optimizer else ")"
+    if stage.source.stage is None:
+        return words
+    from wm_train.models.public_layout import stage_parts
+
+    mine, theirs = (parameter_names(curriculum.stage_run(run, name)) for name in (stage.name, stage.source.stage))
+    passed = curriculum.handover(config, stage.name, mine, theirs, stage_parts)
+    return f"{words}: {len(passed.taken)} tensors, {len(passed.fresh)} start anew, {len(passed.left)} left behind"
+
+
+def parameter_names(run: RunConfig) -> list[str]:
+    """Of the stage's model, built without storage."""
+    import torch
+
+    from wm_train.models import build_model
+
+    with torch.device("meta"):
+        return [name for name, _ in build_model(run.model).named_parameters()]
+
+
+def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, int, int], memory: Memory, source: str) -> list[str]:
     """The lines of one stage."""
     config, mesh = stage.config, run.parallel
     clips, held, whole = shape
-    source = "the seed" if stage.source is None else f"{stage.source.stage or stage.source.checkpoints} ({config.inherit_weights} weights)"
-    parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "average", "gathered", "activations")}
+    until = f" or a held-out loss of {config.until_loss:g}" if config.until_loss else ""
+    trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained"
+    replicas = f"{mesh.dp_replicate} replicas x " if mesh.dp_replicate > 1 else ""
+    data = run.launcher.workers // mesh.cp // mesh.dp_replicate
     return [
         f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
-        f"{config.steps:,} steps of {config.global_batch} clips",
+        f"{config.steps:,} steps{until} of {config.global_batch} clips",
         f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g}, {config.optimizer.schedule}, {mesh.precision}",
-        f"  {run.launcher.workers} workers = {run.launcher.workers // mesh.cp} data parallel x {mesh.cp} sequence parallel; "
+        f"  {run.launcher.workers} workers = {replicas}{data} data parallel x {mesh.cp} sequence parallel; "
         f"each holds {clips} clips x {held} latent frames at once",
-        f"  {memory.parameters:,} parameters; GiB per worker: "
-        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-        + f"; together {memory.device / GIB:.2f}, and {memory.staging / GIB:.2f} of host memory to save from",
+        f"  {memory.parameters:,} parameters{trained}; GiB per worker: "
+        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.categories().items() if name not in memory.offloaded)
+        + f"; together {memory.device / GIB:.2f}",
+        f"  host memory: staging {memory.staging / GIB:.2f} to save from"
+        + "".join(f", {name} {memory.categories()[name] / GIB:.2f}" for name in memory.offloaded)
+        + f"; together {memory.host / GIB:.2f}",
     ]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 
 from wm_train import checkpoint
 from wm_train.config import RunConfig
-from wm_train.curriculum import stage_directory
+from wm_train.curriculum import checkpoints_of
 from wm_train.guard import BadStepError, RewindError
-from wm_train.state import Start, TrainState
+from wm_train.start import Start
+from wm_train.state import TrainState
 from wm_train.world import World
 
 
@@ -18,17 +18,19 @@ def rewind(run: RunConfig, state: TrainState, asked: RewindError, world: World, 
 
     Errors: BadStepError when there is no such checkpoint.
     """
-    root = stage_directory(run, run.stage) / "checkpoints"
+    root = checkpoints_of(run, run.stage)
     found = checkpoint.find_newest(root, world, report, before=asked.first)
     if found is None:
         raise BadStepError(f"{asked.text}, and no checkpoint before step {asked.first} to go back to. Fix: lower the learning rate")
     folder, manifest = found
-    if world.rank == 0:  # under names that drafts have: they are never taken for checkpoints, and cleaned with the next save
+    if world.rank == 0:
         for later in checkpoint.committed(root):
             if later.name > folder.name:
-                later.rename(root / f"{later.name}.tmp-{secrets.token_hex(4)}")
+                checkpoint.withdraw(later)
     world.barrier()
-    checkpoint.load(folder, manifest, state.tensors())
+    held = state.tensors()
+    checkpoint.load(folder, manifest, held)
+    state.put(held)
     memory = manifest.facts.get("guard", {})
     report(f"{asked.text}: going back to step {manifest.step}; the batches of steps {manifest.step + 1} to {asked.last} are left out")
     return Start(manifest.step, {**memory, "skipped": [], "rewound": [*asked.earlier, (manifest.step + 1, asked.last)]})

@@ -11,7 +11,6 @@ import torch
 
 from data_shards.codec import make_codec
 from data_shards.load import Batch, denormalise
-from wm_train.optim.ema import ema_weights
 from wm_train.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.progress import Progress
 from wm_train.rollout import Experts, rollout
@@ -64,7 +63,7 @@ def sample(stage: Stage, state: TrainState | Mapping[float, TrainState], wanted:
     states = {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
     with ExitStack() as averaged, torch.no_grad():
         for one in states.values():
-            averaged.enter_context(ema_weights(one.ema, one.model))
+            averaged.enter_context(one.averaged())
         latents = rollout(
             Experts(tuple(states), tuple(one.model for one in states.values())),
             first,

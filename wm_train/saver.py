@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ import torch
 from wm_train import checkpoint
 from wm_train.config import TrainerConfig
 from wm_train.manifest import CheckpointError
+from wm_train.place import Place
 from wm_train.world import World
 
 
 class Saver:
     """Commits states under `root`. Every process has one and calls it at the same steps."""
 
-    def __init__(self, root: Path, stage: str, config: TrainerConfig, world: World, report: Callable[[str], None]) -> None:
+    def __init__(self, root: Place, stage: str, config: TrainerConfig, world: World, report: Callable[[str], None]) -> None:
         self.root, self.stage, self.config, self.report = root, stage, config, report
         self._world = world.twin() if config.async_checkpoint else world
         self._buffers: dict[str, torch.Tensor] | None = {} if config.async_checkpoint else None
@@ -61,6 +61,6 @@ class Saver:
             self._failure = error
             return
         try:
-            checkpoint.prune(self.root, self.config.keep_last, self.config.keep_every, self._world)
+            checkpoint.prune(self.root, self.config.keep_last, self.config.keep_every, self._world, self.config.keep_best)
         except CheckpointError as error:  # costs room, not the checkpoint
             self.report(str(error))

@@ -97,7 +97,9 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     """The seam of this batch: its layout and this process's share of the frames."""
     starts = chunk_starts(stage.latent_frames, stage.config.chunk_frames)
     layout = ClipLayout(stage.latent_frames, chunk_starts=starts, valid_frames=tuple(batch.valid_frames.tolist()))
-    return make_sequence(layout, stage.mesh, sequence_kernels(stage.backend.device), stage.attention)
+    return make_sequence(
+        layout, stage.mesh, sequence_kernels(stage.backend.device), stage.attention, compiled=stage.run.parallel.compile
+    )
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:

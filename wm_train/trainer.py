@@ -7,6 +7,7 @@ take the same step (design §3, §9).
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,14 +15,13 @@ from data_shards.load import Batch
 from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.config import RunConfig
-from wm_train.curriculum import stage_directory, stage_run
+from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
 from wm_train.guard import Guard, RewindError
 from wm_train.heartbeat import Heartbeat, missing_ranks
 from wm_train.manifest import CheckpointError
 from wm_train.metrics.flops import mfu
 from wm_train.objectives import OBJECTIVES
 from wm_train.optim.adamw import set_learning_rate
-from wm_train.optim.ema import ema_update
 from wm_train.optim.schedule import learning_rate
 from wm_train.preemption import Preempted, StopRequest
 from wm_train.profiling import StepProfiler, steps_to_profile
@@ -31,10 +31,10 @@ from wm_train.rewind import rewind
 from wm_train.samples import show_samples
 from wm_train.saver import Saver
 from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
-from wm_train.state import SetupError, Start, TrainState, build_state, facts, restore
+from wm_train.start import Start, restore
+from wm_train.state import SetupError, TrainState, build_state, facts
 from wm_train.step_clock import StepClock
 from wm_train.stragglers import Stragglers
-from wm_train.tensor_parts import is_first_copy, local_tensor
 from wm_train.tracking import Tracker
 from wm_train.validation import held_out_loss
 from wm_train.world import World
@@ -99,12 +99,12 @@ def run_steps(
     Errors: BadStepError and RewindError from the guard, CorruptionError when replicas differ, Preempted.
     """
     run, steps = stage.run, stage.config.steps
-    if start.steps_done >= steps:
-        progress.say(f"stage {run.stage} already has all of its {steps} steps")
+    if start.steps_done >= steps or gate_passed(stage, start.validation_loss):
+        progress.say(f"stage {run.stage} has ended already, after {start.steps_done} of {steps} steps")
         return
     guard, stragglers = Guard(run.trainer, start.guard), Stragglers(run.trainer.straggler_factor)
     profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), stage_directory(run, run.stage) / "profile")
-    saver = Saver(stage_directory(run, run.stage) / "checkpoints", run.stage, run.trainer, stage.world, progress.say)
+    saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say)
     with open_loader(stage, "train", stage.config.global_batch, start.steps_done) as loader:
         for step in range(start.steps_done + 1, steps + 1):
             profiler.before(step)
@@ -128,19 +128,29 @@ def run_steps(
             pulse.at(step, "record, validate, save")
             if step == steps or (run.trainer.validate_every and step % run.trainer.validate_every == 0):
                 figures |= held_out_loss(stage, state)
+            held_out = figures.get("validation_loss", math.nan)
+            last = step == steps or gate_passed(stage, held_out)
             if tracker:
                 tracker.step(step, figures)
             progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
-            saving = step % run.trainer.checkpoint_every == 0 or step == steps or stopping
-            if run.trainer.sdc_every and (saving or step % run.trainer.sdc_every == 0):
+            saving = step % run.trainer.checkpoint_every == 0 or last or stopping
+            if run.trainer.sdc_every and not state.zero and (saving or step % run.trainer.sdc_every == 0):
                 check_replicas(step, state.tensors(), stage.world)
             if saving:
-                saver.save(step, state.tensors(), facts(run, stage.dataset.fingerprint, stage.world, guard.memory()))
-            if stopping and step < steps:
+                known = held_out if math.isfinite(held_out) else None
+                saver.save(step, state.tensors(), facts(run, stage.dataset.fingerprint, stage.world, guard.memory(), known))
+            if last:
+                break
+            if stopping:
                 saved = saver.wait()
                 raise Preempted(f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of {steps}")
     if not saver.wait():
         raise CheckpointError(f"stage {run.stage}: its last checkpoint could not be saved. Fix: make room and start it again")
+
+
+def gate_passed(stage: Stage, validation_loss: float) -> bool:
+    """Whether the stage has reached its `until_loss` and ends before its last step. NaN: it was not measured."""
+    return validation_loss <= stage.config.until_loss
 
 
 def train_step(
@@ -163,10 +173,10 @@ def train_step(
 
     take = not left_out and guard.accepts(step, figures["loss"], list(zip(*everyone[:, [0, -3]].T.tolist(), strict=True)))
     if take:
-        clip_gradients(state, norm, config.optimizer.clip_norm)
+        if norm > config.optimizer.clip_norm:
+            state.scale_gradients(config.optimizer.clip_norm / (norm + 1e-6))
         state.optimizer.step()
-        if state.ema:
-            ema_update(state.ema, state.model, config.optimizer.ema_decay, step - 1)
+        state.update_average(config.optimizer.ema_decay, step - 1)
     figures |= {
         "lr": lr,
         "grad_norm": norm,
@@ -180,28 +190,29 @@ def train_step(
 def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
     """Add the gradients of this process's clips; returns its sums of loss and metrics, over clips, shared among a clip's holders."""
     objective, sums = OBJECTIVES[stage.config.objective.name], dict[str, float]()
-    for part in micro_batches(batch, stage.run.trainer.accumulate):
+    parts = list(micro_batches(batch, stage.run.trainer.accumulate))
+    for part in parts:
         sequence, conditions = sequence_of(stage, part), conditions_of(stage, part)
-        output = objective(state.model, part, stage.noise, stage.config.objective, sequence, conditions)  # loss [b], one per clip
-        (output.loss.sum() / stage.config.global_batch).backward()
+        with kept_activations(stage):
+            output = objective(state.network, part, stage.noise, stage.config.objective, sequence, conditions)  # loss [b], one per clip
+        state.backward(output.loss.sum() / stage.config.global_batch, last=part is parts[-1])
         for name, value in {"loss": output.loss, **output.metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / stage.mesh.sequence_size
     return sums
 
 
+def kept_activations(stage: Stage) -> AbstractContextManager[object]:
+    """Where the activations that backward needs wait for it."""
+    if not stage.run.parallel.offload_activations:
+        return nullcontext()
+    device = stage.backend.device.type
+    return torch.autograd.graph.save_on_cpu(pin_memory=device != "cpu", device_type=device)
+
+
 def squared_norm(state: TrainState, world: World) -> float:
     """Sum of squares of the gradients this process holds and nobody else counts."""
-    held = [local_tensor(p.grad) for p in state.model.parameters() if p.grad is not None and is_first_copy(p, world.rank)]
-    held = [g.float() for g in held if g.numel()]
+    held = [g.float() for g in state.gradients(world.rank) if g.numel()]
     return float(torch.stack(torch._foreach_norm(held)).double().square().sum()) if held else 0.0
-
-
-@torch.no_grad()
-def clip_gradients(state: TrainState, norm: float, limit: float) -> None:
-    """Scale all gradients by limit / norm when their global norm exceeds `limit`."""
-    if norm > limit:
-        gradients = [local_tensor(p.grad) for p in state.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
 def speed(stage: Stage, seconds: float) -> dict[str, float]:

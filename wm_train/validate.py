@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,9 +22,12 @@ from wm_train.config import ModelConfig, RunConfig, StageConfig
 from wm_train.curriculum import NAME
 from wm_train.data_rules import data_problems
 from wm_train.mesh_rules import batch_problems, mesh_problems
+from wm_train.place import steps_in
 from wm_train.pools import LEAST_SHARE, range_share
 from wm_train.profiling import is_step_range
 
+PRECISIONS = ("fp32", "bf16")  # parallel/sharding.py, which imports torch
+OFFLOADS = {"fsdp": ("none", "cpu"), "zero3": ("none", "cpu", "nvme")}  # parallel.sharding -> what it can offload to
 ENGINES = ("native", "deepspeed", "xfuser")  # parallel/engines.py, which imports torch
 MOST = 10**9  # beyond any run; catches a slipped exponent
 
@@ -47,7 +51,8 @@ def problems_of(config: RunConfig) -> list[Problem]:
             config.trainer,
             (
                 *_counts("checkpoint_every", "keep_last", "accumulate", "sample_steps"),
-                *_counts("samples", "validate_every", "validation_clips", "keep_every", "bad_step_budget", "rewinds", "sdc_every", low=0),
+                *_counts("samples", "validate_every", "validation_clips", "keep_every", "keep_best", low=0),
+                *_counts("bad_step_budget", "rewinds", "sdc_every", low=0),
                 ("straggler_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (none is named) or more than 1"),
                 ("profile", is_step_range, "steps such as 10-15, or null"),
                 ("spike_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (no limit) or more than 1"),
@@ -55,17 +60,70 @@ def problems_of(config: RunConfig) -> list[Problem]:
                 ("skip_steps", lambda steps: all(step > 0 for step in steps), "step numbers from 1 on"),
             ),
         ),
-        *_check("parallel.", config.parallel, (_one_of("precision", ("fp32", "bf16")), _one_of("attention", ENGINES))),
+        *_check("parallel.", config.parallel, (_one_of("precision", PRECISIONS), _one_of("attention", ENGINES))),
+        *_check("parallel.", config.parallel, (_one_of("sharding", tuple(OFFLOADS)),)),
+        *_check("parallel.", config.parallel, (_one_of("offload_state", OFFLOADS.get(config.parallel.sharding, ("none",))),)),
+        *_sharding_problems(config),
     ]
-    mesh = mesh_problems(config)
-    found += mesh
     try:
         stages = curriculum.plan(config)
     except ValueError:  # already reported by _stage_list_problems
         stages = ()
-    if not mesh:
-        found += batch_problems(config, [stage.name for stage in stages])
+    found += _mesh_problems(config, stages)
+    found += _held_out_problems(config, stages) + _store_problems(config)
     return found + data_problems(config, stages) + _inherit_problems(config, stages)
+
+
+def _mesh_problems(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> list[Problem]:
+    """Of the run's mesh, and of the stages that have their own."""
+    if not stages:
+        return mesh_problems(config)
+    found = []
+    for stage in stages:
+        run = curriculum.stage_run(config, stage.name)
+        own = f"recipe.stages.{stage.name}." if run.parallel != config.parallel else ""
+        mesh = mesh_problems(run)
+        found += [replace(problem, where=own + problem.where) for problem in mesh]
+        found += batch_problems(run, [stage.name]) if not mesh else []
+    return list(dict.fromkeys(found))
+
+
+def _sharding_problems(config: RunConfig) -> list[Problem]:
+    """Ways to save memory or time that do not go together."""
+    found, parallel = [], config.parallel
+    if parallel.compile and config.model.activation_checkpointing == "selective":
+        rule = "none or block with parallel.compile=true: the operations inside a compiled graph cannot be picked from"
+        found.append(Problem("model.activation_checkpointing", "selective", rule, "model.activation_checkpointing=block"))
+    for name, stage in config.recipe.stages.items():
+        if (parallel.offload_state != "none" or parallel.sharding == "zero3") and stage.optimizer.name == "normuon":
+            rule = "adamw with parallel.offload_state or zero3: normuon gathers whole matrices on the device"
+            fix = "parallel.sharding=fsdp parallel.offload_state=none"
+            found.append(Problem(f"recipe.stages.{name}.optimizer.name", "normuon", rule, fix))
+    if parallel.sharding == "zero3" and parallel.compile:
+        found.append(Problem("parallel.compile", "true", "false with zero3, which gathers inside each module", "parallel.compile=false"))
+    if parallel.sharding == "zero3" and parallel.dp_replicate > 1:
+        rule = "1 with zero3, which spreads weights over all processes"
+        found.append(Problem("parallel.dp_replicate", str(parallel.dp_replicate), rule, "parallel.dp_replicate=1"))
+    if (parallel.offload_state == "nvme") != (parallel.nvme_path is not None):
+        rule = "a folder on a local disk with parallel.offload_state=nvme, and null otherwise"
+        found.append(Problem("parallel.nvme_path", str(parallel.nvme_path), rule, "parallel.nvme_path=<folder>"))
+    return found
+
+
+def _held_out_problems(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> list[Problem]:
+    """Gates and retention that ask for held-out losses which nobody would measure."""
+    trainer, measured = config.trainer, "trainer.validate_every and trainer.validation_clips above 0"
+    off = trainer.validate_every < 1 or trainer.validation_clips < 1
+    got = f"with validate_every {trainer.validate_every}, validation_clips {trainer.validation_clips}"
+    found = [
+        Problem(f"recipe.stages.{stage.name}.until_loss", f"{stage.config.until_loss} {got}", measured, "trainer.validate_every=50")
+        for stage in stages
+        if stage.config.until_loss and off
+    ]
+    if trainer.keep_best > 0 and (off or trainer.checkpoint_every % trainer.validate_every):
+        rule = f"{measured}, and trainer.checkpoint_every a multiple of validate_every, so that each checkpoint has its loss"
+        found.append(Problem("trainer.keep_best", f"{trainer.keep_best} {got}", rule, f"trainer.validate_every={trainer.checkpoint_every}"))
+    return found
 
 
 @cache
@@ -138,6 +196,8 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
     return [
         *_check(where, stage, (*_counts("frames", "steps", "global_batch"), _one_of("inherit_weights", ("ema", "raw")))),
         *_check(where, stage, _counts("chunk_frames", low=0)),
+        *_check(where, stage, (("until_loss", lambda value: 0 <= value < math.inf, "0 (no gate) or more"),)),
+        *(_check(where + "parallel.", stage.parallel, (_one_of("precision", PRECISIONS),)) if stage.parallel.precision is not None else ()),
         *(_check(where + "model.", stage.model, _counts("softmax_every", low=0)) if stage.model.softmax_every is not None else ()),
         *_check(
             where + "objective.",
@@ -189,6 +249,7 @@ def _model_problems(model: ModelConfig) -> list[Problem]:
                 *_counts("latent_channels", "depth", "width", "heads", "patch_size"),
                 *_counts("softmax_every", "conv_kernel", "text_width", "window_chunks", "sink_frames", low=0),
                 *_positive("ffn_ratio"),
+                _one_of("activation_checkpointing", ("none", "block", "selective")),
             ),
         )
     )
@@ -254,19 +315,34 @@ def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStag
     planned: list[str] = []
     for stage in stages:
         planned.append(stage.name)
-        if stage.source is None or stage.source.stage in planned or (config.resume and _has_checkpoint(stage.checkpoints)):
+        if stage.source is None or stage.source.stage in planned:
             continue
-        if not _has_checkpoint(stage.source.checkpoints) and not (stage.source.checkpoints / "config.json").is_file():
-            first = (
-                f"train it first: stage={stage.source.stage}, or both: stage=all" if stage.source.stage else "the folder that holds step_*"
-            )
-            rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
-            found.append(Problem(f"recipe.stages.{stage.name}.inherit", f"none in {stage.source.checkpoints}", rule, first))
+        where, source = f"recipe.stages.{stage.name}.inherit", stage.source.checkpoints
+        try:
+            if (config.resume and steps_in(stage.checkpoints)) or steps_in(source) or (source / "config.json").is_file():
+                continue
+        except OSError as error:
+            found.append(Problem(where, str(error), "a store that can be reached", "check the address and your credentials"))
+            continue
+        first = f"train it first: stage={stage.source.stage}, or both: stage=all" if stage.source.stage else "the folder that holds step_*"
+        rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
+        found.append(Problem(where, f"none in {source}", rule, first))
     return found
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.name.startswith("step_") and "." not in entry.name for entry in folder.iterdir())
+def _store_problems(config: RunConfig) -> list[Problem]:
+    """A store to save to must be one that this installation can talk to."""
+    given = config.trainer.checkpoint_to
+    if given is None or "://" not in given:
+        return [] if given != "" else [Problem("trainer.checkpoint_to", "''", "a folder, an address or null", "trainer.checkpoint_to=null")]
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(given.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        rule = "a store that fsspec knows and whose library is installed"
+        return [Problem("trainer.checkpoint_to", f"{given} ({error})", rule, "s3://bucket/prefix with pip install 'wm-train[s3]'")]
+    return []
 
 
 def _check(where: str, section: Any, rules: Iterable[Rule]) -> Iterable[Problem]:

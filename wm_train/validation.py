@@ -10,7 +10,6 @@ import torch
 from wm_train.config import ObjectiveConfig
 from wm_train.noise import NoiseKey
 from wm_train.objectives import OBJECTIVES
-from wm_train.optim.ema import ema_weights
 from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, sequence_of
 from wm_train.state import TrainState
 
@@ -41,7 +40,7 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
         batch = on_device(stage, next(loader))
     parts = math.ceil(share * stage.mesh.data_size / stage.config.global_batch)  # no more clips at once than in training
     sums, levels = [], levels_of(stage.config.objective)
-    with ema_weights(state.ema, state.model):
+    with state.averaged():
         for sigma in levels:
             config, total = at_sigma(stage.config.objective, sigma), 0.0
             for part in micro_batches(batch, parts):

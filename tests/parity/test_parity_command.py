@@ -16,7 +16,7 @@ SMALL = ["experiment=demo", "model.depth=2", "model.softmax_every=2", "model.wid
     [
         ["parallel.ulysses=2", "parallel.ring=2"],
         ["parallel.cp=8"],  # three members hold no frames
-        ["parallel.cp=3", "model.gradient_checkpointing=true", "model.causal=true", "model.text_width=8"],
+        ["parallel.cp=3", "model.activation_checkpointing=block", "model.causal=true", "model.text_width=8"],
     ],
     ids=str,
 )
@@ -29,8 +29,8 @@ def test_the_real_model_agrees_over_virtual_ranks(mesh, capsys):
 
 def test_collectives_per_block_with_and_without_checkpointing():
     """The real hybrid: GDN block 1 all-gather and 2 halos, softmax block 2 all-to-alls and 1 halo, forward and backward (design §4)."""
-    for checkpointing in (False, True):
-        case = small_case(gradient_checkpointing=checkpointing)
+    for checkpointing in ("none", "block"):
+        case = small_case(activation_checkpointing=checkpointing)
         _, rows = parity_case.on_virtual_ranks(case, 1, 4)
         assert all(row.agree for row in rows)
         assert {row.label: row.counted[0] for row in rows} == {

@@ -8,14 +8,36 @@ import pytest
     [
         (2, ("parallel.dp_replicate=2",)),
         (2, ("parallel.cp=2", "parallel.ring=2", "parallel.ulysses=1")),
-        (2, ("parallel.cp=2", "model.gradient_checkpointing=true")),
-        (1, ("model.gradient_checkpointing=true",)),
+        (2, ("parallel.cp=2", "model.activation_checkpointing=block")),
+        (1, ("model.activation_checkpointing=block",)),
     ],
     ids=["hsdp", "ring", "checkpointed cp", "checkpointed"],
 )
 def test_losses_do_not_depend_on_how_work_is_spread(alone, worker_config, losses, tmp_path, run_ranks, workers, overrides):
     run_ranks(workers, "-m", "wm_train.worker", "--config", worker_config(tmp_path, *overrides))
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5, abs=0)
+
+
+SAVERS = {
+    "block": "model.activation_checkpointing=block",
+    "selective": "model.activation_checkpointing=selective",
+    "activations on the host": "parallel.offload_activations=true",
+    "state on the host": "parallel.offload_state=cpu",
+}
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_saving_memory_does_not_change_a_bit(alone, train_here, losses, tmp_path, kind):
+    train_here(tmp_path, SAVERS[kind], "recipe.stages.short.steps=20")
+    assert losses(tmp_path) == alone
+
+
+@pytest.mark.full
+def test_compiled_blocks_train_the_same(alone, train_here, losses, tmp_path):
+    train_here(tmp_path / "plain", "parallel.compile=true")
+    assert losses(tmp_path / "plain") == pytest.approx(alone, rel=1e-6, abs=0)
+    train_here(tmp_path / "block", "parallel.compile=true", "model.activation_checkpointing=block")
+    assert losses(tmp_path / "block") == losses(tmp_path / "plain")
 
 
 @pytest.mark.full

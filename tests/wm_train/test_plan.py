@@ -1,5 +1,6 @@
 """The plan counts what a real run holds: measured, not estimated."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train import memory
-from wm_train.config import ModelConfig, OptimizerConfig
+from wm_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from wm_train.models import build_model
 from wm_train.optim.build import OPTIMIZERS
 from wm_train.plan import main
@@ -41,13 +42,33 @@ def test_activations_are_those_of_a_real_forward_pass():
 
 
 def test_blocks_measured_one_by_one_add_up():
-    assert memory.activation_bytes(SMALL, SHAPE, "fp32") == pytest.approx(memory.kept_bytes(SMALL, SHAPE, "fp32"), rel=0.02)
+    for mode in ("none", "block", "selective"):
+        config = replace(SMALL, activation_checkpointing=mode)
+        kept, busy = memory.activation_bytes(config, SHAPE, "fp32")
+        whole = kept + busy if mode == "none" else kept
+        assert whole == pytest.approx(memory.kept_bytes(config, SHAPE, "fp32"), rel=0.02)
+        assert busy > 0
 
 
 def test_checkpointing_keeps_less_and_frames_cost_in_proportion():
-    plain = memory.activation_bytes(SMALL, SHAPE, "fp32")
-    assert memory.activation_bytes(replace(SMALL, gradient_checkpointing=True), SHAPE, "fp32") < 0.5 * plain
-    assert memory.activation_bytes(SMALL, replace(SHAPE, clips=4), "fp32") == pytest.approx(2 * plain, rel=0.1)
+    def kept(mode="none", shape=SHAPE):
+        return memory.kept_bytes(replace(SMALL, activation_checkpointing=mode), shape, "fp32")
+
+    assert 2 * kept("block") < kept("selective") < 0.8 * kept()
+    assert kept(shape=replace(SHAPE, clips=4)) == pytest.approx(2 * kept(), rel=0.1)
+
+
+def test_what_is_frozen_or_offloaded_is_counted_where_it_is():
+    plain = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True)
+    frozen = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("blocks.*",))
+    assert frozen.parameters == plain.parameters
+    assert frozen.gradients < 0.2 * plain.gradients
+    assert frozen.optimizer < 0.2 * plain.optimizer
+    away = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(offload_state="cpu", offload_activations=True), True)
+    assert away.device == plain.gathered + plain.busy
+    assert away.device + away.host == plain.device + plain.host
+    with pytest.raises(ValueError, match=r"frozen: got 'block\.\*'"):
+        memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("block.*",))
 
 
 @pytest.mark.parametrize("name", ["adamw", "normuon"])
@@ -55,11 +76,11 @@ def test_states_are_counted_from_the_objects_that_training_builds(name):
     config = OptimizerConfig(name=name)
     model = build_model(SMALL)
     slots = [t for state in OPTIMIZERS[name](model, config).state.values() for t in state.values()]
-    counted = memory.stage_memory(SMALL, config, SHAPE, 1, "fp32", staged=True)
+    counted = memory.stage_memory(SMALL, config, SHAPE, 1, ParallelConfig(), staged=True)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
     assert counted.optimizer == sum(t.numel() * t.element_size() for t in slots)
     assert counted.staging == counted.weights + counted.optimizer + counted.average
-    quarter = memory.stage_memory(SMALL, config, SHAPE, 4, "fp32", staged=True)
+    quarter = memory.stage_memory(SMALL, config, SHAPE, 4, ParallelConfig(), staged=True)
     assert quarter.weights == counted.weights // 4
     assert quarter.gathered > 0 == counted.gathered
 
@@ -69,10 +90,27 @@ def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
     assert main([*stages, "--memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "stage 1 short: 41 frames = 6 latent frames" in out
-    assert "starts from short (ema weights)" in out
+    assert re.search(r"starts from short \(ema weights\): \d+ tensors, 0 start anew, 0 left behind", out)
     assert out.count(": fits") == 2
     assert main([*stages, "--memory", "0.001"]) == 3
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(capsys):
+    own = ["cp=2", "precision=bf16"]
+    long = [f"recipe.stages.long.parallel.{setting}" for setting in own] + ["recipe.stages.long.until_loss=0.5"]
+    names = ["recipe.stages.long.frozen=['blocks.0.*']", "recipe.stages.long.reinitialise=['final_layer.*']"]
+    assert main(["experiment=demo", "--latent", "16x7x10/8", *long, *names]) == 0
+    short, long = capsys.readouterr().out.split("stage 2 long: ")
+    assert "2 workers = 2 data parallel x 1 sequence parallel" in short
+    assert "2 workers = 1 data parallel x 2 sequence parallel" in long
+    assert "constant, fp32" in short or "cosine, fp32" in short
+    assert "cosine, bf16" in long
+    assert "40 steps or a held-out loss of 0.5" in long
+    assert "3 start anew" in long
+    assert " trained; GiB" in long
+    assert main(["experiment=demo", "--latent", "16x7x10/8", "recipe.stages.long.new=['blocks.9.*']"]) == 2
+    assert "recipe.stages.long.new: got 'blocks.9.*'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]])

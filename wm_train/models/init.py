@@ -7,7 +7,7 @@ holder of some rows computes just those. Slices of the other dimensions are cut 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +86,14 @@ def _rows(key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[i
 
 
 @torch.no_grad()
-def initialise_(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, its name) and zero every buffer, in place.
+def initialise_(model: nn.Module, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Fill every parameter from (seed, its name) and zero every buffer, in place. `tensors` stand in for the parameters of their names.
 
     Works for plain tensors and for DTensors, where each holder fills its own part. The model may name a rule per parameter by a
     method `initial_rule(name, shape) -> Rule | None`; the default holds for the rest.
     """
     own = getattr(model, "initial_rule", None)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (tensors or dict(model.named_parameters())).items():
         shape = tuple(parameter.shape)
         rule = (own(name, shape) if own else None) or default_rule(name, shape)
         local, box = local_tensor(parameter), local_box(parameter)

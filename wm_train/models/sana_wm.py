@@ -7,6 +7,7 @@ name. Everything that crosses frames goes through the four verbs of `SequenceSha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, softmax: bool) -> None:
         super().__init__()
         width = config.width
-        self.checkpointed = config.gradient_checkpointing
+        self.recompute = config.activation_checkpointing
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
         if config.camera and config.plucker:
             self.plucker_proj = nn.Linear(width, width)
@@ -60,11 +61,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, plucker: Tensor | None, text: Tensor | None, context: BlockContext) -> Tensor:
         """x [B, t, S, C], modulation [B, t, 6, C], plucker [B, t, S, C], text [B, L, C] -> [B, t, S, C]."""
-        if not (self.checkpointed and torch.is_grad_enabled()):
+        if self.recompute == "none" or not torch.is_grad_enabled():
             return self.feed_forward(self.attention(x, modulation, plucker, text, context), modulation, context)
         # Two halves: while one is recomputed in backward, nothing of the other is in memory.
-        x = checkpoint(self.attention, x, modulation, plucker, text, context, sequence=context.sequence)
-        return checkpoint(self.feed_forward, x, modulation, context, sequence=context.sequence)
+        again = partial(checkpoint, sequence=context.sequence, keep_products=self.recompute == "selective")
+        return again(self.feed_forward, again(self.attention, x, modulation, plucker, text, context), modulation, context)
 
     def attention(self, x: Tensor, modulation: Tensor, plucker: Tensor | None, text: Tensor | None, context: BlockContext) -> Tensor:
         """The first half: self-attention, Plücker injection, cross-attention."""

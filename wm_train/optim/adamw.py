@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +22,13 @@ class Optimizer(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
-def adamw_groups(parameters: Sequence[Tensor], config: OptimizerConfig) -> list[dict[str, Any]]:
+def adamw_groups(
+    parameters: Sequence[Tensor], config: OptimizerConfig, dims: Callable[[Tensor], int] = Tensor.dim
+) -> list[dict[str, Any]]:
     """Only weights with two or more dimensions decay; norms, biases and gates do not."""
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if dims(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if dims(p) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

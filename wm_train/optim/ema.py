@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 
-def ema_start(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every trainable parameter (its local shard, when it is sharded) by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of every trainable weight (what this process holds of it) by name."""
+    return {name: weights[name].clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def ema_update(ema: dict[str, torch.Tensor], model: nn.Module, decay: float, step: int) -> None:
+def ema_update(ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], decay: float, step: int) -> None:
     """ema <- d * ema + (1 - d) * weight with d = min(decay, (1 + step) / (10 + step)): the early average forgets the random start."""
     decay = min(decay, (1 + step) / (10 + step))
-    weights = dict(model.named_parameters())
-    torch._foreach_lerp_(list(ema.values()), [weights[name].detach() for name in ema], 1 - decay)
+    torch._foreach_lerp_(list(ema.values()), [weights[name] for name in ema], 1 - decay)
 
 
 @contextmanager
-def ema_weights(ema: dict[str, torch.Tensor], model: nn.Module) -> Iterator[None]:
-    """The model runs on its averaged weights inside this context and gets its own back after, also after an error."""
-    weights = dict(model.named_parameters())
-    own = {name: weights[name].detach().clone() for name in ema}
-    with torch.no_grad():
-        for name, average in ema.items():
-            weights[name].copy_(average)
+def ema_weights(
+    ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], publish: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """The weights hold the average inside this context and get their own values back after, also after an error. publish: called after
+    each change."""
+    own = {name: weights[name].clone() for name in ema}
+
+    def become(values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                weights[name].copy_(value)
+        if publish:
+            publish()
+
+    become(ema)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, value in own.items():
-                weights[name].copy_(value)
+        become(own)

@@ -1,0 +1,153 @@
+"""DeepSpeed ZeRO-3 behind the same interface as FSDP2 (`parallel.sharding=zero3`), for its offload to host memory and to NVMe.
+
+ZeRO-3 gives each process a flat stretch of every parameter. Checkpoints are made of rows, so `rows` and `flat` turn one into the other,
+one parameter at a time; the files are those of FSDP2 and each reads the other's. DeepSpeed averages gradients over processes and we sum
+them, so losses are multiplied by the number of processes, which a power of two makes exact.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
+
+
+def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str, Any]:
+    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's."""
+    stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+    if offload != "none":
+        place = {"device": offload, "pin_memory": torch.accelerator.is_available()} | ({"nvme_path": nvme_path} if nvme_path else {})
+        stage |= {"offload_optimizer": place, "offload_param": place}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled at the first start
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": stage,
+    }
+
+
+def building(config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """While entered, every module that is made is split over the processes at once: none ever holds the whole model."""
+    return _deepspeed().zero.Init(config_dict_or_path=config)  # the type from the config: `dtype=` is not heeded on CPUs
+
+
+def _deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"sharding: got zero3 ({error}), expected an installed deepspeed (key parallel.sharding). "
+            "Fix: pip install 'wm-train[deepspeed]', or parallel.sharding=fsdp"
+        ) from error
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports its own set-up line by line
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+class Zero3:
+    """A model built inside `building`, its optimizer and their engine; also the optimizer that the trainer steps."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh, config: dict[str, Any]) -> None:
+        """mesh: one-dimensional, over all processes."""
+        self.mesh, self.model = mesh, model
+        self.engine = _deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        self.inner = self.engine.optimizer
+        for stretch in self.inner.fp32_partitioned_groups_flat:  # made at once, so that a checkpoint always has every name
+            slots = {slot: torch.zeros_like(stretch) for slot in SLOTS}
+            self.inner.optimizer.state[stretch] = {"step": torch.zeros((), dtype=torch.float32), **slots}
+        self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    # the optimizer that the trainer steps
+
+    @property
+    def state(self) -> Any:
+        return self.inner.optimizer.state
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    # gradients
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one micro-batch; `last`: of this step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def gradients(self) -> list[Tensor]:
+        """This process's stretch of every gradient, fp32; zero beyond the parameter's end."""
+        return [self.inner.get_local_fp32_grad_for_param(p) for p in self._trained.values()]
+
+    def scale_gradients(self, factor: float) -> None:
+        for parameter in self._trained.values():
+            self.inner.set_local_grad_for_param(self.inner.get_local_fp32_grad_for_param(parameter) * factor, parameter)
+
+    # weights and moments, as flat stretches that live in the engine
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 master weights; of what is not trained, the weights that are computed with."""
+        return {
+            name: self._stretch(p) if p.requires_grad else p.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
+            for name, p in self.model.named_parameters()
+        }
+
+    def moments(self) -> dict[str, Tensor]:
+        """{"<parameter>/<slot>": stretch}; `step` is one number."""
+        found: dict[str, Tensor] = {}
+        for name, p in self._trained.items():
+            found |= {f"{name}/{slot}": self._stretch(p, slot) for slot in SLOTS}
+            group, _, _ = self.inner.grad_position[self.inner.get_param_id(p)]
+            found[f"{name}/step"] = self.state[self.inner.fp32_partitioned_groups_flat[group]]["step"]
+        return found
+
+    def _stretch(self, parameter: Tensor, slot: str | None = None) -> Tensor:
+        group, start, count = self.inner.grad_position[self.inner.get_param_id(parameter)]
+        whole = self.inner.fp32_partitioned_groups_flat[group]
+        return (whole.data if slot is None else self.state[whole][slot]).narrow(0, start, count)
+
+    def publish(self) -> None:
+        """Take changed master weights over into the weights that are computed with."""
+        for group in range(len(self.inner.fp16_groups)):
+            self.inner._reassign_or_swap_out_partitioned_parameters(group)
+
+    # to and from rows
+
+    def shape(self, parameter: str) -> torch.Size:
+        return self.model.get_parameter(parameter).ds_shape  # type: ignore[attr-defined]
+
+    def rows(self, stretch: Tensor, shape: torch.Size) -> DTensor:
+        """A stretch on each process, the ends padded -> the same tensor in rows, fp32, split as FSDP2 splits it."""
+        size, rank = self.mesh.size(), self.mesh.get_local_rank()
+        everyone = [torch.empty_like(stretch) for _ in range(size)]
+        dist.all_gather(everyone, stretch.contiguous(), group=self.mesh.get_group())
+        full = torch.cat(everyone)[: shape.numel()].view(shape).float()
+        parts = full.chunk(size)
+        mine = parts[rank].clone() if rank < len(parts) else full[:0].clone()
+        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=full.stride())
+
+    def empty_rows(self, shape: torch.Size) -> DTensor:
+        """Rows to be filled."""
+        return self.rows(torch.zeros(-(-shape.numel() // self.mesh.size())), shape)
+
+    def fill(self, stretch: Tensor, rows: Tensor) -> None:
+        """The inverse of `rows`, into `stretch` in place."""
+        full = rows.full_tensor().flatten() if isinstance(rows, DTensor) else rows.flatten()
+        start = self.mesh.get_local_rank() * stretch.numel()
+        mine = full[start : start + stretch.numel()]
+        stretch[: mine.numel()].copy_(mine)
