@@ -70,3 +70,4 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, after
     assert reached >= TOUCHES
     assert set(found_steps) == {1, 2}, "some kills come before the rename that publishes, some after"
     assert found_steps == sorted(found_steps)
+    print(f"{reached} kills {'after' if after else 'before'} a touch of the disk, checkpoints found: {found_steps}")
