@@ -66,7 +66,8 @@ def run(launcher: str, stages: Stages) -> int:
 
 
 def _stop_when(file: Path) -> None:
-    while not file.exists():
+    # Not before the launcher listens: until then a signal would end this process without a word to the workers.
+    while not file.exists() or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         time.sleep(LOOK_S)
     os.kill(os.getpid(), signal.SIGTERM)
 

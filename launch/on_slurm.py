@@ -68,6 +68,7 @@ stop={folder}/stop_$SLURM_JOB_ID
 rm -f "$stop"
 export PATH={bin}:$PATH # symmetric-run calls `ray`
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={wait:.0f} # seconds for all nodes to be there
+export RAY_gcs_rpc_server_reconnect_timeout_s=20 # how long the other nodes look for a head that has ended
 srun --kill-on-bad-exit=1 {srun}{ray} symmetric-run --address "$address:$port" --min-nodes {nodes} \\
   --num-cpus={cpus} --disable-usage-stats -- \\
   {driver} {job} --stop-file "$stop\""""

@@ -201,7 +201,7 @@ def demo(gameplay: Path, slurm: None, tmp_path: Path) -> Callable[..., None]:
 
 
 def logs(tmp_path: Path) -> str:
-    return "\n".join(file.read_text()[-5000:] for file in tmp_path.glob("runs/demo/*/logs/slurm_*.log"))
+    return "\n".join(file.read_text() for file in tmp_path.glob("runs/demo/*/logs/slurm_*.log"))
 
 
 @pytest.mark.parametrize("runner", ["torchrun", "ray"])
@@ -225,12 +225,12 @@ def test_the_demos_two_stages_run_over_two_nodes_one_after_the_other(demo, runne
 
 @pytest.mark.parametrize("runner", ["torchrun", "ray"])
 def test_at_the_time_limit_the_demo_saves_queues_again_and_resumes(demo, runner: str, tmp_path: Path) -> None:
-    """SLURM itself sends the signal, 100 s before a limit of two minutes; the job that comes back goes on from the checkpoint."""
-    limit = ["launcher.slurm.time=0:02:00", "launcher.slurm.signal_s=100"]
+    """SLURM itself sends the signal, 120 s before a limit of four minutes; the job that comes back goes on from the checkpoint."""
+    limit = ["launcher.slurm.time=0:04:00", "launcher.slurm.signal_s=120"]
     demo(runner, "stage=1", "recipe.stages.short.steps=100000", "trainer.checkpoint_every=90000", "trainer.validate_every=0", *limit)
     stage = tmp_path / "runs" / "demo" / "short"
     job = (stage / "slurm_job_id").read_text().strip()
-    wait_for(lambda: (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING"), "the job to be queued again", within_s=150)
+    wait_for(lambda: (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING"), "the job to be queued again", within_s=300)
     saved = checkpoint.committed(stage / "checkpoints")
     assert len(saved) == 1, logs(tmp_path)
     steps = read_manifest(saved[0]).step
