@@ -14,7 +14,7 @@ from data_shards.schema import IMAGE_LATENTS, DataError, image_latent_count, inf
 from data_shards.sources import open_source
 
 
-@pytest.fixture(scope="module", params=["tar", "zarr"])
+@pytest.fixture(scope="module", params=["tar", pytest.param("zarr", marks=pytest.mark.full)])
 def path(request, recording, tmp_path_factory):
     out = tmp_path_factory.mktemp("image") / "set"
     arguments = [f"source={recording}", f"out={out}", "shard_mb=0.05", "image_latents_every=8", f"container={request.param}"]

@@ -59,7 +59,7 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
 @pytest.mark.parametrize(
     ("target", "number"),
     [
-        ("zarr_store.ZarrWriter._append", 8),  # inside the first shard's second clip
+        pytest.param("zarr_store.ZarrWriter._append", 8, marks=pytest.mark.full),  # inside the first shard's second clip
         ("encode_job.write_durably", 2),  # the second shard is there, the note that it is done is not
     ],
 )

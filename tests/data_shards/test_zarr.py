@@ -75,6 +75,7 @@ def test_a_codec_that_unpacks_is_not_used(zarr_path):
         open_dataset(str(zarr_path)).read(entry)
 
 
+@pytest.mark.full
 def test_any_flipped_bit_is_found_or_changes_nothing(zarr_path):
     """In every file of a shard: what is read is what was written, or a named error; in chunks it is always an error of verify."""
     dataset = open_dataset(str(zarr_path))
