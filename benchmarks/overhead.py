@@ -50,7 +50,7 @@ class Ours:
         self.clock.begin()
         figures, times = train_step(self.stage, self.state, batch, step, self.guard, StopRequest(), self.clock)
         figures |= self.clock.end(batch.data_wait_s)
-        self.tracker.step(step, figures | speed(self.stage, figures["step_s"]))
+        self.tracker.step(step, figures | speed(self.stage, figures["step_s"], batch))
         self.stragglers.seen(step, times)
         return time.perf_counter() - started
 

@@ -1,7 +1,7 @@
-"""Batches for training: the right clips in the right order, only this member's latent frames, read ahead in a thread.
+"""Batches for training: the right clips in the right order, only this member's latent frames, read ahead in threads.
 
-What a batch holds is a function of (data set, seed, stage, step) and of which rows and latent frames are asked for. Nothing else is
-state, so resuming is `start_step=`.
+What a batch holds is a function of (data sets, seed, stage, step) and of which rows and latent frames are asked for. Nothing else is
+state but the names of quarantined shards, so resuming is `start_step=` and `quarantined=`.
 """
 
 from __future__ import annotations
@@ -9,51 +9,61 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.order import SampleOrder
+from data_shards.cut import Conditions, read_conditions, read_latents, relative_poses, statistics
 from data_shards.read import ClipDataset
-from data_shards.schema import ClipEntry, DataError, DatasetInfo
+from data_shards.schedule import Row, Schedule, ShortClip, Source, shares
+from data_shards.schema import ALIKE_IN_MIXTURE, ClipEntry, DataError, DatasetInfo, ShardError
+
+__all__ = ["Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
+
+REPLICATED = ("c2w", "intrinsics", "controls", "text", "text_mask")  # the same on all members of a context-parallel group
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`b` clips, `t` of their T latent frames. Poses and controls cover the whole cut and are the same on all context-parallel members.
+    """`b` rows, `t` of their T latent frames. Poses, controls and text cover the whole row, the same on all context-parallel members.
 
     latents [b,t,C,h,w] float32, normalised; c2w [b,F,4,4] float32, metres, relative to the first raw frame of the cut, OpenCV axes;
-    intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of (image_height, image_width), a pixel's centre at (column + 0.5, row + 0.5);
-    controls [b,T,A] float32; draws [b] and valid_frames [b] (latent) int64; data_wait_s: how long the caller waited for this batch.
-    text [b,L,E] float32 and text_mask [b,L] bool, True at real tokens: None in a data set without text.
+    intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of `image_size` (height, width), a pixel's centre at (column + 0.5, row + 0.5);
+    controls [b,T,A] float32; text [b,L,E] float32, text_mask [b,L] bool; each None if the data has none. draws [b] and valid_frames [b]
+    (latent) int64; document_starts: per row, where each of its packed clips starts, (0,) for a row of one clip. A packed row has the raw
+    frames of its clips one after another, (T_d - 1) r + 1 each, the last one's poses going on over padding; rows with fewer repeat the end.
+    data_wait_s: how long the caller waited for this batch.
     """
 
     latents: Tensor
-    c2w: Tensor
-    intrinsics: Tensor
-    controls: Tensor
+    c2w: Tensor | None
+    intrinsics: Tensor | None
+    controls: Tensor | None
+    text: Tensor | None
+    text_mask: Tensor | None
     keys: tuple[str, ...]
     draws: Tensor
     valid_frames: Tensor
+    document_starts: tuple[tuple[int, ...], ...]
+    frames: int
+    image_size: tuple[int, int]
     data_wait_s: float
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
 
-
-def _statistics(info: DatasetInfo, count: int, first_frame_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, std), each [t, C, 1, 1], for the latent frames first_frame_index … of a clip."""
-    kind = (np.arange(first_frame_index, first_frame_index + count) > 0).astype(np.int64)  # 0: the clip's first latent, 1: a later one
-    mean, std = np.asarray(info.mean, np.float32)[kind], np.asarray(info.std, np.float32)[kind]
-    return mean[:, :, None, None], std[:, :, None, None]
+    def each_tensor(self, change: Callable[[Tensor], Tensor], names: Sequence[str] | None = None) -> Batch:
+        """The batch with its tensors, or those named, changed."""
+        chosen = names or [field.name for field in fields(self)]
+        changed: dict[str, Any] = {n: change(value) for n in chosen if isinstance(value := getattr(self, n), Tensor)}
+        return replace(self, **changed)
 
 
 def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
     """[..., t, C, h, w] as the codec made them -> zero mean and unit variance per channel. Torch tensor or numpy array."""
-    mean, std = _statistics(info, latents.shape[-4], first_frame_index)
+    mean, std = statistics(info, latents.shape[-4], first_frame_index)
     if isinstance(latents, Tensor):
         return (latents - torch.from_numpy(mean).to(latents)) / torch.from_numpy(std).to(latents)
     return (latents - mean) / std
@@ -61,42 +71,35 @@ def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> An
 
 def denormalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
     """The inverse of `normalise`: what the codec can decode. `first_frame_index` is the clip position of latents[..., 0, :, :, :]."""
-    mean, std = _statistics(info, latents.shape[-4], first_frame_index)
+    mean, std = statistics(info, latents.shape[-4], first_frame_index)
     if isinstance(latents, Tensor):
         return latents * torch.from_numpy(std).to(latents) + torch.from_numpy(mean).to(latents)
     return latents * std + mean
 
 
-def relative_poses(c2w: np.ndarray) -> np.ndarray:
-    """[F,4,4] in any world -> in the frame of the first camera, which becomes the identity. Rigid inverse, in float64."""
-    rotation, origin = c2w[0, :3, :3], c2w[0, :3, 3]
-    world_to_first = np.eye(4)
-    world_to_first[:3, :3], world_to_first[:3, 3] = rotation.T, -rotation.T @ origin
-    return world_to_first @ c2w
-
-
-def widen(stored: np.ndarray) -> Tensor:
-    """Stored latents -> float32. uint16 is bfloat16. torch converts several times as fast as numpy."""
-    if stored.dtype == np.uint16:
-        return torch.from_numpy(stored.view(np.int16).copy()).view(torch.bfloat16).float()
-    return torch.from_numpy(stored.copy()).float()
-
-
 class ClipLoader:
-    """Iterates over Batches, for ever. Use as a context manager or call close(): it owns a thread.
+    """Iterates over Batches, for ever. Use as a context manager or call close(): it owns threads.
 
     Args:
-        rows: which rows of each global batch this data-parallel member takes.
-        frames: (start, stop) latent frames of the cut this context-parallel member holds; may be empty.
-        clip_frames: T, latent frames in the cut. A stored clip may be longer; the cut starts at its latent 0.
-        prefetch: batches read ahead.
-        quarantined: names of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every member of
-            the run must be given the same names: they are state, like the step.
-        replicated: False on all but one member of a context-parallel group: poses, intrinsics and controls are not read and come as NaN
-            of the right shape, to be received from the member that read them.
+        dataset: its statistics normalise, whatever is mixed in, as its codec decodes.
+        rows: which rows of each global batch this data-parallel member takes; with `cost`, as many of equal cost.
+        frames: (start, stop) of the latent frames of a row that this context-parallel member holds, may be empty; a function of T where T
+            changes from step to step.
+        clip_frames: T, the longest cut. A stored clip may be longer.
+        shorter: further lengths that clips too short for T are cut to; each step has one length.
+        mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides, controls and text must be the same.
+        pack: fill rows of T latent frames with several clips of any length up to T.
+        cost: of a clip of so many latent frames; packed rows are then dealt so that members have equally much to compute.
+        prefetch: batches read ahead; readers: clips read at the same time.
+        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every
+            member of the run must be given the same names: they are state, like the step.
+        replicated: False on all but one member of a context-parallel group: poses, intrinsics, controls and text are not read and come as
+            NaN of the right shape, to be received from the member that read them.
+        pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
-        DataError: an empty split, a cut longer than some clip, rows or frames outside. While iterating: whatever the reader found.
+        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets that do not fit together. While
+            iterating: whatever the reader found, a ShardError with its shard's `global_name`.
     """
 
     def __init__(
@@ -108,93 +111,142 @@ class ClipLoader:
         stage: int,
         global_batch: int,
         rows: range,
-        frames: tuple[int, int],
+        frames: tuple[int, int] | Callable[[int], tuple[int, int]],
         clip_frames: int,
+        shorter: Sequence[int] = (),
+        mixture: Mapping[ClipDataset, float] | None = None,
+        pack: bool = False,
+        cost: Callable[[int], float] | None = None,
         start_step: int = 0,
         prefetch: int = 2,
+        readers: int = 1,
         quarantined: frozenset[str] = frozenset(),
         replicated: bool = True,
+        pin: bool = False,
     ) -> None:
-        self.clips = dataset.clips(split)
-        if not len(self.clips):
-            raise DataError(f"data: got an empty split {split!r}, expected clips ({dataset.path}). Fix: encode more episodes")
-        if not 0 <= frames[0] <= frames[1] <= clip_frames:
-            raise DataError(f"latent frames: got {frames}, expected a range inside 0:{clip_frames}")
+        self.dataset, self.datasets = dataset, tuple(mixture or {dataset: 1.0})
+        self.tables = tuple(other.clips(split) for other in self.datasets)
+        for other, table in zip(self.datasets, self.tables, strict=True):
+            check_alike(dataset, other)
+            if not len(table):
+                raise DataError(f"data: got an empty split {split!r}, expected clips ({other.path}). Fix: encode more episodes")
+        self._share = frames if callable(frames) else (lambda _: frames)
+        for length in (clip_frames, *shorter):
+            if not 0 <= self._share(length)[0] <= self._share(length)[1] <= length:
+                raise DataError(f"latent frames: got {self._share(length)}, expected a range inside 0:{length}")
         if rows.step != 1 or not 0 <= rows.start <= rows.stop <= global_batch:
             raise DataError(f"batch rows: got {rows}, expected a range inside 0:{global_batch}")
-        shortest = self.clips[int(np.argmin(self.clips.latent_frames))]
-        if clip_frames > shortest.latent_frames:
+        weights = [(mixture or {}).get(other, 1.0) for other in self.datasets]
+        sources = [source_of(*given) for given in zip(self.datasets, self.tables, weights, strict=True)]
+        try:
+            self.schedule = Schedule(sources, (clip_frames, *shorter), seed, stage, global_batch, pack)
+        except ShortClip as error:
+            clip, place = self.tables[error.source][error.clip], self.datasets[error.source].path
             raise DataError(
-                f"clip length: got {clip_frames} latent frames, expected at most {shortest.latent_frames} as clip {shortest.key} has "
-                f"({dataset.path}). Fix: frames={shortest.raw_frames} for this stage, or record longer clips"
-            )
-        self.dataset, self.order = dataset, SampleOrder(len(self.clips), seed, stage)
-        self.global_batch, self.rows, self.frames, self.clip_frames = global_batch, rows, frames, clip_frames
-        self.quarantined, self.replicated = quarantined, replicated
-        if quarantined and all(clip.shard in quarantined for clip in self.clips):
-            raise DataError(f"quarantine: got all shards of split {split!r} quarantined, expected clips left ({dataset.path})")
+                f"clip length: got {error.wanted} latent frames, expected at most {error.frames} as clip {clip.key} has ({place}). "
+                f"Fix: frames={clip.raw_frames} for this stage, a bucket of that length, or longer clips"
+            ) from error
+        self.global_batch, self.wanted, self.replicated, self.pin = global_batch, rows, replicated, pin
+        self._cost = cost if pack else None
+        self.quarantined = quarantined
+        self.quarantined_clips = self._count_quarantined(split)
         self.step = start_step  # of the next batch to be handed out
+        self._local = threading.local()
+        self._readers = ThreadPoolExecutor(readers, "clip-reader")
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start_step,), name="clip-loader", daemon=True)
         self._thread.start()
 
-    def make_batch(self, step: int) -> Batch:
-        """The batch of a step, read now, in this thread."""
-        info, draws = self.dataset.info, self.order.batch(step, self.global_batch, self.rows)
-        entries = [self.clip_of(draw) for draw in draws]
-        samples = [self._cut(entry) for entry in entries]
-        raw = (self.clip_frames - 1) * info.temporal_stride + 1
-        shapes = (
-            (self.frames[1] - self.frames[0], info.channels, info.latent_height, info.latent_width),
-            (raw, 4, 4),
-            (raw, 4),
-            (self.clip_frames, len(info.control_names)),
-            (info.text_length, info.text_width),
-            (info.text_length,),
+    def make_batch(self, step: int, each: Callable[..., Any] = map) -> Batch:
+        """The batch of a step, read now. `each` maps the reading over rows."""
+        rows = self.schedule.rows(step, self._mine(step), self._is_quarantined if self.quarantined else None)
+        total = rows[0].frames if rows else self.schedule.frames
+        start, stop = self._share(total)
+        first = self.datasets[rows[0].takes[0].source].info if rows else self.dataset.info
+        latents = self._empty(len(rows), stop - start, first.channels, first.latent_height, first.latent_width)
+        conditions = list(each(lambda place: self._read(rows[place], (start, stop), latents[place]), range(len(rows))))
+        none = absent(first, total)  # keeps the shapes when this member has no rows
+        shared = {name: self._stack([getattr(c, name) for c in conditions], getattr(none, name)) for name in REPLICATED}
+        keys = tuple("+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows)
+        return Batch(
+            latents,
+            **shared,
+            keys=keys,
+            draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
+            valid_frames=torch.tensor([row.valid_frames for row in rows], dtype=torch.int64),
+            document_starts=tuple(row.starts for row in rows),
+            frames=total,
+            image_size=(first.image_height, first.image_width),
+            data_wait_s=0.0,
         )
-        # concatenating onto nothing keeps the shape when this member has no rows
-        latents, c2w, intrinsics, controls, text, text_mask = (
-            torch.from_numpy(np.concatenate([np.empty((0, *shape), np.float32), *(s[i][None] for s in samples)]))
-            for i, shape in enumerate(shapes)
-        )
-        keys = tuple(entry.key for entry in entries)
-        valid = torch.full((len(draws),), self.clip_frames, dtype=torch.int64)
-        draw_tensor = torch.tensor(draws, dtype=torch.int64)
-        texts = (text, text_mask > 0) if info.null_text else (None, None)
-        return Batch(latents, c2w, intrinsics, controls, keys, draw_tensor, valid, 0.0, *texts)
 
-    def clip_of(self, draw: int) -> ClipEntry:
-        """The clip that this draw takes, past the quarantined shards."""
-        entry, attempt = self.clips[self.order.sample(draw)], 0
-        while entry.shard in self.quarantined:
-            entry, attempt = self.clips[self.order.replacement(draw, attempt)], attempt + 1
-        return entry
+    def entry(self, source: int, clip: int) -> ClipEntry:
+        return self.tables[source][clip]
 
-    def _cut(self, entry: ClipEntry) -> tuple[np.ndarray, ...]:
-        """One clip cut to this loader's frames: latents [t,C,h,w], c2w [F,4,4], intrinsics [F,4], controls [T,A], text [L,E] and its mask
-        [L] (L = E = 0 without text), all float32."""
-        clip = self.dataset.read(entry, self.frames, self.replicated, stored=True)
-        raw = (self.clip_frames - 1) * self.dataset.info.temporal_stride + 1
-        latents = normalise(widen(clip.latents), self.dataset.info, self.frames[0]).numpy()
-        if not self.replicated:
-            info = self.dataset.info
-            texts = ((info.text_length, info.text_width), (info.text_length,))
-            shapes = ((raw, 4, 4), (raw, 4), (self.clip_frames, len(info.control_names)), *texts)
-            return latents, *(np.full(shape, np.nan, np.float32) for shape in shapes)
-        if clip.c2w is None or clip.intrinsics is None or clip.controls is None:
-            raise DataError(f"clip: got no poses, intrinsics or controls, expected all (shard {entry.shard}, key {entry.key})")
-        poses = relative_poses(clip.c2w[:raw]).astype(np.float32)
-        text, mask = np.empty((0, 0), np.float32), np.empty(0, np.float32)
-        if clip.text is not None and clip.text_mask is not None:
-            text, mask = widen(clip.text).numpy(), clip.text_mask.astype(np.float32)
-        return latents, poses, clip.intrinsics[:raw].astype(np.float32), clip.controls[: self.clip_frames].copy(), text, mask
+    def _mine(self, step: int) -> Sequence[int]:
+        """The rows of this member."""
+        if self._cost is None or not len(self.wanted):
+            return self.wanted
+        rows = self.schedule.rows(step, range(self.global_batch))
+        costs = [sum(self._cost(take.frames) for take in row.takes) for row in rows]
+        return shares(costs, self.global_batch // len(self.wanted))[self.wanted.start // len(self.wanted)]
+
+    def _is_quarantined(self, source: int, clip: int) -> bool:
+        return self.datasets[source].global_name(self.entry(source, clip).shard) in self.quarantined
+
+    def _count_quarantined(self, split: str) -> int:
+        """How many clips of the split are not to be read."""
+        total = 0
+        for dataset, table in zip(self.datasets, self.tables, strict=True):
+            names = [name.split("/", 1)[1] for name in self.quarantined if dataset.global_name(name.split("/", 1)[1]) == name]
+            count = table.in_shards(names) if names else 0
+            if count == len(table):
+                raise DataError(f"quarantine: got all shards of split {split!r} quarantined, expected clips left ({dataset.path})")
+            total += count
+        return total
+
+    def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> Conditions:
+        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's conditions."""
+        out[max(0, row.valid_frames - held[0]) :] = 0
+        found = []
+        for take, start in zip(row.takes, row.starts, strict=True):
+            dataset, entry = self.datasets[take.source], self.entry(take.source, take.clip)
+            low, high = max(held[0], start), min(held[1], start + take.frames)
+            try:
+                if low < high:
+                    part = out[low - held[0] : high - held[0]]
+                    own, buffer = (low - start, high - start), self._buffer(part.numel())
+                    read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
+                read = read_conditions(dataset, entry, take.start, take.frames) if self.replicated else None
+            except ShardError as error:
+                raise ShardError(str(error), dataset.global_name(error.shard)) from error
+            found.append(read or absent(dataset.info, take.frames))
+        return joined(found, row.frames, self.dataset.info.temporal_stride)
+
+    def _buffer(self, numbers: int) -> np.ndarray:
+        """This thread's bytes for stored latents, kept from clip to clip."""
+        if len(getattr(self._local, "buffer", ())) < 4 * numbers:
+            self._local.buffer = np.empty(4 * numbers, np.uint8)
+        return np.asarray(self._local.buffer)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
+
+    def _stack(self, parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | None:
+        """[b, …]; the parts' first dimensions may differ, shorter ones repeat their end. None if the data has none."""
+        given = [part for part in parts if part is not None]
+        if like is None or len(given) < len(parts):
+            return None
+        longest = max((len(part) for part in given), default=0)
+        whole = torch.stack([last_repeated(part, longest) for part in given]) if given else like[None][:0]
+        return whole.pin_memory() if self.pin else whole
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():
             item: Batch | BaseException
             try:
-                item = self.make_batch(step)
+                item = self.make_batch(step, self._readers.map)
             except Exception as error:  # handed to the consumer, who raises it
                 item = error
             step += 1
@@ -222,12 +274,63 @@ class ClipLoader:
         return replace(item, data_wait_s=time.perf_counter() - started)
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread."""
+        """Stop reading ahead and wait for the threads."""
         self._stop.set()
         self._thread.join()
+        self._readers.shutdown()
 
     def __enter__(self) -> ClipLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
+    info = dataset.info
+    return Source(
+        table.latent_frames, weight, (info.latent_height, info.latent_width), info.image_latents_every // info.temporal_stride
+    )
+
+
+def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
+    """Raises DataError unless what is mixed can be one batch and one model's input."""
+    for name in ALIKE_IN_MIXTURE:
+        mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
+        if mine != theirs:
+            raise DataError(
+                f"mixture: got {name} {theirs!r} in {other.path}, expected {mine!r} as in {dataset.path} (key data.mixture). "
+                "Fix: encode both alike, or leave one out"
+            )
+
+
+def absent(info: DatasetInfo, frames: int) -> Conditions:
+    """What a member that does not read the conditions has room for; NaN, so that nobody takes them for what they stand for."""
+    raw = (frames - 1) * info.temporal_stride + 1
+    shapes = {"c2w": (raw, 4, 4), "intrinsics": (raw, 4), "controls": (frames, len(info.control_names))}
+    shapes |= {"text": (info.text_length, info.text_width)}
+    room = {name: torch.full(shape, torch.nan) for name, shape in shapes.items() if f"{name}.npy" in info.fields}
+    if "text_mask.npy" in info.fields:
+        room["text_mask"] = torch.zeros(info.text_length, dtype=torch.bool)
+    return Conditions(**room)
+
+
+def joined(clips: Sequence[Conditions], frames: int, stride: int) -> Conditions:
+    """The conditions of a row: of its clips one after another, the last one's going on over the padding up to `frames` latents."""
+    if len(clips) == 1 and (clips[0].controls is None or len(clips[0].controls) == frames):
+        only = clips[0]
+        raw = (frames - 1) * stride + 1
+        if only.c2w is None or len(only.c2w) == raw:
+            return only
+    raw = frames * stride - len(clips) * (stride - 1)
+    merged = {}
+    for name, length in (("c2w", raw), ("intrinsics", raw), ("controls", frames)):
+        parts = [part for clip in clips if (part := getattr(clip, name)) is not None]
+        merged[name] = last_repeated(torch.cat(parts), length) if len(parts) == len(clips) else None
+    return Conditions(**merged)
+
+
+def last_repeated(tensor: Tensor, length: int) -> Tensor:
+    """[n, …] -> [length, …], the last entry repeated."""
+    missing = length - len(tensor)
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor

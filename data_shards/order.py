@@ -10,7 +10,6 @@ import bisect
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_shards.schema import DataError
@@ -93,21 +92,24 @@ class WeightedChoice:
     weights: tuple[float, ...]
     seed: int
     stage_index: int
-    window: int = 1000
+    window: int | None = None  # None: large enough that the smallest weight has some places
+    _window: int = field(init=False, repr=False)
     _ends: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.weights or not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
             raise DataError(f"mixture weights: got {self.weights}, expected positive numbers. Fix: leave out what has no weight")
         total = sum(self.weights)
-        exact = [weight / total * self.window for weight in self.weights]
+        window = self.window or max(1000, math.ceil(10 * total / min(self.weights)))
+        object.__setattr__(self, "_window", window)
+        exact = [weight / total * window for weight in self.weights]
         shares = [math.floor(share) for share in exact]
         by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
-        for i in by_remainder[: self.window - sum(shares)]:
+        for i in by_remainder[: window - sum(shares)]:
             shares[i] += 1
         if 0 in shares:
             raise DataError(
-                f"mixture weights: got {self.weights}, of which number {shares.index(0)} has no place in a window of {self.window}. "
+                f"mixture weights: got {self.weights}, of which number {shares.index(0)} has no place in a window of {window}. "
                 f"Fix: window={math.ceil(2 * total / min(self.weights))}"
             )
         object.__setattr__(self, "_ends", tuple(itertools.accumulate(shares)))
@@ -119,8 +121,10 @@ class WeightedChoice:
 
     def choose(self, position: int) -> tuple[int, int]:
         """(stream, position in that stream)."""
-        window, place = divmod(position, self.window)
-        place = permute(place, self.window, mix64(derive_key("mixture", self.seed, self.stage_index) ^ mix64(window)))
+        if len(self.weights) == 1:
+            return 0, position
+        window, place = divmod(position, self._window)
+        place = permute(place, self._window, mix64(derive_key("mixture", self.seed, self.stage_index) ^ mix64(window)))
         stream = bisect.bisect_right(self._ends, place)
         start = self._ends[stream - 1] if stream else 0
         return stream, window * (self._ends[stream] - start) + place - start
@@ -128,13 +132,13 @@ class WeightedChoice:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Draws from several data sets by weight; each data set keeps its own epochs."""
+    """Draws from several data sets by weight; each data set keeps its own epochs. Of one data set it is `SampleOrder`."""
 
     lengths: tuple[int, ...]
     weights: tuple[float, ...]
     seed: int
     stage_index: int
-    window: int = 1000
+    window: int | None = None
     _choice: WeightedChoice = field(init=False, repr=False)
     _orders: tuple[SampleOrder, ...] = field(init=False, repr=False)
 
@@ -142,43 +146,15 @@ class MixtureOrder:
         if len(self.lengths) != len(self.weights):
             raise DataError(f"mixture: got {len(self.lengths)} data sets and {len(self.weights)} weights, expected one each")
         object.__setattr__(self, "_choice", WeightedChoice(self.weights, self.seed, self.stage_index, self.window))
-        orders = tuple(SampleOrder(n, derive_key("data set", self.seed, i), self.stage_index) for i, n in enumerate(self.lengths))
-        object.__setattr__(self, "_orders", orders)
+        seeds = (self.seed, *(derive_key("data set", self.seed, i) for i in range(1, len(self.lengths))))
+        object.__setattr__(self, "_orders", tuple(SampleOrder(n, s, self.stage_index) for n, s in zip(self.lengths, seeds, strict=True)))
 
     def sample(self, draw: int) -> tuple[int, int]:
         """(data set, clip) of this draw."""
         dataset, position = self._choice.choose(draw)
         return dataset, self._orders[dataset].sample(position)
 
-
-@dataclass(frozen=True)
-class BucketOrder:
-    """Batches of clips of one shape: each step takes its whole global batch from one bucket (frames, height, width).
-
-    `buckets` holds the clip numbers of each bucket. Without weights a bucket gets steps in proportion to its clips, so every clip is as
-    likely.
-    """
-
-    buckets: tuple[Sequence[int], ...]
-    global_batch: int
-    seed: int
-    stage_index: int
-    weights: tuple[float, ...] | None = None
-    window: int = 1000
-    _choice: WeightedChoice = field(init=False, repr=False)
-    _orders: tuple[SampleOrder, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        weights = self.weights or tuple(float(len(bucket)) for bucket in self.buckets)
-        if len(weights) != len(self.buckets):
-            raise DataError(f"buckets: got {len(self.buckets)} buckets and {len(weights)} weights, expected one each")
-        object.__setattr__(self, "_choice", WeightedChoice(weights, self.seed, self.stage_index, self.window))
-        orders = tuple(SampleOrder(len(b), derive_key("bucket", self.seed, i), self.stage_index) for i, b in enumerate(self.buckets))
-        object.__setattr__(self, "_orders", orders)
-
-    def batch(self, step: int, rows: range) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """(bucket, draws, clips) for the given rows of this step's global batch. Draws are step * global_batch + row, as everywhere."""
-        bucket, position = self._choice.choose(step)
-        order, numbers = self._orders[bucket], self.buckets[bucket]
-        clips = tuple(int(numbers[order.sample(draw)]) for draw in order.batch(position, self.global_batch, rows))
-        return bucket, order.batch(step, self.global_batch, rows), clips
+    def replacement(self, draw: int, attempt: int) -> tuple[int, int]:
+        """The (data set, clip) to take instead when that of `draw` may not be read; of the same data set, so the weights hold."""
+        dataset, position = self._choice.choose(draw)
+        return dataset, self._orders[dataset].replacement(position, attempt)

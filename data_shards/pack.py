@@ -2,28 +2,29 @@
 
 Draws are cut into windows of `draws_per_window`; the clips of a window are packed, by best fit, into exactly `sequences_per_window`
 sequences of `capacity` latent frames. Sequence q therefore depends on its window alone, and a step finds its content without having
-packed anything before it. What does not fit into its window is left out and counted, as is what stays empty: `report` shows both for a
-setting, `plan_window` chooses the setting.
+packed anything before it. What does not fit into its window is left out and counted, as is what stays empty: `report` shows both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar
 
-from data_shards.order import SampleOrder
 from data_shards.schema import DataError
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class PackedSequence:
-    """`clips[i]` (a clip number, from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from `valid_frames` on are
+class PackedSequence(Generic[C]):
+    """`clips[i]` (from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from `valid_frames` on are
     padding."""
 
     draws: tuple[int, ...]
-    clips: tuple[int, ...]
+    clips: tuple[C, ...]
     starts: tuple[int, ...]
     valid_frames: int
 
@@ -58,38 +59,31 @@ def best_fit(lengths: Sequence[int], capacity: int, bins: int) -> tuple[list[lis
     return [sorted(items) for items in contents], sorted(left_out)
 
 
-def plan_window(lengths: Sequence[int], capacity: int, sequences_per_window: int, fill: float = 0.96) -> int:
-    """How many draws to pack into a window so that `fill` of its frames are expected to be used.
+def plan_window(mean_length: float, capacity: int, sequences_per_window: int, fill: float = 0.96) -> int:
+    """How many draws to pack into a window so that `fill` of its frames are expected to be used."""
+    return max(sequences_per_window, math.floor(fill * capacity * sequences_per_window / mean_length))
 
-    Raises:
-        DataError: a clip longer than a sequence.
+
+class Packer(Generic[C]):
+    """Sequences out of a sample order. A function of its arguments and of the sequence number alone.
+
+    sample: draw -> clip; length: clip -> its latent frames; mean_length: of a draw, from which the number of draws in a window is planned.
     """
-    if not lengths or max(lengths) > capacity:
-        raise DataError(
-            f"packing: got clips of up to {max(lengths, default=0)} latent frames, expected 1 to {capacity}. Fix: cut them or capacity=…"
-        )
-    return max(1, math.floor(fill * capacity * sequences_per_window * len(lengths) / sum(lengths)))
-
-
-class Packer:
-    """Sequences out of a sample order. A function of its arguments and of the sequence number alone."""
 
     def __init__(
-        self, order: SampleOrder, lengths: Sequence[int], capacity: int, sequences_per_window: int = 64, draws_per_window: int | None = None
+        self,
+        sample: Callable[[int], C],
+        length: Callable[[C], int],
+        mean_length: float,
+        capacity: int,
+        sequences_per_window: int = 64,
     ) -> None:
-        if len(lengths) != order.length:
-            raise DataError(f"packing: got {len(lengths)} lengths, expected one for each of {order.length} clips")
-        planned = plan_window(lengths, capacity, sequences_per_window)
-        if (draws_per_window or planned) < sequences_per_window:
-            raise DataError(
-                f"packing: got {draws_per_window or planned} draws for {sequences_per_window} sequences, expected at least one each. "
-                f"Fix: a smaller capacity than {capacity}, or clips without packing"
-            )
-        self.order, self.lengths, self.capacity = order, lengths, capacity
-        self.sequences_per_window, self.draws_per_window = sequences_per_window, draws_per_window or planned
+        self.sample, self.length, self.capacity = sample, length, capacity
+        self.sequences_per_window = sequences_per_window
+        self.draws_per_window = plan_window(mean_length, capacity, sequences_per_window)
         self._window = lru_cache(maxsize=4)(self._pack_window)
 
-    def sequence(self, number: int) -> PackedSequence:
+    def sequence(self, number: int) -> PackedSequence[C]:
         window, slot = divmod(number, self.sequences_per_window)
         return self._window(window)[0][slot]
 
@@ -104,16 +98,21 @@ class Packer:
         left_out = sum(len(self.left_out(window)) for window in range(windows))
         return PackingReport(len(sequences), sum(len(sequence.clips) for sequence in sequences), left_out, filled)
 
-    def _pack_window(self, window: int) -> tuple[tuple[PackedSequence, ...], tuple[int, ...]]:
+    def _pack_window(self, window: int) -> tuple[tuple[PackedSequence[C], ...], tuple[int, ...]]:
         first = window * self.draws_per_window
-        clips = [self.order.sample(first + i) for i in range(self.draws_per_window)]
-        bins, left_out = best_fit([self.lengths[clip] for clip in clips], self.capacity, self.sequences_per_window)
+        clips = [self.sample(first + i) for i in range(self.draws_per_window)]
+        lengths = [self.length(clip) for clip in clips]
+        if not 0 < min(lengths) <= max(lengths) <= self.capacity:
+            raise DataError(
+                f"packing: got clips of {min(lengths)} to {max(lengths)} latent frames, expected 1 to {self.capacity}. Fix: cut them"
+            )
+        bins, left_out = best_fit(lengths, self.capacity, self.sequences_per_window)
         sequences = []
         for items in bins:
             starts, end = [], 0
             for item in items:
                 starts.append(end)
-                end += self.lengths[clips[item]]
+                end += lengths[item]
             draws = tuple(first + item for item in items)
             sequences.append(PackedSequence(draws, tuple(clips[item] for item in items), tuple(starts), end))
         return tuple(sequences), tuple(first + item for item in left_out)

@@ -87,6 +87,10 @@ class ClipDataset:
         digest = hashlib.sha256(json.dumps([self.info.fingerprint, sorted(chosen["kept"])]).encode())
         self.fingerprint = digest.hexdigest()
 
+    def global_name(self, shard: str) -> str:
+        """The name of a shard among those of all data sets, whatever path they are reached by: for quarantine lists."""
+        return f"{self.info.fingerprint[:12]}/{shard}"
+
     def find(self, key: str) -> ClipEntry:
         return self._index.find(key)
 
@@ -115,9 +119,7 @@ class ClipDataset:
         members = self.members(entry)
         whole = self.whole(entry, [members[field] for field in REPLICATED if replicated and field in members])
         latents = self.rows(entry, members[TIME_SHARDED], start, stop, into)
-        if not all_finite(latents, members[TIME_SHARDED].dtype):
-            place = where(entry, members[TIME_SHARDED])
-            raise ShardError(f"latents: got NaN or infinite values {place}, frames {start}:{stop}. Fix: encode again", entry.shard)
+        check_finite(latents, entry, members[TIME_SHARDED], (start, stop))
         if not stored:
             latents = as_float32(latents, members[TIME_SHARDED].dtype)
         return Clip(entry, latents, **{field.removesuffix(".npy"): array for field, array in whole.items()})
@@ -148,6 +150,9 @@ class ClipDataset:
         else:
             read = self._range(entry, [member], (start, stop), (first, first + length), lambda data: say(wrong_rows(as_bytes(data), start)))
             data = as_bytes(read)
+            if into is not None and len(into) >= length:
+                into[:length] = data
+                data = into[:length]
         return data.view(NPY_DESCRIPTIONS[member.dtype]).reshape(shape)
 
     def whole(self, entry: ClipEntry, members: Sequence[MemberEntry]) -> dict[str, NDArray[Any]]:
@@ -273,6 +278,13 @@ class ClipDataset:
             if not isinstance(error, (OSError, ValueError)) and not is_transient(error):
                 raise
             return b"", f"shard: cannot read it ({type(error).__name__}: {error}) {where(entry, member)}"
+
+
+def check_finite(array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]) -> None:
+    """Raises ShardError if stored latents hold anything but numbers: their bytes are as written, but their writer did not look."""
+    if not all_finite(array, member.dtype):
+        place = where(entry, member)
+        raise ShardError(f"latents: got NaN or infinite values {place}, frames {rows[0]}:{rows[1]}. Fix: encode again", entry.shard)
 
 
 def as_bytes(data: bytes) -> NDArray[np.uint8]:

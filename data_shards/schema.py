@@ -26,6 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA_VERSION = 2
+# what data sets must have in common to be mixed in one training stream
+ALIKE_IN_MIXTURE = (
+    *("codec", "codec_options", "channels", "temporal_stride", "spatial_stride", "control_names", "fields"),
+    *("text_encoder", "text_length", "text_width"),
+)
 SPLITS = ("train", "validation")
 
 # field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16 array lies in the tar as uint16.

@@ -37,6 +37,11 @@ class ProcessGroupComm:
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return apply(self, verb, *tensors)
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """[*] of the first member of the sequence group -> the same tensor, filled, on all of its members. No gradient."""
+        for tensor in tensors:
+            dist.broadcast(tensor, group=self._groups["sequence"], group_src=0)
+
     def group(self, axis: str) -> ProcessGroup:
         """The process group of an axis that has more than one member."""
         return self._groups[axis]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """run_ranks(count, *command): run `python <command>` as `count` ranks with the environment launchers set; all must succeed."""
 

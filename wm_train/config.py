@@ -122,8 +122,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """`path` is the data set whose codec decodes and whose statistics normalise; held-out clips are its own."""
+
     path: str = "???"
+    mixture: dict[str, float] = field(default_factory=dict)  # data sets to train on, path -> weight; empty: `path` alone
+    buckets: tuple[int, ...] = ()  # raw frames below a stage's `frames` that shorter clips are cut to; a step's clips have one length
+    pack: bool = False  # rows of the stage's `frames` filled with several clips of any length
     prefetch: int = 2  # batches read ahead
+    readers: int = 2  # clips read at the same time
+    on_bad_shard: str = "fail"  # fail | quarantine: leave the shard out on all processes and draw other clips in its place
+    bad_shard_budget: int = 8  # quarantined shards before the run stops all the same
 
 
 @dataclass(frozen=True)

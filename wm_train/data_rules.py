@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from data_shards.schema import DataError, DatasetInfo, info_from_json
+from data_shards.schema import ALIKE_IN_MIXTURE, DataError, DatasetInfo, info_from_json
 from wm_train.compose import Problem
 from wm_train.config import RunConfig
 from wm_train.curriculum import PlannedStage
@@ -16,18 +17,49 @@ MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for o
 def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Problem]:
     """Problems of `data.path` itself, else of how it fits the model and the selected stages."""
     info = dataset_info(config.data.path)
-    return [info] if isinstance(info, Problem) else [*_model_problems(config, info), *_stage_problems(info, stages)]
+    if isinstance(info, Problem):
+        return [info]
+    mixed = {path: dataset_info(path, "data.mixture") for path in config.data.mixture}
+    wrong = [found for found in mixed.values() if isinstance(found, Problem)]
+    infos = [found for found in mixed.values() if not isinstance(found, Problem)] or [info]
+    stages = list(stages)
+    return [
+        *wrong,
+        *_model_problems(config, info),
+        *_mixture_problems(config, info, {path: found for path, found in mixed.items() if not isinstance(found, Problem)}),
+        *(problem for found in infos for problem in _stage_problems(config, found, stages)),
+    ]
 
 
-def dataset_info(path: str) -> DatasetInfo | Problem:
-    """The facts of the data set at `path`, or what is wrong with it."""
+def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
+    """The facts of the data set at `path`, or what is wrong with it; `key` is where the path stands."""
     text = _dataset_json(path)
     if isinstance(text, Problem):
-        return text
+        return replace(text, where=key, fix=text.fix.replace("data.path=", f"{key}="))
     try:
         return info_from_json(text, f"{path}/dataset.json")
     except (DataError, TypeError, AttributeError) as error:
-        return Problem("data.path", f"{path}: {error}", "a data set of this version", "encode it again")
+        return Problem(key, f"{path}: {error}", "a data set of this version", "encode it again")
+
+
+def _mixture_problems(config: RunConfig, info: DatasetInfo, mixed: Mapping[str, DatasetInfo]) -> list[Problem]:
+    """What is mixed must be one model's input: the loader checks the same when it opens the data sets."""
+    found, pack = [], config.data.pack
+    for path, other in mixed.items():
+        different = [name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)]
+        if different:
+            got = f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in different)}"
+            rule = f"as in {config.data.path}: {', '.join(repr(getattr(info, name)) for name in different)}"
+            found.append(Problem("data.mixture", got, rule, "encode both alike, or leave one out"))
+        if not other.clips.get("train"):
+            found.append(Problem("data.mixture", f"{path}, no training clips", "at least one", "record or encode more clips"))
+    if pack and len({(other.latent_height, other.latent_width) for other in (mixed or {"": info}).values()}) > 1:
+        found.append(Problem("data.pack", "true", "false, as the data sets have pictures of several sizes", "data.pack=false"))
+    if pack and config.model.text_width:
+        found.append(Problem("data.pack", "true", "false, as a row of several clips cannot have one text", "data.pack=false"))
+    if pack and config.data.buckets:
+        found.append(Problem("data.buckets", f"{list(config.data.buckets)}", "none with data.pack", "data.buckets=[]"))
+    return found
 
 
 def _dataset_json(path: str) -> str | Problem:
@@ -69,7 +101,7 @@ def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:
         fix = f"model.text_width={info.text_width}" + ("" if info.text_width else ", or encode with text=<encoder>")
         rule = f"the data set's {info.text_width} ({info.text_encoder})" if info.text_width else "0, as the data set has no text"
         found.append(Problem("model.text_width", str(model.text_width), rule, fix))
-    if not info.clips.get("train"):
+    if not info.clips.get("train") and not config.data.mixture:
         found.append(Problem("data.path", f"{config.data.path}, no training clips", "at least one", "record or encode more clips"))
     if config.trainer.samples and not info.clips.get("validation"):
         fix = "trainer.samples=0, or encode more episodes"
@@ -77,10 +109,16 @@ def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:
     return found
 
 
-def _stage_problems(info: DatasetInfo, stages: Iterable[PlannedStage]) -> list[Problem]:
+def _stage_problems(config: RunConfig, info: DatasetInfo, stages: Iterable[PlannedStage]) -> list[Problem]:
     found = []
+    stride, data = info.temporal_stride, config.data
+    for frames in data.buckets:
+        if frames > 0 and (frames - 1) % stride:
+            nearest = round((frames - 1) / stride) * stride + 1
+            rule = f"multiples of {stride} plus 1, as {info.codec} has that stride"
+            found.append(Problem("data.buckets", str(frames), rule, f"{nearest} in its place"))
     for stage in stages:
-        frames, stride, where = stage.config.frames, info.temporal_stride, f"recipe.stages.{stage.name}.frames"
+        frames, where = stage.config.frames, f"recipe.stages.{stage.name}.frames"
         if frames < 1:
             continue  # reported as a value already
         if (frames - 1) % stride:
@@ -89,7 +127,8 @@ def _stage_problems(info: DatasetInfo, stages: Iterable[PlannedStage]) -> list[P
                 Problem(where, str(frames), f"a multiple of {stride} plus 1, as {info.codec} has that stride", f"{where}={nearest}")
             )
         clips = sum(info.clips.values())
-        if clips and info.raw_frames < frames * clips:
+        shortest = 1 if data.pack else min(frames, *data.buckets) if data.buckets else frames
+        if clips and info.raw_frames < shortest * clips:
             longest = info.raw_frames // clips
             rule = f"at most what the clips hold: {longest} frames each on average"
             found.append(Problem(where, str(frames), rule, f"{where}={max(0, (longest - 1) // stride) * stride + 1}, or longer clips"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from data_shards.load import Batch, ClipLoader
+from data_shards.load import REPLICATED, Batch, ClipLoader
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import latent_frame_count
 from parallel.engines import AttentionEngine, make_engine
@@ -20,8 +24,9 @@ from wm_train.backends import Backend
 from wm_train.conditioning import Conditions
 from wm_train.config import RunConfig, StageConfig
 from wm_train.curriculum import ordered
+from wm_train.feed import Feed
 from wm_train.kernels.dispatch import sequence_kernels
-from wm_train.metrics.flops import forward_flops, step_flops
+from wm_train.metrics.flops import FORWARDS_PER_STEP, Flops, forward_flops
 from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey
 from wm_train.state import SetupError
@@ -38,11 +43,32 @@ class Stage:
     world: World
     mesh: Mesh
     dataset: ClipDataset
-    latent_frames: int  # T
+    mixture: dict[ClipDataset, float]  # what training draws from, by weight
+    latent_frames: int  # T, the longest
     noise: NoiseKey
     null_text: Tensor | None  # [L0, E] on the device; None: the model takes no text
     attention: tuple[str, AttentionEngine] | None  # an engine of others for the softmax blocks; None: ours
-    step_flops: int  # of the whole global batch, see metrics/flops.py
+    flops: Flops  # forward, of one clip of T latent frames
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Of everything that decides which samples training sees in which order, besides seed and batch."""
+        data = self.run.data
+        if list(self.mixture) == [self.dataset] and not data.buckets and not data.pack:
+            return self.dataset.fingerprint
+        parts = [[dataset.fingerprint, weight] for dataset, weight in self.mixture.items()]
+        return hashlib.sha256(json.dumps([self.dataset.fingerprint, parts, data.buckets, data.pack]).encode()).hexdigest()
+
+    def clip_flops(self, latent_frames: int) -> float:
+        """Forward FLOPs of a clip: attention grows with the square of its length, the rest with the length."""
+        share = latent_frames / self.latent_frames
+        return (self.flops.dense + self.flops.gdn) * share + self.flops.softmax * share**2
+
+    def step_flops(self, batch: Batch) -> float:
+        """Of a training step over all processes, if the others' rows cost as much as those of this batch."""
+        rows = zip(batch.document_starts, batch.valid_frames.tolist(), strict=True)
+        clips = (end - start for starts, last in rows for start, end in pairwise((*starts, last)))
+        return FORWARDS_PER_STEP * self.mesh.data_size * sum(map(self.clip_flops, clips))
 
 
 def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
@@ -66,37 +92,63 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
     place = ordered(run.recipe).index(run.stage)
     info = dataset.info
-    flops = step_flops(
-        forward_flops(run.model, frames, info.latent_height * info.latent_width // run.model.patch_size**2), config.global_batch
-    )
+    flops = forward_flops(run.model, frames, info.latent_height * info.latent_width // run.model.patch_size**2)
     engine = make_engine(run.parallel.attention, mesh.comm)
+    mixture = {open_dataset(path) if path != run.data.path else dataset: weight for path, weight in run.data.mixture.items()}
+    mixture = mixture or {dataset: 1.0}
     null = dataset.null_text() if run.model.text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
-    return Stage(run, config, backend, world, mesh, dataset, frames, NoiseKey(run.seed, place), null_text, engine, flops)
+    return Stage(run, config, backend, world, mesh, dataset, mixture, frames, NoiseKey(run.seed, place), null_text, engine, flops)
 
 
-def open_loader(stage: Stage, split: str, global_batch: int, first_step: int = 0) -> ClipLoader:
-    """This process's rows and frames of the global batches from `first_step` on."""
-    share = stage.mesh.frames(stage.latent_frames)
-    each = global_batch // stage.mesh.data_size
-    return ClipLoader(
-        stage.dataset,
-        split=split,
-        seed=stage.run.seed,
-        stage=stage.noise.stage,
-        global_batch=global_batch,
-        rows=range(stage.mesh.data_index * each, (stage.mesh.data_index + 1) * each),
-        frames=(share.start, share.stop),
-        clip_frames=stage.latent_frames,
-        start_step=first_step,
-        prefetch=stage.run.data.prefetch,
-    )
+def open_loader(
+    stage: Stage,
+    split: str,
+    global_batch: int,
+    first_step: int = 0,
+    quarantined: tuple[str, ...] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> Feed:
+    """This process's rows and frames of the global batches from `first_step` on; of the held-out split always whole cuts of `data.path`."""
+    each, data, training = global_batch // stage.mesh.data_size, stage.run.data, split == "train"
+    info, pack = stage.dataset.info, stage.run.data.pack and split == "train"
+
+    def frames(length: int) -> tuple[int, int]:
+        share = stage.mesh.frames(length)
+        return share.start, share.stop
+
+    def loader(step: int, names: frozenset[str]) -> ClipLoader:
+        return ClipLoader(
+            stage.dataset,
+            split=split,
+            seed=stage.run.seed,
+            stage=stage.noise.stage,
+            global_batch=global_batch,
+            rows=range(stage.mesh.data_index * each, (stage.mesh.data_index + 1) * each),
+            frames=frames,
+            clip_frames=stage.latent_frames,
+            shorter=[latent_frame_count(n, info.temporal_stride) for n in data.buckets if n < stage.config.frames] if training else [],
+            mixture=stage.mixture if training else None,
+            pack=pack,
+            cost=stage.clip_flops,
+            start_step=step,
+            prefetch=data.prefetch,
+            readers=data.readers,
+            quarantined=names,
+            replicated=stage.mesh.sequence_index == 0,
+            pin=stage.backend.device.type != "cpu",
+        )
+
+    return Feed(loader, data, stage.world, first_step, quarantined, report)
 
 
 def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     """The seam of this batch: its layout and this process's share of the frames."""
-    starts = chunk_starts(stage.latent_frames, stage.config.chunk_frames)
-    layout = ClipLayout(stage.latent_frames, chunk_starts=starts, valid_frames=tuple(batch.valid_frames.tolist()))
+    starts = batch.document_starts[0] if batch.document_starts else (0,)
+    assert all(row == starts for row in batch.document_starts), "rows that are packed differently go through the model one by one"
+    ends = (*starts[1:], batch.frames)
+    chunks = tuple(s + chunk for s, end in zip(starts, ends, strict=True) for chunk in chunk_starts(end - s, stage.config.chunk_frames))
+    layout = ClipLayout(batch.frames, starts, chunks, tuple(batch.valid_frames.tolist()))
     return make_sequence(
         layout, stage.mesh, sequence_kernels(stage.backend.device), stage.attention, compiled=stage.run.parallel.compile
     )
@@ -104,12 +156,14 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
     """What the model sees of this batch besides its latents; text only if the model takes text."""
-    info, takes_text = stage.dataset.info, stage.run.model.text_width > 0
+    takes_text = stage.run.model.text_width > 0
+    stride, starts = stage.dataset.info.temporal_stride, batch.document_starts
+    raw = batch.frames * stride - (stride - 1) * (len(starts[0]) if starts else 1)  # beyond, a packed row repeats its end
     return Conditions(
-        image_size=(info.image_height, info.image_width),
-        temporal_stride=info.temporal_stride,
-        c2w=batch.c2w,
-        intrinsics=batch.intrinsics,
+        image_size=batch.image_size,
+        temporal_stride=stride,
+        c2w=None if batch.c2w is None else batch.c2w[:, :raw],
+        intrinsics=None if batch.intrinsics is None else batch.intrinsics[:, :raw],
         controls=batch.controls,
         text=batch.text if takes_text else None,
         text_mask=batch.text_mask if takes_text else None,
@@ -118,22 +172,30 @@ def conditions_of(stage: Stage, batch: Batch) -> Conditions:
 
 
 def on_device(stage: Stage, batch: Batch) -> Batch:
-    """The batch with its tensors where the model is."""
-    tensors = {name: getattr(batch, name) for name in ("latents", "c2w", "intrinsics", "controls", "draws", "text", "text_mask")}
-    moved = {name: tensor.to(stage.backend.device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
-    return replace(batch, **moved)
+    """The batch with its tensors where the model is, and what one member of each sequence group read given to the others."""
+    names = ("latents", "draws", *REPLICATED)
+    batch = batch.each_tensor(lambda tensor: tensor.to(stage.backend.device, non_blocking=True), names)
+    if stage.mesh.comm is not None:
+        stage.mesh.comm.share([tensor for name in REPLICATED if (tensor := getattr(batch, name)) is not None])
+    return batch
 
 
-def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    """The batch in `count` parts of whole clips, in order; the first ones are larger when it does not divide."""
+def micro_batches(stage: Stage, batch: Batch) -> Iterator[Batch]:
+    """The parts of a training batch that go through the model one by one: packed rows each, as each has its own documents."""
+    return batch_parts(batch, len(batch.keys) if stage.run.data.pack else stage.run.trainer.accumulate)
+
+
+def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in `count` parts of whole rows, in order; the first ones are larger when it does not divide."""
     if count == 1:
         yield batch
         return
-    names = ("latents", "c2w", "intrinsics", "controls", "draws", "valid_frames", "text", "text_mask")
-    pieces = {name: tensor.tensor_split(count) for name in names if (tensor := getattr(batch, name)) is not None}
+    bounds = [len(batch.keys) * part // count for part in range(count + 1)]
+    sizes = sorted((b - a for a, b in pairwise(bounds)), reverse=True)
     start = 0
-    for part in range(count):
-        size = len(pieces["draws"][part])
+    for size in sizes:
         if size:
-            yield replace(batch, **{name: split[part] for name, split in pieces.items()}, keys=batch.keys[start : start + size])
+            rows = slice(start, start + size)
+            part = batch.each_tensor(itemgetter(rows))
+            yield replace(part, keys=batch.keys[rows], document_starts=batch.document_starts[rows])
         start += size

@@ -20,11 +20,13 @@ from wm_train.world import World
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage begins: steps that are done already, what the step guard remembers of them, and the held-out loss of the last."""
+    """Where a stage begins: steps that are done already, what the step guard remembers of them, the held-out loss of the last, and the
+    shards that were left out."""
 
     steps_done: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
     validation_loss: float = math.nan
+    quarantined: tuple[str, ...] = ()
 
 
 def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: World, report: Callable[[str], None]) -> Start:
@@ -50,7 +52,8 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
     state.put(held)
     report(f"continuing from {folder} after {manifest.step} steps")
     loss = manifest.facts.get("validation_loss")
-    return Start(manifest.step, manifest.facts.get("guard", {}), math.nan if loss is None else loss)
+    left_out = tuple(manifest.facts.get("quarantined", ()))
+    return Start(manifest.step, manifest.facts.get("guard", {}), math.nan if loss is None else loss, left_out)
 
 
 def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[str], None]) -> None:

@@ -179,12 +179,21 @@ def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def facts(run: RunConfig, data_fingerprint: str, world: World, guard: dict[str, Any], validation_loss: float | None) -> dict[str, Any]:
-    """What a checkpoint says of itself besides its tensors. validation_loss: of this very step, None if there was none."""
+def facts(
+    run: RunConfig,
+    data_fingerprint: str,
+    world: World,
+    guard: dict[str, Any],
+    validation_loss: float | None,
+    quarantined: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """What a checkpoint says of itself besides its tensors. validation_loss: of this very step, None if there was none. The position in the
+    data is the step; the quarantined shards are all else there is to it."""
     return {
         "validation_loss": validation_loss,
         "identity": identity(run, data_fingerprint),
         "config": public_config(run),
         "world": world.size,
         "guard": guard,
+        "quarantined": list(quarantined),
     }

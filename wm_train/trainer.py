@@ -50,7 +50,7 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
     try:
         stage = open_stage(run, backend, world)
         state = build_state(run, stage.mesh.fsdp, backend.device)
-        start = restore(run, state, stage.dataset.fingerprint, world, progress.say)
+        start = restore(run, state, stage.data_fingerprint, world, progress.say)
     except (DataError, CheckpointError) as error:
         raise SetupError(str(error)) from error
     folder = stage_directory(run, run.stage)
@@ -105,7 +105,7 @@ def run_steps(
     guard, stragglers = Guard(run.trainer, start.guard), Stragglers(run.trainer.straggler_factor)
     profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), stage_directory(run, run.stage) / "profile")
     saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say)
-    with open_loader(stage, "train", stage.config.global_batch, start.steps_done) as loader:
+    with open_loader(stage, "train", stage.config.global_batch, start.steps_done, start.quarantined, progress.say) as loader:
         for step in range(start.steps_done + 1, steps + 1):
             profiler.before(step)
             clock.begin()
@@ -119,7 +119,7 @@ def run_steps(
                 raise
             stage.backend.synchronize()
             figures |= clock.end(batch.data_wait_s)
-            figures |= speed(stage, figures["step_s"])
+            figures |= speed(stage, figures["step_s"], batch)
             if tracker and (trace := profiler.after(step)):
                 tracker.artifact(trace)
             if news := stragglers.seen(step, times):
@@ -138,7 +138,8 @@ def run_steps(
                 check_replicas(step, state.tensors(), stage.world)
             if saving:
                 known = held_out if math.isfinite(held_out) else None
-                saver.save(step, state.tensors(), facts(run, stage.dataset.fingerprint, stage.world, guard.memory(), known))
+                known_facts = facts(run, stage.data_fingerprint, stage.world, guard.memory(), known, loader.quarantined)
+                saver.save(step, state.tensors(), known_facts)
             if last:
                 break
             if stopping:
@@ -190,7 +191,7 @@ def train_step(
 def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
     """Add the gradients of this process's clips; returns its sums of loss and metrics, over clips, shared among a clip's holders."""
     objective, sums = OBJECTIVES[stage.config.objective.name], dict[str, float]()
-    parts = list(micro_batches(batch, stage.run.trainer.accumulate))
+    parts = list(micro_batches(stage, batch))
     for part in parts:
         sequence, conditions = sequence_of(stage, part), conditions_of(stage, part)
         with kept_activations(stage):
@@ -215,14 +216,14 @@ def squared_norm(state: TrainState, world: World) -> float:
     return float(torch.stack(torch._foreach_norm(held)).double().square().sum()) if held else 0.0
 
 
-def speed(stage: Stage, seconds: float) -> dict[str, float]:
+def speed(stage: Stage, seconds: float, batch: Batch) -> dict[str, float]:
     """Throughput of a step over all processes, and this process's memory."""
-    info, config = stage.dataset.info, stage.config
-    tokens = config.global_batch * stage.latent_frames * info.latent_height * info.latent_width
+    info, clips, flops = stage.dataset.info, stage.config.global_batch, stage.step_flops(batch)
+    tokens = clips * batch.frames * batch.latents.shape[-2] * batch.latents.shape[-1]
     return {
-        "frames_per_s": config.global_batch * config.frames / seconds,
+        "frames_per_s": clips * ((batch.frames - 1) * info.temporal_stride + 1) / seconds,
         "tokens_per_s": tokens / seconds,
-        "model_tflops_per_s": stage.step_flops / seconds / 1e12,
-        **({"mfu": mfu(stage.step_flops, seconds, stage.world.size, peak)} if (peak := stage.backend.peak_flops) else {}),
+        "model_tflops_per_s": flops / seconds / 1e12,
+        **({"mfu": mfu(flops, seconds, stage.world.size, peak)} if (peak := stage.backend.peak_flops) else {}),
         **{f"memory_{name}_bytes": value for name, value in stage.backend.memory().items()},
     }

@@ -42,7 +42,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *(problem for name, stage in config.recipe.stages.items() for problem in _stage_problems(name, stage)),
         *(problem for name, stage in config.recipe.stages.items() for problem in _range_problems(name, stage)),
         *_model_problems(config.model),
-        *_check("data.", config.data, _counts("prefetch")),
+        *_check("data.", config.data, _data_rules()),
         *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), _one_of("name", backends()))),
         *_launcher_problems(config),
         *_check("tracker.", config.tracker, (_one_of("name", ("mlflow", "none")), ("experiment", bool, "a name"))),
@@ -144,6 +144,16 @@ def table(file: str, name: str) -> tuple[str, ...]:
 def backends() -> tuple[str, ...]:
     """Built-in back ends and those that installed packages add."""
     return (*table("backends/__init__.py", "BACKENDS"), *(point.name for point in entry_points(group="wm_train.backends")))
+
+
+def _data_rules() -> tuple[Rule, ...]:
+    return (
+        *_counts("prefetch", "readers"),
+        *_counts("bad_shard_budget", low=0),
+        _one_of("on_bad_shard", ("fail", "quarantine")),
+        ("mixture", lambda weights: all(0 < weight < math.inf for weight in weights.values()), "a finite weight above 0 for each data set"),
+        ("buckets", lambda frames: all(n > 0 for n in frames), "raw frame counts from 1"),
+    )
 
 
 def _run_problems(config: RunConfig) -> list[Problem]:

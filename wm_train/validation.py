@@ -10,7 +10,7 @@ import torch
 from wm_train.config import ObjectiveConfig
 from wm_train.noise import NoiseKey
 from wm_train.objectives import OBJECTIVES
-from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, sequence_of
+from wm_train.stage import Stage, batch_parts, conditions_of, on_device, open_loader, sequence_of
 from wm_train.state import TrainState
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -43,7 +43,7 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
     with state.averaged():
         for sigma in levels:
             config, total = at_sigma(stage.config.objective, sigma), 0.0
-            for part in micro_batches(batch, parts):
+            for part in batch_parts(batch, parts):
                 objective = OBJECTIVES[config.name]
                 output = objective(
                     state.model, part, NoiseKey(stage.run.seed, NOISE_STAGE), config, sequence_of(stage, part), conditions_of(stage, part)

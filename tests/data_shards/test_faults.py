@@ -349,7 +349,9 @@ def test_quarantine_replaces_only_the_bad_shards_clips(damaged, dataset_path, tr
     options = {"seed": 1, "stage": 0, "global_batch": 2, "rows": range(2), "frames": (0, 3), "clip_frames": 3}
     with ClipLoader(open_dataset(str(dataset_path)), **options) as loader:
         whole = [next(loader) for _ in range(6)]
-    with ClipLoader(open_dataset(str(damaged)), **options, quarantined=frozenset(bad)) as loader:
+    named = frozenset(open_dataset(str(damaged)).global_name(shard) for shard in bad)
+    with ClipLoader(open_dataset(str(damaged)), **options, quarantined=named) as loader:
+        assert loader.quarantined_clips + sum(entry.shard not in bad for entry in loader.tables[0]) == len(loader.tables[0])
         rest = [next(loader) for _ in range(6)]
         again = [loader.make_batch(step).keys for step in range(6)]
     assert [batch.keys for batch in rest] == again
@@ -360,12 +362,13 @@ def test_quarantine_replaces_only_the_bad_shards_clips(damaged, dataset_path, tr
             assert (key == other) == (key not in truth)
             moved += key != other
     assert moved > 0
-    clips = open_dataset(str(damaged)).clips("train")
+    dataset = open_dataset(str(damaged))
+    clips = dataset.clips("train")
     lost = sum(entry.shard in bad for entry in clips)
     epoch = {key for batch in rest for key in batch.keys}
     assert len(epoch) + lost == len(clips)
     with pytest.raises(DataError, match="expected clips left"):
-        ClipLoader(open_dataset(str(damaged)), **options, quarantined=frozenset(entry.shard for entry in clips))
+        ClipLoader(open_dataset(str(damaged)), **options, quarantined=frozenset(dataset.global_name(entry.shard) for entry in clips))
 
 
 def test_verify_passes_what_is_whole(dataset_path, capsys):

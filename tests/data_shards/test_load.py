@@ -1,6 +1,7 @@
 """The loader: right rows, right frames, same stream after a restart, and errors that reach the trainer."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -104,11 +105,28 @@ def test_damage_reaches_the_consumer_and_the_thread_ends(damaged):
         shard.write_bytes(shard.read_bytes()[:3000])
     before = threading.active_count()
     loader = ClipLoader(open_dataset(str(damaged)), seed=0, stage=0, global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3)
-    with pytest.raises(DataError, match=r"shard shards/00000\d.tar, key e\d+-t\d+, field c2w.npy"):
+    with pytest.raises(DataError, match=r"shard shards/00000\d.tar, key e\d+-t\d+, field latent.npy"):
         next(loader)
     assert threading.active_count() == before
     with pytest.raises(DataError, match="after close"):
         next(loader)
+
+
+def test_the_wait_for_data_is_measured(dataset, monkeypatch):
+    read = dataset.rows
+    monkeypatch.setattr(dataset, "rows", lambda *given: (time.sleep(0.1), read(*given))[1])
+    with ClipLoader(dataset, seed=0, stage=0, global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, prefetch=1) as loader:
+        assert next(loader).data_wait_s > 0.15  # two clips, one after the other
+        while not loader._queue.full():
+            time.sleep(0.01)
+        assert next(loader).data_wait_s < 0.1  # read ahead meanwhile
+
+
+def test_readers_read_at_the_same_time(dataset, monkeypatch):
+    read, both = dataset.rows, threading.Barrier(2)
+    monkeypatch.setattr(dataset, "rows", lambda *given: (both.wait(timeout=20), read(*given))[1])
+    with ClipLoader(dataset, seed=0, stage=0, global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, readers=2) as loader:
+        assert len(next(loader).keys) == 2
 
 
 def test_close_while_the_queue_is_full(dataset):

@@ -59,6 +59,11 @@ BAD_VALUES: dict[str, list[Any]] = {
     "model.text_width": [64],
     "model.ffn_ratio": [NAN],
     "data.prefetch": [0],
+    "data.readers": [0],
+    "data.on_bad_shard": ["ignore"],
+    "data.bad_shard_budget": [-1],
+    "data.mixture": [{"nowhere": 1.0}],
+    "data.buckets": [[0], [40]],
     "parallel.cp": [3, 0],
     "parallel.dp_shard": [0],
     "parallel.precision": ["fp8"],
@@ -241,3 +246,29 @@ def test_weights_to_inherit_must_exist(found: Find, shards: Path) -> None:
     assert where in found({"stage": "2", "name": "other"})
     assert where in found({"stage": "2", where: str(shards)})
     assert found({"stage": "2", "name": "other", where: str(checkpoints)}) == {}
+
+
+def test_data_sets_that_are_mixed_must_be_alike(found: Find, shards: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other)
+    mixture = {str(shards): 3.0, str(other): 1.0}
+    assert found({"data.mixture": mixture}) == {}
+    for weight in (0.0, -1.0, NAN, INF):
+        assert "finite weight above 0" in found({"data.mixture": {str(shards): weight}})["data.mixture"].rule
+    write(other, control_names=("jump",))
+    assert "control_names ('jump',)" in found({"data.mixture": mixture})["data.mixture"].got
+    write(other, clips={"train": 0, "validation": 10})
+    assert "no training clips" in found({"data.mixture": mixture})["data.mixture"].got
+    write(other, latent_height=16)
+    assert found({"data.mixture": mixture}) == {}
+    assert "pictures of several sizes" in found({"data.mixture": mixture, "data.pack": True})["data.pack"].rule
+
+
+def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
+    """The clips have 81 frames, the stage's cuts 89."""
+    stage = {SHORT + "frames": 89}
+    assert "81 frames each" in found(stage)[SHORT + "frames"].rule
+    assert found({**stage, "data.buckets": [41]}) == {}
+    assert found({**stage, "data.pack": True}) == {}
+    assert "none with data.pack" in found({"data.buckets": [41], "data.pack": True})["data.buckets"].rule

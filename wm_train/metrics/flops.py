@@ -66,6 +66,6 @@ def step_flops(forward: Flops, clips: int) -> int:
     return FORWARDS_PER_STEP * forward.total * clips
 
 
-def mfu(flops: int, seconds: float, workers: int, peak: float) -> float:
+def mfu(flops: float, seconds: float, workers: int, peak: float) -> float:
     """Share of the devices' `peak` (dense FLOP/s of one in the compute type) that the model's own work reached."""
     return flops / seconds / workers / peak
