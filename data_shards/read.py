@@ -332,6 +332,8 @@ def open_dataset(
         filesystem, root = fsspec.core.url_to_fs(path, **storage_options(path, policy))
     except (ValueError, ImportError) as error:
         raise DataError(f"data.path: got {path!r}, expected a folder or a URL that fsspec opens ({error})") from error
+    if hasattr(filesystem, "retries"):
+        filesystem.retries = 1  # s3fs tries five times by itself, which our budget would not see
     root = root.rstrip("/")
     try:
         text = with_retries(lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy).decode()
