@@ -40,7 +40,7 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
             found += _keys(inner, f"{prefix}{field.name}.")
-        elif typing.get_origin(inner) is dict:
+        elif typing.get_origin(inner) is dict and dataclasses.is_dataclass(typing.get_args(inner)[1]):
             kind_of_item = typing.get_args(inner)[1]
             found += _keys(kind_of_item, f"{prefix}{field.name}.<{kind_of_item.__name__.removesuffix('Config').lower()}>.")
         else:
@@ -49,6 +49,8 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is dict:
+        return "{}"
     if field.default is dataclasses.MISSING or field.default == "???":
         return "(must be given)"
     value = field.default
