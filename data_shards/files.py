@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +20,16 @@ INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, 
 NPY_DESCRIPTIONS = {"uint8": "|u1", "float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
 
 
+@cache
+def _checksum() -> Callable[..., int]:
+    from awscrt.checksums import crc32c  # its vector instructions check twice as fast as the crc32 instruction that others use
+
+    return cast(Callable[..., int], crc32c)
+
+
 def crc32c(data: bytes | memoryview | NDArray[Any], previous: int = 0) -> int:
     """CRC-32C of anything contiguous, or of what gave `previous` followed by it. Other threads run meanwhile."""
-    from awscrt import checksums  # its vector instructions check twice as fast as the crc32 instruction that others use
-
-    return int(checksums.crc32c(data, previous))
+    return _checksum()(data, previous)
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:

@@ -145,7 +145,7 @@ def of_step(train_here, many_shards, gameplay):
     return train
 
 
-@pytest.mark.parametrize("overrides", [MIXED, PACKED], ids=["mixture, buckets and cuts", "packed"])
+@pytest.mark.parametrize("overrides", [pytest.param(MIXED, marks=pytest.mark.full), PACKED], ids=["mixture, buckets and cuts", "packed"])
 def test_mixtures_buckets_and_packing_train_and_resume(of_step, tmp_path, overrides):
     whole = of_step(tmp_path / "one", *overrides, SHORT + "steps=4")
     of_step(tmp_path / "two", *overrides, SHORT + "steps=2")
@@ -165,6 +165,7 @@ def test_they_do_not_depend_on_the_mesh(of_step, worker_config, gameplay, many_s
     assert two == pytest.approx(alone, rel=1e-5, abs=0)
 
 
+@pytest.mark.full
 def test_another_mixture_is_another_run(train_here, many_shards, gameplay, tmp_path):
     from wm_train.state import SetupError
 
