@@ -68,8 +68,8 @@ def missing_ranks(folder: Path, size: int) -> list[str]:
     return lines
 
 
-def silent_ranks(folder: Path, size: int) -> list[str]:
-    """Which of `size` processes are dead or gave no sign of life lately, the longest silent first, with where they were."""
+def silent_ranks(folder: Path, size: int, after_s: float = SILENT_AFTER_S) -> list[str]:
+    """Which of `size` processes are dead or gave no sign of life for `after_s`, the longest silent first, with where they were."""
     files = {rank: folder / f"rank_{rank:05d}.json" for rank in range(size)}
     written = {rank: path.stat().st_mtime for rank, path in files.items() if path.exists()}
     if not written:
@@ -82,7 +82,7 @@ def silent_ranks(folder: Path, size: int) -> list[str]:
         said = _last_words(files[rank])
         if is_dead(said):
             lines.append(f"rank {rank} is dead (process {said['pid']}){_where(said)}")
-        elif now - written[rank] > SILENT_AFTER_S:
+        elif now - written[rank] > after_s:
             lines.append(f"rank {rank} has been silent for {now - written[rank]:.0f} s{_where(said)}")
     return lines
 

@@ -22,12 +22,21 @@ from wm_train.world import World
 class Saver:
     """Commits states under `root`. Every process has one and calls it at the same steps."""
 
-    def __init__(self, root: Place, stage: str, config: TrainerConfig, world: World, report: Callable[[str], None]) -> None:
-        self.root, self.stage, self.config, self.report = root, stage, config, report
+    def __init__(
+        self,
+        root: Place,
+        stage: str,
+        config: TrainerConfig,
+        world: World,
+        report: Callable[[str], None],
+        lost: Callable[[], list[str]] = list,
+    ) -> None:
+        self.root, self.stage, self.config, self.report, self.lost = root, stage, config, report, lost
         self._world = world.twin() if config.async_checkpoint else world
         self._buffers: dict[str, torch.Tensor] | None = {} if config.async_checkpoint else None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._crash: Exception | None = None
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Begin to save the state after `step` finished steps; returns once training may change the tensors again.
@@ -41,18 +50,35 @@ class Saver:
             self.wait()
         else:
             # A daemon: when the run has failed, its peers may never answer, and what is half written is no checkpoint.
-            self._thread = threading.Thread(target=self._commit, args=(step, state, facts), name="checkpoint", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(step, state, facts), name="checkpoint", daemon=True)
             self._thread.start()
 
     def wait(self) -> bool:
-        """Wait for the save under way, if any; whether the last one succeeded."""
+        """Wait for the save under way, if any; whether the last one succeeded.
+
+        Errors: RuntimeError when `lost` names a process that will never answer; whatever else ended the thread.
+        """
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                if self._thread.is_alive() and (lost := self.lost()):
+                    self._thread.join(1.0)  # one that has done its share and left is no loss
+                    if not self._thread.is_alive():
+                        break
+                    raise RuntimeError(f"waiting for a save: {'; '.join(lost)}")
             self._thread = None
+        if self._crash is not None:
+            raise self._crash
         failure, self._failure = self._failure, None
         if failure is not None:
             self.report(str(failure))
         return failure is None
+
+    def _run(self, *work: Any) -> None:
+        try:
+            self._commit(*work)
+        except Exception as error:  # of whatever kind: `wait` raises it
+            self._crash = error
 
     def _commit(self, step: int, state: checkpoint.HostCopy, facts: dict[str, Any]) -> None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
 from wm_train.guard import Guard, RewindError
-from wm_train.heartbeat import Heartbeat, missing_ranks
+from wm_train.heartbeat import Heartbeat, missing_ranks, silent_ranks
 from wm_train.manifest import CheckpointError
 from wm_train.metrics.flops import mfu
 from wm_train.objectives import OBJECTIVES
@@ -104,7 +105,8 @@ def run_steps(
         return
     guard, stragglers = Guard(run.trainer, start.guard), Stragglers(run.trainer.straggler_factor)
     profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), stage_directory(run, run.stage) / "profile")
-    saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say)
+    lost = partial(silent_ranks, stage_directory(run, run.stage) / "heartbeats", stage.world.size, run.backend.collective_timeout_s)
+    saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say, lost)
     with open_loader(stage, "train", stage.config.global_batch, start.steps_done, start.quarantined, progress.say) as loader:
         for step in range(start.steps_done + 1, steps + 1):
             profiler.before(step)

@@ -51,7 +51,7 @@ def supervise(config: Path, folder: Path, kills: int, draws: random.Random) -> i
         if done == kills:
             assert finish(ranks) == [0, 0]
             return done
-        before, until = steps_done(folder), time.monotonic() + 60
+        before, until = steps_done(folder), time.monotonic() + 180
         while steps_done(folder) <= before and time.monotonic() < until and ranks[0].poll() is None:
             time.sleep(0.02)
         time.sleep(draws.uniform(0.0, 0.6))

@@ -2,10 +2,16 @@
 
 import json
 import os
+import threading
 import time
 
-from wm_train import heartbeat
+import pytest
+
+from wm_train import checkpoint, heartbeat
+from wm_train.config import TrainerConfig
 from wm_train.heartbeat import Heartbeat, silent_ranks
+from wm_train.saver import Saver
+from wm_train.world import World
 
 
 def test_whoever_reads_finds_a_whole_sentence(tmp_path, monkeypatch):
@@ -30,3 +36,23 @@ def test_only_the_silent_and_the_absent_are_named(tmp_path):
         "rank 1 has been silent for 30 s, last seen in step 12, section train",
     ]
     assert silent_ranks(tmp_path / "nowhere", 4) == []
+    assert len(silent_ranks(tmp_path, 4, after_s=60.0)) == 1
+
+
+def test_a_save_that_waits_for_a_lost_process_ends_and_names_it(tmp_path, monkeypatch):
+    """The thread hangs in a collective that has half an hour; the run must not."""
+    never = threading.Event()
+    monkeypatch.setattr(checkpoint, "commit", lambda *_: never.wait(60))
+    saver = Saver(tmp_path, "short", TrainerConfig(), World(0, 1), print, lambda: ["rank 1 has been silent for 9 s"])
+    saver.save(1, {}, {})
+    with pytest.raises(RuntimeError, match="waiting for a save: rank 1 has been silent"):
+        saver.wait()
+    never.set()
+
+
+def test_a_save_that_breaks_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "commit", lambda *_: 1 / 0)
+    saver = Saver(tmp_path, "short", TrainerConfig(), World(0, 1), print)
+    saver.save(1, {}, {})
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
