@@ -33,4 +33,5 @@ def rewind(run: RunConfig, state: TrainState, asked: RewindError, world: World, 
     state.put(held)
     memory = manifest.facts.get("guard", {})
     report(f"{asked.text}: going back to step {manifest.step}; the batches of steps {manifest.step + 1} to {asked.last} are left out")
-    return Start(manifest.step, {**memory, "skipped": [], "rewound": [*asked.earlier, (manifest.step + 1, asked.last)]})
+    memory = {**memory, "skipped": [], "rewound": [*asked.earlier, (manifest.step + 1, asked.last)]}
+    return Start(manifest.step, memory, quarantined=tuple(manifest.facts.get("quarantined", ())))
