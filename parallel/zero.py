@@ -123,6 +123,7 @@ class Zero3:
 
     def publish(self) -> None:
         """Take changed master weights over into the weights that are computed with."""
+        self.inner._partition_all_parameters()  # what an evaluation has left gathered is out of date
         for group in range(len(self.inner.fp16_groups)):
             self.inner._reassign_or_swap_out_partitioned_parameters(group)
 

@@ -81,7 +81,8 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
         nearest = mesh.data_size * max(1, config.global_batch // mesh.data_size)
         raise SetupError(
             f"batch: got global_batch {config.global_batch}, expected a multiple of the {mesh.data_size} data-parallel members "
-            f"(key recipe.stages.{run.stage}.global_batch). Fix: global_batch={nearest}"
+            f"(key recipe.stages.{run.stage}.global_batch). Fix: global_batch={nearest}, "
+            f"or one of {valid_worlds(run, config.global_batch)} workers"
         )
     share = config.global_batch // mesh.data_size
     if run.trainer.accumulate > share:
@@ -99,6 +100,13 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     null = dataset.null_text() if run.model.text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
     return Stage(run, config, backend, world, mesh, dataset, mixture, frames, NoiseKey(run.seed, place), null_text, engine, flops)
+
+
+def valid_worlds(run: RunConfig, global_batch: int) -> str:
+    """Numbers of workers, up to 4096, whose data-parallel members share the batch evenly under this mesh."""
+    fixed = run.parallel.cp * run.parallel.dp_replicate
+    shares = range(1, global_batch // max(1, run.parallel.dp_replicate) + 1)
+    return ", ".join(str(fixed * n) for n in shares if global_batch % (n * run.parallel.dp_replicate) == 0 and fixed * n <= 4096)
 
 
 def open_loader(
