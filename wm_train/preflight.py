@@ -62,7 +62,7 @@ def preflight(run: RunConfig, backend: Backend, world: World, progress: Progress
     rate = all_reduce_rate(backend, world)
     link = ring_seconds(backend, world, len(nodes)) if len(nodes) > 2 else None  # with two nodes a slow wire has no culprit
     everyone = [Facts(**found) for found in world.gather(asdict(facts) | {"late_s": late, "link_s": link})]
-    found = problems_of(everyone, str(folder))
+    found = problems_of(everyone, world.from_first(str(folder)))
     if found:
         raise SetupError("\n".join(["checking the nodes before training (key launcher.preflight):", *found]))
     for line in slow_nodes(everyone):
