@@ -1,6 +1,7 @@
 """One training step of the 2.66 B SANA-WM on one device: seconds, tokens/s, TFLOP/s and MFU, at 5 s and at 60 s 720p.
 
     python benchmarks/step.py                                             # on a CUDA device
+    python benchmarks/step.py --frames 11 --profile step.json             # where one step's time goes, operator by operator, and a trace
     python benchmarks/step.py --device cpu --depth 2 --width 96 --heads 4 --frames 3 --grid 2 3 --repeats 1   # only that the script runs
 
 bf16 weights and activations, every block recomputed in backward, AdamW with bf16 moments (the fp32 master weights and moments of a real run
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -41,8 +43,10 @@ def make_conditions(frames: int, grid: tuple[int, int], text_width: int, device:
     return Conditions((height, width), STRIDE, c2w, intrinsics, text=text, text_mask=mask)
 
 
-def seconds_per_step(config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, repeats: int) -> float:
-    """Median time of forward, backward and optimizer on one clip."""
+def seconds_per_step(
+    config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, repeats: int, after: Callable[[], None] = lambda: None
+) -> float:
+    """Median time of forward, backward and optimizer on one clip; `after` is called after every step but the last."""
     with torch.device("meta"):
         model = build_model(config)
     model = model.to_empty(device=device)
@@ -64,7 +68,20 @@ def seconds_per_step(config: ModelConfig, frames: int, grid: tuple[int, int], de
         synchronize()
         if i >= 2:
             times.append(time.perf_counter() - start)
+        if i < repeats + 1:
+            after()
     return statistics.median(times)
+
+
+def profile(config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, trace: str) -> None:
+    """Print the operators of one step by their own time, and write a trace for chrome://tracing."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    schedule = torch.profiler.schedule(wait=0, warmup=2, active=1)  # the two warm-up steps, then the one that counts
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+        seconds_per_step(config, frames, grid, device, 1, profiler.step)
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60))
+    profiler.export_chrome_trace(trace)
 
 
 def row(config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, repeats: int, peak: float) -> bool:
@@ -96,6 +113,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak", type=float, default=989e12)
+    parser.add_argument("--profile", metavar="TRACE.json", help="print where one step of the first length spends its time")
     arguments = parser.parse_args()
     device, grid = torch.device(arguments.device), (arguments.grid[0], arguments.grid[1])
     config = ModelConfig(
@@ -107,6 +125,9 @@ def main() -> None:
         text_width=2304,
         activation_checkpointing="block",
     )
+    if arguments.profile:
+        profile(config, arguments.frames[0], grid, device, arguments.profile)
+        return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (shows only that the script runs)"
     print(f"{name}, torch {torch.__version__}, {arguments.depth} blocks of width {arguments.width}")
     print("| clip | T | tokens | s/step | tokens/s | TFLOP/s | MFU | peak GB |\n|---|---|---|---|---|---|---|---|")

@@ -43,7 +43,7 @@ OPTIONS = {
     "text_prefix": Option(text, "goes before every caption; its tokens are dropped, but for the first and the last", ""),
     "text_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored text", "bfloat16"),
     "null_text": Option(text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None),
-    "device": Option(text, "where codec and text encoder run: cpu, cuda, cuda:1, npu", "cpu"),
+    "device": Option(text, "where codec and text encoder run: cpu, or as torch names the accelerator, device:1", "cpu"),
     "latent_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored latents", "float16"),
     "validation": Option(number(0, 0.9), "share of the episodes kept out of training", 0.1),
     "container": Option(choice("tar", "zarr"), "tar, or Zarr v3 for very long clips", "tar"),

@@ -160,7 +160,7 @@ def _product(state: Tensor, composite: Tensor) -> Tensor:
     """state [B, H, E, D] · composite [B, H, D, D], never rounded to TF32: a composite is near the identity, and its rounding is the
     error.
     """
-    if state.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if state.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
         return torch.matmul(state.double(), composite.double()).to(state.dtype)
     return torch.matmul(state, composite)
 

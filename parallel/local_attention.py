@@ -1,7 +1,7 @@
 """Softmax attention of one block (query frames × key frames), tile by tile: the default kernels of `attend`.
 
-A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPU, ATen's flash attention on CUDA in half
-precision, and elsewhere plain matrix products over a bounded number of queries at a time. A row without a tile gets zeros and LSE −inf
+A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPU, and elsewhere, unless the caller's table of
+kernels has better, plain matrix products over a bounded number of queries at a time. A row without a tile gets zeros and LSE −inf
 here, because kernels disagree on it (ATen's CPU flash calls it 0, and a ring merge would then be wrong).
 """
 
@@ -36,36 +36,19 @@ def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _has_flash(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D], natural-log LSE [B, H, n] (accumulation dtype)."""
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out, lse.to(accumulation_dtype(q.dtype))
-    return flash_attention(q, k, v) if _has_flash(q) else plain_attention(q, k, v)
+    return plain_attention(q, k, v)
 
 
 def dense_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the result is then this block's share."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
-    backward = flash_attention_backward if _has_flash(q) else plain_attention_backward
-    return backward(grad, q, k, v, out, lse)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`dense_attention` by ATen's CUDA flash attention."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    return out, lse
-
-
-def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout
-    sizes = (None, None, q.shape[2], k.shape[2])
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state)
+    return plain_attention_backward(grad, q, k, v, out, lse)
 
 
 def _queries_at_once(q: Tensor, k: Tensor) -> int:

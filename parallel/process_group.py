@@ -1,4 +1,4 @@
-"""Communicator over real processes: one hosted member, torch.distributed underneath (NCCL, HCCL or gloo by the groups' backend).
+"""Communicator over real processes: one hosted member, torch.distributed underneath (whichever back end the groups have).
 
 Only two collectives are used, all-gather and all-to-all with given sizes; a neighbour exchange and a ring shift are all-to-alls whose other
 parts are empty. So point-to-point messages never mix with collectives on one communicator (a known source of hangs), and sums are made by

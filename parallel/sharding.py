@@ -2,7 +2,7 @@
 
 One convention for gradients: they are **summed** over every process and never averaged. The objective divides by the size of the global
 batch, and a context-parallel member contributes only what flows through its own frames, so the plain sum is the gradient of the mean loss,
-whatever the mesh. (Averages by the back end are silently wrong on gloo and absent on HCCL.)
+whatever the mesh. (Averages by the back end are silently wrong on some, absent on others.)
 """
 
 from __future__ import annotations

@@ -197,7 +197,8 @@ def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: i
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    present = torch.accelerator.current_accelerator()
+    kinds = [kind for kind in ("cpu", *([present.type] if present else [])) if torch.is_autocast_enabled(kind)]
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
     accelerator = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 

@@ -12,6 +12,7 @@ OURS = ("wm_train", "parallel", "data_shards", "launch")
 MAY_IMPORT = {"wm_train": set(OURS), "parallel": {"parallel"}, "data_shards": {"data_shards"}, "launch": {"launch"}}
 SILENT_ABOUT_RANKS = ("wm_train/models", "wm_train/objectives", "wm_train/conditioning")
 FORBIDDEN = re.compile(r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE)
+VENDORS = re.compile(r"cuda|cudnn|nvidia|nccl|hccl|(?-i:Ascend)\b|torch_npu|\b(npu|rocm|musa|mlu|xpu)\b", re.IGNORECASE)
 
 
 def sources(*folders: str) -> list[Path]:
@@ -48,6 +49,24 @@ def test_models_objectives_and_conditioning_know_no_ranks_and_no_devices():
 def test_the_rank_rule_can_fail():
     assert FORBIDDEN.search("if rank == 0:")
     assert not FORBIDDEN.search("the frank distance of a meshed rankle")
+
+
+def test_only_backends_and_kernels_name_a_vendor():
+    """In code and comments alike. Templates, manifests and documents may name what a scheduler calls a device (gpu:8)."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sources(*OURS)
+        if not path.relative_to(ROOT).as_posix().startswith(("wm_train/backends/", "wm_train/kernels/"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if VENDORS.search(line)
+    ]
+    assert not wrong
+
+
+def test_the_vendor_rule_can_fail():
+    found = ('x.to("cuda:1")', "torch_npu.x", "over NCCL", "x.cuda()", "an Ascend", "cudnn_attention", 'device="npu"')
+    assert all(VENDORS.search(line) for line in found)
+    assert not VENDORS.search("input groups must ascend, ascending")
 
 
 def test_no_file_is_longer_than_400_lines():

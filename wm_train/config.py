@@ -154,7 +154,9 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class BackendConfig:
-    name: str = "auto"  # auto | cpu | cuda, or one that an installed package adds
+    name: str = "auto"  # auto, one of wm_train/backends, or one that an installed package adds
+    kernels: str = "auto"  # auto | triton | reference: what computes the GDN layers; auto falls back with a log line
+    attention: str = "auto"  # auto, or one engine of wm_train/kernels/attention.py for the softmax blocks
     threads: int = 1  # CPU threads per worker; a fixed number makes CPU runs repeat to the bit
     collective_timeout_s: float = 120.0
 
@@ -171,7 +173,7 @@ class SlurmConfig:
     devices: str | None = None  # --gres of each node: gpu:8
     container: tuple[str, ...] = ()  # words put before the command on every node: [apptainer, exec, image.sif]
     srun: tuple[str, ...] = ()  # further srun options: [--container-image=image.sqsh] with pyxis
-    setup: tuple[str, ...] = ()  # shell lines run before anything else: [module load cuda]
+    setup: tuple[str, ...] = ()  # shell lines run before anything else: [module load compilers]
     options: tuple[str, ...] = ()  # further sbatch options: [--exclusive]
     signal_s: int = 120  # seconds before the time limit at which the run saves, leaves and is queued again
     requeue: bool = True

@@ -88,7 +88,7 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
     with torch.device("meta"):
         build_model(config.model)  # says what is wrong with it before anything runs
     members = degrees.dp_replicate * degrees.dp_shard
-    return ParityCase(
+    case = ParityCase(
         model=config.model,
         objective=stage.objective,
         seed=config.seed,
@@ -99,8 +99,12 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         grid=options.grid,
         double=options.double,
         checkpoint=options.checkpoint,
+        engine=config.backend.kernels,
+        attention=config.backend.attention,
         device="cpu" if options.processes else str(get_backend(config.backend.name, config.backend.threads).device),
     )
+    _ = case.kernels  # says so if an engine that was asked for is not there
+    return case
 
 
 def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: bool) -> str:

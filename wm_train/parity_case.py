@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from parallel.layout import ClipLayout
+from parallel.reference import Kernels
 from parallel.sequence import GroupSequence, LocalSequence, SequenceShard
 from parallel.traffic import expected_cost
 from parallel.virtual import VirtualComm, replicate, run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig, ObjectiveConfig
 from wm_train.kernels.dispatch import sequence_kernels
-from wm_train.models import build_model
+from wm_train.models import build_model, use_engine_
 from wm_train.models.init import initialise_
 from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey, normal
@@ -47,10 +48,16 @@ class ParityCase:
     chunk_frames: int = 0
     checkpoint: str | None = None
     device: str = "cpu"
+    engine: str = "auto"  # of the kernels
+    attention: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.double else torch.float32
+
+    @property
+    def kernels(self) -> Kernels:
+        return sequence_kernels(torch.device(self.device), self.engine, self.attention)
 
     @property
     def layout(self) -> ClipLayout:
@@ -88,6 +95,7 @@ def make_model(case: ParityCase) -> nn.Module:
         load_weights(model, Path(case.checkpoint))
     else:
         wake_(model, case.seed)
+    use_engine_(model, case.engine)
     return model.to(case.device, case.dtype)
 
 
@@ -161,7 +169,7 @@ def set_scope(sequence: SequenceShard, scope: str) -> None:
 
 def on_one_device(case: ParityCase) -> Outcome:
     model = make_model(case)
-    losses, velocity = forward(case, model, LocalSequence(case.layout, sequence_kernels(torch.device(case.device))))
+    losses, velocity = forward(case, model, LocalSequence(case.layout, case.kernels))
     (losses.sum() / case.batch).backward()
     return Outcome(losses.detach(), velocity, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
@@ -170,7 +178,7 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
     """The same over ring x ulysses members in this process, and what they sent."""
     models = replicate(make_model(case), ring * ulysses)
     comms: list[VirtualComm] = []
-    kernels = sequence_kernels(torch.device(case.device))
+    kernels = case.kernels
 
     def body(comm: VirtualComm) -> tuple[Tensor, Tensor]:
         comms.append(comm)

@@ -19,13 +19,13 @@ from data_shards.schema import latent_frame_count
 from parallel.engines import AttentionEngine, make_engine
 from parallel.layout import ClipLayout
 from parallel.mesh import Mesh, MeshDegrees, build_mesh
+from parallel.reference import Kernels
 from parallel.sequence import SequenceShard, make_sequence
 from wm_train.backends import Backend
 from wm_train.conditioning import Conditions
 from wm_train.config import RunConfig, StageConfig
 from wm_train.curriculum import ordered
 from wm_train.feed import Feed
-from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.metrics.flops import FORWARDS_PER_STEP, Flops, forward_flops
 from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey
@@ -47,6 +47,7 @@ class Stage:
     latent_frames: int  # T, the longest
     noise: NoiseKey
     null_text: Tensor | None  # [L0, E] on the device; None: the model takes no text
+    kernels: Kernels  # of this device, as backend.kernels and backend.attention ask
     attention: tuple[str, AttentionEngine] | None  # an engine of others for the softmax blocks; None: ours
     flops: Flops  # forward, of one clip of T latent frames
 
@@ -74,6 +75,10 @@ class Stage:
 def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     """The data set, the mesh and the shapes of this stage, checked against each other."""
     config = run.recipe.stages[run.stage]
+    try:
+        kernels = backend.kernels(backend.device, run.backend.kernels, run.backend.attention)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     dataset = open_dataset(run.data.path)
     degrees = MeshDegrees.from_config(run.parallel, world.size, run.model.heads)
     mesh = build_mesh(degrees, backend.device.type, timedelta(seconds=run.backend.collective_timeout_s))
@@ -99,7 +104,7 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     mixture = mixture or {dataset: 1.0}
     null = dataset.null_text() if run.model.text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
-    return Stage(run, config, backend, world, mesh, dataset, mixture, frames, NoiseKey(run.seed, place), null_text, engine, flops)
+    return Stage(run, config, backend, world, mesh, dataset, mixture, frames, NoiseKey(run.seed, place), null_text, kernels, engine, flops)
 
 
 def valid_worlds(run: RunConfig, global_batch: int) -> str:
@@ -157,9 +162,7 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     ends = (*starts[1:], batch.frames)
     chunks = tuple(s + chunk for s, end in zip(starts, ends, strict=True) for chunk in chunk_starts(end - s, stage.config.chunk_frames))
     layout = ClipLayout(batch.frames, starts, chunks, tuple(batch.valid_frames.tolist()))
-    return make_sequence(
-        layout, stage.mesh, sequence_kernels(stage.backend.device), stage.attention, compiled=stage.run.parallel.compile
-    )
+    return make_sequence(layout, stage.mesh, stage.kernels, stage.attention, compiled=stage.run.parallel.compile)
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:

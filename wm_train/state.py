@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.sharding import compile_blocks, shard_model
 from wm_train.config import OptimizerConfig, RunConfig
 from wm_train.curriculum import matching
-from wm_train.models import build_model
+from wm_train.models import build_model, use_engine_
 from wm_train.models.init import initialise_
 from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
 from wm_train.optim.build import OPTIMIZERS
@@ -118,7 +118,7 @@ def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> Train
         return _build_zero3(run, config, mesh)
     with torch.device("meta"):
         model = build_model(run.model)
-    freeze(model, run)
+    prepare(model, run)
     blocks, offload = list(model.get_submodule("blocks").children()), run.parallel.offload_state == "cpu"
     if run.parallel.compile:
         compile_blocks(blocks)
@@ -137,7 +137,7 @@ def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> T
         settings = zero_config(run.parallel.precision, run.parallel.offload_state, run.parallel.nvme_path)
         with building(settings):
             model = build_model(run.model)
-        freeze(model, run)
+        prepare(model, run)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = adamw_groups(trained, config, dims=lambda p: len(p.ds_shape))  # type: ignore[attr-defined]
         zero = Zero3(model, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps), mesh, settings)
@@ -148,6 +148,12 @@ def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> T
     state = TrainState(model, zero, {}, zero)
     state.put(_prefixed("model/", first))
     return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
+
+
+def prepare(model: nn.Module, run: RunConfig) -> None:
+    """The kernels that the run asks for, and training of what its stage trains. Errors: those of `freeze`."""
+    use_engine_(model, run.backend.kernels)
+    freeze(model, run)
 
 
 def freeze(model: nn.Module, run: RunConfig) -> None:

@@ -43,7 +43,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *(problem for name, stage in config.recipe.stages.items() for problem in _range_problems(name, stage)),
         *_model_problems(config.model),
         *_check("data.", config.data, _data_rules()),
-        *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), _one_of("name", backends()))),
+        *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), *engines())),
         *_launcher_problems(config),
         *_check("tracker.", config.tracker, (_one_of("name", ("mlflow", "none")), ("experiment", bool, "a name"))),
         *_check(
@@ -144,6 +144,12 @@ def table(file: str, name: str) -> tuple[str, ...]:
 def backends() -> tuple[str, ...]:
     """Built-in back ends and those that installed packages add."""
     return (*table("backends/__init__.py", "BACKENDS"), *(point.name for point in entry_points(group="wm_train.backends")))
+
+
+def engines() -> tuple[Rule, ...]:
+    """Where and with what to compute."""
+    kernels, attention = table("kernels/engine.py", "ENGINES"), table("kernels/attention.py", "ATTENTION")
+    return _one_of("name", backends()), _one_of("kernels", kernels), _one_of("attention", attention)
 
 
 def _data_rules() -> tuple[Rule, ...]:

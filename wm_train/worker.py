@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
             backend = get_backend(run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0")))
         except ValueError as error:
             raise SetupError(str(error)) from error
+        if rank == 0 and backend.device.type != "cpu":  # which kernels run is news there
+            logging.basicConfig(format="%(message)s")
+            logging.getLogger("wm_train.kernels").setLevel(logging.INFO)
         progress = Progress(speaks=rank == 0)
         progress.mark("imports")
         world = join_world(backend, run.backend.collective_timeout_s)

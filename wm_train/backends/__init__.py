@@ -11,7 +11,7 @@ from wm_train.backends.protocol import Backend
 
 __all__ = ["BACKENDS", "Backend", "get_backend"]
 
-BACKENDS = ("auto", "cpu", "cuda")  # built in; entry points may add more
+BACKENDS = ("auto", "cpu", "cuda", "npu")  # built in; entry points may add more
 
 
 def get_backend(name: str, threads: int = 1, local_rank: int = 0) -> Backend:
@@ -19,11 +19,11 @@ def get_backend(name: str, threads: int = 1, local_rank: int = 0) -> Backend:
 
     Errors: ValueError when the name is unknown or its device is absent. Source: design §2, §7.
     """
-    from wm_train.backends import cpu, cuda
+    from wm_train.backends import cpu, cuda, npu
 
-    makers = {"cpu": cpu.make, "cuda": cuda.make, **_registered()}
+    makers = {"cpu": cpu.make, "cuda": cuda.make, "npu": npu.make, **_registered()}
     if name == "auto":
-        name = "cuda" if cuda.present() else "cpu"
+        name = "cuda" if cuda.present() else "npu" if npu.present() else "cpu"
     if name not in makers:
         choices = ", ".join(("auto", *makers))
         raise ValueError(f"backend: got {name!r}, expected one of {choices} (key backend.name). Fix: backend.name=auto")

@@ -1,92 +1,101 @@
-"""Softmax attention of one dense tile on CUDA devices, by whichever library kernel this device runs right.
+"""Which softmax attention a device gets: chosen once per device, dtype and head dim by the table below, tried, and logged.
 
-    cudnn   cuDNN's fused attention: capability 9.0 and up, where it uses the tensor cores as they want to be used
-    flash   flash attention 2 as PyTorch ships it: capability 8.0 and up
-    plain   matrix products over a bounded number of queries at a time (`parallel/local_attention.py`), anything else
-
-Masks never reach a kernel: `parallel.masks` has cut them into dense tiles. Head dims that are no power of two (112) are padded inside the
-kernels. An engine is tried once per device, dtype and head dim, forward and backward with a foreign log-sum-exp as ring attention needs it,
-against plain products; one that fails or differs is not used, and the log says why. The first that holds is used from then on.
+Masks never reach a dense engine: `parallel.masks` has cut them into tiles of whole frames. `flex` takes all tiles of a masked block in one
+kernel, and leaves unmasked blocks to the dense engine; it is used on request, as no device has shown yet that it pays. An engine is
+tried forward and backward, with a foreign log-sum-exp as ring attention needs it, against plain products. One that is absent, fails or
+differs is not used, and the log says why. Key backend.attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from parallel.local_attention import accumulation_dtype, dense_attention, dense_attention_backward
+from parallel.local_attention import block_attention, block_attention_backward, dense_attention, dense_attention_backward
+from parallel.masks import Tile
+from parallel.reference import REFERENCE, Kernels
+from wm_train.kernels import attention_engines as engines
+from wm_train.kernels.attention_engines import plain, plain_backward
 from wm_train.kernels.engine import log
 
-ATTENTION = ("auto", "cudnn", "flash", "plain")
+ATTENTION = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_3", "npu_fusion", "flex", "plain")
 TOLERANCE = 2e-2  # RMS ratio to plain products in fp32, for bf16 and fp16 operands
 
 
-def attention_candidates(engine: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
-    """Engines to try on a CUDA device, best first. Raises ValueError for an unknown name."""
+class Engine(NamedTuple):
+    """What an engine needs. capability: from … up to, on CUDA; widest: head dim, a multiple of 8; module: package; auto: tried unasked."""
+
+    device: str
+    capability: tuple[tuple[int, int], tuple[int, int]]
+    widest: int
+    module: str | None
+    auto: bool
+
+
+ANY = ((0, 0), (99, 0))
+TABLE = {  # dense engines for halves, best first
+    "cudnn": Engine("cuda", ((9, 0), (99, 0)), 128, None, True),
+    "flash_attn_3": Engine("cuda", ((9, 0), (9, 9)), 256, "flash_attn_interface", True),
+    "flash": Engine("cuda", ((8, 0), (99, 0)), 256, None, True),
+    "flash_attn": Engine("cuda", ((8, 0), (99, 0)), 256, "flash_attn", False),
+    "npu_fusion": Engine("npu", ANY, 512, "torch_npu", True),
+}
+
+
+def attention_candidates(engine: str, device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """Dense engines to try on a device type, best first. Raises ValueError for an unknown name, or one of another device."""
     if engine not in ATTENTION:
-        raise ValueError(f"attention: got engine {engine!r}, expected one of {', '.join(ATTENTION)} (wm_train.kernels). Fix: engine='auto'")
-    if engine != "auto":
+        raise ValueError(f"attention: got engine {engine!r}, expected one of {', '.join(ATTENTION)} (key backend.attention). Fix: auto")
+    if engine in TABLE:
+        if TABLE[engine].device != device:
+            raise ValueError(
+                f"attention: got engine {engine!r} on {device}, expected one for that device (key backend.attention). Fix: engine='auto'"
+            )
         return (engine,)
-    half = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0
-    found = ["cudnn"] if half and capability >= (9, 0) and head_dim <= 128 else []
-    found += ["flash"] if half and capability >= (8, 0) and head_dim <= 256 else []
-    return (*found, "plain")
-
-
-def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `parallel.local_attention.dense_attention`: q [B, H, n, D], k, v [B, H, m, D] -> out [B, H, n, D], LSE [B, H, n]."""
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    return out, lse.squeeze(-1)
-
-
-def cudnn_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `parallel.local_attention.dense_attention_backward`."""
-    state = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))  # no dropout
-    sizes = (None, None, q.shape[2], k.shape[2])
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad.to(q.dtype).contiguous(), q, k, v, out, lse.contiguous().unsqueeze(-1), *state, None, *sizes, 0.0, False
-    )
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Products in fp32 (fp64 for fp64): the library kernels of `dense_attention` take halves only."""
-    wide = accumulation_dtype(q.dtype)
-    out, lse = dense_attention(q.to(wide), k.to(wide), v.to(wide))
-    return out.to(q.dtype), lse
-
-
-def plain_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = accumulation_dtype(q.dtype)
-    grads = dense_attention_backward(grad.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide), lse)
-    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+    if engine == "plain" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
+        return ("plain",)
+    fitting = [
+        name
+        for name, e in TABLE.items()
+        if e.auto and e.device == device and e.capability[0] <= capability <= e.capability[1] and head_dim <= e.widest
+    ]
+    return (*fitting, "plain")
 
 
 def functions(engine: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    """Forward and backward of one engine."""
+    """Forward and backward of one dense engine."""
     table = {
-        "cudnn": (cudnn_attention, cudnn_attention_backward),
-        "flash": (dense_attention, dense_attention_backward),
-        "plain": (plain_attention, plain_attention_backward),
+        "cudnn": (engines.cudnn_attention, engines.cudnn_attention_backward),
+        "flash_attn_3": (engines.flash_attn_3, engines.flash_attn_3_backward),
+        "flash": (engines.flash_attention, engines.flash_attention_backward),
+        "flash_attn": (engines.flash_attn, engines.flash_attn_backward),
+        "npu_fusion": (engines.npu_fusion, engines.npu_fusion_backward),
+        "plain": (plain, plain_backward),
     }
     return table[engine]
 
 
 def defect(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why an engine must not be used here; None if 40 queries against two blocks of keys come out right, forward and backward."""
+    module = TABLE[engine].module if engine in TABLE else None
+    if module is not None and find_spec(module) is None:
+        return f"the package {module} is not installed"
     generator = torch.Generator().manual_seed(0)
     q, first, second, v_first, v_second, grad = (torch.randn(1, 2, 40, head_dim, generator=generator).to(device, dtype) for _ in range(6))
     forward, backward = functions(engine)
-    expected, sums = plain_attention(q, torch.cat((first, second), 2), torch.cat((v_first, v_second), 2))
-    wanted = plain_attention_backward(grad, q, first, v_first, expected, sums)
-    _, sums_first = plain_attention(q, first, v_first)
+    expected, sums = plain(q, torch.cat((first, second), 2), torch.cat((v_first, v_second), 2))
+    wanted = plain_backward(grad, q, first, v_first, expected, sums)
+    _, sums_first = plain(q, first, v_first)
     try:
         out, lse = forward(q, torch.cat((first, second), 2), torch.cat((v_first, v_second), 2))
         _, lse_first = forward(q, first, v_first)
         got = backward(grad, q, first, v_first, expected, sums)
-    except (RuntimeError, ValueError) as reason:
+    except (RuntimeError, ValueError, TypeError, ImportError) as reason:
         return f"it raised {type(reason).__name__}: {str(reason).splitlines()[0]}"
     pairs = ((out, expected), (lse, sums), (lse_first, sums_first), *zip(got, wanted))
     worst = max(((a.float() - e.float()).norm() / e.float().norm()).item() for a, e in pairs)
@@ -95,23 +104,22 @@ def defect(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 
 @lru_cache(maxsize=32)
 def attention_engine(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The engine for these inputs on a CUDA device: tried, chosen once, logged. Raises ValueError if the one asked for does not work."""
+    """The dense engine for these inputs: tried, chosen once, logged. Raises ValueError if the one asked for does not work."""
     where = f"{device}, {dtype}, head dim {head_dim}"
-    for name in attention_candidates(engine, torch.cuda.get_device_capability(device), dtype, head_dim):
-        reason = defect(name, device, dtype, head_dim)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    for name in attention_candidates(engine, device.type, capability, dtype, head_dim):
+        reason = None if name == "plain" else defect(name, device, dtype, head_dim)
         if reason is None:
             log.info("attention: %s (%s)", name, where)
             return name
-        if engine != "auto":
+        if engine == name:
             raise ValueError(f"attention: got engine {engine!r} on {where}, expected one that works: {reason}. Fix: engine='auto'")
         log.warning("attention: not %s (%s): %s", name, where, reason)
-    raise AssertionError("plain products cannot differ from themselves")
+    raise AssertionError("plain comes last and needs no trial")
 
 
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, engine: str = "auto") -> tuple[Tensor, Tensor]:
     """One dense tile on the device's best engine; signature of `dense_attention`."""
-    if q.device.type != "cuda":
-        return dense_attention(q, k, v)
     return functions(attention_engine(engine, q.device, q.dtype, q.shape[-1]))[0](q, k, v)
 
 
@@ -119,6 +127,39 @@ def attend_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, engine: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward; signature of `dense_attention_backward`."""
-    if q.device.type != "cuda":
-        return dense_attention_backward(grad, q, k, v, out, lse)
     return functions(attention_engine(engine, q.device, q.dtype, q.shape[-1]))[1](grad, q, k, v, out, lse)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable) -> tuple[Tensor, Tensor]:
+    """`block_attention`: masked blocks by FlexAttention, the others by `dense`."""
+    return engines.flex_block(q, k, v, tiles) if len(tiles) > 1 else block_attention(q, k, v, tiles, dense)
+
+
+def flex_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...], dense: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_attention_backward` likewise; on CPUs, where FlexAttention has no backward, tile by tile."""
+    if len(tiles) > 1 and q.device.type != "cpu":
+        return engines.flex_block_backward(grad, q, k, v, out, lse, tiles)
+    return block_attention_backward(grad, q, k, v, out, lse, tiles, dense)
+
+
+def with_attention(device: torch.device, engine: str, table: Kernels = REFERENCE) -> Kernels:
+    """The table with this device's softmax attention. Raises ValueError for an engine that is unknown or another device's."""
+    attention_candidates(engine, device.type, ANY[1], torch.bfloat16, 128)
+    forward: Callable = dense_attention
+    backward: Callable = dense_attention_backward
+    if device.type != "cpu":
+        dense = "auto" if engine == "flex" else engine
+        forward, backward = partial(attend_tile, engine=dense), partial(attend_tile_backward, engine=dense)
+    elif engine in ("auto", "plain"):
+        return table  # the CPU's own kernels are the reference
+    if engine == "flex":
+        log.info("attention: flex for masked blocks (%s)", device)
+        return table._replace(
+            block_attention=partial(flex_attention, dense=forward),
+            block_attention_backward=partial(flex_attention_backward, dense=backward),
+        )
+    return table._replace(
+        block_attention=partial(block_attention, dense=forward), block_attention_backward=partial(block_attention_backward, dense=backward)
+    )

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from parallel.halo import Taps
-from parallel.local_attention import block_attention, block_attention_backward
-from parallel.reference import REFERENCE, Kernels
+from parallel.reference import Kernels
 from wm_train.kernels import reference
-from wm_train.kernels.attention import attend_tile, attend_tile_backward
+from wm_train.kernels.attention import with_attention
 from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
 
 
@@ -149,17 +148,12 @@ def camera_output(
 def sequence_kernels(device: torch.device, engine: str = "auto", attention: str = "auto") -> Kernels:
     """The local kernels of `parallel`'s verbs on this device, the same table on every call; for `LocalSequence` and `GroupSequence`.
 
-    engine: of the GDN states; attention: auto | cudnn | flash | plain, of the softmax blocks on CUDA devices (`attention.py`).
+    engine: of the GDN states; attention: of the softmax blocks (`attention.py`). Keys backend.kernels and backend.attention.
     """
     if engine not in ENGINES:
         raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (sequence_kernels). Fix: engine='auto'")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    table = REFERENCE
-    if device.type == "cuda":
-        table = table._replace(
-            block_attention=partial(block_attention, dense=partial(attend_tile, engine=attention)),
-            block_attention_backward=partial(block_attention_backward, dense=partial(attend_tile_backward, engine=attention)),
-        )
+    table = with_attention(device, attention)
     if resolve(engine, "states", device.type, capability, torch.float32, HEAD_DIMS[1]) == "reference":
         return table
     from wm_train.kernels import scan

@@ -17,6 +17,8 @@ from wm_train.kernels.engine import log
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # RMS ratio to the reference in fp32; states go through TF32
 FRAMES, TOKENS, HEADS = 1, 20, 2
+TokenCase = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
+IN_TOKENS = frozenset({"extended", "key", "value", "query"})
 
 
 @lru_cache(maxsize=32)
@@ -45,46 +47,54 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
-def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
-    """RMS ratio of every output and gradient of the token functions."""
+def token_cases(d: int) -> dict[str, TokenCase]:
+    """name -> function of the dispatch, what takes gradients, the rest; CPU, fp32. Those in IN_TOKENS come in the compute dtype."""
     from wm_train.kernels import dispatch
 
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator)
+
+    def convolution(extended: Tensor, weight: Tensor, engine: str) -> Tensor:
+        return dispatch.short_convolution(Taps(extended, 3, FRAMES), weight, HEADS, engine=engine)[0]
 
     lead, scale = (1, FRAMES, TOKENS), (d * TOKENS) ** -0.5
-    one, two = (normal(*lead, HEADS * d).to(dtype) for _ in range(2))
+    key, value = (normal(*lead, HEADS * d) for _ in range(2))
     beta, weight = torch.sigmoid(normal(*lead, HEADS)), 1.0 + 0.1 * normal(HEADS * d)
     state, normaliser = normal(1, FRAMES, HEADS, d, d), normal(1, FRAMES, HEADS, 1, d).abs()
     angle, ray_angle = normal(*lead, 1, d // 2), normal(*lead, 1, d // 4)
-    pose = torch.eye(4, device=device).repeat(*lead, 1, 1)
+    pose = torch.eye(4).repeat(*lead, 1, 1)
     pose[..., :3, 3] = normal(*lead, 3)
-    tables, rays = (angle.cos(), angle.sin()), (ray_angle.cos(), ray_angle.sin())
-    extended = normal(1, FRAMES + 6, TOKENS, HEADS * d).to(dtype)
-
-    def convolution(x: Tensor, w: Tensor, engine: str) -> Tensor:
-        return dispatch.short_convolution(Taps(x, 3, FRAMES), w, HEADS, engine=engine)[0]
-
-    calls: dict[Callable[..., Any], tuple[tuple[Tensor, ...], tuple[Any, ...]]] = {
-        convolution: ((extended, normal(HEADS * d, 1, 4)), ()),
-        dispatch.gdn_gram: ((one, two, beta, weight), (*tables, scale)),
-        dispatch.gdn_output: ((one, state, normaliser, weight), tables),
-        dispatch.camera_gram: ((one, two, beta, weight), (pose, *rays, scale)),
-        dispatch.camera_output: ((one, state, weight), (pose, *rays)),
+    tables, rays = ({"cos": x.cos(), "sin": x.sin()} for x in (angle, ray_angle))
+    keys, reads = {"key": key, "value": value, "beta": beta, "weight": weight}, {"query": key, "state": state, "weight": weight}
+    frames = normal(1, FRAMES + 6, TOKENS, HEADS * d)
+    return {
+        "short_convolution": (convolution, {"extended": frames, "weight": normal(HEADS * d, 1, 4)}, {}),
+        "gdn_gram": (dispatch.gdn_gram, keys, {**tables, "scale": scale}),
+        "gdn_output": (dispatch.gdn_output, {**reads, "normaliser": normaliser}, tables),
+        "camera_gram": (dispatch.camera_gram, keys, {**rays, "scale": scale, "ray_to_world": pose}),
+        "camera_output": (dispatch.camera_output, reads, {**rays, "world_to_ray": pose}),
     }
-    ratios = {}
-    for function, (inputs, rest) in calls.items():
-        results = []
-        for engine, kind in (("reference", torch.float32), ("triton", dtype)):
-            leaves = [x.detach().to(kind if x.dtype == dtype else x.dtype).requires_grad_() for x in inputs]
-            out = function(*leaves, *rest, engine=engine)
-            out = out if isinstance(out, tuple) else (out,)
-            torch.autograd.backward(out, [torch.cos(torch.arange(x.numel(), device=device)).reshape(x.shape).to(x.dtype) for x in out])
-            results.append([*(x.detach() for x in out), *(leaf.grad for leaf in leaves)])
-        for i, (expected, actual) in enumerate(zip(*results, strict=True)):
-            ratios[f"{function.__name__}[{i}]"] = _ratio(actual, expected)
+
+
+def run_tokens(case: TokenCase, device: torch.device, low: torch.dtype, high: torch.dtype, engine: str) -> dict[str, Tensor]:
+    """Outputs and gradients of one case; token tensors in `low`, all others in `high`."""
+    function, inputs, rest = case
+    leaves = {k: x.to(device, low if k in IN_TOKENS else high).detach().requires_grad_() for k, x in inputs.items()}
+    out = function(**leaves, **{k: x.to(device, high) if torch.is_tensor(x) else x for k, x in rest.items()}, engine=engine)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(out, [torch.cos(torch.arange(x.numel(), device=device)).reshape(x.shape).to(x.dtype) for x in out])
+    return {f"out[{i}]": x.detach() for i, x in enumerate(out)} | {f"d {k}": x.grad for k, x in leaves.items() if x.grad is not None}
+
+
+def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
+    """RMS ratio of every output and gradient of the token functions to the reference in fp32, on the same device."""
+    ratios: dict[str, float] = {}
+    for name, case in token_cases(d).items():
+        expected = run_tokens(case, device, torch.float32, torch.float32, "reference")
+        actual = run_tokens(case, device, dtype, torch.float32, "triton")
+        ratios |= {f"{name} {k}": _ratio(actual[k], x) for k, x in expected.items()}
     return ratios
 
 

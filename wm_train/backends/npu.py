@@ -1,0 +1,54 @@
+"""Ascend workers over HCCL, through torch_npu. Written against its documentation; it has not run on a device (see `backends check`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from wm_train.backends.protocol import Backend, accelerator_memory, take_device
+
+
+def present() -> bool:
+    """Whether torch_npu is here and sees a device. It is imported only then: without its driver the import itself fails."""
+    if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        return bool(_module().is_available())
+    except (ImportError, OSError):
+        return False
+
+
+def make(threads: int, local_rank: int) -> Backend:
+    """A worker that drives device `local_rank` of its node."""
+    if not present():
+        raise ValueError("backend: got 'npu', expected torch_npu and a device that it sees (key backend.name). Fix: backend.name=cpu")
+    module = _module()
+    device = take_device("npu", module, local_rank, threads)
+    return Backend(
+        name="npu",
+        device=device,
+        collectives="hccl",
+        synchronize=module.synchronize,
+        memory=lambda: accelerator_memory(module, device),
+        stream=lambda: module.Stream(device),
+        event=lambda: module.Event(enable_timing=True),
+        profiler=_profiler,
+        capabilities=frozenset({"device_timers", "pinned"}),  # HCCL has no PREMUL_SUM
+    )
+
+
+def _module() -> Any:
+    """torch.npu, which importing torch_npu adds to torch."""
+    import torch_npu  # noqa: F401
+
+    return torch.get_device_module("npu")
+
+
+def _profiler() -> AbstractContextManager[Any]:
+    import torch_npu
+
+    return torch_npu.profiler.profile()
