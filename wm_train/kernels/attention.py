@@ -131,8 +131,10 @@ def attend_tile_backward(
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable) -> tuple[Tensor, Tensor]:
-    """`block_attention`: masked blocks by FlexAttention, the others by `dense`."""
-    return engines.flex_block(q, k, v, tiles) if len(tiles) > 1 else block_attention(q, k, v, tiles, dense)
+    """`block_attention`: masked blocks by FlexAttention, the others by `dense`. Its gradients are `flex_attention_backward`'s."""
+    if len(tiles) > 1:
+        return engines.flex_block(q.detach(), k.detach(), v.detach(), tiles)
+    return block_attention(q, k, v, tiles, dense)
 
 
 def flex_attention_backward(
