@@ -149,7 +149,7 @@ def open_loader(
             readers=data.readers,
             quarantined=names,
             replicated=stage.mesh.sequence_index == 0,
-            pin=stage.backend.device.type != "cpu",
+            pin="pinned" in stage.backend.capabilities,
         )
 
     return Feed(loader, data, stage.world, first_step, quarantined, report)

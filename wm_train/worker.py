@@ -8,6 +8,7 @@ one stage. Exit codes: 0 the stage is done; 2 the user must change something, or
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import sys
