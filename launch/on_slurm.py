@@ -50,7 +50,7 @@ while [ "$leaving" = yes ] && kill -0 "$step" 2>/dev/null; do # a trap interrupt
   wait "$step"
   code=$?
 done
-if [ "$leaving" = yes ] && [ {requeue} = yes ]; then
+if [ "$leaving" = yes ] && [ "$code" != 0 ] && [ {requeue} = yes ]; then # 0: it had just come to its end
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
