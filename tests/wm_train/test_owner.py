@@ -15,7 +15,7 @@ import pytest
 from wm_train import owner
 from wm_train.compose import compose
 from wm_train.curriculum import plan
-from wm_train.launch import run_stage
+from wm_train.launch import run_groups, spec_of
 from wm_train.owner import NAME, OwnedError, check_free, owned, read_owner, this_process
 from wm_train.world import World
 
@@ -162,6 +162,6 @@ def test_the_command_is_refused_before_it_touches_the_folder(tmp_path, capsys):
     stages = plan(config)
     folder = stages[0].directory
     with owned(folder):
-        assert run_stage(config, stages[0], stages) == 2
+        assert run_groups([{"": spec_of(config, stages[0], stages)}], "inline") == 2
     assert f"owned by process {os.getpid()}" in capsys.readouterr().err
     assert not list(folder.iterdir()), "the config of the run that lives is not written over"
