@@ -26,7 +26,7 @@ SAVERS = {
 }
 
 
-@pytest.mark.parametrize("kind", SAVERS)
+@pytest.mark.parametrize("kind", ["selective", *(pytest.param(kind, marks=pytest.mark.full) for kind in SAVERS if kind != "selective")])
 def test_saving_memory_does_not_change_a_bit(alone, train_here, losses, tmp_path, kind):
     train_here(tmp_path, SAVERS[kind], "recipe.stages.short.steps=20")
     assert losses(tmp_path) == alone

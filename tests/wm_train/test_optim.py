@@ -13,7 +13,7 @@ from wm_train.optim.schedule import learning_rate
 WORKER = Path(__file__).with_name("optimizer_worker.py")
 
 
-@pytest.mark.parametrize("name", ["adamw", "normuon"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.full), "normuon"])  # which steps vectors with AdamW
 def test_sharded_steps_equal_the_whole_one(tmp_path, run_ranks, name):
     for count in (1, 3):
         run_ranks(count, WORKER, name, tmp_path / f"{count}.pt")
