@@ -10,9 +10,9 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
-import ray
 import yaml
 
 from launch import frozen
@@ -72,7 +72,7 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
         limits[kind] = count
     head = pod(first, {"cpu": "2", "memory": "8Gi"}, secret=name)
     cluster = {
-        "rayVersion": ray.__version__,
+        "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
         # The head only keeps the books: it must not die of what a worker does.
         "headGroupSpec": {"rayStartParams": {"num-cpus": "0", "disable-usage-stats": "true"}, "template": head},
