@@ -71,7 +71,7 @@ def test_bytes_of_the_scan_follow_the_formula(hybrid):
         assert member.sent["scan backward"] == 4 * backward * (members - 1)
 
 
-@pytest.mark.parametrize(("task", "world"), [("two", 2), ("four", 4)])
+@pytest.mark.parametrize(("task", "world"), [("two", 2), pytest.param("four", 4, marks=pytest.mark.full)])
 def test_fsdp2_gradients_equal_those_of_one_process(processes, hybrid, oracles, task, world):
     """Summed over the sequence group, averaged over clips: unequal valid frames, sharded and replicated parameters, checkpointing."""
     _, expected = single(hybrid, torch.float32, 2)

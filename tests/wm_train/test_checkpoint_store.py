@@ -136,6 +136,7 @@ def test_retention_and_the_commands_work_on_an_address(root, capsys, tmp_path):
     assert main(["verify", str(root)]) == 2
 
 
+@pytest.mark.full
 def test_a_stage_trains_into_a_store_and_goes_on_from_it(alone, train_here, losses, s3, tmp_path):
     to = f"trainer.checkpoint_to={s3}/runs"
     train_here(tmp_path, to, "recipe.stages.short.steps=10")

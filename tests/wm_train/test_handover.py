@@ -98,6 +98,7 @@ def test_a_stage_ends_at_its_gate_and_stays_ended(train_here, tmp_path) -> None:
     assert len(read_steps(metrics)) == 6, "a lower gate lets it go on, to its last step at most"
 
 
+@pytest.mark.full
 def test_each_stage_runs_at_its_own_precision(train_here, alone, losses, tmp_path) -> None:
     train_here(tmp_path, "recipe.stages.short.parallel.precision=bf16")
     assert losses(tmp_path) != alone

@@ -9,7 +9,7 @@ import pytest
         (2, ("parallel.dp_replicate=2",)),
         (2, ("parallel.cp=2", "parallel.ring=2", "parallel.ulysses=1")),
         (2, ("parallel.cp=2", "model.activation_checkpointing=block")),
-        (1, ("model.activation_checkpointing=block",)),
+        pytest.param(1, ("model.activation_checkpointing=block",), marks=pytest.mark.full),
     ],
     ids=["hsdp", "ring", "checkpointed cp", "checkpointed"],
 )
@@ -53,6 +53,7 @@ def test_four_processes(train_here, worker_config, losses, tmp_path, run_ranks, 
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5, abs=0)
 
 
+@pytest.mark.full
 def test_bf16_stays_close_to_fp32_and_normuon_does_not_care_for_the_mesh(alone, train_here, worker_config, losses, tmp_path, run_ranks):
     train_here(tmp_path / "bf16", "parallel.precision=bf16")
     assert losses(tmp_path / "bf16") != alone

@@ -41,6 +41,7 @@ def test_activations_are_those_of_a_real_forward_pass():
     assert memory.kept_bytes(SMALL, SHAPE, "fp32") == pytest.approx(really_kept(SMALL), rel=0.02)
 
 
+@pytest.mark.full
 def test_blocks_measured_one_by_one_add_up():
     for mode in ("none", "block", "selective"):
         config = replace(SMALL, activation_checkpointing=mode)

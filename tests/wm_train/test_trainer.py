@@ -86,6 +86,7 @@ def test_a_spike_is_skipped_when_asked(train_here, tmp_path, monkeypatch):
     assert [row["step"] for row in rows if row["skipped"]] == [12]
 
 
+@pytest.mark.full
 def test_when_skipping_does_not_help_the_run_goes_back_and_leaves_out_what_led_there(train_here, tmp_path, monkeypatch):
     """Steps 12 to 14 are bad and two may be skipped: back to the checkpoint of step 10, without the batches 11 to 14."""
     train_here(tmp_path / "without", "trainer.skip_steps=[11,12,13,14]")
@@ -106,6 +107,7 @@ def test_without_a_checkpoint_before_the_bad_steps_there_is_nothing_to_go_back_t
         train_here(tmp_path, "trainer.on_bad_step=skip", "trainer.bad_step_budget=1")
 
 
+@pytest.mark.full
 def test_profiled_steps_become_a_trace_and_change_nothing(alone, train_here, tmp_path):
     train_here(tmp_path, "trainer.profile=3-4", "recipe.stages.short.steps=5")
     assert [row["loss"] for row in read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")] == alone[:5]
