@@ -28,6 +28,8 @@ class Cost(NamedTuple):
 
 def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost]:
     """{"forward": …, "backward": …} of one call by one member. tensors: shapes and dtypes of its inputs."""
+    if member.size == 1:
+        return {}  # nobody to send to
     if isinstance(verb, ScanVerb):
         return scan_cost(verb, tensors, member)
     if isinstance(verb, HaloVerb):

@@ -2,8 +2,8 @@
 
 Builds the configured model and objective, runs loss, output and every parameter's gradient on one device and over the mesh, and compares.
 The mesh is ring x ulysses virtual ranks in this process (the sequence mesh, real algorithms), or with --processes real gloo processes with
-FSDP2 (launcher.workers of them). Exit code 0: equal within the tolerance; 1: not equal, or a parameter is not exercised; 2: the arguments
-are wrong.
+FSDP2 (launcher.workers of them). Every pool is proven with its own overrides; pool=<name> takes one of them. Exit code 0: equal within the
+tolerance; 1: not equal, or a parameter is not exercised; 2: the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from wm_train.config import ParallelConfig, RunConfig
 from wm_train.models import build_model
 from wm_train.objectives import OBJECTIVES
 from wm_train.parity_case import Comparison, Outcome, ParityCase, TrafficRow, compare, not_exercised, on_one_device, on_virtual_ranks
+from wm_train.pools import pool_runs
 
 DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to ask
 
@@ -39,12 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        config = compose.compose(options.overrides)
-        degrees = degrees_of(config, options.processes)
-        case = case_of(config, options, degrees)
+        pools = {pool: first_stage(run) for pool, run in pool_runs(compose.compose(options.overrides), options.overrides).items()}
+        if options.checkpoint and len(pools) > 1:
+            problem = compose.Problem("--checkpoint", f"one for {len(pools)} pools", "the pool that it is of", f"pool={next(iter(pools))}")
+            raise compose.ConfigError([problem])
+        meshes = {pool: degrees_of(run, options.processes) for pool, run in pools.items()}
+        cases = {pool: case_of(run, options, meshes[pool]) for pool, run in pools.items()}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    return max(prove(run, cases[pool], meshes[pool], options) for pool, run in pools.items())
+
+
+def prove(config: RunConfig, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace) -> int:
+    """One comparison and its tables; 0 if all is well, else 1."""
     tolerance = options.tolerance or (1e-9 if case.double else 1e-5)
     reference = on_one_device(case)
     rows: list[TrafficRow] = []
@@ -56,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, rows = on_virtual_ranks(case, degrees.ring, degrees.ulysses)
     print(title(config, case, degrees, options.processes))
     return report(case, reference, found, rows, tolerance, options.worst)
+
+
+def first_stage(config: RunConfig) -> RunConfig:
+    """The run as its first selected stage sees it, with that stage's own mesh and model."""
+    return curriculum.stage_run(config, curriculum.select(config.recipe, config.stage)[0])
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -75,9 +89,8 @@ def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
 
 
 def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
-    """The first selected stage, at its full length."""
-    name = curriculum.select(config.recipe, config.stage)[0]
-    config, stage = curriculum.stage_run(config, name), config.recipe.stages[name]
+    """The stage that `config` is a view of, at its full length."""
+    stage = config.recipe.stages[config.stage]
     stride = DEFAULT_STRIDE
     if Path(config.data.path).is_dir():
         from data_shards.read import open_dataset
@@ -115,8 +128,9 @@ def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: 
         else f"{degrees.cp} virtual ranks (ring {degrees.ring} x ulysses {degrees.ulysses}; the sequence mesh. FSDP: --processes)"
     )
     valid = ", ".join(str(n) for n in case.layout.valid_frames or ())
+    name = f"{config.name}, pool {config.pool}" if config.pool else config.name
     return (
-        f"{config.name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames} latent frames ({valid} valid),"
+        f"{name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames} latent frames ({valid} valid),"
         f" {'float64' if case.double else 'float32'} on {case.device}\none device against {where}\n"
     )
 

@@ -1,20 +1,22 @@
 """Know before you queue: `python -m wm_train.plan experiment=demo` says what every selected stage will hold, before anything is started.
 
 It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: frame sizes come from the data set, or from
---latent where the data is elsewhere. Shapes, parameters, inheritance, mesh and memory; it says nothing about time yet.
+--latent where the data is elsewhere. Shapes, parameters, inheritance, mesh and memory; it says nothing about time yet. Every pool is
+planned with its own overrides; pool=<name> takes one of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig, StageConfig
+from wm_train.pools import named, pool_runs
 
 if TYPE_CHECKING:
     from wm_train.memory import Memory
@@ -46,15 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         elsewhere = ["data.path=elsewhere"] if options.latent and not any(o.startswith("data.path=") for o in options.overrides) else []
-        run = compose.compose([*options.overrides, *elsewhere], options.config_dir)
-        frame = latent_frame(run, options.latent)
-        problems = without_data(run, data_is_here=options.latent is None)
+        overrides = [*options.overrides, *elsewhere]
+        pools = pool_runs(compose.compose(overrides, options.config_dir), overrides, options.config_dir)
+        frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
+        problems = [found for pool, run in pools.items() for found in named(without_data(run, options.latent is None), pool)]
         if problems:
             raise compose.ConfigError(problems)
     except compose.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return shown(run, frame, options.memory)
+    return shown_pools(pools, frames, options.memory)
+
+
+def shown_pools(pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], device_gib: float | None = None) -> int:
+    """`shown` for every pool under its name, and the workers of all of them: they train at the same time."""
+    codes = []
+    for pool, run in pools.items():
+        if pool:
+            noise = run.pools[pool]
+            print(f"pool {pool}: noise levels {noise.sigma_min:g} to {noise.sigma_max:g}, {run.launcher.workers} workers")
+        codes.append(shown(run, frames[pool], device_gib))
+    if len(pools) > 1:
+        print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
+    return 2 if 2 in codes else max(codes)
 
 
 def shown(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:

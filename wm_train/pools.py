@@ -7,7 +7,7 @@ A pool is the run's own command line with the pool's overrides behind it, so eve
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +60,11 @@ def _problems(config: RunConfig, chosen: int) -> list[Problem]:
         rule = "one that starts several groups of workers: ray, torchrun on one machine, slurm with launcher.slurm.runner=ray"
         found.append(Problem("launcher.name", repr(launcher.name), rule, "launcher=ray, or one after the other with pool=<name>"))
     return found
+
+
+def named(problems: Iterable[Problem], pool: str) -> list[Problem]:
+    """Problems of a pool's own run, which say whose they are."""
+    return [replace(problem, where=f"pools.{pool}: {problem.where}" if pool else problem.where) for problem in problems]
 
 
 def with_range(run: RunConfig, pool: PoolConfig) -> RunConfig:

@@ -27,6 +27,24 @@ def test_the_real_model_agrees_over_virtual_ranks(mesh, capsys):
         assert word in printed
 
 
+def test_every_pool_is_proven_on_its_own_mesh(capsys):
+    pools = ["experiment=demo_pools", *SMALL[1:], 'pools.high.overrides=["launcher.workers=2","parallel.cp=2"]', "--worst", "1"]
+    assert parity.main(pools) == 0
+    high, low = capsys.readouterr().out.split("demo_pools, pool low: ")
+    assert high.startswith("demo_pools, pool high: ")
+    assert "against 2 virtual ranks" in high
+    assert "against 1 virtual ranks" in low
+    assert parity.main([*pools, "pool=low"]) == 0
+    assert "pool high" not in capsys.readouterr().out
+    assert parity.main([*pools, "--checkpoint", "step_1"]) == 2
+    assert "pool=high" in capsys.readouterr().err
+
+
+def test_a_stages_own_mesh_is_the_one_that_is_proven(capsys):
+    assert parity.main([*SMALL, "stage=short", "recipe.stages.short.parallel.cp=2", "--worst", "1"]) == 0
+    assert "against 2 virtual ranks" in capsys.readouterr().out
+
+
 def test_collectives_per_block_with_and_without_checkpointing():
     """The real hybrid: GDN block 1 all-gather and 2 halos, softmax block 2 all-to-alls and 1 halo, forward and backward (design §4)."""
     for checkpointing in ("none", "block"):

@@ -114,6 +114,35 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
     assert "recipe.stages.long.new: got 'blocks.9.*'" in capsys.readouterr().err
 
 
+POOLS = ["experiment=demo_pools", "stage=1", 'pools.high.overrides=["launcher.workers=4","parallel.cp=2","model.depth=8"]']
+
+
+def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys):
+    assert main([*POOLS, "--latent", "16x7x10/8"]) == 0
+    out = capsys.readouterr().out
+    _, high, low = re.split(r"^pool ", out, flags=re.MULTILINE)
+    assert high.startswith("high: noise levels 0.6 to 1, 4 workers\n")
+    assert low.startswith("low: noise levels 0 to 0.6, 1 workers\n")
+    assert "4 workers = 2 data parallel x 2 sequence parallel" in high
+    assert "1 workers = 1 data parallel x 1 sequence parallel" in low
+    large, small = (int(re.search(r"([\d,]+) parameters", text)[1].replace(",", "")) for text in (high, low))
+    assert large > 1.5 * small
+    assert out.endswith("all pools together: 5 workers\n")
+    assert main([*POOLS, "--latent", "16x7x10/8", "pool=low"]) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("pool low: ")
+    assert "pool high" not in alone
+    assert "together: 5" not in alone
+    assert main([*POOLS, "--latent", "16x7x10/8", "--memory", "0.2"]) == 3, "one of the pools does not fit"
+    out = capsys.readouterr().out
+    assert out.index(": fits") < out.index("pool low") < out.index("DOES NOT FIT")
+
+
+def test_a_mistake_in_a_pool_is_one_report_that_names_it(capsys):
+    assert main([*POOLS, "--latent", "16x7x10/8", 'pools.low.overrides=["parallel.cp=3"]']) == 2
+    assert "pools.low: parallel.cp: got 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]])
 def test_bad_input_is_one_report(capsys, arguments):
     assert main(["experiment=demo", *arguments]) == 2
