@@ -18,7 +18,11 @@ LAUNCHERS = {
     "torchrun": "launch.on_torchrun",
 }  # imported when used, as Ray takes a second
 LATER = ("kubernetes", "slurm")  # these only prepare or queue the work
-WHOLE = ("kubernetes",)  # these take all stages at once
+
+
+def takes_all_stages(launcher: str, spec: LaunchSpec) -> bool:
+    """Whether the launcher is handed all stages at once (`run_whole`) and not one after the other (`run`)."""
+    return launcher == "kubernetes" or (launcher == "slurm" and spec.batch is not None and spec.batch.chain == "array")
 
 
 def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
@@ -31,5 +35,5 @@ def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> i
 
 
 def run_whole(launcher: str, stages: Sequence[Mapping[str, LaunchSpec]], view: ProgressView) -> int:
-    """Hand all stages to one of the launchers in WHOLE; returns the exit code."""
+    """Hand all stages to a launcher that takes them at once; returns the exit code."""
     return int(import_module(LAUNCHERS[launcher]).run_stages(stages, view))

@@ -2,7 +2,7 @@
 node starts the workers, or `ray symmetric-run` makes the nodes a Ray cluster and our Ray driver does, with its restarts and pools.
 
 `signal_s` before the time limit the script asks the workers to save and leave, and puts itself back into the queue: its next start
-resumes. A stage of a longer curriculum waits for the one before it (`afterok`).
+resumes. A stage of a longer curriculum is a job that waits for the one before it (`afterok`), or a task of one array.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch import frozen
+from launch.frozen import Stages
 from launch.progress import ProgressView
 from launch.spec import JOB_ID, USER_ERROR, LaunchSpec, fill
 from launch.token import TokenError, ensure_token, environment
 
+SEEN_WITHIN_S = 60  # for a network file system to show how a stage has ended
 MEET_S = 300.0  # nodes may pull a container first
 SCRIPT = """\
 #!/bin/bash
@@ -32,7 +34,7 @@ set -u
 # An address rather than a name, as names of nodes need not resolve everywhere; a port of its own for every job.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-port=$((20000 + SLURM_JOB_ID % 20000))
+port=$((20000 + SLURM_JOB_ID % 12000)) # below those that connections take
 
 {step} &
 step=$!
@@ -52,8 +54,38 @@ while [ "$leaving" = yes ] && kill -0 "$step" 2>/dev/null; do # a trap interrupt
 done
 if [ "$leaving" = yes ] && [ "$code" != 0 ] && [ {requeue} = yes ]; then # 0: it had just come to its end
   scontrol requeue "$SLURM_JOB_ID"
+elif [ -n "${{SLURM_ARRAY_JOB_ID:-}}" ]; then # for the next task of an array
+  echo "$code" > {folder}/slurm_ended.tmp && mv {folder}/slurm_ended.tmp {folder}/slurm_ended_"$SLURM_ARRAY_JOB_ID"
 fi
 exit "$code"
+"""
+# SLURM starts a task of an array as soon as no other one runs, also while the one before it waits in the queue for its second half.
+ARRAY = """\
+#!/bin/bash
+{directives}
+set -u
+stages=({folders})
+own=${{stages[$SLURM_ARRAY_TASK_ID]}}
+exec >> "$own/logs/slurm_${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID.log" 2>&1
+if [ "$SLURM_ARRAY_TASK_ID" -gt 0 ]; then
+  before=$((SLURM_ARRAY_TASK_ID - 1))
+  ended=${{stages[$before]}}/slurm_ended_$SLURM_ARRAY_JOB_ID
+  if [ ! -e "$ended" ] && [ -n "$(squeue --noheader --jobs="${{SLURM_ARRAY_JOB_ID}}_$before" 2>/dev/null)" ]; then
+    echo "the stage before this one has not ended: going back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 1
+  fi
+  for _ in $(seq {seen}); do # a shared file system may show it late
+    [ -e "$ended" ] && break
+    sleep 1
+  done
+  if [ "$(cat "$ended" 2>&1)" != 0 ]; then
+    echo "the stage before this one did not end well: $(cat "$ended" 2>&1)"
+    echo 1 > "$own/slurm_ended_$SLURM_ARRAY_JOB_ID"
+    exit 1
+  fi
+fi
+. "$own/slurm.sh"
 """
 TORCHRUN = """\
 srun --kill-on-bad-exit=1 {srun}{agent} \\
@@ -70,7 +102,7 @@ export PATH={bin}:$PATH # symmetric-run calls `ray`
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={wait:.0f} # seconds for all nodes to be there
 export RAY_gcs_rpc_server_reconnect_timeout_s=20 # how long the other nodes look for a head that has ended
 srun --kill-on-bad-exit=1 {srun}{ray} symmetric-run --address "$address:$port" --min-nodes {nodes} \\
-  --num-cpus={cpus} --disable-usage-stats -- \\
+  --num-cpus={cpus} --disable-usage-stats --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 -- \\
   {driver} {job} --stop-file "$stop\""""
 ASK_RAY = 'touch "$stop"'
 
@@ -82,19 +114,45 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
 
 def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
     """The same for several groups of workers in one job, under Ray."""
+    try:
+        script = write(pools)
+    except TokenError as error:
+        view.text(str(error))
+        return USER_ERROR
+    return submit(script, next(iter(pools.values())), view)
+
+
+def run_stages(stages: Stages, view: ProgressView) -> int:
+    """The stages as one job array, a task each, of which one runs at a time."""
+    try:
+        for stage in stages:
+            write(stage)
+    except TokenError as error:
+        view.text(str(error))
+        return USER_ERROR
+    first = next(iter(stages[0].values()))
+    script = first.logs.parent / "slurm_array.sh"
+    script.write_text(render_array(stages), encoding="utf-8")
+    return submit(script, first, view)
+
+
+def write(pools: Mapping[str, LaunchSpec]) -> Path:
+    """The script of one stage in the folder of its first pool, and beside it what it needs. Raises TokenError."""
     spec = next(iter(pools.values()))
     assert spec.batch is not None
     folder = spec.logs.parent
     spec.logs.mkdir(parents=True, exist_ok=True)
+    if spec.batch.runner == "ray":
+        write_private(folder / "slurm_job.json", frozen.to_text("ray", [_inside(pools)]))
+        ensure_token(folder / "ray_token")
     script = folder / "slurm.sh"
-    try:
-        if spec.batch.runner == "ray":
-            write_private(folder / "slurm_job.json", frozen.to_text("ray", [_inside(pools)]))
-            ensure_token(folder / "ray_token")
-    except TokenError as error:
-        view.text(str(error))
-        return USER_ERROR
     script.write_text(render(pools), encoding="utf-8")
+    return script
+
+
+def submit(script: Path, spec: LaunchSpec, view: ProgressView) -> int:
+    """Hand a script to sbatch if asked to, and note the job in the stage's folder; returns 0, or 2 when that fails."""
+    assert spec.batch is not None
     if not spec.batch.submit:
         after = " --dependency=afterok:<job of the stage before>" if spec.batch.after else ""
         view.text(f"written; submit it with: sbatch{after} {script}   (launcher.slurm.submit=true does that)")
@@ -110,8 +168,8 @@ def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
         view.text(f"submitting {script}: got {done.stderr.strip()}, expected a job. Fix: the launcher.slurm keys")
         return USER_ERROR
     job = done.stdout.strip().split(";")[0]
-    (folder / JOB_ID).write_text(job + "\n", encoding="utf-8")
-    view.text(f"job {job}: {script}, log in {spec.logs / f'slurm_{job}.log'}")
+    (spec.logs.parent / JOB_ID).write_text(job + "\n", encoding="utf-8")
+    view.text(f"job {job}: {script}, log in {spec.logs / f'slurm_{job}*.log'}")
     return 0
 
 
@@ -120,19 +178,16 @@ def _inside(pools: Mapping[str, LaunchSpec]) -> dict[str, LaunchSpec]:
     return {pool: replace(spec, address="auto", batch=None) for pool, spec in pools.items()}
 
 
-def render(pools: Mapping[str, LaunchSpec]) -> str:
-    """The batch script."""
-    spec = next(iter(pools.values()))
+def directives(stages: Stages, array: bool) -> str:
+    """What is asked of SLURM, enough for each of the stages: for one of them, or for all as the tasks of an array."""
+    spec = next(iter(stages[0].values()))
     job = spec.batch
     assert job is not None
-    workers = sum(pool.workers for pool in pools.values())
-    each = -(-workers // spec.nodes)
-    cpus = max(each * pool.cpus_per_worker for pool in pools.values())
     asked = {
         "job-name": job.name,
         "nodes": spec.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": cpus,
+        "cpus-per-task": max(_cpus(stage) for stage in stages),
         "gres": job.devices,
         "account": job.account,
         "partition": job.partition,
@@ -142,8 +197,33 @@ def render(pools: Mapping[str, LaunchSpec]) -> str:
         "open-mode": "append",
         "signal": f"B:USR1@{job.signal_s}" if job.signal_s else None,
     }
-    directives = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None]
-    directives += ["#SBATCH --requeue"] * job.requeue + [f"#SBATCH {option}" for option in job.options]
+    if array:
+        asked |= {"array": f"0-{len(stages) - 1}%1", "output": spec.logs / "slurm_%A_%a.log"}
+    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None]
+    return "\n".join(lines + ["#SBATCH --requeue"] * job.requeue + [f"#SBATCH {option}" for option in job.options])
+
+
+def _each(pools: Mapping[str, LaunchSpec]) -> int:
+    """Workers of a node."""
+    return -(-sum(pool.workers for pool in pools.values()) // next(iter(pools.values())).nodes)
+
+
+def _cpus(pools: Mapping[str, LaunchSpec]) -> int:
+    """CPUs of a node."""
+    return _each(pools) * max(pool.cpus_per_worker for pool in pools.values())
+
+
+def render_array(stages: Stages) -> str:
+    """The script of which every task runs the script of its stage, once the one before has ended well."""
+    folders = " ".join(shlex.quote(str(next(iter(stage.values())).logs.parent)) for stage in stages)
+    return ARRAY.format(directives=directives(stages, array=True), folders=folders, seen=SEEN_WITHIN_S)
+
+
+def render(pools: Mapping[str, LaunchSpec]) -> str:
+    """The batch script of one stage."""
+    spec = next(iter(pools.values()))
+    job = spec.batch
+    assert job is not None
     ray = job.runner == "ray"
     folder = spec.logs.parent
     variables = {**spec.environment, **(environment(folder / "ray_token") if ray else {})}
@@ -157,18 +237,19 @@ def render(pools: Mapping[str, LaunchSpec]) -> str:
         job=shlex.quote(str(folder / "slurm_job.json")),
         folder=shlex.quote(str(folder)),
         nodes=spec.nodes,
-        each=each,
-        cpus=cpus,
+        each=_each(pools),
+        cpus=_cpus(pools),
         restarts=spec.max_restarts,
         wait=max(MEET_S, spec.place_s),
     )
     return SCRIPT.format(
-        directives="\n".join(directives),
+        directives=directives([pools], array=False),
         setup="\n".join(job.setup),
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         step=step,
         ask=ASK_RAY if ray else ASK_TORCHRUN,
         requeue="yes" if job.requeue else "no",
+        folder=shlex.quote(str(folder)),
     )
 
 

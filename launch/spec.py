@@ -21,6 +21,7 @@ class BatchJob:
     after: Path | None = None  # file with the id of a job that must end well before this one starts
     submit: bool = False
     runner: str = "torchrun"  # torchrun | ray: who starts the workers inside the job
+    chain: str = "dependency"  # dependency | array: a job per stage that waits for the one before, or one array for all of them
     account: str | None = None
     partition: str | None = None
     time: str | None = None

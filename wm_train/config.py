@@ -167,6 +167,7 @@ class SlurmConfig:
 
     submit: bool = False  # false: write the script only
     runner: str = "torchrun"  # torchrun | ray: who starts the workers inside the job
+    chain: str = "dependency"  # dependency | array: several stages as jobs that wait for each other, or as the tasks of one array
     account: str | None = None
     partition: str | None = None
     time: str | None = None  # as sbatch takes it: 1-12:00:00

@@ -28,7 +28,7 @@ from wm_train.config import RunConfig
 from wm_train.mesh_rules import smaller_worlds
 from wm_train.owner import OwnedError, check_free
 from wm_train.place import steps_in
-from wm_train.pools import JOINT, boundaries, pool_runs
+from wm_train.pools import JOINT, boundaries, named, pool_runs
 from wm_train.tree_help import help_text
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.name}" if pool else f"stage {stage.name}"
                 print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
-        return max(plan.shown(run, plan.latent_frame(run, None)) for run in pools.values())
+        return plan.shown_pools(pools, {pool: plan.latent_frame(run, None) for pool, run in pools.items()})
     code = run_stages(config, pools, plans)
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
@@ -78,8 +78,7 @@ def checked(config: RunConfig, pool: str = "") -> tuple[curriculum.PlannedStage,
     """The stages to run. Raises ConfigError with everything that `validate` finds."""
     problems = problems_in(config)
     if problems:
-        where = f"pools.{pool}: " if pool else ""
-        raise compose.ConfigError(dataclasses.replace(problem, where=where + problem.where) for problem in problems)
+        raise compose.ConfigError(named(problems, pool))
     return curriculum.plan(config)
 
 
@@ -161,6 +160,7 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
 
 def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int:
     """Store the resolved configs, run the workers of one group after the other, return the exit code of the first that fails, or 0."""
+    whole = launch.takes_all_stages(launcher, next(iter(groups[0].values())))
     for group in groups:
         try:
             for spec in group.values():
@@ -176,14 +176,14 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
         except OSError as error:
             print(f"run folder: got {error}, expected a folder that can be written (key out). Fix: out=<folder>", file=sys.stderr)
             return USER_ERROR
-        if launcher not in launch.WHOLE:
+        if not whole:
             with ProgressView() as view:
                 for spec in group.values():
                     view.text(spec.title)
                 code = launch.run(launcher, group, view)
             if code != 0:
                 return code
-    if launcher in launch.WHOLE:
+    if whole:
         with ProgressView() as view:
             return launch.run_whole(launcher, groups, view)
     return 0

@@ -295,8 +295,9 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
         found.append(Problem("launcher.workers", str(launcher.workers), "1 with launcher=inline", "launcher.workers=1, or launcher=ray"))
     if launcher.nodes > 1 and launcher.name not in ("torchrun", "slurm", "kubernetes"):
         found.append(Problem("launcher.nodes", str(launcher.nodes), f"1 with launcher={launcher.name}", "launcher=torchrun"))
-    if launcher.nodes > 1 and launcher.workers % launcher.nodes:
-        rule = f"a multiple of the {launcher.nodes} nodes"
+    torchrun = (launcher.slurm.runner if launcher.name == "slurm" else launcher.name) == "torchrun"
+    if launcher.nodes > 1 and launcher.workers % launcher.nodes and torchrun:
+        rule = f"a multiple of the {launcher.nodes} nodes, as torchrun starts as many on each"
         found.append(Problem("launcher.workers", str(launcher.workers), rule, f"launcher.workers={launcher.nodes}"))
     if launcher.nodes > 1 and launcher.name == "torchrun" and not re.fullmatch(r"[^:\s]+:\d{1,5}", launcher.endpoint or ""):
         rule = "host:port of one of the nodes, the same on all of them"
@@ -322,7 +323,11 @@ def _launcher_problems(config: RunConfig) -> list[Problem]:
         words = value if isinstance(value, tuple) else (value,)
         if any(isinstance(word, str) and (not word or not word.isprintable()) for word in words):
             found.append(Problem(f"launcher.slurm.{key}", repr(value), "printable text on one line, as it goes into a batch script"))
-    return [*found, *_check("launcher.slurm.", slurm, (*_counts("signal_s", low=0), _one_of("runner", ("torchrun", "ray"))))]
+    if slurm.chain == "array" and not slurm.requeue:
+        rule = "true with launcher.slurm.chain=array, whose tasks go back into the queue until the stage before them has ended"
+        found.append(Problem("launcher.slurm.requeue", "False", rule, "launcher.slurm.requeue=true, or launcher.slurm.chain=dependency"))
+    choices = (_one_of("runner", ("torchrun", "ray")), _one_of("chain", ("dependency", "array")))
+    return [*found, *_check("launcher.slurm.", slurm, (*_counts("signal_s", low=0), *choices))]
 
 
 def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStage]) -> list[Problem]:

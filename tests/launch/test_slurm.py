@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,14 @@ def wait_for(condition: Callable[[], bool], what: str, within_s: float = 90) -> 
 
 def state(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in command("scontrol", "show", "job", job).split() if "=" in word)
+
+
+def queued_again(job: str) -> bool:
+    return (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING")
+
+
+def completed(job: str) -> bool:
+    return state(job)["JobState"] == "COMPLETED"
 
 
 def start_node(number: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -152,7 +161,7 @@ told = " ".join(os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK", "SLURM
 """
     first = submit(program, "one")
     second = submit(program, "two", after=tmp_path / "one" / "slurm_job_id")
-    wait_for(lambda: state(second)["JobState"] == "COMPLETED", "the second stage")
+    wait_for(lambda: completed(second), "the second stage")
     assert state(first)["JobState"] == "COMPLETED"
     for name in ("one", "two"):
         told = sorted((tmp_path / f"{name}_{rank}").read_text() for rank in range(4))
@@ -179,9 +188,53 @@ time.sleep(120)
     job = submit(program, "long")
     wait_for(lambda: len(list(tmp_path.glob("up_*"))) == 4, "four workers")
     command("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends when the limit is near
-    wait_for(lambda: (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING"), "the job to be queued again")
+    wait_for(lambda: queued_again(job), "the job to be queued again")
     assert sorted(file.name for file in tmp_path.glob("saved_*")) == ["saved_0", "saved_1", "saved_2", "saved_3"]
     command("scancel", job)
+
+
+@pytest.fixture
+def submit_array(spec, view, slurm: None, tmp_path: Path) -> Callable[[str], str]:
+    """submit_array(program) -> id of an array of three stages of one worker each."""
+
+    def go(program: str) -> str:
+        asked = spec(program, batch=BatchJob("array", chain="array", submit=True, time="0:10:00"), directory=tmp_path)
+        stages = [{"": replace(asked, logs=tmp_path / str(stage) / "logs")} for stage in range(3)]
+        assert on_slurm.run_stages(stages, view) == 0, view.out.getvalue()
+        return (tmp_path / "0" / "slurm_job_id").read_text().strip()
+
+    return go
+
+
+def test_the_stages_of_an_array_wait_for_each_other_also_while_one_is_queued_again(submit_array, tmp_path: Path) -> None:
+    """While the first stage waits for its second half, the next one starts too early, and goes back into the queue."""
+    program = """
+stage = os.environ["SLURM_ARRAY_TASK_ID"]
+if stage == "0" and not (place / "saved").exists():
+    signal.signal(signal.SIGTERM, lambda *_: ((place / "saved").touch(), sys.exit(75)))
+    (place / "up").touch()
+    time.sleep(120)
+with (place / "order").open("a") as file:
+    print(stage, file=file)
+"""
+    job = submit_array(program)
+    wait_for(lambda: (tmp_path / "up").exists(), "the first stage")
+    command("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    for task in (f"{job}_0", f"{job}_1"):
+        wait_for(partial(queued_again, task), f"{task} in the queue again")
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "order").exists()
+    for task in (f"{job}_0", f"{job}_1", f"{job}_2"):
+        if state(task)["JobState"] == "PENDING":
+            command("scontrol", "update", f"JobId={task}", "StartTime=now")  # SLURM would wait two minutes
+        wait_for(partial(completed, task), task, within_s=200)
+    assert (tmp_path / "order").read_text().split() == ["0", "1", "2"]
+
+
+def test_a_failed_stage_of_an_array_keeps_the_others_from_running(submit_array, tmp_path: Path) -> None:
+    job = submit_array("(place / os.environ['SLURM_ARRAY_TASK_ID']).joinpath('ran').touch(); sys.exit(3)")
+    wait_for(lambda: state(f"{job}_2")["JobState"] == "FAILED", "the last stage to give up", within_s=300)
+    assert [(tmp_path / str(stage) / "ran").exists() for stage in range(3)] == [True, False, False]
 
 
 @pytest.fixture
@@ -230,7 +283,7 @@ def test_at_the_time_limit_the_demo_saves_queues_again_and_resumes(demo, runner:
     demo(runner, "stage=1", "recipe.stages.short.steps=100000", "trainer.checkpoint_every=90000", "trainer.validate_every=0", *limit)
     stage = tmp_path / "runs" / "demo" / "short"
     job = (stage / "slurm_job_id").read_text().strip()
-    wait_for(lambda: (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING"), "the job to be queued again", within_s=300)
+    wait_for(lambda: queued_again(job), "the job to be queued again", within_s=300)
     saved = checkpoint.committed(stage / "checkpoints")
     assert len(saved) == 1, logs(tmp_path)
     steps = read_manifest(saved[0]).step
@@ -238,6 +291,6 @@ def test_at_the_time_limit_the_demo_saves_queues_again_and_resumes(demo, runner:
         if file.exists():  # let the second part be short
             file.write_text(file.read_text().replace("100000", str(steps + 5)))
     command("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
-    wait_for(lambda: state(job)["JobState"] == "COMPLETED", "the job to end", within_s=200)
+    wait_for(lambda: completed(job), "the job to end", within_s=200)
     assert f"continuing from {saved[0]}" in logs(tmp_path)
     assert [row["step"] for row in read_steps(stage / "metrics.jsonl")] == list(range(1, steps + 6))

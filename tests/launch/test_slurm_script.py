@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -58,3 +59,45 @@ def test_a_machine_without_slurm_is_named(asked: LaunchSpec, view, monkeypatch: 
     assert asked.batch is not None
     assert on_slurm.run(replace(asked, batch=replace(asked.batch, submit=True)), view) == 2
     assert "got no sbatch" in view.out.getvalue()
+
+
+@pytest.fixture
+def array(spec, tmp_path: Path) -> list[dict[str, LaunchSpec]]:
+    """Three stages of one array; the second one wants most CPUs."""
+    job = BatchJob("demo", chain="array")
+    made = [replace(spec("", workers=workers, batch=job), logs=tmp_path / f"stage {workers}" / "logs") for workers in (1, 3, 2)]
+    return [{"": stage} for stage in made]
+
+
+def test_stages_become_the_tasks_of_one_array(array, view, tmp_path: Path) -> None:
+    assert on_slurm.run_stages(array, view) == 0
+    script = tmp_path / "stage 1" / "slurm_array.sh"
+    directives = {line.removeprefix("#SBATCH ") for line in script.read_text().splitlines() if line.startswith("#SBATCH")}
+    assert {"--array=0-2%1", "--cpus-per-task=3", "--requeue"} <= directives
+    assert f"sbatch {script}" in view.out.getvalue()
+    for file in (script, *(tmp_path / f"stage {workers}" / "slurm.sh" for workers in (1, 2, 3))):
+        assert subprocess.run(["bash", "-n", file], capture_output=True, text=True).stderr == ""
+    assert "--array" not in (tmp_path / "stage 3" / "slurm.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ended", "queued", "does"),
+    [("0", "", "train"), ("0", "RUNNING", "train"), ("3", "", "fail"), (None, "", "fail"), (None, "PENDING", "wait")],
+)
+def test_a_task_runs_only_after_the_stage_before_ended_well(array, view, tmp_path: Path, ended: str | None, queued: str, does: str) -> None:
+    """The script itself, with stand-ins for SLURM's commands."""
+    assert on_slurm.run_stages(array, view) == 0
+    for name, program in (("squeue", f"echo {queued}"), ("scontrol", 'echo "$@" >> asked'), ("srun", "touch trained"), ("seq", "echo 1")):
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    if ended is not None:
+        (tmp_path / "stage 1" / "slurm_ended_77").write_text(ended + "\n")
+    job = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "78", "SLURM_JOB_NODELIST": "n1"}
+    script = tmp_path / "stage 1" / "slurm_array.sh"
+    done = subprocess.run(["bash", script], env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **job}, cwd=tmp_path, timeout=30, check=False)
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert (done.returncode == 0) is (tmp_path / "trained").exists() is (does == "train")
+    assert ("requeue 78" in asked) is (does == "wait")
+    mark = tmp_path / "stage 3" / "slurm_ended_77"
+    assert (mark.read_text().strip() if mark.exists() else None) == {"train": "0", "fail": "1", "wait": None}[does]
+    assert ("did not end well" in (tmp_path / "stage 3" / "logs" / "slurm_77_1.log").read_text()) is (does == "fail")

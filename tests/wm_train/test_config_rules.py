@@ -75,6 +75,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "launcher.max_restarts": [-1],
     "launcher.grow_s": [0.0],
     "launcher.slurm.runner": ["mpi"],
+    "launcher.slurm.chain": ["afterok"],
     "tracker.name": ["wandb"],
     "tracker.experiment": [""],
     "trainer.checkpoint_every": [0],
@@ -173,6 +174,7 @@ def test_all_problems_come_at_once(found: Find) -> None:
         ({"launcher.nodes": 2}, "launcher.nodes", "1 with launcher=ray"),
         ({"launcher.name": "torchrun", "launcher.nodes": 2}, "launcher.endpoint", "host:port"),
         ({"launcher.name": "slurm", "launcher.nodes": 2, **mesh(3, 3)}, "launcher.workers", "a multiple of the 2 nodes"),
+        ({"launcher.slurm.chain": "array", "launcher.slurm.requeue": False}, "launcher.slurm.requeue", "true with"),
         ({"launcher.slurm.setup": ["module load x\nrm -rf /"]}, "launcher.slurm.setup", "on one line"),
         ({"launcher.name": "kubernetes"}, "launcher.kubernetes.claim", "a name"),
         ({"launcher.name": "kubernetes", "launcher.kubernetes.mount": "/shared"}, "out", "a folder below /shared"),
@@ -193,6 +195,7 @@ def test_impossible_meshes_say_what_is_possible(found: Find, changes: dict[str, 
         mesh(8, 4, ring=4),
         mesh(8, 2, dp_replicate=2, dp_shard=2),
         mesh(3, 3),  # 4 heads: all ring
+        {"launcher.name": "slurm", "launcher.slurm.runner": "ray", "launcher.nodes": 2, **mesh(3, 3)},  # Ray fills nodes unevenly
     ],
 )
 def test_possible_meshes_pass(found: Find, changes: dict[str, Any]) -> None:
