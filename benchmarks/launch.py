@@ -13,7 +13,6 @@ import argparse
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+
+from launch.inline import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = (  # the line that ends a part
@@ -40,10 +41,10 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(secrets.token_hex(32))
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port("127.0.0.1")
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4"]
     places = ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
+    places += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen([*ray, *places], env=environment, stdout=log, stderr=log)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -13,6 +14,9 @@ from launch.leash import leashed
 from launch.progress import ProgressView
 from launch.signals import caught
 from launch.spec import INTERRUPTED, LaunchSpec, fill, rank_environment
+
+PORTS = range(20000, 32768)  # above those that Ray gives to its workers, below those that systems give to connections
+DRAWS = 100
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
@@ -43,10 +47,19 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
 
 
 def free_port(address: str) -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on right now. Whoever gets it binds it seconds later, so it is none that the system gives away meanwhile, and
+    two launchers that ask at the same time hardly draw the same one. Raises OSError for an address that is not ours."""
+    drawn = secrets.SystemRandom().sample(PORTS, DRAWS)
+    for left, port in zip(reversed(range(DRAWS)), drawn):
+        with socket.socket() as probe:
+            try:
+                probe.bind((address, port))
+            except OSError:
+                if not left:
+                    raise
+                continue
+        return port
+    raise AssertionError("the last draw raises or returns")
 
 
 def _output(process: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from launch.spec import USER_ERROR, LaunchSpec
 from launch.token import TokenError, protect_local_ray
 
 CONNECT_S = 10  # to a cluster that should be there
+STARTS = 3  # of a Ray of our own
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
@@ -68,18 +69,7 @@ def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
     import ray
 
     if not address:
-        # Asked for as many CPUs as the workers claim: on a laptop they may share cores.
-        cpus = max(os.cpu_count() or 1, cpus)
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        return ""
+        return _start_local(max(os.cpu_count() or 1, cpus), view)  # on a laptop the workers may share cores
     reason = _unreachable(address)
     if not reason:
         try:
@@ -100,6 +90,30 @@ def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
         )
     view.text(f"joined the Ray cluster at {address}")
     return ""
+
+
+def _start_local(cpus: int, view: ProgressView) -> str:
+    """Ray on this machine alone. Its processes choose their own ports; where one is lost to somebody else, all start again."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return ""
+        except Exception as error:  # there is no narrower class: Ray raises Exception itself when one of its processes has died
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            ray.shutdown()
+            if left:
+                view.text(f"starting Ray: got {reason}; trying again")
+    return f"starting Ray: got {reason} {STARTS} times, expected a Ray on this machine. Fix: its logs below /tmp/ray, or launcher=torchrun"
 
 
 def _unreachable(address: str) -> str:

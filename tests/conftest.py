@@ -1,7 +1,6 @@
 """Fixtures that several test folders share."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launch.inline import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,9 +19,7 @@ def run_ranks() -> Callable[..., None]:
     """run_ranks(count, *command): run `python <command>` as `count` ranks with the environment launchers set; all must succeed."""
 
     def run(count: int, *arguments: object, timeout: float = 120) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port("127.0.0.1")
         common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, *map(str, arguments)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -115,3 +116,15 @@ def test_a_child_keeps_its_log_and_its_last_lines(tmp_path: Path) -> None:
         seen += lines
     assert (code, len(seen), child.tail[-1]) == (4, 50, "line 49")
     assert (tmp_path / "a" / "log").read_text().splitlines() == seen
+
+
+def test_a_port_is_none_that_somebody_listens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, free = (inline.free_port("127.0.0.1") for _ in range(2))
+    monkeypatch.setattr(inline, "PORTS", range(taken, taken + 1))
+    monkeypatch.setattr(inline, "DRAWS", 1)
+    with socket.create_server(("127.0.0.1", taken)):
+        with pytest.raises(OSError, match="in use"):
+            inline.free_port("127.0.0.1")
+        monkeypatch.setattr(inline, "PORTS", (taken, free))
+        monkeypatch.setattr(inline, "DRAWS", 2)
+        assert {inline.free_port("127.0.0.1") for _ in range(20)} == {free}

@@ -267,6 +267,66 @@ def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics_and_
     assert token.read_text() not in view.out.getvalue()
 
 
+@pytest.mark.parametrize(("failures", "code"), [(2, 0), (3, 2)])
+def test_a_ray_of_our_own_that_does_not_come_up_is_started_again(
+    spec, view, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failures: int, code: int
+) -> None:
+    import ray
+
+    from launch import attempt
+
+    started: list[dict[str, object]] = []
+
+    def init(**options: object) -> None:
+        started.append(options)
+        if len(started) <= failures:
+            raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(attempt, "run_attempt", lambda *arguments: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert on_ray.run(spec(""), view) == code
+    assert len(started) == 3
+    shown = view.out.getvalue()
+    assert shown.count("got The current node timed out during startup.; trying again") == 2
+    assert ("3 times, expected a Ray on this machine. Fix:" in shown) is (code == 2)
+
+
+@pytest.mark.full
+def test_four_rays_that_start_at_the_same_time_do_not_disturb_each_other(spec, tmp_path: Path) -> None:
+    """Each with two ranks, which meet at a port that their own driver has drawn."""
+    program = """
+import socket
+address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+if rank == 0:
+    with socket.create_server(address) as server:
+        assert server.accept()[0].recv(9).decode() == os.environ["WHOSE"]
+else:
+    for attempt in range(100):
+        try:
+            socket.create_connection(address).sendall(os.environ["WHOSE"].encode())
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    drivers = []
+    for number in range(4):
+        asked = spec(program, workers=2, environment={"WHOSE": str(number)}, logs=tmp_path / str(number), place_s=90.0)
+        (tmp_path / f"driver_{number}.py").write_text(
+            "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom launch.progress import ProgressView\n"
+            f"from launch.spec import LaunchSpec\nsys.exit(on_ray.run({asked!r}, ProgressView()))\n"
+        )
+        command = [sys.executable, str(tmp_path / f"driver_{number}.py")]
+        environment = {**variables, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+        drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [driver.communicate(timeout=300)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0] * 4, "\n".join(said)
+    assert not any("trying again" in text or "died" in text for text in said), "\n".join(said)
+
+
 def test_a_cluster_that_is_not_there_is_a_users_mistake(spec, view, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     assert on_ray.run(spec("", address="127.0.0.1:1"), view) == 2

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.inline import free_port
 from wm_train import checkpoint
 from wm_train.manifest import read_manifest
 from wm_train.tracking import read_steps
@@ -204,12 +205,13 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, dic
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    gcs, dashboard, agent = free_ports(3)
+    gcs, dashboard, agent = (free_port("127.0.0.1") for _ in range(3))
     ray = Path(sys.executable).with_name("ray")
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    places = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--num-cpus=2", "--disable-usage-stats", *ports],
+            [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *places, *ports],
             cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
@@ -218,14 +220,6 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, dic
         finally:
             process.terminate()
             process.wait(timeout=30)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
 
 
 def wait_for_port(port: int) -> None:
