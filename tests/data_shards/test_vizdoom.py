@@ -8,7 +8,7 @@ import pytest
 
 from data_shards import record
 from data_shards.sources.recording import RecordingSource
-from data_shards.sources.vizdoom import MAX_UNITS_PER_TIC, METRES_PER_UNIT, camera_intrinsics, camera_matrix, tics_until
+from data_shards.sources.vizdoom import MAX_UNITS_PER_TIC, METRES_PER_UNIT, camera_intrinsics, camera_matrix, halve, nearest, tics_until
 
 
 def reproject(depth, source_k, source_c2w, target_k, target_c2w):
@@ -31,6 +31,14 @@ def colour_error(video, depth, c2w, intrinsics, a, b):
     seen = np.abs(depth[b, rows, columns] - z[inside]) < 0.5  # not hidden behind something
     difference = np.abs(video[a][inside].astype(float) - video[b, rows, columns])
     return difference[seen].mean(), seen.mean()
+
+
+def test_pictures_are_means_and_depth_is_the_nearest_of_two_by_two():
+    random = np.random.default_rng(0)
+    image, depth = random.integers(0, 256, (24, 32, 3), dtype=np.uint8), random.integers(0, 256, (24, 32), dtype=np.uint8)
+    mean = image.reshape(12, 2, 16, 2, 3).astype(float).mean(axis=(1, 3))
+    np.testing.assert_array_equal(halve(image), np.floor(mean + 0.5))
+    np.testing.assert_array_equal(nearest(depth), depth.reshape(12, 2, 16, 2).min(axis=(1, 3)))
 
 
 @pytest.fixture(scope="module")
