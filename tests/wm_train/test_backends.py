@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -69,31 +70,50 @@ def test_an_engine_that_this_device_lacks_is_a_setup_error_before_anything_runs(
         train_here(tmp_path, "backend.attention=cudnn")
 
 
-def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch):
-    """A stand-in with the documented signatures, which returns a row's maximum and sum eight times as the operator does."""
+MOST = 2147483647  # tokens before and after: all
 
-    def forward(query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0):
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype, tolerance):
+    """A stand-in with the schemas that torch_npu registers (npu_fusion_attention, npu_fusion_attention_grad) and the dtypes and shapes that
+    its operator asks for; it returns a row's maximum and sum eight times in fp32, as the operator does."""
+
+    def forward(
+        query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0, pre_tockens=MOST,
+        next_tockens=MOST, inner_precise=0, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True,
+        sync=False,
+    ):  # fmt: skip
         assert (head_num, input_layout) == (query.shape[1], "BNSD")
-        scores = query @ key.transpose(-1, -2) * scale
+        assert query.dtype == key.dtype == value.dtype == dtype
+        scores = query.float() @ key.float().transpose(-1, -2) * scale
         largest = scores.amax(-1, keepdim=True)
         total = (scores - largest).exp().sum(-1, keepdim=True)
-        out = (scores - largest).exp() / total @ value
-        return out, largest.expand(*largest.shape[:-1], 8), total.expand(*total.shape[:-1], 8), None, 0, 0, 0
+        out = ((scores - largest).exp() / total @ value.float()).to(dtype)
+        return out, largest.expand(*largest.shape[:-1], 8), total.expand(*total.shape[:-1], 8), torch.empty(0), 0, 0, 0
 
     def backward(
         query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None, atten_mask=None, softmax_max=None,
-        softmax_sum=None, softmax_in=None, attention_in=None, scale_value=1.0, keep_prob=1.0,
+        softmax_sum=None, softmax_in=None, attention_in=None, scale_value=1.0, keep_prob=1.0, pre_tockens=MOST, next_tockens=MOST,
+        inner_precise=0, seed=0, offset=0, numels=0, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0,
+        gen_mask_parallel=True, sync=False,
     ):  # fmt: skip
-        assert softmax_max.shape[-1] == softmax_sum.shape[-1] == 8
+        assert (head_num, input_layout) == (query.shape[1], "BNSD")
+        assert query.dtype == key.dtype == value.dtype == dy.dtype == attention_in.dtype == dtype
+        assert softmax_max.dtype == softmax_sum.dtype == torch.float32
+        assert softmax_max.shape == softmax_sum.shape == (*query.shape[:3], 8)
+        assert softmax_max.is_contiguous()
+        assert softmax_sum.is_contiguous()
+        query, key, value, dy, attention_in = (x.float() for x in (query, key, value, dy, attention_in))
         p = (query @ key.transpose(-1, -2) * scale_value - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
         score = p * (dy @ value.transpose(-1, -2) - (dy * attention_in).sum(-1, keepdim=True)) * scale_value
-        return score @ key, score.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dy, None
+        return *(x.to(dtype) for x in (score @ key, score.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dy)), None
 
     module = ModuleType("torch_npu")
     module.npu_fusion_attention, module.npu_fusion_attention_grad = forward, backward
     monkeypatch.setitem(sys.modules, "torch_npu", module)
-    q, k, v, grad = (torch.randn(2, 3, n, 16) for n in (5, 9, 9, 5))
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    q, k, v, grad = (torch.randn(2, 3, n, 16).to(dtype) for n in (5, 9, 9, 5))
     out, lse = attention_engines.plain(q, k, v)
-    torch.testing.assert_close(attention_engines.npu_fusion(q, k, v), (out, lse))
-    part = (grad, q, k[:, :, :4].contiguous(), v[:, :, :4].contiguous(), out, lse)
-    torch.testing.assert_close(attention_engines.npu_fusion_backward(*part), attention_engines.plain_backward(*part))
+    close(attention_engines.npu_fusion(q, k, v), (out, lse))
+    part = (grad.float(), q, k[:, :, :4].contiguous(), v[:, :, :4].contiguous(), out.float(), lse)  # as ring attention hands them over
+    close(attention_engines.npu_fusion_backward(*part), attention_engines.plain_backward(*part))
