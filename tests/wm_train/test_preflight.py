@@ -43,11 +43,15 @@ def test_a_slow_node_is_the_one_with_two_slow_wires() -> None:
     assert line.startswith("node n2: ")
     assert len(slow_nodes(ring(0.09, 0.01, 0.01, 0.01, 0.09))) == 1, "around the corner"
     assert slow_nodes(ring(0.01, 0.09)) == []
+    (line,) = slow_nodes(ring(0.01, 0.09, 0.08))
+    assert line.startswith("node n1: "), "of three, one slow node has two of the three wires"
+    assert slow_nodes(ring(0.01, 0.09, 0.01, 0.01)) == [], "one slow wire has no culprit"
 
 
 RANK = """
 import os, socket, sys, time
 from pathlib import Path
+import torch.distributed as dist
 from wm_train import preflight
 from wm_train.backends import get_backend
 from wm_train.compose import from_json
@@ -62,14 +66,30 @@ if rank == 1 and fault == "clock":
     clock = lambda: time.time() + 60.0
 if rank == 1 and fault == "folder":
     run = replace(run, out=run.out + "-elsewhere")
+if rank == 1 and fault == "file":
+    run = replace(run, out="/dev/null/out")
+if rank == 1 and fault == "memory":
+    free = preflight.free_memory
+    preflight.free_memory = lambda backend: free(backend) // 4
+if fault == "devices":
+    preflight.device_count = lambda backend: 7 if rank == 1 else 8
+if fault == "wire":
+    os.environ["LOCAL_RANK"] = "0"
+    if rank == 1:
+        send, recv = dist.send, dist.recv
+        dist.send = lambda *call: (time.sleep(0.2), send(*call))
+        dist.recv = lambda *call: (recv(*call), time.sleep(0.2))
 if rank == 1 and fault == "data":
     run = replace(run, data=replace(run.data, path="/nowhere"))
+spoken = []
+progress = Progress(speaks=rank == 0)
+progress.say = spoken.append
 backend = get_backend("cpu")
 world = join_world(backend, 60.0)
 began = time.perf_counter()
 try:
-    preflight.preflight(run, backend, world, Progress(speaks=rank == 0), clock)
-    said = "sound"
+    preflight.preflight(run, backend, world, progress, clock)
+    said = "sound " + " ".join(line for line in spoken if "warning" in line)
 except SetupError as error:
     said = str(error)
 (Path(sys.argv[3]) / f"{fault}_{rank}").write_text(f"{time.perf_counter() - began:.2f} {said}")
@@ -84,7 +104,11 @@ leave_world()
         ("none", "sound"),
         ("clock", "node node1: got a clock 60"),
         ("folder", "node node1: got a folder without rank 0's file"),
+        ("file", "node node1: got [Errno 20] Not a directory"),
+        ("memory", "GiB of free memory, expected about"),
+        ("devices", "node node1: got 7 devices, expected 8"),
         ("data", "node node1: data.path: got /nowhere"),
+        ("wire", "sound warning: node node1: got"),
     ],
 )
 def test_three_processes_agree_on_who_is_bad(worker_config, run_ranks, tmp_path: Path, fault: str, said: str) -> None:
