@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from wm_train.config import RunConfig
 
@@ -149,6 +150,19 @@ def from_json(text: str) -> RunConfig:
     except json.JSONDecodeError as error:
         raise ConfigError([Problem("resolved config", f"text that is no JSON ({error})", "what wm_train.launch wrote")]) from error
     return build(plain)
+
+
+def public_config(config: RunConfig) -> dict[str, Any]:
+    """The config as it may be stored and shown: user names and passwords are taken out of addresses."""
+    return json.loads(json.dumps(dataclasses.asdict(config)), object_hook=lambda d: {k: without_login(v) for k, v in d.items()})
+
+
+def without_login(value: Any) -> Any:
+    """An address without the user name and password in it; anything else as it is."""
+    if isinstance(value, str) and "://" in value and "@" in value:
+        parts = urlsplit(value)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return value
 
 
 def _read_overrides(overrides: list[str], choices: dict[str, list[str]]) -> tuple[list[str], list[Problem]]:

@@ -15,6 +15,7 @@ if not __package__:  # `python wm_train/launch.py` puts wm_train/ first on the p
 
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]), file=sys.stderr)
         return USER_ERROR
     if options.dry_run:
-        print(compose.to_json(config), end="")
+        print(json.dumps(compose.public_config(config), indent=1))
         for pool, run in pools.items():
             for stage in plans[pool]:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
@@ -198,16 +199,17 @@ def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str
         lines.append(f"  checkpoint  {last.checkpoints / steps[-1]}")
     lines += [f"  samples     {sheet}" for stage in stages for sheet in sorted((stage.directory / "samples").glob("*.png"))]
     if config.tracker.name == "mlflow":
-        store = config.tracker.uri or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
+        store = compose.without_login(config.tracker.uri) or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
         lines.append(f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1 --backend-store-uri {store})")
     return "\n".join(lines)
 
 
 def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
-    """What to type after stage `last`."""
+    """What to type after stage `last`; passwords in addresses are not repeated."""
     names = curriculum.ordered(config.recipe)
     place = names.index(last) + 1
-    others = [argument for argument in arguments if not argument.startswith("stage=")]
+    parts = [argument.partition("=") for argument in arguments if not argument.startswith("stage=")]
+    others = [key + sign + compose.without_login(value) for key, sign, value in parts]
     if place < len(names):
         index = config.recipe.stages[names[place]].index
         return f"next: python -m wm_train.launch {shlex.join([*others, f'stage={index}'])}    ({names[place]})"

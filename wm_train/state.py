@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.sharding import compile_blocks, shard_model
+from wm_train.compose import public_config
 from wm_train.config import OptimizerConfig, RunConfig
 from wm_train.curriculum import matching
 from wm_train.models import build_model, use_engine_
@@ -20,7 +21,6 @@ from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
 from wm_train.optim.build import OPTIMIZERS
 from wm_train.optim.ema import ema_start, ema_update, ema_weights
 from wm_train.tensor_parts import is_first_copy, local_tensor
-from wm_train.tracking import public_config
 from wm_train.world import World
 
 if TYPE_CHECKING:

@@ -13,27 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-from wm_train.compose import from_json
+from wm_train.compose import from_json, public_config, without_login
 from wm_train.config import RunConfig
 from wm_train.goodput import begin_life, productive, read_life, write_life
 from wm_train.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord
-
-
-def public_config(run: RunConfig) -> dict[str, Any]:
-    """The config as it may be stored and shown: user names and passwords are taken out of addresses."""
-    return json.loads(json.dumps(asdict(run)), object_hook=lambda d: {k: _without_login(v) for k, v in d.items()})
-
-
-def _without_login(value: Any) -> Any:
-    if isinstance(value, str) and "://" in value and "@" in value:
-        parts = urlsplit(value)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return value
 
 
 def store_uri(run: RunConfig) -> str:
@@ -144,7 +131,7 @@ class Tracker:
 
 def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
     uri = store_uri(run)
-    return MlflowRecord(run, public_config(run), stage, folder, uri, _without_login(uri))
+    return MlflowRecord(run, public_config(run), stage, folder, uri, without_login(uri))
 
 
 def parent_run(run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None) -> str | None:

@@ -85,6 +85,20 @@ def test_a_dry_run_shows_config_commands_and_the_plan_of_every_stage_and_starts_
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_password_in_an_address_is_shown_nowhere_and_stored_for_its_owner_only(train, tmp_path: Path, capsys) -> None:
+    line = ["stage=1", "tracker.uri=postgresql://zoe9:pass-word@db/mlflow"]
+    assert train("print('trained')", *line) == 0
+    assert train("print('started')", *line, "--dry-run") == 0
+    shown = capsys.readouterr()
+    assert "postgresql://db/mlflow" in shown.out
+    assert "tracker.uri=postgresql://db/mlflow stage=2" in shown.out
+    assert "pass-word" not in shown.out + shown.err
+    assert "zoe9" not in shown.out + shown.err
+    holders = [file for file in tmp_path.rglob("*") if file.is_file() and "pass-word" in file.read_text(errors="replace")]
+    assert [file.name for file in holders] == ["config.json"]
+    assert holders[0].stat().st_mode & 0o777 == 0o600
+
+
 def test_an_unknown_option_is_a_mistake_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--turbo"])

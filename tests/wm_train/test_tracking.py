@@ -8,8 +8,8 @@ import time
 import pytest
 
 from wm_train import goodput, mlflow_record, tracking
-from wm_train.compose import compose, to_json
-from wm_train.tracking import StepLog, Tracker, main, public_config, read_steps
+from wm_train.compose import compose, public_config, to_json
+from wm_train.tracking import StepLog, Tracker, main, read_steps
 
 
 def make_run(folder, *overrides):
