@@ -64,7 +64,7 @@ def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
     if not larger:
         yield lambda: 0
         return
-    group = placement_group([_bundle(spec)] * (larger - workers), strategy="PACK")
+    group = placement_group(_bundles(spec, larger - workers), strategy="PACK")
     looked = time.monotonic() + spec.grow_s - GROW_LOOK_S
 
     def look() -> int:
@@ -88,11 +88,11 @@ def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Ite
         view.text(f"room for {workers} of {spec.workers} workers: going on with {workers}")
     actors: list[Any] = []
     try:
+        one, each = _bundle(spec), workers // group.bundle_count
+        others = {name: amount for name, amount in one.items() if name not in ("CPU", "GPU")}
         for index in range(workers):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            bundle = group.bundle_specs[index]
-            others = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
-            options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "resources": others, "scheduling_strategy": strategy}
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index // each)
+            options = {"num_cpus": one["CPU"], "num_gpus": one.get("GPU", 0), "resources": others, "scheduling_strategy": strategy}
             actors.append(ray.remote(RankActor).options(**options, runtime_env=_where_our_code_is(spec)).remote())
         yield actors
     finally:
@@ -103,16 +103,18 @@ def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Ite
 
 def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int]:
     """Room for all workers within `place_s`, else for the largest number of `fewer` that fits at once. Raises NoRoomError."""
-    bundle = _bundle(spec)
     for workers in (spec.workers, *fewer):
-        group = placement_group([bundle] * workers, strategy="PACK")
+        group = placement_group(_bundles(spec, workers), strategy="PACK")
         if group.wait(spec.place_s if workers == spec.workers else FITS_NOW_S):
             return group, workers
         remove_placement_group(group)
+    bundle = _bundle(spec)
     free = {name: amount for name, amount in ray.available_resources().items() if name in bundle}
     asked = {name: amount * spec.workers for name, amount in bundle.items()}
+    each = spec.workers // len(_bundles(spec, spec.workers))
+    parts = f", {each} workers on one node at a time" if each > 1 else ""
     raise NoRoomError(
-        f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s, expected {asked}. "
+        f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s, expected {asked}{parts}. "
         "Fix: fewer launcher.workers or launcher.cpus_per_worker, or wait until other jobs have ended (`ray status`)"
     )
 
@@ -123,6 +125,15 @@ def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
         return None
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}}
+
+
+def _bundles(spec: LaunchSpec, workers: int) -> list[dict[str, float]]:
+    """The resources of all workers, in parts that each come from one node: those of `together` workers, or of as many that divide it as
+    the largest node holds."""
+    one, nodes = _bundle(spec), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = max((min(int(node.get(name, 0) // amount) for name, amount in one.items()) for node in nodes), default=0)
+    each = max((size for size in range(1, fit + 1) if spec.together % size == 0 and workers % size == 0), default=1)
+    return [{name: amount * each for name, amount in one.items()}] * (workers // each)
 
 
 def _bundle(spec: LaunchSpec) -> dict[str, float]:

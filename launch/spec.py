@@ -66,6 +66,7 @@ class LaunchSpec:
     directory: Path = field(default_factory=Path.cwd)  # working directory of the workers
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus_per_worker: int = 1
+    together: int = 1  # this many ranks in a row on one node, as they talk most; as many of them as fit where no node has room for all
     accelerators: bool = False  # one per worker, of whatever kind the machines have; without any, CPUs will do
     address: str | None = None  # of a running cluster
     nodes: int = 1  # machines that start this same command themselves (torchrun)

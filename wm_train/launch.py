@@ -128,7 +128,7 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: curriculum.PlannedStag
 
 def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> LaunchSpec:
     """What the launcher is asked for; the worker finds its one stage in `stage` of its config. In a queue, `stages` wait for each other."""
-    place = stages.index(stage)
+    place, own = stages.index(stage), curriculum.stage_run(config, stage.name)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return LaunchSpec(
@@ -146,6 +146,7 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
             "RAY_USAGE_STATS_ENABLED": "0",
         },
         cpus_per_worker=config.launcher.cpus_per_worker,
+        together=own.parallel.cp,
         accelerators=config.backend.name != "cpu",
         address=config.launcher.address,
         nodes=config.launcher.nodes,
@@ -154,7 +155,7 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
         pods=Pods(config.name, **vars(config.launcher.kubernetes)) if config.launcher.name == "kubernetes" else None,
         max_restarts=config.launcher.max_restarts,
         place_s=config.launcher.place_s,
-        fewer=smaller_worlds(curriculum.stage_run(config, stage.name), stage.config.global_batch),
+        fewer=smaller_worlds(own, stage.config.global_batch),
         grow_s=config.launcher.grow_s,
     )
 

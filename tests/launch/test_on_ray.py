@@ -168,6 +168,22 @@ if not (place / "saved_1").exists():
     assert "room for 2 workers: growing" in shown
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("together", "nodes_of"), [(1, [4, 2]), (3, [3, 3]), (6, [3, 3])])
+def test_ranks_that_talk_most_share_a_node(spec, view, cluster: str, nodes, tmp_path: Path, together: int, nodes_of: list[int]) -> None:
+    """Two nodes of four CPUs. Six ranks that may lie anywhere fill one; groups of three stay whole; six that fit nowhere are halved."""
+    second = nodes.add_node(num_cpus=4)
+    program = "(place / f'rank_{rank}').write_text(os.environ['LOCAL_WORLD_SIZE'] + ' ' + os.environ['LOCAL_RANK'])"
+    try:
+        assert on_ray.run(spec(program, workers=6, together=together, address=cluster), view) == 0, view.out.getvalue()
+    finally:
+        nodes.remove_node(second)
+    told = [(tmp_path / f"rank_{rank}").read_text() for rank in range(6)]
+    first, other = nodes_of
+    sides = [[f"{size} {local}" for size in order for local in range(size)] for order in ((first, other), (other, first))]
+    assert told in sides
+
+
 def test_two_pools_restart_apart(spec, view, cluster: str, tmp_path: Path) -> None:
     """A killed worker of one pool costs the other nothing: it keeps its process, and both end."""
     program = (
