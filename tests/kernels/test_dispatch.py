@@ -9,7 +9,7 @@ import torch
 
 from parallel.reference import REFERENCE
 from wm_train import kernels
-from wm_train.kernels import engine
+from wm_train.kernels import engine, trial
 
 B, T, S, H, D = 2, 3, 5, 2, 16
 
@@ -47,7 +47,7 @@ def arguments():
     ],
 )
 def test_a_missing_kernel_is_a_logged_fallback(device, capability, dtype, head_dim, reason, caplog, monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None if name.endswith("ascend") else object())
     monkeypatch.setattr(engine, "interpreted", lambda: False)
     with caplog.at_level(logging.WARNING, "wm_train.kernels"):
         answers = {engine.resolve("auto", "tokens", device, capability, dtype, head_dim) for _ in range(3)}
@@ -56,6 +56,19 @@ def test_a_missing_kernel_is_a_logged_fallback(device, capability, dtype, head_d
     assert reason in caplog.text
     with pytest.raises(ValueError, match="Fix: engine='auto'"):
         engine.resolve("triton", "tokens", device, capability, dtype, head_dim)
+
+
+def test_npus_take_triton_where_it_is_triton_ascend(monkeypatch):
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    assert engine.resolve("auto", "tokens", "npu", None, torch.bfloat16, 96) == "triton"
+
+
+def test_a_compiler_that_raises_anything_at_all_fails_the_trial(monkeypatch):
+    def broken(*arguments):
+        raise AttributeError("no such instruction")
+
+    monkeypatch.setattr(trial, "_states", broken)
+    assert trial.defect("states", torch.device("cpu"), torch.float32, 32) == "the trial raised AttributeError: no such instruction"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])

@@ -80,7 +80,9 @@ def _obstacle(kind: str, device_type: str, capability: tuple[int, int] | None, d
     if device_type == "cuda":
         return None if capability is not None and capability >= (8, 0) else "tensor cores with bf16 and TF32 begin at capability 8.0"
     if device_type == "npu":
-        return "these kernels have not been built with triton-ascend"
+        if importlib.util.find_spec("triton.backends.ascend") is None:
+            return "the triton that is installed is not triton-ascend, which compiles for this device"
+        return None  # no such device has run these kernels yet: `auto` tries them first, as everywhere
     if device_type == "cpu":
         return None if interpreted() else "triton compiles for accelerators only"
     return f"no kernels for device type {device_type}"

@@ -32,13 +32,11 @@ def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 def defect(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """What is wrong with kernels of a kind (`tokens` or `states`) on this device; None if nothing is."""
-    from triton.runtime.errors import TritonError
-
     try:
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
             ratios = _tokens(device, dtype, head_dim) if kind == "tokens" else _states(device, head_dim)
-    except (RuntimeError, ValueError, TritonError) as reason:
-        return f"the trial raised {type(reason).__name__}: {str(reason).strip().splitlines()[0]}"
+    except Exception as reason:  # whatever the compiler of some vendor raises
+        return f"the trial raised {type(reason).__name__}: {(str(reason).strip() or 'no reason given').splitlines()[0]}"
     name, worst = max(ratios.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
     return None if worst <= TOLERANCE[dtype] else f"{name} differs from the reference by {worst:.1e}, more than {TOLERANCE[dtype]}"
 
