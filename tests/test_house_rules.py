@@ -58,7 +58,7 @@ def test_only_backends_and_kernels_name_a_vendor():
     Templates, manifests and documents may name what a scheduler calls a device (gpu:8)."""
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in sources(*OURS)
+        for path in [*sources(*OURS), *(ROOT / "configs").rglob("*.yaml")]
         if not path.relative_to(ROOT).as_posix().startswith(("wm_train/backends/", "wm_train/kernels/"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if VENDORS.search(ATEN.sub("", line))

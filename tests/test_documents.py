@@ -1,0 +1,46 @@
+"""What the two READMEs tell people to type: every key, module and command line in them exists."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from wm_train.compose import compose
+from wm_train.plan import without_data
+from wm_train.tree_help import help_text
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "launch/README.md")
+GROUPS = "backend|data|launcher|model|parallel|pools|recipe|tracker|trainer"
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words behind `python -m wm_train.launch`, in code blocks and in running text, with placeholders filled in."""
+    text = re.sub(r"<[^>\n]*>", "example.com/x", re.sub(r"\s*\\\n\s*", " ", text))
+    found = re.findall(r"python -m wm_train\.launch ([^`#\n]*=[^`#\n]*)", text)
+    return [[word for word in shlex.split(line) if word != "..."] for line in found]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_key_and_every_module_exists(document):
+    text = (ROOT / document).read_text()
+    known = re.sub(r"<\w+>", "<>", help_text(None))
+    words = re.findall(rf"\b(?:{GROUPS})\.[a-z_<][\w.<>]*\w", text)
+    named = {re.sub(r"<\w+>", "<>", word) for word in words if not word.endswith((".py", ".json"))}
+    named |= {f"launcher.slurm.{key}" for key in re.findall(r"`(account|setup|options|container|srun)[=`]", text)}
+    assert named
+    assert not {key for key in named if not re.search(rf"^  {re.escape(key)}[ .]", known, re.MULTILINE)}
+    assert not {module for module in re.findall(r"python -m ([a-z_.]+\w)", text) if find_spec(module) is None}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_line_would_start(document):
+    """But for the data, which is elsewhere."""
+    found = commands((ROOT / document).read_text())
+    assert len(found) >= 3
+    for words in found:
+        whole = words if any(word.startswith(("experiment=", "recipe=")) for word in words) else ["experiment=demo", *words]
+        run = compose([*whole, "data.path=/shared/demo"])
+        assert not without_data(run, data_is_here=False), words
