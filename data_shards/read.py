@@ -220,6 +220,7 @@ class ClipDataset:
                 if size < first + length:  # before a lying index makes us reserve its gigabytes
                     return np.empty(0, np.uint8), f"shard: got {size} bytes, expected at least {first + length} {where(entry, member)}"
                 data = into[:length] if into is not None and len(into) >= length else np.empty(length, np.uint8)
+                read_ahead(file, first, length)
                 for at in range(0, length, step):
                     block = data[at : at + step]
                     read_fully(file, block, first + at)
@@ -289,6 +290,14 @@ def check_finite(array: NDArray[Any], entry: ClipEntry, member: MemberEntry, row
 
 def as_bytes(data: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8)
+
+
+def read_ahead(file: int, offset: int, length: int) -> None:
+    """Ask for a whole range at once unless it is in memory: storage then brings the rest of it while the first rows are checked."""
+    try:
+        os.preadv(file, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)  # in memory, or an error: it does not wait
+    except OSError:
+        os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def read_fully(file: int, block: NDArray[np.uint8], offset: int) -> None:
