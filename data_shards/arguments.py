@@ -1,6 +1,7 @@
 """`key=value` command lines for this package's commands: one table of options gives the parser, the help and the error report.
 
-All problems of a command line are reported together, on stderr, with exit code 2; nothing has been started by then.
+`--key=value` and `--key value` do as well. All problems of a command line are reported together, on stderr, with exit code 2; nothing has
+been started by then.
 """
 
 from __future__ import annotations
@@ -77,8 +78,10 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
         DataError: unknown keys, wrong values, missing required ones; all of them in one message.
     """
     values: dict[str, Any] = {name: option.default for name, option in options.items() if not option.required}
-    problems, given = [], set()
-    for argument in arguments:
+    problems, given, words = [], set(), iter(arguments)
+    for argument in words:
+        if argument.startswith("--") and "=" not in argument:
+            argument = f"{argument}={next(words, '')}"
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not equals:

@@ -1,35 +1,34 @@
 """`python -m data_shards.encode source=<recording> codec=linear out=…`: video clips -> a data set of latent shards.
 
 Work is cut into shards beforehand, by the clips' known sizes; each shard is a job of its own (`encode_job`), run here, in processes or on
-Ray (`runners`), and the results become index and dataset.json (`encode_finish`). An interrupted run leaves `<out>.partial` and the same
-command goes on from there; the finished bytes do not depend on interruptions, on `runner` or on `workers`.
+Ray (`runners`), and the results become index and dataset.json (`encode_finish`). An interrupted run leaves `<out>.partial`, or in a store a
+prefix without dataset.json (`target`), and the same command goes on from there; the finished bytes do not depend on interruptions, on
+`runner` or on `workers`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from data_shards.arguments import Option, choice, number, run, text, whole
 from data_shards.codec import CODECS, LatentCodec
 from data_shards.encode_finish import finish
-from data_shards.encode_job import Job, Settings, crop_size, encode_shard, is_done, plan_jobs
-from data_shards.files import publish_folder, read_json, write_durably
+from data_shards.encode_job import Job, Settings, crop_size, encode_shard, left_to_do, plan_jobs
 from data_shards.runners import RUNNERS
-from data_shards.schema import DataError
+from data_shards.schema import PLAN, DataError
 from data_shards.sources import ClipSource, Place, open_source
+from data_shards.target import Target
 from data_shards.text import TextEncoder
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
     "source": Option(text, "a recording, a folder of videos, or the folder of zips of SANA-WM's public training layout", required=True),
-    "out": Option(text, "folder to make", required=True),
+    "out": Option(text, "folder to make, or the URL of one in a store: s3://bucket/set", required=True),
     "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
     "captions": Option(text, "JSON file {key: caption}; it goes before the source's own captions", None),
     "codec": Option(choice(*CODECS), "video <-> latents", "linear"),
@@ -77,18 +76,22 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     if not clips.clips:
         raise DataError(f"source: got no clips in {place.path}, expected at least one. Fix: record some")
     codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
-    final, folder = Path(out), Path(f"{out.rstrip('/')}.partial")
-    jobs = plan_jobs(clips, place.resolved(), folder.resolve(), settings, codec)
-    plan = {"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)}
-    if final.exists():
-        return check_existing(final, plan)
-    if folder.exists() and read_json(folder / "plan.json", "encode") != plan:
-        raise DataError(f"out: got {folder}, left by a run with other arguments, expected none or one like this. Fix: rm -r {folder}")
-    for name in ("shards", "rows"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for stale in (folder / name).glob("*.tmp-*"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    write_durably(folder / "plan.json", json.dumps(plan, indent=1, sort_keys=True).encode())
+    target = Target(out)
+    jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
+    plan = json.dumps({"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)}, indent=1, sort_keys=True).encode()
+    if target.finished():
+        if target.read(PLAN, done=True) != plan:
+            raise DataError(f"out: got {out}, a data set made with other arguments, expected a new folder. Fix: rm -r {out}")
+        target.remove("rows")  # of a run that was killed at its very end
+        print(f"{out} already holds this data set; nothing to do")
+        return
+    left = target.read(PLAN)
+    if left not in (None, plan):
+        raise DataError(
+            f"out: got {target.place}, left by a run with other arguments, expected none or one like this. Fix: rm -r {target.place}"
+        )
+    target.prepare()
+    target.write(PLAN, plan)
     first = clips.clips[0]
     stride = codec.spatial_stride
     size = crop_size(first, stride)
@@ -98,17 +101,17 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     for note in clips.notes:
         print(note)
     started = time.perf_counter()
-    todo = [job for job in jobs if not is_done(job)]
+    todo = left_to_do(jobs, target)
     columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("encode", total=len(clips.clips), completed=len(clips.clips) - sum(len(job.clips) for job in todo))
         for job in run_jobs(todo, runner, workers, clips, codec, encoder):
             progress.advance(task, len(jobs[job].clips))
-    info, cut_captions = finish(folder, jobs, clips, settings, codec, encoder)
-    shutil.rmtree(folder / "rows")
-    publish_folder(folder, final)
+    info, cut_captions = finish(target, jobs, clips, settings, codec, encoder)
+    target.remove("rows")
+    size_mb = sum(target.sizes().values()) / 1e6
+    target.publish()
     seconds, frames = time.perf_counter() - started, sum(clip.frames for job in todo for clip, _ in job.clips)
-    size_mb = sum(file.stat().st_size for file in final.rglob("*") if file.is_file()) / 1e6
     print(
         f"encoded {info.clips['train']} training and {info.clips['validation']} validation clips into {info.shards} shards of latents "
         f"[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}: PSNR {info.psnr_db} dB, "
@@ -116,15 +119,6 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     )
     if cut_captions:
         print(f"{cut_captions} captions were longer than text_length={settings.text_length} tokens and were cut there")
-
-
-def check_existing(final: Path, plan: Mapping[str, Any]) -> None:
-    """A finished data set of the same plan is kept; anything else is not overwritten."""
-    if not (final / "dataset.json").exists():
-        raise DataError(f"out: got {final}, which exists and is no data set, expected a new folder. Fix: out=<another folder>")
-    if read_json(final / "plan.json", "encode") != json.loads(json.dumps(plan)):
-        raise DataError(f"out: got {final}, a data set made with other arguments, expected a new folder. Fix: rm -r {final}")
-    print(f"{final} already holds this data set; nothing to do")
 
 
 def main(arguments: list[str]) -> int:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from pathlib import Path
+import io
+import json
 from typing import Any
 
 import numpy as np
 
 from data_shards.codec import LatentCodec, psnr_db
 from data_shards.encode_job import Job, Settings, crop_size
-from data_shards.files import crc32c, read_json, write_durably
+from data_shards.files import crc32c
 from data_shards.schema import (
+    FACTS,
     IMAGE_LATENTS,
+    INDEX,
     NULL_TEXT,
+    PLAN,
     SCHEMA_VERSION,
     SPLITS,
+    SUMS,
     ClipEntry,
     DataError,
     DatasetInfo,
@@ -24,21 +29,22 @@ from data_shards.schema import (
     info_to_json,
 )
 from data_shards.sources import ClipSource
+from data_shards.target import Target
 from data_shards.text import TextEncoder, read_null_text
-from data_shards.write import encode_array, fingerprint, write_index
+from data_shards.write import encode_array, fingerprint, sums_text, write_index
 
 STD_FLOOR = 1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
 Rows = list[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 
 def finish(
-    folder: Path, jobs: list[Job], source: ClipSource, settings: Settings, codec: LatentCodec, encoder: TextEncoder | None
+    target: Target, jobs: list[Job], source: ClipSource, settings: Settings, codec: LatentCodec, encoder: TextEncoder | None
 ) -> tuple[DatasetInfo, int]:
     """Merge the shards' results in shard order; write the index and, last, dataset.json. Returns it, and how many captions were cut."""
     rows: Rows = []
     sums, counts, squared_error, values, cut_captions = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0, 0
-    for job in jobs:
-        result = read_json(job.result, "encode")
+    for job, data in zip(jobs, target.read_all([job.result for job in jobs]), strict=True):
+        result = json.loads(data)
         for row in result["rows"]:
             key, episode, split, latent_frames, raw_frames = row["clip"]
             members = tuple(MemberEntry(**{**m, "shape": tuple(m["shape"]), "row_crc32c": tuple(m["row_crc32c"])}) for m in row["members"])
@@ -49,8 +55,9 @@ def finish(
     counts[counts == 0] = np.inf  # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
     mean = sums[:, 0] / counts[:, None]
     std = np.sqrt(np.maximum(sums[:, 1] / counts[:, None] - mean**2, 0.0))
-    write_index(folder / "index.parquet", rows)
-    index = (folder / "index.parquet").read_bytes()
+    index = io.BytesIO()
+    write_index(index, rows)
+    files = {INDEX: index.getvalue()}
     height, width = crop_size(source.clips[0], codec.spatial_stride)
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
@@ -75,21 +82,24 @@ def finish(
         raw_frames=sum(entry.raw_frames for entry, _ in rows),
         psnr_db=round(psnr_db(squared_error, values), 3) if values else None,
         null_text=NULL_TEXT if settings.text else None,
-        index_bytes=len(index),
-        index_sha256=hashlib.sha256(index).hexdigest(),
+        index_bytes=len(files[INDEX]),
+        index_sha256=hashlib.sha256(files[INDEX]).hexdigest(),
         source=source.description,
         fingerprint="",
         fields=common_fields(rows),
         image_latents_every=settings.image_latents_every,
-        **text_facts(folder, rows, settings, encoder),
+        **text_facts(files, rows, settings, encoder),
     )
     info = dataclasses.replace(info, fingerprint=fingerprint(rows, info))
-    write_durably(folder / "dataset.json", info_to_json(info).encode())
+    files |= {PLAN: target.read(PLAN) or b"", FACTS: info_to_json(info).encode()}
+    files[SUMS] = sums_text({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
+    for name in sorted(files, key=lambda name: name == FACTS):
+        target.write(name, files[name])
     return info, cut_captions
 
 
-def text_facts(folder: Path, rows: Rows, settings: Settings, encoder: TextEncoder | None) -> dict[str, Any]:
-    """Write the null text and return what dataset.json says about text."""
+def text_facts(files: dict[str, bytes], rows: Rows, settings: Settings, encoder: TextEncoder | None) -> dict[str, Any]:
+    """Add the null text to the files and return what dataset.json says about text."""
     if not settings.text:
         return {}
     widths = {member.shape[1] for _, members in rows for member in members if member.field == "text.npy"}
@@ -102,7 +112,7 @@ def text_facts(folder: Path, rows: Rows, settings: Settings, encoder: TextEncode
     if widths != {null.shape[1]} or len(null) > settings.text_length:
         raise DataError(f"null_text: got {null.shape}, expected [at most {settings.text_length}, E] with E of the clips' {sorted(widths)}")
     header, data = encode_array(null, "float32")
-    write_durably(folder / NULL_TEXT, header + data)
+    files[NULL_TEXT] = header + data
     facts = {"text_encoder": settings.text, "text_length": settings.text_length, "text_width": null.shape[1]}
     return {**facts, "null_text_crc32c": crc32c(header + data)}
 

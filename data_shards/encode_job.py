@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 
 from data_shards.codec import CODECS_WITH_WEIGHTS, LatentCodec, make_codec
 from data_shards.controls import bucket_events
-from data_shards.files import read_json, write_durably
 from data_shards.schema import (
     IMAGE_LATENTS,
     ITEM_BYTES,
@@ -27,9 +25,10 @@ from data_shards.schema import (
     latent_frame_count,
 )
 from data_shards.sources import ClipContent, ClipSource, Place, SourceClip, open_source
+from data_shards.target import Target
 from data_shards.text import READY, TextEncoder
 from data_shards.write import ShardWriter, shard_size
-from data_shards.zarr_store import ZarrWriter, is_whole
+from data_shards.zarr_store import ZarrWriter, shard_files
 
 Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
 
@@ -81,7 +80,7 @@ class Job:
 
     source: Place
     content: str  # the source's description: a worker that finds another source under the path says so
-    folder: str
+    out: str  # see Target
     number: int
     clips: tuple[tuple[SourceClip, str], ...]  # with the split of each
     settings: Settings
@@ -91,8 +90,9 @@ class Job:
         return f"shards/{self.number:06d}.{self.settings.container}"
 
     @property
-    def result(self) -> Path:
-        return Path(self.folder) / "rows" / f"{self.number:06d}.json"
+    def result(self) -> str:
+        """The file that says it is done."""
+        return f"rows/{self.number:06d}.json"
 
 
 def split_of_episodes(episodes: set[str], share: float) -> dict[str, str]:
@@ -127,7 +127,7 @@ def bucket_controls(frames: NDArray[np.float32], sums: tuple[bool, ...], stride:
     return out
 
 
-def plan_jobs(source: ClipSource, place: Place, folder: Path, settings: Settings, codec: LatentCodec) -> list[Job]:
+def plan_jobs(source: ClipSource, place: Place, out: str, settings: Settings, codec: LatentCodec) -> list[Job]:
     """Cut the clips into shards of about `shard_mb`, in the source's order."""
     sizes = {crop_size(clip, codec.spatial_stride) for clip in source.clips}
     if len(sizes) > 1:
@@ -149,7 +149,7 @@ def plan_jobs(source: ClipSource, place: Place, folder: Path, settings: Settings
         pending.append((clip, splits[clip.episode]))
         size += (latent_frame_count(clip.frames, stride) + image_latent_count(clip.frames, every)) * per_frame
         if size >= settings.shard_mb * 1e6 or clip is source.clips[-1]:
-            jobs.append(Job(place, source.description, str(folder), len(jobs), tuple(pending), settings))
+            jobs.append(Job(place, source.description, out, len(jobs), tuple(pending), settings))
             pending, size = [], 0.0
     return jobs
 
@@ -178,8 +178,9 @@ class Tally:
 
 def encode_shard(job: Job, source: ClipSource, codec: LatentCodec, encoder: TextEncoder | None) -> None:
     """Encode one shard and write it, then the JSON file that says it is done: index rows and sums for the statistics."""
-    rows, tally = [], Tally(np.zeros((2, 2, codec.channels)), np.zeros(2))
-    with (ShardWriter if job.settings.container == "tar" else ZarrWriter)(Path(job.folder) / job.shard) as writer:
+    rows, tally, target = [], Tally(np.zeros((2, 2, codec.channels)), np.zeros(2)), Target(job.out)
+    make = ShardWriter if job.settings.container == "tar" else ZarrWriter
+    with target.room(job.shard) as path, make(path) as writer:
         for clip, split in job.clips:
             content = source.load(clip)
             arrays = latent_arrays(clip, content, codec, job.settings, tally, count=split == SPLITS[0])
@@ -192,7 +193,7 @@ def encode_shard(job: Job, source: ClipSource, codec: LatentCodec, encoder: Text
             row = [clip.key, clip.episode, split, len(latents), clip.frames]
             rows.append({"clip": row, "members": [vars(member) for member in members]})
     result = {**vars(tally), "rows": rows, "sums": tally.sums.tolist(), "counts": tally.counts.tolist()}
-    write_durably(job.result, json.dumps(result).encode())
+    target.write(job.result, json.dumps(result).encode())
 
 
 def latent_arrays(clip: SourceClip, content: ClipContent, codec: LatentCodec, settings: Settings, tally: Tally, count: bool) -> Arrays:
@@ -274,12 +275,18 @@ def opened(place: Place, content: str, settings: Settings) -> tuple[ClipSource, 
     return source, settings.make_codec(source), settings.make_text_encoder()
 
 
-def is_done(job: Job) -> bool:
-    """Whether an earlier run finished this shard: its result is there, and the shard, of the size that follows from it."""
-    shard = Path(job.folder) / job.shard
-    if not job.result.exists() or not shard.exists():
-        return False
-    rows: list[Mapping[str, Any]] = read_json(job.result, "encode")["rows"]
+def left_to_do(jobs: Sequence[Job], target: Target) -> list[Job]:
+    """The jobs that no earlier run finished: the result is not there, or the shard not with the sizes that follow from it."""
+    sizes = target.sizes()
+    noted = [job for job in jobs if job.result in sizes]
+    results = target.read_all([job.result for job in noted])
+    done = {job.number for job, result in zip(noted, results, strict=True) if is_done(job, result, sizes)}
+    return [job for job in jobs if job.number not in done]
+
+
+def is_done(job: Job, result: bytes, sizes: Mapping[str, int]) -> bool:
+    """Whether the shard is there with the size, or the files, that follow from its result."""
+    members = [(row["clip"][0], MemberEntry(**member)) for row in json.loads(result)["rows"] for member in row["members"]]
     if job.settings.container == "zarr":
-        return is_whole(shard, ((row["clip"][0], MemberEntry(**member)) for row in rows for member in row["members"]))
-    return shard.stat().st_size == shard_size(MemberEntry(**member) for member in rows[-1]["members"])
+        return all(sizes.get(f"{job.shard}/{name}") == n + len(rest) for name, (n, rest) in shard_files(members).items())
+    return sizes.get(job.shard) == shard_size(member for _, member in members)

@@ -50,7 +50,7 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def array_from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def array_from_bytes(data: bytes | memoryview | NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Raw little-endian elements -> array, without a copy; bfloat16 comes back as its bits in uint16."""
     assert len(data) == int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype], "callers check the length"
     return np.frombuffer(data, NPY_DESCRIPTIONS[dtype]).reshape(shape)
@@ -93,6 +93,19 @@ def fresh_folder(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+def read_selection(path: str) -> tuple[str, list[str]]:
+    """(fingerprint of the data set that it is for, keys of the clips to keep) of a file that `data_shards.filter` wrote.
+
+    Raises:
+        DataError: no such file, or not of that form.
+    """
+    chosen = read_json(Path(path), "selection")
+    fingerprint, kept = chosen.get("dataset_fingerprint"), chosen.get("kept")
+    if not isinstance(fingerprint, str) or not isinstance(kept, list) or not all(isinstance(key, str) for key in kept):
+        raise DataError(f"selection: got {path} without dataset_fingerprint or kept, expected what `filter` writes. Fix: filter again")
+    return fingerprint, kept
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_shards.remote import RetryPolicy, with_retries
+from data_shards.remote import RetryPolicy, is_transient, with_retries
 from data_shards.schema import (
     FIELDS,
     ITEM_BYTES,
@@ -107,7 +107,7 @@ class ClipIndex:
             try:
                 return what()
             except OSError as error:
-                if error.errno is None and type(error) is OSError:  # Arrow's own: the bytes are wrong, which time does not mend
+                if is_arrows(error):
                     raise self._damage(name, error) from error
                 raise
 
@@ -118,7 +118,8 @@ class ClipIndex:
             raise self._damage(name, error) from error
 
     def _damage(self, name: str, error: OSError) -> DataError:
-        return DataError(f"index: cannot read {name} of {self._path}/index.parquet ({error}). Fix: copy it again, or encode again")
+        reason = f"index: cannot read {name} of {self._path}/index.parquet ({error}). Fix: copy it again, or encode again"
+        return DataError(reason, is_transient(error) and not is_arrows(error))
 
 
 class ClipTable(Sequence[ClipEntry]):
@@ -156,6 +157,11 @@ def integers(array: Any, dtype: Any) -> NDArray[Any]:
 def nonzero(mask: Any) -> NDArray[np.int64]:
     """Ascending positions at which a mask of Arrow holds."""
     return integers(pc.indices_nonzero(mask), np.uint64).astype(np.int64)
+
+
+def is_arrows(error: OSError) -> bool:
+    """Whether it is Arrow's own: the bytes are wrong, which time does not mend."""
+    return error.errno is None and type(error) is OSError
 
 
 def where(entry: ClipEntry, member: MemberEntry) -> str:

@@ -220,7 +220,7 @@ class ClipLoader:
                     read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
                 read = read_conditions(dataset, entry, take.start, take.frames) if self.replicated else None
             except ShardError as error:
-                raise ShardError(str(error), dataset.global_name(error.shard)) from error
+                raise ShardError(str(error), dataset.global_name(error.shard), error.passing) from error
             found.append(read or absent(dataset.info, take.frames))
         return joined(found, row.frames, self.dataset.info.temporal_stride)
 

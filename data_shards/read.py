@@ -1,9 +1,7 @@
 """Open a data set and read exactly what is asked for: byte ranges, every latent frame checked by its own crc32c.
 
-A local shard is read straight into the buffer that the caller gives, block by block, each checked while it is in the processor's cache;
-other places go through fsspec, with retries and a cache of ranges. Nothing is decoded but raw little-endian numbers whose dtype, shape and
-position the index gives; no header from a shard is trusted, and nothing is ever unpickled. A failure is one DataError naming shard, key
-and field.
+Nothing is decoded but raw little-endian numbers whose dtype, shape and position the index gives; no header from a shard is trusted, and
+nothing is ever unpickled. A failure is one DataError naming shard, key and field. How bytes are fetched is in `shard_bytes`.
 """
 
 from __future__ import annotations
@@ -11,20 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from data_shards.files import NPY_DESCRIPTIONS, all_finite, array_from_bytes, as_float32, crc32c, npy_header, read_json
-from data_shards.index import ClipIndex, ClipTable, where
-from data_shards.remote import RangeCache, RetryPolicy, ShortRead, fetch, is_transient, storage_options, with_retries
+from data_shards.files import NPY_DESCRIPTIONS, all_finite, array_from_bytes, as_float32, crc32c, npy_header, read_selection
+from data_shards.index import ClipIndex, ClipTable, is_arrows, where
+from data_shards.remote import RangeCache, RetryPolicy, is_transient, read_info, with_retries
 from data_shards.schema import (
     NULL_TEXT,
     SPLITS,
@@ -35,16 +30,13 @@ from data_shards.schema import (
     MemberEntry,
     ShardError,
     index_schema,
-    info_from_json,
 )
-from data_shards.zarr_store import read_bytes
+from data_shards.shard_bytes import ShardBytes, lies_in
+from data_shards.zarr_store import Piece
 
 DEFAULT_POLICY = RetryPolicy()
-LARGE_READ = 64 * 2**20
-BLOCK_BYTES = 512 * 1024  # of a local file read and checked at a time: fits the second-level cache
 JOINED_GAP = 64 * 1024  # members at most this far apart are one read
 REPLICATED = ("c2w.npy", "intrinsics.npy", "controls.npy", "text.npy", "text_mask.npy")
-REPAIR = "copy the shard again, or encode again; `python -m data_shards.verify` lists all damage"
 
 
 @dataclass(frozen=True)
@@ -68,24 +60,19 @@ class ClipDataset:
         self, path: str, filesystem: Any, root: str, info: DatasetInfo, index: ClipIndex, policy: RetryPolicy, cache: RangeCache | None
     ) -> None:
         self.path, self.info = path, info
-        self._policy, self._cache = policy, cache
+        self._policy, self._bytes = policy, ShardBytes(filesystem, root, info.fingerprint, policy, cache)
         self.fingerprint = info.fingerprint  # of the clips that are used: with a selection, another than the data set's
         self._fs, self._root, self._index = filesystem, root, index
-        self._direct = type(filesystem) is LocalFileSystem and cache is None
 
     def clips(self, split: str) -> ClipTable:
         if split not in SPLITS:
             raise DataError(f"split: got {split!r}, expected one of {SPLITS} (data set {self.path})")
         return self._index.clips(split)
 
-    def select(self, path: str) -> None:
-        """Keep only the clips of a selection file; `fingerprint` then covers the choice too."""
-        chosen = read_json(Path(path), "selection")
-        if chosen.get("dataset_fingerprint") != self.info.fingerprint:
-            raise DataError(f"selection: got {path}, made for another data set, expected one for {self.path}. Fix: filter again")
-        self._index.keep(chosen["kept"])
-        digest = hashlib.sha256(json.dumps([self.info.fingerprint, sorted(chosen["kept"])]).encode())
-        self.fingerprint = digest.hexdigest()
+    def keep(self, keys: Sequence[str]) -> None:
+        """Forget all clips but these; `fingerprint` then covers the choice too."""
+        self._index.keep(keys)
+        self.fingerprint = hashlib.sha256(json.dumps([self.fingerprint, sorted(keys)]).encode()).hexdigest()
 
     def global_name(self, shard: str) -> str:
         """The name of a shard among those of all data sets, whatever path they are reached by: for quarantine lists."""
@@ -135,47 +122,46 @@ class ClipDataset:
         shape, size = (stop - start, *member.shape[1:]), member.row_bytes
         if start == stop:
             return array_from_bytes(b"", member.dtype, shape)
-        first, length = member.data_offset + start * size, (stop - start) * size
+        kept = into[: (stop - start) * size] if into is not None and len(into) >= (stop - start) * size else None
+        parts, row, at = [], start, 0
+        for piece in lies_in(entry, member, start, stop):
 
-        def wrong_rows(data: NDArray[np.uint8], number: int) -> list[int]:
-            """The damaged ones of the rows from `number` on."""
-            rows = (data[at : at + size] for at in range(0, len(data), size))
-            return [n for n, row in enumerate(rows, number) if crc32c(row) != member.row_crc32c[n]]
+            def wrong(data: NDArray[np.uint8], offset: int, row: int = row) -> str:
+                """What is wrong with some of its rows, those from byte `offset` of the piece on."""
+                rows = enumerate((data[at : at + size] for at in range(0, len(data), size)), row + offset // size)
+                bad = [number for number, found in rows if crc32c(found) != member.row_crc32c[number]]
+                return f"checksum: got other bytes than were written in latent frames {bad} {where(entry, member)}" if bad else ""
 
-        def say(bad: list[int]) -> str:
-            return f"checksum: got other bytes than were written in latent frames {bad} {where(entry, member)}" if bad else ""
-
-        if self._direct and not entry.shard.endswith(".zarr"):
-            data = self._stream(entry, member, first, length, into, lambda data, at: wrong_rows(data, start + at // size), say)
-        else:
-            read = self._range(entry, [member], (start, stop), (first, first + length), lambda data: say(wrong_rows(as_bytes(data), start)))
-            data = as_bytes(read)
-            if into is not None and len(into) >= length:
-                into[:length] = data
-                data = into[:length]
+            place = None if kept is None else kept[at : at + piece.length]
+            parts.append(self._bytes.rows(entry, member, piece, place, wrong))
+            row, at = row + piece.length // size, at + piece.length
+        data = parts[0] if len(parts) == 1 else np.concatenate(parts) if kept is None else kept
         return data.view(NPY_DESCRIPTIONS[member.dtype]).reshape(shape)
 
     def whole(self, entry: ClipEntry, members: Sequence[MemberEntry]) -> dict[str, NDArray[Any]]:
         """field -> array of replicated members, headers and all, verified. Those that lie side by side are one read."""
-        zarr, found = entry.shard.endswith(".zarr"), dict[str, NDArray[Any]]()
-        for group in joined(members, -1 if zarr else JOINED_GAP):
+        found: dict[str, NDArray[Any]] = {}
+        for group in joined(members, -1 if entry.shard.endswith(".zarr") else JOINED_GAP):
             base, end = group[0].offset, group[-1].offset + group[-1].length
+            piece = Piece(entry.shard, base, end - base)
+            if entry.shard.endswith(".zarr"):
+                piece = next(lies_in(entry, group[0], 0, group[0].shape[0]), piece)
 
-            def wrong(data: bytes, group: list[MemberEntry] = group, base: int = base) -> str:
+            def wrong(data: NDArray[np.uint8], _: int, group: list[MemberEntry] = group, base: int = base) -> str:
                 for member in group:
-                    part = memoryview(data)[member.offset - base :][: member.length]
+                    part = data[member.offset - base :][: member.length]
                     header = member.data_offset - member.offset
                     if crc32c(part) != member.crc32c:
                         return f"checksum: got other bytes than were written {where(entry, member)}"
-                    if header and part[:header] != npy_header(member.dtype, member.shape):
+                    if header and part[:header].tobytes() != npy_header(member.dtype, member.shape):
                         return f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}"
                     if not all_finite(array_from_bytes(part[header:], member.dtype, member.shape), member.dtype):
                         return f"values: got NaN or infinite ones {where(entry, member)}"
                 return ""
 
-            data = self._range(entry, group, (0, group[0].shape[0]), (base, end), wrong)
+            data = self._bytes.at_once(entry, group[0], piece, None, wrong)
             for member in group:
-                payload = memoryview(data)[member.data_offset - base : member.offset + member.length - base]
+                payload = data[member.data_offset - base : member.offset + member.length - base]
                 found[member.field] = array_from_bytes(payload, member.dtype, member.shape)
         return found
 
@@ -190,7 +176,8 @@ class ClipDataset:
         try:
             data = with_retries(lambda: self.file_bytes(NULL_TEXT), self._policy)
         except OSError as error:
-            raise DataError(f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or encode again") from error
+            reason = f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or encode again"
+            raise DataError(reason, is_transient(error)) from error
         if crc32c(data) != self.info.null_text_crc32c:
             raise DataError(f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy it again or encode again")
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.float32)
@@ -199,115 +186,12 @@ class ClipDataset:
         """A file beside the shards as it is, for `verify`."""
         return bytes(self._fs.cat_file(f"{self._root}/{name}"))
 
-    def _stream(
-        self,
-        entry: ClipEntry,
-        member: MemberEntry,
-        first: int,
-        length: int,
-        into: NDArray[np.uint8] | None,
-        wrong: Callable[[NDArray[np.uint8], int], list[int]],
-        say: Callable[[list[int]], str],
-    ) -> NDArray[np.uint8]:
-        """Bytes from `first` on of a local shard. `wrong` gets each block and its position; `say` makes words of what it found."""
-        step = max(1, BLOCK_BYTES // member.row_bytes) * member.row_bytes
-
-        def attempt() -> tuple[NDArray[np.uint8], str]:
-            bad: list[int] = []
-            file = os.open(f"{self._root}/{entry.shard}", os.O_RDONLY)
-            try:
-                size = os.fstat(file).st_size
-                if size < first + length:  # before a lying index makes us reserve its gigabytes
-                    return np.empty(0, np.uint8), f"shard: got {size} bytes, expected at least {first + length} {where(entry, member)}"
-                data = into[:length] if into is not None and len(into) >= length else np.empty(length, np.uint8)
-                read_ahead(file, first, length)
-                for at in range(0, length, step):
-                    block = data[at : at + step]
-                    read_fully(file, block, first + at)
-                    bad += wrong(block, at)
-                return data, say(bad)
-            finally:
-                os.close(file)
-
-        try:
-            data, problem = with_retries(attempt, self._policy)
-        except OSError as error:
-            problem = f"shard: cannot read it ({type(error).__name__}: {error}) {where(entry, member)}"
-        if problem:
-            raise ShardError(f"{problem}. Fix: {REPAIR}", entry.shard)
-        return data
-
-    def _range(
-        self, entry: ClipEntry, members: Sequence[MemberEntry], rows: tuple[int, int], span: tuple[int, int], wrong: Callable[[bytes], str]
-    ) -> bytes:
-        """Rows of a member, which in a tar are the bytes `span`, or that span over several members. `wrong` says what is wrong."""
-        if entry.shard.endswith(".zarr"):
-            data = read_bytes(self.path, entry, members[0], *rows)
-            problem = wrong(data)
-        else:
-            data, problem = self._span(entry, members[0], span, wrong)
-        if problem:
-            raise ShardError(f"{problem}. Fix: {REPAIR}", entry.shard)
-        return data
-
-    def _span(self, entry: ClipEntry, member: MemberEntry, span: tuple[int, int], wrong: Callable[[bytes], str]) -> tuple[bytes, str]:
-        """(bytes, what is wrong with them); a cached range gets a second chance."""
-        path, length = f"{self._root}/{entry.shard}", span[1] - span[0]
-
-        def fill() -> bytes:
-            # an index that lies about sizes must not make us reserve its gigabytes
-            if length > LARGE_READ and span[1] > self._fs.size(path):
-                raise ShortRead(f"the shard ends before byte {span[1]}")
-            return fetch(self._fs, path, *span, self._policy)
-
-        def check(data: bytes) -> str:
-            if len(data) != length:
-                return f"shard: got {len(data)} bytes, expected {length} from byte {span[0]} {where(entry, member)}"
-            return wrong(data)
-
-        try:
-            if self._cache is None:
-                data = fill()
-                return data, check(data)
-            identity = f"{self.info.fingerprint} {path} {span}"
-            data = self._cache.get(identity, length, fill)
-            if check(data):
-                self._cache.drop(identity)
-                data = self._cache.get(identity, length, fill)
-            return data, check(data)
-        except Exception as error:
-            if not isinstance(error, (OSError, ValueError)) and not is_transient(error):
-                raise
-            return b"", f"shard: cannot read it ({type(error).__name__}: {error}) {where(entry, member)}"
-
 
 def check_finite(array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]) -> None:
     """Raises ShardError if stored latents hold anything but numbers: their bytes are as written, but their writer did not look."""
     if not all_finite(array, member.dtype):
         place = where(entry, member)
         raise ShardError(f"latents: got NaN or infinite values {place}, frames {rows[0]}:{rows[1]}. Fix: encode again", entry.shard)
-
-
-def as_bytes(data: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)
-
-
-def read_ahead(file: int, offset: int, length: int) -> None:
-    """Ask for a whole range at once unless it is in memory: storage then brings the rest of it while the first rows are checked."""
-    try:
-        os.preadv(file, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)  # in memory, or an error: it does not wait
-    except OSError:
-        os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
-
-
-def read_fully(file: int, block: NDArray[np.uint8], offset: int) -> None:
-    """Fill the block from a file descriptor: one system call may bring less than was asked for."""
-    done = 0
-    while done < len(block):
-        count = os.preadv(file, [block[done:]], offset + done)  # type: ignore[list-item]
-        if count == 0:
-            raise ShortRead(f"the shard ends at byte {offset + done}")
-        done += count
 
 
 def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:
@@ -337,27 +221,7 @@ def open_dataset(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        filesystem, root = fsspec.core.url_to_fs(path, **storage_options(path, policy))
-    except (ValueError, ImportError) as error:
-        raise DataError(f"data.path: got {path!r}, expected a folder or a URL that fsspec opens ({error})") from error
-    if hasattr(filesystem, "retries"):
-        filesystem.retries = 1  # s3fs tries five times by itself, which our budget would not see
-    root = root.rstrip("/")
-    try:
-        text = with_retries(lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"data.path: got {path}, which holds no dataset.json, expected a finished data set. "
-            f"Fix: python -m data_shards.encode source=<recording> out={path}"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"data.path: cannot read {path}/dataset.json ({type(error).__name__}: {error}). Fix: see access rights and the network"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again") from error
-    info = info_from_json(text, f"{path}/dataset.json")
+    filesystem, root, info = read_info(path, policy)
     try:
         size = with_retries(lambda: filesystem.size(f"{root}/index.parquet"), policy)
         if size != info.index_bytes:
@@ -370,10 +234,26 @@ def open_dataset(
             raise OSError("its columns are not those of this version")
         dataset = ClipDataset(path, filesystem, root, info, ClipIndex(index, path, info, policy), policy, cache)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"index: cannot read {path}/index.parquet ({error}). Fix: copy it again or encode again") from error
+        reason = f"index: cannot read {path}/index.parquet ({error}). Fix: copy it again or encode again"
+        raise DataError(reason, isinstance(error, OSError) and not is_arrows(error) and is_transient(error)) from error
     found = {split: len(dataset.clips(split)) for split in SPLITS}
     if found != dict(info.clips):
         raise DataError(f"index: got {found} clips, expected {dict(info.clips)} as dataset.json says ({path}). Fix: encode again")
     if selection is not None:
-        dataset.select(selection)
+        select_clips([dataset], selection)
     return dataset
+
+
+def select_clips(datasets: Sequence[ClipDataset], path: str) -> None:
+    """Apply a selection file to the one of these data sets that it was made for.
+
+    Raises:
+        DataError: no such file, or made for none of them.
+    """
+    fingerprint, kept = read_selection(path)
+    chosen = [dataset for dataset in datasets if dataset.info.fingerprint == fingerprint]
+    if not chosen:
+        places = ", ".join(dataset.path for dataset in datasets)
+        raise DataError(f"selection: got {path}, made for another data set, expected one for {places}. Fix: filter again")
+    for dataset in chosen:
+        dataset.keep(kept)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_shards.schema import DataError
+from data_shards.schema import DataError, DatasetInfo, info_from_json
 
 T = TypeVar("T")
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -31,10 +31,20 @@ TRANSIENT_NAMES = (
     "HTTPClientError",
     "ResponseStreamingError",
 )
+CLIENTS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")  # packages whose own exceptions are about a store
+BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to come again
 
 
 class ShortRead(OSError):
     """Fewer bytes came than were asked for, and the object is not that short."""
+
+
+class StoreError(OSError):
+    """What a client library said, if it has no OSError for it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.transient = is_transient(error)
 
 
 @dataclass(frozen=True)
@@ -46,22 +56,72 @@ class RetryPolicy:
     read_timeout_s: float = 20.0
 
 
+def connect(path: str, policy: RetryPolicy) -> tuple[Any, str]:
+    """(filesystem, path in it) of a folder or fsspec URL.
+
+    Raises:
+        DataError: no such kind of store, or its library is not installed.
+    """
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path, **storage_options(path, policy))
+    except (ValueError, ImportError) as error:
+        raise DataError(f"path: got {path!r}, expected a folder or a URL that fsspec opens ({error})") from error
+    if hasattr(filesystem, "retries"):
+        filesystem.retries = 1  # s3fs tries five times by itself, which our budget would not see
+    return filesystem, root.rstrip("/")
+
+
+def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
+    """(filesystem, path in it, facts) of the data set in a folder or at an fsspec URL.
+
+    Raises:
+        DataError: no dataset.json there, one that this version cannot read, or a store that does not answer.
+    """
+    filesystem, root = connect(path, policy)
+    try:
+        text = with_retries(lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"data.path: got {path}, which holds no dataset.json, expected a finished data set. "
+            f"Fix: python -m data_shards.encode source=<recording> out={path}"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"data.path: cannot read {path}/dataset.json ({type(error).__name__}: {error}). Fix: see access rights and the network",
+            is_transient(error),
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again") from error
+    return filesystem, root, info_from_json(text, f"{path}/dataset.json")
+
+
 def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
     """What to hand to fsspec so that one attempt cannot hang: time-outs, and no hidden retries below ours."""
     if path.startswith(("s3://", "s3a://")):
         timeouts = {"connect_timeout": policy.connect_timeout_s, "read_timeout": policy.read_timeout_s}
         return {"config_kwargs": {**timeouts, "retries": {"max_attempts": 0, "mode": "standard"}}}
+    if path.startswith(("http://", "https://")):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_timeout_s, sock_read=policy.read_timeout_s)
+        return {"client_kwargs": {"timeout": limits}}
     return {}
 
 
 def is_transient(error: BaseException) -> bool:
-    if isinstance(error, PERMANENT):
-        return False
-    return isinstance(error, (OSError, TimeoutError)) or type(error).__name__ in TRANSIENT_NAMES
+    """Whether what was tried may succeed a little later."""
+    if isinstance(error, StoreError):
+        return error.transient
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and not isinstance(error, OSError):  # aiohttp's ClientResponseError
+        return status in BUSY or status >= 500
+    return not isinstance(error, PERMANENT) and (isinstance(error, OSError) or type(error).__name__ in TRANSIENT_NAMES)
 
 
 def with_retries(what: Callable[[], T], policy: RetryPolicy, sleep: Callable[[float], None] = time.sleep) -> T:
-    """Call until it succeeds, fails for good, or the budget is spent; then the last error is raised."""
+    """Call until it succeeds, fails for good, or the budget is spent; then the last error is raised, as an OSError if it is a store's."""
     started, attempt = time.monotonic(), 0
     while True:
         try:
@@ -70,6 +130,8 @@ def with_retries(what: Callable[[], T], policy: RetryPolicy, sleep: Callable[[fl
             longest = min(policy.longest_pause_s, policy.first_pause_s * 2**attempt)
             pause = random.uniform(0.5, 1.0) * longest  # many ranks fail together: do not let them return together
             if not is_transient(error) or time.monotonic() - started + pause > policy.budget_s:
+                if not isinstance(error, OSError) and type(error).__module__.split(".")[0] in CLIENTS:
+                    raise StoreError(error) from error
                 raise
             sleep(pause)
             attempt += 1
@@ -93,7 +155,10 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
 
 class RangeCache:
     """Ranges as files in a local folder, up to `limit_bytes`, the least recently used going first. Safe to share between processes: a file
-    is filled under another name and renamed, so it is whole or absent; two that fill the same range write the same bytes."""
+    is filled under another name and renamed, so it is whole or absent; two that fill the same range write the same bytes.
+
+    The folder is looked through after every hundredth of the limit that a process has added, so that ten processes stay below the limit.
+    """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         if limit_bytes < 1:
@@ -101,6 +166,7 @@ class RangeCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.limit_bytes = folder, limit_bytes
         self._lock = threading.Lock()
+        self._added = limit_bytes  # since the folder was looked through; others may have filled it before
         for stale in folder.glob("*.tmp-*"):
             if time.time() - stale.stat().st_mtime > 3600:  # a younger one may belong to a process that is writing it
                 stale.unlink(missing_ok=True)
@@ -133,16 +199,20 @@ class RangeCache:
             temporary.unlink(missing_ok=True)
             return
         with self._lock:
-            self._evict()
+            self._added += len(data)
+            if self._added >= self.limit_bytes / 100:
+                self._evict()
+                self._added = 0
 
     def _evict(self) -> None:
-        files = []
+        """Down to nine tenths of the limit, if more is used."""
+        files, most = [], 0.9 * self.limit_bytes
         for file in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process may have evicted it
                 files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
         total = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):
-            if total <= self.limit_bytes:
+            if total <= most:
                 return
             file.unlink(missing_ok=True)
             total -= size

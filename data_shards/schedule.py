@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.order import MixtureOrder, WeightedChoice, derive_key, mix64
-from data_shards.pack import Packer
+from data_shards.pack import Packer, PackingReport
 from data_shards.schema import DataError
 
 ATTEMPTS = 10_000  # to find a clip outside the quarantined shards
@@ -103,6 +103,10 @@ class Schedule:
         return tuple(
             self._row(bucket, step * self.global_batch + row, position * self.global_batch + row, quarantined) for row in wanted
         )
+
+    def packing(self, windows: int = 4) -> PackingReport | None:
+        """What packing wastes, over its first windows; None without packing."""
+        return self._packer.report(windows) if self._packer else None
 
     def _row(self, bucket: _Bucket, draw: int, place: int, quarantined: Callable[[int, int], bool] | None) -> Row:
         """place: the row's position in its bucket's own stream."""

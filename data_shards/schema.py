@@ -4,6 +4,8 @@ Layout of a data set directory:
   shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
   index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
   null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt, real tokens only
+  plan.json            the arguments that it was encoded with
+  SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
   dataset.json         written last: without it the directory is no data set
 
 Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r = temporal_stride each, so a shorter clip can start at
@@ -48,7 +50,7 @@ MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix
 TIME_SHARDED = "latent.npy"
 IMAGE_LATENTS = "image_latents.npy"
 READ_BY_ROW = (TIME_SHARDED, IMAGE_LATENTS)  # these carry a crc32c per row; all other members are read whole
-INDEX, NULL_TEXT = "index.parquet", "null_text.npy"
+INDEX, NULL_TEXT, FACTS, PLAN, SUMS = "index.parquet", "null_text.npy", "dataset.json", "plan.json", "SHA256SUMS"
 ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
 SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
@@ -56,14 +58,20 @@ MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips 
 
 
 class DataError(ValueError):
-    """A data set, shard, recording or argument is not what it must be. The message says what, where and what to do."""
+    """A data set, shard, recording or argument is not what it must be. The message says what, where and what to do.
+
+    passing: storage did not answer for as long as was tried. Nothing is known to be wrong with what lies there: trying later may help."""
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class ShardError(DataError):
-    """A shard is missing, cut or changed. `shard` is its name, for the quarantine list."""
+    """A shard is missing, cut or changed, or cannot be read. `shard` is its name, for the quarantine list."""
 
-    def __init__(self, message: str, shard: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, shard: str, passing: bool = False) -> None:
+        super().__init__(message, passing)
         self.shard = shard
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ OPTIONS = {
     "out": Option(text, "JSON file to write as well", None),
 }
 PERCENTILES = (0, 5, 50, 95, 100)
+BINS = 12
+BARS = " ▁▂▃▄▅▆▇█"
 
 
 def motion(c2w: NDArray[np.float64], fps: float) -> dict[str, float]:
@@ -74,12 +76,25 @@ def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) 
     return {
         "clips": len(chosen),
         "columns": {name: np.percentile(values, PERCENTILES).tolist() for name, values in columns.items() if values},
+        "histograms": {name: histogram(values) for name, values in columns.items() if values},
         "mean": mean.tolist(),
         "std": std.tolist(),
         "mean_shift_in_std": shift,
         "std_ratio": [float(np.min(std / info.std)), float(np.max(std / info.std))] if counts.all() else [1.0, 1.0],
         "controls": dict(zip(info.control_names, np.mean(controls, axis=0).tolist())) if controls else {},
     }
+
+
+def histogram(values: Sequence[float]) -> dict[str, list[float]]:
+    """{edges [n + 1], counts [n]} of equal bins from the least value to the largest."""
+    counts, edges = np.histogram(values, BINS)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def bars(counts: Sequence[float]) -> str:
+    """One character a bin, as high as its count; what is not empty is seen."""
+    most = max(counts)
+    return "".join(BARS[max(int(count > 0), round(count / most * (len(BARS) - 1)))] for count in counts)
 
 
 def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
@@ -92,9 +107,9 @@ def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
         f"{info.source}\n{sum(info.clips.values())} clips in {info.shards} shards, {hours:.3f} h at {info.fps:g} fps\n"
         f"codec {info.codec} {info.psnr_db} dB, latents \\[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}"
     )
-    table = Table("per clip", *(f"{p} %" for p in PERCENTILES))
+    table = Table("per clip", *(f"{p} %" for p in PERCENTILES), "least to largest")
     for name, values in figures["columns"].items():
-        table.add_row(name, *(f"{value:.2f}" for value in values))
+        table.add_row(name, *(f"{value:.2f}" for value in values), bars(figures["histograms"][name]["counts"]))
     console.print(table)
     if figures["controls"]:
         console.print("mean absolute control: " + ", ".join(f"{name} {value:.2f}" for name, value in figures["controls"].items()))

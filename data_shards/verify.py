@@ -1,12 +1,14 @@
 """`python -m data_shards.verify path=…`: every byte of a data set against its index. Exit code 0 if all is well, 1 if not.
 
 A shard is fully determined by its index rows: canonical tar headers, npy headers, payloads with known checksums, zero padding, two zero
-blocks, end. So each byte is either right or reported, with shard, key and field; nothing a damaged header *says* is ever followed.
+blocks, end; or the files of a Zarr group, alike. So each byte is either right or reported, with shard, key and field; nothing a damaged
+header *says* is ever followed. The files beside the shards have their checksums in SHA256SUMS.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -16,9 +18,10 @@ from typing import Any, BinaryIO
 from data_shards.arguments import Option, run, text, whole
 from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
-from data_shards.schema import INDEX, ITEM_BYTES, NULL_TEXT, READ_BY_ROW, SPLITS, ClipEntry, DatasetInfo, MemberEntry, ShardError
-from data_shards.write import BLOCK, fingerprint, shard_size, tar_header
-from data_shards.zarr_store import read_bytes
+from data_shards.remote import RetryPolicy, connect
+from data_shards.schema import FACTS, INDEX, ITEM_BYTES, NULL_TEXT, READ_BY_ROW, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
+from data_shards.write import BLOCK, fingerprint, shard_size, sums_text, tar_header
+from data_shards.zarr_store import pieces, shard_files
 
 ABOUT = "Check every byte of a data set against its index. Exit code 1 when something is wrong."
 OPTIONS = {
@@ -26,6 +29,8 @@ OPTIONS = {
     "workers": Option(whole(1, 1024), "processes", 1),
     "show": Option(whole(0, 10**6), "problems to print", 50),
 }
+POLICY = RetryPolicy()
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+[.][a-z]+")
 CHUNK = 4 * 2**20  # bytes in memory at a time
 TAR_KINDS = {tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a directory", tarfile.FIFOTYPE: "a fifo"}
 
@@ -68,24 +73,32 @@ def describe_header(block: bytes, expected: bytes) -> str:
 
 
 def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -> str:
-    """Read a member and return what is wrong with it, or ''. At most CHUNK bytes are in memory, whatever the index claims."""
+    """Read a member of a tar and return what is wrong with it, or ''."""
     header = file.read(len(expected_header))
-    total = crc32c(header)
     problem = "" if header == expected_header else f"npy header: got another one than {member.dtype} {member.shape}"
-    by_row = member.field in READ_BY_ROW
-    size, count = (member.row_bytes, member.shape[0]) if by_row else (member.length - len(expected_header), 1)
-    for row in range(count):
+    total, wrong = check_rows(file, member, 0, member.length - len(expected_header), crc32c(header))
+    return problem or wrong or ("" if total == member.crc32c else "checksum: got other bytes than were written")
+
+
+def check_rows(file: BinaryIO, member: MemberEntry, row: int, length: int, total: int) -> tuple[int, str]:
+    """Read `length` bytes, the rows from `row` on: (checksum of all bytes up to here, given that of those before, what is wrong or '').
+
+    At most CHUNK bytes are in memory, whatever the index claims."""
+    problem, by_row = "", member.field in READ_BY_ROW
+    size = member.row_bytes if by_row else length
+    while length:
         place, row_crc, left = f", latent frame {row}" if by_row else "", 0, size
         while left:
             data = file.read(min(CHUNK, left))
             if not data:
-                return f"member: the shard ends {left + (count - 1 - row) * size} bytes before it does"
+                return total, f"member: the shard ends {length - size + left} bytes before it does"
             left -= len(data)
             total, row_crc = crc32c(data, total), crc32c(data, row_crc)
             problem = problem or not_finite(data, member, place)
         if by_row and row_crc != member.row_crc32c[row]:
             problem = problem or f"checksum: got other bytes than were written{place}"
-    return problem or ("" if total == member.crc32c else "checksum: got other bytes than were written")
+        row, length = row + 1, length - size
+    return total, problem
 
 
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
@@ -125,40 +138,87 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
     return problems
 
 
-def verify_zarr(path: str, shard: str, rows: Rows) -> list[Problem]:
-    """Every array of a Zarr shard, read through Zarr and compared with the index."""
-    problems = []
+def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Problem]:
+    """Every file of a Zarr shard: each has one right content, which the index gives, and there are no others."""
+    problems, expected = [], shard_files((entry.key, member) for entry, members in rows for member in members)
+    found = {name[len(folder) + 1 :] for name in filesystem.find(folder)}
+    problems += [Problem(shard, "-", "-", f"file: got {name}, which `encode` does not write") for name in sorted(found - set(expected))]
+    for name, (length, content) in expected.items():
+        if not length and (what := differs(filesystem, f"{folder}/{name}", content)):
+            key, _, field = name.removesuffix("zarr.json").rstrip("/").partition("/")
+            problems.append(Problem(shard, key or "-", field or "-", f"zarr.json: {what}"))
     for entry, members in rows:
         for member in members:
-            step = max(1, CHUNK // max(member.row_bytes, 1))
-            total, count, problem = 0, member.shape[0], ""
-            try:
-                for start in range(0, count, step):
-                    data = read_bytes(path, entry, member, start, min(start + step, count))
-                    total = crc32c(data, total)
-                    problem = problem or not_finite(data, member, f", from row {start}")
-            except ShardError as error:
-                problems.append(Problem(shard, entry.key, member.field, str(error)))
-                continue
-            if total != member.crc32c:
-                problem = "checksum: got other bytes than were written"
-            if problem:
-                problems.append(Problem(shard, entry.key, member.field, problem))
+            total, row, problem = 0, 0, ""
+            for piece in pieces(entry.key, member, 0, member.shape[0]):
+                total, wrong = check_piece(filesystem, f"{folder}/{piece.name}", expected[piece.name], member, row, total)
+                row, problem = row + piece.length // max(1, member.row_bytes), problem or wrong
+            if problem or total != member.crc32c:
+                problems.append(Problem(shard, entry.key, member.field, problem or "checksum: got other bytes than were written"))
     return problems
 
 
-def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
-    import fsspec
-
-    if shard.endswith(".zarr"):
-        return verify_zarr(path, shard, rows)
-    filesystem, root = fsspec.core.url_to_fs(path)
-    name = f"{root.rstrip('/')}/{shard}"
+def check_piece(
+    filesystem: Any, path: str, expected: tuple[int, bytes], member: MemberEntry, row: int, total: int
+) -> tuple[int, str]:
+    """As `check_rows`, for one file of an array and what follows the rows in it."""
+    length, rest = expected
     try:
+        with filesystem.open(path, "rb") as file:
+            size = filesystem.size(path)
+            if size != length + len(rest):
+                return total, f"file: got {size} bytes, expected {length + len(rest)} in {path.rsplit('/', 1)[1]}"
+            total, wrong = check_rows(file, member, row, length, total)
+            return total, wrong or ("" if file.read() == rest else "checksum: got other bytes than were written behind the rows")
+    except OSError as error:
+        return total, f"file: cannot read it ({type(error).__name__}: {error})"
+
+
+def differs(filesystem: Any, path: str, content: bytes) -> str:
+    """What is wrong with a file whose content is known; '' if nothing is."""
+    try:
+        return "" if filesystem.cat_file(path) == content else "got other bytes than `encode` writes for what the index says"
+    except OSError as error:
+        return f"cannot read it ({type(error).__name__}: {error})"
+
+
+def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
+    filesystem, root = connect(path, POLICY)
+    name = f"{root}/{shard}"
+    try:
+        if shard.endswith(".zarr"):
+            return verify_zarr(filesystem, name, shard, rows)
         with filesystem.open(name, "rb") as file:
             return verify_shard(file, filesystem.size(name), shard, rows)
     except OSError as error:
         return [Problem(shard, "-", "-", f"shard: cannot read it ({type(error).__name__}: {error})")]
+
+
+def check_sums(filesystem: Any, root: str) -> list[Problem]:
+    """The files beside the shards against SHA256SUMS, and that itself: the files that it must name, in the one way they are written."""
+    try:
+        written = bytes(filesystem.cat_file(f"{root}/{SUMS}")).decode(errors="replace")
+    except OSError as error:
+        return [Problem("-", "-", SUMS, f"checksums: cannot read them ({type(error).__name__}: {error}). Fix: encode again")]
+    stated = {name: digest for digest, _, name in (line.partition("  ") for line in written.splitlines())}
+    if written != sums_text(stated) or not {FACTS, INDEX} <= set(stated) or not all(map(PLAIN_NAME.fullmatch, stated)):
+        return [Problem("-", "-", SUMS, "checksums: got other text than `encode` writes")]
+    problems = []
+    for name, digest in stated.items():
+        try:
+            if sha256_of(filesystem, f"{root}/{name}") != digest:
+                problems.append(Problem("-", "-", name, "checksum: got other bytes than were written"))
+        except OSError as error:
+            problems.append(Problem("-", "-", name, f"file: cannot read it ({type(error).__name__}: {error})"))
+    return problems
+
+
+def sha256_of(filesystem: Any, path: str) -> str:
+    digest = hashlib.sha256()
+    with filesystem.open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def check_null_text(dataset: ClipDataset) -> list[Problem]:
@@ -178,10 +238,11 @@ def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[D
         DataError: dataset.json or the index cannot be read at all.
     """
     dataset = open_dataset(path)
-    problems = []
-    if hashlib.sha256(dataset.file_bytes(INDEX)).hexdigest() != dataset.info.index_sha256:
+    filesystem, root = connect(path, POLICY)
+    problems = check_sums(filesystem, root)
+    if sha256_of(filesystem, f"{root}/{INDEX}") != dataset.info.index_sha256:
         changed = "index: got other bytes than dataset.json states; nothing it says about the shards can be trusted"
-        return dataset.info, [Problem("-", "-", "-", changed)], set()
+        return dataset.info, [*problems, Problem("-", "-", "-", changed)], set()
     rows = list(index_rows(dataset))
     if fingerprint(rows, dataset.info) != dataset.info.fingerprint:
         problems.append(Problem("-", "-", "-", "fingerprint: index and dataset.json do not belong together"))

@@ -13,7 +13,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,18 +136,23 @@ def shard_size(members: Iterable[MemberEntry]) -> int:
     return end + (-end % BLOCK) + 2 * BLOCK
 
 
-def index_writer(path: Path) -> Any:
+def sums_text(digests: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS, given the SHA-256 of each file by name; `sha256sum -c SHA256SUMS` reads it too."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+
+
+def index_writer(file: Path | BinaryIO) -> Any:
     """The ParquetWriter of an index. Pages carry checksums, which the reader verifies; there are no statistics, which nobody asks for."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetWriter(path, index_schema(), compression="zstd", write_page_checksum=True, write_statistics=False)
+    return pq.ParquetWriter(file, index_schema(), compression="zstd", write_page_checksum=True, write_statistics=False)
 
 
-def write_index(path: Path, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
+def write_index(file: Path | BinaryIO, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
     """One row per clip, in order."""
     import pyarrow as pa
 
-    with index_writer(path) as writer:
+    with index_writer(file) as writer:
         for start in range(0, len(rows), ROW_GROUP):
             writer.write_table(pa.Table.from_pylist([index_row(*row) for row in rows[start : start + ROW_GROUP]], index_schema()))
 

@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 
 from data_shards import inspect, stats
+from data_shards.arguments import Option, number, parse, text, whole
 from data_shards.codec import make_codec
 from data_shards.read import open_dataset
+from data_shards.schema import DataError
+
+
+def test_options_may_be_given_as_words():
+    options = {"source": Option(text, "", required=True), "shard_mb": Option(number(0, 9), "", 1.0), "workers": Option(whole(1), "", 1)}
+    assert parse(["source=a=b", "--workers", "4", "--shard-mb=2"], options) == {"source": "a=b", "workers": 4, "shard_mb": 2.0}
+    with pytest.raises(DataError, match=r"workers: got '', expected a whole number.*\nsource: missing"):
+        parse(["--workers"], options)
+    with pytest.raises(DataError, match="argument: got 'x', expected key=value"):
+        parse(["source=a", "x"], options)
 
 
 def turn_and_walk(frames):
@@ -35,7 +46,13 @@ def test_stats_measure_the_stated_normalisation(dataset_path, tmp_path, capsys):
     assert figures["mean_shift_in_std"] < 1e-3
     assert figures["std_ratio"] == pytest.approx([1.0, 1.0], abs=1e-3)
     assert figures["columns"]["seconds"][2] == pytest.approx(17 / 16)
-    assert "std ratio" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "std ratio" in said
+    motion = figures["histograms"]["speed_m_s"]
+    assert sum(motion["counts"]) == figures["clips"]
+    assert [motion["edges"][0], motion["edges"][-1]] == [figures["columns"]["speed_m_s"][0], figures["columns"]["speed_m_s"][-1]]
+    assert stats.bars([0, 1, 100, 50]) == " ▁█▄"
+    assert stats.bars(motion["counts"]) in said
     assert stats.main([f"path={dataset_path}", "split=test"]) == 2
 
 

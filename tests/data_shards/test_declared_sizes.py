@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_shards import encode
 from data_shards.read import open_dataset
 from data_shards.schema import index_schema
 
@@ -67,6 +68,24 @@ def declare_in_index_and_facts(path, size=10 * 2**30):
 
 def declare_what_a_tar_can_hold(path):
     declare_in_index_and_facts(path, 7 * 2**30)
+
+
+def test_ten_gigabytes_declared_of_zarr(recording, tmp_path):
+    """As above, where each latent frame is a chunk: neither the index nor what zarr.json says makes anybody reserve them."""
+    out = tmp_path / "zarr"
+    assert encode.main([f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3", "container=zarr", "psnr=no"]) == 0
+    key = first_key(out)
+    words = out / "shards" / "000000.zarr" / key / "latent" / "zarr.json"
+    declare_in_index_and_facts(out)
+    facts = json.loads((out / "dataset.json").read_text())
+    words.write_bytes(words.read_bytes().replace(b"    7,", f"    {facts['latent_height']},".encode()))
+    command = [sys.executable, "-c", TEN_GIGABYTES, str(out), key]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    problem, refusal, megabytes = done.stdout.strip().split("\n")
+    assert re.search(rf"file: got \d+ bytes, expected \d+ .*key {key}, field latent.npy", problem)
+    assert re.search(rf"shard: got \d+ bytes, expected at least .*key {key}, field latent.npy", refusal)
+    assert int(megabytes) < 200
 
 
 CASES = [pytest.param(declare_in_a_tar_header, marks=pytest.mark.full), declare_in_index_and_facts, declare_what_a_tar_can_hold]

@@ -1,11 +1,14 @@
 """The loader: right rows, right frames, same stream after a restart, and errors that reach the trainer."""
 
+import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_shards.load import ClipLoader, denormalise, normalise, relative_poses
 from data_shards.order import SampleOrder
@@ -57,6 +60,33 @@ def test_any_mesh_sees_the_same_batches(dataset, data_ranks, cp):
             assert torch.equal(torch.cat([part[step].latents for part in parts], dim=1), whole[step].latents[rows.start : rows.stop])
             assert all(torch.equal(part[step].c2w, whole[step].c2w[rows.start : rows.stop]) for part in parts)
             assert all(part[step].keys == whole[step].keys[rows.start : rows.stop] for part in parts)
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(40, marks=pytest.mark.full)])
+def test_8_6_12_3_ranks_any_cp_and_any_readers_read_one_stream(dataset, examples):
+    """Restarted with other ranks after every other step: joined over ranks, latents and all, each batch is that of one rank."""
+    batch = 24
+    whole = take(dataset, 8, global_batch=batch, rows=range(batch))
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def check(data):
+        for start, ranks in zip((0, 2, 4, 6), (8, 6, 12, 3)):
+            cp, readers = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+            edges = sorted(data.draw(st.integers(0, 3)) for _ in range(cp - 1))
+            for rank in data.draw(st.permutations(range(ranks)))[:3]:
+                rows = range(rank * batch // ranks, (rank + 1) * batch // ranks)
+                parts = [
+                    take(dataset, 2, global_batch=batch, rows=rows, frames=held, readers=readers, start_step=start)
+                    for held in itertools.pairwise((0, *edges, 3))
+                ]
+                for step in range(2):
+                    expected, found = whole[start + step], [part[step] for part in parts]
+                    assert torch.equal(torch.cat([each.latents for each in found], dim=1), expected.latents[rows.start : rows.stop])
+                    assert all(each.keys == expected.keys[rows.start : rows.stop] for each in found)
+                    assert all(torch.equal(each.c2w, expected.c2w[rows.start : rows.stop]) for each in found)
+
+    check()
 
 
 def test_resume_in_the_middle_of_an_epoch_is_the_undisturbed_run(dataset):

@@ -5,6 +5,8 @@ import http.server
 import logging
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -12,6 +14,7 @@ import traceback
 import numpy as np
 import pytest
 
+from data_shards import encode, verify
 from data_shards.read import open_dataset
 from data_shards.remote import RangeCache, RetryPolicy, with_retries
 from data_shards.schema import DataError, ShardError
@@ -21,17 +24,20 @@ ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message>
 
 
 class FaultyProxy(http.server.BaseHTTPRequestHandler):
-    """Forwards to the S3 server; each GET of a shard first takes one fault off the list, if there is one."""
+    """Forwards to the S3 server; each request for a shard first takes one fault off the list, if there is one."""
 
     upstream = ""
     faults = []  # noqa: RUF012  (shared by design: the server makes a handler per connection)
     served = []  # noqa: RUF012
+    method = "GET"  # which requests for shards fail
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        fault = self.faults.pop(0) if self.faults and ".tar" in self.path and self.command == "GET" else None
-        if self.command == "GET" and ".tar" in self.path:
+        counted = self.command == self.method and (".tar" in self.path or ".zarr" in self.path)
+        fault = self.faults.pop(0) if self.faults and counted else None
+        if counted:
             self.served.append(fault)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
@@ -42,7 +48,6 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
             self.answer(int(fault), {"Content-Type": "application/xml"}, ERROR % codes[fault])
             return
         connection = http.client.HTTPConnection(self.upstream, timeout=10)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         connection.request(self.command, self.path, body or None, dict(self.headers))
         reply = connection.getresponse()
         data = reply.read()
@@ -104,7 +109,7 @@ def bucket(dataset_path):
 
 @pytest.fixture
 def faults():
-    FaultyProxy.faults[:], FaultyProxy.served[:] = [], []
+    FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.method = [], [], "GET"
     return FaultyProxy.faults
 
 
@@ -140,6 +145,7 @@ def test_permanent_faults_fail_at_once(bucket, faults, fault):
         remote.read(entry)
     assert time.monotonic() - started < 2
     assert "very-secret-value" not in str(caught.value)
+    assert not caught.value.passing
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "short", "slow", "403", "404"])
@@ -154,9 +160,70 @@ def test_a_store_that_stays_down_ends_with_the_budget_and_tells_no_secret(bucket
         remote.read(entry)
     assert time.monotonic() - started < 3
     assert FaultyProxy.served[0] == fault
+    assert caught.value.passing == (fault not in ("403", "404"))
     told = "".join(traceback.format_exception(caught.value)) + caplog.text
     assert len(caplog.records) > 5, "what the clients say was captured"
     assert "very-secret-value" not in told
+
+
+@pytest.mark.parametrize("container", ["tar", pytest.param("zarr", marks=pytest.mark.full)])
+def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(bucket, recording, faults, tmp_path, container, capsys):
+    """Also when some uploads fail, and when the run is ended by a store that stays down and is started again."""
+    from s3fs import S3FileSystem
+
+    out, FaultyProxy.method = f"s3://shards-test/made-{container}", "PUT"
+    arguments = [f"source={recording}", "shard_mb=0.03", "psnr=no", f"container={container}"]
+    faults += ["403"]
+    assert encode.main([*arguments, f"out={out}"]) == 2
+    assert f"out: cannot write to {out} (PermissionError" in capsys.readouterr().err
+    with pytest.raises(DataError, match="holds no dataset"):
+        open_dataset(out, policy=FAST)
+    faults[:] = ["503", "reset", "500"]
+    assert encode.main([*arguments, f"out={out}"]) == 0
+    assert {"403", "503", "reset", "500"} <= set(FaultyProxy.served)
+    assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
+    store = S3FileSystem()
+    store.invalidate_cache()
+    made = {name.split("/", 2)[2]: store.cat_file(name) for name in store.find(out)}
+    assert made == {str(f.relative_to(tmp_path / "set")): f.read_bytes() for f in (tmp_path / "set").rglob("*") if f.is_file()}
+    assert verify.main([f"path={out}"]) == 0
+    uploads = len(FaultyProxy.served)
+    assert encode.main([*arguments, f"out={out}"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert encode.main([*arguments, f"out={out}", "channels=12"]) == 2
+    assert "made with other arguments" in capsys.readouterr().err
+    assert len(FaultyProxy.served) == uploads
+
+
+def test_shards_that_are_in_the_bucket_already_are_not_made_again(bucket, recording, faults, monkeypatch):
+    out, FaultyProxy.method = "s3://shards-test/again", "PUT"
+    arguments = [f"source={recording}", "shard_mb=0.03", "psnr=no", f"out={out}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "finish", interrupted)
+        assert encode.main(arguments) == 130
+    assert len(FaultyProxy.served) == 3
+    assert encode.main(arguments) == 0
+    assert len(FaultyProxy.served) == 3
+    assert verify.main([f"path={out}"]) == 0
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", ["500", "reset", "short", "slow"])
+def test_zarr_in_a_bucket_is_read_as_patiently(bucket, recording, dataset_path, faults, tmp_path, fault):
+    from s3fs import S3FileSystem
+
+    if not S3FileSystem().exists("shards-test/zarr/dataset.json"):
+        assert encode.main([f"source={recording}", f"out={tmp_path / 'set'}", "shard_mb=0.03", "psnr=no", "container=zarr"]) == 0
+        S3FileSystem().put(str(tmp_path / "set"), "shards-test/zarr", recursive=True)
+    remote = open_dataset("s3://shards-test/zarr", policy=FAST)
+    entry = remote.clips("train")[0]
+    faults += [fault, fault]
+    np.testing.assert_array_equal(remote.read(entry).latents, open_dataset(str(dataset_path)).read(entry.key).latents)
+    assert FaultyProxy.served[:2] == [fault, fault]
 
 
 def test_nothing_there(bucket):
@@ -210,6 +277,100 @@ def test_cache_keeps_its_limit_and_forgets_the_oldest(tmp_path):
     assert cache.get("short", 10, lambda: bytes(10)) == bytes(10)
     with pytest.raises(DataError, match="got 0 bytes"):
         RangeCache(tmp_path, 0)
+
+
+KILLED_WHILE_FILLING = """
+import os, signal, sys
+from pathlib import Path
+from data_shards.remote import RangeCache
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+    die()
+cache = RangeCache(Path(sys.argv[1]), 10**6)
+cache.get("whole", 1000, lambda: bytes(1000))
+{patch}
+cache.get("cut", 1000, lambda: b"x" * 1000)
+"""
+
+
+@pytest.mark.parametrize("patch", ["Path.write_bytes = half", "os.replace = die"])
+def test_a_kill_while_the_cache_is_filled_leaves_no_partial_range(tmp_path, patch):
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_FILLING.format(patch=patch), str(tmp_path)], timeout=60, check=False)
+    assert killed.returncode == -9
+    left = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert [size for name, size in left.items() if ".tmp-" not in name] == [1000]
+    assert any(".tmp-" in name for name in left)
+    cache, filled = RangeCache(tmp_path, 10**6), []
+    assert cache.get("whole", 1000, lambda: filled.append("whole") or bytes(1000)) == bytes(1000)
+    assert cache.get("cut", 1000, lambda: filled.append("cut") or b"y" * 1000) == b"y" * 1000
+    assert filled == ["cut"]
+
+
+def test_processes_that_share_a_cache_stay_below_its_limit(tmp_path):
+    caches = [RangeCache(tmp_path, 100_000) for _ in range(8)]
+    for i in range(60):
+        for number, cache in enumerate(caches):
+            assert len(cache.get(f"{number} {i}", 500, lambda: bytes(500))) == 500
+            assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 100_000
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 80_000
+
+
+class PlainServer(http.server.BaseHTTPRequestHandler):
+    """Files by HTTP with byte ranges, as any web server gives them; the next requests for shards fail as `faults` say."""
+
+    folder, faults = None, []
+
+    def do_GET(self):
+        path = self.folder / self.path.lstrip("/")
+        fault = self.faults.pop(0) if self.faults and path.suffix == ".tar" and self.command == "GET" else None
+        if fault or not path.is_file():
+            self.send_error(int(fault or 404))
+            return
+        data, span = path.read_bytes(), self.headers.get("Range")
+        self.send_response(206 if span else 200)
+        if span:
+            first, last = span.removeprefix("bytes=").split("-")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_http_is_read_by_range_and_as_patiently(dataset_path):
+    """503 and 429 are tried again, 403 is not; what the library raises for them is no OSError."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), PlainServer)
+    PlainServer.folder, PlainServer.faults = dataset_path, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        remote, local = open_dataset(f"http://127.0.0.1:{server.server_address[1]}", policy=FAST), open_dataset(str(dataset_path))
+        entry = local.clips("train")[0]
+        PlainServer.faults += ["503", "429", "500"]
+        np.testing.assert_array_equal(remote.read(entry.key, (1, 3)).latents, local.read(entry.key, (1, 3)).latents)
+        assert not PlainServer.faults
+        PlainServer.faults += ["403"] * 50
+        started = time.monotonic()
+        with pytest.raises(ShardError, match=rf"ClientResponseError: 403.*key {entry.key}, field c2w.npy") as caught:
+            remote.read(entry.key)
+        assert time.monotonic() - started < 2
+        assert not caught.value.passing
+        PlainServer.faults[:] = ["503"] * 500
+        with pytest.raises(ShardError, match="503") as caught:
+            open_dataset(remote.path, policy=RetryPolicy(budget_s=0.2, first_pause_s=0.02)).read(entry.key)
+        assert caught.value.passing
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_retries_spare_what_will_not_mend():

@@ -12,7 +12,7 @@ from data_shards import encode, verify
 # Runs the command in a process that kills itself on entering its n-th call of a function.
 KILLED_RUN = """
 import os, signal, sys
-from data_shards import encode, encode_finish, encode_job, write, zarr_store
+from data_shards import encode, encode_finish, target, write, zarr_store
 calls = 0
 def deadly(original):
     def call(*arguments, **options):
@@ -36,9 +36,9 @@ def killed(target, number, arguments):
     ("target", "number"),
     [
         ("write.ShardWriter._append", 8),  # inside the first shard's second clip
-        ("encode_job.write_durably", 3),  # the third shard's tar is there, the note that it is done is not
+        ("target.write_durably", 4),  # the third shard's tar is there, the note that it is done is not
         ("encode_finish.write_index", 1),  # all shards are there, no index
-        ("encode.publish_folder", 1),  # everything is there but the name
+        ("target.publish_folder", 1),  # everything is there but the name
     ],
 )
 def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path, target, number):
@@ -60,7 +60,7 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
     ("target", "number"),
     [
         pytest.param("zarr_store.ZarrWriter._append", 8, marks=pytest.mark.full),  # inside the first shard's second clip
-        ("encode_job.write_durably", 2),  # the second shard is there, the note that it is done is not
+        ("target.write_durably", 3),  # the second shard is there, the note that it is done is not
     ],
 )
 def test_zarr_shards_are_the_same_after_a_kill(recording, tmp_path, target, number):
