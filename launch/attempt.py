@@ -20,7 +20,7 @@ from launch.progress import ProgressView
 from launch.rank_actor import News, RankActor, Seat
 from launch.restart import Death, Growth
 from launch.signals import Caught
-from launch.spec import USER_ERROR, LaunchSpec, rank_environment
+from launch.spec import NO_STORAGE, USER_ERROR, LaunchSpec, rank_environment
 
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
 FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
@@ -205,15 +205,17 @@ def _listen(actors: list[Any], rank: int) -> Any:
 
 
 def _cause(deaths: list[Death]) -> Death | None:
-    """The death that explains the others: a user's mistake, then a lost node, then a signal from outside, then the first."""
+    """The death that explains the others: a user's mistake, then a lost node, silent storage, a signal from outside, then the first."""
 
     def weight(death: Death) -> int:
         if death.code == USER_ERROR:
             return 0
         if death.code is None:
             return 1
+        if death.code == NO_STORAGE:
+            return 2
         # SIGABRT is how a collective library ends a process whose peer has gone: a consequence.
-        return 2 if death.code < 0 and death.code != -signal.SIGABRT else 3
+        return 3 if death.code < 0 and death.code != -signal.SIGABRT else 4
 
     return min(deaths, key=weight) if deaths else None
 

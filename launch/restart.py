@@ -10,7 +10,7 @@ from typing import Protocol
 
 from launch.progress import ProgressView
 from launch.signals import Caught, caught
-from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec, describe_exit
+from launch.spec import INTERRUPTED, NO_STORAGE, USER_ERROR, LaunchSpec, describe_exit
 
 GROWTH_PLACE_S = 10.0  # the room is there already: the spare part of it was reserved, the rest is what the stopped workers held
 
@@ -74,7 +74,8 @@ def run_attempts(
             view.text(f"{outcome}{at}; logs in {spec.logs / f'attempt_{number - 1}'}")
             if outcome.code == USER_ERROR:
                 return USER_ERROR
-            if outcome.code is not None and view.step is not None and view.step == last_step:  # a lost node is no fault of the step
+            excused = outcome.code in (None, NO_STORAGE)  # a lost node and silent storage are no fault of the step
+            if not excused and view.step is not None and view.step == last_step:
                 view.text(f"two deaths at step {last_step}: trying again would not help")
                 return outcome.exit_code
             last_step = view.step

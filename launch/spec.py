@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-USER_ERROR = 2  # a worker's exit code for a mistake of the user: trying again cannot help
+USER_ERROR = 2  # a worker's exit code for what a person must change: trying again cannot help
+NO_STORAGE = 74  # sysexits' EX_IOERR, a worker's exit code for storage that did not answer: trying again may help, at the same step too
 INTERRUPTED = 128  # plus the signal's number, as shells do
 JOB_ID = "slurm_job_id"  # file in a stage's folder
 TAIL = 20  # last lines of a rank's log that its death is reported with

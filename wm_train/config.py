@@ -128,10 +128,14 @@ class DataConfig:
     mixture: dict[str, float] = field(default_factory=dict)  # data sets to train on, path -> weight; empty: `path` alone
     buckets: tuple[int, ...] = ()  # raw frames below a stage's `frames` that shorter clips are cut to; a step's clips have one length
     pack: bool = False  # rows of the stage's `frames` filled with several clips of any length
+    selection: tuple[str, ...] = ()  # files that `data_shards.filter` wrote: of the data set that each was made for, only what it keeps
     prefetch: int = 2  # batches read ahead
     readers: int = 2  # clips read at the same time
     on_bad_shard: str = "fail"  # fail | quarantine: leave the shard out on all processes and draw other clips in its place
     bad_shard_budget: int = 8  # quarantined shards before the run stops all the same
+    retry_s: float = 60.0  # how long a read that storage does not answer is tried again before all processes start anew
+    cache: str | None = None  # a folder on a local disk that keeps what was read from shards, for all processes of a node; null: none
+    cache_gb: float = 50.0  # 10^9 bytes that it may take
 
 
 @dataclass(frozen=True)

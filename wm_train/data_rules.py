@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from wm_train.compose import Problem
 from wm_train.config import RunConfig
 from wm_train.curriculum import PlannedStage
 
+PATIENCE_S = 5.0  # with a store that does not answer, before anything has started
 MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for others"
 
 
@@ -26,6 +27,8 @@ def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Pro
     return [
         *wrong,
         *_model_problems(config, info),
+        *_selection_problems(config, [info, *infos]),
+        *_storage_problems(config),
         *_mixture_problems(config, info, {path: found for path, found in mixed.items() if not isinstance(found, Problem)}),
         *(problem for found in infos for problem in _stage_problems(config, found, stages)),
     ]
@@ -33,6 +36,14 @@ def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Pro
 
 def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
     """The facts of the data set at `path`, or what is wrong with it; `key` is where the path stands."""
+    if "://" in path:
+        from data_shards.remote import RetryPolicy, read_info
+
+        try:
+            return read_info(path, RetryPolicy(budget_s=PATIENCE_S))[2]
+        except (DataError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            return Problem(key, f"{path} ({reason})", "a reachable folder with dataset.json", "check the address and your credentials")
     text = _dataset_json(path)
     if isinstance(text, Problem):
         return replace(text, where=key, fix=text.fix.replace("data.path=", f"{key}="))
@@ -62,9 +73,35 @@ def _mixture_problems(config: RunConfig, info: DatasetInfo, mixed: Mapping[str, 
     return found
 
 
+def _selection_problems(config: RunConfig, infos: Sequence[DatasetInfo]) -> list[Problem]:
+    """Each selection must be of one of the data sets that training draws from, or of the held-out clips' own."""
+    found = []
+    for path in config.data.selection:
+        from data_shards.files import read_selection
+
+        try:
+            fingerprint, kept = read_selection(path)
+        except DataError as error:
+            found.append(Problem("data.selection", f"{path} ({error})", "a file that `data_shards.filter` wrote", "filter again"))
+            continue
+        if fingerprint not in {info.fingerprint for info in infos}:
+            rule = "one made for a data set of data.path or data.mixture as it is now"
+            found.append(Problem("data.selection", f"{path}, made for another data set", rule, "filter again"))
+        elif not kept:
+            found.append(Problem("data.selection", f"{path}, which keeps no clip", "one that keeps some", "filter by wider thresholds"))
+    return found
+
+
+def _storage_problems(config: RunConfig) -> list[Problem]:
+    """While one process waits for a store, the others wait for it."""
+    limit, wanted = config.backend.collective_timeout_s, config.data.retry_s
+    if wanted < limit or not any("://" in path for path in (config.data.path, *config.data.mixture)):
+        return []
+    rule = f"less than backend.collective_timeout_s = {limit:g}, after which the other processes give up"
+    return [Problem("data.retry_s", f"{wanted:g}", rule, f"data.retry_s={limit / 2:g}, or backend.collective_timeout_s={2 * wanted:g}")]
+
+
 def _dataset_json(path: str) -> str | Problem:
-    if "://" in path:
-        return _remote_dataset_json(path)
     folder = Path(path)
     if not folder.exists():
         return Problem("data.path", f"{path}, which does not exist", "a folder of latent shards", f"data.path=<folder>; {MADE_BY}")
@@ -75,17 +112,6 @@ def _dataset_json(path: str) -> str | Problem:
         found = "an empty folder" if not any(folder.iterdir()) else "a folder without dataset.json"
         return Problem("data.path", f"{path}, {found}", "a folder that `encode` has finished (dataset.json comes last)", MADE_BY)
     return file.read_text(encoding="utf-8", errors="replace")
-
-
-def _remote_dataset_json(path: str) -> str | Problem:
-    import fsspec
-
-    try:
-        with fsspec.open(path.rstrip("/") + "/dataset.json", "rt", encoding="utf-8") as file:
-            return str(file.read())
-    except (OSError, ImportError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Problem("data.path", f"{path} ({reason})", "a reachable folder with dataset.json", "check the address and your credentials")
 
 
 def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:

@@ -20,7 +20,8 @@ class Feed:
 
     open_loader: (first step, quarantined shards) -> loader. quarantined: what a checkpoint has recorded. report: says what was left out.
 
-    Raises DataError while iterating: with `on_bad_shard=fail` what the reader found, else when there are more than `bad_shard_budget`.
+    Raises DataError while iterating: with `on_bad_shard=fail` what the reader found, else when there are more than `bad_shard_budget`;
+    with both, when storage does not answer for `data.retry_s`.
     """
 
     def __init__(
@@ -37,6 +38,18 @@ class Feed:
         self._step = first_step  # of the next batch; a loader that could read its batch is one ahead of those that could not
         self._loader = open_loader(first_step, frozenset(quarantined))
 
+    @property
+    def packing(self) -> str:
+        """How full packed rows are; empty without packing."""
+        found = self._loader.schedule.packing()
+        if found is None:
+            return ""
+        clips = found.packed_clips + found.left_out_clips
+        return (
+            f"packing: {found.filled:.1%} of latent frames hold a clip, {found.left_out_clips} of {clips} clips find no room "
+            f"(the first {found.sequences} rows)"
+        )
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
@@ -48,6 +61,8 @@ class Feed:
             try:
                 batch = next(self._loader)
             except ShardError as error:
+                if error.passing:  # of silent storage every shard looks bad
+                    raise
                 found, message = error.shard, str(error)
             # one small collective a step; names and words only when there is something to say
             if not self._world.gather_numbers([float(bool(found))]).any():

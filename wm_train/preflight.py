@@ -20,6 +20,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from data_shards.remote import RetryPolicy, read_info
+from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.compose import Problem
 from wm_train.config import RunConfig
@@ -56,7 +58,7 @@ def preflight(run: RunConfig, backend: Backend, world: World, progress: Progress
     started = time.perf_counter()
     node = socket.gethostname()
     folder = stage_directory(run, run.stage)
-    data, fingerprint = data_fact(run.data.path)
+    data, fingerprint = data_fact(run.data.path, run.data.retry_s)
     facts = Facts(node, device_count(backend), free_memory(backend), folder_fact(folder, world), data, fingerprint)
     late = lateness(world, clock)
     nodes = list(dict.fromkeys(world.gather(node)))
@@ -127,8 +129,15 @@ def free_memory(backend: Backend) -> int:
     return next(int(line.split()[1]) * 1024 for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
 
 
-def data_fact(path: str) -> tuple[str, str]:
-    """What is wrong with the data set as seen from here, and its fingerprint."""
+def data_fact(path: str, patience_s: float) -> tuple[str, str]:
+    """What is wrong with the data set as seen from here, and its fingerprint. Raises DataError when a store does not answer for so long."""
+    if "://" in path:
+        try:
+            return "", read_info(path, RetryPolicy(budget_s=patience_s))[2].fingerprint
+        except DataError as error:
+            if error.passing:
+                raise
+            return str(error), ""
     info = dataset_info(path)
     return (str(info), "") if isinstance(info, Problem) else ("", info.fingerprint)
 

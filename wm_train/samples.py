@@ -31,7 +31,7 @@ def show_samples(
     noise = stage.config.objective
     if isinstance(state, TrainState) and (noise.sigma_min, noise.sigma_max) != (0.0, 1.0):
         return
-    wanted = min(stage.run.trainer.samples, stage.dataset.info.clips.get("validation", 0))
+    wanted = min(stage.run.trainer.samples, len(stage.dataset.clips("validation")))
     if not wanted:
         return
     progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {stage.run.trainer.sample_steps} steps")

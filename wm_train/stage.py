@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data_shards.load import REPLICATED, Batch, ClipLoader
-from data_shards.read import ClipDataset, open_dataset
+from data_shards.read import ClipDataset, open_dataset, select_clips
+from data_shards.remote import RangeCache, RetryPolicy
 from data_shards.schema import latent_frame_count
 from parallel.engines import AttentionEngine, make_engine
 from parallel.layout import ClipLayout
@@ -23,7 +25,7 @@ from parallel.reference import Kernels
 from parallel.sequence import SequenceShard, make_sequence
 from wm_train.backends import Backend
 from wm_train.conditioning import Conditions
-from wm_train.config import RunConfig, StageConfig
+from wm_train.config import DataConfig, RunConfig, StageConfig
 from wm_train.curriculum import ordered
 from wm_train.feed import Feed
 from wm_train.metrics.flops import FORWARDS_PER_STEP, Flops, forward_flops
@@ -49,7 +51,7 @@ class Stage:
     null_text: Tensor | None  # [L0, E] on the device; None: the model takes no text
     kernels: Kernels  # of this device, as backend.kernels and backend.attention ask
     attention: tuple[str, AttentionEngine] | None  # an engine of others for the softmax blocks; None: ours
-    flops: Flops  # forward, of one clip of T latent frames
+    flops: dict[int, Flops]  # tokens of a latent frame -> forward, of one clip of T latent frames
 
     @property
     def data_fingerprint(self) -> str:
@@ -60,16 +62,25 @@ class Stage:
         parts = [[dataset.fingerprint, weight] for dataset, weight in self.mixture.items()]
         return hashlib.sha256(json.dumps([self.dataset.fingerprint, parts, data.buckets, data.pack]).encode()).hexdigest()
 
-    def clip_flops(self, latent_frames: int) -> float:
+    def clip_flops(self, latent_frames: int, tokens_per_frame: int) -> float:
         """Forward FLOPs of a clip: attention grows with the square of its length, the rest with the length."""
-        share = latent_frames / self.latent_frames
-        return (self.flops.dense + self.flops.gdn) * share + self.flops.softmax * share**2
+        share, whole = latent_frames / self.latent_frames, self.flops[tokens_per_frame]
+        return (whole.dense + whole.gdn) * share + whole.softmax * share**2
 
-    def step_flops(self, batch: Batch) -> float:
-        """Of a training step over all processes, if the others' rows cost as much as those of this batch."""
+    def work(self, batch: Batch) -> dict[str, float]:
+        """What a training step does for the clips of this batch, padding left out: `frames` (raw), `latent_frames`, `tokens`, `flops`. Of
+        clips that a sequence group holds together it is this member's part, so the sums over all processes are the step's."""
+        stride, members, (height, width) = self.dataset.info.temporal_stride, self.mesh.sequence_size, batch.latents.shape[-2:]
+        size = tokens_per_frame(self.run, height, width)
         rows = zip(batch.document_starts, batch.valid_frames.tolist(), strict=True)
-        clips = (end - start for starts, last in rows for start, end in pairwise((*starts, last)))
-        return FORWARDS_PER_STEP * self.mesh.data_size * sum(map(self.clip_flops, clips))
+        clips = [end - start for starts, last in rows for start, end in pairwise((*starts, last))]
+        whole = {
+            "frames": sum((length - 1) * stride + 1 for length in clips),
+            "latent_frames": sum(clips),
+            "tokens": sum(clips) * size,
+            "flops": FORWARDS_PER_STEP * sum(self.clip_flops(length, size) for length in clips),
+        }
+        return {name: amount / members for name, amount in whole.items()}
 
 
 def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
@@ -79,7 +90,7 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
         kernels = backend.kernels(backend.device, run.backend.kernels, run.backend.attention)
     except ValueError as error:
         raise SetupError(str(error)) from error
-    dataset = open_dataset(run.data.path)
+    dataset, mixture = open_data(run.data)
     degrees = MeshDegrees.from_config(run.parallel, world.size, run.model.heads)
     mesh = build_mesh(degrees, backend.device.type, timedelta(seconds=run.backend.collective_timeout_s))
     if config.global_batch % mesh.data_size:
@@ -97,14 +108,27 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
         )
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
     place = ordered(run.recipe).index(run.stage)
-    info = dataset.info
-    flops = forward_flops(run.model, frames, info.latent_height * info.latent_width // run.model.patch_size**2)
+    sizes = {tokens_per_frame(run, other.info.latent_height, other.info.latent_width) for other in (dataset, *mixture)}
+    flops = {size: forward_flops(run.model, frames, size) for size in sizes}
     engine = make_engine(run.parallel.attention, mesh.comm)
-    mixture = {open_dataset(path) if path != run.data.path else dataset: weight for path, weight in run.data.mixture.items()}
-    mixture = mixture or {dataset: 1.0}
     null = dataset.null_text() if run.model.text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
     return Stage(run, config, backend, world, mesh, dataset, mixture, frames, NoiseKey(run.seed, place), null_text, kernels, engine, flops)
+
+
+def tokens_per_frame(run: RunConfig, latent_height: int, latent_width: int) -> int:
+    """S of latents of this size."""
+    return latent_height * latent_width // run.model.patch_size**2
+
+
+def open_data(data: DataConfig) -> tuple[ClipDataset, dict[ClipDataset, float]]:
+    """The data set of `data.path`, and what training draws from by weight."""
+    policy = RetryPolicy(budget_s=data.retry_s)
+    cache = RangeCache(Path(data.cache), round(data.cache_gb * 1e9)) if data.cache else None
+    found = {path: open_dataset(path, policy=policy, cache=cache) for path in dict.fromkeys([data.path, *data.mixture])}
+    for file in data.selection:
+        select_clips(list(found.values()), file)
+    return found[data.path], {found[path]: weight for path, weight in (data.mixture or {data.path: 1.0}).items()}
 
 
 def valid_worlds(run: RunConfig, global_batch: int) -> str:
@@ -125,6 +149,8 @@ def open_loader(
     """This process's rows and frames of the global batches from `first_step` on; of the held-out split always whole cuts of `data.path`."""
     each, data, training = global_batch // stage.mesh.data_size, stage.run.data, split == "train"
     info, pack = stage.dataset.info, stage.run.data.pack and split == "train"
+    packed = next(iter(stage.mixture)).info
+    packed_size = tokens_per_frame(stage.run, packed.latent_height, packed.latent_width)
 
     def frames(length: int) -> tuple[int, int]:
         share = stage.mesh.frames(length)
@@ -143,7 +169,7 @@ def open_loader(
             shorter=[latent_frame_count(n, info.temporal_stride) for n in data.buckets if n < stage.config.frames] if training else [],
             mixture=stage.mixture if training else None,
             pack=pack,
-            cost=stage.clip_flops,
+            cost=lambda length: stage.clip_flops(length, packed_size),  # with packing there is one size only
             start_step=step,
             prefetch=data.prefetch,
             readers=data.readers,

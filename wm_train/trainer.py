@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from data_shards.load import Batch
-from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
@@ -44,15 +43,15 @@ from wm_train.world import World
 def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest) -> None:
     """Train the stage named `run.stage` from its newest checkpoint to its last step, then roll out samples.
 
-    Errors: SetupError for what the user must change, before the first step; BadStepError from the guard; Preempted after `stop` was
-    raised on any process and the state was saved.
+    Errors: SetupError for what the user must change, before the first step; DataError for data that is damaged or cannot be read;
+    BadStepError from the guard; Preempted after `stop` was raised on any process and the state was saved.
     """
     run = stage_run(run, run.stage)
     try:
         stage = open_stage(run, backend, world)
         state = build_state(run, stage.mesh.fsdp, backend.device)
         start = restore(run, state, stage.data_fingerprint, world, progress.say)
-    except (DataError, CheckpointError) as error:
+    except CheckpointError as error:
         raise SetupError(str(error)) from error
     folder = stage_directory(run, run.stage)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +107,8 @@ def run_steps(
     lost = partial(silent_ranks, stage_directory(run, run.stage) / "heartbeats", stage.world.size, run.backend.collective_timeout_s)
     saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say, lost)
     with open_loader(stage, "train", stage.config.global_batch, start.steps_done, start.quarantined, progress.say) as loader:
+        if loader.packing:
+            progress.say(loader.packing)
         for step in range(start.steps_done + 1, steps + 1):
             profiler.before(step)
             clock.begin()
@@ -115,13 +116,13 @@ def run_steps(
             batch = on_device(stage, next(loader))
             pulse.at(step, "train")
             try:
-                figures, times = train_step(stage, state, batch, step, guard, stop, clock)
+                figures, work, times = train_step(stage, state, batch, step, guard, stop, clock)
             except RewindError:
                 saver.wait()
                 raise
             stage.backend.synchronize()
             figures |= clock.end(batch.data_wait_s)
-            figures |= speed(stage, figures["step_s"], batch)
+            figures |= speed(stage, figures["step_s"], work)
             if tracker and (trace := profiler.after(step)):
                 tracker.artifact(trace)
             if news := stragglers.seen(step, times):
@@ -158,8 +159,9 @@ def gate_passed(stage: Stage, validation_loss: float) -> bool:
 
 def train_step(
     stage: Stage, state: TrainState, batch: Batch, step: int, guard: Guard, stop: StopRequest, clock: StepClock
-) -> tuple[dict[str, float], list[list[float]]]:
-    """Step `step` (from 1) on one global batch; returns its figures and every process's times of the step before, both the same on all."""
+) -> tuple[dict[str, float], dict[str, float], list[list[float]]]:
+    """Step `step` (from 1) on one global batch; returns its figures, the work it did (`Stage.work`) and every process's times of the step
+    before, all the same on all."""
     config = stage.config
     lr = learning_rate(config.optimizer, step - 1, config.steps)
     set_learning_rate(state.optimizer, lr)
@@ -167,11 +169,13 @@ def train_step(
     left_out = guard.leaves_out(step)
 
     sums = {"loss": 0.0} if left_out else gradients(stage, state, batch)
-    mine = [*clock.last, *sums.values(), squared_norm(state, stage.world), batch.data_wait_s, float(stop.raised)]
+    work = {name: 0.0 if left_out else amount for name, amount in stage.work(batch).items()}
+    mine = [*clock.last, *sums.values(), *work.values(), squared_norm(state, stage.world), batch.data_wait_s, float(stop.raised)]
     with clock.comm.on_host():
         times, everyone = stage.world.gather_numbers(mine).tensor_split([len(clock.last)], dim=1)
     totals = everyone.sum(dim=0).tolist()
     figures = {name: total / config.global_batch for name, total in zip(sums, totals, strict=False)}
+    work = dict(zip(work, totals[len(sums) :], strict=False))
     norm = math.sqrt(totals[-3]) if totals[-3] >= 0 else math.nan
 
     take = not left_out and guard.accepts(step, figures["loss"], list(zip(*everyone[:, [0, -3]].T.tolist(), strict=True)))
@@ -187,7 +191,9 @@ def train_step(
         "data_wait_s": float(everyone[:, -2].max()),
         "stop": totals[-1],
     }
-    return figures, times.tolist()
+    if stage.run.data.pack:
+        figures["packed_share"] = work["latent_frames"] / (config.global_batch * batch.frames)
+    return figures, work, times.tolist()
 
 
 def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
@@ -218,14 +224,12 @@ def squared_norm(state: TrainState, world: World) -> float:
     return float(torch.stack(torch._foreach_norm(held)).double().square().sum()) if held else 0.0
 
 
-def speed(stage: Stage, seconds: float, batch: Batch) -> dict[str, float]:
-    """Throughput of a step over all processes, and this process's memory."""
-    info, clips, flops = stage.dataset.info, stage.config.global_batch, stage.step_flops(batch)
-    tokens = clips * batch.frames * batch.latents.shape[-2] * batch.latents.shape[-1]
+def speed(stage: Stage, seconds: float, work: dict[str, float]) -> dict[str, float]:
+    """Throughput of a step that did this work over all processes, and this process's memory."""
     return {
-        "frames_per_s": clips * ((batch.frames - 1) * info.temporal_stride + 1) / seconds,
-        "tokens_per_s": tokens / seconds,
-        "model_tflops_per_s": flops / seconds / 1e12,
-        **({"mfu": mfu(flops, seconds, stage.world.size, peak)} if (peak := stage.backend.peak_flops) else {}),
+        "frames_per_s": work["frames"] / seconds,
+        "tokens_per_s": work["tokens"] / seconds,
+        "model_tflops_per_s": work["flops"] / seconds / 1e12,
+        **({"mfu": mfu(work["flops"], seconds, stage.world.size, peak)} if (peak := stage.backend.peak_flops) else {}),
         **{f"memory_{name}_bytes": value for name, value in stage.backend.memory().items()},
     }

@@ -159,6 +159,8 @@ def _data_rules() -> tuple[Rule, ...]:
         _one_of("on_bad_shard", ("fail", "quarantine")),
         ("mixture", lambda weights: all(0 < weight < math.inf for weight in weights.values()), "a finite weight above 0 for each data set"),
         ("buckets", lambda frames: all(n > 0 for n in frames), "raw frame counts from 1"),
+        ("cache", lambda folder: folder != "", "a folder or null"),
+        *_positive("retry_s", "cache_gb"),
     )
 
 

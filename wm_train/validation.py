@@ -32,7 +32,7 @@ def levels_of(config: ObjectiveConfig) -> tuple[float, ...]:
 @torch.no_grad()
 def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
     """Mean loss of the averaged weights over the first `trainer.validation_clips` held-out clips: `validation_loss`, and per sigma."""
-    wanted = min(stage.run.trainer.validation_clips, stage.dataset.info.clips.get("validation", 0))
+    wanted = min(stage.run.trainer.validation_clips, len(stage.dataset.clips("validation")))
     if not wanted:
         return {}
     share = -(-wanted // stage.mesh.data_size)

@@ -1,8 +1,9 @@
 """What every launcher runs on every rank: `python -m wm_train.worker --config resolved.json`.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the resolved config, whose `stage` names
-one stage. Exit codes: 0 the stage is done; 2 the user must change something, or another run owns the folder, so a restart would not help;
-75 asked to stop by SIGTERM or SIGUSR1, and saved: start the same command again to go on; 1 anything else.
+one stage. Exit codes: 0 the stage is done; 2 somebody must change something (a mistake, a damaged shard, another run owns the folder), so a
+restart would not help; 74 storage did not answer for `data.retry_s`; 75 asked to stop by SIGTERM or SIGUSR1, and saved: start the same
+command again to go on; 1 anything else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-DONE, FAILED, USER_ERROR = 0, 1, 2  # and preemption.EXIT_CODE
+DONE, FAILED, USER_ERROR, NO_STORAGE = 0, 1, 2, 74  # and preemption.EXIT_CODE
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     parser.add_argument("--config", type=Path, required=True, help="resolved config of the run, as JSON")
     config_path = parser.parse_args(argv).config
 
+    from data_shards.schema import DataError
     from wm_train.backends import get_backend
     from wm_train.compose import ConfigError, from_json
     from wm_train.curriculum import stage_directory
@@ -58,6 +60,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     except (ConfigError, SetupError, OwnedError) as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return USER_ERROR
+    except DataError as error:  # what lies there will not mend itself, what could not be reached may be there again
+        complain(f"rank {rank} on {socket.gethostname()}: {error}")
+        return NO_STORAGE if error.passing else USER_ERROR
     except Preempted as reason:
         if rank == 0:
             complain(str(reason))
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 
 if __name__ == "__main__":
     exit_code = main()
-    if exit_code == FAILED:  # at once: threads and connections may wait for peers that will never answer
+    if exit_code in (FAILED, USER_ERROR, NO_STORAGE):  # at once: threads and connections may wait for peers that will never answer
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

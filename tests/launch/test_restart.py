@@ -75,6 +75,11 @@ def test_two_deaths_at_one_step_are_final_and_two_before_any_step_are_not(run: R
     assert "two deaths at step 7" in view.out.getvalue()
 
 
+def test_storage_that_does_not_answer_is_no_fault_of_the_step(run: Run) -> None:
+    assert run((crash(74), 7), (crash(74), 7), (None, 9), max_restarts=9)[:2] == (0, [0, 1, 2])
+    assert run((crash(74), 7), (crash(74), 7), max_restarts=1)[:2] == (74, [0, 1])
+
+
 def test_deaths_before_the_first_step_do_not_count_as_one_step(run: Run) -> None:
     assert run((crash(), None), (crash(), None), (None, 3), max_restarts=9)[:2] == (0, [0, 1, 2])
 

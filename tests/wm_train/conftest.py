@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 
 from wm_train.backends import get_backend
 from wm_train.config import RunConfig
+from wm_train.curriculum import stage_run
 from wm_train.preemption import StopRequest
 from wm_train.progress import Progress
+from wm_train.stage import Stage, open_stage
 from wm_train.tracking import read_steps
 from wm_train.world import join_world, leave_world
 
@@ -102,6 +104,18 @@ def train_here(demo_run: Callable[..., RunConfig]) -> Callable[..., None]:
             torch.set_num_threads(threads)
 
     return train
+
+
+@pytest.fixture
+def stage_of(demo_run: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Stage]]:
+    """stage_of(*overrides) -> the demo's first stage on this process."""
+    def make(*overrides: str) -> Stage:
+        leave_world()
+        run = demo_run(tmp_path, *overrides)
+        return open_stage(stage_run(run, run.stage), get_backend("cpu"), join_world(get_backend("cpu"), 60.0))
+
+    yield make
+    leave_world()
 
 
 @pytest.fixture(scope="session")

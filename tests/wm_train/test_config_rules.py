@@ -64,6 +64,10 @@ BAD_VALUES: dict[str, list[Any]] = {
     "data.bad_shard_budget": [-1],
     "data.mixture": [{"nowhere": 1.0}],
     "data.buckets": [[0], [40]],
+    "data.selection": [["nowhere"]],
+    "data.retry_s": [0.0, INF],
+    "data.cache": [""],
+    "data.cache_gb": [0.0, NAN],
     "parallel.cp": [3, 0],
     "parallel.dp_shard": [0],
     "parallel.precision": ["fp8"],
@@ -266,6 +270,33 @@ def test_data_sets_that_are_mixed_must_be_alike(found: Find, shards: Path, tmp_p
     write(other, latent_height=16)
     assert found({"data.mixture": mixture}) == {}
     assert "pictures of several sizes" in found({"data.mixture": mixture, "data.pack": True})["data.pack"].rule
+
+
+def test_a_selection_must_be_of_these_data_sets_and_keep_something(found: Find, shards: Path, tmp_path: Path) -> None:
+    write(shards, fingerprint="here")
+    file = tmp_path / "selection.json"
+    for content, said in (
+        ({"dataset_fingerprint": "here", "kept": ["a"]}, ""),
+        ({"dataset_fingerprint": "here", "kept": []}, "which keeps no clip"),
+        ({"dataset_fingerprint": "there", "kept": ["a"]}, "made for another data set"),
+        ({"kept": ["a"]}, "without dataset_fingerprint"),
+        ({"dataset_fingerprint": "here", "kept": [1]}, "without dataset_fingerprint or kept"),
+    ):
+        file.write_text(json.dumps(content))
+        problems = found({"data.selection": [str(file)]})
+        assert set(problems) == ({"data.selection"} if said else set())
+        assert not said or said in problems["data.selection"].got
+
+
+def test_waiting_for_a_store_must_end_before_the_others_give_up(found: Find, shards: Path) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem().pipe_file("/set/dataset.json", (shards / "dataset.json").read_bytes())
+    far, waiting = {"data.path": "memory://set"}, {"data.retry_s": 120.0, "backend.collective_timeout_s": 60.0}
+    assert found(far) == found(waiting) == {}
+    assert found({**far, **waiting})["data.retry_s"].fix == "data.retry_s=30, or backend.collective_timeout_s=240"
+    assert "holds no dataset.json" in found({"data.path": "memory://nowhere"})["data.path"].got
+    assert "expected a folder or a URL" in found({"data.path": "s4://x"})["data.path"].got
 
 
 def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:

@@ -16,6 +16,8 @@ from data_shards.schema import DataError
 from wm_train import checkpoint
 from wm_train.compose import to_json
 from wm_train.manifest import read_manifest
+from wm_train.metrics.flops import forward_flops
+from wm_train.stage import open_loader
 from wm_train.tracking import read_steps
 
 WORKER = Path(__file__).with_name("feed_worker.py")
@@ -145,24 +147,84 @@ def of_step(train_here, many_shards, gameplay):
     return train
 
 
+def expected_work(stage):
+    """step -> (raw frames, tokens, FLOPs) of the clips that it shows, from the schedule alone."""
+    info, batch = stage.dataset.info, stage.config.global_batch
+    tokens = info.latent_height * info.latent_width
+    with open_loader(stage, "train", batch) as feed:
+        schedule = feed._loader.schedule
+
+    def of(step):
+        lengths = [take.frames for row in schedule.rows(step, range(batch)) for take in row.takes]
+        flops = 3 * sum(forward_flops(stage.run.model, length, tokens).total for length in lengths)
+        return sum(8 * (length - 1) + 1 for length in lengths), tokens * sum(lengths), flops, sum(lengths) / batch
+
+    return of
+
+
+def check_work(stage, folder):
+    """Throughput counts neither the padding of packed rows nor the stage's longest clip in a step of shorter ones."""
+    expected, rows = expected_work(stage), read_steps(folder / "demo" / "short" / "metrics.jsonl")
+    for row in rows:
+        frames, tokens, flops, filled = expected(row["step"] - 1)
+        found = [row[name] * row["step_s"] for name in ("frames_per_s", "tokens_per_s", "model_tflops_per_s")]
+        assert found == pytest.approx([frames, tokens, flops / 1e12], rel=1e-9)
+        if stage.run.data.pack:
+            assert row["packed_share"] == pytest.approx(filled / stage.latent_frames)
+    assert min(expected(step)[3] for step in range(len(rows))) < stage.latent_frames, "a step that is not full"
+
+
 @pytest.mark.parametrize("overrides", [pytest.param(MIXED, marks=pytest.mark.full), PACKED], ids=["mixture, buckets and cuts", "packed"])
-def test_mixtures_buckets_and_packing_train_and_resume(of_step, tmp_path, overrides):
+def test_mixtures_buckets_and_packing_train_and_resume(of_step, stage_of, gameplay, many_shards, tmp_path, overrides):
     whole = of_step(tmp_path / "one", *overrides, SHORT + "steps=4")
     of_step(tmp_path / "two", *overrides, SHORT + "steps=2")
     assert of_step(tmp_path / "two", *overrides, SHORT + "steps=4") == whole
     assert len(whole) == 4
+    given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(many_shards)) for text in overrides]
+    check_work(stage_of(f"data.path={gameplay}", *given), tmp_path / "one")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["parallel.cp=2", "parallel.cp=1"], ids=["cp2", "dp2"])
 @pytest.mark.parametrize("overrides", [MIXED, PACKED], ids=["mixture, buckets and cuts", "packed"])
-def test_they_do_not_depend_on_the_mesh(of_step, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh):
+def test_they_do_not_depend_on_the_mesh(of_step, stage_of, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh):
     few = [*overrides, SHORT + "steps=4", SHORT + "global_batch=4"]
     alone = of_step(tmp_path / "alone", *few)
     given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(many_shards)) for text in few]
     run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(tmp_path, mesh, SHORT + "optimizer.warmup_steps=1", *given))
     two = [row["loss"] for row in read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")]
     assert two == pytest.approx(alone, rel=1e-5, abs=0)
+    check_work(stage_of(f"data.path={gameplay}", *given), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["parallel.cp=2", "parallel.cp=1"], ids=["cp2", "dp2"])
+@pytest.mark.parametrize("overrides", [MIXED, PACKED], ids=["mixture, buckets and cuts", "packed"])
+def test_with_bad_shards_they_resume_and_do_not_depend_on_the_mesh(
+    train_here, stage_of, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh
+):
+    damaged, dataset = shutil.copytree(many_shards, tmp_path / "set"), open_dataset(str(many_shards))
+    for entry in dataset.clips("train")[:3]:
+        data = bytearray((damaged / entry.shard).read_bytes())
+        data[2000::500] = bytes(byte ^ 1 for byte in data[2000::500])  # in every latent frame, whatever the cut
+        (damaged / entry.shard).write_bytes(data)
+    given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(damaged)) for text in overrides]
+    given += [f"data.path={gameplay}", SHORT + "optimizer.warmup_steps=1", SHORT + "global_batch=4", "trainer.checkpoint_every=3"]
+    given += ["data.on_bad_shard=quarantine"]
+
+    def two(folder, steps):
+        run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(tmp_path / folder, mesh, *given, f"{SHORT}steps={steps}"))
+        assert newest_facts(tmp_path / folder)["quarantined"]
+        return [row["loss"] for row in read_steps(tmp_path / folder / "demo" / "short" / "metrics.jsonl")]
+
+    whole = two("one", 6)
+    assert two("two", 3) == whole[:3]
+    assert two("two", 6) == whole
+    assert newest_facts(tmp_path / "two")["quarantined"] == newest_facts(tmp_path / "one")["quarantined"]
+    train_here(tmp_path / "alone", *given, SHORT + "steps=6")
+    assert newest_facts(tmp_path / "alone")["quarantined"] == newest_facts(tmp_path / "one")["quarantined"]
+    alone = [row["loss"] for row in read_steps(tmp_path / "alone" / "demo" / "short" / "metrics.jsonl")]
+    assert whole == pytest.approx(alone, rel=1e-5, abs=0)
 
 
 @pytest.mark.full
