@@ -29,6 +29,7 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
     upstream = ""
     faults = []  # noqa: RUF012  (shared by design: the server makes a handler per connection)
     served = []  # noqa: RUF012
+    paths = []  # noqa: RUF012
     method = "GET"  # which requests for shards fail
     protocol_version = "HTTP/1.1"
 
@@ -37,6 +38,7 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
         fault = self.faults.pop(0) if self.faults and counted else None
         if counted:
             self.served.append(fault)
+            self.paths.append(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -109,7 +111,7 @@ def bucket(dataset_path):
 
 @pytest.fixture
 def faults():
-    FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.method = [], [], "GET"
+    FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.paths[:], FaultyProxy.method = [], [], [], "GET"
     return FaultyProxy.faults
 
 
@@ -205,6 +207,45 @@ def test_shards_that_are_in_the_bucket_already_are_not_made_again(bucket, record
     assert encode.main(arguments) == 0
     assert len(FaultyProxy.served) == 3
     assert verify.main([f"path={out}"]) == 0
+
+
+KILLED_WHILE_SENDING = """
+import os, signal, sys
+from data_shards import encode
+from data_shards.target import Target
+send, calls = Target._send, []
+def deadly(self, files, prefix):
+    if calls:
+        for path, file in list(files.items())[: len(files) // 2]:
+            self._fs.put_file(str(file), path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(prefix)
+    send(self, files, prefix)
+Target._send = deadly
+sys.exit(encode.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("container", ["tar", "zarr"])
+def test_a_kill_while_a_shard_is_sent(bucket, recording, faults, tmp_path, container):
+    """The second shard is on its way, of Zarr half of its files are there: the next run gives the bytes of an undisturbed one."""
+    from s3fs import S3FileSystem
+
+    out, FaultyProxy.method = f"s3://shards-test/killed-{container}", "PUT"
+    arguments = [f"source={recording}", "shard_mb=0.03", "psnr=no", f"container={container}"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SENDING, *arguments, f"out={out}"], timeout=60, capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    with pytest.raises(DataError, match="holds no dataset"):
+        open_dataset(out, policy=FAST)
+    first = sum("000000" in path for path in FaultyProxy.paths)
+    assert encode.main([*arguments, f"out={out}"]) == 0
+    assert sum("000000" in path for path in FaultyProxy.paths) == first > 0, "the first shard is not sent again"
+    assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
+    store = S3FileSystem()
+    store.invalidate_cache()
+    made = {name.split("/", 2)[2]: store.cat_file(name) for name in store.find(out)}
+    assert made == {str(f.relative_to(tmp_path / "set")): f.read_bytes() for f in (tmp_path / "set").rglob("*") if f.is_file()}
 
 
 def interrupted(*_):
@@ -316,6 +357,23 @@ def test_processes_that_share_a_cache_stay_below_its_limit(tmp_path):
             assert len(cache.get(f"{number} {i}", 500, lambda: bytes(500))) == 500
             assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 100_000
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 80_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("credentials", "said", "passing"), [(False, "NoCredentialsError", False), (True, "EndpointConnectionError", True)])
+def test_no_credentials_and_no_server_are_one_clear_error(monkeypatch, credentials, said, passing):
+    """What S3's library raises for them is no OSError."""
+    from s3fs import S3FileSystem
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x") if credentials else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=f"cannot read s3://nobody/set/dataset.json .*{said}") as caught:
+        open_dataset("s3://nobody/set", policy=RetryPolicy(budget_s=0.3, first_pause_s=0.02))
+    assert caught.value.passing == passing
+    S3FileSystem.clear_instance_cache()
 
 
 class PlainServer(http.server.BaseHTTPRequestHandler):
