@@ -114,9 +114,10 @@ def is_transient(error: BaseException) -> bool:
     """Whether what was tried may succeed a little later."""
     if isinstance(error, StoreError):
         return error.transient
-    status = getattr(error, "status", getattr(error, "code", None))
-    if isinstance(status, int) and not isinstance(error, OSError):  # aiohttp's ClientResponseError, gcsfs' HttpError
-        return status in BUSY or status >= 500
+    if not isinstance(error, OSError):
+        status = error.status if hasattr(error, "status") else getattr(error, "code", None)  # of aiohttp, of gcsfs
+        if isinstance(status, int):
+            return status in BUSY or status >= 500
     return not isinstance(error, PERMANENT) and (isinstance(error, OSError) or type(error).__name__ in TRANSIENT_NAMES)
 
 

@@ -1,12 +1,76 @@
 """A tiny real recording and the data set made of it, once per test run; tests that damage files work on copies."""
 
+import http.client
+import http.server
 import shutil
+import socket
+import struct
+import threading
+import time
 
 import av
 import numpy as np
 import pytest
 
 from data_shards import encode, record
+
+ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message></Error>"
+
+
+class FaultyProxy(http.server.BaseHTTPRequestHandler):
+    """Forwards to the S3 server; each request for a shard first takes one fault off the list, if there is one."""
+
+    upstream = ""
+    faults = []  # noqa: RUF012  (shared by design: the server makes a handler per connection)
+    served = []  # noqa: RUF012
+    paths = []  # noqa: RUF012
+    method = "GET"  # which requests for shards fail
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        counted = self.command == self.method and (".tar" in self.path or ".zarr" in self.path)
+        fault = self.faults.pop(0) if self.faults and counted else None
+        if counted:
+            self.served.append(fault)
+            self.paths.append(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+            return
+        codes = {"500": b"InternalError", "503": b"SlowDown", "403": b"AccessDenied", "404": b"NoSuchKey"}
+        if fault in codes:
+            self.answer(int(fault), {"Content-Type": "application/xml"}, ERROR % codes[fault])
+            return
+        connection = http.client.HTTPConnection(self.upstream, timeout=10)
+        connection.request(self.command, self.path, body or None, dict(self.headers))
+        reply = connection.getresponse()
+        data = reply.read()
+        headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("transfer-encoding", "connection", "date", "server")}
+        self.answer(reply.status, headers, data, fault)
+
+    do_HEAD = do_PUT = do_POST = do_GET
+
+    def answer(self, status, headers, data, fault=None):
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() != "content-length":
+                self.send_header(name, value)
+        self.send_header("Content-Length", headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault in ("short", "slow"):
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            time.sleep(1.5 if fault == "slow" else 0)
+            self.close_connection = True
+            return
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +113,47 @@ def write_video():
                 container.mux(packet)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def bucket(dataset_path):
+    """The data set in an S3 bucket, reached through the proxy."""
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    environment = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    FaultyProxy.upstream = f"{host}:{port}"
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+    environment.setenv("AWS_ACCESS_KEY_ID", "testing")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
+    environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    S3FileSystem.clear_instance_cache()
+    filesystem = S3FileSystem()
+    if not filesystem.exists("shards-test"):  # what a server holds outlives it in this process
+        filesystem.mkdir("shards-test")
+        filesystem.put(str(dataset_path), "shards-test/set", recursive=True)
+    yield "s3://shards-test/set"
+    proxy.shutdown()
+    proxy.server_close()
+    server.stop()
+    S3FileSystem.clear_instance_cache()
+    environment.undo()
+
+
+@pytest.fixture
+def proxy():
+    """What stands before the bucket: `served` and `paths` of the requests for shards, and `method`, which of them fail."""
+    return FaultyProxy
+
+
+@pytest.fixture
+def faults():
+    """What to do to the next requests for shards."""
+    FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.paths[:], FaultyProxy.method = [], [], [], "GET"
+    return FaultyProxy.faults
