@@ -19,7 +19,7 @@ from data_shards.arguments import Option, run, text, whole
 from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.read import ClipDataset, open_dataset
 from data_shards.remote import RetryPolicy, connect
-from data_shards.schema import FACTS, INDEX, ITEM_BYTES, NULL_TEXT, READ_BY_ROW, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
+from data_shards.schema import FACTS, INDEX, ITEM_BYTES, READ_BY_ROW, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
 from data_shards.write import BLOCK, fingerprint, shard_size, sums_text, tar_header
 from data_shards.zarr_store import pieces, shard_files
 
@@ -194,14 +194,14 @@ def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
         return [Problem(shard, "-", "-", f"shard: cannot read it ({type(error).__name__}: {error})")]
 
 
-def check_sums(filesystem: Any, root: str) -> list[Problem]:
-    """The files beside the shards against SHA256SUMS, and that itself: the files that it must name, in the one way they are written."""
+def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
+    """The files beside the shards against SHA256SUMS, and that itself: it names those needed, in the one way `encode` writes it."""
     try:
         written = bytes(filesystem.cat_file(f"{root}/{SUMS}")).decode(errors="replace")
     except OSError as error:
         return [Problem("-", "-", SUMS, f"checksums: cannot read them ({type(error).__name__}: {error}). Fix: encode again")]
     stated = {name: digest for digest, _, name in (line.partition("  ") for line in written.splitlines())}
-    if written != sums_text(stated) or not {FACTS, INDEX} <= set(stated) or not all(map(PLAIN_NAME.fullmatch, stated)):
+    if written != sums_text(stated) or not needed <= set(stated) or not all(map(PLAIN_NAME.fullmatch, stated)):
         return [Problem("-", "-", SUMS, "checksums: got other text than `encode` writes")]
     problems = []
     for name, digest in stated.items():
@@ -221,16 +221,6 @@ def sha256_of(filesystem: Any, path: str) -> str:
     return digest.hexdigest()
 
 
-def check_null_text(dataset: ClipDataset) -> list[Problem]:
-    if dataset.info.null_text is None:
-        return []
-    try:
-        found = crc32c(dataset.file_bytes(NULL_TEXT))
-    except OSError as error:
-        return [Problem("-", "-", NULL_TEXT, f"null text: cannot read it ({type(error).__name__}: {error})")]
-    return [] if found == dataset.info.null_text_crc32c else [Problem("-", "-", NULL_TEXT, "checksum: got other bytes than were written")]
-
-
 def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[DatasetInfo, list[Problem], set[str]]:
     """(facts, problems, shards with a problem). `progress` wraps the list of shards.
 
@@ -239,14 +229,13 @@ def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[D
     """
     dataset = open_dataset(path)
     filesystem, root = connect(path, POLICY)
-    problems = check_sums(filesystem, root)
+    problems = check_sums(filesystem, root, {FACTS, INDEX, *filter(None, [dataset.info.null_text])})
     if sha256_of(filesystem, f"{root}/{INDEX}") != dataset.info.index_sha256:
         changed = "index: got other bytes than dataset.json states; nothing it says about the shards can be trusted"
         return dataset.info, [*problems, Problem("-", "-", "-", changed)], set()
     rows = list(index_rows(dataset))
     if fingerprint(rows, dataset.info) != dataset.info.fingerprint:
         problems.append(Problem("-", "-", "-", "fingerprint: index and dataset.json do not belong together"))
-    problems += check_null_text(dataset)
     shards: dict[str, list[Any]] = {}
     keys: set[str] = set()
     for entry, members in rows:
