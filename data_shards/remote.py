@@ -118,6 +118,8 @@ def is_transient(error: BaseException) -> bool:
         status = error.status if hasattr(error, "status") else getattr(error, "code", None)  # of aiohttp, of gcsfs
         if isinstance(status, int):
             return status in BUSY or status >= 500
+    if str(error).startswith("Forbidden: "):  # gcsfs' word for 403, a plain OSError
+        return False
     return not isinstance(error, PERMANENT) and (isinstance(error, OSError) or type(error).__name__ in TRANSIENT_NAMES)
 
 

@@ -194,10 +194,11 @@ def test_retries_spare_what_will_not_mend():
 
         return call
 
-    for error in (FileNotFoundError("x"), PermissionError("x"), KeyError("a bug")):
+    forbidden = OSError("Forbidden: https://storage.googleapis.com/x")  # as gcsfs says it
+    for error in (FileNotFoundError("x"), PermissionError("x"), KeyError("a bug"), forbidden):
         with pytest.raises(type(error)):
             with_retries(fail(error), FAST, pauses.append)
-    assert (len(calls), pauses) == (3, [])
+    assert (len(calls), pauses) == (4, [])
     with pytest.raises(ConnectionResetError):
         with_retries(
             fail(ConnectionResetError()), RetryPolicy(budget_s=0.02, first_pause_s=0.001), lambda s: (pauses.append(s), time.sleep(s))
