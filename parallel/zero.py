@@ -7,7 +7,9 @@ them, so losses are multiplied by the number of processes, which a power of two 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,16 +21,35 @@ from torch.distributed.tensor import DTensor, Shard
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
 
 
+def check(offload: str, nvme_path: str | None) -> None:
+    """Raises ValueError when this machine lacks what ZeRO-3 with this offload needs: DeepSpeed; for nvme its async_io and the folder."""
+    _deepspeed()
+    if offload != "nvme":
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "offload: got nvme where DeepSpeed's async_io cannot be built, expected libaio with its headers (key parallel.offload_state). "
+            "Fix: install libaio-dev, or parallel.offload_state=cpu"
+        )
+    if not (os.path.isdir(nvme_path or "") and os.access(nvme_path or "", os.W_OK)):
+        raise ValueError(f"offload: got {nvme_path}, expected a folder that can be written (key parallel.nvme_path). Fix: make it")
+
+
 def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str, Any]:
-    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's."""
+    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go master weights, moments and gradients, in
+    stretches above a megabyte; the weights that are computed with wait in host memory."""
     stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
     if offload != "none":
-        place = {"device": offload, "pin_memory": torch.accelerator.is_available()} | ({"nvme_path": nvme_path} if nvme_path else {})
-        stage |= {"offload_optimizer": place, "offload_param": place}
+        host = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
+        disk = {"device": "nvme", "nvme_path": nvme_path} if offload == "nvme" else {}
+        stage |= {"offload_param": host, "offload_optimizer": host | disk}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled at the first start
+        "zero_force_ds_cpu_optimizer": False,  # nor where the update runs on the host
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -65,11 +86,29 @@ class Zero3:
         self.mesh, self.model = mesh, model
         self.engine = _deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.inner = self.engine.optimizer
-        for stretch in self.inner.fp32_partitioned_groups_flat:  # made at once, so that a checkpoint always has every name
-            slots = {slot: torch.zeros_like(stretch) for slot in SLOTS}
-            self.inner.optimizer.state[stretch] = {"step": torch.zeros((), dtype=torch.float32), **slots}
         self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._groups = dict[int, list[tuple[str, slice]]]()  # number of a flat tensor -> the stretches in it, by parameter
+        for name, p in self._trained.items():
+            group, start, count = self.inner.grad_position[self.inner.get_param_id(p)]
+            self._groups.setdefault(group, []).append((name, slice(start, start + count)))
+        for group in self._groups:  # made at once, so that a checkpoint always has every name
+            with self._flat(group, changes=True) as flat:
+                slots = {slot: torch.zeros_like(flat) for slot in SLOTS}
+                self.state[flat] = {"step": torch.zeros((), dtype=torch.float32), **slots}
+
+    def _on_disk(self, group: int) -> bool:
+        return bool(self.inner._swappable_optimizer_subgroup(group))
+
+    @contextmanager
+    def _flat(self, group: int, changes: bool = False) -> Iterator[Tensor]:
+        """The flat master weights of a group. If they lie on a disk they are in memory while entered, with moments and gradients, and are
+        written back if something `changes`."""
+        if self._on_disk(group):
+            self.inner._optimizer_states_and_gradient_swap_in(group)
+        yield self.inner.fp32_partitioned_groups_flat[group]
+        if self._on_disk(group):
+            (self.inner._optimizer_states_and_gradient_swap_out if changes else self.inner._release_swap_buffers)(group)
 
     # the optimizer that the trainer steps
 
@@ -91,41 +130,65 @@ class Zero3:
         self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        """This process's stretch of every gradient, fp32; zero beyond the parameter's end."""
-        return [self.inner.get_local_fp32_grad_for_param(p) for p in self._trained.values()]
+        """This process's stretches of all gradients, fp32; zero beyond a parameter's end."""
+        found: list[Tensor] = []
+        for group, members in self._groups.items():
+            if self._on_disk(group):
+                with self._flat(group) as flat:
+                    found += [] if flat.grad is None else [flat.grad.clone()]
+            else:
+                found += [self.inner.get_local_fp32_grad_for_param(self._trained[name]) for name, _ in members]
+        return found
 
     def scale_gradients(self, factor: float) -> None:
-        for parameter in self._trained.values():
-            self.inner.set_local_grad_for_param(self.inner.get_local_fp32_grad_for_param(parameter) * factor, parameter)
+        for group, members in self._groups.items():
+            if self._on_disk(group):
+                self.inner._optimizer_states_and_gradient_swap_in(group)
+                self.inner.fp32_partitioned_groups_flat[group].grad.mul_(factor)
+                self.inner._writeback_swap_state(group, write_opt_state=False, write_gradients=True)
+                continue
+            for name, _ in members:
+                parameter = self._trained[name]
+                self.inner.set_local_grad_for_param(self.inner.get_local_fp32_grad_for_param(parameter) * factor, parameter)
 
-    # weights and moments, as flat stretches that live in the engine
+    # weights and moments, as flat stretches: those that live in the engine, copies of those that lie on a disk
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 master weights; of what is not trained, the weights that are computed with."""
+        masters = self._stretches(None)
         return {
-            name: self._stretch(p) if p.requires_grad else p.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
+            name: masters[name] if p.requires_grad else p.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
             for name, p in self.model.named_parameters()
         }
 
     def moments(self) -> dict[str, Tensor]:
         """{"<parameter>/<slot>": stretch}; `step` is one number."""
-        found: dict[str, Tensor] = {}
-        for name, p in self._trained.items():
-            found |= {f"{name}/{slot}": self._stretch(p, slot) for slot in SLOTS}
-            group, _, _ = self.inner.grad_position[self.inner.get_param_id(p)]
-            found[f"{name}/step"] = self.state[self.inner.fp32_partitioned_groups_flat[group]]["step"]
+        found = {f"{name}/{slot}": stretch for slot in SLOTS for name, stretch in self._stretches(slot).items()}
+        for group, members in self._groups.items():
+            step = self.state[self.inner.fp32_partitioned_groups_flat[group]]["step"]
+            found |= {f"{name}/step": step for name, _ in members}
         return found
 
-    def _stretch(self, parameter: Tensor, slot: str | None = None) -> Tensor:
-        group, start, count = self.inner.grad_position[self.inner.get_param_id(parameter)]
-        whole = self.inner.fp32_partitioned_groups_flat[group]
-        return (whole.data if slot is None else self.state[whole][slot]).narrow(0, start, count)
+    def _stretches(self, slot: str | None) -> dict[str, Tensor]:
+        """Of the weights (None) or of one of their moments."""
+        found = dict[str, Tensor]()
+        for group, members in self._groups.items():
+            with self._flat(group) as flat:
+                held = flat.data if slot is None else self.state[flat][slot]
+                found |= {name: held[where].clone() if self._on_disk(group) else held[where] for name, where in members}
+        return found
 
-    def publish(self) -> None:
-        """Take changed master weights over into the weights that are computed with."""
+    def write(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None) -> None:
+        """What `weights`, and perhaps `moments`, gave has been changed in place: take it to the disk where it lies there, and into the
+        weights that are computed with."""
         self.inner._partition_all_parameters()  # what an evaluation has left gathered is out of date
-        for group in range(len(self.inner.fp16_groups)):
-            self.inner._reassign_or_swap_out_partitioned_parameters(group)
+        for group, members in self._groups.items():
+            with self._flat(group, changes=True) as flat:
+                for name, where in members if self._on_disk(group) else ():
+                    flat.data[where].copy_(weights[name])
+                    for slot in SLOTS if moments else ():
+                        self.state[flat][slot][where].copy_((moments or {})[f"{name}/{slot}"])
+                self.inner._reassign_or_swap_out_partitioned_parameters(group)
 
     # to and from rows
 

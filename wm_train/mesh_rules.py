@@ -54,12 +54,17 @@ def batch_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
         batch = config.recipe.stages[name].global_batch
         if batch >= 1 and batch % members:
             where = f"recipe.stages.{name}.global_batch"
-            found.append(
-                Problem(
-                    where, str(batch), f"a multiple of the {members} data-parallel members", f"{where}={-(-batch // members) * members}"
-                )
-            )
+            rule = f"a multiple of the {members} data-parallel members"
+            fix = f"{where}={-(-batch // members) * members}, or launcher.workers one of {valid_worlds(config, batch)}"
+            found.append(Problem(where, str(batch), rule, fix))
     return found
+
+
+def valid_worlds(config: RunConfig, global_batch: int) -> str:
+    """Numbers of workers, up to 4096, whose data-parallel members share the batch evenly under this mesh."""
+    mesh = config.parallel
+    members = range(mesh.dp_replicate, min(global_batch, 4096 // mesh.cp) + 1, mesh.dp_replicate)
+    return ", ".join(str(mesh.cp * count) for count in members if global_batch % count == 0)
 
 
 def smaller_worlds(config: RunConfig, global_batch: int) -> tuple[int, ...]:

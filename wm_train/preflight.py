@@ -49,6 +49,7 @@ class Facts:
     folder: str  # what is wrong with the run's folder, or ""
     data: str  # the same for the data set
     fingerprint: str
+    sharding: str = ""  # what the sharding that is asked for lacks here
     late_s: float = 0.0
     link_s: float | None = None
 
@@ -59,7 +60,8 @@ def preflight(run: RunConfig, backend: Backend, world: World, progress: Progress
     node = socket.gethostname()
     folder = stage_directory(run, run.stage)
     data, fingerprint = data_fact(run.data.path, run.data.retry_s)
-    facts = Facts(node, device_count(backend), free_memory(backend), folder_fact(folder, world), data, fingerprint)
+    here = folder_fact(folder, world)
+    facts = Facts(node, device_count(backend), free_memory(backend), here, data, fingerprint, sharding_fact(run))
     late = lateness(world, clock)
     nodes = list(dict.fromkeys(world.gather(node)))
     rate = all_reduce_rate(backend, world)
@@ -94,6 +96,8 @@ def problems_of(everyone: list[Facts], folder: str) -> list[str]:
             found[f"{where}got a clock {late:.1f} s {ahead} rank 0's, expected at most {SKEW_S:.0f} s. Fix: synchronise it (chrony)"] = None
         if facts.folder:
             found[f"{where}{facts.folder} (key out; {folder})"] = None
+        if facts.sharding:
+            found[f"{where}{facts.sharding}"] = None
         if facts.data:
             found[f"{where}{facts.data}"] = None
         elif facts.fingerprint != usual_print:
@@ -140,6 +144,19 @@ def data_fact(path: str, patience_s: float) -> tuple[str, str]:
             return str(error), ""
     info = dataset_info(path)
     return (str(info), "") if isinstance(info, Problem) else ("", info.fingerprint)
+
+
+def sharding_fact(run: RunConfig) -> str:
+    """What is missing here for `parallel.sharding` and its offload."""
+    if run.parallel.sharding != "zero3":
+        return ""
+    from parallel.zero import check
+
+    try:
+        check(run.parallel.offload_state, run.parallel.nvme_path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def folder_fact(folder: Path, world: World) -> str:

@@ -28,7 +28,8 @@ from wm_train.conditioning import Conditions
 from wm_train.config import DataConfig, RunConfig, StageConfig
 from wm_train.curriculum import ordered
 from wm_train.feed import Feed
-from wm_train.metrics.flops import FORWARDS_PER_STEP, Flops, forward_flops
+from wm_train.mesh_rules import valid_worlds
+from wm_train.metrics.flops import FORWARDS_PER_STEP, Flops, forward_flops, frame_pairs
 from wm_train.models.streaming import chunk_starts
 from wm_train.noise import NoiseKey
 from wm_train.state import SetupError
@@ -63,9 +64,10 @@ class Stage:
         return hashlib.sha256(json.dumps([self.dataset.fingerprint, parts, data.buckets, data.pack]).encode()).hexdigest()
 
     def clip_flops(self, latent_frames: int, tokens_per_frame: int) -> float:
-        """Forward FLOPs of a clip: attention grows with the square of its length, the rest with the length."""
+        """Forward FLOPs of a clip: attention grows with the pairs of frames that see each other, the rest with its length."""
         share, whole = latent_frames / self.latent_frames, self.flops[tokens_per_frame]
-        return (whole.dense + whole.gdn) * share + whole.softmax * share**2
+        pairs, all_pairs = (frame_pairs(self.run.model, n, self.config.chunk_frames) for n in (latent_frames, self.latent_frames))
+        return (whole.dense + whole.gdn) * share + whole.softmax * pairs / all_pairs
 
     def work(self, batch: Batch) -> dict[str, float]:
         """What a training step does for the clips of this batch, padding left out: `frames` (raw), `latent_frames`, `tokens`, `flops`. Of
@@ -109,7 +111,8 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
     place = ordered(run.recipe).index(run.stage)
     sizes = {tokens_per_frame(run, other.info.latent_height, other.info.latent_width) for other in (dataset, *mixture)}
-    flops = {size: forward_flops(run.model, frames, size) for size in sizes}
+    text = dataset.info.text_length if run.model.text_width else 0
+    flops = {size: forward_flops(run.model, frames, size, text, config.chunk_frames) for size in sizes}
     engine = make_engine(run.parallel.attention, mesh.comm)
     null = dataset.null_text() if run.model.text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
@@ -129,13 +132,6 @@ def open_data(data: DataConfig) -> tuple[ClipDataset, dict[ClipDataset, float]]:
     for file in data.selection:
         select_clips(list(found.values()), file)
     return found[data.path], {found[path]: weight for path, weight in (data.mixture or {data.path: 1.0}).items()}
-
-
-def valid_worlds(run: RunConfig, global_batch: int) -> str:
-    """Numbers of workers, up to 4096, whose data-parallel members share the batch evenly under this mesh."""
-    fixed = run.parallel.cp * run.parallel.dp_replicate
-    shares = range(1, global_batch // max(1, run.parallel.dp_replicate) + 1)
-    return ", ".join(str(fixed * n) for n in shares if global_batch % (n * run.parallel.dp_replicate) == 0 and fixed * n <= 4096)
 
 
 def open_loader(

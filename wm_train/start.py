@@ -15,6 +15,7 @@ from wm_train.manifest import Manifest
 from wm_train.models.pretrained import load_pretrained_
 from wm_train.models.public_layout import stage_parts
 from wm_train.state import SetupError, TrainState, identity
+from wm_train.tracking import public_config
 from wm_train.world import World
 
 
@@ -41,7 +42,9 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
         return Start()
     folder, manifest = found
     mine, theirs = identity(run, data_fingerprint), manifest.facts["identity"]
-    different = [_difference(key, theirs.get(key), mine[key]) for key in mine if theirs.get(key) != _as_json(mine[key])]
+    sides = ((theirs, manifest.facts["config"]), (mine, public_config(run)))
+    before, now = ({**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"} for facts, config in sides)
+    different = [_difference(key, before.get(key), now[key]) for key in mine if theirs.get(key) != _as_json(mine[key])]
     if different:
         raise SetupError(
             f"cannot continue {folder}: {'; '.join(different)}. Fix: restore those values, start a new run with another name=..., or set "

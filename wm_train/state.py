@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.sharding import compile_blocks, shard_model
 from wm_train.compose import public_config
 from wm_train.config import OptimizerConfig, RunConfig
-from wm_train.curriculum import matching
+from wm_train.curriculum import matching, stage_directory
 from wm_train.models import build_model, use_engine_
 from wm_train.models.init import initialise_
 from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
@@ -45,34 +47,34 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or in rows. Every process must call this."""
-        live = self._live()
         if self.zero is None:
-            return live
-        return {key: self.zero.rows(t, self.zero.shape(key.split("/")[1])) if t.dim() else t for key, t in live.items()}
+            return self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
+        flat = self._named(self.weights(), self.zero.moments())
+        return {key: self.zero.rows(t, self.zero.shape(key.split("/")[1])) if t.dim() else t for key, t in flat.items()}
 
     def put(self, changed: dict[str, Tensor]) -> None:
         """Make changes of what `tensors` returned those of the state. Every process must call this."""
         if self.zero is None:
             return
-        live = self._live()
+        weights, moments = self.weights(), self.zero.moments()
+        flat = self._named(weights, moments)
         for key, tensor in changed.items():
-            if live[key].dim():
-                self.zero.fill(live[key], tensor)
-        self.zero.publish()
+            if flat[key].dim():
+                self.zero.fill(flat[key], tensor)
+        self.zero.write(weights, moments)
 
-    def _live(self) -> dict[str, Tensor]:
-        moments = self.zero.moments() if self.zero else optimizer_tensors(self.model, self.optimizer)
-        return _prefixed("model/", self.weights()) | _prefixed("ema/", self.ema) | _prefixed("optimizer/", moments)
+    def _named(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _prefixed("model/", weights) | _prefixed("ema/", self.ema) | _prefixed("optimizer/", moments)
 
     def weights(self) -> dict[str, Tensor]:
-        """The live weights by name."""
+        """The weights by name: live, or copies of what lies on a disk (ZeRO-3 with nvme)."""
         return self.zero.weights() if self.zero else {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model runs on its averaged weights inside this context."""
-        publish = self.zero.publish if self.zero else None
-        with ema_weights(self.ema, self.weights(), publish):
+        weights = self.weights()
+        with ema_weights(self.ema, weights, partial(self.zero.write, weights) if self.zero else None):
             yield
 
     def update_average(self, decay: float, step: int) -> None:
@@ -131,10 +133,11 @@ def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> Train
 
 def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> TrainState:
     """The same under DeepSpeed. Raises SetupError when it is not installed or cannot offload as asked."""
-    from parallel.zero import Zero3, building, zero_config
+    from parallel.zero import Zero3, building, check, zero_config
 
     try:
-        settings = zero_config(run.parallel.precision, run.parallel.offload_state, run.parallel.nvme_path)
+        check(run.parallel.offload_state, run.parallel.nvme_path)
+        settings = zero_config(run.parallel.precision, run.parallel.offload_state, _own_folder(run))
         with building(settings):
             model = build_model(run.model)
         prepare(model, run)
@@ -148,6 +151,12 @@ def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> T
     state = TrainState(model, zero, {}, zero)
     state.put(_prefixed("model/", first))
     return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
+
+
+def _own_folder(run: RunConfig) -> str | None:
+    """Where this stage of this run keeps its state on a node's disk: other runs may have been given the same `nvme_path`."""
+    given = run.parallel.nvme_path
+    return given and str(Path(given) / str(stage_directory(run, run.stage).absolute()).strip("/").replace("/", "-"))
 
 
 def prepare(model: nn.Module, run: RunConfig) -> None:
@@ -178,6 +187,7 @@ def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
         "seed": run.seed,
         "frames": stage.frames,
         "global_batch": stage.global_batch,
+        "chunk_frames": stage.chunk_frames,
         "model": model,
         "objective": asdict(stage.objective),
         "frozen": list(stage.frozen),

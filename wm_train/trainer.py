@@ -170,7 +170,8 @@ def train_step(
 
     sums = {"loss": 0.0} if left_out else gradients(stage, state, batch)
     work = {name: 0.0 if left_out else amount for name, amount in stage.work(batch).items()}
-    mine = [*clock.last, *sums.values(), *work.values(), squared_norm(state, stage.world), batch.data_wait_s, float(stop.raised)]
+    squares = 0.0 if left_out else squared_norm(state, stage.world)
+    mine = [*clock.last, *sums.values(), *work.values(), squares, batch.data_wait_s, float(stop.raised)]
     with clock.comm.on_host():
         times, everyone = stage.world.gather_numbers(mine).tensor_split([len(clock.last)], dim=1)
     totals = everyone.sum(dim=0).tolist()

@@ -76,11 +76,12 @@ def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
         longer = (f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=2", "parallel.cp=2")
+        started = time.monotonic()
         hits = supervise(worker_config(folder, *longer), folder, KILLS if name == "killed" else 0, random.Random(0))
         newest = checkpoint.committed(folder / "demo" / "short" / "checkpoints")[-1]
         rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
         curve = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
         results[name] = (curve, read_manifest(newest).files)
-        print(f"{name}: {hits} kills")
+        print(f"{name}: {hits} kills in {time.monotonic() - started:.0f} s")
     assert results["killed"] == results["undisturbed"], "losses, gradient norms, and the hashes of weights, moments and average"
     assert len(results["killed"][0]) == STEPS

@@ -186,10 +186,25 @@ def test_all_problems_come_at_once(found: Find) -> None:
         ({"launcher.min_workers": 3}, "launcher.min_workers", "1 to launcher.workers"),
         ({"launcher.min_workers": 1, "parallel.dp_shard": 2}, "launcher.min_workers", "parallel.dp_shard=null"),
         ({"launcher.workers": 8, "stage": "1"}, SHORT + "global_batch", "a multiple of the 8 data-parallel members"),
+        ({"parallel.compile": True, "model.activation_checkpointing": "selective"}, "model.activation_checkpointing", "none or block"),
+        ({"parallel.compile": True, "parallel.sharding": "zero3"}, "parallel.compile", "false with zero3"),
+        ({"parallel.dp_replicate": 2, "parallel.sharding": "zero3"}, "parallel.dp_replicate", "1 with zero3"),
+        ({"parallel.offload_state": "nvme"}, "parallel.offload_state", "one of none, cpu"),
+        ({"parallel.offload_state": "nvme", "parallel.sharding": "zero3"}, "parallel.nvme_path", "a folder on a local disk"),
+        ({"parallel.nvme_path": "/x"}, "parallel.nvme_path", "null otherwise"),
+        ({"parallel.offload_state": "cpu", SHORT + "optimizer.name": "normuon"}, SHORT + "optimizer.name", "normuon gathers"),
     ],
 )
 def test_impossible_meshes_say_what_is_possible(found: Find, changes: dict[str, Any], where: str, rule: str) -> None:
     assert rule in found(changes)[where].rule
+
+
+def test_workers_that_do_not_share_the_batch_evenly_are_told_how_many_do(found: Find) -> None:
+    uneven = found({**mesh(6, 2), "stage": "1", SHORT + "global_batch": 4})[SHORT + "global_batch"]
+    assert (uneven.rule, uneven.fix) == (
+        "a multiple of the 3 data-parallel members",
+        f"{SHORT}global_batch=6, or launcher.workers one of 2, 4, 8",
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_sigterm_saves_leaves_with_its_own_exit_code_and_the_run_goes_on(alone, 
     while "@progress" not in (line := asked.stdout.readline()):
         assert line, "the worker ended before its first step"
     asked.send_signal(signal.SIGTERM)
-    _, errors = asked.communicate(timeout=60)
+    _, errors = asked.communicate(timeout=30)  # what is promised
     assert asked.returncode == 75, errors
     assert "asked to stop: saved after step" in errors
     assert len(checkpoint.committed(tmp_path / "demo" / "short" / "checkpoints")) == 1

@@ -1,5 +1,7 @@
 """The FLOP formula against PyTorch's own count of the operations that run."""
 
+from dataclasses import replace
+
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +39,16 @@ def test_softmax_grows_with_the_square_and_gdn_in_proportion():
     assert long.dense == 2 * short.dense
     n = 4 * 16
     assert short.softmax == 2 * 2 * (2 * n * n * 64), "two branches, one block of scores and one of values each"
+
+
+def test_softmax_is_counted_under_its_mask():
+    """By hand: seven frames in chunks of 3, 2, 2; causal, then with a window of one chunk and one frame that stays."""
+    config = ModelConfig(width=64, heads=2, depth=4, latent_channels=8)
+    full = forward_flops(config, 7, 16).softmax
+    causal = forward_flops(replace(config, causal=True), 7, 16, chunk_frames=2).softmax
+    assert causal * 49 == full * (3 * 3 + 2 * 5 + 2 * 7)
+    window = forward_flops(replace(config, causal=True, window_chunks=1), 7, 16, chunk_frames=2).softmax
+    assert window * 49 == full * (3 * 3 + 2 * 3 + 2 * 3)
 
 
 def test_the_released_model_at_one_minute():

@@ -2,6 +2,8 @@
 
 import pytest
 
+from wm_train.tracking import read_steps
+
 
 @pytest.mark.parametrize(
     ("workers", "overrides"),
@@ -33,11 +35,14 @@ def test_saving_memory_does_not_change_a_bit(alone, train_here, losses, tmp_path
 
 
 @pytest.mark.full
-def test_compiled_blocks_train_the_same(alone, train_here, losses, tmp_path):
+def test_compiled_blocks_train_the_same(alone, train_here, worker_config, losses, tmp_path, run_ranks):
     train_here(tmp_path / "plain", "parallel.compile=true")
     assert losses(tmp_path / "plain") == pytest.approx(alone, rel=1e-6, abs=0)
     train_here(tmp_path / "block", "parallel.compile=true", "model.activation_checkpointing=block")
     assert losses(tmp_path / "block") == losses(tmp_path / "plain")
+    split = worker_config(tmp_path / "split", "parallel.compile=true", "parallel.cp=2")
+    run_ranks(2, "-m", "wm_train.worker", "--config", split, timeout=600)
+    assert losses(tmp_path / "split") == pytest.approx(alone, rel=1e-5, abs=0)
 
 
 @pytest.mark.full
@@ -51,6 +56,8 @@ def test_four_processes(train_here, worker_config, losses, tmp_path, run_ranks, 
     train_here(tmp_path / "alone", batch)
     run_ranks(4, "-m", "wm_train.worker", "--config", worker_config(tmp_path / "four", batch, *overrides), timeout=400)
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5, abs=0)
+    norms = [[row["grad_norm"] for row in read_steps(tmp_path / name / "demo" / "short" / "metrics.jsonl")] for name in ("four", "alone")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4, abs=0), "what is clipped by is the norm of the whole gradient"
 
 
 @pytest.mark.full

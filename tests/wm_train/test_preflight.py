@@ -19,6 +19,7 @@ FAULTS = {
     "a clock behind": ({"late_s": -90.0}, "got a clock 90.0 s behind rank 0's"),
     "a folder of its own": ({"folder": "got a folder without rank 0's file"}, "got a folder without rank 0's file"),
     "no data": ({"data": "data.path: got /x, which does not exist", "fingerprint": ""}, "which does not exist"),
+    "no DeepSpeed": ({"sharding": "sharding: got zero3 (No module named 'deepspeed')"}, "got zero3 (No module named"),
     "other data": ({"fingerprint": "xyz"}, "got another data set at that path"),
 }
 

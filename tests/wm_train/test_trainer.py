@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import shutil
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from wm_train import checkpoint, objectives
 from wm_train.guard import BadStepError
 from wm_train.manifest import read_manifest
+from wm_train.preemption import StopRequest
 from wm_train.state import SetupError
 from wm_train.tracking import read_steps
 
@@ -40,13 +43,38 @@ def poison(monkeypatch, step: int, factor: float, until: int | None = None) -> N
     monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", poisoned)
 
 
-@pytest.mark.parametrize("change", ["seed=7", "model.width=32", "recipe.stages.short.global_batch=4", "recipe.stages.short.frames=33"])
-def test_continuing_another_run_is_refused_with_what_differs(train_here, tmp_path, change):
-    short = ("recipe.stages.short.steps=5", "trainer.async_checkpoint=false")
-    train_here(tmp_path, *short)
+FIVE = ("recipe.stages.short.steps=5", "trainer.async_checkpoint=false")
+
+
+@pytest.fixture(scope="module")
+def five_steps(train_here, tmp_path_factory):
+    """A run of five steps that others try to continue."""
+    folder = tmp_path_factory.mktemp("five")
+    train_here(folder, *FIVE)
+    return folder
+
+
+STAGE = "recipe.stages.short."
+
+
+@pytest.mark.parametrize("change", ["seed=7", "model.width=32", STAGE + "global_batch=4", STAGE + "frames=33", STAGE + "chunk_frames=2"])
+def test_continuing_another_run_is_refused_with_what_differs(train_here, five_steps, change):
     key, value = change.split("=")
     with pytest.raises(SetupError, match=rf"{key.rpartition('.')[2]} was .* and is now {value}"):
-        train_here(tmp_path, *short, change)
+        train_here(five_steps, *FIVE, change)
+
+
+def test_continuing_on_another_data_set_is_refused_and_both_are_named(train_here, five_steps, gameplay, tmp_path):
+    other = shutil.copytree(gameplay, tmp_path / "other")
+    facts = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(facts | {"fingerprint": "0" * 64}))
+    with pytest.raises(SetupError, match=rf"data was '{gameplay} \(\w{{12}}\)' and is now '{other} \(000000000000\)'"):
+        train_here(five_steps, *FIVE, f"data.path={other}")
+
+
+def test_continuing_with_another_optimizer_is_refused(train_here, five_steps):
+    with pytest.raises(SetupError, match=r"missing optimizer/blocks\..*/momentum"):
+        train_here(five_steps, *FIVE, STAGE + "optimizer.name=normuon")
 
 
 def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(alone, train_here, losses, tmp_path):
@@ -56,6 +84,19 @@ def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(alone
     assert losses(tmp_path / "sync") == alone
     train_here(tmp_path / "accumulated", "trainer.accumulate=2")
     assert losses(tmp_path / "accumulated") == pytest.approx(alone, rel=1e-6, abs=0)
+
+
+def test_both_signals_of_schedulers_ask_to_stop():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        for number in before:
+            asked = StopRequest().listen()
+            assert not asked.raised
+            signal.raise_signal(number)
+            assert asked.raised
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])

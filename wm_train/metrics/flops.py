@@ -13,11 +13,17 @@ model's own work is done.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
 import torch
 
+from parallel.layout import ClipLayout
+from parallel.masks import visible
 from wm_train.config import ModelConfig
 from wm_train.models import build_model
+from wm_train.models.sana_wm import attention_mask
+from wm_train.models.streaming import chunk_starts
 
 FORWARDS_PER_STEP = 3
 
@@ -35,8 +41,16 @@ class Flops:
         return self.dense + self.gdn + self.softmax
 
 
-def forward_flops(model: ModelConfig, frames: int, tokens_per_frame: int, text_tokens: int = 0) -> Flops:
-    """FLOPs of one clip of T = `frames` latent frames of S tokens, attended in full (no mask)."""
+@cache
+def frame_pairs(model: ModelConfig, frames: int, chunk_frames: int = 0) -> int:
+    """Pairs (frame, frame it sees) in a clip of T = `frames` latent frames under the model's attention mask; T² without one."""
+    starts = chunk_starts(frames, chunk_frames)
+    layout, mask = ClipLayout(frames, chunk_starts=starts), attention_mask(model)
+    return sum((stop - start) * len(visible(layout, mask, start)) for start, stop in pairwise((*starts, frames)))
+
+
+def forward_flops(model: ModelConfig, frames: int, tokens_per_frame: int, text_tokens: int = 0, chunk_frames: int = 0) -> Flops:
+    """FLOPs of one clip of T = `frames` latent frames of S tokens, in chunks of `chunk_frames` (0: one chunk)."""
     with torch.device("meta"):
         built = build_model(model)
     tokens, d = frames * tokens_per_frame, model.width // model.heads
@@ -50,7 +64,7 @@ def forward_flops(model: ModelConfig, frames: int, tokens_per_frame: int, text_t
     return Flops(
         dense=2 * (tokens * weights + text_tokens * text) + cross,
         gdn=model.heads * (grams + scan) * (model.depth - softmax_blocks),
-        softmax=4 * tokens * tokens * model.width * branches * softmax_blocks,
+        softmax=4 * frame_pairs(model, frames, chunk_frames) * tokens_per_frame**2 * model.width * branches * softmax_blocks,
     )
 
 
