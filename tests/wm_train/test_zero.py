@@ -20,7 +20,7 @@ def train_on_two(worker_config, run_ranks):
     pytest.importorskip("deepspeed")
 
     def train(folder, *overrides):
-        run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(folder, *overrides), timeout=400)
+        run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(folder, *overrides), timeout=900)  # the first start compiles
 
     return train
 
