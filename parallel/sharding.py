@@ -33,7 +33,10 @@ def shard_model(
     `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay fp32; `precision` is what blocks
     compute in. Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations. With `offload`, what a
     process holds of weights and gradients lies in host memory, so an optimizer steps there; blocks go to the device when they run.
+    One process that computes in fp32 has nothing to shard, cast or bring: its model stays as it is.
     """
+    if mesh.size() == 1 and precision == "fp32" and not offload:
+        return model
     place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:

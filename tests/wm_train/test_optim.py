@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wm_train.config import OptimizerConfig
+from wm_train.optim.adamw import adamw_groups, build_adamw
 from wm_train.optim.ema import ema_start, ema_update, ema_weights
 from wm_train.optim.normuon import NorMuon, is_matrix, orthogonalise
 from wm_train.optim.schedule import learning_rate
@@ -83,3 +84,18 @@ def test_the_average_follows_the_weights_and_gives_them_back():
     with pytest.raises(RuntimeError, match="inside"):
         fail_inside()
     assert torch.equal(model.weight, torch.ones(2, 2))
+
+
+def test_adamw_is_that_of_torch():
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    groups = adamw_groups(list(theirs.parameters()), config)
+    optimizers = build_adamw(ours, config), torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(torch.arange(10.0).view(2, 5)).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from wm_train.config import OptimizerConfig
+from wm_train.tensor_parts import local_tensor
 
 
 class Optimizer(Protocol):
@@ -20,6 +22,33 @@ class Optimizer(Protocol):
     def state(self) -> Any: ...
     def step(self) -> Any: ...
     def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW on what this process holds of each tensor. No element needs another, and sending every operation through DTensor
+    costs more than the update itself."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "the trainer evaluates the loss before it steps"
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.grad is not None]
+            slots = {name: [local_tensor(self.state[p][name]) for p in held] for name in ("exp_avg", "exp_avg_sq", "step")}
+            adamw(
+                [local_tensor(p) for p in held],
+                [local_tensor(p.grad) for p in held],
+                slots["exp_avg"],
+                slots["exp_avg_sq"],
+                [],
+                slots["step"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
 def adamw_groups(
@@ -47,7 +76,7 @@ def start_adamw_state(optimizer: torch.optim.Optimizer) -> None:
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """AdamW over all trainable parameters."""
     groups = adamw_groups([p for p in model.parameters() if p.requires_grad], config)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     start_adamw_state(optimizer)
     return optimizer
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from wm_train.tensor_parts import local_tensor
+
 
 def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy of every trainable weight (what this process holds of it) by name."""
@@ -18,7 +20,8 @@ def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, t
 def ema_update(ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], decay: float, step: int) -> None:
     """ema <- d * ema + (1 - d) * weight with d = min(decay, (1 + step) / (10 + step)): the early average forgets the random start."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.values()), [weights[name] for name in ema], 1 - decay)
+    # element by element, so on what this process holds: DTensor would cost more than the update
+    torch._foreach_lerp_([local_tensor(average) for average in ema.values()], [local_tensor(weights[name]) for name in ema], 1 - decay)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wm_train.config import OptimizerConfig
-from wm_train.optim.adamw import adamw_groups, start_adamw_state
+from wm_train.optim.adamw import AdamW, adamw_groups, start_adamw_state
 from wm_train.tensor_parts import Box, local_box, local_tensor, within
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values go to about 1 in five steps
@@ -104,6 +104,6 @@ def build_normuon(model: nn.Module, config: OptimizerConfig) -> Joint:
     others = adamw_groups([p for name, p in named if not is_matrix(name, p)], config)
     for group in others:
         group["lr_scale"] = config.adamw_lr_scale
-    adamw = torch.optim.AdamW(others, lr=config.lr * config.adamw_lr_scale, betas=config.betas, eps=config.eps)
+    adamw = AdamW(others, lr=config.lr * config.adamw_lr_scale, betas=config.betas, eps=config.eps)
     start_adamw_state(adamw)
     return Joint(NorMuon(matrices, config.lr, config.momentum, config.betas[1], config.weight_decay), adamw)
