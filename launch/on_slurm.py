@@ -35,6 +35,8 @@ set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 port=$((20000 + SLURM_JOB_ID % 12000)) # below those that connections take
+me=$SLURM_JOB_ID
+[ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || me=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID # as the last task has the number of the whole array
 
 {step} &
 step=$!
@@ -53,7 +55,7 @@ while [ "$leaving" = yes ] && kill -0 "$step" 2>/dev/null; do # a trap interrupt
   code=$?
 done
 if [ "$leaving" = yes ] && [ "$code" != 0 ] && [ {requeue} = yes ]; then # 0: it had just come to its end
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$me"
 elif [ -n "${{SLURM_ARRAY_JOB_ID:-}}" ]; then # for the next task of an array
   echo "$code" > {folder}/slurm_ended.tmp && mv {folder}/slurm_ended.tmp {folder}/slurm_ended_"$SLURM_ARRAY_JOB_ID"
 fi
@@ -72,7 +74,7 @@ if [ "$SLURM_ARRAY_TASK_ID" -gt 0 ]; then
   ended=${{stages[$before]}}/slurm_ended_$SLURM_ARRAY_JOB_ID
   if [ ! -e "$ended" ] && [ -n "$(squeue --noheader --jobs="${{SLURM_ARRAY_JOB_ID}}_$before" 2>/dev/null)" ]; then
     echo "the stage before this one has not ended: going back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
     exit 1
   fi
   for _ in $(seq {seen}); do # a shared file system may show it late

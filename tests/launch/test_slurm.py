@@ -81,7 +81,8 @@ def state(job: str) -> dict[str, str]:
 
 
 def queued_again(job: str) -> bool:
-    return (state(job)["Restarts"], state(job)["JobState"]) == ("1", "PENDING")
+    now = state(job)
+    return now["Restarts"] != "0" and now["JobState"] == "PENDING"
 
 
 def completed(job: str) -> bool:
@@ -207,28 +208,43 @@ def submit_array(spec, view, slurm: None, tmp_path: Path) -> Callable[[str], str
 
 
 def test_the_stages_of_an_array_wait_for_each_other_also_while_one_is_queued_again(submit_array, tmp_path: Path) -> None:
-    """While the first stage waits for its second half, the next one starts too early, and goes back into the queue."""
+    """The first and the last stage are asked to save. While the first one waits for its second half, the next starts too early, and goes
+    back into the queue; the last one has the number of the whole array, and takes no other stage with it."""
     program = """
 stage = os.environ["SLURM_ARRAY_TASK_ID"]
-if stage == "0" and not (place / "saved").exists():
-    signal.signal(signal.SIGTERM, lambda *_: ((place / "saved").touch(), sys.exit(75)))
-    (place / "up").touch()
+if stage != "1" and not (place / f"saved_{stage}").exists():
+    signal.signal(signal.SIGTERM, lambda *_: ((place / f"saved_{stage}").touch(), sys.exit(75)))
+    (place / f"up_{stage}").touch()
     time.sleep(120)
 with (place / "order").open("a") as file:
     print(stage, file=file)
 """
     job = submit_array(program)
-    wait_for(lambda: (tmp_path / "up").exists(), "the first stage")
-    command("scancel", "--batch", "--signal=USR1", f"{job}_0")
-    for task in (f"{job}_0", f"{job}_1"):
+    first, second, last = (f"{job}_{task}" for task in range(3))
+
+    def save(task: str) -> None:
+        up = tmp_path / f"up_{task[-1]}"
+        wait_for(up.exists, f"{task} to begin")
+        command("scancel", "--batch", "--signal=USR1", state(task)["JobId"])
         wait_for(partial(queued_again, task), f"{task} in the queue again")
-    assert (tmp_path / "saved").exists()
+        assert (tmp_path / f"saved_{task[-1]}").exists()
+
+    def start_now(task: str) -> None:  # SLURM would wait two minutes
+        subprocess.run(["scontrol", "update", f"JobId={task}", "StartTime=now"], check=False, timeout=30)
+
+    save(first)
+    wait_for(partial(queued_again, second), "the second stage in the queue again")
     assert not (tmp_path / "order").exists()
-    for task in (f"{job}_0", f"{job}_1", f"{job}_2"):
-        if state(task)["JobState"] == "PENDING":
-            command("scontrol", "update", f"JobId={task}", "StartTime=now")  # SLURM would wait two minutes
+    for task in (first, second):
+        start_now(task)
         wait_for(partial(completed, task), task, within_s=200)
+    start_now(last)
+    save(last)
+    start_now(last)
+    wait_for(partial(completed, last), last, within_s=200)
     assert (tmp_path / "order").read_text().split() == ["0", "1", "2"]
+    assert completed(first)
+    assert completed(second)
 
 
 def test_a_failed_stage_of_an_array_keeps_the_others_from_running(submit_array, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_task_runs_only_after_the_stage_before_ended_well(array, view, tmp_pat
     done = subprocess.run(["bash", script], env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **job}, cwd=tmp_path, timeout=30, check=False)
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert (done.returncode == 0) is (tmp_path / "trained").exists() is (does == "train")
-    assert ("requeue 78" in asked) is (does == "wait")
+    assert ("requeue 77_1" in asked) is (does == "wait")
     mark = tmp_path / "stage 3" / "slurm_ended_77"
     assert (mark.read_text().strip() if mark.exists() else None) == {"train": "0", "fail": "1", "wait": None}[does]
     assert ("did not end well" in (tmp_path / "stage 3" / "logs" / "slurm_77_1.log").read_text()) is (does == "fail")
