@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 from collections.abc import Callable
@@ -73,6 +74,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [pytest.param(kind(*row)) for row in default]
         rows += [pytest.param(kind(*row), marks=pytest.mark.full) for row in itertools.product(*axes) if row not in set(default)]
         metafunc.parametrize(name, rows, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case))
+
+
+def pytest_configure() -> None:
+    """Triton's interpreter searches its whole language for things to replace at every call of a device function: a third of its time.
+    Starting the kernel has replaced them already, but for what Triton's own functions see, which needs it once."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replaced = []
+
+    def call(function, *args, **kwargs):
+        if not replaced and any(value is tl.core for value in function.fn.__globals__.values() if inspect.ismodule(value)):
+            replaced.append(interpreter._patch_lang(function.fn))
+        try:
+            return function.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture
