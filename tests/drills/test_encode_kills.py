@@ -1,7 +1,8 @@
-"""`encode` with two workers, killed with SIGKILL at random moments until it gets through: the bytes of an undisturbed run, no orphans."""
+"""`encode` with two workers, killed with SIGKILL at random moments and started again: the bytes of an undisturbed run, no orphans."""
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,13 +35,14 @@ def test_random_kills(tmp_path, container, whole_group):
     started = time.monotonic()
     assert encode.main([*arguments, f"out={tmp_path / 'undisturbed'}"]) == 0
     seconds = time.monotonic() - started
-    moments, killed = random.Random(container), 0
+    moments, killed, expected = random.Random(container), 0, bytes_of(tmp_path / "undisturbed")
     command = [sys.executable, "-m", "data_shards.encode", *arguments, f"out={tmp_path / 'set'}"]
-    for _ in range(KILLS):
+    while killed < KILLS:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         try:
-            child.wait(timeout=moments.uniform(0.1, 0.9) * seconds)
-            break
+            assert child.wait(timeout=moments.uniform(0.1, 0.9) * seconds) == 0
+            assert bytes_of(tmp_path / "set") == expected
+            shutil.rmtree(tmp_path / "set")  # it got through: from the start again
         except subprocess.TimeoutExpired:
             killed += 1
             (os.killpg if whole_group else os.kill)(child.pid, signal.SIGKILL)
@@ -49,8 +51,7 @@ def test_random_kills(tmp_path, container, whole_group):
         while processes_of_group(child.pid):
             assert time.monotonic() < deadline, "workers outlived the command"
             time.sleep(0.1)
-    assert killed
     assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
-    made = bytes_of(tmp_path / "set")
-    assert made == bytes_of(tmp_path / "undisturbed")
-    print(f"{container}, {'the whole group' if whole_group else 'the command alone'} killed: {killed} kills, {len(made)} files the same")
+    assert bytes_of(tmp_path / "set") == expected
+    what = "the whole group" if whole_group else "the command alone"
+    print(f"{container}, {what} killed: {killed} kills, {len(expected)} files the same")
