@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.progress import ProgressView
 from launch.rank_actor import News, RankActor, Seat
-from launch.restart import Death, Growth
+from launch.restart import Death, Growth, cause
 from launch.signals import Caught
-from launch.spec import NO_STORAGE, USER_ERROR, LaunchSpec, rank_environment
+from launch.spec import LaunchSpec, rank_environment
 
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
 FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
@@ -53,7 +52,7 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
                 codes = _end(actors, spec.grace_s, view)
                 if workers and codes != [0] * len(actors):  # else they had just come to their end
                     return Growth(workers)
-        return _cause(deaths)
+        return cause(deaths)
 
 
 @contextmanager
@@ -202,22 +201,6 @@ def _watch(actors: list[Any], view: ProgressView, stop: Caught, larger: Callable
 
 def _listen(actors: list[Any], rank: int) -> Any:
     return actors[rank].listen.remote(LISTEN_S if rank == 0 else 2 * LISTEN_S, rank == 0)
-
-
-def _cause(deaths: list[Death]) -> Death | None:
-    """The death that explains the others: a user's mistake, then a lost node, silent storage, a signal from outside, then the first."""
-
-    def weight(death: Death) -> int:
-        if death.code == USER_ERROR:
-            return 0
-        if death.code is None:
-            return 1
-        if death.code == NO_STORAGE:
-            return 2
-        # SIGABRT is how a collective library ends a process whose peer has gone: a consequence.
-        return 3 if death.code < 0 and death.code != -signal.SIGABRT else 4
-
-    return min(deaths, key=weight) if deaths else None
 
 
 def _end(actors: list[Any], grace_s: float, view: ProgressView) -> list[int | None]:

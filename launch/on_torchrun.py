@@ -15,12 +15,12 @@ from launch.child import Child
 from launch.leash import leashed_to_anybody
 from launch.pools import run_together
 from launch.progress import ProgressView
-from launch.restart import Death, run_attempts
+from launch.restart import Death, cause, run_attempts
 from launch.signals import Caught
 from launch.spec import TAIL, LaunchSpec, fill
 
-# In torchrun's closing report: which rank failed first, and how.
-FIRST_FAILURE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+# In torchrun's closing report, for each rank that failed by itself; the one that did so first comes last, under this title.
+FAILURE, FIRST = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL), "Root Cause"
 REPORT_LINES = 80
 
 
@@ -71,7 +71,11 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
             code = agent.stop(0.0)
     if code == 0:
         return None
-    found = FIRST_FAILURE.search("\n".join(last))
-    if found:
-        return Death(int(found[1]), int(found[2]), "")  # what it said is on the screen already
-    return Death(0, code, "\n".join(list(last)[-TAIL:]))
+    return reported("\n".join(last)) or Death(0, code, "\n".join(list(last)[-TAIL:]))
+
+
+def reported(text: str) -> Death | None:
+    """Of the deaths in torchrun's closing report the one that explains the others; None if there is none. What they said was shown."""
+    others, title, first = text.partition(FIRST)
+    found = FAILURE.findall(first) + FAILURE.findall(others) if title else []
+    return cause([Death(int(rank), int(code), "") for rank, code in found])

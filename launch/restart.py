@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,6 +35,22 @@ class Death:
         if self.code is None:
             return 1
         return self.code if self.code > 0 else INTERRUPTED - self.code
+
+
+def cause(deaths: list[Death]) -> Death | None:
+    """The death that explains the others: a user's mistake, then a lost node, silent storage, a signal from outside, then the first."""
+
+    def weight(death: Death) -> int:
+        if death.code == USER_ERROR:
+            return 0
+        if death.code is None:
+            return 1
+        if death.code == NO_STORAGE:
+            return 2
+        # SIGABRT is how a collective library ends a process whose peer has gone: a consequence.
+        return 3 if death.code < 0 and death.code != -signal.SIGABRT else 4
+
+    return min(deaths, key=weight) if deaths else None
 
 
 @dataclass(frozen=True)

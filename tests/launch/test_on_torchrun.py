@@ -47,6 +47,37 @@ def test_a_users_mistake_is_not_tried_again(spec, view) -> None:
     assert "restart" not in shown.replace("max_restarts", "")
 
 
+REPORT = """
+    rank : what it said before
+============================================================
+worker FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : 1 (local_rank: 1)
+  exitcode  : {other} (pid: 12)
+  error_file: <N/A>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : 0 (local_rank: 0)
+  exitcode  : {first} (pid: 11)
+  error_file: <N/A>
+"""
+
+
+@pytest.mark.parametrize(("first", "other", "rank"), [(1, 2, 1), (1, 74, 1), (1, -9, 1), (1, 1, 0), (-6, 2, 1), (2, 1, 0), (74, 2, 1)])
+def test_of_ranks_that_fail_within_one_look_the_telling_one_counts(first: int, other: int, rank: int) -> None:
+    """A peer of a rank that has left fails a moment later, and torchrun may see both at once."""
+    death = on_torchrun.reported(REPORT.format(first=first, other=other))
+    assert (death.rank, death.code) == (rank, (first, other)[rank])
+    assert on_torchrun.reported("rank : 1 exitcode : 3") is None
+
+
 def test_sigterm_lets_the_workers_finish_their_work(spec, view, tmp_path: Path) -> None:
     program = """
 signal.signal(signal.SIGTERM, lambda *_: ((place / f"saved_{rank}").touch(), sys.exit(75)))
