@@ -118,7 +118,8 @@ class ClipIndex:
             raise self._damage(name, error) from error
 
     def _damage(self, name: str, error: OSError) -> DataError:
-        reason = f"index: cannot read {name} of {self._path}/index.parquet ({error}). Fix: copy it again, or encode again"
+        what = " ".join(str(error).split())  # Arrow's has lines
+        reason = f"index: cannot read {name} of {self._path}/index.parquet ({what}). Fix: copy it again, or encode again"
         return DataError(reason, is_transient(error) and not is_arrows(error))
 
 

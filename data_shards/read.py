@@ -234,7 +234,7 @@ def open_dataset(
             raise OSError("its columns are not those of this version")
         dataset = ClipDataset(path, filesystem, root, info, ClipIndex(index, path, info, policy), policy, cache)
     except (OSError, pa.ArrowException) as error:
-        reason = f"index: cannot read {path}/index.parquet ({error}). Fix: copy it again or encode again"
+        reason = f"index: cannot read {path}/index.parquet ({' '.join(str(error).split())}). Fix: copy it again or encode again"
         raise DataError(reason, isinstance(error, OSError) and not is_arrows(error) and is_transient(error)) from error
     found = {split: len(dataset.clips(split)) for split in SPLITS}
     if found != dict(info.clips):

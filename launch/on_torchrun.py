@@ -10,6 +10,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 
 from launch.child import Child
 from launch.leash import leashed_to_anybody
@@ -19,6 +20,7 @@ from launch.restart import Death, cause, run_attempts
 from launch.signals import Caught
 from launch.spec import TAIL, LaunchSpec, fill
 
+TOLD = re.compile(r"rank (\d+) on \S+: ")  # how a worker's word on a failure that it understands begins
 # In torchrun's closing report, for each rank that failed by itself; the one that did so first comes last, under this title.
 FAILURE, FIRST = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL), "Root Cause"
 REPORT_LINES = 80
@@ -57,6 +59,7 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
     log = spec.logs / f"attempt_{number}" / "all_ranks.log"
     agent = Child(torchrun_command(spec, number), spec.environment, spec.directory, log)
     last: deque[str] = deque(maxlen=REPORT_LINES)
+    told: dict[int, str] = {}
     asked_at: float | None = None
     code: int | None = None
     while code is None:
@@ -64,6 +67,8 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
         last.extend(lines)
         for line in lines:
             view.feed(line)
+            if found := TOLD.match(line):
+                told[int(found[1])] = line
         if stop.number is not None and asked_at is None:
             asked_at = time.monotonic()
             agent.process.terminate()  # the agent hands it on to its workers, and waits for them
@@ -71,11 +76,14 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
             code = agent.stop(0.0)
     if code == 0:
         return None
-    return reported("\n".join(last)) or Death(0, code, "\n".join(list(last)[-TAIL:]))
+    death = reported("\n".join(last))
+    if death is None:
+        return Death(0, code, "\n".join(list(last)[-TAIL:]))
+    return replace(death, said=told.get(death.rank, ""))  # again, below what its peers and torchrun had to say
 
 
 def reported(text: str) -> Death | None:
-    """Of the deaths in torchrun's closing report the one that explains the others; None if there is none. What they said was shown."""
+    """Of the deaths in torchrun's closing report the one that explains the others; None if there is none."""
     others, title, first = text.partition(FIRST)
     found = FAILURE.findall(first) + FAILURE.findall(others) if title else []
     return cause([Death(int(rank), int(code), "") for rank, code in found])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_shards import encode
+from data_shards import encode, record
 from data_shards.load import ClipLoader
 from data_shards.read import open_dataset
 from data_shards.schema import DataError
@@ -131,17 +131,38 @@ def test_a_run_with_a_bad_shard_resumes_as_if_it_had_gone_on(damaged_copies, con
         run_ranks(2, WORKER, "train", config(*quarantine, "data.bad_shard_budget=0", f"out={tmp_path / 'four'}"), folder)
 
 
-MIXED = ("data.mixture={PATH: 3, OTHER: 1}", "data.buckets=[17]", SHORT + "frames=41")
+MIXED = ("data.mixture={PATH: 2, OTHER: 1, SHORTER: 3}", "data.buckets=[17]", SHORT + "frames=41")
 PACKED = ("data.pack=true", SHORT + "frames=57", "data.mixture={OTHER: 1, PATH: 1}")
 
 
+@pytest.fixture(scope="session")
+def shorter_clips(tmp_path_factory):
+    """Clips of 25 frames, with an image latent for every 8th."""
+    folder = tmp_path_factory.mktemp("shorter")
+    assert record.main(["vizdoom", f"out={folder / 'recording'}", "clips=6", "frames=25", "fps=16", "seed=7"]) == 0
+    arguments = [f"source={folder / 'recording'}", f"out={folder / 'set'}", "channels=16", "psnr=no"]
+    assert encode.main([*arguments, "image_latents_every=8"]) == 0
+    return folder / "set"
+
+
 @pytest.fixture
-def of_step(train_here, many_shards, gameplay):
+def filled(request, gameplay, many_shards):
+    """filled(overrides, other): with the data sets' paths in them; the shorter clips are made only where they are asked for."""
+
+    def fill(overrides, other=many_shards):
+        given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(other)) for text in overrides]
+        return [text.replace("SHORTER", str(request.getfixturevalue("shorter_clips"))) if "SHORTER" in text else text for text in given]
+
+    return fill
+
+
+@pytest.fixture
+def of_step(train_here, filled, gameplay):
     """of_step(folder, *overrides): train, and return the loss of each step."""
 
     def train(folder, *overrides):
-        given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(many_shards)) for text in overrides]
-        train_here(folder, f"data.path={gameplay}", "trainer.checkpoint_every=2", SHORT + "optimizer.warmup_steps=1", *given)
+        few = ["trainer.checkpoint_every=2", SHORT + "optimizer.warmup_steps=1"]
+        train_here(folder, f"data.path={gameplay}", *few, *filled(overrides))
         return [row["loss"] for row in read_steps(folder / "demo" / "short" / "metrics.jsonl")]
 
     return train
@@ -175,22 +196,22 @@ def check_work(stage, folder):
 
 
 @pytest.mark.parametrize("overrides", [pytest.param(MIXED, marks=pytest.mark.full), PACKED], ids=["mixture, buckets and cuts", "packed"])
-def test_mixtures_buckets_and_packing_train_and_resume(of_step, stage_of, gameplay, many_shards, tmp_path, overrides):
+def test_mixtures_buckets_and_packing_train_and_resume(of_step, stage_of, filled, gameplay, tmp_path, overrides):
     whole = of_step(tmp_path / "one", *overrides, SHORT + "steps=4")
     of_step(tmp_path / "two", *overrides, SHORT + "steps=2")
     assert of_step(tmp_path / "two", *overrides, SHORT + "steps=4") == whole
     assert len(whole) == 4
-    given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(many_shards)) for text in overrides]
+    given = filled(overrides)
     check_work(stage_of(f"data.path={gameplay}", *given), tmp_path / "one")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["parallel.cp=2", "parallel.cp=1"], ids=["cp2", "dp2"])
 @pytest.mark.parametrize("overrides", [MIXED, PACKED], ids=["mixture, buckets and cuts", "packed"])
-def test_they_do_not_depend_on_the_mesh(of_step, stage_of, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh):
+def test_they_do_not_depend_on_the_mesh(of_step, stage_of, filled, worker_config, gameplay, tmp_path, run_ranks, overrides, mesh):
     few = [*overrides, SHORT + "steps=4", SHORT + "global_batch=4"]
     alone = of_step(tmp_path / "alone", *few)
-    given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(many_shards)) for text in few]
+    given = filled(few)
     run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(tmp_path, mesh, SHORT + "optimizer.warmup_steps=1", *given))
     two = [row["loss"] for row in read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")]
     assert two == pytest.approx(alone, rel=1e-5, abs=0)
@@ -201,14 +222,14 @@ def test_they_do_not_depend_on_the_mesh(of_step, stage_of, worker_config, gamepl
 @pytest.mark.parametrize("mesh", ["parallel.cp=2", "parallel.cp=1"], ids=["cp2", "dp2"])
 @pytest.mark.parametrize("overrides", [MIXED, PACKED], ids=["mixture, buckets and cuts", "packed"])
 def test_with_bad_shards_they_resume_and_do_not_depend_on_the_mesh(
-    train_here, stage_of, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh
+    train_here, filled, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh
 ):
     damaged, dataset = shutil.copytree(many_shards, tmp_path / "set"), open_dataset(str(many_shards))
     for entry in dataset.clips("train")[:3]:
         data = bytearray((damaged / entry.shard).read_bytes())
         data[2000::500] = bytes(byte ^ 1 for byte in data[2000::500])  # in every latent frame, whatever the cut
         (damaged / entry.shard).write_bytes(data)
-    given = [text.replace("PATH", str(gameplay)).replace("OTHER", str(damaged)) for text in overrides]
+    given = filled(overrides, damaged)
     given += [f"data.path={gameplay}", SHORT + "optimizer.warmup_steps=1", SHORT + "global_batch=4", "trainer.checkpoint_every=3"]
     given += ["data.on_bad_shard=quarantine"]
 
