@@ -225,7 +225,7 @@ def test_with_bad_shards_they_resume_and_do_not_depend_on_the_mesh(
     train_here, filled, worker_config, gameplay, many_shards, tmp_path, run_ranks, overrides, mesh
 ):
     damaged, dataset = shutil.copytree(many_shards, tmp_path / "set"), open_dataset(str(many_shards))
-    for entry in dataset.clips("train")[:3]:
+    for entry in dataset.clips("train")[1:]:
         data = bytearray((damaged / entry.shard).read_bytes())
         data[2000::500] = bytes(byte ^ 1 for byte in data[2000::500])  # in every latent frame, whatever the cut
         (damaged / entry.shard).write_bytes(data)
