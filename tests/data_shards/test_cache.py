@@ -67,6 +67,7 @@ def test_a_kill_while_the_cache_is_filled_leaves_no_partial_range(tmp_path, patc
     assert filled == ["cut"]
 
 
+@pytest.mark.full
 def test_processes_that_share_a_cache_stay_below_its_limit(tmp_path):
     caches = [RangeCache(tmp_path, 100_000) for _ in range(8)]
     for i in range(60):

@@ -42,6 +42,7 @@ def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(bucket, recording,
     assert len(proxy.served) == uploads
 
 
+@pytest.mark.full
 def test_shards_that_are_in_the_bucket_already_are_not_made_again(bucket, recording, faults, monkeypatch, proxy):
     out, proxy.method = "s3://shards-test/again", "PUT"
     arguments = [f"source={recording}", "shard_mb=0.03", "psnr=no", f"out={out}"]
