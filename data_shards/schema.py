@@ -55,6 +55,7 @@ ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
 SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
 MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips belong in Zarr
+LOGIN = re.compile(r"://[^/@\s]*@")  # user name and password in an address: never shown
 
 
 class DataError(ValueError):
@@ -63,7 +64,7 @@ class DataError(ValueError):
     passing: storage did not answer for as long as was tried. Nothing is known to be wrong with what lies there: trying later may help."""
 
     def __init__(self, message: str, passing: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(LOGIN.sub("://", message))
         self.passing = passing
 
 

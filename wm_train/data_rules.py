@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_shards.schema import ALIKE_IN_MIXTURE, DataError, DatasetInfo, info_from_json
-from wm_train.compose import Problem
+from wm_train.compose import Problem, without_login
 from wm_train.config import RunConfig
 from wm_train.curriculum import PlannedStage
 
@@ -42,8 +42,8 @@ def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
         try:
             return read_info(path, RetryPolicy(budget_s=PATIENCE_S))[2]
         except (DataError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            return Problem(key, f"{path} ({reason})", "a reachable folder with dataset.json", "check the address and your credentials")
+            got = f"{without_login(path)} ({str(error).splitlines()[0]})"
+            return Problem(key, got, "a reachable folder with dataset.json", "check the address and your credentials")
     text = _dataset_json(path)
     if isinstance(text, Problem):
         return replace(text, where=key, fix=text.fix.replace("data.path=", f"{key}="))

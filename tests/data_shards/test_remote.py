@@ -175,6 +175,12 @@ def test_http_is_read_by_range_and_as_patiently(dataset_path):
             remote.read(entry.key)
         assert time.monotonic() - started < 2
         assert not caught.value.passing
+        login = remote.path.replace("://", "://me:very-secret-value@")
+        with pytest.raises(ShardError) as refused:
+            open_dataset(login, policy=FAST).read(entry.key)
+        with pytest.raises(DataError, match="which holds no dataset") as absent:
+            open_dataset(f"{login}/nowhere", policy=FAST)
+        assert "very-secret-value" not in f"{refused.value} {absent.value}"
         PlainServer.faults[:] = ["503"] * 500
         with pytest.raises(ShardError, match="503") as caught:
             open_dataset(remote.path, policy=RetryPolicy(budget_s=0.2, first_pause_s=0.02)).read(entry.key)
