@@ -27,6 +27,7 @@ def test_the_real_model_agrees_over_virtual_ranks(mesh, capsys):
         assert word in printed
 
 
+@pytest.mark.full
 def test_every_pool_is_proven_on_its_own_mesh(capsys):
     pools = ["experiment=demo_pools", *SMALL[1:], 'pools.high.overrides=["launcher.workers=2","parallel.cp=2"]', "--worst", "1"]
     assert parity.main(pools) == 0

@@ -118,7 +118,7 @@ POOLS = ["experiment=demo_pools", "stage=1", 'pools.high.overrides=["launcher.wo
 
 
 def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys):
-    assert main([*POOLS, "--latent", "16x7x10/8"]) == 0
+    assert main([*POOLS, "--latent", "16x7x10/8", "--memory", "0.2"]) == 3, "one of the pools does not fit"
     out = capsys.readouterr().out
     _, high, low = re.split(r"^pool ", out, flags=re.MULTILINE)
     assert high.startswith("high: noise levels 0.6 to 1, 4 workers\n")
@@ -127,15 +127,18 @@ def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys):
     assert "1 workers = 1 data parallel x 1 sequence parallel" in low
     large, small = (int(re.search(r"([\d,]+) parameters", text)[1].replace(",", "")) for text in (high, low))
     assert large > 1.5 * small
+    assert ": fits" in high
+    assert "DOES NOT FIT" in low
     assert out.endswith("all pools together: 5 workers\n")
+
+
+@pytest.mark.full
+def test_one_pool_is_planned_alone(capsys):
     assert main([*POOLS, "--latent", "16x7x10/8", "pool=low"]) == 0
     alone = capsys.readouterr().out
     assert alone.startswith("pool low: ")
     assert "pool high" not in alone
     assert "together: 5" not in alone
-    assert main([*POOLS, "--latent", "16x7x10/8", "--memory", "0.2"]) == 3, "one of the pools does not fit"
-    out = capsys.readouterr().out
-    assert out.index(": fits") < out.index("pool low") < out.index("DOES NOT FIT")
 
 
 def test_a_mistake_in_a_pool_is_one_report_that_names_it(capsys):
