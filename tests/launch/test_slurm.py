@@ -70,15 +70,18 @@ def command(*words: str, timeout: float = 30) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=timeout).stdout
 
 
-def wait_for(condition: Callable[[], bool], what: str, within_s: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, within_s: float = 90, tell: Callable[[], str] = str) -> None:
     until = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < until, f"waited {within_s:.0f} s for {what}"
+        assert time.monotonic() < until, f"waited {within_s:.0f} s for {what}\n{tell()}"
         time.sleep(0.3)
 
 
 def state(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in command("scontrol", "show", "job", job).split() if "=" in word)
+
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
 def queued_again(job: str) -> bool:
@@ -283,8 +286,11 @@ def test_the_demos_two_stages_run_over_two_nodes_one_after_the_other(demo, runne
     quick = [f"recipe.stages.{stage}.{setting}" for stage in ("short", "long") for setting in ("steps=6", "optimizer.warmup_steps=2")]
     demo(runner, "stage=all", "trainer.validation_clips=0", "launcher.slurm.time=0:10:00", *quick)
     jobs = [(tmp_path / "runs" / "demo" / stage / "slurm_job_id").read_text().strip() for stage in ("short", "long")]
-    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-    wait_for(lambda: state(jobs[1])["JobState"] in ended or state(jobs[0])["JobState"] in ended[1:], "both stages", within_s=400)
+
+    def over() -> bool:
+        return state(jobs[1])["JobState"] in ENDED or state(jobs[0])["JobState"] in ENDED[1:]
+
+    wait_for(over, "both stages", within_s=400, tell=partial(logs, tmp_path))
     assert [state(job)["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED"], logs(tmp_path)
     for stage in ("short", "long"):
         assert [row["step"] for row in read_steps(tmp_path / "runs" / "demo" / stage / "metrics.jsonl")] == list(range(1, 7))
@@ -311,7 +317,9 @@ def test_at_the_time_limit_the_demo_saves_queues_again_and_resumes(demo, runner:
     for file in (stage / "config.json", stage / "slurm_job.json"):
         if file.exists():  # let the second part be short
             file.write_text(file.read_text().replace("100000", str(steps + 5)))
-    command("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
-    wait_for(lambda: completed(job), "the job to end", within_s=200)
+    time.sleep(15)  # nodes refuse a job while they clean up after it; SLURM would wait two minutes
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for(lambda: state(job)["JobState"] in ENDED, "the job to end", within_s=200, tell=partial(logs, tmp_path))
+    assert completed(job), logs(tmp_path)
     assert f"continuing from {saved[0]}" in logs(tmp_path)
     assert [row["step"] for row in read_steps(stage / "metrics.jsonl")] == list(range(1, steps + 6))
