@@ -18,11 +18,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """torch.compile the forward pass of each block. Collectives stay outside its graphs: give the model sequences of
-    `make_sequence(compiled=True)`. FSDP gathers and frees a block around its forward, so before or after `shard_model` is the same.
+    """torch.compile each block: the methods named in its `PARTS`, which checkpointing recomputes one by one and from outside of any graph,
+    else its forward pass. Collectives stay outside the graphs: give the model sequences of `make_sequence(compiled=True)`. FSDP gathers and
+    frees a block around its forward, so before or after `shard_model` is the same.
     """
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+        for part in getattr(block, "PARTS", ("forward",)):
+            setattr(block, part, torch.compile(getattr(block, part), dynamic=False))
 
 
 def shard_model(

@@ -43,6 +43,8 @@ PLUCKER_FRAMES = 8  # raw frames behind a latent frame, six coordinates each
 class Block(nn.Module):
     """One transformer block: attention, Plücker injection, cross-attention, convolutional FFN, all under per-frame AdaLN."""
 
+    PARTS = ("attention", "feed_forward")  # recomputed, and compiled, one by one
+
     def __init__(self, config: ModelConfig, softmax: bool) -> None:
         super().__init__()
         width = config.width
