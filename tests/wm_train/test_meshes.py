@@ -39,7 +39,8 @@ def test_compiled_blocks_train_the_same(alone, train_here, worker_config, losses
     train_here(tmp_path / "plain", "parallel.compile=true")
     assert losses(tmp_path / "plain") == pytest.approx(alone, rel=1e-6, abs=0)
     train_here(tmp_path / "block", "parallel.compile=true", "model.activation_checkpointing=block")
-    assert losses(tmp_path / "block") == losses(tmp_path / "plain")
+    # Not to the bit: what is recomputed is compiled into other sums.
+    assert losses(tmp_path / "block") == pytest.approx(alone, rel=1e-5, abs=0)
     split = worker_config(tmp_path / "split", "parallel.compile=true", "parallel.cp=2")
     run_ranks(2, "-m", "wm_train.worker", "--config", split, timeout=600)
     assert losses(tmp_path / "split") == pytest.approx(alone, rel=1e-5, abs=0)
