@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from launch.inline import free_port
-
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = (  # the line that ends a part
     ("imports, config and its checks", r"^stage short "),
@@ -41,7 +39,7 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(secrets.token_hex(32))
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
-    port = free_port("127.0.0.1")
+    port = 20000 + secrets.randbelow(12000)  # below those that connections take; this file's name hides our package of that name
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4"]
     places = ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
     places += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free
