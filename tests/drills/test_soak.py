@@ -40,10 +40,11 @@ def test_two_thousand_steps_leak_nothing(worker_config, tmp_path, start_ranks):
     for rank, found in enumerate(samples):
         early, late = found[:5], found[-5:]
         growth = max(s[0] for s in late) / max(s[0] for s in early) - 1
-        descriptors, threads = (max(s[i] for s in late) - max(s[i] for s in early) for i in (1, 2))
+        # the least of them: a file that is open at the moment of a look is no leak
+        descriptors, threads = (min(s[i] for s in late) - min(s[i] for s in early) for i in (1, 2))
         print(f"rank {rank}: memory {max(s[0] for s in early) / 2**20:.0f} -> {max(s[0] for s in late) / 2**20:.0f} MiB, "
-              f"descriptors {max(s[1] for s in early)} -> {max(s[1] for s in late)}, "
-              f"threads {max(s[2] for s in early)} -> {max(s[2] for s in late)}")  # fmt: skip
+              f"descriptors {min(s[1] for s in early)} -> {min(s[1] for s in late)}, "
+              f"threads {min(s[2] for s in early)} -> {min(s[2] for s in late)}")  # fmt: skip
         assert growth < 0.03
         assert descriptors <= 0
         assert threads <= 0
