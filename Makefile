@@ -1,5 +1,6 @@
 # make train   set up .venv, record and encode gameplay, train the demo's first stage
 # make test    set up what tests need and run them; test-full, drills and test-slurm run the rest
+# make kernels compile every kernel for GPUs that are not here, and show registers, spills and shared memory
 # Variables: PYTHON=python3.12   VENV=folder   TORCH="torch==2.13.0"   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train"
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ ACCELERATOR := $(shell command -v nvidia-smi || command -v npu-smi)
 ONE_DEVICE := $(shell [ "$$( (nvidia-smi -L) 2>/dev/null | wc -l)" = 1 ] && echo launcher.workers=1)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-full drills test-slurm lint types clean
+.PHONY: train test test-full drills test-slurm kernels lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo $(DATA)/dataset.json
@@ -33,6 +34,9 @@ drills: $(VENV)/.dev
 
 test-slurm: $(VENV)/.dev
 	@$(PY) -m pytest -m slurm
+
+kernels: $(VENV)/.dev
+	@$(PY) -m pytest -m full tests/kernels/test_ahead.py
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .

@@ -48,9 +48,11 @@ def test_the_main_kernels_compile_for_hopper(compile_ahead):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
-def test_every_kernel_compiles(compile_ahead, architecture):
-    rows = compile_ahead(architecture)
+def test_every_kernel_compiles(compile_ahead, capsys):
+    """For sm_80, sm_90 and sm_100; CI shows the table."""
+    rows = compile_ahead()
+    with capsys.disabled():
+        print("\nkernel | sm | registers | spilled bytes | shared bytes | tensor cores", *map(" | ".join, rows), sep="\n")
     check(rows)
-    assert len(rows) == 23
+    assert len(rows) == 3 * 23
     assert all(cores != "none" for name, *_, cores in rows if not name.startswith(("norm", "key")))

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +87,29 @@ def table(usages: list[Usage]) -> str:
     return "\n".join(rows)
 
 
-def main(arguments: list[str]) -> int:
-    """python -m wm_train.kernels.ahead [architecture …] [--only kernel …]"""
+def all_builds() -> list[Build]:
     from wm_train.kernels.builds import scan_builds, token_builds
 
+    return [*scan_builds(), *token_builds()]
+
+
+def compile_named(name: str, architecture: int) -> Usage:
+    """`compile_for` a build by its name, as builds do not travel between processes."""
+    return compile_for(next(build for build in all_builds() if build.name == name), architecture)
+
+
+def main(arguments: list[str]) -> int:
+    """python -m wm_train.kernels.ahead [architecture …] [--only kernel …]: a table; on all CPUs."""
     split = arguments.index("--only") if "--only" in arguments else len(arguments)
     architectures, names = [int(x) for x in arguments[:split]] or list(ARCHITECTURES), arguments[split + 1 :]
-    builds = [build for build in (*scan_builds(), *token_builds()) if not names or build.name in names]
-    unknown = set(names) - {build.name for build in builds}
+    found = [build.name for build in all_builds() if not names or build.name in names]
+    unknown = set(names) - set(found)
     if unknown or set(architectures) - set(ARCHITECTURES):
         print(f"ahead: got kernels {sorted(unknown)} or architectures {architectures}, expected some of {ARCHITECTURES}. Fix: no arguments")
         return 2
-    print(table([compile_for(build, sm) for build in builds for sm in architectures]))
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_named, name, sm) for name in found for sm in architectures]
+        print(table([job.result() for job in jobs]))
     return 0
 
 
