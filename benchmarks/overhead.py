@@ -48,9 +48,9 @@ class Ours:
     def step(self, batch: Batch, step: int) -> float:
         started = time.perf_counter()
         self.clock.begin()
-        figures, times = train_step(self.stage, self.state, batch, step, self.guard, StopRequest(), self.clock)
+        figures, work, times = train_step(self.stage, self.state, batch, step, self.guard, StopRequest(), self.clock)
         figures |= self.clock.end(batch.data_wait_s)
-        self.tracker.step(step, figures | speed(self.stage, figures["step_s"], batch))
+        self.tracker.step(step, figures | speed(self.stage, figures["step_s"], work))
         self.stragglers.seen(step, times)
         return time.perf_counter() - started
 

@@ -17,6 +17,7 @@ from parallel.mesh import MeshDegrees, build_mesh
 from parallel.sequence import make_sequence
 from parallel.sharding import shard_model
 from wm_train.parity_case import Outcome, ParityCase, forward, make_model
+from wm_train.tensor_parts import whole_tensor
 
 LIMIT_S = 600.0
 
@@ -73,7 +74,7 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
     found = {"losses": losses.detach(), "velocity": velocity}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            whole = parameter.grad.full_tensor()  # type: ignore[attr-defined]  # every process takes part
+            whole = whole_tensor(parameter.grad)  # every process takes part
             if rank == 0:
                 found[f"gradient/{name}"] = whole
     save_file({name: x.contiguous() for name, x in found.items()}, folder / f"{rank}.safetensors")

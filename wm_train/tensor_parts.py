@@ -29,6 +29,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, gathered if it is a DTensor; every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_box(tensor: torch.Tensor) -> Box:
     """Where the local storage lies in the global tensor."""
     if not isinstance(tensor, DTensor):

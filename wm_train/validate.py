@@ -94,6 +94,9 @@ def _sharding_problems(config: RunConfig) -> list[Problem]:
     if parallel.compile and config.model.activation_checkpointing == "selective":
         rule = "none or block with parallel.compile=true: the operations inside a compiled graph cannot be picked from"
         found.append(Problem("model.activation_checkpointing", "selective", rule, "model.activation_checkpointing=block"))
+    if parallel.sharding == "zero3" and config.model.activation_checkpointing == "selective":
+        rule = "none or block with zero3: what it gathers inside a block is not the same when the block runs again"
+        found.append(Problem("model.activation_checkpointing", "selective", rule, "model.activation_checkpointing=block"))
     for name, stage in config.recipe.stages.items():
         if (parallel.offload_state != "none" or parallel.sharding == "zero3") and stage.optimizer.name == "normuon":
             rule = "adamw with parallel.offload_state or zero3: normuon gathers whole matrices on the device"

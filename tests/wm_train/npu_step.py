@@ -105,7 +105,7 @@ def main(config: Path) -> None:
         guard, clock = Guard(run.trainer, ()), StepClock(stage, state)
         for step, batch in enumerate(batches, 1):
             clock.begin()
-            figures, _ = train_step(stage, state, on_device(stage, batch), step, guard, StopRequest(), clock)
+            figures, *_ = train_step(stage, state, on_device(stage, batch), step, guard, StopRequest(), clock)
             figures |= clock.end(batch.data_wait_s)
         assert {x.device.type for name, x in state.tensors().items() if not name.startswith("optimizer/")} == {"npu"}
         assert all(p.grad is not None and p.grad.device.type == "npu" for p in state.model.parameters() if p.requires_grad)

@@ -187,6 +187,7 @@ def test_all_problems_come_at_once(found: Find) -> None:
         ({"launcher.min_workers": 1, "parallel.dp_shard": 2}, "launcher.min_workers", "parallel.dp_shard=null"),
         ({"launcher.workers": 8, "stage": "1"}, SHORT + "global_batch", "a multiple of the 8 data-parallel members"),
         ({"parallel.compile": True, "model.activation_checkpointing": "selective"}, "model.activation_checkpointing", "none or block"),
+        ({"parallel.sharding": "zero3", "model.activation_checkpointing": "selective"}, "model.activation_checkpointing", "none or block"),
         ({"parallel.compile": True, "parallel.sharding": "zero3"}, "parallel.compile", "false with zero3"),
         ({"parallel.dp_replicate": 2, "parallel.sharding": "zero3"}, "parallel.dp_replicate", "1 with zero3"),
         ({"parallel.offload_state": "nvme"}, "parallel.offload_state", "one of none, cpu"),

@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 
 def test_training_steps_run_on_a_fake_npu_and_a_stray_cuda_raises(worker_config, tmp_path):
-    config = worker_config(tmp_path, "backend=auto", "launcher.workers=1")
+    config = worker_config(tmp_path, "backend=auto", "launcher.workers=1", "parallel.precision=bf16", "backend.attention=plain")
     command = [sys.executable, HERE / "npu_step.py", config]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=HERE.parent.parent, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -41,8 +41,8 @@ def start_worker():
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("trainer.accumulate=2", "recipe.stages.short.global_batch=4"), ("parallel.cp=2",), ("model.activation_checkpointing=selective",)],
-    ids=["dp", "accumulated", "cp", "selective"],
+    [(), ("trainer.accumulate=2", "recipe.stages.short.global_batch=4"), ("parallel.cp=2",), ("model.activation_checkpointing=block",)],
+    ids=["dp", "accumulated", "cp", "checkpointed"],
 )
 def test_losses_are_those_of_fsdp(train_on_two, losses, tmp_path, overrides):
     train_on_two(tmp_path / "fsdp", *overrides)

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wm_train.config import OptimizerConfig
 from wm_train.optim.adamw import AdamW, adamw_groups, start_adamw_state
-from wm_train.tensor_parts import Box, local_box, local_tensor, within
+from wm_train.tensor_parts import Box, local_box, local_tensor, whole_tensor, within
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values go to about 1 in five steps
 SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation
@@ -60,7 +59,7 @@ class NorMuon(torch.optim.Optimizer):
         state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         nesterov = torch.lerp(gradient, state["momentum"], group["momentum"])
-        whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov  # [R/P, ...] -> [R, ...]
+        whole = whole_tensor(nesterov)  # [R/P, ...] -> [R, ...]
         update = orthogonalise(whole.flatten(1))
         rows = state["row_square"]
         rows.lerp_(update.square().mean(dim=1), 1 - group["beta2"])
