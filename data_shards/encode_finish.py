@@ -105,10 +105,9 @@ def text_facts(files: dict[str, bytes], rows: Rows, settings: Settings, encoder:
     widths = {member.shape[1] for _, members in rows for member in members if member.field == "text.npy"}
     if encoder is not None:
         null = encoder.tokens("")[0]
-    elif settings.null_text:
-        null = read_null_text(settings.null_text)
     else:
-        raise DataError("null_text: got none with text=ready, expected the embedding of the empty prompt. Fix: null_text=<npy of [L0, E]>")
+        assert settings.null_text, "`Settings.make_text_encoder` has looked"
+        null = read_null_text(settings.null_text)
     if widths != {null.shape[1]} or len(null) > settings.text_length:
         raise DataError(f"null_text: got {null.shape}, expected [at most {settings.text_length}, E] with E of the clips' {sorted(widths)}")
     header, data = encode_array(null, "float32")

@@ -69,6 +69,10 @@ class Settings:
         return make_codec(self.codec, {"model": self.model}, device=self.device)
 
     def make_text_encoder(self) -> TextEncoder | None:
+        if self.text == READY and not self.null_text:
+            raise DataError(
+                "null_text: got none with text=ready, expected the embedding of the empty prompt. Fix: null_text=<npy of [L0, E]>"
+            )
         if self.text in (None, READY):
             return None
         return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
