@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_shards import read
 from data_shards.cut import Conditions, statistics
 from data_shards.schema import DatasetInfo
 
-REPLICATED = ("c2w", "intrinsics", "controls", "text", "text_mask")  # the same on all members of a context-parallel group
+REPLICATED = tuple(field.removesuffix(".npy") for field in read.REPLICATED)  # the same on all members of a context-parallel group
 
 
 @dataclass(frozen=True)

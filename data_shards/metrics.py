@@ -77,9 +77,14 @@ def saturation(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray((value - low) / np.maximum(value, 1) * 255, np.float32)
 
 
+def luma(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[H, W, 3] -> [H, W], BT.601 with its offset."""
+    return np.asarray(np.rint(frame.astype(np.float32) @ LUMA + 16), np.uint8)
+
+
 def vmaf_motion(video: NDArray[np.uint8]) -> list[float]:
     """VMAF's motion feature of each frame (0 for the first): by FFmpeg's own filter where PyAV brings it, else by the same formula here."""
-    planes = [np.rint(frame.astype(np.float32) @ LUMA + 16).astype(np.uint8) for frame in video]
+    planes = [luma(frame) for frame in video]
     try:
         import av
     except ImportError:
@@ -123,7 +128,7 @@ def flow_pixels(video: NDArray[np.uint8], fps: float) -> float:
     """Mean length of the optical flow (OpenCV's DIS) in pixels between frames FLOW_EVERY_S apart; 0 for a clip of one sample."""
     cv2 = filter_tool("cv2")
     step = max(1, round(FLOW_EVERY_S * fps))
-    grey = [np.ascontiguousarray(np.rint(frame @ LUMA + 16).astype(np.uint8)) for frame in video[: round(FLOW_WITHIN_S * fps) + 1 : step]]
+    grey = [np.ascontiguousarray(luma(frame)) for frame in video[: round(FLOW_WITHIN_S * fps) + 1 : step]]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     lengths = [float(np.linalg.norm(flow.calc(a, b, None), axis=-1).mean()) for a, b in itertools.pairwise(grey)]
     return float(np.mean(lengths)) if lengths else 0.0

@@ -49,7 +49,7 @@ class Clip:
     c2w: NDArray[np.float64] | None = None
     intrinsics: NDArray[np.float64] | None = None
     controls: NDArray[np.float32] | None = None
-    text: NDArray[np.float32] | None = None
+    text: NDArray[Any] | None = None
     text_mask: NDArray[np.uint8] | None = None
 
 
@@ -174,17 +174,13 @@ class ClipDataset:
         if self.info.null_text is None:
             return None
         try:
-            data = with_retries(lambda: self.file_bytes(NULL_TEXT), self._policy)
+            data = with_retries(lambda: bytes(self._fs.cat_file(f"{self._root}/{NULL_TEXT}")), self._policy)
         except OSError as error:
             reason = f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or encode again"
             raise DataError(reason, is_transient(error)) from error
         if crc32c(data) != self.info.null_text_crc32c:
             raise DataError(f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy it again or encode again")
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.float32)
-
-    def file_bytes(self, name: str) -> bytes:
-        """A file beside the shards as it is, for `verify`."""
-        return bytes(self._fs.cat_file(f"{self._root}/{name}"))
 
 
 def check_finite(array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]) -> None:

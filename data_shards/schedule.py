@@ -85,7 +85,7 @@ class Schedule:
         self.sources, self.global_batch, self.frames = tuple(sources), global_batch, max(lengths)
         self._key = derive_key("cut", seed, stage)
         self._buckets = _buckets(self.sources, (self.frames,) if pack else tuple(sorted(set(lengths))), seed, stage, pack)
-        shares = [sum(self._share(bucket, place) for place in range(len(bucket.sources))) for bucket in self._buckets]
+        shares = [sum(bucket.order.weights) for bucket in self._buckets]
         self._choice = WeightedChoice(tuple(shares), derive_key("bucket", seed), stage)
         self._packer: Packer[tuple[int, int]] | None = None
         if pack:
@@ -152,10 +152,6 @@ class Schedule:
     def _length(self, bucket: _Bucket, pick: tuple[int, int]) -> int:
         source, clip = self._clip(bucket, pick)
         return min(int(self.sources[source].latent_frames[clip]), self.frames)
-
-    def _share(self, bucket: _Bucket, place: int) -> float:
-        source = self.sources[bucket.sources[place]]
-        return source.weight * len(bucket.clips[place]) / len(source.latent_frames)
 
 
 def _buckets(sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, stage: int, pack: bool) -> tuple[_Bucket, ...]:

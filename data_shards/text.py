@@ -22,13 +22,12 @@ READY = "ready"  # `text=ready`: the sources' own embeddings are taken over
 @dataclass(frozen=True)
 class TextEncoder:
     """`model` is a folder or hub name; `length` is L; `prefix` goes before every caption and its tokens are dropped, but for the first and
-    the last (SANA-WM's enhancing prompt for Gemma). One caption at a time, in float32 unless `dtype` says bfloat16."""
+    the last (SANA-WM's enhancing prompt for Gemma). One caption at a time, in float32."""
 
     model: str
     length: int
     prefix: str = ""
     device: str = "cpu"
-    dtype: str = "float32"
 
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
@@ -45,7 +44,7 @@ class TextEncoder:
             kind = transformers.AutoModelForTextEncoding if type(config) in halves else transformers.AutoModel
             # safetensors only: a pickled checkpoint could run code
             network, report = kind.from_pretrained(
-                self.model, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                self.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
             if report["missing_keys"]:
                 raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more")

@@ -104,7 +104,7 @@ def check_rows(file: BinaryIO, member: MemberEntry, row: int, length: int, total
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
     """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are cut."""
     count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
-    if rest or member.dtype == "uint8" or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
+    if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
         return ""
     return f"values: got NaN or infinite ones{place}"
 

@@ -21,6 +21,7 @@ import stat
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def members(archive: zipfile.ZipFile, suffix: str, path: Path) -> dict[str, zipf
     return found
 
 
-def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[tuple[int, ...], str]:
-    """([C, T, h, w], dtype) that a clip's `z` claims, from its header alone; the claim must fit the size of the member.
+def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[int, ...]:
+    """[C, T, h, w] that a clip's `z` claims, from its header alone; the claim must fit the size of the member.
 
     Raises:
         DataError: no array `z` of numbers, or a header that does not fit.
@@ -114,7 +115,7 @@ def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
             f"latents: got z {dtype} {shape}, which is {size} bytes, in a member of {inner.file_size} ({info.filename} in {path}). "
             f"Fix: copy it again; at most {MAX_MEMBER_BYTES} bytes"
         )
-    return tuple(int(n) for n in shape), dtype.name
+    return tuple(int(n) for n in shape)
 
 
 class LatentZipsSource:
@@ -124,6 +125,7 @@ class LatentZipsSource:
         self.control_names: tuple[str, ...] = ()
         self.control_sums: tuple[bool, ...] = ()
         self._entries: dict[str, Entry] = {}
+        self._track = lru_cache(maxsize=1)(partial(self._camera, names=("pose", "intrinsics")))  # clips come zip by zip
         clips, digest = [], hashlib.sha256()
         self._without_latents = self._without_camera = 0
         shapes: set[tuple[int, int, int]] = set()
@@ -153,7 +155,7 @@ class LatentZipsSource:
 
     def _list(self, file: Path, cache: Path, digest: Any) -> list[tuple[str, Entry, tuple[int, ...]]]:
         """The usable clips of a zip. `digest` takes in what identifies their content: the zips' own checksums."""
-        camera, scales, found = self._camera(file.stem), self._scales(file.stem), []
+        camera, scales, found = self._camera(file.stem, ("ids", "ranges")), self._scales(file.stem), []
         ranges = {} if camera is None else {str(key): (int(a), int(b)) for key, (a, b) in zip(camera["ids"], camera["ranges"])}
         with open_zip(file) as raw, open_zip(cache) as latents:
             stored = members(latents, ".npz", cache)
@@ -167,17 +169,20 @@ class LatentZipsSource:
                 facts = read_facts(raw, info, file)
                 scale = 1.0 if scales is None else scales[name]
                 digest.update(repr((file.name, name, info.CRC, stored[name].CRC, ranges.get(name), scale)).encode())
-                shape, _ = latent_shape(latents, stored[name], cache)
+                shape = latent_shape(latents, stored[name], cache)
                 found.append((safe_key(name), Entry(file.stem, name, facts, ranges.get(name), scale), shape))
         return found
 
-    def _camera(self, stem: str) -> Any:
+    def _camera(self, stem: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]] | None:
+        """These arrays of a zip's cameras; None if it has none."""
         path = self.folder / f"{stem}_camera.npz"
         if not path.exists():
             return None
         try:
-            camera = np.load(path, allow_pickle=False)
-            if len(camera["ids"]) != len(camera["ranges"]) or "pose" not in camera.files or "intrinsics" not in camera.files:
+            with np.load(path, allow_pickle=False) as file:  # which reads an array anew each time it is asked for
+                camera = {name: file[name] for name in names}
+                absent = {"ids", "ranges", "pose", "intrinsics"} - set(file.files)
+            if absent or len({len(array) for array in camera.values()}) > 1:
                 raise ValueError("arrays are missing or of different lengths")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"camera: cannot read {path} ({error}), expected ids, ranges, pose, intrinsics without pickles") from error
@@ -214,8 +219,9 @@ class LatentZipsSource:
 
     def _poses(self, entry: Entry, clip: SourceClip) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(c2w [F,4,4] in metres, intrinsics [F,4] in pixels of the frames that the latents decode to)."""
-        where, camera = f"{entry.stem}_camera.npz, key {entry.name}", self._camera(entry.stem)
+        where, camera = f"{entry.stem}_camera.npz, key {entry.name}", self._track(entry.stem)
         assert entry.camera is not None, "callers look"
+        assert camera is not None, "it was there when the clips were listed"
         start, count = entry.camera
         if count < clip.frames or start < 0 or start + count > len(camera["pose"]):
             raise DataError(f"camera: got {count} poses from {start}, expected at least {clip.frames} inside the file ({where})")

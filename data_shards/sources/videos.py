@@ -28,7 +28,7 @@ from data_shards.schema import DataError, check_key
 from data_shards.sources import ClipContent, SourceClip, StoredLatents
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-STRIDE = 8  # of every codec here: a clip has 8k + 1 frames
+STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it
 PARAMETERS = {"SIMPLE_PINHOLE": (0, 0, 1, 2), "PINHOLE": (0, 1, 2, 3)}  # COLMAP camera model -> where fx, fy, cx, cy are
 
 
