@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3 behind the same interface as FSDP2 (`parallel.sharding=zero3`), for its offload to host memory and to NVMe.
 
-ZeRO-3 gives each process a flat stretch of every parameter. Checkpoints are made of rows, so `rows` and `flat` turn one into the other,
+ZeRO-3 gives each process a flat stretch of every parameter. Checkpoints are made of rows, so `rows` and `fill` turn one into the other,
 one parameter at a time; the files are those of FSDP2 and each reads the other's. DeepSpeed averages gradients over processes and we sum
 them, so losses are multiplied by the number of processes, which a power of two makes exact.
 """
@@ -8,8 +8,10 @@ them, so losses are multiplied by the number of processes, which a power of two 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
+SWAP_GROUP, SWAP_BUFFERS = 50_000_000, 4  # numbers that are on the way to or from a disk together, in buffers of so many in host memory
 
 
 def check(offload: str, nvme_path: str | None) -> None:
@@ -37,17 +40,31 @@ def check(offload: str, nvme_path: str | None) -> None:
         raise ValueError(f"offload: got {nvme_path}, expected a folder that can be written (key parallel.nvme_path). Fix: make it")
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raises ValueError when so many bytes do not fit into `folder`, where what an earlier start has left is overwritten. DeepSpeed would
+    abort the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*.swp"))
+    if room < needed:
+        raise ValueError(
+            f"offload: got {room / 2**30:.1f} GiB of room in {folder}, expected {needed / 2**30:.1f} for the master weights and moments of "
+            "this node's processes (key parallel.nvme_path). Fix: a folder on a larger disk, or more nodes"
+        )
+
+
 def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str, Any]:
-    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go master weights, moments and gradients, in
-    stretches above a megabyte; the weights that are computed with wait in host memory."""
+    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go master weights and moments, in groups above
+    a megabyte; gradients and the weights that are computed with wait in host memory."""
     stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
     if offload != "none":
         host = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
-        disk = {"device": "nvme", "nvme_path": nvme_path} if offload == "nvme" else {}
+        disk = {"device": "nvme", "nvme_path": nvme_path, "buffer_count": SWAP_BUFFERS} if offload == "nvme" else {}
         stage |= {"offload_param": host, "offload_optimizer": host | disk}
+        stage |= {"sub_group_size": SWAP_GROUP} if offload == "nvme" else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # its default is 1.0, of the norm before the trainer's own clipping
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled at the first start
         "zero_force_ds_cpu_optimizer": False,  # nor where the update runs on the host
         "bf16": {"enabled": precision == "bf16"},
@@ -78,15 +95,38 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+def _keep_gradients_in_memory(swapper: Any) -> None:
+    """DeepSpeed would write the gradients of large parameters to files and read each back to where its parameter begins, which direct IO
+    refuses for most; nobody looks, and the gradient is what the memory held before. They are in host memory anyway, so there they stay.
+    What lies between them (a stretch that ends short, a parameter without a gradient) is zero: it would count in the norm."""
+    read = swapper._swap_in_gradients
+
+    def swap_out_gradients(parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+        held = swapper.swap_params_info[swapper.parameter_id(parameter)].unswapped_gradients
+        held |= {offset: tensor.cpu() for offset, tensor in zip(gradient_offsets, gradient_tensors, strict=True)}
+
+    def into_zeros(aio_handle: Any, parameter: Tensor, dest_buffer: Tensor) -> None:
+        read(aio_handle, parameter, dest_buffer.zero_())
+
+    swapper.swap_out_gradients, swapper._swap_in_gradients = swap_out_gradients, into_zeros
+
+
 class Zero3:
     """A model built inside `building`, its optimizer and their engine; also the optimizer that the trainer steps."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh, config: dict[str, Any]) -> None:
         """mesh: one-dimensional, over all processes."""
         self.mesh, self.model = mesh, model
+        stage = config["zero_optimization"]
+        if stage.get("offload_optimizer", {}).get("device") == "nvme":
+            held = sum(p.ds_tensor.numel() for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
+            node = held * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            check_room(Path(stage["offload_optimizer"]["nvme_path"]), 4 * (1 + len(SLOTS)) * node)
         self.engine = _deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.inner = self.engine.optimizer
         self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
+        if self.inner.swap_optimizer:
+            _keep_gradients_in_memory(self.inner.optimizer_swapper)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._groups = dict[int, list[tuple[str, slice]]]()  # number of a flat tensor -> the stretches in it, by parameter
         for name, p in self._trained.items():
@@ -96,6 +136,22 @@ class Zero3:
             with self._flat(group, changes=True) as flat:
                 slots = {slot: torch.zeros_like(flat) for slot in SLOTS}
                 self.state[flat] = {"step": torch.zeros((), dtype=torch.float32), **slots}
+        self.check_disk()
+
+    def check_disk(self) -> None:
+        """Raises ValueError when master weights, as they are after building, do not come back as they were written: DeepSpeed does not look
+        at what its reads and writes have returned."""
+        for group in filter(self._on_disk, self._groups):
+            for buffer in self.inner.optimizer_swapper.swap_buffer_manager.all_buffers:
+                buffer.fill_(torch.nan)  # else it still holds what was written
+            with self._flat(group) as flat:
+                weights = self.inner.fp16_partitioned_groups_flat[group]
+                same = torch.equal(flat.data.to(weights.dtype), weights) and not any(self.state[flat][slot].any() for slot in SLOTS)
+            if not same:
+                raise ValueError(
+                    f"offload: got other bytes back than were written to {self.inner.optimizer_swapper.swap_folder}, expected a local disk "
+                    "with direct IO (key parallel.nvme_path). Fix: name a folder on another disk"
+                )
 
     def _on_disk(self, group: int) -> bool:
         return bool(self.inner._swappable_optimizer_subgroup(group))

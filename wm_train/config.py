@@ -152,8 +152,8 @@ class ParallelConfig:
     compile: bool = False  # torch.compile of each block, between its collectives
     offload_activations: bool = False  # what backward needs waits in host memory
     sharding: str = "fsdp"  # fsdp | zero3 (DeepSpeed; over all processes, AdamW only)
-    # none | cpu (weights, gradients and optimizer in host memory, where the update runs) | nvme (zero3: master weights, gradients and
-    # optimizer on a disk; an average, ema_decay, makes each step read the state once more)
+    # none | cpu (weights, gradients and optimizer in host memory, where the update runs) | nvme (zero3: master weights and optimizer
+    # on a disk; an average, ema_decay, makes each step read the state once more)
     offload_state: str = "none"
     nvme_path: str | None = None  # a folder on each node's own disk, for offload_state=nvme
 

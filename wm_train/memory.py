@@ -20,6 +20,7 @@ from parallel.checkpointing import PRODUCTS
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
+from parallel.zero import SWAP_BUFFERS, SWAP_GROUP
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from wm_train.curriculum import matching
@@ -58,6 +59,7 @@ class Memory:
     busy: int
     staging: int
     offloaded: tuple[str, ...] = ()
+    disk: int = 0  # on the node's own disk
 
     @property
     def device(self) -> int:
@@ -86,6 +88,7 @@ def stage_memory(
 
     Weights, gradients, optimizer and average are fp32 and sharded; `gathered` holds two blocks and what is outside blocks, in the compute
     type, since the next block is gathered while one runs. Sequence exchange buffers (states, halos) are not counted: they are megabytes.
+    ZeRO-3 keeps what is computed with besides the master weights, and copies of the state in rows while it saves.
     """
     precision = parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -105,6 +108,13 @@ def stage_memory(
         gathered = width * (2 * max(blocks) + count - sum(blocks)) if shards > 1 else 0
     weights, optimizer_bytes = 4 * count // shards, sum(state.values()) // shards
     average = 4 * trained // shards if optimizer.ema_decay else 0
+    saved = weights + optimizer_bytes + average
+    zero3, disk = parallel.sharding == "zero3", 0
+    if zero3:
+        weights = (width * count + 4 * trained) // shards
+    if parallel.offload_state == "nvme":
+        disk = 4 * trained // shards + optimizer_bytes
+        weights, optimizer_bytes = width * count // shards, SWAP_BUFFERS * 4 * min(trained // shards, SWAP_GROUP)
     kept, busy = activation_bytes(model, shape, precision)
     return Memory(
         parameters=count,
@@ -116,11 +126,12 @@ def stage_memory(
         gathered=gathered,
         activations=kept,
         busy=busy,
-        staging=weights + optimizer_bytes + average if staged else 0,
+        staging=saved * (1 + zero3) if staged else 0,
         offloaded=(
             *(("weights", "gradients", "optimizer", "average") if parallel.offload_state != "none" else ()),
             *(("activations",) if parallel.offload_activations else ()),
         ),
+        disk=disk,
     )
 
 

@@ -191,7 +191,8 @@ def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, i
         + f"; together {memory.device / GIB:.2f}",
         f"  host memory: staging {memory.staging / GIB:.2f} to save from"
         + "".join(f", {name} {memory.categories()[name] / GIB:.2f}" for name in memory.offloaded)
-        + f"; together {memory.host / GIB:.2f}",
+        + f"; together {memory.host / GIB:.2f}"
+        + (f"; on the disk {memory.disk / GIB:.2f} of master weights and optimizer" if memory.disk else ""),
     ]
 
 

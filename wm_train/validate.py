@@ -107,9 +107,6 @@ def _sharding_problems(config: RunConfig) -> list[Problem]:
     if parallel.sharding == "zero3" and parallel.dp_replicate > 1:
         rule = "1 with zero3, which spreads weights over all processes"
         found.append(Problem("parallel.dp_replicate", str(parallel.dp_replicate), rule, "parallel.dp_replicate=1"))
-    if parallel.offload_state == "nvme" and parallel.sharding == "zero3":
-        rule = "none or cpu: run for the first time, nvme gave losses 3e-3 away from those without it"
-        found.append(Problem("parallel.offload_state", "nvme", rule, "parallel.offload_state=cpu parallel.nvme_path=null"))
     if (parallel.offload_state == "nvme") != (parallel.nvme_path is not None):
         rule = "a folder on a local disk with parallel.offload_state=nvme, and null otherwise"
         found.append(Problem("parallel.nvme_path", str(parallel.nvme_path), rule, "parallel.nvme_path=<folder>"))

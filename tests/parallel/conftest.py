@@ -44,6 +44,11 @@ def hybrid():
 
 
 @pytest.fixture(scope="session")
+def zero_worker():
+    return load("zero_worker")
+
+
+@pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     """processes(task, world) -> what each gloo process returned, in rank order; run once. The result files decide, not the exit codes."""
     done: dict[str, list] = {}

@@ -192,11 +192,6 @@ def test_all_problems_come_at_once(found: Find) -> None:
         ({"parallel.dp_replicate": 2, "parallel.sharding": "zero3"}, "parallel.dp_replicate", "1 with zero3"),
         ({"parallel.offload_state": "nvme"}, "parallel.offload_state", "one of none, cpu"),
         ({"parallel.offload_state": "nvme", "parallel.sharding": "zero3"}, "parallel.nvme_path", "a folder on a local disk"),
-        (
-            {"parallel.offload_state": "nvme", "parallel.sharding": "zero3", "parallel.nvme_path": "/x"},
-            "parallel.offload_state",
-            "none or cpu",
-        ),
         ({"parallel.nvme_path": "/x"}, "parallel.nvme_path", "null otherwise"),
         ({"parallel.offload_state": "cpu", SHORT + "optimizer.name": "normuon"}, SHORT + "optimizer.name", "normuon gathers"),
     ],

@@ -68,6 +68,11 @@ def test_what_is_frozen_or_offloaded_is_counted_where_it_is():
     away = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(offload_state="cpu", offload_activations=True), True)
     assert away.device == plain.gathered + plain.busy
     assert away.device + away.host == plain.device + plain.host
+    zero3 = ParallelConfig(sharding="zero3", offload_state="nvme", nvme_path="/x", precision="bf16")
+    swapped = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, zero3, True)
+    assert swapped.disk == pytest.approx(12 * plain.trained / 2, rel=1e-3)
+    assert swapped.weights == pytest.approx(2 * plain.parameters / 2, rel=1e-3)
+    assert swapped.staging == 2 * plain.staging
     with pytest.raises(ValueError, match=r"frozen: got 'block\.\*'"):
         memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("block.*",))
 

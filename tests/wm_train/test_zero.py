@@ -41,8 +41,14 @@ def start_worker():
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("trainer.accumulate=2", "recipe.stages.short.global_batch=4"), ("parallel.cp=2",), ("model.activation_checkpointing=block",)],
-    ids=["dp", "accumulated", "cp", "checkpointed"],
+    [
+        (),
+        ("trainer.accumulate=2", "recipe.stages.short.global_batch=4"),
+        ("parallel.cp=2",),
+        ("model.activation_checkpointing=block",),
+        ("model.width=128", "recipe.stages.short.optimizer.clip_norm=1000"),  # norms above DeepSpeed's own bound, 1
+    ],
+    ids=["dp", "accumulated", "cp", "checkpointed", "unclipped"],
 )
 def test_losses_are_those_of_fsdp(train_on_two, losses, tmp_path, overrides):
     train_on_two(tmp_path / "fsdp", *overrides)
