@@ -17,9 +17,8 @@ import yaml
 
 from launch import frozen
 from launch.frozen import Stages
-from launch.on_slurm import write_private
 from launch.progress import ProgressView
-from launch.spec import USER_ERROR, LaunchSpec
+from launch.spec import USER_ERROR, LaunchSpec, write_private
 
 HEADER = """\
 # Rendered by `python -m wm_train.launch launcher=kubernetes`; submit it with: kubectl create -f <this file>

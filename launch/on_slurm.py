@@ -7,7 +7,6 @@ resumes. A stage of a longer curriculum is a job that waits for the one before i
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from launch import frozen
 from launch.frozen import Stages
 from launch.progress import ProgressView
-from launch.spec import JOB_ID, USER_ERROR, LaunchSpec, fill
+from launch.spec import JOB_ID, USER_ERROR, LaunchSpec, fill, write_private
 from launch.token import TokenError, ensure_token, environment
 
 SEEN_WITHIN_S = 60  # for a network file system to show how a stage has ended
@@ -253,10 +252,3 @@ def render(pools: Mapping[str, LaunchSpec]) -> str:
         requeue="yes" if job.requeue else "no",
         folder=shlex.quote(str(folder)),
     )
-
-
-def write_private(path: Path, text: str) -> None:
-    """A file for its owner only: configs may hold the tracker's password."""
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +100,14 @@ def rank_environment(rank: int, world: int, local_rank: int, local_world: int, a
 def fill(command: tuple[str, ...], config: str) -> list[str]:
     """`command` with its placeholders filled in for this machine."""
     return [part.replace("{python}", sys.executable).replace("{config}", config) for part in command]
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file for its owner only: configs may hold the tracker's password. Several nodes may write the same one at once."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(draft, path)
 
 
 def describe_exit(code: int) -> str:

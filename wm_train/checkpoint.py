@@ -14,7 +14,6 @@ Plain torch.distributed.checkpoint finds none of 200 flipped bits, mixes two sav
 
 from __future__ import annotations
 
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -25,13 +24,23 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from wm_train.manifest import NAME, CheckpointError, Manifest, Part, TensorEntry, check_names, read_manifest, to_text
+from wm_train.manifest import (
+    NAME,
+    STEP_FOLDER,
+    CheckpointError,
+    Manifest,
+    Part,
+    TensorEntry,
+    check_names,
+    committed,
+    read_manifest,
+    to_text,
+)
 from wm_train.place import Place, Remote
 from wm_train.shard_file import DTYPES, RemoteTensors, read_digest, sync_folder, write_tensors, write_text
 from wm_train.tensor_parts import Box, is_first_copy, local_box, local_tensor, overlap, within
 from wm_train.world import World
 
-STEP_FOLDER = re.compile(r"step_(\d{8})(-[0-9a-f]{8})?")  # the token: in a store, where a save begins under its last name
 BAD = "manifest.bad"
 
 
@@ -151,14 +160,6 @@ def _publish(draft: Place, final: Place, manifest: Manifest) -> None:
     write_text(pointer, final.name + "\n")
     pointer.rename(final.parent / "latest")
     sync_folder(final.parent)
-
-
-def committed(root: Place) -> list[Place]:
-    """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names."""
-    if isinstance(root, Path):
-        return [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))] if root.is_dir() else []
-    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
-    return sorted(found, key=lambda folder: folder.name)
 
 
 def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:

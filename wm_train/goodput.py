@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wm_train.progress import process_age
+
 NAME = "life.json"
 
 
@@ -73,10 +75,5 @@ def begin_life(folder: Path, redone_steps: int) -> Life:
 
 
 def process_started() -> float:
-    """When this process was started; now, where the system does not say."""
-    try:
-        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (up - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError):
-        return time.time()
+    """When this process was started, in Unix seconds."""
+    return time.time() - process_age()

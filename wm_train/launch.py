@@ -23,12 +23,12 @@ from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
-from launch.spec import INTERRUPTED, JOB_ID, USER_ERROR, BatchJob, LaunchSpec, Pods, fill
+from launch.spec import INTERRUPTED, JOB_ID, USER_ERROR, BatchJob, LaunchSpec, Pods, fill, write_private
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
+from wm_train.manifest import committed
 from wm_train.mesh_rules import smaller_worlds
 from wm_train.owner import OwnedError, check_free
-from wm_train.place import steps_in
 from wm_train.pools import JOINT, boundaries, named, pool_runs
 from wm_train.tree_help import help_text
 
@@ -169,9 +169,7 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
                 if spec.nodes == 1 and launcher not in launch.LATER:  # else another machine may have begun already
                     check_free(spec.config_path.parent)
                 spec.config_path.parent.mkdir(parents=True, exist_ok=True)
-                # The tracker's address may hold a password, so the file is for its owner only.
-                with open(os.open(spec.config_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-                    file.write(spec.config_text)
+                write_private(spec.config_path, spec.config_text)
         except OwnedError as error:
             print(error, file=sys.stderr)
             return USER_ERROR
@@ -194,10 +192,10 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
 def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str:
     """Where the results are."""
     last = stages[-1]
-    steps = steps_in(last.checkpoints)
+    saved = committed(last.checkpoints)
     lines = [f"done: {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.name for stage in stages)}"]
-    if steps:
-        lines.append(f"  checkpoint  {last.checkpoints / steps[-1]}")
+    if saved:
+        lines.append(f"  checkpoint  {saved[-1]}")
     lines += [f"  samples     {sheet}" for stage in stages for sheet in sorted((stage.directory / "samples").glob("*.png"))]
     if config.tracker.name == "mlflow":
         store = compose.without_login(config.tracker.uri) or f"sqlite:///{Path(config.out) / 'mlflow.db'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from wm_train.place import Place
 
 NAME = "manifest.json"
+STEP_FOLDER = re.compile(r"step_(\d{8})(-[0-9a-f]{8})?")  # the token: in a store, where a save begins under its last name
 FORMAT = 1
 T = TypeVar("T")
 
@@ -141,3 +143,12 @@ def _canonical(value: Any) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def committed(root: Place) -> list[Place]:
+    """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names; in a store, which does not rename, an
+    unfinished one has no manifest yet. May raise OSError."""
+    if isinstance(root, Path):
+        return [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))] if root.is_dir() else []
+    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
+    return sorted(found, key=lambda folder: folder.name)

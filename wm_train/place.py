@@ -88,13 +88,6 @@ def place(address: str) -> Place:
     return Remote(address) if "://" in address else Path(address)
 
 
-def steps_in(folder: Place) -> list[str]:
-    """Names of the checkpoints in a folder, oldest first; unfinished and quarantined ones have other names. May raise OSError."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("step_") and "." not in entry.name)
-
-
 def _filesystem(url: str) -> Any:
     return _store(url.partition("://")[0])
 

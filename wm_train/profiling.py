@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,15 @@ def steps_to_profile(text: str | None) -> range:
 class StepProfiler:
     """Call `before` and `after` every step."""
 
-    def __init__(self, steps: range, folder: Path) -> None:
-        self.steps, self.folder = steps, folder
+    def __init__(self, steps: range, folder: Path, profiler: Callable[[], Any]) -> None:
+        """profiler: the backend's, with the interface of torch.profiler.profile."""
+        self.steps, self.folder, self._profiler = steps, folder, profiler
         self._profile: Any = None
         self._first = 0
 
     def before(self, step: int) -> None:
         if step in self.steps and self._profile is None:
-            from torch.profiler import profile
-
-            self._profile, self._first = profile(), step
+            self._profile, self._first = self._profiler(), step
             self._profile.start()
 
     def after(self, step: int) -> Path | None:

@@ -37,7 +37,8 @@ class SetupError(ValueError):
 class TrainState:
     """Everything a checkpoint holds, under the names it holds it by. `ema` is empty when the stage keeps no average.
 
-    With FSDP2 the live tensors are DTensors in rows. With ZeRO-3 (`zero`) they are flat stretches, and `tensors` are copies in rows.
+    With FSDP2 the live tensors are DTensors in rows (plain tensors on one fp32 process). With ZeRO-3 (`zero`) they are flat stretches,
+    and `tensors` are copies in rows.
     """
 
     model: nn.Module

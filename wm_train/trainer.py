@@ -102,9 +102,10 @@ def run_steps(
     if start.steps_done >= steps or gate_passed(stage, start.validation_loss):
         progress.say(f"stage {run.stage} has ended already, after {start.steps_done} of {steps} steps")
         return
+    folder = stage_directory(run, run.stage)
     guard, stragglers = Guard(run.trainer, start.guard), Stragglers(run.trainer.straggler_factor)
-    profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), stage_directory(run, run.stage) / "profile")
-    lost = partial(silent_ranks, stage_directory(run, run.stage) / "heartbeats", stage.world.size, run.backend.collective_timeout_s)
+    profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), folder / "profile", stage.backend.profiler)
+    lost = partial(silent_ranks, folder / "heartbeats", stage.world.size, run.backend.collective_timeout_s)
     saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say, lost)
     with open_loader(stage, "train", stage.config.global_batch, start.steps_done, start.quarantined, progress.say) as loader:
         if loader.packing:
@@ -137,7 +138,7 @@ def run_steps(
                 tracker.step(step, figures)
             progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
             saving = step % run.trainer.checkpoint_every == 0 or last or stopping
-            if run.trainer.sdc_every and not state.zero and (saving or step % run.trainer.sdc_every == 0):
+            if run.trainer.sdc_every and stage.world.size > 1 and not state.zero and (saving or step % run.trainer.sdc_every == 0):
                 check_replicas(step, state.tensors(), stage.world)
             if saving:
                 known = held_out if math.isfinite(held_out) else None

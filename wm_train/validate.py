@@ -21,8 +21,8 @@ from wm_train.compose import Problem
 from wm_train.config import ModelConfig, RunConfig, StageConfig
 from wm_train.curriculum import NAME
 from wm_train.data_rules import data_problems
+from wm_train.manifest import committed
 from wm_train.mesh_rules import batch_problems, mesh_problems
-from wm_train.place import steps_in
 from wm_train.pools import LEAST_SHARE, range_share
 from wm_train.profiling import is_step_range
 
@@ -345,7 +345,7 @@ def _inherit_problems(config: RunConfig, stages: Iterable[curriculum.PlannedStag
             continue
         where, source = f"recipe.stages.{stage.name}.inherit", stage.source.checkpoints
         try:
-            if (config.resume and steps_in(stage.checkpoints)) or steps_in(source) or (source / "config.json").is_file():
+            if (config.resume and committed(stage.checkpoints)) or committed(source) or (source / "config.json").is_file():
                 continue
         except OSError as error:
             found.append(Problem(where, str(error), "a store that can be reached", "check the address and your credentials"))

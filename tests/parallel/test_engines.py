@@ -14,7 +14,6 @@ from parallel.masks import FRAME_CAUSAL, FULL
 
 
 @pytest.mark.full
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed")
 def test_deepspeed_ulysses_equals_ours_and_dense_attention(processes, oracles):
     results = processes("deepspeed", 2, limit_s=240)  # DeepSpeed compiles its shared-memory communication on first use
     for n, case in enumerate(oracles.engine_cases()):
