@@ -21,7 +21,7 @@ from wm_train.world import World
 
 def blocked(saver: Saver, step: int, tensors: dict[str, torch.Tensor]) -> float:
     started = time.perf_counter()
-    saver.save(step, tensors, {})
+    saver.save(step, tensors.items(), {})
     return time.perf_counter() - started
 
 

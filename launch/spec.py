@@ -105,9 +105,13 @@ def fill(command: tuple[str, ...], config: str) -> list[str]:
 def write_private(path: Path, text: str) -> None:
     """A file for its owner only: configs may hold the tracker's password. Several nodes may write the same one at once."""
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(draft, path)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(draft, path)
+    except OSError:
+        os.unlink(draft)
+        raise
 
 
 def describe_exit(code: int) -> str:

@@ -7,6 +7,7 @@ them, so losses are multiplied by the number of processes, which a power of two 
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
+BUCKET = 50_000_000  # gradients that are averaged together
 SWAP_GROUP, SWAP_BUFFERS = 50_000_000, 4  # numbers that are on the way to or from a disk together, in buffers of so many in host memory
 
 
@@ -40,11 +42,14 @@ def check(offload: str, nvme_path: str | None) -> None:
         raise ValueError(f"offload: got {nvme_path}, expected a folder that can be written (key parallel.nvme_path). Fix: make it")
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises ValueError when so many bytes do not fit into `folder`, where what an earlier start has left is overwritten. DeepSpeed would
-    abort the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*.swp"))
+def make_room(folder: Path, needed: int) -> None:
+    """Remove what an earlier start has left in this node's `folder`. Every process must call this. Raises ValueError when `needed` bytes do
+    not fit: DeepSpeed would abort the process."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        shutil.rmtree(folder / "zero_stage_3", ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    room = shutil.disk_usage(folder).free
     if room < needed:
         raise ValueError(
             f"offload: got {room / 2**30:.1f} GiB of room in {folder}, expected {needed / 2**30:.1f} for the master weights and moments of "
@@ -55,7 +60,7 @@ def check_room(folder: Path, needed: int) -> None:
 def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str, Any]:
     """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go master weights and moments, in groups above
     a megabyte; gradients and the weights that are computed with wait in host memory."""
-    stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+    stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False, "reduce_bucket_size": BUCKET}
     if offload != "none":
         host = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
         disk = {"device": "nvme", "nvme_path": nvme_path, "buffer_count": SWAP_BUFFERS} if offload == "nvme" else {}
@@ -97,7 +102,7 @@ def _deepspeed() -> Any:
 
 def _keep_gradients_in_memory(swapper: Any) -> None:
     """DeepSpeed would write the gradients of large parameters to files and read each back to where its parameter begins, which direct IO
-    refuses for most; nobody looks, and the gradient is what the memory held before. They are in host memory anyway, so there they stay.
+    refuses for most; nobody looks, and the gradient is what the memory held before. They pass through host memory anyway: there they stay.
     What lies between them (a stretch that ends short, a parameter without a gradient) is zero: it would count in the norm."""
     read = swapper._swap_in_gradients
 
@@ -119,14 +124,15 @@ class Zero3:
         self.mesh, self.model = mesh, model
         stage = config["zero_optimization"]
         if stage.get("offload_optimizer", {}).get("device") == "nvme":
+            folder = Path(stage["offload_optimizer"]["nvme_path"])
             held = sum(p.ds_tensor.numel() for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
-            node = held * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            check_room(Path(stage["offload_optimizer"]["nvme_path"]), 4 * (1 + len(SLOTS)) * node)
+            make_room(folder, 4 * (1 + len(SLOTS)) * held * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.engine = _deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.inner = self.engine.optimizer
         self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
         if self.inner.swap_optimizer:
             _keep_gradients_in_memory(self.inner.optimizer_swapper)
+            atexit.register(shutil.rmtree, self.inner.optimizer_swapper.swap_folder, ignore_errors=True)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._groups = dict[int, list[tuple[str, slice]]]()  # number of a flat tensor -> the stretches in it, by parameter
         for name, p in self._trained.items():
@@ -153,6 +159,10 @@ class Zero3:
                     "with direct IO (key parallel.nvme_path). Fix: name a folder on another disk"
                 )
 
+    def _swapped(self, group: int) -> Any:
+        """What DeepSpeed knows of a group on a disk."""
+        return self.inner.optimizer_swapper.swap_params_info[self.inner.fp32_partitioned_groups_flat[group].ds_id]
+
     def _on_disk(self, group: int) -> bool:
         return bool(self.inner._swappable_optimizer_subgroup(group))
 
@@ -173,45 +183,47 @@ class Zero3:
         return self.inner.optimizer.state
 
     def step(self) -> None:
+        for group in filter(self._on_disk, self._groups):  # DeepSpeed expects some gradient in each
+            self._swapped(group).unswapped_gradients.setdefault(0, torch.zeros(0))
         self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """DeepSpeed would use the last gradient of a parameter again that has none in the next step."""
         self.inner.zero_grad(set_to_none)
+        self.inner.grad_partitions_flat_buffer.zero_()
+        for gradient in self.gradients():
+            gradient.zero_()
 
     # gradients
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; `last`: of this step."""
+        """Add the gradients of one micro-batch; `last`: of this step. Offloaded gradients count only if the last one has
+        some of that parameter too."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        """This process's stretches of all gradients, fp32; zero beyond a parameter's end."""
+        """This process's stretches of all gradients, fp32: those that the step will use. Zero beyond a parameter's end."""
         found: list[Tensor] = []
         for group, members in self._groups.items():
             if self._on_disk(group):
-                with self._flat(group) as flat:
-                    found += [] if flat.grad is None else [flat.grad.clone()]
+                found += self._swapped(group).unswapped_gradients.values()
             else:
-                found += [self.inner.get_local_fp32_grad_for_param(self._trained[name]) for name, _ in members]
+                found += [self.inner._get_fp32_grad_state_partition(self._trained[name], False)[0] for name, _ in members]
         return found
 
     def scale_gradients(self, factor: float) -> None:
-        for group, members in self._groups.items():
-            if self._on_disk(group):
-                self.inner._optimizer_states_and_gradient_swap_in(group)
-                self.inner.fp32_partitioned_groups_flat[group].grad.mul_(factor)
-                self.inner._writeback_swap_state(group, write_opt_state=False, write_gradients=True)
-                continue
-            for name, _ in members:
-                parameter = self._trained[name]
-                self.inner.set_local_grad_for_param(self.inner.get_local_fp32_grad_for_param(parameter) * factor, parameter)
+        for gradient in self.gradients():
+            gradient.mul_(factor)
 
     # weights and moments, as flat stretches: those that live in the engine, copies of those that lie on a disk
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 master weights; of what is not trained, the weights that are computed with."""
-        masters = self._stretches(None)
+        masters = dict[str, Tensor]()
+        for group, members in self._groups.items():
+            with self._flat(group) as flat:
+                masters |= {name: self._held(group, flat.data[where]) for name, where in members}
         return {
             name: masters[name] if p.requires_grad else p.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
             for name, p in self.model.named_parameters()
@@ -219,20 +231,16 @@ class Zero3:
 
     def moments(self) -> dict[str, Tensor]:
         """{"<parameter>/<slot>": stretch}; `step` is one number."""
-        found = {f"{name}/{slot}": stretch for slot in SLOTS for name, stretch in self._stretches(slot).items()}
-        for group, members in self._groups.items():
-            step = self.state[self.inner.fp32_partitioned_groups_flat[group]]["step"]
-            found |= {f"{name}/step": step for name, _ in members}
-        return found
-
-    def _stretches(self, slot: str | None) -> dict[str, Tensor]:
-        """Of the weights (None) or of one of their moments."""
         found = dict[str, Tensor]()
         for group, members in self._groups.items():
             with self._flat(group) as flat:
-                held = flat.data if slot is None else self.state[flat][slot]
-                found |= {name: held[where].clone() if self._on_disk(group) else held[where] for name, where in members}
+                state = self.state[flat]
+                found |= {f"{name}/{slot}": self._held(group, state[slot][where]) for name, where in members for slot in SLOTS}
+                found |= {f"{name}/step": state["step"] for name, _ in members}
         return found
+
+    def _held(self, group: int, stretch: Tensor) -> Tensor:
+        return stretch.clone() if self._on_disk(group) else stretch
 
     def write(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None) -> None:
         """What `weights`, and perhaps `moments`, gave has been changed in place: take it to the disk where it lies there, and into the
@@ -253,17 +261,19 @@ class Zero3:
 
     def rows(self, stretch: Tensor, shape: torch.Size) -> DTensor:
         """A stretch on each process, the ends padded -> the same tensor in rows, fp32, split as FSDP2 splits it."""
-        size, rank = self.mesh.size(), self.mesh.get_local_rank()
-        everyone = [torch.empty_like(stretch) for _ in range(size)]
-        dist.all_gather(everyone, stretch.contiguous(), group=self.mesh.get_group())
-        full = torch.cat(everyone)[: shape.numel()].view(shape).float()
-        parts = full.chunk(size)
+        mine = stretch.to(self.mesh.device_type)  # what is offloaded lies on the host, where its collectives may not work
+        everyone = [torch.empty_like(mine) for _ in range(self.mesh.size())]
+        dist.all_gather(everyone, mine, group=self.mesh.get_group())
+        return self._own_rows(torch.cat(everyone)[: shape.numel()].view(shape).float())
+
+    def _own_rows(self, full: Tensor) -> DTensor:
+        parts, rank = full.chunk(self.mesh.size()), self.mesh.get_local_rank()
         mine = parts[rank].clone() if rank < len(parts) else full[:0].clone()
-        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=full.stride())
+        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
 
     def empty_rows(self, shape: torch.Size) -> DTensor:
         """Rows to be filled."""
-        return self.rows(torch.zeros(-(-shape.numel() // self.mesh.size())), shape)
+        return self._own_rows(torch.empty(shape, device=self.mesh.device_type))
 
     def fill(self, stretch: Tensor, rows: Tensor) -> None:
         """The inverse of `rows`, into `stretch` in place."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,24 +52,24 @@ class HostCopy(NamedTuple):
     shapes: dict[str, tuple[torch.dtype, list[int]]]
 
 
-def copy_to_host(tensors: Mapping[str, torch.Tensor], rank: int, kept: dict[str, torch.Tensor] | None = None) -> HostCopy:
-    """This rank's boxes of plain tensors and DTensors. With `kept`, copies into its buffers, made at the first call, so that training may
-    go on while they are written; without, host tensors are taken as they are."""
-    mine, boxes = {}, {}
-    for name, tensor in tensors.items():
-        box = local_box(tensor)
+def copy_to_host(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, kept: dict[str, torch.Tensor] | None = None) -> HostCopy:
+    """This rank's boxes of plain tensors and DTensors, which are let go one by one. With `kept`, copies into its buffers, made at the first
+    call, so that training may go on while they are written; without, host tensors are taken as they are."""
+    mine, boxes, shapes = {}, {}, {}
+    for name, tensor in tensors:
+        box, shapes[name] = local_box(tensor), (tensor.dtype, list(tensor.shape))
         if is_first_copy(tensor, rank) and not box.empty:
             boxes[name], local = box, local_tensor(tensor).detach()
             if kept is None:
                 mine[name] = local.cpu()
             else:
                 mine[name] = kept.setdefault(name, torch.empty(local.shape, dtype=local.dtype)).copy_(local)
-    return HostCopy(mine, boxes, {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()})
+    return HostCopy(mine, boxes, shapes)
 
 
 def save(root: Place, step: int, stage: str, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], world: World) -> Place:
     """Write the state after `step` finished steps and publish it, now; see `commit`."""
-    return commit(root, step, stage, copy_to_host(tensors, world.rank), facts, world)
+    return commit(root, step, stage, copy_to_host(tensors.items(), world.rank), facts, world)
 
 
 def commit(root: Place, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World) -> Place:

@@ -20,7 +20,7 @@ from parallel.checkpointing import PRODUCTS
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
-from parallel.zero import SWAP_BUFFERS, SWAP_GROUP
+from parallel.zero import BUCKET, SWAP_BUFFERS, SWAP_GROUP
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from wm_train.curriculum import matching
@@ -59,7 +59,7 @@ class Memory:
     busy: int
     staging: int
     offloaded: tuple[str, ...] = ()
-    disk: int = 0  # on the node's own disk
+    disk: int = 0  # this process's files on its node's disk
 
     @property
     def device(self) -> int:
@@ -88,7 +88,8 @@ def stage_memory(
 
     Weights, gradients, optimizer and average are fp32 and sharded; `gathered` holds two blocks and what is outside blocks, in the compute
     type, since the next block is gathered while one runs. Sequence exchange buffers (states, halos) are not counted: they are megabytes.
-    ZeRO-3 keeps what is computed with besides the master weights, and copies of the state in rows while it saves.
+    ZeRO-3 keeps what is computed with besides the master weights, each gradient twice, and a bucket of them; with a disk, what a save reads
+    from it.
     """
     precision = parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -109,24 +110,28 @@ def stage_memory(
     weights, optimizer_bytes = 4 * count // shards, sum(state.values()) // shards
     average = 4 * trained // shards if optimizer.ema_decay else 0
     saved = weights + optimizer_bytes + average
-    zero3, disk = parallel.sharding == "zero3", 0
-    if zero3:
-        weights = (width * count + 4 * trained) // shards
+    gradients, disk = 4 * trained // shards, 0
+    if parallel.sharding == "zero3":
+        one_copy = width == 4 and parallel.offload_state == "none"
+        weights, gradients = (width * count + (0 if one_copy else 4 * trained)) // shards, 2 * gradients
+        gathered += 4 * BUCKET
     if parallel.offload_state == "nvme":
         disk = 4 * trained // shards + optimizer_bytes
-        weights, optimizer_bytes = width * count // shards, SWAP_BUFFERS * 4 * min(trained // shards, SWAP_GROUP)
+        largest = max(p.numel() for p in parameters.values())
+        weights = width * count // shards
+        optimizer_bytes = SWAP_BUFFERS * 4 * min(trained, SWAP_GROUP * shards + largest) // shards
     kept, busy = activation_bytes(model, shape, precision)
     return Memory(
         parameters=count,
         trained=trained,
         weights=weights,
-        gradients=4 * trained // shards,
+        gradients=gradients,
         optimizer=optimizer_bytes,
         average=average,
         gathered=gathered,
         activations=kept,
         busy=busy,
-        staging=saved * (1 + zero3) if staged else 0,
+        staging=saved * staged + disk,
         offloaded=(
             *(("weights", "gradients", "optimizer", "average") if parallel.offload_state != "none" else ()),
             *(("activations",) if parallel.offload_activations else ()),

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+LOADED = time.monotonic()
+
 
 class Progress:
     """Speaks for the run on rank 0 and is silent elsewhere."""
@@ -49,9 +51,9 @@ def complain(text: str) -> None:
 
 
 def process_age() -> float:
-    """Seconds since this process began; where the system does not tell, since its clock began to run for us."""
+    """Seconds since this process began; where the system does not tell, since this module was loaded."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
-        return time.process_time()
+        return time.monotonic() - LOADED
     ticks = int(stat.read_text().rsplit(")", 1)[1].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -7,7 +7,7 @@ The thread talks to the other processes through a group of its own, so its words
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Saver:
         self._failure: CheckpointError | None = None
         self._crash: Exception | None = None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Iterable[tuple[str, torch.Tensor]], facts: dict[str, Any]) -> None:
         """Begin to save the state after `step` finished steps; returns once training may change the tensors again.
 
         A save that fails (a full disk, say) costs that checkpoint, not the run: it is reported and the next one is tried.

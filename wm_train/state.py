@@ -50,8 +50,15 @@ class TrainState:
         """model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or in rows. Every process must call this."""
         if self.zero is None:
             return self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
-        flat = self._named(self.weights(), self.zero.moments())
-        return {key: self.zero.rows(t, self.zero.shape(key.split("/")[1])) if t.dim() else t for key, t in flat.items()}
+        return dict(self.saved())
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """What `tensors` returns, for reading: with ZeRO-3 one by one, as copies in rows lie on the device. Every process must take all."""
+        if self.zero is None:
+            yield from self.tensors().items()
+            return
+        for key, flat in self._named(self.weights(), self.zero.moments()).items():
+            yield key, self.zero.rows(flat, self.zero.shape(key.split("/")[1])) if flat.dim() else flat
 
     def put(self, changed: dict[str, Tensor]) -> None:
         """Make changes of what `tensors` returned those of the state. Every process must call this."""

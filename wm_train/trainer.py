@@ -143,7 +143,7 @@ def run_steps(
             if saving:
                 known = held_out if math.isfinite(held_out) else None
                 known_facts = facts(run, stage.data_fingerprint, stage.world, guard.memory(), known, loader.quarantined)
-                saver.save(step, state.tensors(), known_facts)
+                saver.save(step, state.saved(), known_facts)
             if last:
                 break
             if stopping:

@@ -20,7 +20,7 @@ from wm_train.tracking import read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("WM_TRAIN_KILLS", "20"))
-STEPS = 60
+STEPS = 3 * KILLS  # each start goes a step further than the one before
 
 
 def start(config: Path) -> list[subprocess.Popen]:
@@ -77,7 +77,9 @@ def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
         folder = tmp_path / name
         longer = (f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=2", "parallel.cp=2")
         started = time.monotonic()
-        hits = supervise(worker_config(folder, *longer), folder, KILLS if name == "killed" else 0, random.Random(0))
+        wanted = KILLS if name == "killed" else 0
+        hits = supervise(worker_config(folder, *longer), folder, wanted, random.Random(0))
+        assert hits == wanted, "the run ended before it was killed so often"
         newest = checkpoint.committed(folder / "demo" / "short" / "checkpoints")[-1]
         rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
         curve = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
