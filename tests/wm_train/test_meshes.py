@@ -1,6 +1,7 @@
 """Every way to spread or to save memory trains the same: replicas, shards, sequence members, checkpointing, accumulation, bf16."""
 
 import pytest
+import torch._dynamo
 
 from wm_train.tracking import read_steps
 
@@ -35,7 +36,8 @@ def test_saving_memory_does_not_change_a_bit(alone, train_here, losses, tmp_path
 
 
 @pytest.mark.full
-def test_compiled_blocks_train_the_same(alone, train_here, worker_config, losses, tmp_path, run_ranks):
+def test_compiled_blocks_train_the_same(alone, train_here, worker_config, losses, tmp_path, run_ranks, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)  # else what is too often compiled anew runs as it is
     train_here(tmp_path / "plain", "parallel.compile=true")
     assert losses(tmp_path / "plain") == pytest.approx(alone, rel=1e-6, abs=0)
     train_here(tmp_path / "block", "parallel.compile=true", "model.activation_checkpointing=block")

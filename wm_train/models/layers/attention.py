@@ -123,7 +123,8 @@ class GatedDeltaNet(CameraAttention):
         if rays is not None:
             key, rstd = keys[1]
             tokens = (key, self.v_proj_cam(x), beta, self.k_norm_cam.weight)
-            streams.append(Stream(decay, *camera_gram(*tokens, rays.ray_to_world, *rays.rotary, scale, engine=engine, rstd=rstd)))
+            products = camera_gram(*tokens, rays.ray_to_world, *rays.rotary, scale, engine=engine, rstd=rstd)
+            streams.append(Stream(decay, *products))  # not in one line: a graph that ends in between would be compiled for this list alone
 
         states = context.sequence.scan(streams, reverse="exclusive").states
         main = gdn_output(q, states[0], states[1], self.q_norm.weight, *tables, engine=engine)
