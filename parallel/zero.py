@@ -7,7 +7,6 @@ them, so losses are multiplied by the number of processes, which a power of two 
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -132,7 +131,6 @@ class Zero3:
         self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
         if self.inner.swap_optimizer:
             _keep_gradients_in_memory(self.inner.optimizer_swapper)
-            atexit.register(shutil.rmtree, self.inner.optimizer_swapper.swap_folder, ignore_errors=True)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._groups = dict[int, list[tuple[str, slice]]]()  # number of a flat tensor -> the stretches in it, by parameter
         for name, p in self._trained.items():
@@ -175,6 +173,11 @@ class Zero3:
         yield self.inner.fp32_partitioned_groups_flat[group]
         if self._on_disk(group):
             (self.inner._optimizer_states_and_gradient_swap_out if changes else self.inner._release_swap_buffers)(group)
+
+    def close(self) -> None:
+        """Remove what lies on a disk: the next start loads a checkpoint."""
+        if self.inner.swap_optimizer:
+            shutil.rmtree(self.inner.optimizer_swapper.swap_folder, ignore_errors=True)
 
     # the optimizer that the trainer steps
 

@@ -18,6 +18,7 @@ from parallel.sequence import make_sequence
 from parallel.sharding import shard_model
 from wm_train.parity_case import Outcome, ParityCase, forward, make_model
 from wm_train.tensor_parts import whole_tensor
+from wm_train.worker import end_process
 
 LIMIT_S = 600.0
 
@@ -80,6 +81,7 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
     save_file({name: x.contiguous() for name, x in found.items()}, folder / f"{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
+    end_process(0)
 
 
 def assemble(degrees: MeshDegrees, members: list[dict[str, torch.Tensor]]) -> Outcome:

@@ -80,6 +80,8 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
             complain(f"rank {world.rank}: {line}")
         raise
     finally:
+        if state.zero:
+            state.zero.close()
         if tracker:
             tracker.close(outcome, timeout_s=30.0 if outcome == "FINISHED" else 5.0)
 

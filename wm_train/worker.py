@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 DONE, FAILED, USER_ERROR, NO_STORAGE = 0, 1, 2, 74  # and preemption.EXIT_CODE
 
@@ -74,10 +75,13 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     return DONE
 
 
+def end_process(code: int) -> NoReturn:
+    """End at once. Threads and connections may wait for peers that will never answer; and when an interpreter is taken down while a thread
+    of gloo's lets go of a tensor, the process aborts after all was done (pytorch/pytorch pull request 179291)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    exit_code = main()
-    if exit_code in (FAILED, USER_ERROR, NO_STORAGE):  # at once: threads and connections may wait for peers that will never answer
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    end_process(main())

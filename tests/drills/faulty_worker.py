@@ -72,7 +72,4 @@ if __name__ == "__main__":
     kind, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if int(os.environ["RANK"]) == rank:
         (after_step if kind in SIGNALS or kind == "flip" else poison)(kind, step)
-    code = worker.main(sys.argv[5:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    worker.end_process(worker.main(sys.argv[5:]))

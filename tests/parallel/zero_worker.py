@@ -1,5 +1,6 @@
 """One process of a ZeRO-3 run: python zero_worker.py <folder> <offload> <sub-group size>. Rank 0 writes result.pt."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -75,3 +76,4 @@ def main(folder: Path, offload: str, sub_group_size: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    os._exit(0)  # see wm_train.worker.end_process

@@ -21,6 +21,7 @@ from wm_train.preemption import StopRequest
 from wm_train.progress import Progress
 from wm_train.stage import on_device, open_loader, open_stage
 from wm_train.trainer import train_stage
+from wm_train.worker import end_process
 from wm_train.world import World, join_world, leave_world
 
 
@@ -73,3 +74,4 @@ def main(action: str, config: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    end_process(0)

@@ -51,4 +51,4 @@ def measured(run, *rest) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "whole":
         build_whole()
-    sys.exit(worker.main(sys.argv[3:], work=measured))
+    worker.end_process(worker.main(sys.argv[3:], work=measured))

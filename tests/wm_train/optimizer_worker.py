@@ -11,6 +11,7 @@ from wm_train.backends import get_backend
 from wm_train.config import OptimizerConfig
 from wm_train.optim.adamw import optimizer_tensors
 from wm_train.optim.build import OPTIMIZERS
+from wm_train.worker import end_process
 from wm_train.world import join_world, leave_world
 
 
@@ -45,3 +46,4 @@ def main(name: str, out: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    end_process(0)

@@ -9,6 +9,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from wm_train import checkpoint
 from wm_train.backends import get_backend
+from wm_train.worker import end_process
 from wm_train.world import join_world, leave_world
 
 SHAPES = {"model/matrix": (7, 6), "model/row": (3,), "model/one": (1, 4), "optimizer/step": ()}
@@ -40,3 +41,4 @@ def main(action: str, root: Path, replicas: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    end_process(0)

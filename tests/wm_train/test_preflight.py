@@ -95,6 +95,7 @@ except SetupError as error:
     said = str(error)
 (Path(sys.argv[3]) / f"{fault}_{rank}").write_text(f"{time.perf_counter() - began:.2f} {said}")
 leave_world()
+os._exit(0)  # see wm_train.worker.end_process
 """
 
 
