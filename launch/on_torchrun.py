@@ -7,10 +7,12 @@ exit code says nothing.
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 
 from launch.child import Child
 from launch.leash import leashed_to_anybody
@@ -21,8 +23,10 @@ from launch.signals import Caught
 from launch.spec import TAIL, LaunchSpec, fill
 
 TOLD = re.compile(r"rank (\d+) on \S+: ")  # how a worker's word on a failure that it understands begins
-# In torchrun's closing report, for each rank that failed by itself; the one that did so first comes last, under this title.
-FAILURE, FIRST = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL), "Root Cause"
+# In torchrun's closing report, for each rank that failed; the one that did so first comes last, under this title.
+FAILURE = re.compile(r"^ *time\s*: (\S+)$.*?^ *rank\s*: (\d+).*?^ *exitcode\s*: (-?\d+)", re.DOTALL | re.MULTILINE)
+FIRST = "Root Cause"
+ONE_LOOK_S = 5.0  # torchrun asks the others to leave once it has seen a failure, and kills them 30 s later
 REPORT_LINES = 80
 
 
@@ -85,5 +89,12 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
 def reported(text: str) -> Death | None:
     """Of the deaths in torchrun's closing report the one that explains the others; None if there is none."""
     others, title, first = text.partition(FIRST)
-    found = FAILURE.findall(first) + FAILURE.findall(others) if title else []
-    return cause([Death(int(rank), int(code), "") for rank, code in found])
+    found = [
+        (datetime.strptime(when, "%Y-%m-%d_%H:%M:%S"), Death(int(rank), int(code), ""))
+        for when, rank, code in (FAILURE.findall(first) + FAILURE.findall(others) if title else ())
+    ]
+    if not found:
+        return None
+    begun, root = found[0]
+    by_themselves = [death for when, death in found[1:] if (when - begun).total_seconds() < ONE_LOOK_S and death.code != -signal.SIGTERM]
+    return cause([root, *by_themselves])

@@ -78,6 +78,13 @@ def test_of_ranks_that_fail_within_one_look_the_telling_one_counts(first: int, o
     assert on_torchrun.reported("rank : 1 exitcode : 3") is None
 
 
+@pytest.mark.parametrize(("late", "other"), [("00:00:30", -9), ("00:00:00", -15)])
+def test_a_rank_that_torchrun_itself_took_down_explains_nothing(late: str, other: int) -> None:
+    said = REPORT.format(first=1, other=other).replace("00:00:00", late, 1)
+    death = on_torchrun.reported("failed (exitcode: 1) local_rank: 0 (pid: 11) of binary: python\n" + said)
+    assert (death.rank, death.code) == (0, 1)
+
+
 def test_sigterm_lets_the_workers_finish_their_work(spec, view, tmp_path: Path) -> None:
     program = """
 signal.signal(signal.SIGTERM, lambda *_: ((place / f"saved_{rank}").touch(), sys.exit(75)))

@@ -103,7 +103,7 @@ def test_after_a_lost_node_the_run_goes_on_alone_grows_again_and_has_the_losses_
 ) -> None:
     """Two simulated nodes of one CPU each. One goes away, the run goes on on the other; it comes back, and the run grows."""
     calm, disturbed, steps = tmp_path / "calm", tmp_path / "disturbed", 60
-    longer = [f"recipe.stages.short.steps={steps}", "recipe.stages.short.global_batch=8", "trainer.keep_last=100"]
+    longer = [f"recipe.stages.short.steps={steps}", "recipe.stages.short.global_batch=16", "trainer.keep_last=100"]
     # At the demo's own rate the last bits, in which a world of another size differs, grew a thousandfold in 40 steps.
     longer += ["recipe.stages.short.optimizer.lr=4e-4"]
     command = [sys.executable, "-m", *arguments(calm, *longer)]
@@ -114,7 +114,7 @@ def test_after_a_lost_node_the_run_goes_on_alone_grows_again_and_has_the_losses_
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         second = nodes.add_node(num_cpus=1)
-        elastic = ["launcher.min_workers=1", "launcher.place_s=5", "launcher.grow_s=15", f"launcher.address={nodes.address}"]
+        elastic = ["launcher.min_workers=1", "launcher.place_s=5", "launcher.grow_s=3", f"launcher.address={nodes.address}"]
         with (tmp_path / "log").open("w") as log:
             run = subprocess.Popen([sys.executable, "-m", *arguments(disturbed, *longer, *elastic)], cwd=ROOT, stdout=log, stderr=log)
 
