@@ -72,8 +72,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# dataset.json is written last, so a folder without it is a run that was interrupted.
+# record and encode name a folder when it is whole; interrupted, they begin again or go on. So a folder
+# without dataset.json is a user's own, and make must not delete dataset.json when it ends after that.
+.PRECIOUS: $(DATA)/dataset.json
 $(DATA)/dataset.json: | $(VENV)/.demo
-	@rm -rf $(DATA) $(DATA)_recording
+	@if [ -e "$(DATA)" ]; then echo "DATA: got $(DATA), which exists and is no data set, expected a data set or a new folder." \
+	  "Fix: make train DATA=<another folder>" >&2; exit 2; fi
 	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=128 frames=81 fps=16
 	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA) codec=linear channels=16

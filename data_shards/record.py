@@ -6,10 +6,12 @@ is written last and carries every file's crc32c. The same arguments give the sam
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -65,7 +67,8 @@ def record(out: str, clips: int, **options: Any) -> None:
             raise DataError(f"out: got {out}, which holds a recording made with other arguments {found.get('options')}. Fix: remove it")
         print(f"{out} already holds this recording of {clips} clips; nothing to do")
         return
-    temporary = fresh_folder(final.with_name(f"{final.name}.tmp-{os.getpid()}"))
+    remove_unfinished(final)
+    temporary = fresh_folder(final.with_name(f"{_unfinished(final)}{os.getpid()}"))
     try:
         entries = []
         settings = vizdoom.VizdoomOptions(**options)
@@ -94,6 +97,22 @@ def record(out: str, clips: int, **options: Any) -> None:
     size = sum(file.stat().st_size for file in final.rglob("*.npy"))
     episodes = len({entry["episode"] for entry in entries})
     print(f"recorded {clips} clips x {options['frames']} frames from {episodes} episodes: {size / 1e6:.0f} MB in {out}")
+
+
+def _unfinished(final: Path) -> str:
+    """Return the name, without its process id, of the folder in which this machine records."""
+    return f"{final.name}.tmp-{socket.gethostname()}-"
+
+
+def remove_unfinished(final: Path) -> None:
+    """Remove what recordings into `final` that were killed on this machine have left beside it."""
+    for left in final.absolute().parent.glob(f"{glob.escape(_unfinished(final))}*"):
+        try:
+            os.kill(int(left.name.removeprefix(_unfinished(final))), 0)  # sends nothing
+        except ProcessLookupError:
+            shutil.rmtree(left)
+        except (ValueError, PermissionError):  # no number, or another user's process: not one of these
+            continue
 
 
 def write_clip(folder: Path, key: str, clip: Any) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import filecmp
 import json
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from data_shards import record
+from data_shards import encode, record
 from data_shards.sources.recording import RecordingSource
 from data_shards.sources.vizdoom import MAX_UNITS_PER_TIC, METRES_PER_UNIT, camera_intrinsics, camera_matrix, halve, nearest, tics_until
 
@@ -146,3 +149,42 @@ def test_bad_input_gets_one_report_and_code_2(arguments, report, capsys, tmp_pat
     assert record.main(arguments) == 2
     assert report in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED_RUN = """
+import os, signal, sys
+from data_shards import encode, record
+def deadly(folder, key, clip):
+    write_clip(folder, key, clip)
+    os.killpg(0, signal.SIGKILL)  # the game engine too, which would live on
+write_clip, record.write_clip = record.write_clip, deadly
+record.main({arguments!r})
+"""
+
+
+def test_a_killed_recording_is_made_again_and_leaves_nothing(tmp_path):
+    arguments = ["vizdoom", f"out={tmp_path / 'rec'}", "clips=1", "frames=17", "seed=3"]
+    script = KILLED_RUN.format(arguments=arguments)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, timeout=60, start_new_session=True, check=False)
+    (left,) = tmp_path.iterdir()
+    assert (done.returncode, len(list(left.rglob("*.npy")))) == (-9, 6), done.stderr
+    elsewhere = {"rec.tmp-1", f"rec.tmp-another-machine-{2**22}", f"rec.tmp-{socket.gethostname()}-1"}  # 1 is running
+    for name in elsewhere:
+        (tmp_path / name).mkdir()
+    assert record.main(arguments) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"rec", *elsewhere}
+    assert len(json.loads((tmp_path / "rec" / "recording.json").read_text())["clips"]) == 1
+
+
+@pytest.mark.parametrize("command", ["record", "encode"])
+def test_a_users_folder_is_refused_and_kept(command, recording, tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "mine.mp4").write_bytes(b"a user's video")
+    main = {
+        "record": lambda: record.main(["vizdoom", f"out={tmp_path / 'videos'}", "clips=1", "frames=17"]),
+        "encode": lambda: encode.main([f"source={recording}", f"out={tmp_path / 'videos'}"]),
+    }
+    assert main[command]() == 2
+    assert "videos, which exists and is no" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["videos", "mine.mp4"]
