@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.accelerators import get_all_accelerator_resource_names
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launch.compat import accelerator_resources
 from launch.progress import ProgressView
 from launch.rank_actor import News, RankActor, Seat
 from launch.restart import Death, Growth, cause
@@ -141,7 +141,8 @@ def _bundle(spec: LaunchSpec) -> dict[str, float]:
     if not spec.accelerators:
         return bundle
     known = ray.cluster_resources()
-    kinds = sorted((name for name in get_all_accelerator_resource_names() if known.get(name, 0) > 0), key=lambda name: -known[name])
+    present = [name for name in accelerator_resources() if known.get(name, 0) > 0]
+    kinds = sorted(present, key=lambda name: -known[name])
     return {**bundle, kinds[0]: 1} if kinds else bundle
 
 

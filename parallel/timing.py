@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from parallel.compat import AllGather, ReduceScatter, all_gather_single, reduce_scatter_single
 
 
 class CommClock:
@@ -68,7 +69,7 @@ class TimedAllGather(_Allocates, AllGather):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
         mark = self.clock.mark()
-        work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        work = all_gather_single(output_tensor, input_tensor, group, async_op)
         self.clock.since(mark)
         return work
 
@@ -89,7 +90,7 @@ class TimedReduceScatter(_Allocates, ReduceScatter):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         mark = self.clock.mark()
-        work = dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        work = reduce_scatter_single(output_tensor, input_tensor, op, group, async_op)
         self.clock.since(mark)
         self._before_reduce = self.clock.mark()
         return work

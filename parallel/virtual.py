@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.comm import AllGather, Begin, Exchange, Finish, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
+from parallel.compat import in_backward
 
 Result = TypeVar("Result")
 
@@ -170,7 +171,7 @@ class VirtualComm:
         tape = self.tape
         if tape is not None and tape.replaying:
             return tuple(x.detach().requires_grad_(needs) for x, needs in tape.next())
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             raise RuntimeError(
                 "a virtual rank called a verb inside backward: got a plain torch.utils.checkpoint, expected one that replays collectives."
                 " Fix: parallel.checkpointing.checkpoint(function, *args, sequence=sequence)"

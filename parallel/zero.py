@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel import compat
+
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
 BUCKET = 50_000_000  # gradients that are averaged together
 SWAP_GROUP, SWAP_BUFFERS = 50_000_000, 4  # numbers that are on the way to or from a disk together, in buffers of so many in host memory
@@ -99,22 +101,6 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _keep_gradients_in_memory(swapper: Any) -> None:
-    """DeepSpeed would write the gradients of large parameters to files and read each back to where its parameter begins, which direct IO
-    refuses for most; nobody looks, and the gradient is what the memory held before. They pass through host memory anyway: there they stay.
-    What lies between them (a stretch that ends short, a parameter without a gradient) is zero: it would count in the norm."""
-    read = swapper._swap_in_gradients
-
-    def swap_out_gradients(parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
-        held = swapper.swap_params_info[swapper.parameter_id(parameter)].unswapped_gradients
-        held |= {offset: tensor.cpu() for offset, tensor in zip(gradient_offsets, gradient_tensors, strict=True)}
-
-    def into_zeros(aio_handle: Any, parameter: Tensor, dest_buffer: Tensor) -> None:
-        read(aio_handle, parameter, dest_buffer.zero_())
-
-    swapper.swap_out_gradients, swapper._swap_in_gradients = swap_out_gradients, into_zeros
-
-
 class Zero3:
     """A model built inside `building`, its optimizer and their engine; also the optimizer that the trainer steps."""
 
@@ -130,12 +116,12 @@ class Zero3:
         self.inner = self.engine.optimizer
         self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
         if self.inner.swap_optimizer:
-            _keep_gradients_in_memory(self.inner.optimizer_swapper)
+            compat.keep_gradients_in_memory(self.inner)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._groups = dict[int, list[tuple[str, slice]]]()  # number of a flat tensor -> the stretches in it, by parameter
         for name, p in self._trained.items():
-            group, start, count = self.inner.grad_position[self.inner.get_param_id(p)]
-            self._groups.setdefault(group, []).append((name, slice(start, start + count)))
+            group, place = compat.place_in_group(self.inner, p)
+            self._groups.setdefault(group, []).append((name, place))
         for group in self._groups:  # made at once, so that a checkpoint always has every name
             with self._flat(group, changes=True) as flat:
                 slots = {slot: torch.zeros_like(flat) for slot in SLOTS}
@@ -146,7 +132,7 @@ class Zero3:
         """Raises ValueError when master weights, as they are after building, do not come back as they were written: DeepSpeed does not look
         at what its reads and writes have returned."""
         for group in filter(self._on_disk, self._groups):
-            for buffer in self.inner.optimizer_swapper.swap_buffer_manager.all_buffers:
+            for buffer in compat.swap_buffers(self.inner):
                 buffer.fill_(torch.nan)  # else it still holds what was written
             with self._flat(group) as flat:
                 weights = self.inner.fp16_partitioned_groups_flat[group]
@@ -157,22 +143,18 @@ class Zero3:
                     "with direct IO (key parallel.nvme_path). Fix: name a folder on another disk"
                 )
 
-    def _swapped(self, group: int) -> Any:
-        """What DeepSpeed knows of a group on a disk."""
-        return self.inner.optimizer_swapper.swap_params_info[self.inner.fp32_partitioned_groups_flat[group].ds_id]
-
     def _on_disk(self, group: int) -> bool:
-        return bool(self.inner._swappable_optimizer_subgroup(group))
+        return compat.lies_on_disk(self.inner, group)
 
     @contextmanager
     def _flat(self, group: int, changes: bool = False) -> Iterator[Tensor]:
         """The flat master weights of a group. If they lie on a disk they are in memory while entered, with moments and gradients, and are
         written back if something `changes`."""
         if self._on_disk(group):
-            self.inner._optimizer_states_and_gradient_swap_in(group)
+            compat.swap_in(self.inner, group)
         yield self.inner.fp32_partitioned_groups_flat[group]
         if self._on_disk(group):
-            (self.inner._optimizer_states_and_gradient_swap_out if changes else self.inner._release_swap_buffers)(group)
+            compat.swap_out(self.inner, group, changes)
 
     def close(self) -> None:
         """Remove what lies on a disk: the next start loads a checkpoint."""
@@ -187,7 +169,7 @@ class Zero3:
 
     def step(self) -> None:
         for group in filter(self._on_disk, self._groups):  # DeepSpeed expects some gradient in each
-            self._swapped(group).unswapped_gradients.setdefault(0, torch.zeros(0))
+            compat.swapped_gradients(self.inner, group).setdefault(0, torch.zeros(0))
         self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -210,9 +192,9 @@ class Zero3:
         found: list[Tensor] = []
         for group, members in self._groups.items():
             if self._on_disk(group):
-                found += self._swapped(group).unswapped_gradients.values()
+                found += compat.swapped_gradients(self.inner, group).values()
             else:
-                found += [self.inner._get_fp32_grad_state_partition(self._trained[name], False)[0] for name, _ in members]
+                found += [compat.own_gradient(self.inner, self._trained[name]) for name, _ in members]
         return found
 
     def scale_gradients(self, factor: float) -> None:
@@ -248,14 +230,14 @@ class Zero3:
     def write(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None) -> None:
         """What `weights`, and perhaps `moments`, gave has been changed in place: take it to the disk where it lies there, and into the
         weights that are computed with."""
-        self.inner._partition_all_parameters()  # what an evaluation has left gathered is out of date
+        compat.drop_gathered_weights(self.inner)  # what an evaluation has left gathered is out of date
         for group, members in self._groups.items():
             with self._flat(group, changes=True) as flat:
                 for name, where in members if self._on_disk(group) else ():
                     flat.data[where].copy_(weights[name])
                     for slot in SLOTS if moments else ():
                         self.state[flat][slot][where].copy_((moments or {})[f"{name}/{slot}"])
-                self.inner._reassign_or_swap_out_partitioned_parameters(group)
+                compat.copy_masters_to_weights(self.inner, group)
 
     # to and from rows
 

@@ -37,6 +37,25 @@ def test_imports_point_one_way(package):
     assert not wrong
 
 
+def private_imports(path: Path) -> list[str]:
+    """Modules of other packages that a file imports though their names begin with an underscore."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [
+        f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    ]
+    return [name for name in names if re.search(r"\._", name) and name.split(".")[0] not in OURS]
+
+
+def test_private_modules_of_others_are_imported_in_one_file_of_a_package():
+    """But for the attention engines, whose file is one such place."""
+    files = [p for p in sources(*OURS) if p.name not in ("compat.py", "attention_engines.py")]
+    assert not {str(p.relative_to(ROOT)): found for p in files if (found := private_imports(p))}
+
+
 def test_models_objectives_and_conditioning_know_no_ranks_and_no_devices():
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

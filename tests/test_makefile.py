@@ -1,4 +1,4 @@
-"""`make train` beside a user's files: it makes what is absent and removes nothing that it did not make."""
+"""`make train` beside a user's files: it makes what is absent and removes nothing."""
 
 import os
 import subprocess
@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Stands for the virtual environment's Python: notes each command; `encode` "makes" the data set and ends with $ENCODE_CODE.
+# Stands for the environment's Python: notes each command; `encode` makes dataset.json and ends with
+# $ENCODE_CODE.
 PYTHON = """#!/bin/sh
 echo "$@" >> "$NOTES"
 case "$*" in *data_shards.encode*)
-  for word in "$@"; do case $word in out=*) mkdir -p "${word#out=}" && echo {} > "${word#out=}/dataset.json";; esac; done
+  for word in "$@"; do case $word in out=*)
+    mkdir -p "${word#out=}" && echo {} > "${word#out=}/dataset.json";;
+  esac; done
   exit "$ENCODE_CODE";;
 esac
 """
@@ -27,12 +30,12 @@ def make_train(tmp_path):
     for name in (".made", ".torch", ".demo"):
         (venv / name).touch()
     # the tests may have been started by `make test`, whose flags are not this one's
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    outside = {k: value for k, value in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
 
     def run(data: Path, encode_code: int = 0) -> tuple[subprocess.CompletedProcess, list[str]]:
         done = subprocess.run(
             ["make", "-C", str(ROOT), "train", f"VENV={venv}", f"DATA={data}"],
-            env=environment | {"NOTES": str(notes), "ENCODE_CODE": str(encode_code)},
+            env=outside | {"NOTES": str(notes), "ENCODE_CODE": str(encode_code)},
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         lines = notes.read_text().splitlines() if notes.exists() else []
@@ -63,7 +66,7 @@ def test_an_absent_data_set_is_recorded_encoded_and_trained_on(make_train, tmp_p
 
 
 def test_a_data_set_stays_when_make_ends_after_it_was_published(make_train, tmp_path):
-    """make would delete the file it was making, and without dataset.json the rest is no data set."""
+    """make would delete the file it was making: without dataset.json there is no data set."""
     done, _ = make_train(tmp_path / "demo", encode_code=1)
     assert done.returncode == 2
     assert (tmp_path / "demo" / "dataset.json").exists()

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.checkpointing import PRODUCTS
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
 from parallel.zero import BUCKET, SWAP_BUFFERS, SWAP_GROUP
+from wm_train.compat import FakeTensorMode, TorchDispatchMode
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from wm_train.curriculum import matching

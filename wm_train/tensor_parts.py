@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from wm_train.compat import local_shape_and_offset
 
 
 class Box(NamedTuple):
@@ -38,8 +39,8 @@ def local_box(tensor: torch.Tensor) -> Box:
     """Where the local storage lies in the global tensor."""
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Box(tuple(offset), tuple(shape))
+    shape, offset = local_shape_and_offset(tensor)
+    return Box(offset, shape)
 
 
 def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:

@@ -13,6 +13,7 @@ import hybrid
 import oracles
 
 from parallel.comm import Member
+from parallel.compat import all_gather_single, reduce_scatter_single
 from parallel.engines import make_engine
 from parallel.mesh import MeshDegrees, build_mesh, sequence_comm
 from parallel.sequence import GroupSequence, make_sequence
@@ -82,8 +83,26 @@ def run_engine(name: str, rank: int, world: int) -> list:
     return found
 
 
+def run_single(rank: int, world: int) -> list:
+    """Gather and reduce-scatter with the names of this torch, then with those of older ones."""
+    found = []
+    for absent in ((), ("all_gather_single", "reduce_scatter_single")):
+        for name in absent:
+            vars(dist).pop(name, None)  # an old torch has none
+        gathered, reduced = torch.empty(3 * world), torch.empty(3)
+        all_gather_single(gathered, torch.arange(3.0) + 10 * rank, dist.group.WORLD, False)
+        summands = torch.arange(3.0 * world).sin() * (rank + 1)
+        reduce_scatter_single(reduced, summands, dist.ReduceOp.SUM, dist.group.WORLD, False)
+        found.append((gathered, reduced))
+    return found
+
+
 def run_two(rank: int) -> dict:
-    return {"verbs": run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]), "fsdp": run_fsdp(rank, 2)}
+    return {
+        "verbs": run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]),
+        "fsdp": run_fsdp(rank, 2),
+        "single": run_single(rank, 2),
+    }
 
 
 def run_four(rank: int) -> dict:

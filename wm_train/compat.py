@@ -1,0 +1,19 @@
+"""Private APIs of torch that `wm_train` uses, each with the versions it was read in."""
+
+from __future__ import annotations
+
+# Computes shapes without storage; torch exports it from no public module. torch 2.10 to 2.13.
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# Calls of operators, seen from within a `with` block. torch 2.10 to 2.13.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+def local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape of this process's shard and where it begins in the whole tensor, in elements per
+    dimension. torch 2.10 to 2.13."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return tuple(shape), tuple(offset)
