@@ -26,9 +26,9 @@ from wm_train.config import RunConfig
 from wm_train.curriculum import stage_run
 from wm_train.models import build_model
 from wm_train.models.streaming import chunk_starts
-from wm_train.noise import NoiseKey
+from wm_train.noise import VALIDATION, NoiseKey
 from wm_train.objectives import OBJECTIVES
-from wm_train.validation import NOISE_STAGE, at_sigma
+from wm_train.validation import at_sigma
 from wm_train.world import World
 
 SIGMAS = (0.3, 0.5, 0.7, 0.9, 0.97)
@@ -49,7 +49,7 @@ def trained_model(run: RunConfig, folder: Path) -> torch.nn.Module:
 def held_out(dataset: ClipDataset, split: str, clips: int, frames: int) -> Batch:
     """The first `clips` clips of a split, whole."""
     rows, span = range(clips), (0, frames)
-    with ClipLoader(dataset, split=split, seed=0, stage=0, global_batch=clips, rows=rows, frames=span, clip_frames=frames) as loader:
+    with ClipLoader(dataset, split=split, seed=0, stage="short", global_batch=clips, rows=rows, frames=span, clip_frames=frames) as loader:
         return next(loader)
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         total = torch.zeros(options.clips)
         for draw in range(options.draws):
             part = replace(batch, draws=torch.arange(options.clips) + draw * options.clips)
-            total += OBJECTIVES["flow_matching"](model, part, NoiseKey(1, NOISE_STAGE), config, sequence, seen).loss
+            total += OBJECTIVES["flow_matching"](model, part, NoiseKey(1, VALIDATION), config, sequence, seen).loss
         return total / options.draws
 
     print(f"{options.folder}: {options.clips} {options.split} clips of {len(set(episodes))} videos, {stage.frames} frames")

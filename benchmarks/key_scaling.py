@@ -43,7 +43,7 @@ def train(name: str, steps: int, lr: float) -> tuple[list[float], list[float]]:
     sequence, losses, norms = LocalSequence(ClipLayout(FRAMES)), [], []
     for step in range(steps):
         batch = SimpleNamespace(latents=drifting_latents(step), draws=torch.arange(BATCH) + step * BATCH)
-        output = OBJECTIVES["flow_matching"](model, batch, NoiseKey(0, 1), ObjectiveConfig(), sequence, Conditions((96, 160), 8))
+        output = OBJECTIVES["flow_matching"](model, batch, NoiseKey(0, "first"), ObjectiveConfig(), sequence, Conditions((96, 160), 8))
         optimizer.zero_grad()
         output.loss.mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))

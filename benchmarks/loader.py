@@ -177,7 +177,7 @@ from data_shards.order import SampleOrder
 imported = time.perf_counter()
 dataset = open_dataset(sys.argv[1])
 clips = dataset.clips("train")
-order = SampleOrder(len(clips), 0, 0)
+order = SampleOrder(len(clips), 0, 'short')
 opened = time.perf_counter()
 members = [dataset.members(clips[order.sample(draw)]) for draw in range(8)]
 done = time.perf_counter()

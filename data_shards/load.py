@@ -35,6 +35,7 @@ class ClipLoader:
         rows: which rows of each global batch this data-parallel member takes; with `cost`, as many of equal cost.
         frames: (start, stop) of the latent frames of a row that this context-parallel member holds, may be empty; a function of T where T
             changes from step to step.
+        stage: the stage's name, which with `seed` keys the order.
         clip_frames: T, the longest cut. A stored clip may be longer.
         shorter: further lengths that clips too short for T are cut to; each step has one length.
         mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides, controls and text must be the same.
@@ -58,7 +59,7 @@ class ClipLoader:
         *,
         split: str = "train",
         seed: int,
-        stage: int,
+        stage: str,
         global_batch: int,
         rows: range,
         frames: tuple[int, int] | Callable[[int], tuple[int, int]],

@@ -1,7 +1,7 @@
 """Which clip a draw takes: a keyed permutation of the index, computed per element, so no list of a billion numbers exists anywhere.
 
 A *draw* is a position in a stage's global sample stream: step s of a stage with global batch G takes draws s*G … s*G + G - 1. The clip
-of a draw is a function of (seed, stage, draw) alone; world size, workers and context-parallel degree never enter.
+of a draw is a function of (seed, stage name, draw) alone; world size, workers and context-parallel degree never enter.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class SampleOrder:
 
     length: int
     seed: int
-    stage_index: int
+    stage: str
     _key: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise DataError(f"sample order: got {self.length} clips, expected at least 1. Fix: encode clips into this split")
-        object.__setattr__(self, "_key", derive_key("order", self.seed, self.stage_index))
+        object.__setattr__(self, "_key", derive_key("order", self.seed, self.stage))
 
     def sample(self, draw: int) -> int:
         """The clip (0 … length-1) of this draw."""
@@ -91,7 +91,7 @@ class WeightedChoice:
 
     weights: tuple[float, ...]
     seed: int
-    stage_index: int
+    stage: str
     window: int | None = None  # None: large enough that the smallest weight has some places
     _window: int = field(init=False, repr=False)
     _ends: tuple[int, ...] = field(init=False, repr=False)
@@ -124,7 +124,7 @@ class WeightedChoice:
         if len(self.weights) == 1:
             return 0, position
         window, place = divmod(position, self._window)
-        place = permute(place, self._window, mix64(derive_key("mixture", self.seed, self.stage_index) ^ mix64(window)))
+        place = permute(place, self._window, mix64(derive_key("mixture", self.seed, self.stage) ^ mix64(window)))
         stream = bisect.bisect_right(self._ends, place)
         start = self._ends[stream - 1] if stream else 0
         return stream, window * (self._ends[stream] - start) + place - start
@@ -137,7 +137,7 @@ class MixtureOrder:
     lengths: tuple[int, ...]
     weights: tuple[float, ...]
     seed: int
-    stage_index: int
+    stage: str
     window: int | None = None
     _choice: WeightedChoice = field(init=False, repr=False)
     _orders: tuple[SampleOrder, ...] = field(init=False, repr=False)
@@ -145,9 +145,9 @@ class MixtureOrder:
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.weights):
             raise DataError(f"mixture: got {len(self.lengths)} data sets and {len(self.weights)} weights, expected one each")
-        object.__setattr__(self, "_choice", WeightedChoice(self.weights, self.seed, self.stage_index, self.window))
+        object.__setattr__(self, "_choice", WeightedChoice(self.weights, self.seed, self.stage, self.window))
         seeds = (self.seed, *(derive_key("data set", self.seed, i) for i in range(1, len(self.lengths))))
-        object.__setattr__(self, "_orders", tuple(SampleOrder(n, s, self.stage_index) for n, s in zip(self.lengths, seeds, strict=True)))
+        object.__setattr__(self, "_orders", tuple(SampleOrder(n, s, self.stage) for n, s in zip(self.lengths, seeds, strict=True)))
 
     def sample(self, draw: int) -> tuple[int, int]:
         """(data set, clip) of this draw."""

@@ -80,7 +80,7 @@ class Schedule:
     """
 
     def __init__(
-        self, sources: Sequence[Source], lengths: Sequence[int], seed: int, stage: int, global_batch: int, pack: bool = False
+        self, sources: Sequence[Source], lengths: Sequence[int], seed: int, stage: str, global_batch: int, pack: bool = False
     ) -> None:
         self.sources, self.global_batch, self.frames = tuple(sources), global_batch, max(lengths)
         self._key = derive_key("cut", seed, stage)
@@ -154,7 +154,7 @@ class Schedule:
         return min(int(self.sources[source].latent_frames[clip]), self.frames)
 
 
-def _buckets(sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, stage: int, pack: bool) -> tuple[_Bucket, ...]:
+def _buckets(sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, stage: str, pack: bool) -> tuple[_Bucket, ...]:
     """Clips by (frames, height, width). A mixture's weights hold over all buckets; inside one they are the sources' shares of it."""
     edges = np.array(lengths)
     members: dict[tuple[int, tuple[int, int]], dict[int, Sequence[int]]] = {}

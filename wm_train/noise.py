@@ -21,13 +21,17 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
+# Keys that belong to no stage: no stage name has a slash (curriculum.NAME), so no stage draws their numbers.
+PARAMETERS, VALIDATION, PARITY = "/parameters", "/validation", "/parity"
+KEYING = 2  # version of what keys noise and order, kept in every checkpoint; 1 was the stage's position
+
 
 @dataclass(frozen=True)
 class NoiseKey:
     """What makes two runs, or two stages of one run, draw different numbers."""
 
     seed: int
-    stage: int
+    stage: str  # its name, not its position: a recipe may grow around it. Or a reserved name above
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

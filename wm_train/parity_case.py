@@ -26,7 +26,7 @@ from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.models import build_model, use_engine_
 from wm_train.models.init import initialise_
 from wm_train.models.streaming import chunk_starts
-from wm_train.noise import NoiseKey, normal
+from wm_train.noise import PARITY, NoiseKey, normal
 from wm_train.objectives import OBJECTIVES
 
 TEXT_TOKENS = 6
@@ -103,7 +103,8 @@ def make_model(case: ParityCase) -> nn.Module:
 def wake_(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         rows = parameter.shape[0] if parameter.dim() else 1
-        noise = normal(NoiseKey(seed, 0), f"parity/{name}", torch.zeros(1, dtype=torch.int64), (0, rows), tuple(parameter.shape[1:]))
+        key, draw = NoiseKey(seed, PARITY), torch.zeros(1, dtype=torch.int64)
+        noise = normal(key, f"parameter/{name}", draw, (0, rows), tuple(parameter.shape[1:]))
         noise = noise.reshape(parameter.shape).to(parameter.dtype) * WAKE
         parameter.copy_(torch.where(parameter == 0, noise, parameter))
 
@@ -130,7 +131,7 @@ def conditions_of(case: ParityCase) -> Conditions:
     text = mask = None
     if case.model.text_width:
         draws = torch.arange(case.batch)
-        text = normal(NoiseKey(case.seed, 0), "parity/text", draws, (0, TEXT_TOKENS), (case.model.text_width,)).to(case.dtype)
+        text = normal(NoiseKey(case.seed, PARITY), "text", draws, (0, TEXT_TOKENS), (case.model.text_width,)).to(case.dtype)
         mask = torch.arange(TEXT_TOKENS)[None] < TEXT_TOKENS - draws[:, None] % 3
     return Conditions((height, width), case.temporal_stride, c2w, intrinsics, text=text, text_mask=mask)
 
@@ -138,7 +139,7 @@ def conditions_of(case: ParityCase) -> Conditions:
 def latents_of(case: ParityCase) -> Tensor:
     """[B, T, C, h, w]"""
     shape = (case.model.latent_channels, *case.grid)
-    return normal(NoiseKey(case.seed, 0), "parity/latents", torch.arange(case.batch), (0, case.frames), shape).to(case.dtype)
+    return normal(NoiseKey(case.seed, PARITY), "latents", torch.arange(case.batch), (0, case.frames), shape).to(case.dtype)
 
 
 def forward(case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -157,7 +158,7 @@ def forward(case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: s
     conditions = replace(conditions, c2w=held(conditions.c2w), intrinsics=held(conditions.intrinsics), text=text, text_mask=mask)
     latents = latents_of(case)[rows, sequence.frames.start : sequence.frames.stop]
     clips = Clips(latents.to(case.device), torch.arange(case.batch)[rows].to(case.device))
-    output = OBJECTIVES[case.objective.name](model, clips, NoiseKey(case.seed, 0), case.objective, sequence, conditions)
+    output = OBJECTIVES[case.objective.name](model, clips, NoiseKey(case.seed, PARITY), case.objective, sequence, conditions)
     for handle in handles:
         handle.remove()
     return output.loss, seen[-1]

@@ -26,7 +26,6 @@ from parallel.sequence import SequenceShard, make_sequence
 from wm_train.backends import Backend
 from wm_train.conditioning import Conditions
 from wm_train.config import DataConfig, RunConfig, StageConfig
-from wm_train.curriculum import ordered
 from wm_train.feed import Feed
 from wm_train.mesh_rules import valid_worlds
 from wm_train.metrics.flops import FORWARDS_PER_STEP, Flops, forward_flops, frame_pairs
@@ -109,14 +108,14 @@ def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
             f"Fix: trainer.accumulate={share}"
         )
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
-    place = ordered(run.recipe).index(run.stage)
     sizes = {tokens_per_frame(run, other.info.latent_height, other.info.latent_width) for other in (dataset, *mixture)}
     text = dataset.info.text_length if run.model.text_width else 0
     flops = {size: forward_flops(run.model, frames, size, text, config.chunk_frames) for size in sizes}
     engine = make_engine(run.parallel.attention, mesh.comm)
     null = dataset.null_text() if run.model.text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
-    return Stage(run, config, backend, world, mesh, dataset, mixture, frames, NoiseKey(run.seed, place), null_text, kernels, engine, flops)
+    noise = NoiseKey(run.seed, run.stage)
+    return Stage(run, config, backend, world, mesh, dataset, mixture, frames, noise, null_text, kernels, engine, flops)
 
 
 def tokens_per_frame(run: RunConfig, latent_height: int, latent_width: int) -> int:

@@ -14,6 +14,7 @@ from wm_train.curriculum import checkpoints_of, handover, source_of
 from wm_train.manifest import Manifest
 from wm_train.models.pretrained import load_pretrained_
 from wm_train.models.public_layout import stage_parts
+from wm_train.noise import KEYING
 from wm_train.state import SetupError, TrainState, identity
 from wm_train.tracking import public_config
 from wm_train.world import World
@@ -42,6 +43,11 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
         return Start()
     folder, manifest = found
     mine, theirs = identity(run, data_fingerprint), manifest.facts["identity"]
+    if "noise" not in theirs:
+        raise SetupError(
+            f"cannot continue {folder}, which was trained with noise keyed by the stage's position: "
+            f"got keying 1, expected {KEYING} (by the stage's name). Fix: name=<new run>"
+        )
     sides = ((theirs, manifest.facts["config"]), (mine, public_config(run)))
     before, now = ({**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"} for facts, config in sides)
     different = [_difference(key, before.get(key), now[key]) for key in mine if theirs.get(key) != _as_json(mine[key])]

@@ -19,6 +19,7 @@ from wm_train.config import OptimizerConfig, RunConfig
 from wm_train.curriculum import matching, stage_directory
 from wm_train.models import build_model, use_engine_
 from wm_train.models.init import initialise_
+from wm_train.noise import KEYING
 from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
 from wm_train.optim.build import OPTIMIZERS
 from wm_train.optim.ema import ema_start, ema_update, ema_weights
@@ -192,6 +193,7 @@ def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
     return {
         "stage": run.stage,
+        "noise": {"stage": run.stage, "keying": KEYING},
         "seed": run.seed,
         "frames": stage.frames,
         "global_batch": stage.global_batch,

@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 
 from wm_train.config import ObjectiveConfig
-from wm_train.noise import NoiseKey
+from wm_train.noise import VALIDATION, NoiseKey
 from wm_train.objectives import OBJECTIVES
 from wm_train.stage import Stage, batch_parts, conditions_of, on_device, open_loader, sequence_of
 from wm_train.state import TrainState
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NOISE_STAGE = 2**16  # no stage of a recipe has this index, so validation never sees noise that training saw
 
 
 def at_sigma(config: ObjectiveConfig, sigma: float) -> ObjectiveConfig:
@@ -46,7 +45,7 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
             for part in batch_parts(batch, parts):
                 objective = OBJECTIVES[config.name]
                 output = objective(
-                    state.model, part, NoiseKey(stage.run.seed, NOISE_STAGE), config, sequence_of(stage, part), conditions_of(stage, part)
+                    state.model, part, NoiseKey(stage.run.seed, VALIDATION), config, sequence_of(stage, part), conditions_of(stage, part)
                 )
                 counted = part.draws < wanted  # the last row of an uneven share stands in for nobody
                 total += float((output.loss.double() * counted).sum()) / stage.mesh.sequence_size

@@ -49,7 +49,7 @@ def test_each_member_reads_only_its_frames(counting, cp):
     replicated = last.offset + last.length - first.offset  # one read, with the tar's headers between them
     if counting.clips("train")[0].shard.endswith(".zarr"):
         replicated = sum(member.length for member in shared)
-    options = {"seed": 0, "stage": 0, "global_batch": batch, "rows": range(batch), "clip_frames": 3}
+    options = {"seed": 0, "stage": "short", "global_batch": batch, "rows": range(batch), "clip_frames": 3}
 
     def read(frames, first):
         """(latents of the steps, whether poses came along, bytes read)"""

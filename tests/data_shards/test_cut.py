@@ -21,7 +21,7 @@ def with_images(recording, tmp_path_factory):
 
 
 def options(**changed):
-    return {"seed": 2, "stage": 0, "global_batch": 6, "rows": range(6), "frames": (0, 2), "clip_frames": 2, **changed}
+    return {"seed": 2, "stage": "short", "global_batch": 6, "rows": range(6), "frames": (0, 2), "clip_frames": 2, **changed}
 
 
 def test_a_cut_is_what_the_codec_makes_of_the_frames_from_there_on(recording, with_images):

@@ -346,7 +346,7 @@ def test_quarantine_replaces_only_the_bad_shards_clips(damaged, dataset_path, tr
     (damaged / SHARD).write_bytes(b"")
     bad = verify.verify_dataset(str(damaged))[2]
     assert bad == {SHARD}
-    options = {"seed": 1, "stage": 0, "global_batch": 2, "rows": range(2), "frames": (0, 3), "clip_frames": 3}
+    options = {"seed": 1, "stage": "short", "global_batch": 2, "rows": range(2), "frames": (0, 3), "clip_frames": 3}
     with ClipLoader(open_dataset(str(dataset_path)), **options) as loader:
         whole = [next(loader) for _ in range(6)]
     named = frozenset(open_dataset(str(damaged)).global_name(shard) for shard in bad)

@@ -22,7 +22,7 @@ def dataset(dataset_path):
 
 
 def take(dataset, steps, **options):
-    settings = {"seed": 5, "stage": 1, "global_batch": 4, "rows": range(4), "frames": (0, 3), "clip_frames": 3, **options}
+    settings = {"seed": 5, "stage": "short", "global_batch": 4, "rows": range(4), "frames": (0, 3), "clip_frames": 3, **options}
     with ClipLoader(dataset, **settings) as loader:
         return [next(loader) for _ in range(steps)]
 
@@ -33,7 +33,7 @@ def same(a, b):
 
 
 def test_batches_follow_the_order(dataset):
-    clips, order = dataset.clips("train"), SampleOrder(len(dataset.clips("train")), 5, 1)
+    clips, order = dataset.clips("train"), SampleOrder(len(dataset.clips("train")), 5, "short")
     for step, batch in enumerate(take(dataset, 3)):
         draws = range(step * 4, step * 4 + 4)
         assert batch.draws.tolist() == list(draws)
@@ -134,7 +134,7 @@ def test_damage_reaches_the_consumer_and_the_thread_ends(damaged):
     for shard in (damaged / "shards").iterdir():
         shard.write_bytes(shard.read_bytes()[:3000])
     before = threading.active_count()
-    loader = ClipLoader(open_dataset(str(damaged)), seed=0, stage=0, global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3)
+    loader = ClipLoader(open_dataset(str(damaged)), seed=0, stage="short", global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3)
     with pytest.raises(DataError, match=r"shard shards/00000\d.tar, key e\d+-t\d+, field latent.npy"):
         next(loader)
     assert threading.active_count() == before
@@ -145,7 +145,7 @@ def test_damage_reaches_the_consumer_and_the_thread_ends(damaged):
 def test_the_wait_for_data_is_measured(dataset, monkeypatch):
     read = dataset.rows
     monkeypatch.setattr(dataset, "rows", lambda *given: (time.sleep(0.1), read(*given))[1])
-    with ClipLoader(dataset, seed=0, stage=0, global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, prefetch=1) as loader:
+    with ClipLoader(dataset, seed=0, stage="short", global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, prefetch=1) as loader:
         assert next(loader).data_wait_s > 0.15  # two clips, one after the other
         while not loader._queue.full():
             time.sleep(0.01)
@@ -155,12 +155,12 @@ def test_the_wait_for_data_is_measured(dataset, monkeypatch):
 def test_readers_read_at_the_same_time(dataset, monkeypatch):
     read, both = dataset.rows, threading.Barrier(2)
     monkeypatch.setattr(dataset, "rows", lambda *given: (both.wait(timeout=20), read(*given))[1])
-    with ClipLoader(dataset, seed=0, stage=0, global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, readers=2) as loader:
+    with ClipLoader(dataset, seed=0, stage="short", global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, readers=2) as loader:
         assert len(next(loader).keys) == 2
 
 
 def test_close_while_the_queue_is_full(dataset):
-    loader = ClipLoader(dataset, seed=0, stage=0, global_batch=1, rows=range(1), frames=(0, 3), clip_frames=3, prefetch=1)
+    loader = ClipLoader(dataset, seed=0, stage="short", global_batch=1, rows=range(1), frames=(0, 3), clip_frames=3, prefetch=1)
     next(loader)
     loader.close()
     assert not loader._thread.is_alive()

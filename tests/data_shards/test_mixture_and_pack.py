@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 2**31)
 @given(weights=st.lists(st.floats(0.5, 10), min_size=1, max_size=6), seed=SEEDS)
 def test_choice_is_exact_and_consumes_every_stream_in_full(weights, seed):
     # the smallest share here is 200 * 0.5 / 50.5 places; smaller ones are refused, see test_bad_weights_are_refused
-    choice = WeightedChoice(tuple(weights), seed, 0, window=200)
+    choice = WeightedChoice(tuple(weights), seed, "short", window=200)
     taken = [choice.choose(position) for position in range(3 * 200)]
     assert len(set(taken)) == len(taken)
     for stream, share in enumerate(choice.shares):
@@ -28,7 +28,7 @@ def test_choice_is_exact_and_consumes_every_stream_in_full(weights, seed):
 
 
 def test_mixture_keeps_each_data_sets_epochs():
-    order = MixtureOrder((10, 30), (1.0, 3.0), seed=1, stage_index=2, window=40)
+    order = MixtureOrder((10, 30), (1.0, 3.0), seed=1, stage="long", window=40)
     taken = Counter(order.sample(draw) for draw in range(80))
     assert taken == {**{(0, i): 2 for i in range(10)}, **{(1, i): 2 for i in range(30)}}
     first = [order.sample(draw)[0] for draw in range(40)]
@@ -36,13 +36,13 @@ def test_mixture_keeps_each_data_sets_epochs():
 
 
 def test_a_small_weight_gets_its_share_all_the_same():
-    choice = WeightedChoice((1.0, 1e-5), 0, 0)
+    choice = WeightedChoice((1.0, 1e-5), 0, "short")
     assert choice.shares[1] / sum(choice.shares) == pytest.approx(1e-5, rel=0.06)
     assert min(choice.shares) >= 10
 
 
 def test_a_mixture_of_one_is_the_plain_order():
-    mixture, plain = MixtureOrder((50,), (2.0,), seed=4, stage_index=1), SampleOrder(50, 4, 1)
+    mixture, plain = MixtureOrder((50,), (2.0,), seed=4, stage="short"), SampleOrder(50, 4, "short")
     assert [mixture.sample(draw) for draw in range(120)] == [(0, plain.sample(draw)) for draw in range(120)]
     assert [mixture.replacement(draw, 3) for draw in range(20)] == [(0, plain.replacement(draw, 3)) for draw in range(20)]
 
@@ -50,11 +50,11 @@ def test_a_mixture_of_one_is_the_plain_order():
 def test_bad_weights_are_refused():
     for weights in ((), (1.0, 0.0), (1.0, float("nan")), (-1.0,)):
         with pytest.raises(DataError, match="expected positive numbers"):
-            WeightedChoice(weights, 0, 0)
+            WeightedChoice(weights, 0, "short")
     with pytest.raises(DataError, match=r"number 1 has no place in a window of 1000. Fix: window=\d+"):
-        WeightedChoice((1.0, 1e-5), 0, 0, window=1000)
+        WeightedChoice((1.0, 1e-5), 0, "short", window=1000)
     with pytest.raises(DataError, match="2 data sets and 1 weights"):
-        MixtureOrder((1, 2), (1.0,), 0, 0)
+        MixtureOrder((1, 2), (1.0,), 0, "short")
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +71,7 @@ LENGTHS = [3 + i % 9 for i in range(500)]
 
 
 def packer(sequences_per_window):
-    return Packer(SampleOrder(500, 7, 3).sample, LENGTHS.__getitem__, sum(LENGTHS) / 500, 32, sequences_per_window)
+    return Packer(SampleOrder(500, 7, "long").sample, LENGTHS.__getitem__, sum(LENGTHS) / 500, 32, sequences_per_window)
 
 
 def test_packed_sequences_are_a_function_of_their_number():
@@ -83,7 +83,7 @@ def test_packed_sequences_are_a_function_of_their_number():
         ends = [start + LENGTHS[clip] for start, clip in zip(sequence.starts, sequence.clips)]
         assert list(sequence.starts) == [0, *ends[:-1]]  # documents touch, none overlaps
         assert sequence.valid_frames == ends[-1] <= 32
-        assert [SampleOrder(500, 7, 3).sample(draw) for draw in sequence.draws] == list(sequence.clips)
+        assert [SampleOrder(500, 7, "long").sample(draw) for draw in sequence.draws] == list(sequence.clips)
 
 
 def test_every_draw_is_packed_once_or_reported_and_waste_is_small():
@@ -100,4 +100,4 @@ def test_every_draw_is_packed_once_or_reported_and_waste_is_small():
 
 def test_clips_longer_than_a_sequence_are_refused():
     with pytest.raises(DataError, match="clips of 40 to 40 latent frames, expected 1 to 32"):
-        Packer(SampleOrder(3, 0, 0).sample, lambda clip: 40, 40.0, 32).sequence(0)
+        Packer(SampleOrder(3, 0, "short").sample, lambda clip: 40, 40.0, 32).sequence(0)

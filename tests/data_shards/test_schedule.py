@@ -20,13 +20,13 @@ def source(lengths, weight=1.0, size=SMALL, cut_every=0):
 
 
 def plain():
-    return Schedule([source([7] * 40)], (7,), 3, 1, BATCH)
+    return Schedule([source([7] * 40)], (7,), 3, "short", BATCH)
 
 
 def rich(pack=False):
     sizes = (SMALL, SMALL) if pack else (SMALL, WIDE)
     first = source([5, 11, 12, 30, 8] * 9, 3.0, sizes[0], cut_every=3)
-    return Schedule([first, source([11] * 7 + [6] * 5, 1.0, sizes[1])], (5, 11), 3, 1, BATCH, pack)
+    return Schedule([first, source([11] * 7 + [6] * 5, 1.0, sizes[1])], (5, 11), 3, "short", BATCH, pack)
 
 
 @settings(max_examples=25, deadline=None)
@@ -43,7 +43,7 @@ def test_8_6_12_3_ranks_changed_at_any_step_see_the_same_global_batches(data, ma
 
 
 def test_of_one_data_set_and_length_it_is_the_plain_order():
-    order = SampleOrder(40, 3, 1)
+    order = SampleOrder(40, 3, "short")
     taken = [row.takes for step in range(5) for row in plain().rows(step, range(BATCH))]
     assert [takes[0].clip for takes in taken] == [order.sample(draw) for draw in range(5 * BATCH)]
     assert {(len(takes), takes[0].start, takes[0].frames) for takes in taken} == {(1, 0, 7)}
@@ -66,17 +66,17 @@ def test_a_step_never_mixes_shapes_and_each_clip_is_cut_to_the_longest_it_fills(
 
 
 def test_a_mixtures_weights_hold_inside_a_bucket():
-    schedule = Schedule([source([9] * 10, 3.0), source([9] * 1000, 1.0)], (9,), 0, 0, 40)
+    schedule = Schedule([source([9] * 10, 3.0), source([9] * 1000, 1.0)], (9,), 0, "short", 40)
     taken = Counter(row.takes[0].source for step in range(100) for row in schedule.rows(step, range(40)))
     assert taken == {0: 3000, 1: 1000}
 
 
 def test_cuts_start_where_image_latents_are_and_differ_from_draw_to_draw():
-    schedule = Schedule([source([30], cut_every=3)], (11,), 0, 0, 1)
+    schedule = Schedule([source([30], cut_every=3)], (11,), 0, "short", 1)
     starts = Counter(schedule.rows(step, [0])[0].takes[0].start for step in range(700))
     assert set(starts) == {0, 3, 6, 9, 12, 15, 18}  # 18 + 11 <= 30
     assert min(starts.values()) > 60
-    assert Schedule([source([30])], (11,), 0, 0, 1).rows(5, [0])[0].takes[0].start == 0
+    assert Schedule([source([30])], (11,), 0, "short", 1).rows(5, [0])[0].takes[0].start == 0
 
 
 @pytest.mark.parametrize("made", [plain, rich, lambda: rich(pack=True)], ids=["plain", "buckets", "packed"])
@@ -110,7 +110,7 @@ def test_packed_rows_hold_whole_clips_and_little_else():
             assert take.frames == min(11, schedule.sources[take.source].latent_frames[take.clip])
     assert max(len(row.takes) for row in rows) == 2
     with pytest.raises(DataError, match="one size"):
-        Schedule([source([9]), source([9], size=WIDE)], (9,), 0, 0, 1, pack=True)
+        Schedule([source([9]), source([9], size=WIDE)], (9,), 0, "short", 1, pack=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,12 +126,12 @@ def test_shares_are_equally_many_rows_of_nearly_equal_cost(costs, members):
 
 def test_a_clip_too_short_for_every_cut_is_named():
     with pytest.raises(ShortClip) as caught:
-        Schedule([source([9, 4, 9])], (5, 9), 0, 0, 1)
+        Schedule([source([9, 4, 9])], (5, 9), 0, "short", 1)
     assert (caught.value.source, caught.value.clip, caught.value.frames, caught.value.wanted) == (0, 1, 4, 5)
     with pytest.raises(DataError, match="empty split"):
-        Schedule([source([])], (5,), 0, 0, 1)
+        Schedule([source([])], (5,), 0, "short", 1)
 
 
 def test_a_million_clips_and_a_distant_step_cost_nothing():
-    schedule = Schedule([source(np.full(10**6, 9))], (9,), 0, 0, 64)
+    schedule = Schedule([source(np.full(10**6, 9))], (9,), 0, "short", 64)
     assert len({row.takes[0].clip for step in range(10**9, 10**9 + 3) for row in schedule.rows(step, range(64))}) == 192

@@ -74,7 +74,7 @@ def looked(many_shards, damaged_copies, demo_run, run_ranks, tmp_path_factory):
 
 
 def loader(dataset, **changed):
-    options = {"seed": 0, "stage": 0, "global_batch": 4, "rows": range(4), "frames": (0, 4), "clip_frames": 4}
+    options = {"seed": 0, "stage": "short", "global_batch": 4, "rows": range(4), "frames": (0, 4), "clip_frames": 4}
     return ClipLoader(dataset, **options, **changed)
 
 

@@ -76,7 +76,7 @@ def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(came
     model, (latents, _, conditions) = awake(CONFIG), clip(camera_path, 11)
     with torch.no_grad():  # tame the random flow, so that errors do not grow along it
         model.final_layer.linear.weight.mul_(0.2)
-    layout, key, draws = ClipLayout(11, chunk_starts=chunk_starts(11, 3)), NoiseKey(0, 1), torch.tensor([3, 5])
+    layout, key, draws = ClipLayout(11, chunk_starts=chunk_starts(11, 3)), NoiseKey(0, "first"), torch.tensor([3, 5])
     made = torch.cat(list(stream_rollout(model, latents[:, 0], conditions, 3, key, draws, layout, flow_shift=2.0)), dim=1)
     assert torch.equal(made[:, 0], latents[:, 0])
     done = made[:, :0]

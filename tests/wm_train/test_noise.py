@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from wm_train.noise import NoiseKey, normal, philox4x32, random_words, uniform
+from wm_train.curriculum import NAME
+from wm_train.noise import PARAMETERS, PARITY, VALIDATION, NoiseKey, normal, philox4x32, random_words, uniform
 
-KEY = NoiseKey(seed=7, stage=1)
+KEY = NoiseKey(seed=7, stage="first")
 
 # Random123's known-answer file (kat_vectors, "philox4x32 10").
 VECTORS = [
@@ -33,7 +34,7 @@ def test_a_slice_of_frames_is_the_slice_of_the_whole():
 
 @pytest.mark.parametrize(
     ("key", "purpose", "draw"),
-    [(NoiseKey(8, 1), "noise", 5), (NoiseKey(7, 2), "noise", 5), (KEY, "sigma", 5), (KEY, "noise", 6), (KEY, "noise", 5 + 2**32)],
+    [(NoiseKey(8, "first"), "noise", 5), (NoiseKey(7, "second"), "noise", 5), (KEY, "sigma", 5), (KEY, "noise", 6), (KEY, "noise", 5 + 2**32)],
 )
 def test_every_part_of_the_key_changes_the_numbers(key, purpose, draw):
     reference = random_words(KEY, "noise", torch.tensor([5]), (0, 1), 400)
@@ -61,3 +62,8 @@ def test_uniforms_stay_inside_the_open_interval_and_are_uniform():
     assert u.shape == (20_000,)
     assert 0 < u.min() < u.max() < 1
     assert (u.sort().values - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 1.95 / math.sqrt(20_000)
+
+
+def test_no_stage_can_have_the_name_of_a_reserved_key():
+    assert len({PARAMETERS, VALIDATION, PARITY}) == 3
+    assert not any(NAME.fullmatch(name) for name in (PARAMETERS, VALIDATION, PARITY))

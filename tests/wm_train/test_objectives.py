@@ -19,7 +19,7 @@ from wm_train.objectives import OBJECTIVES
 from wm_train.objectives.chunk_mixture import ANCHORED, CLEAN_PAST, INCREMENTAL, SAME, chunk_levels, drawn_pattern
 from wm_train.objectives.flow_matching import clip_sigma, shift_sigma
 
-KEY = NoiseKey(3, 1)
+KEY = NoiseKey(3, "first")
 CONFIG = ObjectiveConfig(image_condition=0.5, camera_dropout=0.5, flow_shift=3.0)
 
 

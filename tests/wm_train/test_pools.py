@@ -23,7 +23,7 @@ from wm_train.pools import boundaries, pool_runs, range_share
 from wm_train.rollout import Experts, rollout
 from wm_train.validation import at_sigma, levels_of
 
-KEY = NoiseKey(3, 1)
+KEY = NoiseKey(3, "first")
 DRAWS = torch.arange(4096)
 
 

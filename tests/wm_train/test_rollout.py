@@ -12,7 +12,7 @@ from wm_train.conditioning import Conditions
 from wm_train.noise import NoiseKey
 from wm_train.rollout import rollout
 
-KEY, CONDITIONS = NoiseKey(0, 1), Conditions((96, 160), 8)
+KEY, CONDITIONS = NoiseKey(0, "first"), Conditions((96, 160), 8)
 
 
 class StraightFlow(torch.nn.Module):

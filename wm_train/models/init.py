@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wm_train.noise import NoiseKey, normal, random_words, unit_interval
+from wm_train.noise import PARAMETERS, NoiseKey, normal, random_words, unit_interval
 from wm_train.tensor_parts import local_box, local_tensor
 
 
@@ -48,7 +48,7 @@ def parameter_values(seed: int, name: str, shape: Sequence[int], rule: Rule, sli
     rows = slices[0] if slices else slice(0, shape[0] if shape else 1)
     start, stop = rows.start or 0, rows.stop if rows.stop is not None else shape[0]
     row_shape = tuple(shape[1:])
-    values = _rows(NoiseKey(seed, 0), f"parameter/{name}", (start, max(start, stop)), row_shape, rule)
+    values = _rows(NoiseKey(seed, PARAMETERS), name, (start, max(start, stop)), row_shape, rule)
     for row in rule.zero_rows:
         if start <= row < stop:
             values[row - start] = 0.0
