@@ -90,3 +90,44 @@ def test_the_fresh_model_predicts_nothing_and_its_gates_are_shut():
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="nonesuch"):
         parameter_values(0, "a", (2, 2), Rule("nonesuch"))
+
+
+class Table(nn.Module):
+    """A layer with a rotary table that no checkpoint holds, as `build_model` may make it on meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(3))
+        self.register_buffer("cos", torch.empty(4, 3), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        self.cos.copy_(torch.cos(torch.arange(12, device=self.cos.device).view(4, 3) * 0.1))
+
+
+def test_a_table_in_a_buffer_is_refilled_after_the_model_was_made_without_storage():
+    with torch.device("meta"):
+        model = nn.Sequential(Table())
+    model.to_empty(device="cpu")
+    initialise_(model, 0)
+    assert torch.equal(model[0].cos, torch.cos(torch.arange(12).view(4, 3) * 0.1))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_nobody_refills_is_refused_by_name(persistent):
+    model = nn.Sequential(Table(), nn.Linear(2, 2))
+    model[1].register_buffer("mean", torch.ones(2), persistent=persistent)
+    with pytest.raises(ValueError, match=r"got 1\.mean, .*Linear.*expected .*reset_buffers"):
+        initialise_(model, 0)
+    assert torch.equal(model[1].mean, torch.ones(2))
+
+
+def test_the_models_own_buffers_are_refilled():
+    with torch.device("meta"):
+        model = build_model(CONFIG)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(math.nan)
+    initialise_(model, 0)
+    assert [name for name, _ in model.named_buffers()] == [f"blocks.{i}.attn.recall_gate" for i in range(CONFIG.depth)]
+    assert not any(buffer.any() for buffer in model.buffers())

@@ -34,7 +34,13 @@ def test_a_slice_of_frames_is_the_slice_of_the_whole():
 
 @pytest.mark.parametrize(
     ("key", "purpose", "draw"),
-    [(NoiseKey(8, "first"), "noise", 5), (NoiseKey(7, "second"), "noise", 5), (KEY, "sigma", 5), (KEY, "noise", 6), (KEY, "noise", 5 + 2**32)],
+    [
+        (NoiseKey(8, "first"), "noise", 5),
+        (NoiseKey(7, "second"), "noise", 5),
+        (KEY, "sigma", 5),
+        (KEY, "noise", 6),
+        (KEY, "noise", 5 + 2**32),
+    ],
 )
 def test_every_part_of_the_key_changes_the_numbers(key, purpose, draw):
     reference = random_words(KEY, "noise", torch.tensor([5]), (0, 1), 400)

@@ -83,6 +83,9 @@ class CameraAttention(nn.Module):
             self.q_norm_cam = nn.RMSNorm(width, eps=1e-5)
             self.k_norm_cam = nn.RMSNorm(width, eps=1e-5)
 
+    def reset_buffers(self) -> None:
+        self.recall_gate.zero_()
+
     def by_head(self, x: Tensor) -> Tensor:
         """[B, t, S, H * D] -> [B, t, S, H, D]."""
         return x.unflatten(-1, (self.heads, self.head_dim))
