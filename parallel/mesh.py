@@ -8,116 +8,17 @@ ulysses: inside a sequence group every process would otherwise hold the same par
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.comm import Member
+from parallel.degrees import Coordinate, MeshDegrees
 from parallel.layout import FrameRange, split_evenly
 from parallel.process_group import ProcessGroupComm
-
-
-class DegreesWanted(Protocol):
-    """The `parallel` section of a run's configuration; None asks for the derived value."""
-
-    @property
-    def dp_replicate(self) -> int: ...
-    @property
-    def dp_shard(self) -> int | None: ...
-    @property
-    def cp(self) -> int: ...
-    @property
-    def ulysses(self) -> int | None: ...
-    @property
-    def ring(self) -> int | None: ...
-
-
-@dataclass(frozen=True)
-class Coordinate:
-    dp_replicate: int
-    dp_shard: int
-    ring: int
-    ulysses: int
-
-
-@dataclass(frozen=True)
-class MeshDegrees:
-    """How many ways each thing is split."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    ring: int = 1
-    ulysses: int = 1
-
-    def __post_init__(self) -> None:
-        bad = {name: n for name, n in vars(self).items() if n < 1}
-        if bad:
-            raise ValueError(f"mesh is impossible: got {bad} in {self}, expected every degree >= 1 (key parallel)")
-
-    @staticmethod
-    def from_config(wanted: DegreesWanted, world: int, heads: int) -> MeshDegrees:
-        """Fill in what is left open: ulysses = gcd(heads, cp), ring = cp / ulysses, dp_shard = what the other degrees leave of the
-        world.
-        """
-        cp = wanted.cp
-        if wanted.ulysses is None and wanted.ring is None:
-            ulysses = math.gcd(heads, cp)
-        else:
-            ulysses = wanted.ulysses or max(1, cp // (wanted.ring or 1))
-        ring = wanted.ring or max(1, cp // ulysses)
-        if ring * ulysses != cp:
-            raise ValueError(
-                f"mesh is impossible: got ring {ring} x ulysses {ulysses}, expected cp {cp} (parallel.ring, parallel.ulysses, parallel.cp)."
-                f" Fix: parallel.cp={ring * ulysses}"
-            )
-        fixed = max(1, wanted.dp_replicate * cp)
-        degrees = MeshDegrees(wanted.dp_replicate, max(1, world // fixed) if wanted.dp_shard is None else wanted.dp_shard, ring, ulysses)
-        degrees.check(world, heads)
-        return degrees
-
-    @property
-    def world(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.ring * self.ulysses
-
-    @property
-    def cp(self) -> int:
-        return self.ring * self.ulysses
-
-    def check(self, world: int, heads: int) -> None:
-        """ValueError unless the product is the world and no Ulysses member is without heads."""
-        text = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x ring {self.ring} x ulysses {self.ulysses} = {self.world}"
-        if self.world != world:
-            inner = self.dp_replicate * self.cp
-            fix = f"parallel.dp_shard={world // inner}" if world % inner == 0 else f"{self.world} processes (launcher.workers={self.world})"
-            raise ValueError(f"mesh does not fit: got {text}, expected the number of processes, {world} (key parallel). Fix: {fix}")
-        if self.ulysses > heads:
-            valid = [n for n in range(1, heads + 1) if self.cp % n == 0]
-            raise ValueError(
-                f"mesh does not fit: got {text}, expected ulysses <= {heads} heads (key parallel.ulysses)."
-                f" Fix: parallel.ulysses={valid[-1]} parallel.ring={self.cp // valid[-1]}"
-            )
-
-    def coordinate(self, rank: int) -> Coordinate:
-        rest, ulysses = divmod(rank, self.ulysses)
-        rest, ring = divmod(rest, self.ring)
-        replicate, shard = divmod(rest, self.dp_shard)
-        return Coordinate(replicate, shard, ring, ulysses)
-
-    def rank(self, place: Coordinate) -> int:
-        return ((place.dp_replicate * self.dp_shard + place.dp_shard) * self.ring + place.ring) * self.ulysses + place.ulysses
-
-    def groups(self, axis: str) -> list[list[int]]:
-        """All groups of one axis ("sequence", "ulysses" or "ring"), each in member order."""
-        if axis == "ring":
-            starts = [r for r in range(self.world) if self.coordinate(r).ring == 0]
-            return [[start + i * self.ulysses for i in range(self.ring)] for start in starts]
-        size = self.ulysses if axis == "ulysses" else self.cp
-        return [list(range(start, start + size)) for start in range(0, self.world, size)]
 
 
 @dataclass(frozen=True)
@@ -177,8 +78,13 @@ def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None
     """The mesh of the initialised default process group. Every process calls it with the same degrees.
 
     timeout: how long a collective of the sequence groups may take (None: torch's default; new groups do not inherit the default group's).
+    Raises ValueError for degrees whose product is not the world.
     """
-    degrees.check(dist.get_world_size(), degrees.ulysses)
+    if degrees.world != dist.get_world_size():
+        raise ValueError(
+            f"mesh does not fit: got {degrees} = {degrees.world} processes, expected {dist.get_world_size()}"
+            f" (key parallel). Fix: launcher.workers={degrees.world}"
+        )
     place = degrees.coordinate(dist.get_rank())
     inner = degrees.dp_shard * degrees.cp
     if degrees.dp_replicate > 1:

@@ -140,12 +140,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """world = dp_replicate x dp_shard x ring x ulysses. null asks for the derived value."""
+    """world = dp_replicate x dp_shard x ring x ulysses. null asks for the derived value (parallel/degrees.py)."""
 
     dp_replicate: int = 1
     dp_shard: int | None = None  # null: whatever the worker count leaves
-    cp: int = 1
-    ulysses: int | None = None  # null: gcd(heads, cp)
+    cp: int | None = None  # processes that share a clip; null: ulysses x ring, so 1 without them
+    ulysses: int | None = None  # at most the heads; null: cp / ring, or gcd(heads, cp) if ring is null too
     ring: int | None = None  # null: cp / ulysses
     attention: str = "native"  # native | deepspeed | xfuser: whose softmax attention runs over the sequence group
     precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)

@@ -24,6 +24,7 @@ from pathlib import Path
 import launch
 from launch.progress import ProgressView
 from launch.spec import INTERRUPTED, JOB_ID, USER_ERROR, BatchJob, LaunchSpec, Pods, fill, write_private
+from parallel.degrees import sequence_size
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig
 from wm_train.manifest import committed
@@ -146,7 +147,7 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
             "RAY_USAGE_STATS_ENABLED": "0",
         },
         cpus_per_worker=config.launcher.cpus_per_worker,
-        together=own.parallel.cp,
+        together=sequence_size(own.parallel),
         accelerators=config.backend.name != "cpu",
         address=config.launcher.address,
         nodes=config.launcher.nodes,

@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from parallel.mesh import MeshDegrees
+from parallel.degrees import MeshDegrees, sequence_size
 from wm_train import compose, curriculum
 from wm_train.backends import get_backend
-from wm_train.config import ParallelConfig, RunConfig
+from wm_train.config import RunConfig
 from wm_train.models import build_model
 from wm_train.objectives import OBJECTIVES
 from wm_train.parity_case import Comparison, Outcome, ParityCase, TrafficRow, compare, not_exercised, on_one_device, on_virtual_ranks
@@ -79,13 +80,14 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
-    """The mesh to prove. Ulysses and ring, where both are given, decide; virtual ranks cover one sequence group."""
-    wanted = config.parallel
-    cp = wanted.ulysses * wanted.ring if wanted.ulysses and wanted.ring else max(wanted.cp, wanted.ulysses or 1, wanted.ring or 1)
-    wanted = ParallelConfig(wanted.dp_replicate, wanted.dp_shard, cp, wanted.ulysses, wanted.ring)
-    if not processes:
-        return MeshDegrees.from_config(ParallelConfig(1, 1, cp, wanted.ulysses, wanted.ring), cp, config.model.heads)
-    return MeshDegrees.from_config(wanted, config.launcher.workers, config.model.heads)
+    """Return the mesh to prove: that of launcher.workers processes, or one sequence group for virtual ranks.
+
+    Raises ValueError for a mesh that launch would refuse.
+    """
+    wanted, heads = config.parallel, config.model.heads
+    if processes:
+        return MeshDegrees.from_config(wanted, config.launcher.workers, heads)
+    return MeshDegrees.from_config(replace(wanted, dp_replicate=1, dp_shard=1), sequence_size(wanted), heads)
 
 
 def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from parallel.mesh import MeshDegrees, build_mesh
+from parallel.degrees import MeshDegrees
+from parallel.mesh import build_mesh
 from parallel.sequence import make_sequence
 from parallel.sharding import shard_model
 from wm_train.parity_case import Outcome, ParityCase, forward, make_model

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parallel.degrees import sequence_size
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig, StageConfig
 from wm_train.pools import named, pool_runs
@@ -138,8 +139,9 @@ def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory
     from wm_train.memory import ClipShape, stage_memory
 
     whole = (stage.frames - 1) // frame.temporal_stride + 1
-    clips = -(-stage.global_batch * run.parallel.cp // (run.launcher.workers * run.trainer.accumulate))
-    held = len(split_evenly(whole, run.parallel.cp)[0])
+    size = sequence_size(run.parallel)
+    clips = -(-stage.global_batch * size // (run.launcher.workers * run.trainer.accumulate))
+    held = len(split_evenly(whole, size)[0])
     shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
     shards = run.launcher.workers // run.parallel.dp_replicate
     memory = stage_memory(run.model, stage.optimizer, shape, shards, run.parallel, run.trainer.async_checkpoint, stage.frozen)
@@ -179,12 +181,13 @@ def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, i
     until = f" or a held-out loss of {config.until_loss:g}" if config.until_loss else ""
     trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained"
     replicas = f"{mesh.dp_replicate} replicas x " if mesh.dp_replicate > 1 else ""
-    data = run.launcher.workers // mesh.cp // mesh.dp_replicate
+    size = sequence_size(mesh)
+    data = run.launcher.workers // size // mesh.dp_replicate
     return [
         f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
         f"{config.steps:,} steps{until} of {config.global_batch} clips",
         f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g}, {config.optimizer.schedule}, {mesh.precision}",
-        f"  {run.launcher.workers} workers = {replicas}{data} data parallel x {mesh.cp} sequence parallel; "
+        f"  {run.launcher.workers} workers = {replicas}{data} data parallel x {size} sequence parallel; "
         f"each holds {clips} clips x {held} latent frames at once",
         f"  {memory.parameters:,} parameters{trained}; GiB per worker: "
         + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.categories().items() if name not in memory.offloaded)

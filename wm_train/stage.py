@@ -18,9 +18,10 @@ from data_shards.load import REPLICATED, Batch, ClipLoader
 from data_shards.read import ClipDataset, open_dataset, select_clips
 from data_shards.remote import RangeCache, RetryPolicy
 from data_shards.schema import latent_frame_count
+from parallel.degrees import MeshDegrees
 from parallel.engines import AttentionEngine, make_engine
 from parallel.layout import ClipLayout
-from parallel.mesh import Mesh, MeshDegrees, build_mesh
+from parallel.mesh import Mesh, build_mesh
 from parallel.reference import Kernels
 from parallel.sequence import SequenceShard, make_sequence
 from wm_train.backends import Backend

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from parallel.degrees import Coordinate, MeshDegrees
 from parallel.layout import ClipLayout, FrameRange, edges
-from parallel.mesh import Coordinate, MeshDegrees
 
 
 def test_split_gives_the_first_members_one_frame_more():
@@ -47,7 +47,7 @@ def test_impossible_layouts_say_what_they_got_and_what_they_expect(arguments):
 class Wanted:
     dp_replicate: int = 1
     dp_shard: int | None = None
-    cp: int = 1
+    cp: int | None = None
     ulysses: int | None = None
     ring: int | None = None
 
@@ -60,6 +60,9 @@ class Wanted:
         (Wanted(cp=4, ring=4), 8, 20, (1, 2, 4, 1)),
         (Wanted(cp=4, ulysses=2), 8, 20, (1, 2, 2, 2)),
         (Wanted(dp_replicate=2, cp=2), 8, 4, (2, 2, 1, 2)),
+        (Wanted(ulysses=2, ring=2), 8, 20, (1, 2, 2, 2)),
+        (Wanted(ring=4), 8, 20, (1, 2, 4, 1)),
+        (Wanted(ulysses=3), 6, 4, (1, 2, 1, 3)),  # uneven heads: 2, 1, 1
     ],
 )
 def test_open_degrees_are_derived(wanted, world, heads, expected):
@@ -70,14 +73,14 @@ def test_open_degrees_are_derived(wanted, world, heads, expected):
 @pytest.mark.parametrize(
     ("wanted", "world", "words"),
     [
-        (Wanted(cp=3), 4, ["dp_replicate 1 x dp_shard 1 x ring 3 x ulysses 1 = 3", "4", "Fix: 3 processes"]),
-        (Wanted(dp_shard=3), 4, ["dp_shard 3", "Fix: parallel.dp_shard=4"]),
-        (Wanted(cp=4, ulysses=3), 4, ["ring 1 x ulysses 3", "expected cp 4"]),
+        (Wanted(cp=3), 4, ["parallel.cp: got 3", "4 workers: 1, 2, 4", "Fix: launcher.workers=3"]),
+        (Wanted(dp_shard=3), 4, ["dp_replicate 1 x dp_shard 3 x cp 1", "launcher.workers=3, or parallel.dp_shard=4"]),
+        (Wanted(cp=4, ulysses=3), 4, ["ring 1 x ulysses 3", "cp = 4", "parallel.cp=null, or"]),
         (Wanted(cp=8, ulysses=8), 8, ["ulysses 8", "4 heads", "Fix: parallel.ulysses=4 parallel.ring=2"]),
         (Wanted(dp_replicate=0), 4, ["dp_replicate"]),
     ],
 )
-def test_impossible_meshes_print_every_degree_and_a_remedy(wanted, world, words):
+def test_impossible_meshes_print_the_degrees_and_a_remedy(wanted, world, words):
     with pytest.raises(ValueError) as error:
         MeshDegrees.from_config(wanted, world, 4)
     for word in words:

@@ -15,6 +15,7 @@ SMALL = ["experiment=demo", "model.depth=2", "model.softmax_every=2", "model.wid
     "mesh",
     [
         ["parallel.ulysses=2", "parallel.ring=2"],
+        ["parallel.ulysses=3", "parallel.ring=2"],  # 4 heads dealt 2, 1, 1
         ["parallel.cp=8"],  # three members hold no frames
         ["parallel.cp=3", "model.activation_checkpointing=block", "model.causal=true", "model.text_width=8"],
     ],

@@ -215,6 +215,7 @@ def test_workers_that_do_not_share_the_batch_evenly_are_told_how_many_do(found: 
         mesh(8, 4, ring=4),
         mesh(8, 2, dp_replicate=2, dp_shard=2),
         mesh(3, 3),  # 4 heads: all ring
+        mesh(3, 3, ulysses=3),  # 4 heads dealt 2, 1, 1
         {"launcher.name": "slurm", "launcher.slurm.runner": "ray", "launcher.nodes": 2, **mesh(3, 3)},  # Ray fills nodes unevenly
     ],
 )

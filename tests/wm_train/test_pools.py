@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel.degrees import sequence_size
 from parallel.layout import ClipLayout
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
@@ -86,8 +87,8 @@ def test_a_pool_is_the_runs_own_command_line_with_its_overrides_behind(tmp_path:
     runs = pool_runs(compose(line), line)
     assert list(runs) == ["high", "low"]
     high, low = runs["high"], runs["low"]
-    assert (high.launcher.workers, high.parallel.cp, high.recipe.stages["short"].steps) == (4, 2, 7)
-    assert (low.launcher.workers, low.parallel.cp, low.recipe.stages["short"].steps) == (1, 1, compose(line).recipe.stages["short"].steps)
+    assert (high.launcher.workers, sequence_size(high.parallel), high.recipe.stages["short"].steps) == (4, 2, 7)
+    assert (low.launcher.workers, sequence_size(low.parallel), low.recipe.stages["short"].steps) == (1, 1, compose(line).recipe.stages["short"].steps)
     assert high.model.depth == low.model.depth == 8
     assert [(stage.objective.sigma_min, stage.objective.sigma_max) for stage in high.recipe.stages.values()] == [(0.6, 1.0)] * 2
     assert [(stage.objective.sigma_min, stage.objective.sigma_max) for stage in low.recipe.stages.values()] == [(0.0, 0.6)] * 2
