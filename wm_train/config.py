@@ -140,12 +140,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """world = dp_replicate x dp_shard x ring x ulysses. null asks for the derived value (parallel/degrees.py)."""
+    """world = dp_replicate x dp_shard x ring x ulysses. null asks for the derived value, see
+    parallel/degrees.py."""
 
     dp_replicate: int = 1
     dp_shard: int | None = None  # null: whatever the worker count leaves
     cp: int | None = None  # processes that share a clip; null: ulysses x ring, so 1 without them
-    ulysses: int | None = None  # at most the heads; null: cp / ring, or gcd(heads, cp) if ring is null too
+    ulysses: int | None = None  # at most the heads; null: cp / ring, without ring gcd(heads, cp)
     ring: int | None = None  # null: cp / ulysses
     attention: str = "native"  # native | deepspeed | xfuser: whose softmax attention runs over the sequence group
     precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
@@ -252,8 +253,10 @@ class TrainerConfig:
 class PoolConfig:
     """One of several groups of workers that train together, each its own model: MoWorld's experts for high and low noise (§3.4.1)."""
 
-    sigma_min: float = 0.0  # the noise levels this pool learns, in all stages
-    sigma_max: float = 1.0
+    # The noise levels that this pool learns: in each stage the part of the stage's own range,
+    # objective.sigma_min to sigma_max, that lies between these. null: as the stage says.
+    sigma_min: float | None = None
+    sigma_max: float | None = None
     overrides: tuple[str, ...] = ()  # as on the command line: [launcher.workers=8, parallel.cp=2, model.depth=12]
 
 

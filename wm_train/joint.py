@@ -39,8 +39,9 @@ def judge(run: RunConfig, backend: Backend, world: World, progress: Progress, st
     losses: dict[str, float] = {}
     stage: Stage | None = None
     steps = 0
-    for pool, lowest in boundaries(run).items():
-        own = pool_run(run, pool)
+    pools = {pool: pool_run(run, pool) for pool in run.pools}
+    for pool, lowest in boundaries(pools, run.stage).items():
+        own = pools[pool]
         stage = open_stage(own, backend, world)
         states[lowest], done = load_state(own, stage, world)
         steps = max(steps, done)

@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except compose.ConfigError as error:
         print(compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]), file=sys.stderr)
         return USER_ERROR
+    for pool, run in pools.items():
+        for idle in named(warnings_in(run), pool):
+            print(f"warning: {idle}", file=sys.stderr)
     if options.dry_run:
         print(json.dumps(compose.public_config(config), indent=1))
         for pool, run in pools.items():
@@ -91,6 +94,13 @@ def problems_in(config: RunConfig) -> list[compose.Problem]:
     return problems_of(config)
 
 
+def warnings_in(config: RunConfig) -> list[compose.Problem]:
+    """Return the settings that do nothing, of a config without problems."""
+    from wm_train.stage_rules import warnings_of
+
+    return warnings_of(config)
+
+
 Plans = Mapping[str, Sequence[curriculum.PlannedStage]]
 
 
@@ -108,8 +118,9 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
     groups: list[dict[str, LaunchSpec]] = []
     for place in range(min(len(plan) for plan in plans.values())):
         groups.append({pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()})
-        if len(pools) > 1 and boundaries(config):
-            groups.append({"": judge_spec(next(iter(pools.values())), config, next(iter(plans.values()))[place])})
+        stage = next(iter(plans.values()))[place]
+        if len(pools) > 1 and boundaries(pools, stage.name):
+            groups.append({"": judge_spec(next(iter(pools.values())), config, stage)})
     code = run_groups(groups, config.launcher.name)
     if parent and config.launcher.name not in launch.LATER:
         parent_run(together, folder, print, "FINISHED" if code == 0 else "KILLED" if code > INTERRUPTED else "FAILED")

@@ -18,6 +18,7 @@ from parallel.degrees import sequence_size
 from wm_train import compose, curriculum
 from wm_train.config import RunConfig, StageConfig
 from wm_train.pools import named, pool_runs
+from wm_train.stage_rules import warnings_of
 
 if TYPE_CHECKING:
     from wm_train.memory import Memory
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except compose.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    for pool, run in pools.items():
+        for idle in named(warnings_of(run), pool):
+            print(f"warning: {idle}", file=sys.stderr)
     return shown_pools(pools, frames, options.memory)
 
 
@@ -66,8 +70,11 @@ def shown_pools(pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], dev
     codes = []
     for pool, run in pools.items():
         if pool:
-            noise = run.pools[pool]
-            print(f"pool {pool}: noise levels {noise.sigma_min:g} to {noise.sigma_max:g}, {run.launcher.workers} workers")
+            selected = [stage.config.objective for stage in curriculum.plan(run)]
+            ranges = ", ".join(
+                dict.fromkeys(f"{noise.sigma_min:g} to {noise.sigma_max:g}" for noise in selected)
+            )
+            print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
         codes.append(shown(run, frames[pool], device_gib))
     if len(pools) > 1:
         print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
@@ -187,7 +194,8 @@ def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, i
         f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
         f"{config.steps:,} steps{until} of {config.global_batch} clips",
         f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g}, {config.optimizer.schedule}, {mesh.precision}",
-        f"  {run.launcher.workers} workers = {replicas}{data} data parallel x {size} sequence parallel; "
+        f"  {run.launcher.workers} workers = {replicas}{data} data parallel x "
+        f"{size} sequence parallel; "
         f"each holds {clips} clips x {held} latent frames at once",
         f"  {memory.parameters:,} parameters{trained}; GiB per worker: "
         + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.categories().items() if name not in memory.offloaded)

@@ -7,7 +7,8 @@ A pool is the run's own command line with the pool's overrides behind it, so eve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def pool_runs(config: RunConfig, overrides: Sequence[str], extra: Path | None = 
             rule = "what the whole run has, as all pools share it"
             at = f"pools.{name}.overrides"
             problems += [Problem(at, f"another {where}{key}", rule, f"{where}{key}=... for the run") for key in different]
+        problems += _range_problems(run, name, pool)
         runs[name] = with_range(replace(run, pool=name), pool)
     if problems:
         raise ConfigError(problems)
@@ -52,6 +54,13 @@ def _problems(config: RunConfig, chosen: int) -> list[Problem]:
     rule = f"letters, digits, '.', '_' and '-', and neither {JOINT} nor a stage's name, as it names a folder"
     wrong = [name for name in config.pools if not NAME.fullmatch(name) or name == JOINT or name in config.recipe.stages]
     found = [Problem(f"pools.{name}", repr(name), rule, "rename it") for name in wrong]
+    for name, pool in config.pools.items():
+        given = {"sigma_min": pool.sigma_min, "sigma_max": pool.sigma_max}
+        found += [
+            Problem(f"pools.{name}.{key}", str(value), "a noise level from 0 to 1, or null", "null")
+            for key, value in given.items()
+            if value is not None and not 0 <= value <= 1
+        ]
     if config.pool is not None and not chosen:
         found.append(Problem("pool", repr(config.pool), f"one of {', '.join(config.pools) or 'none'}, or null for all", "pool=null"))
     launcher = config.launcher
@@ -68,21 +77,58 @@ def named(problems: Iterable[Problem], pool: str) -> list[Problem]:
 
 
 def with_range(run: RunConfig, pool: PoolConfig) -> RunConfig:
-    """The run with the pool's noise levels in all of its stages."""
-    stages = {
-        name: replace(stage, objective=replace(stage.objective, sigma_min=pool.sigma_min, sigma_max=pool.sigma_max))
-        for name, stage in run.recipe.stages.items()
-    }
+    """Return the run whose stages draw those of their own noise levels that are the pool's too."""
+    stages = {}
+    for name, stage in run.recipe.stages.items():
+        low, high = shared_range(stage.objective, pool)
+        objective = replace(stage.objective, sigma_min=low, sigma_max=high)
+        stages[name] = replace(stage, objective=objective)
     return replace(run, recipe=replace(run.recipe, stages=stages))
 
 
-def boundaries(config: RunConfig) -> dict[str, float]:
-    """Pool name -> the noise level from which it is used, highest first, if the pools make all levels between them; else nothing."""
-    ordered = sorted(config.pools.items(), key=lambda item: -item[1].sigma_min)
-    tops = [pool.sigma_max for _, pool in ordered]
-    bottoms = [pool.sigma_min for _, pool in ordered]
+def shared_range(objective: ObjectiveConfig, pool: PoolConfig) -> tuple[float, float]:
+    """Return (sigma_min, sigma_max) of the noise levels that are the stage's and the pool's.
+
+    Where there are none, the first is not below the second. A stage's range that is none itself
+    comes back as it is, for the rules to report.
+    """
+    low, high = objective.sigma_min, objective.sigma_max
+    if not 0 <= low < high <= 1:
+        return low, high
+    return (
+        low if pool.sigma_min is None else max(low, pool.sigma_min),
+        high if pool.sigma_max is None else min(high, pool.sigma_max),
+    )
+
+
+def _range_problems(run: RunConfig, name: str, pool: PoolConfig) -> list[Problem]:
+    """Return one problem if the pool has no noise level of some stage."""
+    own = {stage: config.objective for stage, config in run.recipe.stages.items()}
+    empty = [
+        f"{noise.sigma_min:g} to {noise.sigma_max:g} in stage {stage}"
+        for stage, noise in own.items()
+        if noise.sigma_min < noise.sigma_max and not operator.lt(*shared_range(noise, pool))
+    ]
+    if not empty:
+        return []
+    given = (pool.sigma_min, pool.sigma_max)
+    low, high = ("null" if value is None else f"{value:g}" for value in given)
+    rule = f"a rising range that overlaps with the noise levels of every stage: {', '.join(empty)}"
+    fix = f"pools.{name}.sigma_min=null pools.{name}.sigma_max=null, which takes all of a stage's"
+    return [Problem(f"pools.{name}.sigma_min", f"{low} to sigma_max {high}", rule, fix)]
+
+
+def boundaries(runs: Mapping[str, RunConfig], stage: str) -> dict[str, float]:
+    """Return pool name -> the noise level from which it is used in this stage, highest first.
+
+    Empty unless the pools make all levels between them. runs: of all pools, as `pool_runs` makes.
+    """
+    noise = {name: run.recipe.stages[stage].objective for name, run in runs.items()}
+    ordered = sorted(noise.items(), key=lambda item: -item[1].sigma_min)
+    tops = [objective.sigma_max for _, objective in ordered]
+    bottoms = [objective.sigma_min for _, objective in ordered]
     whole = tops == [1.0, *bottoms[:-1]] and bottoms[-1:] == [0.0]
-    return {name: pool.sigma_min for name, pool in ordered} if whole else {}
+    return {name: objective.sigma_min for name, objective in ordered} if whole else {}
 
 
 def range_share(objective: ObjectiveConfig) -> float:

@@ -88,13 +88,48 @@ def test_a_pool_is_the_runs_own_command_line_with_its_overrides_behind(tmp_path:
     assert list(runs) == ["high", "low"]
     high, low = runs["high"], runs["low"]
     assert (high.launcher.workers, sequence_size(high.parallel), high.recipe.stages["short"].steps) == (4, 2, 7)
-    assert (low.launcher.workers, sequence_size(low.parallel), low.recipe.stages["short"].steps) == (1, 1, compose(line).recipe.stages["short"].steps)
+    assert (low.launcher.workers, sequence_size(low.parallel)) == (1, 1)
+    assert low.recipe.stages["short"].steps == compose(line).recipe.stages["short"].steps
     assert high.model.depth == low.model.depth == 8
     assert [(stage.objective.sigma_min, stage.objective.sigma_max) for stage in high.recipe.stages.values()] == [(0.6, 1.0)] * 2
     assert [(stage.objective.sigma_min, stage.objective.sigma_max) for stage in low.recipe.stages.values()] == [(0.0, 0.6)] * 2
     assert list(pool_runs(compose([*line, "pool=low"]), [*line, "pool=low"])) == ["low"]
-    assert boundaries(compose(line)) == {"high": 0.6, "low": 0.0}
-    assert boundaries(compose([*line, "pools.low.sigma_max=0.5"])) == {}
+    assert boundaries(runs, "short") == {"high": 0.6, "low": 0.0}
+    gap = [*line, "pools.low.sigma_max=0.5"]
+    assert boundaries(pool_runs(compose(gap), gap), "short") == {}
+
+
+def test_a_pool_takes_its_part_of_each_stages_own_noise_levels() -> None:
+    def ranges(*overrides: str) -> dict[str, list[tuple[float, float]]]:
+        line = [*LINE, *overrides]
+        runs = pool_runs(compose(line), line)
+        noise = {name: [stage.objective for stage in run.recipe.stages.values()] for name, run in runs.items()}
+        return {name: [(o.sigma_min, o.sigma_max) for o in stages] for name, stages in noise.items()}
+
+    own = "recipe.stages.short.objective.sigma_min=0.3"
+    assert ranges(own) == {"high": [(0.6, 1.0)] * 2, "low": [(0.3, 0.6), (0.0, 0.6)]}
+    assert ranges(own, "pools.low.sigma_min=null", "pools.low.sigma_max=null")["low"] == [(0.3, 1.0), (0.0, 1.0)]
+    assert ranges(own, "pools.low.sigma_min=null", "pools.low.sigma_max=0.5")["low"] == [(0.3, 0.5), (0.0, 0.5)]
+
+
+def test_pools_are_judged_together_only_in_stages_where_they_make_all_noise_levels() -> None:
+    line = [*LINE, "recipe.stages.short.objective.sigma_min=0.3"]
+    runs = pool_runs(compose(line), line)
+    assert boundaries(runs, "short") == {}
+    assert boundaries(runs, "long") == {"high": 0.6, "low": 0.0}
+    line = [*LINE, "pools.high.sigma_max=null", "pools.low.sigma_min=null"]
+    assert boundaries(pool_runs(compose(line), line), "short") == {"high": 0.6, "low": 0.0}
+
+
+def test_a_pool_without_a_noise_level_in_some_stage_is_one_problem() -> None:
+    line = [*LINE, "recipe.stages.long.objective.sigma_min=0.7"]
+    with pytest.raises(ConfigError) as error:
+        pool_runs(compose(line), line)
+    (problem,) = error.value.problems
+    assert str(problem) == (
+        "pools.low.sigma_min: got 0 to sigma_max 0.6, expected a rising range that overlaps with the noise levels of every stage: "
+        "0.7 to 1 in stage long. Fix: pools.low.sigma_min=null pools.low.sigma_max=null, which takes all of a stage's"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,6 +140,8 @@ def test_a_pool_is_the_runs_own_command_line_with_its_overrides_behind(tmp_path:
         ('pools.low.overrides=["launcher=torchrun"]', "pools.low.overrides: got another launcher.name"),
         ("pool=middle", "pool: got 'middle', expected one of high, low"),
         ("pools.joint.sigma_min=0.5", "pools.joint: got 'joint'"),
+        ("pools.low.sigma_min=nan", "pools.low.sigma_min: got nan, expected a noise level from 0 to 1"),
+        ("pools.low.sigma_min=0.6", "pools.low.sigma_min: got 0.6 to sigma_max 0.6, expected a rising range"),
         ("launcher=inline", "launcher.name: got 'inline', expected one that starts several groups"),
         ("launcher=slurm", "launcher.slurm.runner=ray"),
     ],
