@@ -1,7 +1,8 @@
-"""Resolve and judge the degrees of the mesh: world = dp_replicate × dp_shard × ring × ulysses, ulysses fastest.
+"""Resolve and judge the degrees of the mesh: world = dp_replicate × dp_shard × ring × ulysses.
 
-Pure integers and no torch, so the launch command, the planner, the parity command and the trainer ask the same functions. Ulysses need
-not divide the heads: `ulysses.deal_heads` gives the first members one head more.
+Pure integers and no torch, so the launch command, the planner, the parity command and the trainer
+ask the same functions. Ulysses need not divide the heads: `ulysses.deal_heads` gives the first
+members one head more.
 """
 
 from __future__ import annotations
@@ -59,13 +60,16 @@ class MeshDegrees:
     def __post_init__(self) -> None:
         bad = {name: n for name, n in vars(self).items() if n < 1}
         if bad:
-            raise ValueError(f"mesh is impossible: got {bad} in {self}, expected every degree >= 1 (key parallel)")
+            raise ValueError(
+                f"mesh is impossible: got {bad} in {self}, expected degrees >= 1 (key parallel)"
+            )
 
     @staticmethod
     def from_config(wanted: DegreesWanted, world: int, heads: int) -> MeshDegrees:
-        """Return the degrees with what is left open filled in: dp_shard = what the other degrees leave of the world.
+        """Return the degrees with what is left open filled in: dp_shard is what the others leave.
 
-        world: number of processes; heads: attention heads. Raises ValueError with all of `degree_problems`.
+        world: number of processes; heads: attention heads. Raises ValueError with all of
+        `degree_problems`.
         """
         problems = degree_problems(wanted, world, heads)
         if problems:
@@ -89,7 +93,9 @@ class MeshDegrees:
         return Coordinate(replicate, shard, ring, ulysses)
 
     def rank(self, place: Coordinate) -> int:
-        return ((place.dp_replicate * self.dp_shard + place.dp_shard) * self.ring + place.ring) * self.ulysses + place.ulysses
+        return (
+            (place.dp_replicate * self.dp_shard + place.dp_shard) * self.ring + place.ring
+        ) * self.ulysses + place.ulysses
 
     def groups(self, axis: str) -> list[list[int]]:
         """All groups of one axis ("sequence", "ulysses" or "ring"), each in member order."""
@@ -106,16 +112,18 @@ def sequence_size(wanted: DegreesWanted) -> int:
 
 
 def sequence_degrees(wanted: DegreesWanted, heads: int) -> tuple[int, int]:
-    """Return (ring, ulysses); what is left open follows from cp, with ulysses = gcd(heads, cp) if both are."""
+    """Return (ring, ulysses) with what is left open; if both are, ulysses = gcd(heads, cp)."""
     size = sequence_size(wanted)
-    ulysses = wanted.ulysses or (max(1, size // wanted.ring) if wanted.ring else math.gcd(heads, size))
+    ulysses = wanted.ulysses or (
+        max(1, size // wanted.ring) if wanted.ring else math.gcd(heads, size)
+    )
     return wanted.ring or max(1, size // ulysses), ulysses
 
 
 def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[DegreeProblem]:
-    """Return everything that keeps `world` processes from being dp_replicate x dp_shard x ring x ulysses; keys as on the command line.
+    """Return everything that keeps `world` processes from being this mesh; world, heads >= 1.
 
-    world and heads are at least 1.
+    Keys are those of the command line.
     """
     problems = degrees_below_one(wanted)
     if problems:
@@ -126,7 +134,9 @@ def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[Degre
     if ring * ulysses != size:
         fix = f"parallel.cp=null, or parallel.ulysses={even} parallel.ring={size // even}"
         got = f"ring {ring} x ulysses {ulysses}"
-        problems.append(DegreeProblem("parallel.ulysses", got, f"ulysses x ring = cp = {size}", fix))
+        problems.append(
+            DegreeProblem("parallel.ulysses", got, f"ulysses x ring = cp = {size}", fix)
+        )
     elif ulysses > heads:
         most = max(n for n in divisors(size) if n <= heads)
         valid = ", ".join(str(n) for n in divisors(heads))
@@ -146,13 +156,17 @@ def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[Degre
     got = f"dp_replicate {wanted.dp_replicate} x {shard} x cp {size}"
     rest, left_over = divmod(world, wanted.dp_replicate * size)
     fix = f"launcher.workers={claimed}" + ("" if left_over else f", or parallel.dp_shard={rest}")
-    problems.append(DegreeProblem("parallel", got, f"a product that makes the {world} workers", fix))
+    problems.append(
+        DegreeProblem("parallel", got, f"a product that makes the {world} workers", fix)
+    )
     return problems
 
 
 def degrees_below_one(wanted: DegreesWanted) -> list[DegreeProblem]:
     """Return the degrees that are no counts at all."""
-    given = {key: getattr(wanted, key) for key in ("dp_replicate", "dp_shard", "cp", "ulysses", "ring")}
+    given = {
+        key: getattr(wanted, key) for key in ("dp_replicate", "dp_shard", "cp", "ulysses", "ring")
+    }
     return [
         DegreeProblem(f"parallel.{key}", str(value), "a whole number from 1", f"parallel.{key}=1")
         for key, value in given.items()

@@ -82,8 +82,9 @@ def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None
     """
     if degrees.world != dist.get_world_size():
         raise ValueError(
-            f"mesh does not fit: got {degrees} = {degrees.world} processes, expected {dist.get_world_size()}"
-            f" (key parallel). Fix: launcher.workers={degrees.world}"
+            f"mesh does not fit: got {degrees} = {degrees.world} processes,"
+            f" expected {dist.get_world_size()} (key parallel)."
+            f" Fix: launcher.workers={degrees.world}"
         )
     place = degrees.coordinate(dist.get_rank())
     inner = degrees.dp_shard * degrees.cp

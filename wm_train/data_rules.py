@@ -6,10 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_shards.schema import ALIKE_IN_MIXTURE, DataError, DatasetInfo, info_from_json
+from data_shards.schema import (
+    ALIKE_IN_MIXTURE,
+    DataError,
+    DatasetInfo,
+    info_from_json,
+    latent_frame_count,
+)
+from parallel.degrees import sequence_size
 from wm_train.compose import Problem, without_login
 from wm_train.config import RunConfig
-from wm_train.curriculum import PlannedStage
+from wm_train.curriculum import PlannedStage, stage_run
+from wm_train.mesh_rules import FOREIGN_ENGINES
+from wm_train.stage_rules import few_chunks
 
 PATIENCE_S = 5.0  # with a store that does not answer, before anything has started
 MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for others"
@@ -24,7 +33,7 @@ def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Pro
     wrong = [found for found in mixed.values() if isinstance(found, Problem)]
     infos = [found for found in mixed.values() if not isinstance(found, Problem)] or [info]
     stages = list(stages)
-    return [
+    problems = [
         *wrong,
         *_model_problems(config, info),
         *_selection_problems(config, [info, *infos]),
@@ -32,6 +41,7 @@ def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Pro
         *_mixture_problems(config, info, {path: found for path, found in mixed.items() if not isinstance(found, Problem)}),
         *(problem for found in infos for problem in _stage_problems(config, found, stages)),
     ]
+    return list(dict.fromkeys(problems))  # data sets of one stride say the same
 
 
 def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
@@ -152,6 +162,14 @@ def _stage_problems(config: RunConfig, info: DatasetInfo, stages: Iterable[Plann
             found.append(
                 Problem(where, str(frames), f"a multiple of {stride} plus 1, as {info.codec} has that stride", f"{where}={nearest}")
             )
+        shorter = [n for n in data.buckets if 0 < n < frames and not data.pack]
+        lengths = [
+            (key, n, latent_frame_count(n, stride))
+            for key, n in ((where, frames), *(("data.buckets", n) for n in shorter))
+            if (n - 1) % stride == 0
+        ]
+        found += few_chunks(stage.name, stage.config, lengths)
+        found += _engine_problems(config, stage.name, lengths)
         clips = sum(info.clips.values())
         shortest = 1 if data.pack else min(frames, *data.buckets) if data.buckets else frames
         if clips and info.raw_frames < shortest * clips:
@@ -159,3 +177,24 @@ def _stage_problems(config: RunConfig, info: DatasetInfo, stages: Iterable[Plann
             rule = f"at most what the clips hold: {longest} frames each on average"
             found.append(Problem(where, str(frames), rule, f"{where}={max(0, (longest - 1) // stride) * stride + 1}, or longer clips"))
     return found
+
+
+def _engine_problems(
+    config: RunConfig, stage: str, lengths: Iterable[tuple[str, int, int]]
+) -> list[Problem]:
+    """Return the clips that an attention engine of others cannot share out evenly.
+
+    lengths: key, raw frames and latent frames of each.
+    """
+    run = stage_run(config, stage)
+    engine, model = run.parallel.attention, run.model
+    members = max(sequence_size(run.parallel), 1)
+    if engine not in FOREIGN_ENGINES or not 0 < model.softmax_every <= model.depth:
+        return []
+    rule = f"a multiple of the {members} processes of a clip, for parallel.attention={engine}"
+    fix = "parallel.attention=native, or clips of another length"
+    return [
+        Problem(key, f"{raw}, which is {latent} latent frames", rule, fix)
+        for key, raw, latent in lengths
+        if latent % members
+    ]

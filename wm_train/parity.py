@@ -80,14 +80,15 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
-    """Return the mesh to prove: that of launcher.workers processes, or one sequence group for virtual ranks.
+    """Return the mesh to prove: that of all processes, or one sequence group of virtual ranks.
 
     Raises ValueError for a mesh that launch would refuse.
     """
     wanted, heads = config.parallel, config.model.heads
     if processes:
         return MeshDegrees.from_config(wanted, config.launcher.workers, heads)
-    return MeshDegrees.from_config(replace(wanted, dp_replicate=1, dp_shard=1), sequence_size(wanted), heads)
+    alone = replace(wanted, dp_replicate=1, dp_shard=1)
+    return MeshDegrees.from_config(alone, sequence_size(wanted), heads)
 
 
 def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SetupError(ValueError):
-    """The user's mistake, found before the first step. Nothing was changed."""
+    """The user's mistake, found before or in the first step. Nothing was changed."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ take the same step (design §3, §9).
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
 
 from data_shards.load import Batch
+from data_shards.schema import DataError
 from wm_train.backends import Backend
 from wm_train.config import RunConfig
 from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
@@ -43,16 +45,15 @@ from wm_train.world import World
 def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest) -> None:
     """Train the stage named `run.stage` from its newest checkpoint to its last step, then roll out samples.
 
-    Errors: SetupError for what the user must change, before the first step; DataError for data that is damaged or cannot be read;
+    Errors: SetupError for what the user must change, until the first step is taken;
+    DataError for data that is damaged or cannot be read;
     BadStepError from the guard; Preempted after `stop` was raised on any process and the state was saved.
     """
     run = stage_run(run, run.stage)
-    try:
+    with setup_mistakes():
         stage = open_stage(run, backend, world)
         state = build_state(run, stage.mesh.fsdp, backend.device)
         start = restore(run, state, stage.data_fingerprint, world, progress.say)
-    except CheckpointError as error:
-        raise SetupError(str(error)) from error
     folder = stage_directory(run, run.stage)
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(run, run.stage, folder, start.steps_done, progress.say) if world.rank == 0 else None
@@ -84,6 +85,20 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
             state.zero.close()
         if tracker:
             tracker.close(outcome, timeout_s=30.0 if outcome == "FINISHED" else 5.0)
+
+
+@contextmanager
+def setup_mistakes() -> Iterator[None]:
+    """Raise any ValueError of this block as SetupError, so that no restart repeats it.
+
+    DataError stays: the worker decides by what it says.
+    """
+    try:
+        yield
+    except (SetupError, DataError):
+        raise
+    except ValueError as error:
+        raise SetupError(str(error)) from error
 
 
 def run_steps(
@@ -118,8 +133,11 @@ def run_steps(
             pulse.at(step, "data")
             batch = on_device(stage, next(loader))
             pulse.at(step, "train")
+            # Settings that do not fit show in the first step; a later ValueError is a fault.
+            first = step == start.steps_done + 1
             try:
-                figures, work, times = train_step(stage, state, batch, step, guard, stop, clock)
+                with setup_mistakes() if first else nullcontext():
+                    figures, work, times = train_step(stage, state, batch, step, guard, stop, clock)
             except RewindError:
                 saver.wait()
                 raise

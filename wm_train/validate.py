@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,19 @@ from wm_train.config import ModelConfig, RunConfig, StageConfig
 from wm_train.curriculum import NAME
 from wm_train.data_rules import data_problems
 from wm_train.manifest import committed
-from wm_train.mesh_rules import batch_problems, mesh_problems
-from wm_train.pools import LEAST_SHARE, range_share
+from wm_train.mesh_rules import (
+    FOREIGN_ENGINES,
+    accumulate_problems,
+    batch_problems,
+    engine_problems,
+    mesh_problems,
+)
 from wm_train.profiling import is_step_range
+from wm_train.stage_rules import chunk_problems, range_problems
 
 PRECISIONS = ("fp32", "bf16")  # parallel/sharding.py, which imports torch
 OFFLOADS = {"fsdp": ("none", "cpu"), "zero3": ("none", "cpu", "nvme")}  # parallel.sharding -> what it can offload to
-ENGINES = ("native", "deepspeed", "xfuser")  # parallel/engines.py, which imports torch
+ATTENTION = ("native", *FOREIGN_ENGINES)
 MOST = 10**9  # beyond any run; catches a slipped exponent
 
 Rule = tuple[str, Callable[[Any], bool], str]  # key, what must hold, the same in words
@@ -40,7 +47,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *_run_problems(config),
         *_stage_list_problems(config),
         *(problem for name, stage in config.recipe.stages.items() for problem in _stage_problems(name, stage)),
-        *(problem for name, stage in config.recipe.stages.items() for problem in _range_problems(name, stage)),
+        *chain.from_iterable(starmap(range_problems, config.recipe.stages.items())),
         *_model_problems(config.model),
         *_check("data.", config.data, _data_rules()),
         *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), *engines())),
@@ -60,7 +67,8 @@ def problems_of(config: RunConfig) -> list[Problem]:
                 ("skip_steps", lambda steps: all(step > 0 for step in steps), "step numbers from 1 on"),
             ),
         ),
-        *_check("parallel.", config.parallel, (_one_of("precision", PRECISIONS), _one_of("attention", ENGINES))),
+        *_check("parallel.", config.parallel, (_one_of("precision", PRECISIONS),)),
+        *_check("parallel.", config.parallel, (_one_of("attention", ATTENTION),)),
         *_check("parallel.", config.parallel, (_one_of("sharding", tuple(OFFLOADS)),)),
         *_check("parallel.", config.parallel, (_one_of("offload_state", OFFLOADS.get(config.parallel.sharding, ("none",))),)),
         *_sharding_problems(config),
@@ -69,6 +77,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         stages = curriculum.plan(config)
     except ValueError:  # already reported by _stage_list_problems
         stages = ()
+    found += chunk_problems(config, [stage.name for stage in stages] or config.recipe.stages)
     found += _mesh_problems(config, stages)
     found += _held_out_problems(config, stages) + _store_problems(config)
     return found + data_problems(config, stages) + _inherit_problems(config, stages)
@@ -84,7 +93,9 @@ def _mesh_problems(config: RunConfig, stages: Sequence[curriculum.PlannedStage])
         own = f"recipe.stages.{stage.name}." if run.parallel != config.parallel else ""
         mesh = mesh_problems(run)
         found += [replace(problem, where=own + problem.where) for problem in mesh]
-        found += batch_problems(run, [stage.name]) if not mesh else []
+        if not mesh:
+            found += batch_problems(run, [stage.name]) or accumulate_problems(run, stage.name)
+            found += engine_problems(run, stage.name)
     return list(dict.fromkeys(found))
 
 
@@ -248,16 +259,6 @@ def _stage_problems(name: str, stage: StageConfig) -> list[Problem]:
             ),
         ),
     ]
-
-
-def _range_problems(name: str, stage: StageConfig) -> list[Problem]:
-    """A range of noise levels that the distribution never, or hardly ever, reaches."""
-    noise, share = stage.objective, range_share(stage.objective)
-    if share >= LEAST_SHARE or (noise.sigma_min, noise.sigma_max) == (0.0, 1.0) or not (0 <= noise.sigma_min <= 1 >= noise.sigma_max >= 0):
-        return []  # the last is reported as a value
-    got = f"{noise.sigma_min} to {noise.sigma_max}, which holds {share:.2g} of the noise levels"
-    rule = f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and flow_shift"
-    return [Problem(f"recipe.stages.{name}.objective.sigma_min", got, rule, "sigma_min=0 sigma_max=1, or pools.<pool>.sigma_min")]
 
 
 def _model_problems(model: ModelConfig) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""One rule for the mesh: the launch command, the planner, the parity command and the trainer accept and refuse the same degrees."""
+"""One rule for the mesh: launch, plan, parity and trainer accept and refuse the same degrees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wm_train.validate import problems_of
 ROOT = Path(__file__).resolve().parents[2]
 ONE_CLIP = ["experiment=demo", "stage=1", "recipe.stages.short.global_batch=12"]
 
-# overrides of `parallel` -> (workers, ring x ulysses), or the key of the one mistake; the demo has 4 heads
+# overrides of `parallel` -> (workers, ring x ulysses), or the key of the one mistake; 4 heads
 ACCEPTED = {
     "": (4, (1, 1)),
     "cp=4": (4, (1, 4)),
@@ -82,7 +82,11 @@ def test_the_fix_that_is_offered_is_accepted(data: Path) -> None:
 
 
 def test_the_parity_command_of_the_readme_is_a_dry_run_of_launch_too(data: Path, capsys) -> None:
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "wm_train.parity experiment=demo" in line]
+    (line,) = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if "wm_train.parity experiment=demo" in line
+    ]
     words = line.split("`")[1].split()[3:]
     assert words[0] == "experiment=demo"
     assert command.main([*words, f"data.path={data}", "--dry-run"]) == 0
