@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.gdn_scan import Reverse, ScanOutput
@@ -81,18 +80,18 @@ class StreamingSequence:
         return StreamState(self.frames.stop, tuple(self._left))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
-        """q, k, v [B, t, S, H, D]; keys of the visible chunks -> [B, t, S, H, D]."""
+        """Return attention over the visible chunks: q [B, t, S, H, D], k, v [B, t, S, H_kv, D]."""
         if mask.causality != "chunk":
             raise ValueError(
                 f"streaming failed: got {mask.causality} attention, expected chunk-causal, or the past would have to see the future "
                 "(key model.causal). Fix: model.causal=true"
             )
         past = self._past()
-        kept = [*past.sink, *past.window, (k, v)]
-        keys, values = (torch.cat([pair[i] for pair in kept], dim=1) for i in (0, 1))
-        b, t, s, h, d = q.shape
-        flat = [x.reshape(b, x.shape[1] * s, x.shape[3], d).transpose(1, 2) for x in (q, keys, values)]
-        out = F.scaled_dot_product_attention(flat[0], flat[1], flat[2])
+        cache = None
+        if kept := [*past.sink, *past.window]:
+            keys, values = zip(*kept, strict=True)
+            cache = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        out = self._alone.attend(q, k, v, FULL, cache)
         sink, window = past.sink, (*past.window, (k, v))
         while mask.window is not None and len(window) >= mask.window:
             first = self.frames.stop - sum(pair[0].shape[1] for pair in window)  # of the chunk that leaves
@@ -100,7 +99,7 @@ class StreamingSequence:
             if first < mask.sink:
                 sink = (*sink, (k[:, : mask.sink - first].clone(), v[:, : mask.sink - first].clone()))
         self._left.append(Past(sink=sink, window=window))
-        return out.transpose(1, 2).reshape(b, t, s, h, d)
+        return out
 
     def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
         """The forward recurrence goes on from the chunk before; the reverse one sees this chunk alone."""
