@@ -243,8 +243,8 @@ def _convert(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where, problems)
     if origin in (types.UnionType, typing.Union):
-        present = next(argument for argument in arguments if argument is not type(None))
-        return None if value is None else _convert(present, value, where, problems)
+        member = _member_for(arguments, value)
+        return None if value is None else _convert(member, value, where, problems)
     if origin is dict and isinstance(value, Mapping):
         return {str(key): _convert(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
@@ -272,6 +272,14 @@ def _convert(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:
         fix = f"""'{where}="{value}"'"""
     problems.append(Problem(where or "config", _show(value), _describe(kind), fix))
     return None
+
+
+def _member_for(members: Iterable[Any], value: Any) -> Any:
+    """Return the type of a union to read `value` as: for a list its list type, else the first."""
+    present = [member for member in members if member is not type(None)]
+    is_list = isinstance(value, list | tuple)
+    fitting = (member for member in present if (typing.get_origin(member) is tuple) == is_list)
+    return next(fitting, present[0])
 
 
 def _convert_dataclass(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:

@@ -65,6 +65,20 @@ class StageParallel:
 
 
 @dataclass(frozen=True)
+class SamplerConfig:
+    """How a stage turns noise into clips. Levels reach the model as they are, sigma from 1 to 0."""
+
+    # euler (the whole clip at once) | stream (chunk by chunk, the past clean and in a state: what a
+    # chunk-causal model is deployed with, and the only choice for one)
+    name: str = "euler"
+    # how many Euler steps, spaced by the objective's flow_shift; or the sigmas where they start,
+    # falling from 1, the last step going to 0; null: trainer.sample_steps
+    levels: int | tuple[float, ...] | None = None
+    # condition -> weight: plain + weight * (with the condition - plain), at twice the cost; 1 = off
+    guidance: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One step of the curriculum. `frames` are raw video frames, 8k+1 for a codec of temporal stride 8.
 
@@ -88,6 +102,7 @@ class StageConfig:
     model: StageModel = field(default_factory=StageModel)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
 @dataclass(frozen=True)
@@ -246,7 +261,7 @@ class TrainerConfig:
     validate_every: int = 50  # steps between held-out losses; 0 = at the end only
     validation_clips: int = 8  # 0 = no held-out loss
     samples: int = 2  # validation clips rolled out at the end of a stage; 0 = none
-    sample_steps: int = 20  # Euler steps of a rollout
+    sample_steps: int = 20  # Euler steps of a rollout, where a stage's sampler has no levels
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from data_shards.codec import make_codec
 from data_shards.load import Batch, denormalise
 from wm_train.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.progress import Progress
-from wm_train.rollout import Experts, rollout
+from wm_train.rollout import Experts, rollout, sampling_levels, stream_rollout
 from wm_train.stage import Stage, conditions_of, on_device, open_loader, sequence_of
 from wm_train.state import TrainState
 from wm_train.tracking import Tracker
@@ -34,7 +34,8 @@ def show_samples(
     wanted = min(stage.run.trainer.samples, len(stage.dataset.clips("validation")))
     if not wanted:
         return
-    progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {stage.run.trainer.sample_steps} steps")
+    steps = f"{len(levels_of(stage)) - 1} steps, {stage.config.sampler.name}"
+    progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
     batch, latents = sample(stage, state, wanted)
     truth, made = whole_clips(stage, batch.latents), whole_clips(stage, latents)
     keys = [key for row in stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size] for key in row]
@@ -53,28 +54,58 @@ def show_samples(
     progress.say(f"samples: {target / 'contact_sheet.png'} (truth above, sample below)")
 
 
-def sample(stage: Stage, state: TrainState | Mapping[float, TrainState], wanted: int) -> tuple[Batch, torch.Tensor]:
-    """This process's rows and frames of the first `wanted` validation clips, and what the model makes of them."""
+def sample(
+    stage: Stage, state: TrainState | Mapping[float, TrainState], wanted: int
+) -> tuple[Batch, torch.Tensor]:
+    """Return this process's rows and frames of the first `wanted` validation clips, and what the
+    stage's sampler makes of them.
+
+    All processes make equally many forward passes. With `stream` each member of a sequence group
+    makes the same whole clip, as a chunk is too short to be split, and returns its own frames.
+    """
     each = -(-wanted // stage.mesh.data_size)
     with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
         batch = on_device(stage, next(loader))
-    held = batch.latents.shape[1]  # a process that holds no frames has no first one; what it passes then is never looked at
-    first = batch.latents[:, 0] if held else batch.latents.new_zeros(len(batch.keys), *batch.latents.shape[2:])
     states = {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
-    with ExitStack() as averaged, torch.no_grad():
+    experts = Experts(tuple(states), tuple(one.model for one in states.values()))
+    sampler, sequence = stage.config.sampler, sequence_of(stage, batch)
+    first, conditions = first_latents(stage, batch), conditions_of(stage, batch)
+    common = (experts, first, conditions, levels_of(stage), stage.noise, batch.draws)
+    with ExitStack() as contexts, torch.no_grad():
         for one in states.values():
-            averaged.enter_context(one.averaged())
-        latents = rollout(
-            Experts(tuple(states), tuple(one.model for one in states.values())),
-            first,
-            conditions_of(stage, batch),
-            stage.run.trainer.sample_steps,
-            stage.noise,
-            batch.draws,
-            sequence_of(stage, batch),
-            flow_shift=stage.config.objective.flow_shift,
-        )
-    return batch, latents
+            contexts.enter_context(one.averaged())
+        if sampler.name == "euler":
+            return batch, rollout(*common, sequence, guidance=sampler.guidance)
+        contexts.enter_context(uncompiled(stage))
+        guidance, kernels = sampler.guidance, stage.kernels
+        chunks = stream_rollout(*common, sequence.layout, guidance=guidance, kernels=kernels)
+        whole = torch.cat(list(chunks), dim=1)
+    return batch, whole[:, sequence.frames.start : sequence.frames.stop]
+
+
+def levels_of(stage: Stage) -> list[float]:
+    """Return the sigmas of the stage's sampler, the 0 at the end included."""
+    levels = stage.config.sampler.levels
+    levels = stage.run.trainer.sample_steps if levels is None else levels
+    return sampling_levels(levels, stage.config.objective.flow_shift)
+
+
+def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
+    """Return the first latent frame of each clip [b, C, h, w] on all members of a sequence group;
+    the first of them holds it."""
+    b, t, *shape = batch.latents.shape
+    first = batch.latents[:, 0].clone() if t else batch.latents.new_empty(b, *shape)
+    if stage.mesh.comm is not None:
+        stage.mesh.comm.share([first])
+    return first
+
+
+def uncompiled(stage: Stage) -> AbstractContextManager[object]:
+    """Return a context in which compiled blocks run as they are written: compiling them anew for the
+    shapes of chunks takes longer than the few passes that have them."""
+    if not stage.run.parallel.compile:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from wm_train.mesh_rules import (
     mesh_problems,
 )
 from wm_train.profiling import is_step_range
+from wm_train.sampler_rules import sampler_problems
 from wm_train.stage_rules import chunk_problems, range_problems
 
 PRECISIONS = ("fp32", "bf16")  # parallel/sharding.py, which imports torch
@@ -48,6 +49,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         *_stage_list_problems(config),
         *(problem for name, stage in config.recipe.stages.items() for problem in _stage_problems(name, stage)),
         *chain.from_iterable(starmap(range_problems, config.recipe.stages.items())),
+        *sampler_problems(config),
         *_model_problems(config.model),
         *_check("data.", config.data, _data_rules()),
         *_check("backend.", config.backend, (*_counts("threads"), *_positive("collective_timeout_s"), *engines())),

@@ -40,6 +40,11 @@ BAD_VALUES: dict[str, list[Any]] = {
     SHORT + "objective.sigma_min": [0.999999, 1.0, -0.1, NAN],
     SHORT + "objective.sigma_max": [1.5],
     SHORT + "objective.camera_dropout": [1.1],
+    SHORT + "sampler.name": ["ddim", "stream"],
+    SHORT + "sampler.levels": [
+        *(0, -1, 10**6),
+        *([], [0.9, 0.5], [1.0, 0.5, 0.5], [1.0, 0.0], [1.0, NAN], [1.0, 1.5]),
+    ],
     SHORT + "steps": [0, 10**20],
     SHORT + "global_batch": [0, 3],
     SHORT + "frames": [0, 40, 89],
@@ -198,6 +203,32 @@ def test_all_problems_come_at_once(found: Find) -> None:
 )
 def test_impossible_meshes_say_what_is_possible(found: Find, changes: dict[str, Any], where: str, rule: str) -> None:
     assert rule in found(changes)[where].rule
+
+
+def test_a_causal_stage_is_sampled_chunk_by_chunk_or_refused(found: Find) -> None:
+    causal = {SHORT + "model.causal": True, SHORT + "chunk_frames": 3}
+    stream = {**causal, SHORT + "sampler.name": "stream"}
+    assert found(stream) == {}
+    problem = found(causal)[SHORT + "sampler.name"]
+    assert (problem.got, problem.fix) == ("'euler'", f"{SHORT}sampler.name=stream")
+    assert "model.causal=true" in problem.rule
+    for missing in (SHORT + "model.causal", SHORT + "chunk_frames"):
+        without = {key: value for key, value in stream.items() if key != missing}
+        assert found(without)[SHORT + "sampler.name"].fix == f"{SHORT}sampler.name=euler"
+    everywhere = {"model.causal": True, SHORT + "chunk_frames": 3, LONG + "chunk_frames": 3}
+    assert {SHORT + "sampler.name", LONG + "sampler.name"} <= set(found(everywhere))
+
+
+def test_guidance_weighs_what_the_model_sees(found: Find) -> None:
+    assert found({SHORT + "sampler.guidance": {"camera": 2.0}}) == {}
+    guided = SHORT + "sampler.guidance."
+    unknown = found({SHORT + "sampler.guidance": {"weather": 2.0}})
+    assert "one of camera" in unknown[guided + "weather"].rule
+    blind = {SHORT + "sampler.guidance": {"camera": 2.0}, SHORT + "model.camera": False}
+    assert "has no camera" in found(blind)[guided + "camera"].rule
+    for weight in (-1.0, NAN, INF):
+        wrong = found({SHORT + "sampler.guidance": {"camera": weight}})
+        assert "finite" in wrong[guided + "camera"].rule
 
 
 def test_workers_that_do_not_share_the_batch_evenly_are_told_how_many_do(found: Find) -> None:

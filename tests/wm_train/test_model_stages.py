@@ -15,6 +15,7 @@ from wm_train.curriculum import changed_model, ordered, stage_run
 from wm_train.models import build_model, initialise_
 from wm_train.models.public_layout import stage_parts
 from wm_train.models.streaming import chunk_starts
+from wm_train.sampler_rules import sampler_problems
 
 FULL = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
 GDN = changed_model(FULL, StageModel(softmax_every=0, camera=False))
@@ -76,6 +77,8 @@ def test_the_recipe_has_the_values_of_table_7():
         (0, False, False), (4, False, False), (4, True, False), (4, True, False), (4, True, True),
     ]  # fmt: skip
     assert chunk_starts(121, stages["chunk_causal"].chunk_frames)[:3] == (0, 4, 7)
+    assert [s.sampler.name for s in stages.values()] == [*["euler"] * 4, "stream"]
+    assert sampler_problems(run) == []
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model(models["sft"]).parameters()) == 2_661_800_448
 

@@ -8,22 +8,24 @@ import pytest
 import torch
 
 from parallel.layout import ClipLayout
+from parallel.masks import CHUNK_CAUSAL
+from parallel.reference import REFERENCE
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
 from wm_train.config import ModelConfig
 from wm_train.models import build_model, initialise_
 from wm_train.models.streaming import StreamingSequence, StreamState, chunk_starts
 from wm_train.noise import NoiseKey, normal
-from wm_train.rollout import euler, stream_rollout
+from wm_train.rollout import Experts, euler, sampling_levels, stream_rollout
 
 CONFIG = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, softmax_every=2, text_width=6, causal=True)
 GRID = (2, 3)
 
 
-def awake(config: ModelConfig) -> torch.nn.Module:
+def awake(config: ModelConfig, seed: int = 0) -> torch.nn.Module:
     model = build_model(config)
-    initialise_(model, 0)
-    generator = torch.Generator().manual_seed(0)
+    initialise_(model, seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -72,30 +74,68 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
         assert sizes[-1] > sizes[-2]
 
 
-def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(camera_path):
-    model, (latents, _, conditions) = awake(CONFIG), clip(camera_path, 11)
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+@pytest.mark.parametrize("expert_count", [1, 2])
+def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
+    camera_path, weight, expert_count
+):
+    """Also with experts by noise level and with guidance: the past of a step is what the network
+    and the conditions of that step make of it."""
+    models = [awake(CONFIG, seed) for seed in range(expert_count)]
+    latents, _, conditions = clip(camera_path, 11)
     with torch.no_grad():  # tame the random flow, so that errors do not grow along it
-        model.final_layer.linear.weight.mul_(0.2)
+        for model in models:
+            model.final_layer.linear.weight.mul_(0.2)
     layout, key, draws = ClipLayout(11, chunk_starts=chunk_starts(11, 3)), NoiseKey(0, "first"), torch.tensor([3, 5])
-    made = torch.cat(list(stream_rollout(model, latents[:, 0], conditions, 3, key, draws, layout, flow_shift=2.0)), dim=1)
+    levels = sampling_levels(3, 2.0)
+    experts = Experts((0.7, 0.0)[-expert_count:], tuple(models))
+    assert len({experts.at(level) for level in levels[:-1]}) == expert_count
+    given = experts if expert_count > 1 else models[0]
+    start, guidance = (latents[:, 0], conditions, levels, key, draws), {"camera": weight}
+    made = torch.cat(list(stream_rollout(given, *start, layout, guidance=guidance)), dim=1)
     assert torch.equal(made[:, 0], latents[:, 0])
     done = made[:, :0]
     for start in layout.chunk_starts:
         stop = layout.chunk_of(start).stop
         raw = (stop - 1) * 8 + 1
         seen = replace(conditions, c2w=conditions.c2w[:, :raw], intrinsics=conditions.intrinsics[:, :raw])
+        blind = replace(seen, camera_keep=torch.zeros(2, dtype=torch.bool))
         known = LocalSequence(ClipLayout(stop, chunk_starts=tuple(s for s in layout.chunk_starts if s < stop)))
 
-        def velocity(x, level, done=done, seen=seen, known=known):
+        def velocity(x, level, sigma, done=done, seen=seen, blind=blind, known=known):
             past = torch.zeros(2, done.shape[1])
-            return model(torch.cat([done, x], 1), torch.cat([past, level], 1), seen, known)[:, done.shape[1] :]
+            inputs = torch.cat([done, x], 1), torch.cat([past, level], 1)
+            views = [experts.at(sigma)(*inputs, view, known) for view in (seen, blind)]
+            with_camera, without = (view[:, done.shape[1] :] for view in views)
+            return with_camera if weight == 1.0 else weight * with_camera + (1 - weight) * without
 
         clean = (torch.arange(start, stop) == 0)[None].expand(2, stop - start)
-        given = latents[:, :1].expand(2, stop - start, *latents.shape[2:])
+        first = latents[:, :1].expand(2, stop - start, *latents.shape[2:])
         with torch.no_grad():
-            chunk = euler(velocity, normal(key, "rollout", draws, (start, stop), (4, *GRID)), clean, given, 3, 2.0)
+            noise = normal(key, "rollout", draws, (start, stop), (4, *GRID))
+            chunk = euler(velocity, noise, clean, first, levels)
         done = torch.cat([done, chunk], dim=1)
     assert (made - done).abs().max() <= 1e-5 * done.abs().max()
+
+
+def test_attention_of_a_stream_runs_on_the_kernels_that_it_is_given():
+    """Half as many key heads as query heads; the second chunk sees the keys of the first."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return REFERENCE.block_attention(*arguments)
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 3, heads, 4, generator=generator) for heads in (4, 2, 2))
+    layout, made, state = ClipLayout(5, chunk_starts=(0, 3)), [], StreamState()
+    for local in (slice(0, 3), slice(3, 5)):
+        sequence = StreamingSequence(layout, state, REFERENCE._replace(block_attention=counted))
+        made.append(sequence.attend(q[:, local], k[:, local], v[:, local], CHUNK_CAUSAL))
+        state = sequence.after()
+    assert calls
+    expected = LocalSequence(layout).attend(q, k, v, CHUNK_CAUSAL)
+    assert (torch.cat(made, 1) - expected).abs().max() <= 1e-6
 
 
 def test_what_cannot_be_streamed_is_refused(camera_path):

@@ -10,7 +10,7 @@ from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.noise import NoiseKey
-from wm_train.rollout import rollout
+from wm_train.rollout import rollout, sampling_levels
 
 KEY, CONDITIONS = NoiseKey(0, "first"), Conditions((96, 160), 8)
 
@@ -33,7 +33,8 @@ def test_a_straight_flow_is_followed_exactly_and_the_first_frame_is_held(steps, 
     target = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     model = StraightFlow(target)
     first = target[:, 0] + 5.0
-    made = rollout(model, first, CONDITIONS, steps, KEY, torch.tensor([4, 9]), LocalSequence(ClipLayout(4)), flow_shift=shift)
+    draws, sequence = torch.tensor([4, 9]), LocalSequence(ClipLayout(4))
+    made = rollout(model, first, CONDITIONS, sampling_levels(steps, shift), KEY, draws, sequence)
     assert torch.equal(made[:, 0], first)
     assert (made[:, 1:] - target[:, 1:]).abs().max() < 1e-5
     assert len(model.levels) == steps
@@ -47,10 +48,11 @@ def test_the_start_does_not_depend_on_the_mesh():
     still = torch.nn.Module()
     still.forward = lambda latents, sigma, conditions, sequence: torch.zeros_like(latents)
     draws, first = torch.tensor([4, 9]), torch.zeros(2, 3, 2, 2)
-    whole = rollout(still, first, CONDITIONS, 2, KEY, draws, LocalSequence(ClipLayout(5)))
-    parts, _ = run_virtual(lambda comm: rollout(still, first, CONDITIONS, 2, KEY, draws, GroupSequence(ClipLayout(5), comm)), 1, 3)
+    layout, start = ClipLayout(5), (still, first, CONDITIONS, sampling_levels(2), KEY)
+    whole = rollout(*start, draws, LocalSequence(layout))
+    parts, _ = run_virtual(lambda comm: rollout(*start, draws, GroupSequence(layout, comm)), 1, 3)
     assert torch.equal(torch.cat(parts, dim=1), whole)
-    assert not torch.equal(rollout(still, first, CONDITIONS, 2, KEY, draws + 1, LocalSequence(ClipLayout(5))), whole)
+    assert not torch.equal(rollout(*start, draws + 1, LocalSequence(layout)), whole)
 
 
 def test_guidance_pushes_away_from_the_prediction_without_a_camera():
@@ -59,11 +61,20 @@ def test_guidance_pushes_away_from_the_prediction_without_a_camera():
             with_camera = conditions.camera_keep is None or bool(conditions.camera_keep.all())
             return torch.full_like(latents, 1.0 if with_camera else 0.25)
 
-    args = (Camera(), torch.zeros(1, 1, 1, 1), CONDITIONS, 4, KEY, torch.tensor([0]), LocalSequence(ClipLayout(3)))
-    plain, guided = rollout(*args), rollout(*args, guidance=3.0)
+    first, draws, sequence = torch.zeros(1, 1, 1, 1), torch.tensor([0]), LocalSequence(ClipLayout(3))
+    args = (Camera(), first, CONDITIONS, sampling_levels(4), KEY, draws, sequence)
+    plain, guided = rollout(*args), rollout(*args, guidance={"camera": 3.0})
     assert torch.allclose(plain[:, 1:] - guided[:, 1:], torch.full((1, 2, 1, 1, 1), 0.25 + 3.0 * 0.75 - 1.0), atol=1e-6)
 
 
 def test_no_steps_is_refused():
     with pytest.raises(ValueError, match="sample_steps"):
-        rollout(torch.nn.Identity(), torch.zeros(1, 1, 1, 1), CONDITIONS, 0, KEY, torch.tensor([0]), LocalSequence(ClipLayout(2)))
+        sampling_levels(0)
+
+
+def test_levels_given_by_hand_are_those_of_the_same_number_of_steps():
+    spaced = sampling_levels(5, 3.0)
+    assert spaced[0] == 1.0
+    assert spaced[-1] == 0.0
+    assert sampling_levels(spaced[:-1], 3.0) == spaced, "taken as they are, without a shift"
+    assert sampling_levels([1.0, 0.9, 0.75, 0.3]) == [1.0, 0.9, 0.75, 0.3, 0.0]

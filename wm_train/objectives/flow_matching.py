@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from parallel.layout import ClipLayout, FrameRange
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.config import ObjectiveConfig
@@ -105,7 +106,8 @@ def velocity_loss(
     """The rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at sigma 0 are context and weigh nothing."""
     latents, draws = batch.latents, batch.draws.to(batch.latents.device)
     given = uniform(key, "image_condition", draws) < config.image_condition  # [B]
-    first = given[:, None] & first_frames(sequence, latents.device)[None, :]  # [B, t]
+    starts = first_frames(sequence.layout, sequence.frames, latents.device)
+    first = given[:, None] & starts[None, :]  # [B, t]
     frame_sigma = torch.where(first, 0.0, frame_sigma)
     noise = normal(key, "noise", draws, (sequence.frames.start, sequence.frames.stop), latents.shape[2:])
     level = frame_sigma[:, :, None, None, None]
@@ -116,9 +118,9 @@ def velocity_loss(
     return ObjectiveOutput(loss, {**metrics, "image_condition": given.float()})
 
 
-def first_frames(sequence: SequenceShard, device: torch.device) -> Tensor:
-    """bool [t]: local frames that start a document of more than one frame."""
-    layout = sequence.layout
+def first_frames(layout: ClipLayout, frames: FrameRange, device: torch.device) -> Tensor:
+    """Return which of these frames start a document of more than one frame, bool [t]."""
     ends = [*layout.document_starts[1:], layout.frames]
     starts = {start for start, end in zip(layout.document_starts, ends) if end - start > 1}
-    return torch.tensor([frame in starts for frame in range(sequence.frames.start, sequence.frames.stop)], dtype=torch.bool, device=device)
+    marks = [frame in starts for frame in range(frames.start, frames.stop)]
+    return torch.tensor(marks, dtype=torch.bool, device=device)
