@@ -42,7 +42,9 @@ def over_members(hybrid, dtype, passes, grid, checkpointed, valid=VALID):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_every_parameter_gradient_equals_that_of_one_device(hybrid, oracles, grid, checkpointed):
-    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+    # exact is what fp64 shows; the gradients of fp32 are sums of thousands of terms, rounded in another
+    # order (2.4e-6 here, more on some processors): some thousand operations of 6e-8
+    for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
         loss, expected = single(hybrid, dtype, 2)
         found_loss, found, _ = over_members(hybrid, dtype, 2, grid, checkpointed)
         assert abs(found_loss - loss) <= limit * abs(loss)

@@ -23,7 +23,7 @@ GRID = (3, 5)
 CHUNKS = (0, 4, 7, 10)
 # Between meshes, or with padding, only the order of sums differs. In fp64 (1e-16 an operation) that is
 # below 1e-13, and a fault in the mathematics is far above 1e-11. fp32 (6e-8 an operation) is what training
-# computes in: sums of thousands of terms that partly cancel were off by 4e-6 here, on other processors by
+# computes in: sums of thousands of terms that partly cancel are off by 4e-6 here, on some processors by
 # more; its bound is some thousand operations' rounding.
 EXACTNESS = [(torch.float64, 1e-11), (torch.float32, 1e-4)]
 
