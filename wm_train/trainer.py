@@ -219,17 +219,27 @@ def train_step(
 
 
 def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
-    """Add the gradients of this process's clips; returns its sums of loss and metrics, over clips, shared among a clip's holders."""
-    objective, sums = OBJECTIVES[stage.config.objective.name], dict[str, float]()
+    """Add the gradients of this process's clips; return the sums of loss and metrics over them.
+
+    Of a clip that a sequence group of P processes shares, each counts 1/P.
+    """
+    objective, config = OBJECTIVES[stage.config.objective.name], stage.config.objective
+    columns: list[torch.Tensor] = []  # [metrics, b] of each micro-batch
+    names: list[str] = []
     parts = list(micro_batches(stage, batch))
     for part in parts:
         sequence, conditions = sequence_of(stage, part), conditions_of(stage, part)
         with kept_activations(stage):
-            output = objective(state.network, part, stage.noise, stage.config.objective, sequence, conditions)  # loss [b], one per clip
+            # loss [b], one per clip
+            output = objective(state.network, part, stage.noise, config, sequence, conditions)
         state.backward(output.loss.sum() / stage.config.global_batch, last=part is parts[-1])
-        for name, value in {"loss": output.loss, **output.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / stage.mesh.sequence_size
-    return sums
+        metrics = {"loss": output.loss, **output.metrics}
+        names = list(metrics)
+        columns.append(torch.stack([value.detach().float() for value in metrics.values()]))
+    # One transfer a step, as each waits for the device; summed on the host, as not every device has fp64.
+    rows = torch.cat(columns, dim=1).cpu().tolist()
+    size = stage.mesh.sequence_size
+    return {name: sum(row) / size for name, row in zip(names, rows, strict=True)}
 
 
 def kept_activations(stage: Stage) -> AbstractContextManager[object]:
@@ -241,9 +251,10 @@ def kept_activations(stage: Stage) -> AbstractContextManager[object]:
 
 
 def squared_norm(state: TrainState, world: World) -> float:
-    """Sum of squares of the gradients this process holds and nobody else counts."""
+    """Return the squared norm of the gradients this process holds and nobody else counts, summed on the host."""
     held = [g.float() for g in state.gradients(world.rank) if g.numel()]
-    return float(torch.stack(torch._foreach_norm(held)).double().square().sum()) if held else 0.0
+    norms = torch.stack(torch._foreach_norm(held)).cpu().tolist() if held else []
+    return float(sum(norm**2 for norm in norms))
 
 
 def speed(stage: Stage, seconds: float, work: dict[str, float]) -> dict[str, float]:

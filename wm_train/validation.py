@@ -47,8 +47,9 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
                 output = objective(
                     state.model, part, NoiseKey(stage.run.seed, VALIDATION), config, sequence_of(stage, part), conditions_of(stage, part)
                 )
-                counted = part.draws < wanted  # the last row of an uneven share stands in for nobody
-                total += float((output.loss.double() * counted).sum()) / stage.mesh.sequence_size
+                rows = zip(output.loss.tolist(), part.draws.tolist(), strict=True)
+                # the last row of an uneven share stands in for nobody
+                total += sum(loss for loss, draw in rows if draw < wanted) / stage.mesh.sequence_size
             sums.append(total)
     means = (stage.world.gather_numbers(sums).sum(dim=0) / wanted).tolist()
     return {"validation_loss": sum(means) / len(means), **{f"validation_loss_sigma_{s}": m for s, m in zip(levels, means, strict=True)}}
