@@ -21,7 +21,7 @@ from wm_train.preemption import StopRequest
 from wm_train.progress import Progress
 from wm_train.samples import show_samples
 from wm_train.stage import Stage, open_stage
-from wm_train.state import SetupError, TrainState, build_state
+from wm_train.state import EvaluationState, SetupError, build_for_evaluation
 from wm_train.tracking import Tracker
 from wm_train.validation import held_out_loss
 from wm_train.worker import main as worker_main
@@ -35,7 +35,7 @@ def judge(run: RunConfig, backend: Backend, world: World, progress: Progress, st
     """
     joint = replace(run, pool=JOINT)
     folder = stage_directory(joint, run.stage)
-    states: dict[float, TrainState] = {}
+    states: dict[float, EvaluationState] = {}
     losses: dict[str, float] = {}
     stage: Stage | None = None
     steps = 0
@@ -75,17 +75,19 @@ def pool_run(run: RunConfig, pool: str) -> RunConfig:
     return stage_run(replace(own, parallel=run.parallel), run.stage)
 
 
-def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[TrainState, int]:
-    """The newest checkpoint of a pool, and how many steps it has made."""
+def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[EvaluationState, int]:
+    """Return the weights of a pool's newest checkpoint, averaged if it can be, and its step."""
     root = checkpoints_of(own, own.stage)
     found = checkpoint.find_newest(root, world, lambda line: None)
     if found is None:
         raise SetupError(f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}. Fix: train the pool first")
     folder, manifest = found
-    state = build_state(own, stage.mesh.fsdp, stage.backend.device)
-    held = state.tensors()
-    checkpoint.load(folder, manifest, held)
-    state.put(held)
+    state = build_for_evaluation(own, stage.mesh.fsdp, stage.backend.device)
+    targets = state.sources(manifest.tensors)
+    own_names = {name.partition("/")[2] for name in targets}
+    stored = manifest.tensors
+    unread = {n for n in stored if n.startswith("optimizer/") or n.partition("/")[2] in own_names}
+    checkpoint.load(folder, manifest, targets, may_ignore=unread)
     return state, manifest.step
 
 

@@ -21,9 +21,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-# Keys that belong to no stage: no stage name has a slash (curriculum.NAME), so no stage draws their numbers.
+# Keys of no stage: a stage's name has no slash (curriculum.NAME), so no stage draws their numbers.
 PARAMETERS, VALIDATION, PARITY = "/parameters", "/validation", "/parity"
-KEYING = 2  # version of what keys noise and order, kept in every checkpoint; 1 was the stage's position
+KEYING = 2  # how noise and order are keyed, kept in checkpoints; 1 was by the stage's position
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,16 @@ from wm_train.pictures import contact_sheet, side_by_side, write_png, write_vide
 from wm_train.progress import Progress
 from wm_train.rollout import Experts, rollout, sampling_levels, stream_rollout
 from wm_train.stage import Stage, conditions_of, on_device, open_loader, sequence_of
-from wm_train.state import TrainState
+from wm_train.state import EvaluationState, TrainState
 from wm_train.tracking import Tracker
 
 
 def show_samples(
-    stage: Stage, state: TrainState | Mapping[float, TrainState], folder: Path, tracker: Tracker | None, progress: Progress
+    stage: Stage,
+    state: TrainState | Mapping[float, EvaluationState],
+    folder: Path,
+    tracker: Tracker | None,
+    progress: Progress,
 ) -> None:
     """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each and one contact sheet.
 
@@ -55,7 +59,7 @@ def show_samples(
 
 
 def sample(
-    stage: Stage, state: TrainState | Mapping[float, TrainState], wanted: int
+    stage: Stage, state: TrainState | Mapping[float, EvaluationState], wanted: int
 ) -> tuple[Batch, torch.Tensor]:
     """Return this process's rows and frames of the first `wanted` validation clips, and what the
     stage's sampler makes of them.
@@ -66,7 +70,9 @@ def sample(
     each = -(-wanted // stage.mesh.data_size)
     with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
         batch = on_device(stage, next(loader))
-    states = {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
+    states: dict[float, TrainState | EvaluationState] = (
+        {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
+    )
     experts = Experts(tuple(states), tuple(one.model for one in states.values()))
     sampler, sequence = stage.config.sampler, sequence_of(stage, batch)
     first, conditions = first_latents(stage, batch), conditions_of(stage, batch)

@@ -45,7 +45,7 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
     mine, theirs = identity(run, data_fingerprint), manifest.facts["identity"]
     if "noise" not in theirs:
         raise SetupError(
-            f"cannot continue {folder}, which was trained with noise keyed by the stage's position: "
+            f"cannot continue {folder}: it was trained with noise keyed by the stage's position, "
             f"got keying 1, expected {KEYING} (by the stage's name). Fix: name=<new run>"
         )
     sides = ((theirs, manifest.facts["config"]), (mine, public_config(run)))

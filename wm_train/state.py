@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.sharding import compile_blocks, shard_model
+from parallel.sharding import PRECISIONS, compile_blocks, shard_model
 from wm_train.compose import public_config
 from wm_train.config import OptimizerConfig, RunConfig
 from wm_train.curriculum import matching, stage_directory
 from wm_train.models import build_model, use_engine_
-from wm_train.models.init import initialise_
+from wm_train.models.init import initialise_, reset_buffers_
 from wm_train.noise import KEYING
 from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
 from wm_train.optim.build import OPTIMIZERS
@@ -130,14 +130,54 @@ def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> Train
     with torch.device("meta"):
         model = build_model(run.model)
     prepare(model, run)
-    blocks, offload = list(model.get_submodule("blocks").children()), run.parallel.offload_state == "cpu"
+    _shard_empty(model, run, mesh, device)
+    initialise_(model, run.seed)
+    state = TrainState(model, OPTIMIZERS[config.name](model, config), {})
+    return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
+
+
+def _shard_empty(model: nn.Module, run: RunConfig, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard a model on meta and give this process's parts empty storage, on the host to offload."""
+    blocks = list(model.get_submodule("blocks").children())
+    offload = run.parallel.offload_state != "none"
     if run.parallel.compile:
         compile_blocks(blocks)
     shard_model(model, blocks, mesh, run.parallel.precision, offload)
     model.to_empty(device=torch.device("cpu") if offload else device)
-    initialise_(model, run.seed)
-    state = TrainState(model, OPTIMIZERS[config.name](model, config), {})
-    return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
+
+
+@dataclass(frozen=True)
+class EvaluationState:
+    """A sharded model for evaluation: no optimizer, moments or average beside its weights."""
+
+    model: nn.Module
+
+    def sources(self, stored: Collection[str]) -> dict[str, Tensor]:
+        """Return the weights by their names in `stored`: `ema/<name>` if it is there, else `model/`."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        averaged = {name for name in weights if f"ema/{name}" in stored}
+        return {("ema/" if n in averaged else "model/") + n: value for n, value in weights.items()}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Its weights are the averaged ones already."""
+        return nullcontext()
+
+
+def build_for_evaluation(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> EvaluationState:
+    """Return a run's model with empty weights, sharded by FSDP2, also of a ZeRO-3 run.
+
+    Weights are stored in `parallel.precision`, to which FSDP2 would round them before each use.
+    Errors: those of `reset_buffers_`.
+    """
+    with torch.device("meta"):
+        model = build_model(run.model)
+    use_engine_(model, run.backend.kernels)
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(PRECISIONS[run.parallel.precision])
+    _shard_empty(model, run, mesh, device)
+    reset_buffers_(model)
+    return EvaluationState(model)
 
 
 def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> TrainState:

@@ -236,7 +236,7 @@ def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]
         metrics = {"loss": output.loss, **output.metrics}
         names = list(metrics)
         columns.append(torch.stack([value.detach().float() for value in metrics.values()]))
-    # One transfer a step, as each waits for the device; summed on the host, as not every device has fp64.
+    # One transfer a step, as each waits for the device; fp64 sums on the host, as NPUs lack them.
     rows = torch.cat(columns, dim=1).cpu().tolist()
     size = stage.mesh.sequence_size
     return {name: sum(row) / size for name, row in zip(names, rows, strict=True)}
@@ -251,7 +251,7 @@ def kept_activations(stage: Stage) -> AbstractContextManager[object]:
 
 
 def squared_norm(state: TrainState, world: World) -> float:
-    """Return the squared norm of the gradients this process holds and nobody else counts, summed on the host."""
+    """Return the squared norm of the gradients this process counts, summed on the host in fp64."""
     held = [g.float() for g in state.gradients(world.rank) if g.numel()]
     norms = torch.stack(torch._foreach_norm(held)).cpu().tolist() if held else []
     return float(sum(norm**2 for norm in norms))

@@ -11,7 +11,7 @@ from wm_train.config import ObjectiveConfig
 from wm_train.noise import VALIDATION, NoiseKey
 from wm_train.objectives import OBJECTIVES
 from wm_train.stage import Stage, batch_parts, conditions_of, on_device, open_loader, sequence_of
-from wm_train.state import TrainState
+from wm_train.state import EvaluationState, TrainState
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -29,7 +29,7 @@ def levels_of(config: ObjectiveConfig) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
+def held_out_loss(stage: Stage, state: TrainState | EvaluationState) -> dict[str, float]:
     """Mean loss of the averaged weights over the first `trainer.validation_clips` held-out clips: `validation_loss`, and per sigma."""
     wanted = min(stage.run.trainer.validation_clips, len(stage.dataset.clips("validation")))
     if not wanted:
@@ -49,7 +49,8 @@ def held_out_loss(stage: Stage, state: TrainState) -> dict[str, float]:
                 )
                 rows = zip(output.loss.tolist(), part.draws.tolist(), strict=True)
                 # the last row of an uneven share stands in for nobody
-                total += sum(loss for loss, draw in rows if draw < wanted) / stage.mesh.sequence_size
+                counted = sum(loss for loss, draw in rows if draw < wanted)
+                total += counted / stage.mesh.sequence_size
             sums.append(total)
     means = (stage.world.gather_numbers(sums).sum(dim=0) / wanted).tolist()
     return {"validation_loss": sum(means) / len(means), **{f"validation_loss_sigma_{s}": m for s, m in zip(levels, means, strict=True)}}

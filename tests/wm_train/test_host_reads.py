@@ -16,7 +16,7 @@ from wm_train.validation import held_out_loss
 
 
 class HostReads(TorchDispatchMode):
-    """Count what would wait for a device: scalars read by the host, and `Tensor.cpu`, which does nothing here.
+    """Count what would wait for a device: scalars read by the host, and `Tensor.cpu`, here a no-op.
 
     `doubles` counts casts to fp64, which not every device has.
     """

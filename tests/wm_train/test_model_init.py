@@ -93,7 +93,7 @@ def test_an_unknown_rule_is_refused():
 
 
 class Table(nn.Module):
-    """A layer with a rotary table that no checkpoint holds, as `build_model` may make it on meta."""
+    """A layer with a rotary table that no checkpoint holds, made on meta."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,5 +129,6 @@ def test_the_models_own_buffers_are_refilled():
     for buffer in model.buffers():
         buffer.fill_(math.nan)
     initialise_(model, 0)
-    assert [name for name, _ in model.named_buffers()] == [f"blocks.{i}.attn.recall_gate" for i in range(CONFIG.depth)]
+    names = [f"blocks.{i}.attn.recall_gate" for i in range(CONFIG.depth)]
+    assert [name for name, _ in model.named_buffers()] == names
     assert not any(buffer.any() for buffer in model.buffers())

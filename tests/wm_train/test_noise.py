@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from wm_train.curriculum import NAME
-from wm_train.noise import PARAMETERS, PARITY, VALIDATION, NoiseKey, normal, philox4x32, random_words, uniform
+from wm_train.noise import (
+    PARAMETERS,
+    PARITY,
+    VALIDATION,
+    NoiseKey,
+    normal,
+    philox4x32,
+    random_words,
+    uniform,
+)
 
 KEY = NoiseKey(seed=7, stage="first")
 

@@ -1,4 +1,4 @@
-"""What keys the randomness of a stage: its name, so that a recipe may grow around a stage that is half trained."""
+"""The name of a stage keys its randomness, so a recipe may grow around a half-trained stage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_a_half_trained_stage_goes_on_alike_when_the_recipe_has_grown(train_here
     shutil.copytree(tmp_path / "cut", tmp_path / "grown")
     train_here(tmp_path / "cut", STEPS + "4", *quick)
     train_here(tmp_path / "grown", STEPS + "4", BEFORE, *quick)
-    rows = [read_steps(tmp_path / which / "demo" / "short" / "metrics.jsonl") for which in ("cut", "grown")]
+    stages = [tmp_path / which / "demo" / "short" for which in ("cut", "grown")]
+    rows = [read_steps(stage / "metrics.jsonl") for stage in stages]
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4]
     assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
 

@@ -89,9 +89,10 @@ def _rows(key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[i
 def initialise_(model: nn.Module, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Fill every parameter from (seed, its name) and every buffer by its module, in place.
 
-    `tensors` stand in for the parameters of their names. Works for plain tensors and for DTensors, where each
-    holder fills its own part. The model may name a rule per parameter by a method `initial_rule(name, shape) ->
-    Rule | None`; the default holds for the rest. Errors: those of `reset_buffers_`.
+    `tensors` stand in for the parameters of their names. Works for plain tensors and for DTensors,
+    of which each process fills its own part. The model may name a rule per parameter by a method
+    `initial_rule(name, shape) -> Rule | None`; the default holds for the rest. Errors: those of
+    `reset_buffers_`.
     """
     own = getattr(model, "initial_rule", None)
     for name, parameter in (tensors or dict(model.named_parameters())).items():
@@ -105,10 +106,10 @@ def initialise_(model: nn.Module, seed: int, tensors: Mapping[str, Tensor] | Non
 
 @torch.no_grad()
 def reset_buffers_(model: nn.Module) -> None:
-    """Fill all buffers by the methods `reset_buffers()` of the modules that own them: rotary tables, constants.
+    """Fill all buffers by the methods `reset_buffers()` of their modules: rotary tables, constants.
 
-    Checkpoints hold parameters only, so what a module cannot compute anew would be lost: raises ValueError that
-    names the first buffer of a module without the method.
+    Checkpoints hold parameters only, so what a module cannot compute anew would be lost: raises
+    ValueError that names the first buffer of a module without the method.
     """
     for path, module in model.named_modules():
         if hasattr(module, "reset_buffers"):
@@ -117,6 +118,6 @@ def reset_buffers_(model: nn.Module) -> None:
         for name, _ in module.named_buffers(path, recurse=False):
             kind = type(module).__name__
             raise ValueError(
-                f"filling buffers failed: got {name}, a buffer of {kind} that nothing fills, expected {kind} to have "
-                f"reset_buffers(). Fix: write it, or make the buffer a parameter"
+                f"filling buffers failed: got {name}, a buffer of {kind} that nothing fills, "
+                f"expected {kind} to have reset_buffers(). Fix: write it, or use a parameter"
             )

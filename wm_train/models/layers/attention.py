@@ -60,6 +60,8 @@ class ShortConvolution(nn.Module):
 class CameraAttention(nn.Module):
     """Parameters both attentions share: fused QKV, norms, gates, output; and the camera branch's own projections."""
 
+    recall_gate: Tensor
+
     def __init__(self, width: int, heads: int, camera: bool) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
