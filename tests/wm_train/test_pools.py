@@ -21,7 +21,7 @@ from wm_train.noise import NoiseKey
 from wm_train.objectives.chunk_mixture import CLEAN_PAST, chunk_levels
 from wm_train.objectives.flow_matching import clip_sigma, plain_range, plain_sigma
 from wm_train.pools import boundaries, pool_runs, range_share
-from wm_train.rollout import Experts, rollout
+from wm_train.rollout import Experts, rollout, sampling_levels
 from wm_train.validation import at_sigma, levels_of
 
 KEY = NoiseKey(3, "first")
@@ -171,7 +171,7 @@ def test_a_rollout_switches_experts_at_the_boundary_on_every_mesh() -> None:
 
     def made(high: Constant, low: Constant, sequence, boundary: float = 0.5) -> torch.Tensor:
         experts = Experts((boundary, 0.0), (high, low))
-        return rollout(experts, first, Conditions((96, 160), 8), 4, KEY, draws, sequence)
+        return rollout(experts, first, Conditions((96, 160), 8), sampling_levels(4), KEY, draws, sequence)
 
     high, low, nothing = Constant(2.0), Constant(5.0), Constant(0.0)
     whole = made(high, low, LocalSequence(ClipLayout(4)))
