@@ -15,7 +15,7 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config import ModelConfig
+from wm_train.config.schema import ModelConfig
 from wm_train.models import build_model, initialise_
 
 

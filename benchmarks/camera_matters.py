@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_shards.load import Batch, ClipLoader
-from data_shards.read import ClipDataset, open_dataset
+from data_shards.loading.load import Batch, ClipLoader
+from data_shards.storage.read import ClipDataset, open_dataset
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
-from wm_train import checkpoint
-from wm_train.compose import from_json
+from parallel.streaming import chunk_starts
+from wm_train.checkpoint import store
 from wm_train.conditioning import Conditions
-from wm_train.config import RunConfig
-from wm_train.curriculum import stage_run
+from wm_train.config.compose import from_json
+from wm_train.config.curriculum import stage_run
+from wm_train.config.schema import RunConfig
+from wm_train.evaluation.held_out import at_sigma
 from wm_train.models import build_model
-from wm_train.models.streaming import chunk_starts
 from wm_train.noise import VALIDATION, NoiseKey
 from wm_train.objectives import OBJECTIVES
-from wm_train.validation import at_sigma
 from wm_train.world import World
 
 SIGMAS = (0.3, 0.5, 0.7, 0.9, 0.97)
@@ -37,12 +37,12 @@ SIGMAS = (0.3, 0.5, 0.7, 0.9, 0.97)
 def trained_model(run: RunConfig, folder: Path) -> torch.nn.Module:
     """The stage's model with the averaged weights of its newest checkpoint."""
     model = build_model(run.model)
-    found = checkpoint.find_newest(folder / "checkpoints", World(0, 1), print)
+    found = store.find_newest(folder / "checkpoints", World(0, 1), print)
     assert found is not None, f"no checkpoint in {folder}"
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     averaged = {name for name in weights if f"ema/{name}" in found[1].tensors}
     targets = {("ema/" if name in averaged else "model/") + name: value for name, value in weights.items()}
-    checkpoint.load(*found, targets, may_ignore=found[1].tensors)
+    store.load(*found, targets, may_ignore=found[1].tensors)
     return model.eval()
 
 

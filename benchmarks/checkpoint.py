@@ -14,8 +14,8 @@ from statistics import median
 
 import torch
 
-from wm_train.config import TrainerConfig
-from wm_train.saver import Saver
+from wm_train.checkpoint.saver import Saver
+from wm_train.config.schema import TrainerConfig
 from wm_train.world import World
 
 

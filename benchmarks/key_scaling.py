@@ -15,9 +15,9 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config import ModelConfig, ObjectiveConfig
+from wm_train.config.schema import ModelConfig, ObjectiveConfig
 from wm_train.models import build_model, initialise_
-from wm_train.models.layers.attention import GatedDeltaNet
+from wm_train.models.sana_wm.attention import GatedDeltaNet
 from wm_train.noise import NoiseKey
 from wm_train.objectives import OBJECTIVES
 

@@ -32,11 +32,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_shards.encode_job import Settings
-from data_shards.read import ClipDataset, open_dataset
+from data_shards.encoding.job import Settings
 from data_shards.schema import SCHEMA_VERSION, ClipEntry, DatasetInfo, MemberEntry, index_schema, info_to_json
-from data_shards.write import ROW_GROUP, ShardWriter, index_writer, write_index
-from data_shards.zarr_store import ZarrWriter
+from data_shards.storage.read import ClipDataset, open_dataset
+from data_shards.storage.write import ROW_GROUP, ShardWriter, index_writer, write_index
+from data_shards.storage.zarr_store import ZarrWriter
 
 CHANNELS, HEIGHT, WIDTH, MEMBERS = 128, 22, 40, 4
 

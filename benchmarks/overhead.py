@@ -16,22 +16,22 @@ from statistics import median, quantiles
 
 import torch
 
-from data_shards.load import Batch
+from data_shards.loading.load import Batch
 from wm_train.backends import get_backend
-from wm_train.compose import compose
-from wm_train.config import RunConfig
-from wm_train.guard import Guard
+from wm_train.config.compose import compose
+from wm_train.config.schema import RunConfig
 from wm_train.models import build_model
 from wm_train.models.init import initialise_
 from wm_train.objectives import OBJECTIVES
 from wm_train.optim.schedule import learning_rate
-from wm_train.preemption import StopRequest
-from wm_train.stage import Stage, conditions_of, open_loader, open_stage, sequence_of
-from wm_train.state import build_state
-from wm_train.step_clock import StepClock
-from wm_train.stragglers import Stragglers
-from wm_train.tracking import Tracker
+from wm_train.resilience.guard import Guard
+from wm_train.resilience.preemption import StopRequest
+from wm_train.resilience.stragglers import Stragglers
+from wm_train.tracking.tracker import Tracker
 from wm_train.trainer import speed, train_step
+from wm_train.training.stage import Stage, conditions_of, open_loader, open_stage, sequence_of
+from wm_train.training.state import build_state
+from wm_train.training.step_clock import StepClock
 from wm_train.world import join_world, leave_world
 
 WARM_UP = 4  # pairs that are not timed

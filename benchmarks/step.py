@@ -6,7 +6,7 @@
 
 bf16 weights and activations, every block recomputed in backward, AdamW with bf16 moments (the fp32 master weights and moments of a real run
 are sharded over many devices and do not fit on one). A clip of T latent frames has N = T · 22 · 40 tokens. Forward, backward and optimizer
-are timed together, after two warm-up steps; median of the repeats. FLOPs are those of `wm_train/metrics/flops.py`: forward once, backward
+are timed together, after two warm-up steps; median of the repeats. FLOPs are those of `wm_train/models/flops.py`: forward once, backward
 twice, recomputation not counted. MFU = FLOPs / seconds / peak, with --peak the device's dense bf16 FLOP/s (H100 and H200: 989e12).
 A length that does not fit is reported as such and the next shorter one is tried.
 """
@@ -23,10 +23,10 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config import ModelConfig
+from wm_train.config.schema import ModelConfig
 from wm_train.kernels import sequence_kernels
-from wm_train.metrics.flops import forward_flops, mfu, step_flops
 from wm_train.models import build_model, initialise_
+from wm_train.models.flops import forward_flops, mfu, step_flops
 
 STRIDE, PIXELS, TEXT_TOKENS, FPS = 8, 32, 64, 16
 

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_shards.arguments import Option, choice, number, run, text, whole
-from data_shards.codec import CODECS, LatentCodec
-from data_shards.encode_finish import finish
-from data_shards.encode_job import Job, Settings, crop_size, encode_shard, left_to_do, plan_jobs
-from data_shards.runners import RUNNERS
+from data_shards.codecs.linear import CODECS, LatentCodec
+from data_shards.encoding.finish import finish
+from data_shards.encoding.job import Job, Settings, crop_size, encode_shard, left_to_do, plan_jobs
+from data_shards.encoding.runners import RUNNERS
+from data_shards.encoding.target import Target
+from data_shards.encoding.text import TextEncoder
 from data_shards.schema import PLAN, DataError
 from data_shards.sources import ClipSource, Place, open_source
-from data_shards.target import Target
-from data_shards.text import TextEncoder
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from data_shards.arguments import Option, run, text
-from data_shards.codec import make_codec
-from data_shards.files import read_json, write_durably
+from data_shards.codecs.linear import make_codec
 from data_shards.metrics import CAMERA_METRICS, VIDEO_METRICS, camera_metrics, camera_words, scale_cv, video_metrics
-from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import SPLITS, DataError
+from data_shards.storage.files import read_json, write_durably
+from data_shards.storage.read import ClipDataset, open_dataset
 
 ABOUT = "Choose the clips to train on by thresholds on camera, motion and quality; report what is dropped and why."
 OPTIONS = {

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.arguments import Option, run, text, whole
-from data_shards.codec import make_codec
-from data_shards.read import Clip, open_dataset
+from data_shards.codecs.linear import make_codec
 from data_shards.schema import SPLITS, DataError
+from data_shards.storage.read import Clip, open_dataset
 
 ABOUT = "Draw a clip as a PNG: a contact sheet of decoded frames, the camera path from above, a timeline of the controls."
 OPTIONS = {

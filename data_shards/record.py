@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from data_shards.arguments import Option, choice, number, run, text, whole
-from data_shards.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
 from data_shards.schema import DataError, latent_frame_count
+from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
 
 RECORDING_FORMAT = 1
 ARRAYS = ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.arguments import Option, choice, run, text, whole
-from data_shards.files import as_float32
-from data_shards.read import ClipDataset, open_dataset
 from data_shards.schema import IMAGE_LATENTS, SPLITS, ClipEntry
+from data_shards.storage.files import as_float32
+from data_shards.storage.read import ClipDataset, open_dataset
 
 ABOUT = "Durations, motion and controls of a data set, and its latent statistics measured again."
 OPTIONS = {

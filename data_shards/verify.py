@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_shards.arguments import Option, run, text, whole
-from data_shards.files import all_finite, array_from_bytes, crc32c, npy_header
-from data_shards.read import ClipDataset, open_dataset
-from data_shards.remote import RetryPolicy, connect
 from data_shards.schema import FACTS, INDEX, ITEM_BYTES, READ_BY_ROW, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
-from data_shards.write import BLOCK, fingerprint, shard_size, sums_text, tar_header
-from data_shards.zarr_store import pieces, shard_files
+from data_shards.storage.files import all_finite, array_from_bytes, crc32c, npy_header
+from data_shards.storage.read import ClipDataset, open_dataset
+from data_shards.storage.remote import RetryPolicy, connect
+from data_shards.storage.write import BLOCK, fingerprint, shard_size, sums_text, tar_header
+from data_shards.storage.zarr_store import pieces, shard_files
 
 ABOUT = "Check every byte of a data set against its index. Exit code 1 when something is wrong."
 OPTIONS = {

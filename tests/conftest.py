@@ -58,7 +58,7 @@ def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_run(gameplay: Path) -> Callable[..., Any]:
     """demo_run(folder, *overrides): the demo's first stage, smaller, so that its 20 steps take seconds."""
-    from wm_train.compose import compose
+    from wm_train.config.compose import compose
 
     def make(folder: Path, *overrides: str) -> Any:
         base = ["experiment=demo", "stage=short", f"data.path={gameplay}", f"out={folder}", "tracker=none", "trainer.samples=0"]
@@ -73,7 +73,7 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
     """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker --config`."""
-    from wm_train.compose import to_json
+    from wm_train.config.compose import to_json
 
     def write(folder: Path, *overrides: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from wm_train.compose import compose
-from wm_train.plan import without_data
-from wm_train.tree_help import help_text
+from wm_train.config.compose import compose
+from wm_train.config.help import help_text
+from wm_train.plan.report import without_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "launch/README.md")

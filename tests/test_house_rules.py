@@ -52,7 +52,7 @@ def private_imports(path: Path) -> list[str]:
 
 def test_private_modules_of_others_are_imported_in_one_file_of_a_package():
     """But for the attention engines, whose file is one such place."""
-    files = [p for p in sources(*OURS) if p.name not in ("compat.py", "attention_engines.py")]
+    files = [p for p in sources(*OURS) if p.name not in ("compat.py", "engines.py")]
     assert not {str(p.relative_to(ROOT)): found for p in files if (found := private_imports(p))}
 
 

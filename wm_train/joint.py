@@ -11,19 +11,19 @@ import json
 import sys
 from dataclasses import replace
 
-from wm_train import checkpoint
 from wm_train.backends import Backend
-from wm_train.compose import from_json
-from wm_train.config import RunConfig
-from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
-from wm_train.pools import JOINT, boundaries
-from wm_train.preemption import StopRequest
-from wm_train.progress import Progress
-from wm_train.samples import show_samples
-from wm_train.stage import Stage, open_stage
-from wm_train.state import EvaluationState, SetupError, build_for_evaluation
-from wm_train.tracking import Tracker
-from wm_train.validation import held_out_loss
+from wm_train.checkpoint import store
+from wm_train.config.compose import from_json
+from wm_train.config.curriculum import checkpoints_of, stage_directory, stage_run
+from wm_train.config.pools import JOINT, boundaries
+from wm_train.config.schema import RunConfig
+from wm_train.console import Progress
+from wm_train.evaluation.held_out import held_out_loss
+from wm_train.evaluation.samples import show_samples
+from wm_train.resilience.preemption import StopRequest
+from wm_train.tracking.tracker import Tracker
+from wm_train.training.stage import Stage, open_stage
+from wm_train.training.state import EvaluationState, SetupError, build_for_evaluation
 from wm_train.worker import main as worker_main
 from wm_train.world import World
 
@@ -78,7 +78,7 @@ def pool_run(run: RunConfig, pool: str) -> RunConfig:
 def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[EvaluationState, int]:
     """Return the weights of a pool's newest checkpoint, averaged if it can be, and its step."""
     root = checkpoints_of(own, own.stage)
-    found = checkpoint.find_newest(root, world, lambda line: None)
+    found = store.find_newest(root, world, lambda line: None)
     if found is None:
         raise SetupError(f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}. Fix: train the pool first")
     folder, manifest = found
@@ -87,7 +87,7 @@ def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[EvaluationSt
     own_names = {name.partition("/")[2] for name in targets}
     stored = manifest.tensors
     unread = {n for n in stored if n.startswith("optimizer/") or n.partition("/")[2] in own_names}
-    checkpoint.load(folder, manifest, targets, may_ignore=unread)
+    store.load(folder, manifest, targets, may_ignore=unread)
     return state, manifest.step
 
 

@@ -25,13 +25,13 @@ import launch
 from launch.progress import ProgressView
 from launch.spec import INTERRUPTED, JOB_ID, USER_ERROR, BatchJob, LaunchSpec, Pods, fill, write_private
 from parallel.degrees import sequence_size
-from wm_train import compose, curriculum
-from wm_train.config import RunConfig
-from wm_train.manifest import committed
-from wm_train.mesh_rules import smaller_worlds
-from wm_train.owner import OwnedError, check_free
-from wm_train.pools import JOINT, boundaries, named, pool_runs
-from wm_train.tree_help import help_text
+from wm_train.checkpoint.manifest import committed
+from wm_train.checks.mesh import smaller_worlds
+from wm_train.config import compose, curriculum
+from wm_train.config.help import help_text
+from wm_train.config.pools import JOINT, boundaries, named, pool_runs
+from wm_train.config.schema import RunConfig
+from wm_train.resilience.run_lock import OwnedError, check_free
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
 JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    from wm_train import plan
+    from wm_train.plan import report
 
     try:
         if options.help:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.name}" if pool else f"stage {stage.name}"
                 print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
-        return plan.shown_pools(pools, {pool: plan.latent_frame(run, None) for pool, run in pools.items()})
+        return report.shown_pools(pools, {pool: report.latent_frame(run, None) for pool, run in pools.items()})
     code = run_stages(config, pools, plans)
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
@@ -89,14 +89,14 @@ def checked(config: RunConfig, pool: str = "") -> tuple[curriculum.PlannedStage,
 
 def problems_in(config: RunConfig) -> list[compose.Problem]:
     """What is wrong with the values. `validate` reads the tables of the whole package, so it waits until there is a config."""
-    from wm_train.validate import problems_of
+    from wm_train.checks.values import problems_of
 
     return problems_of(config)
 
 
 def warnings_in(config: RunConfig) -> list[compose.Problem]:
     """Return the settings that do nothing, of a config without problems."""
-    from wm_train.stage_rules import warnings_of
+    from wm_train.checks.stages import warnings_of
 
     return warnings_of(config)
 
@@ -110,7 +110,7 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
     folder = curriculum.stage_directory(together, "")
     parent = None
     if config.pools:
-        from wm_train.tracking import parent_run
+        from wm_train.tracking.tracker import parent_run
 
         folder.mkdir(parents=True, exist_ok=True)
         parent = parent_run(together, folder, print)

@@ -13,32 +13,32 @@ from functools import partial
 
 import torch
 
-from data_shards.load import Batch
+from data_shards.loading.load import Batch
 from data_shards.schema import DataError
 from wm_train.backends import Backend
-from wm_train.config import RunConfig
-from wm_train.curriculum import checkpoints_of, stage_directory, stage_run
-from wm_train.guard import Guard, RewindError
-from wm_train.heartbeat import Heartbeat, missing_ranks, silent_ranks
-from wm_train.manifest import CheckpointError
-from wm_train.metrics.flops import mfu
+from wm_train.checkpoint.manifest import CheckpointError
+from wm_train.checkpoint.saver import Saver
+from wm_train.config.curriculum import checkpoints_of, stage_directory, stage_run
+from wm_train.config.schema import RunConfig
+from wm_train.console import Progress, complain
+from wm_train.evaluation.held_out import held_out_loss
+from wm_train.evaluation.samples import show_samples
+from wm_train.models.flops import mfu
 from wm_train.objectives import OBJECTIVES
 from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.schedule import learning_rate
-from wm_train.preemption import Preempted, StopRequest
-from wm_train.profiling import StepProfiler, steps_to_profile
-from wm_train.progress import Progress, complain
-from wm_train.replicas import check_replicas
-from wm_train.rewind import rewind
-from wm_train.samples import show_samples
-from wm_train.saver import Saver
-from wm_train.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
-from wm_train.start import Start, restore
-from wm_train.state import SetupError, TrainState, build_state, facts
-from wm_train.step_clock import StepClock
-from wm_train.stragglers import Stragglers
-from wm_train.tracking import Tracker
-from wm_train.validation import held_out_loss
+from wm_train.resilience.guard import Guard, RewindError
+from wm_train.resilience.heartbeat import Heartbeat, missing_ranks, silent_ranks
+from wm_train.resilience.preemption import Preempted, StopRequest
+from wm_train.resilience.replicas import check_replicas
+from wm_train.resilience.stragglers import Stragglers
+from wm_train.tracking.profiling import StepProfiler, steps_to_profile
+from wm_train.tracking.tracker import Tracker
+from wm_train.training.resume import Start, restore
+from wm_train.training.rewind import rewind
+from wm_train.training.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
+from wm_train.training.state import SetupError, TrainState, build_state, facts
+from wm_train.training.step_clock import StepClock
 from wm_train.world import World
 
 

@@ -29,12 +29,12 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
-    from wm_train.compose import ConfigError, from_json
-    from wm_train.curriculum import stage_directory
-    from wm_train.owner import OwnedError, only_run
-    from wm_train.preemption import EXIT_CODE, Preempted, StopRequest
-    from wm_train.preflight import preflight
-    from wm_train.progress import Progress, complain
+    from wm_train.checks.nodes import preflight
+    from wm_train.config.compose import ConfigError, from_json
+    from wm_train.config.curriculum import stage_directory
+    from wm_train.console import Progress, complain
+    from wm_train.resilience.preemption import EXIT_CODE, Preempted, StopRequest
+    from wm_train.resilience.run_lock import OwnedError, only_run
     from wm_train.trainer import SetupError, train_stage
     from wm_train.world import join_world, leave_world
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import Events
-from data_shards.files import read_json
 from data_shards.schema import DataError
+from data_shards.storage.files import read_json
 
 
 @dataclass(frozen=True)

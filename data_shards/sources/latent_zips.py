@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.files import read_json
 from data_shards.schema import KEY_PATTERN, MAX_MEMBER_BYTES, DataError
 from data_shards.sources import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.videos import square_intrinsics, square_poses
+from data_shards.storage.files import read_json
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 8, 32  # of the LTX-2 autoencoder
 FPS = 16.0  # of the published clips; a clip's JSON may say otherwise

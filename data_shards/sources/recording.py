@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.files import crc32c, read_json
 from data_shards.schema import DataError, check_key
 from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.storage.files import crc32c, read_json
 
 
 class RecordingSource:

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import CONTROL_NAMES, Events
-from data_shards.files import read_json
 from data_shards.schema import DataError, check_key
 from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.storage.files import read_json
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it

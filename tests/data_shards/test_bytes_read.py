@@ -7,9 +7,9 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from data_shards import encode
-from data_shards.files import all_finite, crc32c
-from data_shards.load import ClipLoader
-from data_shards.read import open_dataset
+from data_shards.loading.load import ClipLoader
+from data_shards.storage.files import all_finite, crc32c
+from data_shards.storage.read import open_dataset
 
 
 class CountingFileSystem(LocalFileSystem):

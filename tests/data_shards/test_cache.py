@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from data_shards.remote import RangeCache
 from data_shards.schema import DataError
+from data_shards.storage.remote import RangeCache
 
 
 def test_cache_keeps_its_limit_and_forgets_the_oldest(tmp_path):

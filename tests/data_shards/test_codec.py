@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_shards.codec import LinearCodec, coefficient_tables, make_codec, psnr_db
+from data_shards.codecs.linear import LinearCodec, coefficient_tables, make_codec, psnr_db
 from data_shards.schema import DataError, latent_frame_count
 
 

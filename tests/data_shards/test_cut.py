@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from data_shards import encode
-from data_shards.codec import make_codec
-from data_shards.encode_job import crop
-from data_shards.load import ClipLoader, normalise
-from data_shards.read import open_dataset
+from data_shards.codecs.linear import make_codec
+from data_shards.encoding.job import crop
+from data_shards.loading.load import ClipLoader, normalise
 from data_shards.sources.recording import RecordingSource
+from data_shards.storage.read import open_dataset
 
 
 @pytest.fixture(scope="module")

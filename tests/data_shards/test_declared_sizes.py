@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards import encode
-from data_shards.read import open_dataset
 from data_shards.schema import index_schema
+from data_shards.storage.read import open_dataset
 
 NAMED = re.compile(r"shard shards/\d{6}\.tar, key [\w-]+, field [\w.]+")
 SHARD = "shards/000000.tar"

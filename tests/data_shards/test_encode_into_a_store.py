@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from data_shards import encode, verify
-from data_shards.read import open_dataset
-from data_shards.remote import RetryPolicy
 from data_shards.schema import DataError
+from data_shards.storage.read import open_dataset
+from data_shards.storage.remote import RetryPolicy
 
 FAST = RetryPolicy(budget_s=10, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.5)
 

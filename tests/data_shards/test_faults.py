@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards import verify
-from data_shards.files import crc32c, npy_header
-from data_shards.load import ClipLoader
-from data_shards.read import open_dataset
+from data_shards.loading.load import ClipLoader
 from data_shards.schema import DataError, ShardError, index_schema
-from data_shards.write import tar_header
+from data_shards.storage.files import crc32c, npy_header
+from data_shards.storage.read import open_dataset
+from data_shards.storage.write import tar_header
 
 NAMED = re.compile(r"shard shards/\d{6}\.tar, key [\w-]+, field [\w.]+")
 SHARD = "shards/000000.tar"

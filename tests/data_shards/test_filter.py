@@ -20,8 +20,8 @@ from data_shards.metrics import (
     video_metrics,
     vmaf_motion,
 )
-from data_shards.read import open_dataset
 from data_shards.schema import DataError
+from data_shards.storage.read import open_dataset
 
 
 def straight_walk(frames, jump_at=None):

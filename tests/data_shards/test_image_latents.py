@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_shards import encode, stats, verify
-from data_shards.codec import make_codec
-from data_shards.read import open_dataset
+from data_shards.codecs.linear import make_codec
 from data_shards.schema import IMAGE_LATENTS, DataError, image_latent_count, info_from_json, info_to_json
 from data_shards.sources import open_source
+from data_shards.storage.read import open_dataset
 
 
 @pytest.fixture(scope="module", params=["tar", pytest.param("zarr", marks=pytest.mark.full)])

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_shards import encode, verify
-from data_shards.read import open_dataset
 from data_shards.schema import DataError
 from data_shards.sources import Place, open_source
 from data_shards.sources.latent_zips import safe_key
+from data_shards.storage.read import open_dataset
 
 CHANNELS, COUNT, FRAMES = 6, 3, 17  # 3 latents are 17 raw frames
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data_shards import encode
-from data_shards.codec import make_codec
-from data_shards.read import open_dataset
+from data_shards.codecs.linear import make_codec
 from data_shards.schema import DataError
+from data_shards.storage.read import open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.load import ClipLoader, denormalise, normalise, relative_poses
-from data_shards.order import SampleOrder
-from data_shards.read import open_dataset
+from data_shards.loading.load import ClipLoader, denormalise, normalise, relative_poses
+from data_shards.loading.order import SampleOrder
 from data_shards.schema import DataError
+from data_shards.storage.read import open_dataset
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.order import MixtureOrder, SampleOrder, WeightedChoice
-from data_shards.pack import Packer, best_fit
+from data_shards.loading.order import MixtureOrder, SampleOrder, WeightedChoice
+from data_shards.loading.pack import Packer, best_fit
 from data_shards.schema import DataError
 
 SEEDS = st.integers(0, 2**31)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.order import SampleOrder, permute
+from data_shards.loading.order import SampleOrder, permute
 from data_shards.schema import DataError
 
 

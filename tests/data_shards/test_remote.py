@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from data_shards import encode
-from data_shards.read import open_dataset
-from data_shards.remote import RangeCache, RetryPolicy, with_retries
 from data_shards.schema import DataError, ShardError
+from data_shards.storage.read import open_dataset
+from data_shards.storage.remote import RangeCache, RetryPolicy, with_retries
 
 FAST = RetryPolicy(budget_s=10, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.5)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.order import SampleOrder
-from data_shards.schedule import Schedule, ShortClip, Source, shares
+from data_shards.loading.order import SampleOrder
+from data_shards.loading.schedule import Schedule, ShortClip, Source, shares
 from data_shards.schema import DataError
 
 BATCH = 24

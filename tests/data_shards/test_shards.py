@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from data_shards import encode
-from data_shards.codec import make_codec
-from data_shards.encode_job import crop, split_of_episodes
-from data_shards.files import from_bfloat16, npy_header, to_bfloat16
-from data_shards.read import open_dataset
+from data_shards.codecs.linear import make_codec
+from data_shards.encoding.job import crop, split_of_episodes
 from data_shards.schema import DataError, MemberEntry
 from data_shards.sources.recording import RecordingSource
-from data_shards.write import ShardWriter, shard_size
+from data_shards.storage.files import from_bfloat16, npy_header, to_bfloat16
+from data_shards.storage.read import open_dataset
+from data_shards.storage.write import ShardWriter, shard_size
 
 
 def test_stock_webdataset_reads_the_shards(dataset_path):

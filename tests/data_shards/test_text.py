@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from data_shards import encode, verify
-from data_shards.files import from_bfloat16
-from data_shards.read import open_dataset
+from data_shards.encoding.text import TextEncoder
 from data_shards.schema import DataError
-from data_shards.text import TextEncoder
+from data_shards.storage.files import from_bfloat16
+from data_shards.storage.read import open_dataset
 
 WORDS = ["<pad>", "<bos>", "</s>", "a", "red", "door", "room", "with", "the", "big", "say", ":"]
 

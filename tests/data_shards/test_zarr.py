@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data_shards import encode, verify
-from data_shards.read import open_dataset
 from data_shards.schema import DataError, ShardError
-from data_shards.write import encode_array
-from data_shards.zarr_store import ZarrWriter, pieces
+from data_shards.storage.read import open_dataset
+from data_shards.storage.write import encode_array
+from data_shards.storage.zarr_store import ZarrWriter, pieces
 
 
 @pytest.fixture

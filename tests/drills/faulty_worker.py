@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from wm_train import objectives, trainer, worker
-from wm_train.guard import BadStepError
-from wm_train.tensor_parts import local_tensor
+from wm_train.boxes import local_tensor
+from wm_train.resilience.guard import BadStepError
 
 SIGNALS = {"segfault": signal.SIGSEGV, "die": signal.SIGKILL, "stop": signal.SIGSTOP}
 

@@ -4,9 +4,9 @@ unchanged to the bit; `skip` equals the run without that batch."""
 import pytest
 import torch
 
-from wm_train import checkpoint
-from wm_train.manifest import read_manifest
-from wm_train.tracking import read_steps
+from wm_train.checkpoint import store
+from wm_train.checkpoint.manifest import read_manifest
+from wm_train.tracking.tracker import read_steps
 
 # Two ranks with one clip each, so that what is wrong on one must stop the other. A spike is judged against the median of eight steps.
 COMMON = ("trainer.spike_factor=20", "trainer.checkpoint_every=11")
@@ -14,10 +14,10 @@ BAD = 12
 
 
 def tensors(folder):
-    found = checkpoint.committed(folder / "demo" / "short" / "checkpoints")[-1]
+    found = store.committed(folder / "demo" / "short" / "checkpoints")[-1]
     manifest = read_manifest(found)
     targets = {name: torch.empty(entry.shape) for name, entry in manifest.tensors.items()}
-    checkpoint.load(found, manifest, targets)
+    store.load(found, manifest, targets)
     return manifest.step, targets
 
 

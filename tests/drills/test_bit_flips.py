@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from wm_train import checkpoint
+from wm_train.checkpoint import store
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -20,12 +20,12 @@ def test_two_hundred_flipped_bits(tmp_path):
     draws, found = random.Random(1), 0
     for step in (1, 2):
         tensors = {f"model/{i}": torch.randn(64, 32, generator=g) for i in range(4)} | {"optimizer/step": torch.tensor(float(step))}
-        checkpoint.save(tmp_path / "whole", step, "short", tensors, {"config": {"seed": step}}, ALONE)
-    files = sorted(path.name for path in checkpoint.committed(tmp_path / "whole")[-1].iterdir())
+        store.save(tmp_path / "whole", step, "short", tensors, {"config": {"seed": step}}, ALONE)
+    files = sorted(path.name for path in store.committed(tmp_path / "whole")[-1].iterdir())
     for number in range(FLIPS):
         root = tmp_path / f"flip_{number}"
         shutil.copytree(tmp_path / "whole", root)
-        good, victim = checkpoint.committed(root)
+        good, victim = store.committed(root)
         file = victim / (files[number % len(files)] if number % 4 == 0 else draws.choice(files))
         data = bytearray(file.read_bytes())
         # headers are small and tensors large, so a quarter of the flips are in the first bytes
@@ -33,7 +33,7 @@ def test_two_hundred_flipped_bits(tmp_path):
         data[place] ^= 1 << draws.randrange(8)
         file.write_bytes(data)
         reports: list[str] = []
-        newest = checkpoint.find_newest(root, ALONE, reports.append)
+        newest = store.find_newest(root, ALONE, reports.append)
         assert newest is not None
         if newest[0] == good and len(reports) == 1 and "quarantined" in reports[0]:
             found += 1

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.read import open_dataset
 from data_shards.schema import DataError
-from wm_train import checkpoint, manifest
-from wm_train.compose import ConfigError, compose, from_json, to_json
-from wm_train.manifest import CheckpointError
-from wm_train.models.pretrained import load_pretrained_
-from wm_train.validate import problems_of
+from data_shards.storage.read import open_dataset
+from wm_train.checkpoint import manifest, store
+from wm_train.checkpoint.manifest import CheckpointError
+from wm_train.checks.values import problems_of
+from wm_train.config.compose import ConfigError, compose, from_json, to_json
+from wm_train.models.public import load_pretrained_
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -52,19 +52,19 @@ def canary(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     tensors = {"model/a": torch.ones(4, 4), "optimizer/a/step": torch.tensor(1.0)}
-    return checkpoint.save(tmp_path / "checkpoints", 1, "short", tensors, {}, ALONE)
+    return store.save(tmp_path / "checkpoints", 1, "short", tensors, {}, ALONE)
 
 
 def read(folder: Path) -> None:
     """Everything the trainer does with a checkpoint."""
-    found = checkpoint.check(folder, ALONE)
-    checkpoint.load(folder, found, {"model/a": torch.zeros(4, 4), "optimizer/a/step": torch.tensor(0.0)})
+    found = store.check(folder, ALONE)
+    store.load(folder, found, {"model/a": torch.zeros(4, 4), "optimizer/a/step": torch.tensor(0.0)})
 
 
 def resealed(folder: Path, name: str, data: bytes) -> None:
     """Put `data` in a file of the checkpoint and make the manifest agree: an attacker can compute a sha256."""
     (folder / name).write_bytes(data)
-    found, digest = manifest.read_manifest(folder), checkpoint.read_digest(folder / name)
+    found, digest = manifest.read_manifest(folder), store.read_digest(folder / name)
     files = {**found.files, name: {"size": digest.size, "sha256": digest.sha256}}
     (folder / manifest.NAME).write_text(manifest.to_text(manifest.Manifest(**{**vars(found), "files": files})))
 

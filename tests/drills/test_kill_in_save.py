@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_train import checkpoint
+from wm_train.checkpoint import store
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -37,10 +37,10 @@ def save_and_die(root: Path, at_call: int, after: bool) -> bool:
 
             return touch
 
-        for owner, name in ((checkpoint, "write_tensors"), (checkpoint, "write_text"), (checkpoint, "sync_folder")):
+        for owner, name in ((store, "write_tensors"), (store, "write_text"), (store, "sync_folder")):
             setattr(owner, name, lethal(getattr(owner, name)))
         Path.mkdir, Path.rename = lethal(Path.mkdir), lethal(Path.rename)  # type: ignore[method-assign]
-        checkpoint.save(root, 2, "short", state(2), {}, ALONE)
+        store.save(root, 2, "short", state(2), {}, ALONE)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
@@ -51,22 +51,22 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, after
     reached, found_steps = 0, []
     while True:
         root = tmp_path / str(reached)
-        checkpoint.save(root, 1, "short", state(1), {}, ALONE)
+        store.save(root, 1, "short", state(1), {}, ALONE)
         if not save_and_die(root, reached + 1, after):
             break
         reached += 1
         reports: list[str] = []
-        found = checkpoint.find_newest(root, ALONE, reports.append)
+        found = store.find_newest(root, ALONE, reports.append)
         assert found is not None
         assert not reports, "an unfinished save must not even look like a checkpoint"
         targets = {name: torch.empty_like(tensor) for name, tensor in state(0).items()}
-        checkpoint.load(*found, targets)
+        store.load(*found, targets)
         step = found[1].step
         assert all(torch.equal(targets[name], tensor) for name, tensor in state(step).items())
         found_steps.append(step)
-        checkpoint.prune(root, 2, 0, ALONE)
-        assert not checkpoint.drafts(root)
-        assert checkpoint.save(root, 2, "short", state(2), {}, ALONE).is_dir(), "the next save must work"
+        store.prune(root, 2, 0, ALONE)
+        assert not store.drafts(root)
+        assert store.save(root, 2, "short", state(2), {}, ALONE).is_dir(), "the next save must work"
     assert reached >= TOUCHES
     assert set(found_steps) == {1, 2}, "some kills come before the rename that publishes, some after"
     assert found_steps == sorted(found_steps)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wm_train.tracking import read_steps
+from wm_train.tracking.tracker import read_steps
 
 pytestmark = pytest.mark.drill
 STEPS = 50

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from wm_train import checkpoint
-from wm_train.manifest import read_manifest
-from wm_train.tracking import read_steps
+from wm_train.checkpoint import store
+from wm_train.checkpoint.manifest import read_manifest
+from wm_train.tracking.tracker import read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("WM_TRAIN_KILLS", "20"))
@@ -80,7 +80,7 @@ def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
         wanted = KILLS if name == "killed" else 0
         hits = supervise(worker_config(folder, *longer), folder, wanted, random.Random(0))
         assert hits == wanted, "the run ended before it was killed so often"
-        newest = checkpoint.committed(folder / "demo" / "short" / "checkpoints")[-1]
+        newest = store.committed(folder / "demo" / "short" / "checkpoints")[-1]
         rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
         curve = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
         results[name] = (curve, read_manifest(newest).files)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_train import checkpoint
-from wm_train.manifest import CheckpointError
-from wm_train.tracking import read_steps
+from wm_train.checkpoint import store
+from wm_train.checkpoint.manifest import CheckpointError
+from wm_train.tracking.tracker import read_steps
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -23,7 +23,7 @@ def state(step: int, size: int = 40_000) -> dict[str, torch.Tensor]:
 
 
 def save(root: Path, step: int, size: int = 40_000) -> Path:
-    return checkpoint.save(root, step, "short", state(step, size), {}, ALONE)
+    return store.save(root, step, "short", state(step, size), {}, ALONE)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -32,10 +32,10 @@ def digest(folder: Path) -> dict[str, str]:
 
 def newest(root: Path) -> tuple[int, list[str]]:
     reports: list[str] = []
-    found = checkpoint.find_newest(root, ALONE, reports.append)
+    found = store.find_newest(root, ALONE, reports.append)
     assert found is not None
     targets = {name: torch.empty_like(tensor) for name, tensor in state(0).items()}
-    checkpoint.load(*found, targets)
+    store.load(*found, targets)
     assert all(torch.equal(targets[name], tensor) for name, tensor in state(found[1].step).items())
     return found[1].step, reports
 
@@ -60,7 +60,7 @@ def test_a_full_disk(small_disk):
             save(small_disk / "checkpoints", step)
         assert digest(good) == before
         assert newest(small_disk / "checkpoints") == (1, [])
-        assert not checkpoint.drafts(small_disk / "checkpoints"), "what was half written gives its room back"
+        assert not store.drafts(small_disk / "checkpoints"), "what was half written gives its room back"
     (small_disk / "ballast").unlink()
     save(small_disk / "checkpoints", 4)
     assert newest(small_disk / "checkpoints") == (4, [])
@@ -145,6 +145,6 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_room(small_disk, w
     output = "".join(said)
     assert "No space left on device" in output
     root = small_disk / "demo" / "short"
-    assert [folder.name for folder in checkpoint.committed(root / "checkpoints")] == [f"step_{steps:08d}"]
+    assert [folder.name for folder in store.committed(root / "checkpoints")] == [f"step_{steps:08d}"]
     assert [row["step"] for row in read_steps(root / "metrics.jsonl")] == list(range(1, steps + 1)), "no line of the record is lost"
     print(f"{output.count('No space left')} refusals, last checkpoint at step {steps}, {steps} lines of record")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wm_train.tracking import read_steps
+from wm_train.tracking.tracker import read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, OUTAGE_S = 30, 12

@@ -13,8 +13,7 @@ from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import FULL, AttentionMask, tiles
 from parallel.reference import REFERENCE
 from parallel.ring import merge
-from wm_train.kernels import attention
-from wm_train.kernels import attention_engines as engines
+from wm_train.kernels.attention import choose, engines
 
 CPU = torch.device("cpu")
 
@@ -22,13 +21,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def on_a_device(monkeypatch):
     """Pretend that the CPU is a CUDA device of capability 9.0, with functions of ours as its cuDNN."""
-    attention.attention_engine.cache_clear()
-    candidates = attention.attention_candidates
-    monkeypatch.setattr(attention, "attention_candidates", lambda engine, device, _, *rest: candidates(engine, "cuda", (9, 0), *rest))
+    choose.attention_engine.cache_clear()
+    candidates = choose.attention_candidates
+    monkeypatch.setattr(choose, "attention_candidates", lambda engine, device, _, *rest: candidates(engine, "cuda", (9, 0), *rest))
 
     def install(forward, backward) -> None:
-        kept = attention.functions
-        monkeypatch.setattr(attention, "functions", lambda engine: (forward, backward) if engine == "cudnn" else kept(engine))
+        kept = choose.functions
+        monkeypatch.setattr(choose, "functions", lambda engine: (forward, backward) if engine == "cudnn" else kept(engine))
 
     return install
 
@@ -45,14 +44,14 @@ def on_a_device(monkeypatch):
     ],
 )
 def test_candidates_follow_capability_dtype_and_head_dim(capability, dtype, head_dim, expected):
-    assert attention.attention_candidates("auto", "cuda", capability, dtype, head_dim) == expected
-    assert attention.attention_candidates("flash", "cuda", capability, dtype, head_dim) == ("flash",)
+    assert choose.attention_candidates("auto", "cuda", capability, dtype, head_dim) == expected
+    assert choose.attention_candidates("flash", "cuda", capability, dtype, head_dim) == ("flash",)
 
 
 def test_an_engine_that_works_is_chosen_once_and_logged(on_a_device, caplog):
-    on_a_device(attention.plain, attention.plain_backward)
+    on_a_device(choose.plain, choose.plain_backward)
     with caplog.at_level(logging.INFO, "wm_train.kernels"):
-        names = {attention.attention_engine("auto", CPU, torch.bfloat16, 112) for _ in range(3)}
+        names = {choose.attention_engine("auto", CPU, torch.bfloat16, 112) for _ in range(3)}
     assert names == {"cudnn"}
     assert [r.message.split(" (")[0] for r in caplog.records] == ["attention: cudnn"]
 
@@ -61,33 +60,33 @@ def test_a_log_sum_exp_of_another_base_is_found_out(on_a_device, caplog):
     """As yunchang's cuDNN path, whose ring forward is silently wrong: outputs are right, the log-sum-exp is not."""
 
     def other_base(q, k, v):
-        out, lse = attention.plain(q, k, v)
+        out, lse = choose.plain(q, k, v)
         return out, lse * 1.4427
 
-    on_a_device(other_base, attention.plain_backward)
+    on_a_device(other_base, choose.plain_backward)
     with caplog.at_level(logging.WARNING, "wm_train.kernels"):
-        assert attention.attention_engine("auto", CPU, torch.float16, 112) != "cudnn"
+        assert choose.attention_engine("auto", CPU, torch.float16, 112) != "cudnn"
     assert "attention: not cudnn" in caplog.text
     assert "differ from plain products" in caplog.text
     with pytest.raises(ValueError, match="Fix: engine='auto'"):
-        attention.attention_engine("cudnn", CPU, torch.float16, 112)
+        choose.attention_engine("cudnn", CPU, torch.float16, 112)
 
 
 def test_a_backward_that_ignores_the_foreign_log_sum_exp_is_found_out(on_a_device):
     def own_sums(grad, q, k, v, out, lse):
-        own_out, own_lse = attention.plain(q, k, v)
-        return attention.plain_backward(grad, q, k, v, own_out, own_lse)
+        own_out, own_lse = choose.plain(q, k, v)
+        return choose.plain_backward(grad, q, k, v, own_out, own_lse)
 
-    on_a_device(attention.plain, own_sums)
-    assert "differ" in attention.defect("cudnn", CPU, torch.bfloat16, 112)
+    on_a_device(choose.plain, own_sums)
+    assert "differ" in choose.defect("cudnn", CPU, torch.bfloat16, 112)
 
 
 def test_an_engine_that_raises_is_not_used(on_a_device):
     def broken(q, k, v):
         raise RuntimeError("no valid execution plans\nmore")
 
-    on_a_device(broken, attention.plain_backward)
-    assert attention.defect("cudnn", CPU, torch.bfloat16, 112) == "it raised RuntimeError: no valid execution plans"
+    on_a_device(broken, choose.plain_backward)
+    assert choose.defect("cudnn", CPU, torch.bfloat16, 112) == "it raised RuntimeError: no valid execution plans"
 
 
 def test_cudnn_adapter_fits_the_operators_signatures():
@@ -111,16 +110,16 @@ def test_flash_adapter_fits_the_operators_signatures():
 
 def test_an_absent_library_is_a_logged_fallback_and_an_error_when_asked_for(on_a_device, caplog):
     with caplog.at_level(logging.WARNING, "wm_train.kernels"):
-        attention.attention_engine("auto", CPU, torch.bfloat16, 112)
+        choose.attention_engine("auto", CPU, torch.bfloat16, 112)
     assert "not flash_attn_3" in caplog.text
     assert "the package flash_attn_interface is not installed" in caplog.text
     with pytest.raises(ValueError, match=r"package flash_attn is not installed\. Fix: engine='auto'"):
-        attention.attention_engine("flash_attn", CPU, torch.bfloat16, 112)
+        choose.attention_engine("flash_attn", CPU, torch.bfloat16, 112)
 
 
 def test_an_engine_of_another_device_is_refused():
     with pytest.raises(ValueError, match=r"got engine 'cudnn' on cpu, expected one for that device \(key backend.attention\)"):
-        attention.with_attention(CPU, "cudnn")
+        choose.with_attention(CPU, "cudnn")
 
 
 def masked_block(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange):
@@ -169,7 +168,7 @@ def test_flex_backward_gives_a_blocks_share_of_a_softmax_over_more_keys(monkeypa
 
 def test_flex_is_taken_for_masked_blocks_when_asked_for(caplog):
     with caplog.at_level(logging.INFO, "wm_train.kernels"):
-        table = attention.with_attention(CPU, "flex")
+        table = choose.with_attention(CPU, "flex")
     assert "attention: flex for masked blocks" in caplog.text
     (q, k, v, grad), pieces = masked_block(CHUNKS, AttentionMask("chunk"), FrameRange(0, 8), FrameRange(0, 8))
     out, lse = table.block_attention(q.requires_grad_(), k, v, pieces)  # as the verb's autograd function calls it

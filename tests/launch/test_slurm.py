@@ -20,9 +20,9 @@ import pytest
 
 from launch import on_slurm
 from launch.spec import BatchJob
-from wm_train import checkpoint
-from wm_train.manifest import read_manifest
-from wm_train.tracking import read_steps
+from wm_train.checkpoint import store
+from wm_train.checkpoint.manifest import read_manifest
+from wm_train.tracking.tracker import read_steps
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).resolve().parents[2]
@@ -311,7 +311,7 @@ def test_at_the_time_limit_the_demo_saves_queues_again_and_resumes(demo, runner:
     stage = tmp_path / "runs" / "demo" / "short"
     job = (stage / "slurm_job_id").read_text().strip()
     wait_for(lambda: queued_again(job), "the job to be queued again", within_s=300)
-    saved = checkpoint.committed(stage / "checkpoints")
+    saved = store.committed(stage / "checkpoints")
     assert len(saved) == 1, logs(tmp_path)
     steps = read_manifest(saved[0]).step
     for file in (stage / "config.json", stage / "slurm_job.json"):

@@ -12,7 +12,7 @@ from parallel.masks import CHUNK_CAUSAL, FRAME_CAUSAL, FULL, AttentionMask
 from parallel.ring import merge
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
-from wm_train.kernels import attention_engines
+from wm_train.kernels.attention import engines
 
 GRIDS = ((1, 1), (1, 2), (1, 4), (2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2))  # ring x ulysses
 MASKS = {
@@ -152,8 +152,8 @@ def test_the_plain_path_of_other_devices_equals_the_cpu_kernel(monkeypatch):
 def test_the_flash_path_of_accelerators_is_called_with_the_right_arguments():
     """Shapes and dtypes on meta tensors; the numbers need a device."""
     q, k = (torch.empty(2, 4, n, 112, dtype=torch.bfloat16, device="meta") for n in (40, 60))
-    out, lse = attention_engines.flash_attention(q, k, k)
+    out, lse = engines.flash_attention(q, k, k)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
-    grads = attention_engines.flash_attention_backward(out, q, k, k, out, lse)
+    grads = engines.flash_attention_backward(out, q, k, k, out, lse)
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]

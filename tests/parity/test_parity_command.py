@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from parallel.gdn_scan import ScanVerb
-from wm_train import parity, parity_case
+from wm_train.parity import __main__ as parity
+from wm_train.parity import case as parity_case
 
 SMALL = ["experiment=demo", "model.depth=2", "model.softmax_every=2", "model.width=32", "model.heads=4", "--frames", "5", "--grid", "2x2"]
 
@@ -134,13 +135,13 @@ def test_four_processes_agree(mesh, capsys):
 
 
 def test_weights_may_come_from_a_checkpoint(tmp_path, capsys):
-    from wm_train import checkpoint
+    from wm_train.checkpoint import store
     from wm_train.world import World
 
     case = small_case()
     model = parity_case.make_model(case)
     tensors = {f"model/{name}": p.detach() * 1.5 for name, p in model.named_parameters()}
-    folder = checkpoint.save(tmp_path, 1, "short", tensors, {}, World(rank=0, size=1))
+    folder = store.save(tmp_path, 1, "short", tensors, {}, World(rank=0, size=1))
     loaded = parity_case.make_model(parity_case.ParityCase(**{**vars(case), "checkpoint": str(folder)}))
     for name, p in loaded.named_parameters():
         assert torch.equal(p.detach(), tensors[f"model/{name}"])

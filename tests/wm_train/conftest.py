@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from wm_train.backends import get_backend
-from wm_train.config import RunConfig
-from wm_train.curriculum import stage_run
-from wm_train.preemption import StopRequest
-from wm_train.progress import Progress
-from wm_train.stage import Stage, open_stage
-from wm_train.tracking import read_steps
+from wm_train.config.curriculum import stage_run
+from wm_train.config.schema import RunConfig
+from wm_train.console import Progress
+from wm_train.resilience.preemption import StopRequest
+from wm_train.tracking.tracker import read_steps
+from wm_train.training.stage import Stage, open_stage
 from wm_train.world import join_world, leave_world
 
 STEPS = 20  # of the demo run of tests/conftest.py

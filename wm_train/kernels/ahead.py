@@ -88,7 +88,7 @@ def table(usages: list[Usage]) -> str:
 
 
 def all_builds() -> list[Build]:
-    from wm_train.kernels.builds import scan_builds, token_builds
+    from wm_train.kernels.gdn.builds import scan_builds, token_builds
 
     return [*scan_builds(), *token_builds()]
 

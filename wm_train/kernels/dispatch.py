@@ -14,9 +14,9 @@ from torch import Tensor
 
 from parallel.halo import Taps
 from parallel.reference import Kernels
-from wm_train.kernels import reference
-from wm_train.kernels.attention import with_attention
+from wm_train.kernels.attention.choose import with_attention
 from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
+from wm_train.kernels.gdn import reference
 
 
 def short_convolution(taps: Taps, weight: Tensor, heads: int, norm_eps: float = 1e-5, engine: str = "auto") -> tuple[Tensor, Tensor | None]:
@@ -35,7 +35,7 @@ def short_convolution(taps: Taps, weight: Tensor, heads: int, norm_eps: float = 
         )
     if not taps.frames or _engine(engine, x, x.shape[-1] // heads) == "reference":
         return reference.short_convolution(taps, weight), None
-    from wm_train.kernels.convolution import short_convolution as fused
+    from wm_train.kernels.gdn.convolution import short_convolution as fused
 
     return fused(taps, weight, norm_eps)
 
@@ -63,7 +63,7 @@ def gdn_gram(
     _same("gdn_gram", "beta", beta, (*key.shape[:3], beta.shape[-1]))
     if _engine(engine, key, d) == "reference":
         return reference.gdn_gram(key, value, beta, weight, cos, sin, scale, norm_eps)
-    from wm_train.kernels.gram import Gram
+    from wm_train.kernels.gdn.gram import Gram
 
     return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps, rstd)
 
@@ -88,7 +88,7 @@ def gdn_output(
     _same("gdn_output", "normaliser", normaliser, (*query.shape[:2], state.shape[2], 1, d))
     if _engine(engine, query, d) == "reference":
         return reference.gdn_output(query, state, normaliser, weight, cos, sin, norm_eps, eps)
-    from wm_train.kernels.output import Output
+    from wm_train.kernels.gdn.output import Output
 
     return Output.apply(query, state, normaliser, weight, cos, sin, norm_eps, eps)
 
@@ -116,7 +116,7 @@ def camera_gram(
     _same("camera_gram", "ray_to_world", ray_to_world, (*key.shape[:3], 4, 4))
     if _engine(engine, key, d) == "reference":
         return reference.camera_gram(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps)
-    from wm_train.kernels.camera import CameraGram
+    from wm_train.kernels.gdn.camera import CameraGram
 
     return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
 
@@ -139,7 +139,7 @@ def camera_output(
     _same("camera_output", "world_to_ray", world_to_ray, (*query.shape[:3], 4, 4))
     if _engine(engine, query, d) == "reference":
         return reference.camera_output(query, state, weight, world_to_ray, cos, sin, norm_eps)
-    from wm_train.kernels.camera import CameraOutput
+    from wm_train.kernels.gdn.camera import CameraOutput
 
     return CameraOutput.apply(query, state, weight, world_to_ray, cos, sin, norm_eps)
 
@@ -156,7 +156,7 @@ def sequence_kernels(device: torch.device, engine: str = "auto", attention: str 
     table = with_attention(device, attention)
     if resolve(engine, "states", device.type, capability, torch.float32, HEAD_DIMS[1]) == "reference":
         return table
-    from wm_train.kernels import scan
+    from wm_train.kernels.gdn import scan
 
     settings = scan.ScanSettings(engine=engine)
     return table._replace(

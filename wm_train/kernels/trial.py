@@ -100,7 +100,7 @@ def _states(device: torch.device, d: int) -> dict[str, float]:
     """RMS ratio of states, composites and gradients, in two segments with a cut."""
     from parallel import reference
     from parallel.reference import Cuts, Stream
-    from wm_train.kernels import scan
+    from wm_train.kernels.gdn import scan
 
     generator = torch.Generator().manual_seed(0)
     frames, settings = 4, scan.ScanSettings(engine="triton", segments=2)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from wm_train.config import ModelConfig
+from wm_train.config.schema import ModelConfig
 from wm_train.models.init import initialise_, parameter_values
-from wm_train.models.layers.attention import CameraAttention
-from wm_train.models.sana_wm import SanaWM
+from wm_train.models.sana_wm.attention import CameraAttention
+from wm_train.models.sana_wm.model import SanaWM
 
 __all__ = ["MODELS", "build_model", "initialise_", "parameter_values", "use_engine_"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wm_train.boxes import local_box, local_tensor
 from wm_train.noise import PARAMETERS, NoiseKey, normal, random_words, unit_interval
-from wm_train.tensor_parts import local_box, local_tensor
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from parallel.layout import ClipLayout
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
-from wm_train.config import ObjectiveConfig
+from wm_train.config.schema import ObjectiveConfig
 from wm_train.noise import NoiseKey, random_words, uniform, unit_interval
 from wm_train.objectives.flow_matching import plain_range, plain_sigma, shift_sigma, velocity_loss
 from wm_train.objectives.output import ObjectiveOutput, TrainingBatch

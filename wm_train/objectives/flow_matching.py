@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parallel.layout import ClipLayout, FrameRange
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
-from wm_train.config import ObjectiveConfig
+from wm_train.config.schema import ObjectiveConfig
 from wm_train.noise import NoiseKey, normal, uniform
 from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TrainingBatch(Protocol):
-    """The part of a batch every objective needs; `data_shards.load.Batch` is one."""
+    """The part of a batch every objective needs; `data_shards.loading.load.Batch` is one."""
 
     @property
     def latents(self) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from wm_train.config import OptimizerConfig
-from wm_train.tensor_parts import local_tensor
+from wm_train.boxes import local_tensor
+from wm_train.config.schema import OptimizerConfig
 
 
 class Optimizer(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from wm_train.config import OptimizerConfig
+from wm_train.config.schema import OptimizerConfig
 from wm_train.optim.adamw import Optimizer, build_adamw
 from wm_train.optim.normuon import build_normuon
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from wm_train.tensor_parts import local_tensor
+from wm_train.boxes import local_tensor
 
 
 def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

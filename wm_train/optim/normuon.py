@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_train.config import OptimizerConfig
+from wm_train.boxes import Box, local_box, local_tensor, whole_tensor, within
+from wm_train.config.schema import OptimizerConfig
 from wm_train.optim.adamw import AdamW, adamw_groups, start_adamw_state
-from wm_train.tensor_parts import Box, local_box, local_tensor, whole_tensor, within
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values go to about 1 in five steps
 SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation

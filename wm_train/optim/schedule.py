@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from wm_train.config import OptimizerConfig
+from wm_train.config.schema import OptimizerConfig
 
 
 def constant(progress: float) -> float:

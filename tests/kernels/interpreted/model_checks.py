@@ -15,9 +15,9 @@ from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import replicate, run_virtual
 from wm_train import kernels
 from wm_train.conditioning import Conditions
-from wm_train.config import ModelConfig
+from wm_train.config.schema import ModelConfig
 from wm_train.models import build_model, initialise_, use_engine_
-from wm_train.models.layers import attention
+from wm_train.models.sana_wm import attention
 
 CONFIG = ModelConfig(latent_channels=4, depth=2, width=48, heads=2, softmax_every=2)  # D = 24: a padded head
 FRAMES, GRID = 4, (2, 3)

@@ -11,7 +11,7 @@ from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE, Stream
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
-from wm_train.kernels import scan
+from wm_train.kernels.gdn import scan
 
 
 def table(**settings):

@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from wm_train.kernels import scan, scan_kernels, trial
-from wm_train.kernels.gram import Gram
+from wm_train.kernels import trial
+from wm_train.kernels.gdn import scan, scan_kernels
+from wm_train.kernels.gdn.gram import Gram
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,133 @@
+"""Where `encode` writes: a folder on a disk, or a prefix of an object store. What appears under a name is whole.
+
+On a disk the work is done in `<out>.partial`, which gets its name at the end. In a store, which renames nothing, objects have their last
+names at once; without dataset.json, which comes last, they are no data set. A shard is made on a local disk and sent when it is complete.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from data_shards.schema import FACTS, DataError
+from data_shards.storage.files import publish_folder, write_durably
+from data_shards.storage.remote import RetryPolicy, connect, is_transient, with_retries
+
+T = TypeVar("T")
+POLICY = RetryPolicy(read_timeout_s=60.0)
+TOGETHER = 256  # small files that are read at a time
+
+
+class Target:
+    """`place` is the folder or URL that is being filled, `out` its name when it is done."""
+
+    def __init__(self, out: str) -> None:
+        self.in_store = "://" in out
+        self.out = out.rstrip("/") if self.in_store else str(Path(out).absolute())  # workers may be elsewhere
+        self.place = self.out if self.in_store else f"{self.out}.partial"
+        self._fs, self._root = connect(self.place, POLICY)
+        self._final = connect(self.out, POLICY)[1]
+
+    def finished(self) -> bool:
+        """Whether a data set is there already.
+
+        Raises:
+            DataError: something else is.
+        """
+        self._fs.invalidate_cache()
+        if self._try(lambda: self._fs.exists(f"{self._final}/{FACTS}")):
+            return True
+        if not self.in_store and self._fs.exists(self._final):
+            raise DataError(f"out: got {self.out}, which exists and is no data set, expected a new folder. Fix: out=<another folder>")
+        return False
+
+    def prepare(self) -> None:
+        """Make the folders, and remove what an interrupted run had not finished."""
+        for name in () if self.in_store else ("shards", "rows"):
+            folder = Path(self.place) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("*.tmp-*"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+    def write(self, name: str, data: bytes) -> None:
+        if self.in_store:
+            self._try(lambda: self._fs.pipe_file(f"{self._root}/{name}", data))
+        else:
+            write_durably(Path(self.place) / name, data)
+
+    def read(self, name: str, done: bool = False) -> bytes | None:
+        """A file, None if there is none; `done`: of the finished data set."""
+        try:
+            return self._try(lambda: bytes(self._fs.cat_file(f"{self._final if done else self._root}/{name}")))
+        except FileNotFoundError:
+            return None
+
+    def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
+        """The files of these names, in their order."""
+        for start in range(0, len(names), TOGETHER):
+            paths = [f"{self._root}/{name}" for name in names[start : start + TOGETHER]]
+            found = self._try(partial(self._fs.cat, paths))
+            yield from (bytes(found[path]) for path in paths)
+
+    def sizes(self) -> dict[str, int]:
+        """name -> bytes of all files that are there."""
+        self._fs.invalidate_cache()
+        found = self._try(lambda: self._fs.find(self._root, detail=True))
+        return {path[len(self._root) + 1 :]: facts["size"] for path, facts in found.items()}
+
+    @contextmanager
+    def room(self, name: str) -> Iterator[Path]:
+        """Where to make the shard `name`; what is there at the end is kept under that name."""
+        if not self.in_store:
+            yield Path(self.place) / name
+            return
+        with tempfile.TemporaryDirectory(prefix="encode-") as folder:
+            made = Path(folder) / Path(name).name
+            yield made
+            files = [file for file in sorted(made.rglob("*")) if file.is_file()] if made.is_dir() else [made]
+            self._send({f"{self._root}/{Path(name).parent / file.relative_to(folder)}": file for file in files}, f"{self._root}/{name}")
+
+    def _send(self, files: Mapping[str, Path], prefix: str) -> None:
+        """Upload files under names that all begin with `prefix`."""
+
+        def attempt() -> None:
+            self._fs.put([str(file) for file in files.values()], list(files))
+            self._fs.invalidate_cache()
+            there = {path: facts["size"] for path, facts in self._fs.find(prefix, detail=True).items()}
+            short = [path for path, file in files.items() if there.get(path) != file.stat().st_size]
+            if short:
+                raise OSError(f"{short[0]} has {there.get(short[0], 0)} bytes, {files[short[0]].stat().st_size} were sent")
+
+        self._try(attempt)
+
+    def _try(self, what: Callable[[], T]) -> T:
+        """With retries; what a store says in the end is a DataError."""
+        try:
+            return with_retries(what, POLICY)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if not self.in_store:
+                raise
+            raise DataError(
+                f"out: cannot write to {self.out} ({type(error).__name__}: {error}), expected a store that can be written. "
+                "Fix: see access rights and the network, then run the same command again: it goes on where it stopped",
+                is_transient(error),
+            ) from error
+
+    def remove(self, name: str) -> None:
+        """A folder and all in it."""
+        if not self.in_store:
+            shutil.rmtree(Path(self.place) / name, ignore_errors=True)
+        elif any(file.startswith(f"{name}/") for file in self.sizes()):
+            self._try(lambda: self._fs.rm(f"{self._root}/{name}", recursive=True))
+
+    def publish(self) -> None:
+        """Give it its name."""
+        if not self.in_store:
+            publish_folder(Path(self.place), Path(self._final))

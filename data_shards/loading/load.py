@@ -1,0 +1,255 @@
+"""Batches for training: the right clips in the right order, only this member's latent frames, read ahead in threads.
+
+What a batch holds is a function of (data sets, seed, stage, step) and of which rows and latent frames are asked for. Nothing else is
+state but the names of quarantined shards, so resuming is `start_step=` and `quarantined=`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_shards.loading.batch import REPLICATED, Batch, absent, denormalise, joined, last_repeated, normalise
+from data_shards.loading.cut import Conditions, read_conditions, read_latents, relative_poses
+from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
+from data_shards.schema import ALIKE_IN_MIXTURE, ClipEntry, DataError, ShardError
+from data_shards.storage.read import ClipDataset
+
+__all__ = ["REPLICATED", "Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
+
+
+class ClipLoader:
+    """Iterates over Batches, for ever. Use as a context manager or call close(): it owns threads.
+
+    Args:
+        dataset: its statistics normalise, whatever is mixed in, as its codec decodes.
+        rows: which rows of each global batch this data-parallel member takes; with `cost`, as many of equal cost.
+        frames: (start, stop) of the latent frames of a row that this context-parallel member holds, may be empty; a function of T where T
+            changes from step to step.
+        stage: the stage's name, which with `seed` keys the order.
+        clip_frames: T, the longest cut. A stored clip may be longer.
+        shorter: further lengths that clips too short for T are cut to; each step has one length.
+        mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides, controls and text must be the same.
+        pack: fill rows of T latent frames with several clips of any length up to T.
+        cost: of a clip of so many latent frames; packed rows are then dealt so that members have equally much to compute.
+        prefetch: batches read ahead; readers: clips read at the same time.
+        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every
+            member of the run must be given the same names: they are state, like the step.
+        replicated: False on all but one member of a context-parallel group: poses, intrinsics, controls and text are not read and come as
+            NaN of the right shape, to be received from the member that read them.
+        pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
+
+    Raises:
+        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets that do not fit together. While
+            iterating: whatever the reader found, a ShardError with its shard's `global_name`.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        *,
+        split: str = "train",
+        seed: int,
+        stage: str,
+        global_batch: int,
+        rows: range,
+        frames: tuple[int, int] | Callable[[int], tuple[int, int]],
+        clip_frames: int,
+        shorter: Sequence[int] = (),
+        mixture: Mapping[ClipDataset, float] | None = None,
+        pack: bool = False,
+        cost: Callable[[int], float] | None = None,
+        start_step: int = 0,
+        prefetch: int = 2,
+        readers: int = 1,
+        quarantined: frozenset[str] = frozenset(),
+        replicated: bool = True,
+        pin: bool = False,
+    ) -> None:
+        self.dataset, self.datasets = dataset, tuple(mixture or {dataset: 1.0})
+        self.tables = tuple(other.clips(split) for other in self.datasets)
+        for other, table in zip(self.datasets, self.tables, strict=True):
+            check_alike(dataset, other)
+            if not len(table):
+                raise DataError(f"data: got an empty split {split!r}, expected clips ({other.path}). Fix: encode more episodes")
+        self._share = frames if callable(frames) else (lambda _: frames)
+        for length in (clip_frames, *shorter):
+            if not 0 <= self._share(length)[0] <= self._share(length)[1] <= length:
+                raise DataError(f"latent frames: got {self._share(length)}, expected a range inside 0:{length}")
+        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= global_batch:
+            raise DataError(f"batch rows: got {rows}, expected a range inside 0:{global_batch}")
+        weights = [(mixture or {}).get(other, 1.0) for other in self.datasets]
+        sources = [source_of(*given) for given in zip(self.datasets, self.tables, weights, strict=True)]
+        try:
+            self.schedule = Schedule(sources, (clip_frames, *shorter), seed, stage, global_batch, pack)
+        except ShortClip as error:
+            clip, place = self.tables[error.source][error.clip], self.datasets[error.source].path
+            raise DataError(
+                f"clip length: got {error.wanted} latent frames, expected at most {error.frames} as clip {clip.key} has ({place}). "
+                f"Fix: frames={clip.raw_frames} for this stage, a bucket of that length, or longer clips"
+            ) from error
+        self.global_batch, self.wanted, self.replicated, self.pin = global_batch, rows, replicated, pin
+        self._cost = cost if pack else None
+        self.quarantined = quarantined
+        self.quarantined_clips = self._count_quarantined(split)
+        self.step = start_step  # of the next batch to be handed out
+        self._local = threading.local()
+        self._readers = ThreadPoolExecutor(readers, "clip-reader")
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start_step,), name="clip-loader", daemon=True)
+        self._thread.start()
+
+    def make_batch(self, step: int, each: Callable[..., Any] = map) -> Batch:
+        """The batch of a step, read now. `each` maps the reading over rows."""
+        rows = self.schedule.rows(step, self._mine(step), self._is_quarantined if self.quarantined else None)
+        total = rows[0].frames if rows else self.schedule.frames
+        start, stop = self._share(total)
+        first = self.datasets[rows[0].takes[0].source].info if rows else self.dataset.info
+        latents = self._empty(len(rows), stop - start, first.channels, first.latent_height, first.latent_width)
+        conditions = list(each(lambda place: self._read(rows[place], (start, stop), latents[place]), range(len(rows))))
+        none = absent(first, total)  # keeps the shapes when this member has no rows
+        shared = {name: self._stack([getattr(c, name) for c in conditions], getattr(none, name)) for name in REPLICATED}
+        keys = tuple("+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows)
+        return Batch(
+            latents,
+            **shared,
+            keys=keys,
+            draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
+            valid_frames=torch.tensor([row.valid_frames for row in rows], dtype=torch.int64),
+            document_starts=tuple(row.starts for row in rows),
+            frames=total,
+            image_size=(first.image_height, first.image_width),
+            data_wait_s=0.0,
+        )
+
+    def entry(self, source: int, clip: int) -> ClipEntry:
+        return self.tables[source][clip]
+
+    def _mine(self, step: int) -> Sequence[int]:
+        """The rows of this member."""
+        if self._cost is None or not len(self.wanted):
+            return self.wanted
+        rows = self.schedule.rows(step, range(self.global_batch))
+        costs = [sum(self._cost(take.frames) for take in row.takes) for row in rows]
+        return shares(costs, self.global_batch // len(self.wanted))[self.wanted.start // len(self.wanted)]
+
+    def _is_quarantined(self, source: int, clip: int) -> bool:
+        return self.datasets[source].global_name(self.entry(source, clip).shard) in self.quarantined
+
+    def _count_quarantined(self, split: str) -> int:
+        """How many clips of the split are not to be read."""
+        total = 0
+        for dataset, table in zip(self.datasets, self.tables, strict=True):
+            names = [name.split("/", 1)[1] for name in self.quarantined if dataset.global_name(name.split("/", 1)[1]) == name]
+            count = table.in_shards(names) if names else 0
+            if count == len(table):
+                raise DataError(f"quarantine: got all shards of split {split!r} quarantined, expected clips left ({dataset.path})")
+            total += count
+        return total
+
+    def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> Conditions:
+        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's conditions."""
+        out[max(0, row.valid_frames - held[0]) :] = 0
+        found = []
+        for take, start in zip(row.takes, row.starts, strict=True):
+            dataset, entry = self.datasets[take.source], self.entry(take.source, take.clip)
+            low, high = max(held[0], start), min(held[1], start + take.frames)
+            try:
+                if low < high:
+                    part = out[low - held[0] : high - held[0]]
+                    own, buffer = (low - start, high - start), self._buffer(part.numel())
+                    read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
+                read = read_conditions(dataset, entry, take.start, take.frames) if self.replicated else None
+            except ShardError as error:
+                raise ShardError(str(error), dataset.global_name(error.shard), error.passing) from error
+            found.append(read or absent(dataset.info, take.frames))
+        return joined(found, row.frames, self.dataset.info.temporal_stride)
+
+    def _buffer(self, numbers: int) -> np.ndarray:
+        """This thread's bytes for stored latents, kept from clip to clip."""
+        if len(getattr(self._local, "buffer", ())) < 4 * numbers:
+            self._local.buffer = np.empty(4 * numbers, np.uint8)
+        return np.asarray(self._local.buffer)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
+
+    def _stack(self, parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | None:
+        """[b, …]; the parts' first dimensions may differ, shorter ones repeat their end. None if the data has none."""
+        given = [part for part in parts if part is not None]
+        if like is None or len(given) < len(parts):
+            return None
+        longest = max((len(part) for part in given), default=0)
+        whole = torch.stack([last_repeated(part, longest) for part in given]) if given else like[None][:0]
+        return whole.pin_memory() if self.pin else whole
+
+    def _work(self, step: int) -> None:
+        while not self._stop.is_set():
+            item: Batch | BaseException
+            try:
+                item = self.make_batch(step, self._readers.map)
+            except Exception as error:  # handed to the consumer, who raises it
+                item = error
+            step += 1
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise DataError("loader: got a request after close(), expected none. Fix: make a new ClipLoader")
+        started = time.perf_counter()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self.step += 1
+        return replace(item, data_wait_s=time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the threads."""
+        self._stop.set()
+        self._thread.join()
+        self._readers.shutdown()
+
+    def __enter__(self) -> ClipLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
+    info = dataset.info
+    return Source(
+        table.latent_frames, weight, (info.latent_height, info.latent_width), info.image_latents_every // info.temporal_stride
+    )
+
+
+def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
+    """Raises DataError unless what is mixed can be one batch and one model's input."""
+    for name in ALIKE_IN_MIXTURE:
+        mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
+        if mine != theirs:
+            raise DataError(
+                f"mixture: got {name} {theirs!r} in {other.path}, expected {mine!r} as in {dataset.path} (key data.mixture). "
+                "Fix: encode both alike, or leave one out"
+            )

@@ -1,0 +1,200 @@
+"""index.parquet as it is needed: two columns when the data set is opened, the other facts of a clip with its row group when it is drawn.
+
+So a million clips cost megabytes and tenths of a second, and a draw costs one small row group, which is kept for a while.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from data_shards.schema import (
+    FIELDS,
+    ITEM_BYTES,
+    MAX_FREE_BYTES,
+    MAX_MEMBER_BYTES,
+    READ_BY_ROW,
+    SHARD_PATTERN,
+    SPLITS,
+    TIME_SHARDED,
+    ClipEntry,
+    DataError,
+    DatasetInfo,
+    MemberEntry,
+    check_key,
+    expected_fields,
+    expected_shape,
+)
+from data_shards.storage.remote import RetryPolicy, is_transient, with_retries
+
+MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
+KEPT_GROUPS = 64  # some hundred kilobytes each
+
+
+class ClipIndex:
+    """The rows of index.parquet (a pyarrow ParquetFile). Safe to use from several threads."""
+
+    def __init__(self, file: Any, path: str, info: DatasetInfo, policy: RetryPolicy) -> None:
+        self._file, self._path, self._info, self._policy = file, path, info, policy
+        self._lock = threading.Lock()  # the file's position is shared
+        columns = self._read(lambda: file.read(columns=["split", "latent_frames"]), "its columns")
+        # numbers instead of a million Python strings
+        encoded = columns["split"].combine_chunks().dictionary_encode()
+        names, codes = encoded.dictionary.to_pylist(), integers(encoded.indices, np.int32)
+        self._rows = {split: np.flatnonzero(codes == (names.index(split) if split in names else -1)) for split in SPLITS}
+        self.latent_frames: NDArray[np.int32] = integers(columns["latent_frames"].combine_chunks(), np.int32)
+        self._group_ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]).tolist()
+        self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)  # per instance, so two data sets never share entries
+
+    def clips(self, split: str) -> ClipTable:
+        return ClipTable(self, self._rows[split])
+
+    def keep(self, keys: Sequence[str]) -> None:
+        """Forget all clips but these."""
+        kept = nonzero(pc.is_in(self._keys, value_set=pa.array(list(keys), pa.string())))
+        self._rows = {split: np.intersect1d(rows, kept, assume_unique=True) for split, rows in self._rows.items()}
+
+    def find(self, key: str) -> ClipEntry:
+        row = pc.index(self._keys, key).as_py()
+        if row < 0:
+            raise DataError(f"clip: got key {key!r}, expected one of the {len(self.latent_frames)} keys of {self._path}")
+        return self.entry(row)
+
+    def in_shards(self, shards: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of the clips that lie in these shards."""
+        names = self._read(lambda: self._file.read(columns=["shard"]), "its shard names")["shard"]
+        return nonzero(pc.is_in(names, value_set=pa.array(list(shards), pa.string())))
+
+    def entry(self, row: int) -> ClipEntry:
+        group, place = self._place(row)
+        key, shard, episode, split, latent_frames, raw_frames = (column[place].as_py() for column in group.columns[:-1])
+        return ClipEntry(key, row, shard, episode, split, latent_frames, raw_frames)
+
+    def members(self, entry: ClipEntry) -> dict[str, MemberEntry]:
+        """field -> where it lies, checked against the allow-list and dataset.json."""
+        group, place = self._place(entry.row)
+        found: dict[str, MemberEntry] = {}
+        for raw in group["members"][place].as_py():
+            member = MemberEntry(**{**raw, "shape": tuple(raw["shape"]), "row_crc32c": tuple(raw["row_crc32c"])})
+            check_member(member, entry, self._info, duplicate=member.field in found)
+            found[member.field] = member
+        for field in sorted({TIME_SHARDED, *expected_fields(self._info, entry.raw_frames)} - set(found)):
+            raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {field}). Fix: encode again")
+        return found
+
+    @cached_property
+    def _keys(self) -> Any:
+        return self._read(lambda: self._file.read(columns=["key"]), "its keys")["key"].combine_chunks()
+
+    def _place(self, row: int) -> tuple[Any, int]:
+        """(row group, place in it) of a row."""
+        number = bisect.bisect_right(self._group_ends, row)
+        return self._group(number), row - (self._group_ends[number - 1] if number else 0)
+
+    def _read_group(self, group: int) -> Any:
+        return self._read(lambda: self._file.read_row_group(group, use_threads=False).combine_chunks(), f"row group {group}")
+
+    def _read(self, what: Callable[[], Any], name: str) -> Any:
+        def attempt() -> Any:
+            try:
+                return what()
+            except OSError as error:
+                if is_arrows(error):
+                    raise self._damage(name, error) from error
+                raise
+
+        try:
+            with self._lock:
+                return with_retries(attempt, self._policy)
+        except OSError as error:
+            raise self._damage(name, error) from error
+
+    def _damage(self, name: str, error: OSError) -> DataError:
+        what = " ".join(str(error).split())  # Arrow's has lines
+        reason = f"index: cannot read {name} of {self._path}/index.parquet ({what}). Fix: copy it again, or encode again"
+        return DataError(reason, is_transient(error) and not is_arrows(error))
+
+
+class ClipTable(Sequence[ClipEntry]):
+    """The clips of one split, looked up one by one."""
+
+    def __init__(self, index: ClipIndex, rows: NDArray[np.int64]) -> None:
+        self._index, self._rows = index, rows
+
+    @property
+    def latent_frames(self) -> NDArray[np.int64]:
+        """[clips] T of each clip."""
+        return self._index.latent_frames[self._rows].astype(np.int64)
+
+    def in_shards(self, shards: Sequence[str]) -> int:
+        """How many of the clips lie in these shards."""
+        return len(np.intersect1d(self._rows, self._index.in_shards(shards), assume_unique=True))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self._index.entry(int(self._rows[index]))
+
+    def __iter__(self) -> Iterator[ClipEntry]:
+        return (self[i] for i in range(len(self)))
+
+
+def integers(array: Any, dtype: Any) -> NDArray[Any]:
+    """An Arrow array of integers without nulls, as it lies in memory. Arrow's own conversion imports pandas, which takes half a second."""
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
+
+
+def nonzero(mask: Any) -> NDArray[np.int64]:
+    """Ascending positions at which a mask of Arrow holds."""
+    return integers(pc.indices_nonzero(mask), np.uint64).astype(np.int64)
+
+
+def is_arrows(error: OSError) -> bool:
+    """Whether it is Arrow's own: the bytes are wrong, which time does not mend."""
+    return error.errno is None and type(error) is OSError
+
+
+def where(entry: ClipEntry, member: MemberEntry) -> str:
+    return f"(shard {entry.shard}, key {entry.key}, field {member.field})"
+
+
+def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, duplicate: bool) -> None:
+    """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and sizes agree."""
+    problem = ""
+    if not SHARD_PATTERN.fullmatch(entry.shard):
+        problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"
+    elif duplicate:
+        problem = "got this field twice"
+    elif member.field not in FIELDS or member.dtype not in FIELDS[member.field][1]:
+        problem = f"got field {member.field!r} of dtype {member.dtype!r}, expected one of {sorted(FIELDS)}"
+    else:
+        expected = expected_shape(info, member.field, entry)
+        agrees = len(member.shape) == len(expected) and all(e in (None, n) and n >= 0 for n, e in zip(member.shape, expected))
+        count = int(np.prod(member.shape, dtype=np.float64)) * ITEM_BYTES[member.dtype]
+        header = member.data_offset - member.offset
+        if not agrees:
+            problem = f"got shape {member.shape}, expected {expected}"
+        elif None in expected and count > MAX_FREE_BYTES:
+            problem = f"got {count} bytes, expected at most {MAX_FREE_BYTES}"
+        elif (header and entry.shard.endswith(".zarr")) or (not header and member.field != "json" and entry.shard.endswith(".tar")):
+            problem = f"got {header} bytes of header, expected none in Zarr and an npy header in a tar"
+        elif entry.shard.endswith(".tar") and member.length > MAX_MEMBER_BYTES:
+            problem = f"got {member.length} bytes, expected at most {MAX_MEMBER_BYTES} in a tar"
+        elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
+            problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
+        elif member.field in READ_BY_ROW and len(member.row_crc32c) != member.shape[0]:
+            problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
+    if problem:
+        raise DataError(f"index: {problem} {where(entry, member)}. Fix: encode again")
+    check_key(entry.key)

@@ -1,0 +1,174 @@
+"""Clips -> WebDataset tars, Parquet index and dataset.json. Equal input gives equal bytes: no clock, user or file order enters.
+
+Order of publication: a tar appears under its name when complete; the index and then dataset.json are written last, and without
+dataset.json a folder is no data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.schema import (
+    FIELDS,
+    MAX_MEMBER_BYTES,
+    READ_BY_ROW,
+    ClipEntry,
+    DataError,
+    DatasetInfo,
+    MemberEntry,
+    check_key,
+    index_schema,
+)
+from data_shards.storage.files import crc32c, npy_header, to_bfloat16
+
+BLOCK = 512
+ROW_GROUP = 256  # clips whose index rows are decoded together
+
+
+def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
+    """(npy header, little-endian elements) of the array stored as `dtype`.
+
+    Raises:
+        DataError: values that are not finite, or that overflow `dtype`.
+    """
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"got an array of dtype {array.dtype}, expected numbers")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError("got NaN or infinite values, expected finite ones")
+    if dtype == "bfloat16":
+        stored: NDArray[Any] = to_bfloat16(array.astype(np.float32)).astype("<u2")
+    else:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(array).astype(np.dtype(dtype).newbyteorder("<"))
+        if array.dtype.kind == "f" and not np.isfinite(stored).all():
+            raise DataError(f"got values up to {np.abs(array).max():g}, expected values that {dtype} can hold. Fix: latent_dtype=bfloat16")
+    return npy_header(dtype, tuple(array.shape)), stored.tobytes()
+
+
+def tar_header(name: str, length: int) -> bytes:
+    """The one 512-byte header that a member of this name and length has: no time, no owner."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode, header.mtime = length, 0o644, 0
+    return header.tobuf(tarfile.USTAR_FORMAT)
+
+
+def check_array(key: str, field: str, dtype: str, array: NDArray[Any]) -> None:
+    """Raises DataError unless the field, its stored dtype and its number of dimensions are on the list."""
+    if field not in FIELDS or dtype not in FIELDS[field][1] or array.ndim != FIELDS[field][0]:
+        raise DataError(f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key {key})")
+
+
+class ShardWriter:
+    """Writes one tar. Use as a context manager: leaving it normally publishes the file, an exception leaves nothing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        self._file = io.BufferedWriter(io.FileIO(self._temporary, "w"))
+        self._position = 0
+        self._keys: set[str] = set()
+
+    def add(self, key: str, arrays: Mapping[str, tuple[str, NDArray[Any]]], description: Mapping[str, Any]) -> tuple[MemberEntry, ...]:
+        """Append a clip: `arrays` is field -> (stored dtype, array); `description` becomes the `json` member, written first.
+
+        What is read by row comes last, so all replicated members of a clip are one contiguous range.
+        """
+        if check_key(key) in self._keys:
+            raise DataError(f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})")
+        self._keys.add(key)
+        text = (json.dumps(description, sort_keys=True) + "\n").encode()
+        members = [self._append(key, "json", b"", text, "uint8", (len(text),))]
+        for field in sorted(arrays, key=lambda name: (name in READ_BY_ROW, name)):
+            dtype, array = arrays[field]
+            check_array(key, field, dtype, array)
+            try:
+                header, data = encode_array(array, dtype)
+            except DataError as error:
+                raise DataError(f"member: {error} (shard {self.path.name}, key {key}, field {field})") from error
+            members.append(self._append(key, field, header, data, dtype, tuple(array.shape)))
+        return tuple(members)
+
+    def _append(self, key: str, field: str, header: bytes, data: bytes, dtype: str, shape: tuple[int, ...]) -> MemberEntry:
+        length = len(header) + len(data)
+        if length > MAX_MEMBER_BYTES:
+            raise DataError(f"member size: got {length} bytes, expected at most {MAX_MEMBER_BYTES} (key {key}, field {field})")
+        self._write(tar_header(f"{key}.{field}", length))
+        offset = self._position
+        self._write(header)
+        self._write(data)
+        self._write(b"\0" * (-length % BLOCK))
+        row = len(data) // shape[0] if field in READ_BY_ROW else 0
+        rows = tuple(crc32c(memoryview(data)[i * row : (i + 1) * row]) for i in range(shape[0])) if row else ()
+        return MemberEntry(field, offset, length, offset + len(header), dtype, shape, crc32c(header + data), rows)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._position += len(data)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._write(b"\0" * (2 * BLOCK))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None:
+            os.replace(self._temporary, self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def shard_size(members: Iterable[MemberEntry]) -> int:
+    """Bytes of a tar that ends with the last of these members: what the file must measure."""
+    end = max(member.offset + member.length for member in members)
+    return end + (-end % BLOCK) + 2 * BLOCK
+
+
+def sums_text(digests: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS, given the SHA-256 of each file by name; `sha256sum -c SHA256SUMS` reads it too."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+
+
+def index_writer(file: Path | BinaryIO) -> Any:
+    """The ParquetWriter of an index. Pages carry checksums, which the reader verifies; there are no statistics, which nobody asks for."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetWriter(file, index_schema(), compression="zstd", write_page_checksum=True, write_statistics=False)
+
+
+def write_index(file: Path | BinaryIO, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
+    """One row per clip, in order."""
+    import pyarrow as pa
+
+    with index_writer(file) as writer:
+        for start in range(0, len(rows), ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist([index_row(*row) for row in rows[start : start + ROW_GROUP]], index_schema()))
+
+
+def index_row(entry: ClipEntry, members: tuple[MemberEntry, ...]) -> dict[str, Any]:
+    facts = {name: getattr(entry, name) for name in ("key", "shard", "episode", "split", "latent_frames", "raw_frames")}
+    return {**facts, "members": [{**vars(member)} for member in members]}
+
+
+def fingerprint(rows: Iterable[tuple[ClipEntry, tuple[MemberEntry, ...]]], info: DatasetInfo) -> str:
+    """sha256 over what training depends on: each clip's key, split and contents, the codec and the statistics. Not over file layout."""
+    digest = hashlib.sha256()
+    facts = [info.schema_version, info.codec, dict(info.codec_options), info.mean, info.std, info.fps, info.control_names]
+    facts += [info.image_latents_every, info.null_text_crc32c]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for entry, members in rows:
+        content = [[m.field, m.dtype, m.shape, m.crc32c] for m in members]
+        digest.update(json.dumps([entry.key, entry.split, entry.latent_frames, entry.raw_frames, content]).encode())
+    return digest.hexdigest()

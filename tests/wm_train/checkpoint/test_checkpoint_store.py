@@ -1,0 +1,146 @@
+"""Checkpoints in a store without rename: whole or absent, verified, kept by the same rules; over a real S3 server and in memory."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+import torch
+
+from wm_train.checkpoint import store
+from wm_train.checkpoint.__main__ import main
+from wm_train.checkpoint.manifest import NAME, CheckpointError
+from wm_train.storage import Remote, place
+from wm_train.world import World
+
+ALONE = World(0, 1)
+SHAPE = (64, 48)
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A bucket of a local S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    environment = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    settings = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in settings.items():
+        environment.setenv(name, value)
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir("checkpoints")
+    yield "s3://checkpoints"
+    server.stop()
+    environment.undo()
+
+
+@pytest.fixture(params=["s3", "memory"])
+def root(request) -> Remote:
+    base = request.getfixturevalue("s3") if request.param == "s3" else "memory://checkpoints"
+    folder = place(f"{base}/{request.node.name.replace('[', '-').strip(']')}/short")
+    assert isinstance(folder, Remote)
+    return folder
+
+
+def state(step: int) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(step)
+    weight = torch.randn(SHAPE, generator=draws)
+    one = torch.tensor(1.0)
+    return {"model/a": weight, "model/b": weight[0].to(torch.bfloat16), "model/empty": torch.zeros(0, 3), "optimizer/a/step": one}
+
+
+def save(root: Remote, step: int, loss: float | None = None) -> Remote:
+    folder = store.save(root, step, "short", state(step), {"validation_loss": loss, "world": 1}, ALONE)
+    assert isinstance(folder, Remote)
+    return folder
+
+
+def flip(file: Remote) -> None:
+    data = bytearray(file.read(None, None))
+    data[len(data) // 2] ^= 1
+    with file.open("wb") as handle:
+        handle.write(bytes(data))
+
+
+def steps(root: Remote) -> list[int]:
+    return [store._step(folder) for folder in store.committed(root)]
+
+
+def test_what_was_saved_comes_back_bit_for_bit(root):
+    folder = save(root, 3)
+    found = store.find_newest(root, ALONE, print)
+    assert found is not None
+    assert found[0] == folder
+    targets = {name: torch.full_like(tensor, 7) for name, tensor in state(3).items()}
+    store.load(*found, targets)
+    assert all(torch.equal(targets[name], tensor) for name, tensor in state(3).items())
+    assert (root / "latest").read_text() == folder.name + "\n"
+    assert save(root, 3) == folder, "a step that is there is not written again"
+
+
+def test_only_the_rows_that_are_asked_for_are_read(root, monkeypatch):
+    folder = save(root, 1)
+    manifest, asked = store.check(folder, ALONE), []
+    read = Remote.read
+    monkeypatch.setattr(Remote, "read", lambda file, start, stop: asked.append((start, stop)) or read(file, start, stop))
+    tensors = store.RemoteTensors(folder / next(iter(manifest.files)))
+    assert torch.equal(tensors.get_slice("model/a")[slice(8, 16), slice(2, 5)], state(1)["model/a"][8:16, 2:5])
+    assert asked[-1][1] - asked[-1][0] == 8 * SHAPE[1] * 4
+
+
+@pytest.mark.parametrize("damage", ["bit", "manifest", "missing", "no manifest"])
+def test_a_damaged_one_is_found_set_aside_and_the_one_before_taken(root, damage):
+    good, bad = save(root, 1), save(root, 2)
+    file = bad / "rank_00000.safetensors"
+    if damage == "bit":
+        flip(file)
+    elif damage == "manifest":
+        flip(bad / NAME)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (bad / NAME).unlink()
+    reports: list[str] = []
+    found = store.find_newest(root, ALONE, reports.append)
+    assert found is not None
+    assert found[0] == good
+    assert len(reports) == (0 if damage == "no manifest" else 1), "without a manifest it was never a checkpoint"
+    store.prune(root, 2, 0, ALONE)
+    assert (bad / "manifest.bad").is_file() == (damage != "no manifest"), "evidence is kept, drafts are not"
+    assert store._step(save(root, 2)) == 2
+
+
+def test_a_save_that_fails_midway_leaves_the_last_one_and_the_next_works(root, monkeypatch):
+    good = save(root, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "write_text", lambda *_: (_ for _ in ()).throw(OSError("the store went away")))
+        with pytest.raises(CheckpointError, match="the store went away"):
+            save(root, 2)
+    assert store.find_newest(root, ALONE, print)[0] == good  # type: ignore[index]
+    save(root, 2)
+    assert steps(root) == [1, 2]
+
+
+def test_retention_and_the_commands_work_on_an_address(root, capsys, tmp_path):
+    for step, loss in ((1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3), (5, None)):
+        save(root, step, loss)
+    store.prune(root, 1, 3, ALONE, keep_best=1)
+    assert steps(root) == [2, 3, 5], "the best, every third, the newest"
+    assert main(["verify", str(root)]) == 0
+    assert main(["inspect", str(root)]) == 0
+    assert "step 5, written by 1 processes" in capsys.readouterr().out
+    assert main(["export", str(root), str(tmp_path / "w.safetensors")]) == 0
+    assert main(["prune", str(root), "--keep-last", "1"]) == 0
+    assert steps(root) == [5]
+    flip(store.committed(root)[0] / "rank_00000.safetensors")
+    assert main(["verify", str(root)]) == 2
+
+
+@pytest.mark.full
+def test_a_stage_trains_into_a_store_and_goes_on_from_it(alone, train_here, losses, s3, tmp_path):
+    to = f"trainer.checkpoint_to={s3}/runs"
+    train_here(tmp_path, to, "recipe.stages.short.steps=10")
+    assert not list((tmp_path / "demo" / "short").glob("checkpoints/*"))
+    train_here(tmp_path, to)
+    assert losses(tmp_path) == alone
+    assert steps(place(f"{s3}/runs/demo/short"))[-1] == 20  # type: ignore[arg-type]

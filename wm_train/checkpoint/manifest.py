@@ -1,0 +1,154 @@
+"""The manifest of a checkpoint: what is in it, which mesh wrote it, and the hash of every file, itself included.
+
+A manifest is one line of canonical JSON, `{"body": ..., "sha256": ...}`; reading it re-makes that line and compares, so that any changed
+byte is found. It is written last: a folder without a manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wm_train.storage import Place
+
+NAME = "manifest.json"
+STEP_FOLDER = re.compile(r"step_(\d{8})(-[0-9a-f]{8})?")  # the token: in a store, where a save begins under its last name
+FORMAT = 1
+T = TypeVar("T")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be used, and why."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of one tensor in one file. `key` is its name in the file."""
+
+    file: str
+    offset: list[int]
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One logical tensor: its global shape and the parts that make it up."""
+
+    dtype: str
+    shape: list[int]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A committed checkpoint. `step` counts finished steps; `facts` holds what resuming compares (config, data, model, mesh)."""
+
+    step: int
+    stage: str
+    facts: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    files: dict[str, dict[str, Any]]
+    format: int = FORMAT
+
+
+def to_text(manifest: Manifest) -> str:
+    """The one line that stands for this manifest."""
+    body = _canonical(asdict(manifest))
+    return f'{{"body":{body},"sha256":"{_digest(body)}"}}\n'
+
+
+def read_manifest(folder: Place) -> Manifest:
+    """Read and check the manifest of a checkpoint folder.
+
+    Errors: CheckpointError when it is absent, damaged, or of another format.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder}: got no {NAME}, expected one (it was not finished). Fix: use another checkpoint")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        outer = json.loads(text)
+        body = outer["body"]
+        whole = f'{{"body":{_canonical(body)},"sha256":"{_digest(_canonical(body))}"}}\n'
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {NAME} is damaged ({error}). Fix: use another checkpoint") from error
+    if whole != text:
+        raise CheckpointError(f"checkpoint {folder}: {NAME} does not match its own sha256. Fix: use another checkpoint")
+    found = body.get("format") if isinstance(body, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: got format {found}, expected {FORMAT}. Fix: read it with the version that wrote it")
+    try:
+        return _from_body(body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {NAME} says something impossible ({error}). Fix: use another checkpoint") from error
+
+
+def _from_body(body: dict[str, Any]) -> Manifest:
+    """The manifest that a JSON object stands for. Any error says that it stands for none."""
+    files = {
+        _is(str, name): {"size": _is(int, entry["size"]), "sha256": _is(str, entry["sha256"])} for name, entry in body["files"].items()
+    }
+    tensors = {}
+    for name, entry in body["tensors"].items():
+        shape = _sizes(entry["shape"])
+        parts = [Part(_is(str, part["file"]), _sizes(part["offset"]), _sizes(part["shape"])) for part in entry["parts"]]
+        for part in parts:
+            if part.file not in files:
+                raise ValueError(f"{name} lies in {part.file!r}, which is not listed")
+            if not len(part.offset) == len(part.shape) == len(shape):
+                raise ValueError(f"{name} has a part of other dimensions")
+            if any(start + size > whole for start, size, whole in zip(part.offset, part.shape, shape, strict=True)):
+                raise ValueError(f"{name} has a part outside its shape")
+        if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
+            raise ValueError(f"{name} is not covered by its parts")
+        tensors[name] = TensorEntry(_is(str, entry["dtype"]), shape, parts)
+    return Manifest(_is(int, body["step"]), _is(str, body["stage"]), _is(dict, body["facts"]), tensors, files, body["format"])
+
+
+def _is(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def _sizes(values: Any) -> list[int]:
+    sizes = [_is(int, value) for value in _is(list, values)]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{sizes} has a negative size")
+    return sizes
+
+
+def check_names(folder: Place, manifest: Manifest) -> None:
+    """Refuse names that lead out of the folder, and files that the manifest does not know.
+
+    Errors: CheckpointError.
+    """
+    for name in manifest.files:
+        if Path(name).name != name or name.startswith("."):
+            raise CheckpointError(f"checkpoint {folder}: got file name {name!r}, expected a plain name inside the folder")
+    present = {p.name for p in folder.iterdir()} - {NAME}
+    if present != set(manifest.files):
+        missing, foreign = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
+        raise CheckpointError(f"checkpoint {folder}: missing files {missing}, foreign files {foreign}. Fix: use another checkpoint")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def committed(root: Place) -> list[Place]:
+    """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names; in a store, which does not rename, an
+    unfinished one has no manifest yet. May raise OSError."""
+    if isinstance(root, Path):
+        return [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))] if root.is_dir() else []
+    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
+    return sorted(found, key=lambda folder: folder.name)

@@ -1,0 +1,139 @@
+"""One file of tensors in the safetensors format, hashed while it is written and never trusted before its hash agreed.
+
+We write the format ourselves (an 8-byte length, a JSON header, raw little-endian data) only to stream it through sha256 without a second
+copy in memory; reading is the `safetensors` library's. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from wm_train.storage import Place, Remote
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CHUNK = 16 * 2**20  # bytes hashed at a time
+
+
+class FileDigest(NamedTuple):
+    """What the manifest remembers of a file."""
+
+    size: int
+    sha256: str
+
+
+def write_tensors(path: Place, tensors: Mapping[str, torch.Tensor]) -> FileDigest:
+    """Write host tensors to a new file, flush it to the disk, and return its size and sha256.
+
+    Errors: FileExistsError when `path` exists (a checkpoint is never written over); OSError from the file system.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written = hashlib.sha256(), 0
+    with path.open("xb") as file:
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal written
+            digest.update(data)
+            file.write(data)
+            written += len(data)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for tensor in tensors.values():
+            raw = tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8).numpy().data
+            for start in range(0, len(raw), CHUNK):
+                put(raw[start : start + CHUNK])
+        _flush(path, file)
+    return FileDigest(written, digest.hexdigest())
+
+
+def _flush(path: Place, file: Any) -> None:
+    """To the disk. A store flushes when a file is closed."""
+    if isinstance(path, Path):
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_digest(path: Place) -> FileDigest:
+    """Size and sha256 of a file as it lies on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            size += len(data)
+    return FileDigest(size, digest.hexdigest())
+
+
+class RemoteTensors:
+    """Tensors of a file in a store, read by byte range: of a slice, only the rows it spans."""
+
+    def __init__(self, file: Remote) -> None:
+        self.file = file
+        length = int.from_bytes(file.read(0, 8), "little")
+        self.start, self.header = 8 + length, json.loads(file.read(8, 8 + length))
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self._rows(key, slice(None))
+
+    def get_slice(self, key: str) -> _Slices:
+        return _Slices(self, key)
+
+    def _rows(self, key: str, rows: slice) -> torch.Tensor:
+        entry = self.header[key]
+        shape, (begin, end) = list(entry["shape"]), entry["data_offsets"]
+        if shape:
+            first, stop, _ = rows.indices(shape[0])
+            row = (end - begin) // max(1, shape[0])
+            begin, end, shape[0] = begin + first * row, begin + stop * row, stop - first
+        data = self.file.read(self.start + begin, self.start + end) if end > begin else b""
+        if len(data) != end - begin:
+            raise OSError(f"{self.file}: got {len(data)} of {end - begin} bytes of {key}")
+        kind = next(dtype for dtype, word in DTYPES.items() if word == entry["dtype"])
+        return torch.frombuffer(bytearray(data), dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+
+
+class _Slices:
+    """`slices[rows, ...]` of one tensor."""
+
+    def __init__(self, tensors: RemoteTensors, key: str) -> None:
+        self.tensors, self.key = tensors, key
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        return self.tensors._rows(self.key, slices[0])[(slice(None), *slices[1:])]
+
+
+def write_text(path: Place, text: str) -> None:
+    """Write a small new file and flush it to the disk."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        _flush(path, file)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

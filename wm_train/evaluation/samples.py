@@ -1,0 +1,127 @@
+"""What a stage has learned, for people to look at: rollouts of held-out clips from their first frame and camera path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_shards.codecs.linear import make_codec
+from data_shards.loading.load import Batch, denormalise
+from wm_train.console import Progress
+from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
+from wm_train.sampling.rollout import Experts, rollout, sampling_levels, stream_rollout
+from wm_train.tracking.tracker import Tracker
+from wm_train.training.stage import Stage, conditions_of, on_device, open_loader, sequence_of
+from wm_train.training.state import EvaluationState, TrainState
+
+
+def show_samples(
+    stage: Stage,
+    state: TrainState | Mapping[float, EvaluationState],
+    folder: Path,
+    tracker: Tracker | None,
+    progress: Progress,
+) -> None:
+    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each and one contact sheet.
+
+    Every process takes part (the model is sharded); rank 0 writes `<folder>/samples/`. The truth shown is the decoded latents, which is
+    the best any sample can look. state: of one model, or of experts by the noise level from which each is used; one that has learned a
+    part of the noise only makes no samples alone.
+    """
+    noise = stage.config.objective
+    if isinstance(state, TrainState) and (noise.sigma_min, noise.sigma_max) != (0.0, 1.0):
+        return
+    wanted = min(stage.run.trainer.samples, len(stage.dataset.clips("validation")))
+    if not wanted:
+        return
+    steps = f"{len(levels_of(stage)) - 1} steps, {stage.config.sampler.name}"
+    progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
+    batch, latents = sample(stage, state, wanted)
+    truth, made = whole_clips(stage, batch.latents), whole_clips(stage, latents)
+    keys = [key for row in stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size] for key in row]
+    if tracker is None:
+        return
+    target = folder / "samples"
+    target.mkdir(exist_ok=True)
+    clips = []
+    for row in range(wanted):
+        clips.append((decode(stage, truth[row]), decode(stage, made[row])))
+        path = target / f"{keys[row]}.mp4"
+        write_video(path, side_by_side(*clips[-1]), stage.dataset.info.fps)
+        tracker.artifact(path)
+    write_png(target / "contact_sheet.png", contact_sheet(clips))
+    tracker.artifact(target / "contact_sheet.png")
+    progress.say(f"samples: {target / 'contact_sheet.png'} (truth above, sample below)")
+
+
+def sample(
+    stage: Stage, state: TrainState | Mapping[float, EvaluationState], wanted: int
+) -> tuple[Batch, torch.Tensor]:
+    """Return this process's rows and frames of the first `wanted` validation clips, and what the
+    stage's sampler makes of them.
+
+    All processes make equally many forward passes. With `stream` each member of a sequence group
+    makes the same whole clip, as a chunk is too short to be split, and returns its own frames.
+    """
+    each = -(-wanted // stage.mesh.data_size)
+    with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
+        batch = on_device(stage, next(loader))
+    states: dict[float, TrainState | EvaluationState] = (
+        {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
+    )
+    experts = Experts(tuple(states), tuple(one.model for one in states.values()))
+    sampler, sequence = stage.config.sampler, sequence_of(stage, batch)
+    first, conditions = first_latents(stage, batch), conditions_of(stage, batch)
+    common = (experts, first, conditions, levels_of(stage), stage.noise, batch.draws)
+    with ExitStack() as contexts, torch.no_grad():
+        for one in states.values():
+            contexts.enter_context(one.averaged())
+        if sampler.name == "euler":
+            return batch, rollout(*common, sequence, guidance=sampler.guidance)
+        contexts.enter_context(uncompiled(stage))
+        guidance, kernels = sampler.guidance, stage.kernels
+        chunks = stream_rollout(*common, sequence.layout, guidance=guidance, kernels=kernels)
+        whole = torch.cat(list(chunks), dim=1)
+    return batch, whole[:, sequence.frames.start : sequence.frames.stop]
+
+
+def levels_of(stage: Stage) -> list[float]:
+    """Return the sigmas of the stage's sampler, the 0 at the end included."""
+    levels = stage.config.sampler.levels
+    levels = stage.run.trainer.sample_steps if levels is None else levels
+    return sampling_levels(levels, stage.config.objective.flow_shift)
+
+
+def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
+    """Return the first latent frame of each clip [b, C, h, w] on all members of a sequence group;
+    the first of them holds it."""
+    b, t, *shape = batch.latents.shape
+    first = batch.latents[:, 0].clone() if t else batch.latents.new_empty(b, *shape)
+    if stage.mesh.comm is not None:
+        stage.mesh.comm.share([first])
+    return first
+
+
+def uncompiled(stage: Stage) -> AbstractContextManager[object]:
+    """Return a context in which compiled blocks run as they are written: compiling them anew for the
+    shapes of chunks takes longer than the few passes that have them."""
+    if not stage.run.parallel.compile:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:
+    """[b, T/P, C, h, w] on every process -> [B, T, C, h, w] on the host, in the order of the global batch."""
+    parts = stage.world.gather_tensors(local)
+    size = stage.mesh.sequence_size
+    return torch.cat([torch.cat(parts[start : start + size], dim=1) for start in range(0, len(parts), size)])
+
+
+def decode(stage: Stage, latents: torch.Tensor) -> np.ndarray:
+    """Normalised latents [T, C, h, w] -> video [F, H, W, 3] uint8."""
+    info = stage.dataset.info
+    return make_codec(info.codec, info.codec_options).decode(denormalise(latents, info).float().numpy())

@@ -1,0 +1,79 @@
+"""Goodput: the share of a stage's life that went into steps that count, from its first start on, over all restarts.
+
+`life.json` in the stage's folder is written at every start and end. Steps that were done again count once, skipped ones not at all; what is
+left is starting, saving, validating, doing again, and being down. The pause between the end of a stage and an extension of it is no loss.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wm_train.console import process_age
+
+NAME = "life.json"
+
+
+@dataclass(frozen=True)
+class Life:
+    """What is known of a stage's life. Times are Unix seconds."""
+
+    started: float
+    starts: int = 0
+    redone_steps: int = 0
+    paused_s: float = 0.0
+    status: str = "RUNNING"
+    ended: float = 0.0
+    productive_s: float = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        return max(self.ended - self.started - self.paused_s, 1e-9)
+
+    @property
+    def goodput(self) -> float:
+        return self.productive_s / self.wall_s
+
+    def __str__(self) -> str:
+        again = f", {self.redone_steps} steps done again" if self.redone_steps else ""
+        starts = f"{self.starts} start{'s' if self.starts > 1 else ''}"
+        return f"goodput {self.goodput:.1%}: {self.productive_s:.1f} s of steps in {self.wall_s:.1f} s ({starts}{again})"
+
+
+def productive(row: Mapping[str, Any]) -> float:
+    """Seconds of a step's record that count."""
+    return 0.0 if row.get("skipped") else float(row.get("step_s", 0.0))
+
+
+def read_life(folder: Path) -> Life | None:
+    try:
+        return Life(**json.loads((folder / NAME).read_text()))
+    except (OSError, ValueError, TypeError):  # a note for people: a damaged one starts afresh
+        return None
+
+
+def write_life(folder: Path, life: Life) -> None:
+    draft = folder / f"{NAME}.tmp-{os.getpid()}"
+    draft.write_text(json.dumps(asdict(life)) + "\n")
+    draft.replace(folder / NAME)
+
+
+def begin_life(folder: Path, redone_steps: int) -> Life:
+    """One more start, since this process was made."""
+    now = process_started()
+    before = read_life(folder) or Life(now)
+    pause = now - before.ended if before.status == "FINISHED" else 0.0
+    life = replace(before, starts=before.starts + 1, redone_steps=before.redone_steps + redone_steps, status="RUNNING")
+    life = replace(life, paused_s=before.paused_s + max(pause, 0.0), ended=now)
+    write_life(folder, life)
+    return life
+
+
+def process_started() -> float:
+    """When this process was started, in Unix seconds."""
+    return time.time() - process_age()

@@ -1,0 +1,171 @@
+"""The record of a run: JSONL files that are always complete, and MLflow fed from them by a thread that training never waits for.
+
+`metrics.jsonl` in the stage's folder has one line per step. After a restart the lines of steps that are done again are dropped first, so
+the file always reads like an undisturbed run. If MLflow's store fails, the run goes on and says so once; what the store missed is sent
+when it answers again, at the next start, or by `python -m wm_train.tracking replay <folder>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wm_train.config.compose import from_json, public_config, without_login
+from wm_train.config.schema import RunConfig
+from wm_train.tracking.goodput import begin_life, productive, read_life, write_life
+from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord
+
+
+def store_uri(run: RunConfig) -> str:
+    """Where MLflow keeps this run: `tracker.uri`, or a SQLite file in the output folder."""
+    return run.tracker.uri or f"sqlite:///{Path(run.out).resolve() / 'mlflow.db'}"
+
+
+class StepLog:
+    """`metrics.jsonl`: one JSON object per step, in order, each step once. `dropped`: steps after `first_step` that it held."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        rows = read_steps(path) if path.exists() else []
+        kept = [row for row in rows if row["step"] <= first_step]
+        self.dropped = len(rows) - len(kept)
+        self.productive_s = sum(map(productive, kept))
+        draft = path.with_suffix(".tmp-rewrite")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        draft.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._unwritten = b""
+
+    def write(self, row: dict[str, Any]) -> OSError | None:
+        """Add a line. What cannot be written now (a full disk) is kept and goes first next time; the reason is returned."""
+        self._unwritten += (json.dumps(row) + "\n").encode()
+        self.productive_s += productive(row)
+        return self._flush()
+
+    def _flush(self) -> OSError | None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> OSError | None:
+        problem = self._flush()
+        os.close(self._file)
+        return problem
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line cut by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # only the last line can be cut, and its step will be done again
+    return rows
+
+
+class Tracker:
+    """Steps, artifacts and the end of one stage, written to files that MLflow is fed from. Lives on rank 0 only."""
+
+    def __init__(self, run: RunConfig, stage: str, folder: Path, first_step: int, report: Callable[[str], None]) -> None:
+        self.folder, self.report = folder, report
+        self._steps = StepLog(folder / METRICS, first_step)
+        self._life = begin_life(folder, self._steps.dropped)
+        self._worked = self._full = False
+        self._forwarder: Forwarder | None = None
+        if run.tracker.name == "mlflow":
+            record = record_of(run, stage, folder)
+            record.rewind(first_step)
+            self._forwarder = Forwarder(record, report)
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Figures of finished step `step` (counted from 1). Writes one line; nothing is waited for."""
+        problem = self._steps.write({"step": step, "time": time.time(), **figures})
+        if problem is not None and not self._full:
+            self.report(f"record: cannot write {self.folder / METRICS} ({problem}). Its lines are kept until it can. Fix: make room")
+        self._worked, self._full = True, problem is not None
+
+    def rewind(self, step: int) -> None:
+        """What comes after `step` will be done again."""
+        self._steps.close()
+        self._steps = StepLog(self.folder / METRICS, step)
+        self._life = replace(self._life, redone_steps=self._life.redone_steps + self._steps.dropped)
+        if self._forwarder is not None:
+            self._forwarder.record.rewind(step)
+
+    def artifact(self, path: Path) -> None:
+        """Note a file in the stage's folder as one of the run's artifacts."""
+        try:
+            with (self.folder / ARTIFACTS).open("a") as file:
+                file.write(json.dumps({"path": str(path.relative_to(self.folder))}) + "\n")
+        except OSError as error:
+            self.report(f"record: {path} is not noted as an artifact ({error})")
+
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+        """End the run as FINISHED, FAILED or KILLED; say and record its goodput; send what is left."""
+        problem = self._steps.close()
+        if self._worked or status != "FINISHED":
+            spent = self._steps.productive_s
+            self._life = replace(self._life, status=status, ended=time.time(), productive_s=spent)
+            self.report(str(self._life))
+        else:  # there was nothing to do
+            self._life = replace(self._life, status=status)
+        try:
+            write_life(self.folder, self._life)
+        except OSError as error:
+            problem = problem or error
+        if problem is not None:
+            self.report(f"record: the last lines of {self.folder / METRICS} are lost ({problem})")
+        if self._forwarder is not None:
+            self._forwarder.close(status, timeout_s)
+
+
+def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
+    uri = store_uri(run)
+    return MlflowRecord(run, public_config(run), stage, folder, uri, without_login(uri))
+
+
+def parent_run(run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None) -> str | None:
+    """The MLflow run that the pools' runs are parts of, remembered in `folder`, ended if `status` says how; None without a tracker or when
+    its store fails."""
+    if run.tracker.name != "mlflow":
+        return None
+    record = record_of(run, "", folder)
+    try:
+        record.catch_up(status)
+    except Exception as error:  # any failure of a tracking store, of whatever library, must not stop training
+        report(f"MLflow at {record.shown_uri} failed, the run of all pools misses what it would have said ({type(error).__name__})")
+        return None
+    return record.run_id
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
+    parser = argparse.ArgumentParser(prog="python -m wm_train.tracking", description="The record of a stage.")
+    command = parser.add_subparsers(dest="command", required=True, metavar="command").add_parser(
+        "replay", help="send to MLflow what its store does not have yet", description="Send to MLflow what its store does not have yet."
+    )
+    command.add_argument("folder", type=Path, nargs="+", help="<out>/<name>/<stage>, one or more")
+    command.add_argument("--uri", help="another store than the run's")
+    arguments = parser.parse_args(argv)
+    for folder in arguments.folder:
+        try:
+            run = from_json((folder / "config.json").read_text(encoding="utf-8"))
+            uri = arguments.uri or run.tracker.uri
+            record = record_of(replace(run, tracker=replace(run.tracker, uri=uri)), folder.name, folder)
+            life = read_life(folder)
+            steps = record.catch_up(life.status if life and life.status != "RUNNING" else None)
+        except Exception as error:  # a missing file, or any failure of whatever library the store uses
+            print(f"replay of {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        print(f"{folder}: {steps} steps sent")
+    return 0

@@ -1,0 +1,151 @@
+"""Where a stage begins: after the steps of its own newest checkpoint, or with what it inherits from another stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wm_train.checkpoint import store
+from wm_train.checkpoint.manifest import Manifest
+from wm_train.config.curriculum import checkpoints_of, handover, source_of
+from wm_train.config.schema import RunConfig
+from wm_train.models.public import load_pretrained_
+from wm_train.models.sana_wm.public import stage_parts
+from wm_train.noise import KEYING
+from wm_train.tracking.tracker import public_config
+from wm_train.training.state import SetupError, TrainState, identity
+from wm_train.world import World
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stage begins: steps that are done already, what the step guard remembers of them, the held-out loss of the last, and the
+    shards that were left out."""
+
+    steps_done: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
+    validation_loss: float = math.nan
+    quarantined: tuple[str, ...] = ()
+
+
+def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: World, report: Callable[[str], None]) -> Start:
+    """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits; returns where to begin.
+
+    Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or when there is nothing to inherit.
+    """
+    root = checkpoints_of(run, run.stage)
+    found = store.find_newest(root, world, report) if run.resume else None
+    if found is None:
+        inherit(run, state, world, report)
+        return Start()
+    folder, manifest = found
+    mine, theirs = identity(run, data_fingerprint), manifest.facts["identity"]
+    if "noise" not in theirs:
+        raise SetupError(
+            f"cannot continue {folder}: it was trained with noise keyed by the stage's position, "
+            f"got keying 1, expected {KEYING} (by the stage's name). Fix: name=<new run>"
+        )
+    sides = ((theirs, manifest.facts["config"]), (mine, public_config(run)))
+    before, now = ({**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"} for facts, config in sides)
+    different = [_difference(key, before.get(key), now[key]) for key in mine if theirs.get(key) != _as_json(mine[key])]
+    if different:
+        raise SetupError(
+            f"cannot continue {folder}: {'; '.join(different)}. Fix: restore those values, start a new run with another name=..., or set "
+            f"resume=false with an empty run directory"
+        )
+    held = state.tensors()
+    store.load(folder, manifest, held)
+    state.put(held)
+    report(f"continuing from {folder} after {manifest.step} steps")
+    loss = manifest.facts.get("validation_loss")
+    left_out = tuple(manifest.facts.get("quarantined", ()))
+    return Start(manifest.step, manifest.facts.get("guard", {}), math.nan if loss is None else loss, left_out)
+
+
+def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[str], None]) -> None:
+    """Take the weights of the source by name, its moments if asked to; the average starts from the weights.
+
+    Errors: SetupError when there is no source, or its names do not fit and nothing says that this is meant.
+    """
+    source, stage = source_of(run, run.stage), run.recipe.stages[run.stage]
+    if source is None:
+        return
+    if isinstance(source.checkpoints, Path) and (source.checkpoints / "config.json").is_file():
+        _start_from_public(source.checkpoints, state, report)
+        return
+    found = store.find_newest(source.checkpoints, world, report)
+    if found is None:
+        raise SetupError(
+            f"stage {run.stage} inherits weights: got no valid checkpoint in {source.checkpoints}, expected one. "
+            f"Fix: train that stage first, or set recipe.stages.{run.stage}.inherit to a checkpoints directory"
+        )
+    folder, manifest = found
+    mine, use_average = state.tensors(), stage.inherit_weights == "ema"
+    weights = {name.removeprefix("model/"): tensor for name, tensor in mine.items() if name.startswith("model/")}
+    held = {n.removeprefix("model/") for n in manifest.tensors if n.startswith("model/")}
+    averaged = {n.removeprefix("ema/") for n in manifest.tensors if use_average and n.startswith("ema/")}
+    try:
+        passed = handover(stage, run.stage, weights.keys(), held, stage_parts)
+    except ValueError as error:
+        raise SetupError(f"{error} (source {folder})") from error
+    targets = {("ema/" if name in averaged else "model/") + name: weights[name] for name in passed.taken}
+    moments = _moments(run.stage, mine, manifest, passed.taken) if stage.inherit_optimizer else {}
+    store.load(folder, manifest, targets | moments, may_ignore=manifest.tensors)
+    state.put({f"model/{name}": weights[name] for name in passed.taken} | moments)
+    _restart_average(state)
+    changes = f", {len(passed.fresh)} start anew, {len(passed.left)} left behind" if passed.fresh or passed.left else ""
+    with_moments = f", with {len(moments)} tensors of its optimizer" if moments else ""
+    report(f"weights from {folder} ({'averaged' if averaged else 'as trained'}{changes}{with_moments})")
+
+
+def _moments(stage: str, mine: dict[str, Any], manifest: Manifest, taken: frozenset[str]) -> dict[str, Any]:
+    """The optimizer's tensors of the weights that are taken over; those that the source did not train start from zero."""
+    stored = {name.rpartition("/")[0] for name in manifest.tensors if name.startswith("optimizer/")}
+    wanted = {
+        name: tensor
+        for name, tensor in mine.items()
+        if name.startswith("optimizer/") and (owner := name.rpartition("/")[0]) in stored and owner.removeprefix("optimizer/") in taken
+    }
+    missing = [name for name in wanted if name not in manifest.tensors]
+    if missing or not wanted:
+        raise SetupError(
+            f"recipe.stages.{stage}.inherit_optimizer: got a source without {missing[0] if missing else 'an optimizer'}, expected one that "
+            f"was trained with the same optimizer. Fix: recipe.stages.{stage}.inherit_optimizer=false"
+        )
+    return wanted
+
+
+def _start_from_public(folder: Path, state: TrainState, report: Callable[[str], None]) -> None:
+    """Take the weights of a diffusers directory (SANA-WM, or SANA-Video as a start)."""
+    if state.zero:
+        raise SetupError(f"inherit: got a public directory, {folder}, with parallel.sharding=zero3, expected one of our checkpoints. "
+                         "Fix: parallel.sharding=fsdp for this stage; zero3 goes on from its checkpoints")  # fmt: skip
+    try:
+        loaded = load_pretrained_(state.model, folder)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    _restart_average(state)
+    report(f"weights from {folder} ({len(loaded.filled)} tensors, {len(loaded.fresh)} new)")
+
+
+def _restart_average(state: TrainState) -> None:
+    for name, tensor in state.weights().items():
+        if name in state.ema:
+            state.ema[name].copy_(tensor)
+
+
+def _difference(key: str, theirs: Any, mine: Any) -> str:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        inner = [k for k in mine if theirs.get(k) != _as_json(mine[k])]
+        return "; ".join(_difference(f"{key}.{k}", theirs.get(k), mine[k]) for k in inner)
+    return f"{key} was {theirs!r} and is now {mine!r}"
+
+
+def _as_json(value: Any) -> Any:
+    """What a value looks like after it went through the manifest (tuples come back as lists)."""
+    if isinstance(value, dict):
+        return {k: _as_json(v) for k, v in value.items()}
+    return [_as_json(v) for v in value] if isinstance(value, tuple) else value

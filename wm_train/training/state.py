@@ -1,0 +1,265 @@
+"""What training changes: the sharded model, its optimizer and its average; how it is made and what is saved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.sharding import PRECISIONS, compile_blocks, shard_model
+from wm_train.boxes import is_first_copy, local_tensor
+from wm_train.config.compose import public_config
+from wm_train.config.curriculum import matching, stage_directory
+from wm_train.config.schema import OptimizerConfig, RunConfig
+from wm_train.models import build_model, use_engine_
+from wm_train.models.init import initialise_, reset_buffers_
+from wm_train.noise import KEYING
+from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
+from wm_train.optim.build import OPTIMIZERS
+from wm_train.optim.ema import ema_start, ema_update, ema_weights
+from wm_train.world import World
+
+if TYPE_CHECKING:
+    from parallel.zero import Zero3
+
+
+class SetupError(ValueError):
+    """The user's mistake, found before or in the first step. Nothing was changed."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a checkpoint holds, under the names it holds it by. `ema` is empty when the stage keeps no average.
+
+    With FSDP2 the live tensors are DTensors in rows (plain tensors on one fp32 process). With ZeRO-3 (`zero`) they are flat stretches,
+    and `tensors` are copies in rows.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    ema: dict[str, Tensor]
+    zero: Zero3 | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or in rows. Every process must call this."""
+        if self.zero is None:
+            return self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
+        return dict(self.saved())
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """What `tensors` returns, for reading: with ZeRO-3 one by one, as copies in rows lie on the device. Every process must take all."""
+        if self.zero is None:
+            yield from self.tensors().items()
+            return
+        for key, flat in self._named(self.weights(), self.zero.moments()).items():
+            yield key, self.zero.rows(flat, self.zero.shape(key.split("/")[1])) if flat.dim() else flat
+
+    def put(self, changed: dict[str, Tensor]) -> None:
+        """Make changes of what `tensors` returned those of the state. Every process must call this."""
+        if self.zero is None:
+            return
+        weights, moments = self.weights(), self.zero.moments()
+        flat = self._named(weights, moments)
+        for key, tensor in changed.items():
+            if flat[key].dim():
+                self.zero.fill(flat[key], tensor)
+        self.zero.write(weights, moments)
+
+    def _named(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _prefixed("model/", weights) | _prefixed("ema/", self.ema) | _prefixed("optimizer/", moments)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name: live, or copies of what lies on a disk (ZeRO-3 with nvme)."""
+        return self.zero.weights() if self.zero else {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model runs on its averaged weights inside this context."""
+        weights = self.weights()
+        with ema_weights(self.ema, weights, partial(self.zero.write, weights) if self.zero else None):
+            yield
+
+    def update_average(self, decay: float, step: int) -> None:
+        """After step `step` (from 0)."""
+        if self.ema:
+            ema_update(self.ema, self.weights(), decay, step)
+
+    @property
+    def network(self) -> nn.Module:
+        """What training calls; for anything without gradients it is `model`."""
+        return self.zero.engine if self.zero else self.model
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one micro-batch; `last`: of this step."""
+        if self.zero:
+            self.zero.backward(loss, last)
+        else:
+            loss.backward()
+
+    def gradients(self, rank: int) -> list[Tensor]:
+        """The parts of all gradients that this process holds and nobody else counts."""
+        if self.zero:
+            return self.zero.gradients()
+        return [local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None and is_first_copy(p, rank)]
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        if self.zero:
+            self.zero.scale_gradients(factor)
+        else:
+            torch._foreach_mul_([local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None], factor)
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> TrainState:
+    """The model, sharded as it is made, then filled: no process ever holds all of it. Weights come from the seed and each parameter's
+    name."""
+    config = run.recipe.stages[run.stage].optimizer
+    if run.parallel.sharding == "zero3":
+        return _build_zero3(run, config, mesh)
+    with torch.device("meta"):
+        model = build_model(run.model)
+    prepare(model, run)
+    _shard_empty(model, run, mesh, device)
+    initialise_(model, run.seed)
+    state = TrainState(model, OPTIMIZERS[config.name](model, config), {})
+    return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
+
+
+def _shard_empty(model: nn.Module, run: RunConfig, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard a model on meta and give this process's parts empty storage, on the host to offload."""
+    blocks = list(model.get_submodule("blocks").children())
+    offload = run.parallel.offload_state != "none"
+    if run.parallel.compile:
+        compile_blocks(blocks)
+    shard_model(model, blocks, mesh, run.parallel.precision, offload)
+    model.to_empty(device=torch.device("cpu") if offload else device)
+
+
+@dataclass(frozen=True)
+class EvaluationState:
+    """A sharded model for evaluation: no optimizer, moments or average beside its weights."""
+
+    model: nn.Module
+
+    def sources(self, stored: Collection[str]) -> dict[str, Tensor]:
+        """Return the weights by their names in `stored`: `ema/<name>` if it is there, else `model/`."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        averaged = {name for name in weights if f"ema/{name}" in stored}
+        return {("ema/" if n in averaged else "model/") + n: value for n, value in weights.items()}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Its weights are the averaged ones already."""
+        return nullcontext()
+
+
+def build_for_evaluation(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> EvaluationState:
+    """Return a run's model with empty weights, sharded by FSDP2, also of a ZeRO-3 run.
+
+    Weights are stored in `parallel.precision`, to which FSDP2 would round them before each use.
+    Errors: those of `reset_buffers_`.
+    """
+    with torch.device("meta"):
+        model = build_model(run.model)
+    use_engine_(model, run.backend.kernels)
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(PRECISIONS[run.parallel.precision])
+    _shard_empty(model, run, mesh, device)
+    reset_buffers_(model)
+    return EvaluationState(model)
+
+
+def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> TrainState:
+    """The same under DeepSpeed. Raises SetupError when it is not installed or cannot offload as asked."""
+    from parallel.zero import Zero3, building, check, zero_config
+
+    try:
+        check(run.parallel.offload_state, run.parallel.nvme_path)
+        settings = zero_config(run.parallel.precision, run.parallel.offload_state, _own_folder(run))
+        with building(settings):
+            model = build_model(run.model)
+        prepare(model, run)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = adamw_groups(trained, config, dims=lambda p: len(p.ds_shape))  # type: ignore[attr-defined]
+        zero = Zero3(model, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps), mesh, settings)
+    except (ValueError, RuntimeError) as error:
+        raise SetupError(f"sharding with zero3 failed: {error}") from error
+    first: dict[str, Tensor] = {name: zero.empty_rows(zero.shape(name)) for name in zero.weights()}
+    initialise_(model, run.seed, first)
+    state = TrainState(model, zero, {}, zero)
+    state.put(_prefixed("model/", first))
+    return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
+
+
+def _own_folder(run: RunConfig) -> str | None:
+    """Where this stage of this run keeps its state on a node's disk: other runs may have been given the same `nvme_path`."""
+    given = run.parallel.nvme_path
+    return given and str(Path(given) / str(stage_directory(run, run.stage).absolute()).strip("/").replace("/", "-"))
+
+
+def prepare(model: nn.Module, run: RunConfig) -> None:
+    """The kernels that the run asks for, and training of what its stage trains. Errors: those of `freeze`."""
+    use_engine_(model, run.backend.kernels)
+    freeze(model, run)
+
+
+def freeze(model: nn.Module, run: RunConfig) -> None:
+    """Take what the stage does not train out of training. Raises SetupError for a pattern that covers nothing, or if nothing is left."""
+    parameters, where = dict(model.named_parameters()), f"recipe.stages.{run.stage}.frozen"
+    patterns = run.recipe.stages[run.stage].frozen
+    try:
+        for name in matching(patterns, parameters.keys(), where):
+            parameters[name].requires_grad_(False)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise SetupError(f"{where}: got {list(patterns)}, which covers every parameter, expected some to train. Fix: take one out")
+
+
+def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What must be equal for a run to continue: it decides the samples, their noise and the function that is trained."""
+    stage, model = run.recipe.stages[run.stage], asdict(run.model)
+    del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
+    return {
+        "stage": run.stage,
+        "noise": {"stage": run.stage, "keying": KEYING},
+        "seed": run.seed,
+        "frames": stage.frames,
+        "global_batch": stage.global_batch,
+        "chunk_frames": stage.chunk_frames,
+        "model": model,
+        "objective": asdict(stage.objective),
+        "frozen": list(stage.frozen),
+        "data": data_fingerprint,
+    }
+
+
+def facts(
+    run: RunConfig,
+    data_fingerprint: str,
+    world: World,
+    guard: dict[str, Any],
+    validation_loss: float | None,
+    quarantined: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """What a checkpoint says of itself besides its tensors. validation_loss: of this very step, None if there was none. The position in the
+    data is the step; the quarantined shards are all else there is to it."""
+    return {
+        "validation_loss": validation_loss,
+        "identity": identity(run, data_fingerprint),
+        "config": public_config(run),
+        "world": world.size,
+        "guard": guard,
+        "quarantined": list(quarantined),
+    }

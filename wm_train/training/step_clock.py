@@ -1,0 +1,47 @@
+"""Where the time of this process's steps goes: waiting for data, waiting in communication, work of its own; and its host memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+from parallel.timing import CommClock, time_sharding
+from wm_train.training.stage import Stage
+from wm_train.training.state import TrainState
+
+
+class StepClock:
+    """Call `begin`, take the step, call `end`. `last` is (data wait, own work) in seconds of the step before, for the others to see."""
+
+    def __init__(self, stage: Stage, state: TrainState) -> None:
+        self.comm = CommClock(stage.backend.device)
+        self.last = (0.0, 0.0)
+        self._begun = (0.0, 0.0, 0.0)
+        if stage.world.size > 1:
+            time_sharding(state.model, self.comm, replicas=stage.mesh.degrees.dp_replicate > 1)
+            if stage.mesh.comm is not None:
+                stage.mesh.comm.clock = self.comm
+
+    def begin(self) -> None:
+        self._begun = (time.perf_counter(), time.process_time(), self.comm.seconds())
+
+    def end(self, data_wait_s: float) -> dict[str, float]:
+        """Figures of the step that began at `begin`, whose device work is done; `data_wait_s` is this process's."""
+        started, cpu, comm = self._begun
+        seconds, waited = time.perf_counter() - started, self.comm.seconds() - comm
+        self.last = (data_wait_s, max(0.0, seconds - data_wait_s - waited))
+        return {
+            "step_s": seconds,
+            "comm_share": waited / seconds,
+            "cpu_cores": (time.process_time() - cpu) / seconds,
+            "memory_host_bytes": resident_bytes(),
+        }
+
+
+def resident_bytes() -> int:
+    """Host memory that this process holds now (its peak where the system does not say)."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(pages.read_text().split()[1]) * resource.getpagesize()
