@@ -1,7 +1,9 @@
-"""Peak memory of one forward and backward pass of the backbone on the CPU, against what its weights, gradients and inputs take.
+"""Peak memory of one forward and backward pass of the backbone on the CPU, against what its
+weights, gradients and inputs take.
 
-`python benchmarks/activation_memory.py [--frames 61 --rows 11 --columns 20 --width 512 --depth 4]`: prints seconds, the peak of the process
-in GiB, and the peak as a multiple of one fp32 copy of all tokens ([N, width]). With checkpointing; no tensor has N x N elements.
+`python benchmarks/activation_memory.py [--frames 61 --rows 11 --columns 20 --width 512 --depth 4]`:
+prints seconds, the peak of the process in GiB, and the peak as a multiple of one fp32 copy of all
+tokens ([N, width]). With checkpointing; no tensor has N x N elements.
 """
 
 from __future__ import annotations
@@ -20,27 +22,55 @@ from wm_train.models import build_model, initialise_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("frames", 61), ("rows", 11), ("columns", 20), ("width", 512), ("heads", 8), ("depth", 4), ("channels", 128)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in (
+        ("frames", 61),
+        ("rows", 11),
+        ("columns", 20),
+        ("width", 512),
+        ("heads", 8),
+        ("depth", 4),
+        ("channels", 128),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     config = ModelConfig(
-        latent_channels=options.channels, depth=options.depth, width=options.width, heads=options.heads, activation_checkpointing="block"
+        latent_channels=options.channels,
+        depth=options.depth,
+        width=options.width,
+        heads=options.heads,
+        activation_checkpointing="block",
     )
     model = build_model(config)
     initialise_(model, 0)
     raw = (options.frames - 1) * 8 + 1
-    c2w, intrinsics = torch.eye(4).repeat(1, raw, 1, 1), torch.tensor([500.0, 500.0, 320.0, 176.0]).repeat(1, raw, 1)
+    c2w, intrinsics = (
+        torch.eye(4).repeat(1, raw, 1, 1),
+        torch.tensor([500.0, 500.0, 320.0, 176.0]).repeat(1, raw, 1),
+    )
     conditions = Conditions((options.rows * 32, options.columns * 32), 8, c2w, intrinsics)
     latents = torch.randn(1, options.frames, options.channels, options.rows, options.columns)
     before, started = peak(), time.perf_counter()
-    velocity = model(latents, torch.full((1, options.frames), 0.5), conditions, LocalSequence(ClipLayout(options.frames)))
+    velocity = model(
+        latents,
+        torch.full((1, options.frames), 0.5),
+        conditions,
+        LocalSequence(ClipLayout(options.frames)),
+    )
     velocity.square().mean().backward()
     seconds, after = time.perf_counter() - started, peak()
     tokens = options.frames * options.rows * options.columns
     copies = (after - before) / (tokens * options.width * 4)
-    print(f"{tokens} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, {options.depth} blocks: {seconds:.0f} s")
-    print(f"peak {after / 2**30:.2f} GiB, {before / 2**30:.2f} before the pass; the pass takes {copies:.0f} fp32 copies of all tokens")
+    print(
+        f"{tokens} tokens, {sum(p.numel() for p in model.parameters()):,} parameters,"
+        f" {options.depth} blocks: {seconds:.0f} s"
+    )
+    print(
+        f"peak {after / 2**30:.2f} GiB, {before / 2**30:.2f} before the pass; the pass takes"
+        f" {copies:.0f} fp32 copies of all tokens"
+    )
 
 
 def peak() -> int:

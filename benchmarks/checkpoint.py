@@ -1,9 +1,11 @@
-"""How long training is blocked by a save: asynchronous against synchronous, paired, on a state of --gib GiB.
+"""How long training is blocked by a save: asynchronous against synchronous, paired, on a state of
+--gib GiB.
 
     python benchmarks/checkpoint.py --gib 1 --saves 4
 
-Prints, per pair of saves, the seconds that `Saver.save` took and their ratio, then the pace of a small matrix loop while a save is being
-written against alone. The first asynchronous save makes the staging buffers, so it is shown apart.
+Prints, per pair of saves, the seconds that `Saver.save` took and their ratio, then the pace of a
+small matrix loop while a save is being written against alone. The first asynchronous save makes the
+staging buffers, so it is shown apart.
 """
 
 import argparse
@@ -34,7 +36,9 @@ def steps_per_second(seconds: float, busy=lambda: True) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--saves", type=int, default=4)
     options = parser.parse_args()
@@ -43,7 +47,13 @@ def main() -> None:
     tensors = {f"model/{i}": torch.randn(rows, 1024) for i in range(16)}
     with tempfile.TemporaryDirectory() as folder:
         savers = {
-            kind: Saver(Path(folder) / kind, "bench", TrainerConfig(async_checkpoint=kind == "async", keep_last=1), World(0, 1), print)
+            kind: Saver(
+                Path(folder) / kind,
+                "bench",
+                TrainerConfig(async_checkpoint=kind == "async", keep_last=1),
+                World(0, 1),
+                print,
+            )
             for kind in ("sync", "async")
         }
         ratios = []
@@ -53,7 +63,8 @@ def main() -> None:
             ratio = seconds["async"] / seconds["sync"]
             note = "  (first: makes the buffers)" if step == 1 else ""
             print(
-                f"save {step}: blocked {seconds['sync']:.3f} s synchronous, {seconds['async']:.3f} s asynchronous, ratio {ratio:.3f}{note}"
+                f"save {step}: blocked {seconds['sync']:.3f} s synchronous, {seconds['async']:.3f}"
+                f" s asynchronous, ratio {ratio:.3f}{note}"
             )
             if step > 1:
                 ratios.append(ratio)
@@ -63,7 +74,10 @@ def main() -> None:
         thread = savers["async"]._thread
         beside = steps_per_second(60.0, busy=lambda: thread is not None and thread.is_alive())
         savers["async"].wait()
-        print(f"steps of a small loop while a save is written: {beside / alone:.2f} x as many per second as alone")
+        print(
+            f"steps of a small loop while a save is written: {beside / alone:.2f} x as many per"
+            " second as alone"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""How fast clips are read, as ratios of passes that alternate in one run; and what opening a data set of a million clips costs.
+"""How fast clips are read, as ratios of passes that alternate in one run; and what opening a data
+set of a million clips costs.
 
     python benchmarks/loader.py [clips=32] [latent_frames=121] [rounds=15] [million=1000000]
 
@@ -8,9 +9,10 @@ Ways to get every clip's share of one of four context-parallel members (a quarte
   clips       ours: `rows`, and no number may be NaN or infinite: what the loader does before it converts
   webdataset  stock WebDataset reads whole clips and the member keeps its quarter, nothing checked
   zarr        `clips` on Zarr shards
-Two threads take every second clip each, of pread and of ours. *warm*: the file is in the page cache, so pread is a copy in memory; *cold*:
-it was dropped from the page cache before each pass, so storage sets the pace. Each ratio is the median over rounds of the two ways' times
-in the same round, and beside it that of their fastest passes, as a busy machine disturbs some.
+Two threads take every second clip each, of pread and of ours. *warm*: the file is in the page
+cache, so pread is a copy in memory; *cold*: it was dropped from the page cache before each pass, so
+storage sets the pace. Each ratio is the median over rounds of the two ways' times in the same
+round, and beside it that of their fastest passes, as a busy machine disturbs some.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_shards.encoding.job import Settings
-from data_shards.schema import SCHEMA_VERSION, ClipEntry, DatasetInfo, MemberEntry, index_schema, info_to_json
+from data_shards.schema import (
+    SCHEMA_VERSION,
+    ClipEntry,
+    DatasetInfo,
+    MemberEntry,
+    index_schema,
+    info_to_json,
+)
 from data_shards.storage.read import ClipDataset, open_dataset
 from data_shards.storage.write import ROW_GROUP, ShardWriter, index_writer, write_index
 from data_shards.storage.zarr_store import ZarrWriter
@@ -41,7 +50,9 @@ from data_shards.storage.zarr_store import ZarrWriter
 CHANNELS, HEIGHT, WIDTH, MEMBERS = 128, 22, 40, 4
 
 
-def describe(rows: list[tuple[ClipEntry, tuple[MemberEntry, ...]]], index: bytes, shards: int) -> DatasetInfo:
+def describe(
+    rows: list[tuple[ClipEntry, tuple[MemberEntry, ...]]], index: bytes, shards: int
+) -> DatasetInfo:
     flat = (tuple([0.0] * CHANNELS),) * 2
     ones = (tuple([1.0] * CHANNELS),) * 2
     return DatasetInfo(
@@ -76,18 +87,33 @@ def describe(rows: list[tuple[ClipEntry, tuple[MemberEntry, ...]]], index: bytes
 
 def make_dataset(folder: Path, clips: int, frames: int, container: str) -> ClipDataset:
     (folder / "shards").mkdir(parents=True)
-    latents = np.random.default_rng(0).normal(size=(frames, CHANNELS, HEIGHT, WIDTH)).astype(np.float16)
+    latents = (
+        np.random.default_rng(0).normal(size=(frames, CHANNELS, HEIGHT, WIDTH)).astype(np.float16)
+    )
     shard, rows = f"shards/000000.{container}", []
     with (ShardWriter if container == "tar" else ZarrWriter)(folder / shard) as writer:
         for i in range(clips):
-            members = writer.add(f"clip{i:05d}", {"latent.npy": ("float16", np.roll(latents, i, axis=0))}, {})
-            rows.append((ClipEntry(f"clip{i:05d}", i, shard, f"e{i}", "train", frames, (frames - 1) * 8 + 1), members))
+            members = writer.add(
+                f"clip{i:05d}", {"latent.npy": ("float16", np.roll(latents, i, axis=0))}, {}
+            )
+            rows.append(
+                (
+                    ClipEntry(
+                        f"clip{i:05d}", i, shard, f"e{i}", "train", frames, (frames - 1) * 8 + 1
+                    ),
+                    members,
+                )
+            )
     write_index(folder / "index.parquet", rows)
-    (folder / "dataset.json").write_text(info_to_json(describe(rows, (folder / "index.parquet").read_bytes(), 1)))
+    (folder / "dataset.json").write_text(
+        info_to_json(describe(rows, (folder / "index.parquet").read_bytes(), 1))
+    )
     return open_dataset(str(folder))
 
 
-def alternate(ways: dict[str, Callable[[], int]], rounds: int, before: Callable[[], None]) -> dict[str, list[float]]:
+def alternate(
+    ways: dict[str, Callable[[], int]], rounds: int, before: Callable[[], None]
+) -> dict[str, list[float]]:
     """Seconds of each way in each round, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -105,7 +131,10 @@ def report(title: str, seconds: dict[str, list[float]], sizes: dict[str, int], b
         paired = median(b / v for b, v in zip(seconds[base], values, strict=True))
         fastest = min(seconds[base]) / min(values)
         speed = sizes[name] / 1e9 / min(values)
-        print(f"  {name:<12}{sizes[name] / 1e6:7.0f} MB {speed:6.2f} GB/s   {paired:.2f} x {base} (best {fastest:.2f})")
+        print(
+            f"  {name:<12}{sizes[name] / 1e6:7.0f} MB {speed:6.2f} GB/s   {paired:.2f} x {base}"
+            f" (best {fastest:.2f})"
+        )
 
 
 def share(frames: int, member: int) -> tuple[int, int]:
@@ -131,10 +160,16 @@ def compare(clips: int, frames: int, rounds: int) -> None:
             return total
 
         def rows(part: slice = slice(None), buffer: int = 0) -> int:
-            return sum(tar.rows(e, tar.members(e)["latent.npy"], start, stop, buffers[buffer]).nbytes for e in entries[part])
+            return sum(
+                tar.rows(e, tar.members(e)["latent.npy"], start, stop, buffers[buffer]).nbytes
+                for e in entries[part]
+            )
 
         def whole_clips(dataset: ClipDataset) -> int:
-            return sum(dataset.read(e, (start, stop), stored=True, into=buffers[0]).latents.nbytes for e in dataset.clips("train"))
+            return sum(
+                dataset.read(e, (start, stop), stored=True, into=buffers[0]).latents.nbytes
+                for e in dataset.clips("train")
+            )
 
         def stock() -> int:
             import webdataset
@@ -161,12 +196,27 @@ def compare(clips: int, frames: int, rounds: int) -> None:
                 "rows x 2": lambda: sum(pool.map(rows, halves, (0, 1))),
             }
             sizes = {name: way() for name, way in ways.items()}
-            print(f"{clips} clips of {frames} latent frames, one of {MEMBERS} members, rows of {row / 1e3:.0f} kB:")
+            print(
+                f"{clips} clips of {frames} latent frames, one of {MEMBERS} members, rows of"
+                f" {row / 1e3:.0f} kB:"
+            )
             report("warm", alternate(ways, rounds, lambda: None), sizes, "pread")
-            report("cold", alternate({n: ways[n] for n in ("pread", "rows", "clips")}, max(3, rounds // 3), drop), sizes, "pread")
+            report(
+                "cold",
+                alternate(
+                    {n: ways[n] for n in ("pread", "rows", "clips")}, max(3, rounds // 3), drop
+                ),
+                sizes,
+                "pread",
+            )
         others = {"clips": ways["clips"], "webdataset": stock, "zarr": lambda: whole_clips(zarr)}
         sizes = {name: way() for name, way in others.items()}
-        report("other containers, warm", alternate(others, max(3, rounds // 5), lambda: None), sizes, "clips")
+        report(
+            "other containers, warm",
+            alternate(others, max(3, rounds // 5), lambda: None),
+            sizes,
+            "clips",
+        )
 
 
 MILLION = """
@@ -188,13 +238,16 @@ print(f"  imports {imported - started:.2f} s, open {opened - imported:.2f} s, "
 
 
 def index_of(clips: int, frames: int) -> pa.Table:
-    """Rows as `write_index` writes them, made column by column: a million Python objects each would take minutes."""
+    """Rows as `write_index` writes them, made column by column: a million Python objects each would
+    take minutes."""
     numbers, per_shard = np.arange(clips), 1000
     member = index_schema().field("members").type.value_type
     size = frames * CHANNELS * HEIGHT * WIDTH * 2
 
     def lists(values: NDArray[Any], each: int, kind: pa.DataType) -> pa.Array:
-        return pa.ListArray.from_arrays(np.arange(0, clips * each + 1, each, dtype=np.int32), pa.array(values, kind))
+        return pa.ListArray.from_arrays(
+            np.arange(0, clips * each + 1, each, dtype=np.int32), pa.array(values, kind)
+        )
 
     checksums = (np.arange(clips * frames, dtype=np.uint64) * 2654435761 % 2**32).astype(np.uint32)
     columns = {
@@ -207,7 +260,9 @@ def index_of(clips: int, frames: int) -> pa.Table:
         "crc32c": pa.array(numbers.astype(np.uint32)),
         "row_crc32c": lists(checksums, frames, pa.uint32()),
     }
-    members = pa.StructArray.from_arrays([columns[field.name] for field in member], fields=list(member))
+    members = pa.StructArray.from_arrays(
+        [columns[field.name] for field in member], fields=list(member)
+    )
     return pa.table(
         {
             "key": pa.array([f"clip{i:08d}" for i in range(clips)]),
@@ -223,20 +278,31 @@ def index_of(clips: int, frames: int) -> pa.Table:
 
 
 def million(clips: int, frames: int) -> None:
-    """Write an index of this many clips (no shards behind it) and open it in a fresh process, three times."""
+    """Write an index of this many clips (no shards behind it) and open it in a fresh process, three
+    times."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "index.parquet"
         with index_writer(file) as writer:
             writer.write_table(index_of(clips, frames), row_group_size=ROW_GROUP)
         facts = describe([], file.read_bytes(), -(-clips // 1000))
-        facts = replace(facts, clips={"train": clips, "validation": 0}, latent_frames=clips * frames)
+        facts = replace(
+            facts, clips={"train": clips, "validation": 0}, latent_frames=clips * frames
+        )
         (Path(scratch) / "dataset.json").write_text(info_to_json(facts))
-        print(f"{clips} clips in an index of {file.stat().st_size / 1e6:.0f} MB, opened in a fresh process:", flush=True)
+        print(
+            f"{clips} clips in an index of {file.stat().st_size / 1e6:.0f} MB, opened in a fresh"
+            " process:",
+            flush=True,
+        )
         for _ in range(3):
             subprocess.run([sys.executable, "-c", MILLION, scratch], check=True)
 
 
 if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    compare(int(given.get("clips", 32)), int(given.get("latent_frames", 121)), int(given.get("rounds", 15)))
+    compare(
+        int(given.get("clips", 32)),
+        int(given.get("latent_frames", 121)),
+        int(given.get("rounds", 15)),
+    )
     million(int(given.get("million", 1_000_000)), frames=11)

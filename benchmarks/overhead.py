@@ -1,11 +1,14 @@
-"""Our step against a bare PyTorch loop: the same model, objective, clips and optimizer, data in memory, one process.
+"""Our step against a bare PyTorch loop: the same model, objective, clips and optimizer, data in
+memory, one process.
 
     python benchmarks/overhead.py --pairs 60
     python benchmarks/overhead.py --pairs 60 tracker=mlflow tracker.uri=http://127.0.0.1:9     # the same with a server that is dead
 
-The bare loop is what one would write in a notebook: objective, backward, clip_grad_norm_, AdamW, EMA by hand. The two take turns step by
-step on the same batch, and who goes first changes every pair, so that whatever else the machine does meets both. Prints the medians and
-the median of the ratios of pairs, with their quartiles. FSDP, the step guard, the gathered figures and JSONL are what ours does besides.
+The bare loop is what one would write in a notebook: objective, backward, clip_grad_norm_, AdamW,
+EMA by hand. The two take turns step by step on the same batch, and who goes first changes every
+pair, so that whatever else the machine does meets both. Prints the medians and the median of the
+ratios of pairs, with their quartiles. FSDP, the step guard, the gathered figures and JSONL are what
+ours does besides.
 """
 
 import argparse
@@ -42,13 +45,21 @@ class Ours:
 
     def __init__(self, stage: Stage, tracker: Tracker) -> None:
         self.stage, self.tracker = stage, tracker
-        self.state, self.guard = build_state(stage.run, stage.mesh.fsdp, stage.backend.device), Guard(stage.run.trainer)
-        self.clock, self.stragglers = StepClock(stage, self.state), Stragglers(stage.run.trainer.straggler_factor)
+        self.state, self.guard = (
+            build_state(stage.run, stage.mesh.fsdp, stage.backend.device),
+            Guard(stage.run.trainer),
+        )
+        self.clock, self.stragglers = (
+            StepClock(stage, self.state),
+            Stragglers(stage.run.trainer.straggler_factor),
+        )
 
     def step(self, batch: Batch, step: int) -> float:
         started = time.perf_counter()
         self.clock.begin()
-        figures, work, times = train_step(self.stage, self.state, batch, step, self.guard, StopRequest(), self.clock)
+        figures, work, times = train_step(
+            self.stage, self.state, batch, step, self.guard, StopRequest(), self.clock
+        )
         figures |= self.clock.end(batch.data_wait_s)
         self.tracker.step(step, figures | speed(self.stage, figures["step_s"], work))
         self.stragglers.seen(step, times)
@@ -64,8 +75,13 @@ class Bare:
         initialise_(self.model, run.seed)
         decay = [p for p in self.model.parameters() if p.dim() >= 2]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, eps=self.config.eps)
+        groups = [
+            {"params": decay, "weight_decay": self.config.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.config.lr, betas=self.config.betas, eps=self.config.eps
+        )
         self.ema = [p.detach().clone() for p in self.model.parameters()]
 
     def step(self, batch: Batch, step: int) -> float:
@@ -74,24 +90,49 @@ class Bare:
             group["lr"] = learning_rate(self.config, step - 1, stage.config.steps)
         self.optimizer.zero_grad()
         objective = OBJECTIVES[stage.config.objective.name]
-        output = objective(self.model, batch, stage.noise, stage.config.objective, sequence_of(stage, batch), conditions_of(stage, batch))
+        output = objective(
+            self.model,
+            batch,
+            stage.noise,
+            stage.config.objective,
+            sequence_of(stage, batch),
+            conditions_of(stage, batch),
+        )
         loss = output.loss.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.model.parameters()], 1 - self.config.ema_decay)
+            torch._foreach_lerp_(
+                self.ema, [p.detach() for p in self.model.parameters()], 1 - self.config.ema_decay
+            )
         loss.item()
         return time.perf_counter() - started
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="data/demo", help="a data set; `make train` records one")
-    parser.add_argument("--pairs", type=int, default=60, help="steps of each that are timed, after four that are not")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=60,
+        help="steps of each that are timed, after four that are not",
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, as for wm_train.launch")
     options = parser.parse_args()
-    run = compose(["experiment=demo", "stage=short", f"data.path={options.data}", "launcher=inline", "tracker=none", *options.overrides])
+    run = compose(
+        [
+            "experiment=demo",
+            "stage=short",
+            f"data.path={options.data}",
+            "launcher=inline",
+            "tracker=none",
+            *options.overrides,
+        ]
+    )
     backend = get_backend("cpu")
     world = join_world(backend, 60.0)
     stage = open_stage(run, backend, world)
@@ -104,14 +145,19 @@ def main() -> None:
         for number in range(-WARM_UP, options.pairs):
             seconds = [0.0, 0.0]
             for who in (0, 1) if number % 2 else (1, 0):
-                seconds[who] = contestants[who].step(batches[number % len(batches)], number + WARM_UP + 1)
+                seconds[who] = contestants[who].step(
+                    batches[number % len(batches)], number + WARM_UP + 1
+                )
             if number >= 0:
                 pairs.append(seconds)
         tracker.close(timeout_s=1.0)
     leave_world()
     ours, bare = (median(pair[who] for pair in pairs) for who in (0, 1))
     low, middle, high = quantiles([our / their for our, their in pairs], n=4)
-    print(f"{len(pairs)} pairs: ours {ours:.4f} s, bare loop {bare:.4f} s per step (medians), ratio of medians {ours / bare:.3f}")
+    print(
+        f"{len(pairs)} pairs: ours {ours:.4f} s, bare loop {bare:.4f} s per step (medians), ratio"
+        f" of medians {ours / bare:.3f}"
+    )
     print(f"median ratio of pairs {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 

@@ -1,9 +1,11 @@
-"""How much one layer sends: prefix-composed GDN states against all-gathering keys and values and against Ulysses.
+"""How much one layer sends: prefix-composed GDN states against all-gathering keys and values and
+against Ulysses.
 
     python benchmarks/parallel_traffic.py
 
-SANA-WM at 60 s 720p (T=121, S=880, H=20, D=112, bfloat16 activations, float32 states). The real verbs run over P virtual ranks on meta
-tensors, so every number is counted, none is a formula. Bytes are those that the busiest member sends for one layer and one clip.
+SANA-WM at 60 s 720p (T=121, S=880, H=20, D=112, bfloat16 activations, float32 states). The real
+verbs run over P virtual ranks on meta tensors, so every number is counted, none is a formula. Bytes
+are those that the busiest member sends for one layer and one clip.
 """
 
 from __future__ import annotations
@@ -29,22 +31,37 @@ def no_attention(q: Tensor, k: Tensor, v: Tensor, tiles: object) -> tuple[Tensor
     return torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
-def no_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def no_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
 
 
 KERNELS = Kernels(block_attention=no_attention, block_attention_backward=no_attention_backward)
 
 
-def count(call: Callable[[SequenceShard], Tensor], ring: int = 1, ulysses: int = 1) -> list[Traffic]:
+def count(
+    call: Callable[[SequenceShard], Tensor], ring: int = 1, ulysses: int = 1
+) -> list[Traffic]:
     """Traffic of one call, forward and backward."""
-    results, traffic = run_virtual(lambda comm: call(GroupSequence(ClipLayout(T), comm, KERNELS)), ring, ulysses)
+    results, traffic = run_virtual(
+        lambda comm: call(GroupSequence(ClipLayout(T), comm, KERNELS)), ring, ulysses
+    )
     sum(result.float().sum() for result in results).backward()
     return traffic
 
 
 def tokens(sequence: SequenceShard, heads: int) -> Tensor:
-    return torch.empty(1, len(sequence.frames), S, heads, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    return torch.empty(
+        1,
+        len(sequence.frames),
+        S,
+        heads,
+        D,
+        dtype=torch.bfloat16,
+        device="meta",
+        requires_grad=True,
+    )
 
 
 def scan(sequence: SequenceShard) -> Tensor:
@@ -73,7 +90,8 @@ def attend(heads: int) -> Callable[[SequenceShard], Tensor]:
 
 
 def gathered_keys_and_values(members: int) -> Traffic:
-    """One branch, forward only: what public code sends per softmax layer (its backward reduce-scatters as much again)."""
+    """One branch, forward only: what public code sends per softmax layer (its backward
+    reduce-scatters as much again)."""
     group = VirtualGroup(1, members)
 
     def program(frames: int):
@@ -87,7 +105,9 @@ def gathered_keys_and_values(members: int) -> Traffic:
 def row(name: str, traffic: list[Traffic], baseline: float | None = None) -> int:
     parts, total = [], 0
     for way in ("forward", "backward"):
-        calls = max(sum(n for label, n in t.collectives.items() if label.endswith(way)) for t in traffic)
+        calls = max(
+            sum(n for label, n in t.collectives.items() if label.endswith(way)) for t in traffic
+        )
         sent = max(sum(n for label, n in t.sent.items() if label.endswith(way)) for t in traffic)
         total += sent
         parts.append(f"{calls:2d} x {sent / 1e6:8.1f} MB")
@@ -97,21 +117,43 @@ def row(name: str, traffic: list[Traffic], baseline: float | None = None) -> int
 
 
 def main() -> None:
-    print(f"T={T} S={S} H={H} D={D}; collectives x bytes sent by the busiest member, per layer and clip\n")
+    print(
+        f"T={T} S={S} H={H} D={D}; collectives x bytes sent by the busiest member, per layer and"
+        " clip\n"
+    )
     for members in MEMBERS:
         print(f"P={members:<52} {'forward':>18} {'backward':>18}")
         states = row("GDN states (3 streams, both directions)", count(scan, ulysses=members))
         halos = row("GDN halos: K of both branches", count(key_halo, ulysses=members))
         halos += row("GDN halos: FFN", count(ffn_halo, ulysses=members))
         layer = states + halos
-        row("all-gather of K and V, one branch (forward only)", [gathered_keys_and_values(members)], layer)
+        row(
+            "all-gather of K and V, one branch (forward only)",
+            [gathered_keys_and_values(members)],
+            layer,
+        )
         nearest = max(n for n in range(1, members + 1) if H % n == 0)
-        row(f"Ulysses {nearest} (largest degree for {H} heads), one branch", count(attend(H), ulysses=nearest), layer)
+        row(
+            f"Ulysses {nearest} (largest degree for {H} heads), one branch",
+            count(attend(H), ulysses=nearest),
+            layer,
+        )
         usp = math.gcd(H, members)
         if usp != members:
-            row(f"USP: ulysses {usp} x ring {members // usp}, one branch", count(attend(H), members // usp, usp), layer)
-        row(f"Ulysses {math.gcd(2 * H, members)}, both branches stacked to {2 * H} heads", count(attend(2 * H), ulysses=members), layer)
-        print(f"  states alone: Ulysses over both branches sends {both(members) / states:.0f} times as much\n")
+            row(
+                f"USP: ulysses {usp} x ring {members // usp}, one branch",
+                count(attend(H), members // usp, usp),
+                layer,
+            )
+        row(
+            f"Ulysses {math.gcd(2 * H, members)}, both branches stacked to {2 * H} heads",
+            count(attend(2 * H), ulysses=members),
+            layer,
+        )
+        print(
+            f"  states alone: Ulysses over both branches sends {both(members) / states:.0f} times"
+            " as much\n"
+        )
 
 
 def both(members: int) -> int:

@@ -71,19 +71,29 @@ def run(tree: Path, *arguments: str) -> None:
         text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
 
 
 def record(tree: Path, folder: Path) -> Path:
     """Record and encode eight clips of gameplay; return the data set."""
     recording, data = folder / "recording", folder / "data"
     run(tree, "data_shards.record", "vizdoom", f"out={recording}", "clips=8", "frames=81", "fps=16")
-    run(tree, "data_shards.encode", f"source={recording}", f"out={data}", "codec=linear", "channels=16")
+    run(
+        tree,
+        "data_shards.encode",
+        f"source={recording}",
+        f"out={data}",
+        "codec=linear",
+        "channels=16",
+    )
     return data
 
 
 def train(tree: Path, out: Path, data: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Train every stage of every recipe for a few steps; return the loss of each step by its name."""
+    """Train every stage of every recipe for a few steps; return the loss of each step by its
+    name."""
     losses: dict[str, float] = {}
     for recipe, stages in RECIPES.items():
         short = [f"recipe.stages.{stage}.steps={options.steps}" for stage in stages]

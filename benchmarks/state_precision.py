@@ -1,10 +1,12 @@
-"""What the rounding of the tensor cores' operands does to a GDN state over T=251 frames, on the CPU.
+"""What the rounding of the tensor cores' operands does to a GDN state over T=251 frames, on the
+CPU.
 
     python benchmarks/state_precision.py
 
-S_t = γ (S − S·A) + U with S kept in fp32; only the operands of S·A are rounded: to nearest TF32, or truncated to it, which is what the
-hardware does with an fp32 operand by itself. RMS ratio of the whole state history to fp64. D=112, 220 tokens per frame, keys of ReLU'd
-normals, independent or with a direction in common.
+S_t = γ (S − S·A) + U with S kept in fp32; only the operands of S·A are rounded: to nearest TF32, or
+truncated to it, which is what the hardware does with an fp32 operand by itself. RMS ratio of the
+whole state history to fp64. D=112, 220 tokens per frame, keys of ReLU'd normals, independent or
+with a direction in common.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ def make_frames(common: float) -> tuple[Tensor, Tensor]:
     key = torch.relu(torch.randn(FRAMES, TOKENS, DIM) + common * torch.randn(1, 1, DIM))
     key = key / key.square().mean(-1, keepdim=True).sqrt() * (DIM * TOKENS) ** -0.5
     weighted = key * (0.3 + 0.7 * torch.rand(FRAMES, TOKENS, 1))
-    return weighted.transpose(1, 2) @ key, torch.randn(FRAMES, TOKENS, DIM).transpose(1, 2) @ weighted
+    return weighted.transpose(1, 2) @ key, torch.randn(FRAMES, TOKENS, DIM).transpose(
+        1, 2
+    ) @ weighted
 
 
-def states(gram: Tensor, update: Tensor, decay: float, round_state: Callable, round_gram: Callable) -> Tensor:
+def states(
+    gram: Tensor, update: Tensor, decay: float, round_state: Callable, round_gram: Callable
+) -> Tensor:
     """S after every frame."""
     state, history = torch.zeros_like(update[0]), []
     for a, u in zip(gram, update):
@@ -58,8 +64,15 @@ def main() -> None:
         gram, update = make_frames(common)
         for decay in (1.0, 0.99):
             exact = states(gram.double(), update.double(), decay, exactly, exactly)
-            errors = [(states(gram, update, decay, *way) - exact).norm() / exact.norm() for way in ways.values()]
-            print(f"| {'correlated' if common else 'independent'} | {decay} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
+            errors = [
+                (states(gram, update, decay, *way) - exact).norm() / exact.norm()
+                for way in ways.values()
+            ]
+            print(
+                f"| {'correlated' if common else 'independent'} | {decay} | "
+                + " | ".join(f"{e:.1e}" for e in errors)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

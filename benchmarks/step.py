@@ -1,14 +1,17 @@
-"""One training step of the 2.66 B SANA-WM on one device: seconds, tokens/s, TFLOP/s and MFU, at 5 s and at 60 s 720p.
+"""One training step of the 2.66 B SANA-WM on one device: seconds, tokens/s, TFLOP/s and MFU, at 5 s
+and at 60 s 720p.
 
     python benchmarks/step.py                                             # on a CUDA device
     python benchmarks/step.py --frames 11 --profile step.json             # where one step's time goes, operator by operator, and a trace
     python benchmarks/step.py --device cpu --depth 2 --width 96 --heads 4 --frames 3 --grid 2 3 --repeats 1   # only that the script runs
 
-bf16 weights and activations, every block recomputed in backward, AdamW with bf16 moments (the fp32 master weights and moments of a real run
-are sharded over many devices and do not fit on one). A clip of T latent frames has N = T · 22 · 40 tokens. Forward, backward and optimizer
-are timed together, after two warm-up steps; median of the repeats. FLOPs are those of `wm_train/models/flops.py`: forward once, backward
-twice, recomputation not counted. MFU = FLOPs / seconds / peak, with --peak the device's dense bf16 FLOP/s (H100 and H200: 989e12).
-A length that does not fit is reported as such and the next shorter one is tried.
+bf16 weights and activations, every block recomputed in backward, AdamW with bf16 moments (the fp32
+master weights and moments of a real run are sharded over many devices and do not fit on one). A
+clip of T latent frames has N = T · 22 · 40 tokens. Forward, backward and optimizer are timed
+together, after two warm-up steps; median of the repeats. FLOPs are those of
+`wm_train/models/flops.py`: forward once, backward twice, recomputation not counted. MFU = FLOPs /
+seconds / peak, with --peak the device's dense bf16 FLOP/s (H100 and H200: 989e12). A length that
+does not fit is reported as such and the next shorter one is tried.
 """
 
 from __future__ import annotations
@@ -31,30 +34,47 @@ from wm_train.models.flops import forward_flops, mfu, step_flops
 STRIDE, PIXELS, TEXT_TOKENS, FPS = 8, 32, 64, 16
 
 
-def make_conditions(frames: int, grid: tuple[int, int], text_width: int, device: torch.device) -> Conditions:
+def make_conditions(
+    frames: int, grid: tuple[int, int], text_width: int, device: torch.device
+) -> Conditions:
     """A camera that walks straight ahead for the whole clip."""
     raw = (frames - 1) * STRIDE + 1
     c2w = torch.eye(4, device=device).repeat(1, raw, 1, 1)
     c2w[0, :, 2, 3] = torch.linspace(0, raw / FPS, raw, device=device)
     height, width = grid[0] * PIXELS, grid[1] * PIXELS
-    intrinsics = torch.tensor([width / 2, width / 2, width / 2, height / 2], device=device).expand(1, raw, 4)
+    intrinsics = torch.tensor([width / 2, width / 2, width / 2, height / 2], device=device).expand(
+        1, raw, 4
+    )
     text = torch.randn(1, TEXT_TOKENS, text_width, device=device) if text_width else None
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device) if text_width else None
     return Conditions((height, width), STRIDE, c2w, intrinsics, text=text, text_mask=mask)
 
 
 def seconds_per_step(
-    config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, repeats: int, after: Callable[[], None] = lambda: None
+    config: ModelConfig,
+    frames: int,
+    grid: tuple[int, int],
+    device: torch.device,
+    repeats: int,
+    after: Callable[[], None] = lambda: None,
 ) -> float:
-    """Median time of forward, backward and optimizer on one clip; `after` is called after every step but the last."""
+    """Median time of forward, backward and optimizer on one clip; `after` is called after every
+    step but the last."""
     with torch.device("meta"):
         model = build_model(config)
     model = model.to_empty(device=device)
     initialise_(model, 0)
     model = model.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=device.type == "cuda")
-    latents = torch.randn(1, frames, config.latent_channels, *grid, device=device, dtype=torch.bfloat16)
-    sigma, conditions = torch.rand(1, frames, device=device), make_conditions(frames, grid, config.text_width, device)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=device.type == "cuda"
+    )
+    latents = torch.randn(
+        1, frames, config.latent_channels, *grid, device=device, dtype=torch.bfloat16
+    )
+    sigma, conditions = (
+        torch.rand(1, frames, device=device),
+        make_conditions(frames, grid, config.text_width, device),
+    )
     sequence = LocalSequence(ClipLayout(frames), sequence_kernels(device))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times = []
@@ -73,10 +93,17 @@ def seconds_per_step(
     return statistics.median(times)
 
 
-def profile(config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, trace: str) -> None:
+def profile(
+    config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, trace: str
+) -> None:
     """Print the operators of one step by their own time, and write a trace for chrome://tracing."""
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    schedule = torch.profiler.schedule(wait=0, warmup=2, active=1)  # the two warm-up steps, then the one that counts
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []),
+    ]
+    schedule = torch.profiler.schedule(
+        wait=0, warmup=2, active=1
+    )  # the two warm-up steps, then the one that counts
     with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
         seconds_per_step(config, frames, grid, device, 1, profiler.step)
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -84,7 +111,14 @@ def profile(config: ModelConfig, frames: int, grid: tuple[int, int], device: tor
     profiler.export_chrome_trace(trace)
 
 
-def row(config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, repeats: int, peak: float) -> bool:
+def row(
+    config: ModelConfig,
+    frames: int,
+    grid: tuple[int, int],
+    device: torch.device,
+    repeats: int,
+    peak: float,
+) -> bool:
     """Print one length; whether it fits."""
     tokens = frames * grid[0] * grid[1]
     name = f"| {(frames - 1) * STRIDE / FPS:.0f} s | {frames} | {tokens}"
@@ -97,15 +131,25 @@ def row(config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.d
     flops = step_flops(forward_flops(config, frames, grid[0] * grid[1], TEXT_TOKENS), 1)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     share = mfu(flops, seconds, 1, peak)
-    print(f"{name} | {seconds:.3f} | {tokens / seconds:.0f} | {flops / seconds / 1e12:.1f} | {share:.1%} | {memory:.1f} |", flush=True)
+    print(
+        f"{name} | {seconds:.3f} | {tokens / seconds:.0f} | {flops / seconds / 1e12:.1f} |"
+        f" {share:.1%} | {memory:.1f} |",
+        flush=True,
+    )
     return True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
-        "--frames", type=int, nargs="+", default=[11, 121, 91, 61, 41], help="5 s, then 60 s and what to try if it does not fit"
+        "--frames",
+        type=int,
+        nargs="+",
+        default=[11, 121, 91, 61, 41],
+        help="5 s, then 60 s and what to try if it does not fit",
     )
     parser.add_argument("--grid", type=int, nargs=2, default=[22, 40])
     parser.add_argument("--depth", type=int, default=20)
@@ -113,7 +157,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak", type=float, default=989e12)
-    parser.add_argument("--profile", metavar="TRACE.json", help="print where one step of the first length spends its time")
+    parser.add_argument(
+        "--profile",
+        metavar="TRACE.json",
+        help="print where one step of the first length spends its time",
+    )
     arguments = parser.parse_args()
     device, grid = torch.device(arguments.device), (arguments.grid[0], arguments.grid[1])
     config = ModelConfig(
@@ -128,9 +176,16 @@ def main() -> None:
     if arguments.profile:
         profile(config, arguments.frames[0], grid, device, arguments.profile)
         return
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (shows only that the script runs)"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else "CPU (shows only that the script runs)"
+    )
     print(f"{name}, torch {torch.__version__}, {arguments.depth} blocks of width {arguments.width}")
-    print("| clip | T | tokens | s/step | tokens/s | TFLOP/s | MFU | peak GB |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| clip | T | tokens | s/step | tokens/s | TFLOP/s | MFU | peak GB"
+        " |\n|---|---|---|---|---|---|---|---|"
+    )
     first, *longer = arguments.frames
     row(config, first, grid, device, arguments.repeats, arguments.peak)
     for frames in longer:  # the first of them that fits

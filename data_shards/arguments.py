@@ -1,7 +1,8 @@
-"""`key=value` command lines for this package's commands: one table of options gives the parser, the help and the error report.
+"""`key=value` command lines for this package's commands: one table of options gives the parser, the
+help and the error report.
 
-`--key=value` and `--key value` do as well. All problems of a command line are reported together, on stderr, with exit code 2; nothing has
-been started by then.
+`--key=value` and `--key value` do as well. All problems of a command line are reported together, on
+stderr, with exit code 2; nothing has been started by then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from data_shards.schema import DataError
 
 @dataclass(frozen=True)
 class Option:
-    """`convert` turns the text into a value and raises ValueError with the rule it broke. `default` None with `required` has none."""
+    """`convert` turns the text into a value and raises ValueError with the rule it broke. `default`
+    None with `required` has none."""
 
     convert: Callable[[str], Any]
     help: str
@@ -77,7 +79,9 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
     Raises:
         DataError: unknown keys, wrong values, missing required ones; all of them in one message.
     """
-    values: dict[str, Any] = {name: option.default for name, option in options.items() if not option.required}
+    values: dict[str, Any] = {
+        name: option.default for name, option in options.items() if not option.required
+    }
     problems, given, words = [], set(), iter(arguments)
     for argument in words:
         if argument.startswith("--") and "=" not in argument:
@@ -103,15 +107,26 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
     return values
 
 
-def run(command: str, about: str, options: Mapping[str, Option], main: Callable[..., int | None], arguments: Sequence[str]) -> int:
-    """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one report and exit code 2."""
+def run(
+    command: str,
+    about: str,
+    options: Mapping[str, Option],
+    main: Callable[..., int | None],
+    arguments: Sequence[str],
+) -> int:
+    """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one
+    report and exit code 2."""
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(usage(command, about, options))
         return 0
     try:
         return main(**parse(arguments, options)) or 0
     except DataError as error:
-        print(f"{command}: cannot go on\n" + "\n".join(f"  - {line}" for line in str(error).splitlines()), file=sys.stderr)
+        print(
+            f"{command}: cannot go on\n"
+            + "\n".join(f"  - {line}" for line in str(error).splitlines()),
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

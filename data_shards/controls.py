@@ -1,10 +1,12 @@
 """Controller events -> one control row per latent frame (Waypoint-1.5 §7.2).
 
-Events of up to 10 kHz (key down, key up, mouse motion, scroll) are cut into buckets at the latent rate. A row is a snapshot taken at the
-time of the latest raw frame its latent encodes: the state of 256 buttons, the net mouse displacement since the snapshot before, and the
-sign of the net scroll since then. An event at the very time of a snapshot belongs to it, so every event lies in exactly one bucket:
-bucket 0 is (-1/fps, 0] before raw frame 0, bucket t is (r (t-1) / fps, r t / fps]. A key pressed and released inside one bucket is not seen
-by a snapshot, as in the paper; with `keep_taps` it counts as held there.
+Events of up to 10 kHz (key down, key up, mouse motion, scroll) are cut into buckets at the latent
+rate. A row is a snapshot taken at the time of the latest raw frame its latent encodes: the state of
+256 buttons, the net mouse displacement since the snapshot before, and the sign of the net scroll
+since then. An event at the very time of a snapshot belongs to it, so every event lies in exactly
+one bucket: bucket 0 is (-1/fps, 0] before raw frame 0, bucket t is (r (t-1) / fps, r t / fps]. A
+key pressed and released inside one bucket is not seen by a snapshot, as in the paper; with
+`keep_taps` it counts as held there.
 """
 
 from __future__ import annotations
@@ -19,13 +21,19 @@ from data_shards.schema import DataError
 
 KEY_DOWN, KEY_UP, MOUSE, SCROLL = range(4)
 BUTTONS = 256
-CONTROL_NAMES = (*(f"button_{code:03d}" for code in range(BUTTONS)), "mouse_dx", "mouse_dy", "scroll_sign")
+CONTROL_NAMES = (
+    *(f"button_{code:03d}" for code in range(BUTTONS)),
+    "mouse_dx",
+    "mouse_dy",
+    "scroll_sign",
+)
 
 
 @dataclass(frozen=True)
 class Events:
-    """A stream sorted by time. time_ns [E] int64, nanoseconds after raw frame 0 (negative before); kind [E] uint8 (KEY_DOWN …);
-    code [E] uint8, the button of key events; dx, dy [E] int32, mouse counts, with the scroll amount in dy."""
+    """A stream sorted by time. time_ns [E] int64, nanoseconds after raw frame 0 (negative before);
+    kind [E] uint8 (KEY_DOWN …); code [E] uint8, the button of key events; dx, dy [E] int32, mouse
+    counts, with the scroll amount in dy."""
 
     time_ns: NDArray[np.int64]
     kind: NDArray[np.uint8]
@@ -36,29 +44,53 @@ class Events:
     def __post_init__(self) -> None:
         lengths = {len(column) for column in (self.time_ns, self.kind, self.code, self.dx, self.dy)}
         if len(lengths) > 1:
-            raise DataError(f"control events: got columns of {sorted(lengths)} events, expected the same number in each")
+            raise DataError(
+                f"control events: got columns of {sorted(lengths)} events, expected the same number"
+                " in each"
+            )
         if not np.issubdtype(self.time_ns.dtype, np.integer):
-            raise DataError(f"control events: got times of {self.time_ns.dtype}, expected whole nanoseconds (int64)")
+            raise DataError(
+                f"control events: got times of {self.time_ns.dtype}, expected whole nanoseconds"
+                " (int64)"
+            )
         backwards = np.flatnonzero(np.diff(self.time_ns) < 0)
         if len(backwards):
-            raise DataError(f"control events: got time going back at event {backwards[0] + 1}, expected ascending times. Fix: sort by time")
+            raise DataError(
+                f"control events: got time going back at event {backwards[0] + 1}, expected"
+                " ascending times. Fix: sort by time"
+            )
         if len(self.kind) and self.kind.max() > SCROLL:
-            raise DataError(f"control events: got kind {self.kind.max()}, expected 0 to {SCROLL} (key down, key up, mouse, scroll)")
+            raise DataError(
+                f"control events: got kind {self.kind.max()}, expected 0 to {SCROLL} (key down, key"
+                " up, mouse, scroll)"
+            )
 
 
 def bucket_edges(latent_frames: int, fps: Fraction, temporal_stride: int) -> NDArray[np.int64]:
-    """[T + 1] nanoseconds: bucket t is (edges[t], edges[t + 1]]. Exact: an event is at or before a time iff at or before its floor."""
+    """[T + 1] nanoseconds: bucket t is (edges[t], edges[t + 1]]. Exact: an event is at or before a
+    time iff at or before its floor."""
     frames = [-1, *(temporal_stride * t for t in range(latent_frames))]
-    return np.array([frame * 10**9 * fps.denominator // fps.numerator for frame in frames], dtype=np.int64)
+    return np.array(
+        [frame * 10**9 * fps.denominator // fps.numerator for frame in frames], dtype=np.int64
+    )
 
 
-def bucket_events(events: Events, latent_frames: int, fps: Fraction, temporal_stride: int, keep_taps: bool = False) -> NDArray[np.float32]:
-    """[T, 259] controls in the order of CONTROL_NAMES. Buttons pressed before the first bucket are held until released."""
+def bucket_events(
+    events: Events, latent_frames: int, fps: Fraction, temporal_stride: int, keep_taps: bool = False
+) -> NDArray[np.float32]:
+    """[T, 259] controls in the order of CONTROL_NAMES. Buttons pressed before the first bucket are
+    held until released."""
     edges = bucket_edges(latent_frames, fps, temporal_stride)
-    bucket = np.searchsorted(edges, events.time_ns, side="left") - 1  # -1: before the first bucket; T: after the last
+    bucket = (
+        np.searchsorted(edges, events.time_ns, side="left") - 1
+    )  # -1: before the first bucket; T: after the last
     out = np.zeros((latent_frames, BUTTONS + 3), np.float32)
     inside = (bucket >= 0) & (bucket < latent_frames)
-    for column, kind, amounts in ((0, MOUSE, events.dx), (1, MOUSE, events.dy), (2, SCROLL, events.dy)):
+    for column, kind, amounts in (
+        (0, MOUSE, events.dx),
+        (1, MOUSE, events.dy),
+        (2, SCROLL, events.dy),
+    ):
         chosen = inside & (events.kind == kind)
         net = np.zeros(latent_frames, np.int64)
         np.add.at(net, bucket[chosen], amounts[chosen].astype(np.int64))

@@ -1,9 +1,11 @@
-"""`python -m data_shards.encode source=<recording> codec=linear out=…`: video clips -> a data set of latent shards.
+"""`python -m data_shards.encode source=<recording> codec=linear out=…`: video clips -> a data set
+of latent shards.
 
-Work is cut into shards beforehand, by the clips' known sizes; each shard is a job of its own (`encode_job`), run here, in processes or on
-Ray (`runners`), and the results become index and dataset.json (`encode_finish`). An interrupted run leaves `<out>.partial`, or in a store a
-prefix without dataset.json (`target`), and the same command goes on from there; the finished bytes do not depend on interruptions, on
-`runner` or on `workers`.
+Work is cut into shards beforehand, by the clips' known sizes; each shard is a job of its own
+(`encode_job`), run here, in processes or on Ray (`runners`), and the results become index and
+dataset.json (`encode_finish`). An interrupted run leaves `<out>.partial`, or in a store a prefix
+without dataset.json (`target`), and the same command goes on from there; the finished bytes do not
+depend on interruptions, on `runner` or on `workers`.
 """
 
 from __future__ import annotations
@@ -27,23 +29,64 @@ from data_shards.sources import ClipSource, Place, open_source
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
-    "source": Option(text, "a recording, a folder of videos, or the folder of zips of SANA-WM's public training layout", required=True),
-    "out": Option(text, "folder to make, or the URL of one in a store: s3://bucket/set", required=True),
+    "source": Option(
+        text,
+        "a recording, a folder of videos, or the folder of zips of SANA-WM's public training"
+        " layout",
+        required=True,
+    ),
+    "out": Option(
+        text, "folder to make, or the URL of one in a store: s3://bucket/set", required=True
+    ),
     "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
-    "captions": Option(text, "JSON file {key: caption}; it goes before the source's own captions", None),
+    "captions": Option(
+        text, "JSON file {key: caption}; it goes before the source's own captions", None
+    ),
     "codec": Option(choice(*CODECS), "video <-> latents", "linear"),
     "channels": Option(whole(1, 4096), "latent channels (codec linear)", 48),
-    "model": Option(text, "folder, file or hub name of the autoencoder (all codecs but linear)", None),
-    "psnr": Option(choice("yes", "no"), "decode every clip again to measure the loss; slow for learned codecs", "yes"),
-    "image_latents_every": Option(whole(0), "raw frames between stored image latents, where cuts may start; 0 = at the start only", 0),
-    "keep_taps": Option(choice("yes", "no"), "a key pressed and released between two snapshots of the controls counts as held", "no"),
-    "text": Option(text, "folder or hub name of a transformers encoder; `ready`: the source's own embeddings", None),
+    "model": Option(
+        text, "folder, file or hub name of the autoencoder (all codecs but linear)", None
+    ),
+    "psnr": Option(
+        choice("yes", "no"),
+        "decode every clip again to measure the loss; slow for learned codecs",
+        "yes",
+    ),
+    "image_latents_every": Option(
+        whole(0),
+        "raw frames between stored image latents, where cuts may start; 0 = at the start only",
+        0,
+    ),
+    "keep_taps": Option(
+        choice("yes", "no"),
+        "a key pressed and released between two snapshots of the controls counts as held",
+        "no",
+    ),
+    "text": Option(
+        text,
+        "folder or hub name of a transformers encoder; `ready`: the source's own embeddings",
+        None,
+    ),
     "text_length": Option(whole(1, 65536), "tokens kept of a caption, L", 300),
-    "text_prefix": Option(text, "goes before every caption; its tokens are dropped, but for the first and the last", ""),
-    "text_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored text", "bfloat16"),
-    "null_text": Option(text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None),
-    "device": Option(text, "where codec and text encoder run: cpu, or as torch names the accelerator, device:1", "cpu"),
-    "latent_dtype": Option(choice("float16", "bfloat16", "float32"), "of the stored latents", "float16"),
+    "text_prefix": Option(
+        text,
+        "goes before every caption; its tokens are dropped, but for the first and the last",
+        "",
+    ),
+    "text_dtype": Option(
+        choice("float16", "bfloat16", "float32"), "of the stored text", "bfloat16"
+    ),
+    "null_text": Option(
+        text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
+    ),
+    "device": Option(
+        text,
+        "where codec and text encoder run: cpu, or as torch names the accelerator, device:1",
+        "cpu",
+    ),
+    "latent_dtype": Option(
+        choice("float16", "bfloat16", "float32"), "of the stored latents", "float16"
+    ),
     "validation": Option(number(0, 0.9), "share of the episodes kept out of training", 0.1),
     "container": Option(choice("tar", "zarr"), "tar, or Zarr v3 for very long clips", "tar"),
     "shard_mb": Option(number(0.001, 100_000), "target size of a shard", 256.0),
@@ -53,7 +96,12 @@ OPTIONS = {
 
 
 def run_jobs(
-    jobs: list[Job], runner: str, workers: int, source: ClipSource, codec: LatentCodec, encoder: TextEncoder | None
+    jobs: list[Job],
+    runner: str,
+    workers: int,
+    source: ClipSource,
+    codec: LatentCodec,
+    encoder: TextEncoder | None,
 ) -> Iterator[int]:
     """Run the jobs, yielding the number of each as it finishes."""
     if runner == "processes" and workers == 1:
@@ -65,30 +113,48 @@ def run_jobs(
 
 
 def encode(place: Place, out: str, workers: int, runner: str, settings: Settings) -> None:
-    """Encode what lies at `place` into the data set `out`, going on where an interrupted run stopped.
+    """Encode what lies at `place` into the data set `out`, going on where an interrupted run
+    stopped.
 
     Raises:
         DataError: a source that cannot be read, or an `out` that holds something else.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     clips = open_source(place)
     if not clips.clips:
-        raise DataError(f"source: got no clips in {place.path}, expected at least one. Fix: record some")
+        raise DataError(
+            f"source: got no clips in {place.path}, expected at least one. Fix: record some"
+        )
     codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
     target = Target(out)
     jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
-    plan = json.dumps({"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)}, indent=1, sort_keys=True).encode()
+    plan = json.dumps(
+        {"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)},
+        indent=1,
+        sort_keys=True,
+    ).encode()
     if target.finished():
         if target.read(PLAN, done=True) != plan:
-            raise DataError(f"out: got {out}, a data set made with other arguments, expected a new folder. Fix: rm -r {out}")
+            raise DataError(
+                f"out: got {out}, a data set made with other arguments, expected a new folder. Fix:"
+                f" rm -r {out}"
+            )
         target.remove("rows")  # of a run that was killed at its very end
         print(f"{out} already holds this data set; nothing to do")
         return
     left = target.read(PLAN)
     if left not in (None, plan):
         raise DataError(
-            f"out: got {target.place}, left by a run with other arguments, expected none or one like this. Fix: rm -r {target.place}"
+            f"out: got {target.place}, left by a run with other arguments, expected none or one"
+            f" like this. Fix: rm -r {target.place}"
         )
     target.prepare()
     target.write(PLAN, plan)
@@ -97,32 +163,61 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     size = crop_size(first, stride)
     if size != (first.height, first.width):
         before = f"{first.height}x{first.width}"
-        print(f"frames are cropped at the centre from {before} to {size[0]}x{size[1]}, multiples of {stride}")
+        print(
+            f"frames are cropped at the centre from {before} to {size[0]}x{size[1]}, multiples of"
+            f" {stride}"
+        )
     for note in clips.notes:
         print(note)
     started = time.perf_counter()
     todo = left_to_do(jobs, target)
-    columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("encode"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("clips"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
-        task = progress.add_task("encode", total=len(clips.clips), completed=len(clips.clips) - sum(len(job.clips) for job in todo))
+        task = progress.add_task(
+            "encode",
+            total=len(clips.clips),
+            completed=len(clips.clips) - sum(len(job.clips) for job in todo),
+        )
         for job in run_jobs(todo, runner, workers, clips, codec, encoder):
             progress.advance(task, len(jobs[job].clips))
     info, cut_captions = finish(target, jobs, clips, settings, codec, encoder)
     target.remove("rows")
     size_mb = sum(target.sizes().values()) / 1e6
     target.publish()
-    seconds, frames = time.perf_counter() - started, sum(clip.frames for job in todo for clip, _ in job.clips)
+    seconds, frames = (
+        time.perf_counter() - started,
+        sum(clip.frames for job in todo for clip, _ in job.clips),
+    )
     print(
-        f"encoded {info.clips['train']} training and {info.clips['validation']} validation clips into {info.shards} shards of latents "
-        f"[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}: PSNR {info.psnr_db} dB, "
-        f"{frames / max(seconds, 1e-9):.0f} frames/s, {size_mb:.1f} MB in {out}"
+        f"encoded {info.clips['train']} training and {info.clips['validation']} validation clips"
+        f" into {info.shards} shards of latents [{info.channels}, {info.latent_height},"
+        f" {info.latent_width}] {info.latent_dtype}: PSNR {info.psnr_db} dB,"
+        f" {frames / max(seconds, 1e-9):.0f} frames/s, {size_mb:.1f} MB in {out}"
     )
     if cut_captions:
-        print(f"{cut_captions} captions were longer than text_length={settings.text_length} tokens and were cut there")
+        print(
+            f"{cut_captions} captions were longer than text_length={settings.text_length} tokens"
+            " and were cut there"
+        )
 
 
 def main(arguments: list[str]) -> int:
-    def call(source: str, latents: str | None, captions: str | None, out: str, workers: int, runner: str, **settings: Any) -> None:
+    def call(
+        source: str,
+        latents: str | None,
+        captions: str | None,
+        out: str,
+        workers: int,
+        runner: str,
+        **settings: Any,
+    ) -> None:
         encode(Place(source, latents, captions), out, workers, runner, Settings(**settings))
 
     return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments)

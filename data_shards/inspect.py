@@ -1,4 +1,5 @@
-"""`python -m data_shards.inspect path=… key=… out=clip.png`: look at a clip: decoded frames, the camera's path from above, the controls."""
+"""`python -m data_shards.inspect path=… key=… out=clip.png`: look at a clip: decoded frames, the
+camera's path from above, the controls."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from data_shards.codecs.linear import make_codec
 from data_shards.schema import SPLITS, DataError
 from data_shards.storage.read import Clip, open_dataset
 
-ABOUT = "Draw a clip as a PNG: a contact sheet of decoded frames, the camera path from above, a timeline of the controls."
+ABOUT = (
+    "Draw a clip as a PNG: a contact sheet of decoded frames, the camera path from above, a"
+    " timeline of the controls."
+)
 OPTIONS = {
     "path": Option(text, "data set folder or URL", required=True),
     "key": Option(text, "clip; the first training clip if not given", None),
@@ -23,27 +27,46 @@ OPTIONS = {
     "rows": Option(whole(1, 64), "rows of frames", 2),
 }
 INK, PAPER, GREY = (20, 20, 20), (250, 250, 250), (190, 190, 190)
-COLOURS = ((200, 40, 40), (40, 90, 200), (30, 150, 60), (190, 120, 0), (130, 50, 170), (0, 140, 150))
+COLOURS = (
+    (200, 40, 40),
+    (40, 90, 200),
+    (30, 150, 60),
+    (190, 120, 0),
+    (130, 50, 170),
+    (0, 140, 150),
+)
 
 
 def contact_sheet(video: NDArray[np.uint8], columns: int, rows: int) -> NDArray[np.uint8]:
-    """[F,H,W,3] -> one picture of columns x rows frames, evenly spread over the clip, first and last among them."""
+    """[F,H,W,3] -> one picture of columns x rows frames, evenly spread over the clip, first and
+    last among them."""
     chosen = np.linspace(0, len(video) - 1, columns * rows).round().astype(int)
     height, width = video.shape[1:3]
-    return video[chosen].reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    return (
+        video[chosen]
+        .reshape(rows, columns, height, width, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * height, columns * width, 3)
+    )
 
 
 def draw_path(canvas: Any, box: tuple[int, int, int, int], c2w: NDArray[np.float64]) -> None:
-    """The camera's path seen along its own vertical: start as a dot, view directions as short lines, one scale for both axes."""
+    """The camera's path seen along its own vertical: start as a dot, view directions as short
+    lines, one scale for both axes."""
     left, top, right, bottom = box
     down = c2w[:, :3, 1].mean(axis=0)
     across = c2w[0, :3, 0] - down * (c2w[0, :3, 0] @ down) / (down @ down)
     across /= np.linalg.norm(across)
     ahead = np.cross(across, down / np.linalg.norm(down))
     origin = c2w[:, :3, 3] - c2w[0, :3, 3]
-    points = np.stack([origin @ across, -(origin @ ahead)], axis=1)  # up on paper is where the first frame looks
+    points = np.stack(
+        [origin @ across, -(origin @ ahead)], axis=1
+    )  # up on paper is where the first frame looks
     low, high = points.min(axis=0), points.max(axis=0)
-    scale = min((right - left - 40) / max(high[0] - low[0], 0.5), (bottom - top - 50) / max(high[1] - low[1], 0.5))
+    scale = min(
+        (right - left - 40) / max(high[0] - low[0], 0.5),
+        (bottom - top - 50) / max(high[1] - low[1], 0.5),
+    )
     centre = np.array([(left + right) / 2, (top + bottom + 14) / 2])
     pixels = (points - (low + high) / 2) * scale + centre
     canvas.rectangle(box, outline=GREY)
@@ -54,10 +77,19 @@ def draw_path(canvas: Any, box: tuple[int, int, int, int], c2w: NDArray[np.float
     x, y = pixels[0]
     canvas.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLOURS[1])
     length = np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1).sum()
-    canvas.text((left + 6, top + 4), f"camera path from above, {length:.1f} m; dot: start, red: view", fill=INK)
+    canvas.text(
+        (left + 6, top + 4),
+        f"camera path from above, {length:.1f} m; dot: start, red: view",
+        fill=INK,
+    )
 
 
-def draw_controls(canvas: Any, box: tuple[int, int, int, int], controls: NDArray[np.float32], names: tuple[str, ...]) -> None:
+def draw_controls(
+    canvas: Any,
+    box: tuple[int, int, int, int],
+    controls: NDArray[np.float32],
+    names: tuple[str, ...],
+) -> None:
     """One line per control over the latent frames [T, A], each on its own scale."""
     left, top, right, bottom = box
     canvas.rectangle(box, outline=GREY)
@@ -69,12 +101,16 @@ def draw_controls(canvas: Any, box: tuple[int, int, int, int], controls: NDArray
         x = np.linspace(left + 150, right - 8, len(values))
         canvas.line([(left + 150, middle), (right - 8, middle)], fill=GREY)
         canvas.line(
-            [(float(a), float(middle - b / limit * band * 0.35)) for a, b in zip(x, values)], fill=COLOURS[i % len(COLOURS)], width=2
+            [(float(a), float(middle - b / limit * band * 0.35)) for a, b in zip(x, values)],
+            fill=COLOURS[i % len(COLOURS)],
+            width=2,
         )
         canvas.text((left + 6, middle - 6), f"{name} (±{limit:.3g})", fill=INK)
 
 
-def draw_clip(clip: Clip, video: NDArray[np.uint8], names: tuple[str, ...], columns: int, rows: int) -> Any:
+def draw_clip(
+    clip: Clip, video: NDArray[np.uint8], names: tuple[str, ...], columns: int, rows: int
+) -> Any:
     """The whole picture, a PIL image."""
     from PIL import Image, ImageDraw
 
@@ -84,7 +120,10 @@ def draw_clip(clip: Clip, video: NDArray[np.uint8], names: tuple[str, ...], colu
     canvas = ImageDraw.Draw(picture)
     entry = clip.entry
     canvas.text(
-        (6, 6), f"{entry.key}  episode {entry.episode}  {entry.split}  {entry.raw_frames} frames, {entry.latent_frames} latents", fill=INK
+        (6, 6),
+        f"{entry.key}  episode {entry.episode}  {entry.split}  {entry.raw_frames} frames,"
+        f" {entry.latent_frames} latents",
+        fill=INK,
     )
     picture.paste(Image.fromarray(sheet), (0, 24))
     top = 24 + sheet.shape[0] + 10
@@ -100,7 +139,10 @@ def inspect(path: str, key: str | None, out: str, columns: int, rows: int) -> No
     try:
         import PIL  # noqa: F401  (only to say so before the work is done)
     except ImportError as error:
-        raise DataError("inspect: pillow is not installed, expected it to draw. Fix: pip install 'wm-train[demo]'") from error
+        raise DataError(
+            "inspect: pillow is not installed, expected it to draw. Fix: pip install"
+            " 'wm-train[demo]'"
+        ) from error
     dataset = open_dataset(path)
     first = next((dataset.clips(split)[0] for split in SPLITS if len(dataset.clips(split))), None)
     if first is None:
@@ -109,7 +151,10 @@ def inspect(path: str, key: str | None, out: str, columns: int, rows: int) -> No
     codec = make_codec(dataset.info.codec, dataset.info.codec_options)
     draw_clip(clip, codec.decode(clip.latents), dataset.info.control_names, columns, rows).save(out)
     for field, member in dataset.members(clip.entry).items():
-        print(f"{field:<16} {member.dtype:<9} {list(member.shape)!s:<20} {member.length} bytes at {member.offset} of {clip.entry.shard}")
+        print(
+            f"{field:<16} {member.dtype:<9} {list(member.shape)!s:<20} {member.length} bytes at"
+            f" {member.offset} of {clip.entry.shard}"
+        )
     print(f"drawn to {Path(out)}")
 
 

@@ -1,4 +1,5 @@
-"""What can be measured on a clip to decide whether to train on it (SANA-WM App. B.3), from its pictures and its camera alone."""
+"""What can be measured on a clip to decide whether to train on it (SANA-WM App. B.3), from its
+pictures and its camera alone."""
 
 from __future__ import annotations
 
@@ -16,10 +17,18 @@ from data_shards.schema import DataError
 
 # VMAF's motion feature: mean absolute difference of luma frames blurred by this kernel
 BLUR = np.array([3571, 16004, 26386, 16004, 3571], np.float32) / 65536
-LUMA = np.array([0.299, 0.587, 0.114], np.float32) * 219 / 255  # BT.601 in video range, as in the files that FFmpeg measures
+LUMA = (
+    np.array([0.299, 0.587, 0.114], np.float32) * 219 / 255
+)  # BT.601 in video range, as in the files that FFmpeg measures
 EPSILON = 1e-6
 FLOW_EVERY_S, FLOW_WITHIN_S = 0.5, 60.0  # App. B.3: frame pairs every 0.5 s across the first 60 s
-CAMERA_METRICS = ("fov_x_degrees", "fov_y_degrees", "focal_divergence", "pose_jump_m", "turn_jump_degrees")
+CAMERA_METRICS = (
+    "fov_x_degrees",
+    "fov_y_degrees",
+    "focal_divergence",
+    "pose_jump_m",
+    "turn_jump_degrees",
+)
 VIDEO_METRICS = ("saturation", "vmaf_motion", "flow_pixels", "scene_cuts")
 _MOVES = r"pan(?:s|ned|ning)?|tilt(?:s|ed|ing)?|doll(?:y|ies|ied|ying)|zoom(?:s|ed|ing)?|truck(?:s|ed|ing)|orbit(?:s|ed|ing)?|crane(?:s|d)?"
 _GOES = (
@@ -34,16 +43,22 @@ CAMERA_MOTION = re.compile(
 )
 
 
-def camera_metrics(c2w: NDArray[np.float64], intrinsics: NDArray[np.float64], width: int, height: int) -> dict[str, float]:
-    """Of the worst frame: fields of view (the one farther from 60 degrees), |fx - fy| / mean, and the largest change of velocity and of
-    turning speed between successive frames (m and degrees), which a jump in the pose track shows as."""
+def camera_metrics(
+    c2w: NDArray[np.float64], intrinsics: NDArray[np.float64], width: int, height: int
+) -> dict[str, float]:
+    """Of the worst frame: fields of view (the one farther from 60 degrees), |fx - fy| / mean, and
+    the largest change of velocity and of turning speed between successive frames (m and degrees),
+    which a jump in the pose track shows as."""
     fx, fy = intrinsics[:, 0], intrinsics[:, 1]
     views = [np.degrees(2 * np.arctan(size / (2 * f))) for size, f in ((width, fx), (height, fy))]
     steps = np.diff(c2w[:, :3, 3], axis=0)
     relative = np.einsum("fji,fjk->fik", c2w[:-1, :3, :3], c2w[1:, :3, :3])
     turns = np.degrees(np.arccos(np.clip((np.trace(relative, axis1=1, axis2=2) - 1) / 2, -1, 1)))
     return {
-        **{name: float(view[np.argmax(np.abs(view - 60))]) for name, view in zip(("fov_x_degrees", "fov_y_degrees"), views)},
+        **{
+            name: float(view[np.argmax(np.abs(view - 60))])
+            for name, view in zip(("fov_x_degrees", "fov_y_degrees"), views)
+        },
         "focal_divergence": float(np.max(np.abs(fx - fy) / ((fx + fy) / 2))),
         "pose_jump_m": float(np.linalg.norm(np.diff(steps, axis=0), axis=1).max(initial=0)),
         "turn_jump_degrees": float(np.abs(np.diff(turns)).max(initial=0)),
@@ -56,7 +71,9 @@ def scale_cv(scales: Sequence[float]) -> float:
     return float(values.std() / (values.mean() + EPSILON))
 
 
-def video_metrics(video: NDArray[np.uint8], fps: float, wanted: Iterable[str] = VIDEO_METRICS) -> dict[str, float]:
+def video_metrics(
+    video: NDArray[np.uint8], fps: float, wanted: Iterable[str] = VIDEO_METRICS
+) -> dict[str, float]:
     """[F,H,W,3] -> those of VIDEO_METRICS that are wanted.
 
     Raises:
@@ -83,13 +100,18 @@ def luma(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def vmaf_motion(video: NDArray[np.uint8]) -> list[float]:
-    """VMAF's motion feature of each frame (0 for the first): by FFmpeg's own filter where PyAV brings it, else by the same formula here."""
+    """VMAF's motion feature of each frame (0 for the first): by FFmpeg's own filter where PyAV
+    brings it, else by the same formula here."""
     planes = [luma(frame) for frame in video]
     try:
         import av
     except ImportError:
         return motion_by_formula(planes)
-    return motion_by_ffmpeg(planes) if "vmafmotion" in av.filter.filters_available else motion_by_formula(planes)
+    return (
+        motion_by_ffmpeg(planes)
+        if "vmafmotion" in av.filter.filters_available
+        else motion_by_formula(planes)
+    )
 
 
 def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
@@ -97,7 +119,12 @@ def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
 
     height, width = planes[0].shape
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("gray", width, height), time_base=Fraction(1, 25))
+    source = graph.add_buffer(
+        width=width,
+        height=height,
+        format=av.VideoFormat("gray", width, height),
+        time_base=Fraction(1, 25),
+    )
     measure, sink = graph.add("vmafmotion"), graph.add("buffersink")
     source.link_to(measure)
     measure.link_to(sink)
@@ -112,7 +139,8 @@ def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
 
 
 def motion_by_formula(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
-    """Mean absolute difference of blurred luma; FFmpeg's differs by how it treats the two outermost pixels."""
+    """Mean absolute difference of blurred luma; FFmpeg's differs by how it treats the two outermost
+    pixels."""
     blurred = [blur(plane.astype(np.float32)) for plane in planes]
     return [0.0, *(float(np.abs(b - a).mean()) for a, b in itertools.pairwise(blurred))]
 
@@ -121,27 +149,39 @@ def blur(luma: NDArray[np.float32]) -> NDArray[np.float32]:
     """[H,W] -> [H,W], edges mirrored."""
     padded = np.pad(luma, 2, mode="reflect")
     rows = sum(weight * padded[i : padded.shape[0] - 4 + i] for i, weight in enumerate(BLUR))
-    return np.asarray(sum(weight * rows[:, i : rows.shape[1] - 4 + i] for i, weight in enumerate(BLUR)))
+    return np.asarray(
+        sum(weight * rows[:, i : rows.shape[1] - 4 + i] for i, weight in enumerate(BLUR))
+    )
 
 
 def flow_pixels(video: NDArray[np.uint8], fps: float) -> float:
-    """Mean length of the optical flow (OpenCV's DIS) in pixels between frames FLOW_EVERY_S apart; 0 for a clip of one sample."""
+    """Mean length of the optical flow (OpenCV's DIS) in pixels between frames FLOW_EVERY_S apart; 0
+    for a clip of one sample."""
     cv2 = filter_tool("cv2")
     step = max(1, round(FLOW_EVERY_S * fps))
-    grey = [np.ascontiguousarray(luma(frame)) for frame in video[: round(FLOW_WITHIN_S * fps) + 1 : step]]
+    grey = [
+        np.ascontiguousarray(luma(frame))
+        for frame in video[: round(FLOW_WITHIN_S * fps) + 1 : step]
+    ]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    lengths = [float(np.linalg.norm(flow.calc(a, b, None), axis=-1).mean()) for a, b in itertools.pairwise(grey)]
+    lengths = [
+        float(np.linalg.norm(flow.calc(a, b, None), axis=-1).mean())
+        for a, b in itertools.pairwise(grey)
+    ]
     return float(np.mean(lengths)) if lengths else 0.0
 
 
 def scene_cuts(video: NDArray[np.uint8], fps: float) -> list[int]:
-    """The first frame of every later scene, by PySceneDetect's ContentDetector with its own defaults."""
+    """The first frame of every later scene, by PySceneDetect's ContentDetector with its own
+    defaults."""
     scenedetect = filter_tool("scenedetect")
     detector, found = scenedetect.ContentDetector(), []
     moment = scenedetect.FrameTimecode(0, float(fps))
     for number, frame in enumerate(video):
         moment = scenedetect.FrameTimecode(number, float(fps))
-        found += detector.process_frame(moment, np.ascontiguousarray(frame[..., ::-1]))  # it takes BGR
+        found += detector.process_frame(
+            moment, np.ascontiguousarray(frame[..., ::-1])
+        )  # it takes BGR
     return [cut.frame_num for cut in (*found, *detector.post_process(moment))]
 
 
@@ -150,11 +190,12 @@ def filter_tool(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise DataError(
-            f"filter: {name} is not installed, expected it for flow_pixels and scene_cuts. Fix: pip install 'wm-train[filter]', "
-            "or a table without them"
+            f"filter: {name} is not installed, expected it for flow_pixels and scene_cuts. Fix: pip"
+            " install 'wm-train[filter]', or a table without them"
         ) from error
 
 
 def camera_words(caption: str) -> list[str]:
-    """The phrases of a caption that name camera motion. A caption must describe the scene only: the motion comes through the poses."""
+    """The phrases of a caption that name camera motion. A caption must describe the scene only: the
+    motion comes through the poses."""
     return [match.group(0) for match in CAMERA_MOTION.finditer(caption)]

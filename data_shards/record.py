@@ -1,7 +1,9 @@
-"""`python -m data_shards.record vizdoom out=… clips=32 frames=81 fps=16`: gameplay with exact cameras, as plain files.
+"""`python -m data_shards.record vizdoom out=… clips=32 frames=81 fps=16`: gameplay with exact
+cameras, as plain files.
 
-A recording is a folder with `clips/<key>/{video,depth,c2w,intrinsics,buttons,mouse}.npy` (raw, lossless) and `recording.json`, which
-is written last and carries every file's crc32c. The same arguments give the same bytes. See `sources/vizdoom.py` for axes, units and time.
+A recording is a folder with `clips/<key>/{video,depth,c2w,intrinsics,buttons,mouse}.npy` (raw,
+lossless) and `recording.json`, which is written last and carries every file's crc32c. The same
+arguments give the same bytes. See `sources/vizdoom.py` for axes, units and time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read
 
 RECORDING_FORMAT = 1
 ARRAYS = ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")
-ABOUT = "Record gameplay with ViZDoom: RGB frames, depth, camera poses, intrinsics, buttons and mouse motion."
+ABOUT = (
+    "Record gameplay with ViZDoom: RGB frames, depth, camera poses, intrinsics, buttons and mouse"
+    " motion."
+)
 OPTIONS = {
     "out": Option(text, "folder to make", required=True),
     "clips": Option(whole(1, 10**6), "number of clips", 32),
@@ -34,8 +39,12 @@ OPTIONS = {
     "seed": Option(whole(0), "everything follows from it", 0),
     "width": Option(whole(16, 4096), "pixels", 160),
     "height": Option(whole(16, 4096), "pixels", 120),
-    "scenario": Option(choice("my_way_home", "deathmatch", "freedoom2"), "where to walk", "my_way_home"),
-    "clips_per_episode": Option(whole(1, 1000), "clips of one life; train and validation never share an episode", 2),
+    "scenario": Option(
+        choice("my_way_home", "deathmatch", "freedoom2"), "where to walk", "my_way_home"
+    ),
+    "clips_per_episode": Option(
+        whole(1, 1000), "clips of one life; train and validation never share an episode", 2
+    ),
     "look_degrees": Option(number(0, 20), "how far the player looks up and down", 4.0),
 }
 
@@ -52,7 +61,14 @@ def record(out: str, clips: int, **options: Any) -> None:
     Raises:
         DataError: a frame count that is not 8k+1, an unknown size or scenario, or `out` holds something else.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from data_shards.sources import vizdoom
 
@@ -61,10 +77,16 @@ def record(out: str, clips: int, **options: Any) -> None:
     wanted = {"clips": clips, **options}
     if final.exists():
         if not (final / "recording.json").exists():
-            raise DataError(f"out: got {out}, which exists and is no recording, expected a new folder. Fix: out=<another folder>")
+            raise DataError(
+                f"out: got {out}, which exists and is no recording, expected a new folder. Fix:"
+                " out=<another folder>"
+            )
         found = read_json(final / "recording.json", "recording")
         if found.get("options") != wanted:
-            raise DataError(f"out: got {out}, which holds a recording made with other arguments {found.get('options')}. Fix: remove it")
+            raise DataError(
+                f"out: got {out}, which holds a recording made with other arguments"
+                f" {found.get('options')}. Fix: remove it"
+            )
         print(f"{out} already holds this recording of {clips} clips; nothing to do")
         return
     remove_unfinished(final)
@@ -72,10 +94,21 @@ def record(out: str, clips: int, **options: Any) -> None:
     try:
         entries = []
         settings = vizdoom.VizdoomOptions(**options)
-        columns = (TextColumn("record"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("record"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("clips"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with tempfile.TemporaryDirectory() as scratch, Progress(*columns) as progress:
             for clip in progress.track(vizdoom.record_clips(settings, clips, scratch), total=clips):
-                entries.append(write_clip(temporary / "clips", f"e{clip.episode:05d}-t{clip.first_tic:06d}", clip))
+                entries.append(
+                    write_clip(
+                        temporary / "clips", f"e{clip.episode:05d}-t{clip.first_tic:06d}", clip
+                    )
+                )
         zero, one = vizdoom.depth_metres(np.arange(2, dtype=np.uint8)).tolist()
         description = {
             "format": RECORDING_FORMAT,
@@ -89,14 +122,19 @@ def record(out: str, clips: int, **options: Any) -> None:
             "depth_metres": {"scale": one - zero, "offset": zero},
             "clips": entries,
         }
-        write_durably(temporary / "recording.json", (json.dumps(description, indent=1) + "\n").encode())
+        write_durably(
+            temporary / "recording.json", (json.dumps(description, indent=1) + "\n").encode()
+        )
         publish_folder(temporary, final)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
     size = sum(file.stat().st_size for file in final.rglob("*.npy"))
     episodes = len({entry["episode"] for entry in entries})
-    print(f"recorded {clips} clips x {options['frames']} frames from {episodes} episodes: {size / 1e6:.0f} MB in {out}")
+    print(
+        f"recorded {clips} clips x {options['frames']} frames from {episodes} episodes:"
+        f" {size / 1e6:.0f} MB in {out}"
+    )
 
 
 def _unfinished(final: Path) -> str:
@@ -111,7 +149,10 @@ def remove_unfinished(final: Path) -> None:
             os.kill(int(left.name.removeprefix(_unfinished(final))), 0)  # sends nothing
         except ProcessLookupError:
             shutil.rmtree(left)
-        except (ValueError, PermissionError):  # no number, or another user's process: not one of these
+        except (
+            ValueError,
+            PermissionError,
+        ):  # no number, or another user's process: not one of these
             continue
 
 
@@ -123,7 +164,12 @@ def write_clip(folder: Path, key: str, clip: Any) -> dict[str, Any]:
         data = npy_bytes(getattr(clip, name))
         (folder / key / f"{name}.npy").write_bytes(data)
         checksums[name] = crc32c(data)
-    return {"key": key, "episode": f"e{clip.episode:05d}", "frames": len(clip.video), "crc32c": checksums}
+    return {
+        "key": key,
+        "episode": f"e{clip.episode:05d}",
+        "frames": len(clip.video),
+        "crc32c": checksums,
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -132,7 +178,11 @@ def main(arguments: list[str]) -> int:
         return run(command, ABOUT, OPTIONS, record, arguments[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
         return run(command, ABOUT, OPTIONS, record, ["--help"])
-    print(f"python -m data_shards.record: got {arguments[0]!r}, expected the source first. Fix: {command} out=…", file=sys.stderr)
+    print(
+        f"python -m data_shards.record: got {arguments[0]!r}, expected the source first. Fix:"
+        f" {command} out=…",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -1,4 +1,5 @@
-"""What a data set of latent clips is: its facts as frozen dataclasses, and the allow-lists everything read from disk must pass.
+"""What a data set of latent clips is: its facts as frozen dataclasses, and the allow-lists
+everything read from disk must pass.
 
 Layout of a data set directory:
   shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
@@ -8,13 +9,16 @@ Layout of a data set directory:
   SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
   dataset.json         written last: without it the directory is no data set
 
-Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r = temporal_stride each, so a shorter clip can start at
-latent 0 only, or at a raw frame whose own *image latent* (that frame alone, encoded as the first of a clip) was stored. With
-`image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has the member `image_latents.npy`
-[K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k is the image latent of raw frame (k + 1) e, that is of every multiple
-of e up to the clip's last frame, except frame 0, whose image latent is latent 0 itself. Its columns in the index are those of
-`latent.npy`: one crc32c per row, so one row is read and verified by itself. The cut that starts at raw frame s = (k + 1) e is row k
-followed by latents s / r + 1, s / r + 2, … of `latent.npy`; its first latent is normalised as a first one. e = 0: no such member.
+Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r =
+temporal_stride each, so a shorter clip can start at latent 0 only, or at a raw frame whose own
+*image latent* (that frame alone, encoded as the first of a clip) was stored. With
+`image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has
+the member `image_latents.npy` [K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k
+is the image latent of raw frame (k + 1) e, that is of every multiple of e up to the clip's last
+frame, except frame 0, whose image latent is latent 0 itself. Its columns in the index are those of
+`latent.npy`: one crc32c per row, so one row is read and verified by itself. The cut that starts at
+raw frame s = (k + 1) e is row k followed by latents s / r + 1, s / r + 2, … of `latent.npy`; its
+first latent is normalised as a first one. e = 0: no such member.
 """
 
 from __future__ import annotations
@@ -30,12 +34,21 @@ from typing import Any
 SCHEMA_VERSION = 2
 # what data sets must have in common to be mixed in one training stream
 ALIKE_IN_MIXTURE = (
-    *("codec", "codec_options", "channels", "temporal_stride", "spatial_stride", "control_names", "fields"),
+    *(
+        "codec",
+        "codec_options",
+        "channels",
+        "temporal_stride",
+        "spatial_stride",
+        "control_names",
+        "fields",
+    ),
     *("text_encoder", "text_length", "text_width"),
 )
 SPLITS = ("train", "validation")
 
-# field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16 array lies in the tar as uint16.
+# field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16
+# array lies in the tar as uint16.
 FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "latent.npy": (4, ("float16", "bfloat16", "float32")),
     "image_latents.npy": (4, ("float16", "bfloat16", "float32")),
@@ -49,9 +62,24 @@ FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
 MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
 IMAGE_LATENTS = "image_latents.npy"
-READ_BY_ROW = (TIME_SHARDED, IMAGE_LATENTS)  # these carry a crc32c per row; all other members are read whole
-INDEX, NULL_TEXT, FACTS, PLAN, SUMS = "index.parquet", "null_text.npy", "dataset.json", "plan.json", "SHA256SUMS"
-ITEM_BYTES: Mapping[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+READ_BY_ROW = (
+    TIME_SHARDED,
+    IMAGE_LATENTS,
+)  # these carry a crc32c per row; all other members are read whole
+INDEX, NULL_TEXT, FACTS, PLAN, SUMS = (
+    "index.parquet",
+    "null_text.npy",
+    "dataset.json",
+    "plan.json",
+    "SHA256SUMS",
+)
+ITEM_BYTES: Mapping[str, int] = {
+    "uint8": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+}
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
 SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
 MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips belong in Zarr
@@ -59,9 +87,12 @@ LOGIN = re.compile(r"://[^/@\s]*@")  # user name and password in an address: nev
 
 
 class DataError(ValueError):
-    """A data set, shard, recording or argument is not what it must be. The message says what, where and what to do.
+    """A data set, shard, recording or argument is not what it must be. The message says what, where
+    and what to do.
 
-    passing: storage did not answer for as long as was tried. Nothing is known to be wrong with what lies there: trying later may help."""
+    passing: storage did not answer for as long as was tried. Nothing is known to be wrong with what
+    lies there: trying later may help.
+    """
 
     def __init__(self, message: str, passing: bool = False) -> None:
         super().__init__(LOGIN.sub("://", message))
@@ -69,7 +100,8 @@ class DataError(ValueError):
 
 
 class ShardError(DataError):
-    """A shard is missing, cut or changed, or cannot be read. `shard` is its name, for the quarantine list."""
+    """A shard is missing, cut or changed, or cannot be read. `shard` is its name, for the
+    quarantine list."""
 
     def __init__(self, message: str, shard: str, passing: bool = False) -> None:
         super().__init__(message, passing)
@@ -78,7 +110,8 @@ class ShardError(DataError):
 
 @dataclass(frozen=True)
 class MemberEntry:
-    """One file inside a shard, as the index describes it. Offsets are absolute byte positions in the tar."""
+    """One file inside a shard, as the index describes it. Offsets are absolute byte positions in
+    the tar."""
 
     field: str
     offset: int  # of the npy header (or of the JSON text)
@@ -96,7 +129,8 @@ class MemberEntry:
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One clip. `row` is its position in the index, `episode` the source video that the validation split is made by."""
+    """One clip. `row` is its position in the index, `episode` the source video that the validation
+    split is made by."""
 
     key: str
     row: int
@@ -109,7 +143,8 @@ class ClipEntry:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The content of dataset.json. `mean` and `std` are [2][C]: for the first latent of a clip and for all later ones."""
+    """The content of dataset.json. `mean` and `std` are [2][C]: for the first latent of a clip and
+    for all later ones."""
 
     schema_version: int
     codec: str
@@ -123,7 +158,9 @@ class DatasetInfo:
     image_height: int  # raw pixels; intrinsics refer to this size
     image_width: int
     fps: float  # of the raw frames
-    metres_per_unit: float  # metres in one unit of the source's own length scale; c2w is in metres already
+    metres_per_unit: (
+        float  # metres in one unit of the source's own length scale; c2w is in metres already
+    )
     control_names: tuple[str, ...]
     mean: tuple[tuple[float, ...], ...]
     std: tuple[tuple[float, ...], ...]
@@ -137,8 +174,14 @@ class DatasetInfo:
     index_sha256: str
     source: str
     fingerprint: str  # sha256 over every clip's key, split and member checksums, and over the codec
-    fields: tuple[str, ...] = ()  # what every clip has, besides image_latents.npy, which only clips longer than image_latents_every have
-    image_latents_every: int = 0  # raw frames between stored image latents (see the module's docstring); 0: none
+    fields: tuple[
+        str, ...
+        # what every clip has, besides image_latents.npy, which only clips longer than
+        # image_latents_every have
+    ] = ()
+    image_latents_every: int = (
+        0  # raw frames between stored image latents (see the module's docstring); 0: none
+    )
     text_encoder: str | None = None  # what made text.npy; None: this set has no text
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
@@ -150,7 +193,10 @@ def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int
     return {
         "latent.npy": (entry.latent_frames, info.channels, info.latent_height, info.latent_width),
         "image_latents.npy": (
-            image_latent_count(entry.raw_frames, info.image_latents_every), info.channels, info.latent_height, info.latent_width
+            image_latent_count(entry.raw_frames, info.image_latents_every),
+            info.channels,
+            info.latent_height,
+            info.latent_width,
         ),
         "c2w.npy": (entry.raw_frames, 4, 4),
         "intrinsics.npy": (entry.raw_frames, 4),
@@ -167,25 +213,31 @@ def expected_fields(info: DatasetInfo, raw_frames: int) -> frozenset[str]:
 
 
 def image_latent_count(raw_frames: int, every: int) -> int:
-    """K: how many image latents a clip has besides latent 0; see the module's docstring. They are of the raw frames every, 2 every, …"""
+    """K: how many image latents a clip has besides latent 0; see the module's docstring. They are
+    of the raw frames every, 2 every, …"""
     return (raw_frames - 1) // every if every else 0
 
 
 def latent_frame_count(raw_frames: int, temporal_stride: int) -> int:
-    """T = (F - 1) / r + 1 for a causal codec, whose first latent holds one raw frame and every later one r."""
+    """T = (F - 1) / r + 1 for a causal codec, whose first latent holds one raw frame and every
+    later one r."""
     if raw_frames < 1 or (raw_frames - 1) % temporal_stride:
         low = max(0, (raw_frames - 1) // temporal_stride) * temporal_stride + 1
         raise DataError(
-            f"frame count: got {raw_frames}, expected a multiple of {temporal_stride} plus 1 (causal codec). "
-            f"Fix: frames={low} or frames={low + temporal_stride}"
+            f"frame count: got {raw_frames}, expected a multiple of {temporal_stride} plus 1"
+            f" (causal codec). Fix: frames={low} or frames={low + temporal_stride}"
         )
     return (raw_frames - 1) // temporal_stride + 1
 
 
 def check_key(key: str) -> str:
-    """A key becomes part of a file name inside the tar: letters, digits, `_` and `-` only (a dot would split it in WebDataset)."""
+    """A key becomes part of a file name inside the tar: letters, digits, `_` and `-` only (a dot
+    would split it in WebDataset)."""
     if not KEY_PATTERN.fullmatch(key):
-        raise DataError(f"clip key: got {key!r}, expected letters, digits, '_' and '-', at most 72. Fix: rename the source clip")
+        raise DataError(
+            f"clip key: got {key!r}, expected letters, digits, '_' and '-', at most 72. Fix: rename"
+            " the source clip"
+        )
     return key
 
 
@@ -205,8 +257,20 @@ def index_schema() -> Any:
             ("row_crc32c", pa.list_(pa.uint32())),
         ]
     )
-    clip = [("key", pa.string()), ("shard", pa.string()), ("episode", pa.string()), ("split", pa.string())]
-    return pa.schema([*clip, ("latent_frames", pa.int32()), ("raw_frames", pa.int32()), ("members", pa.list_(member))])
+    clip = [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("episode", pa.string()),
+        ("split", pa.string()),
+    ]
+    return pa.schema(
+        [
+            *clip,
+            ("latent_frames", pa.int32()),
+            ("raw_frames", pa.int32()),
+            ("members", pa.list_(member)),
+        ]
+    )
 
 
 def info_to_json(info: DatasetInfo) -> str:
@@ -222,24 +286,44 @@ def info_from_json(text: str, where: str) -> DatasetInfo:
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"dataset.json: got text that is not JSON ({error}), expected the file `encode` wrote ({where})") from error
+        raise DataError(
+            f"dataset.json: got text that is not JSON ({error}), expected the file `encode` wrote"
+            f" ({where})"
+        ) from error
     names = {f.name for f in dataclasses.fields(DatasetInfo)}
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
-        raise DataError(f"dataset.json: got schema_version {found}, expected {SCHEMA_VERSION} ({where}). Fix: encode again")
+        raise DataError(
+            f"dataset.json: got schema_version {found}, expected {SCHEMA_VERSION} ({where}). Fix:"
+            " encode again"
+        )
     if set(raw) != names:
         wrong = sorted(names ^ set(raw))
-        raise DataError(f"dataset.json: got missing or unknown fields {wrong}, expected exactly those of DatasetInfo ({where})")
+        raise DataError(
+            f"dataset.json: got missing or unknown fields {wrong}, expected exactly those of"
+            f" DatasetInfo ({where})"
+        )
     raw["mean"] = tuple(tuple(float(x) for x in row) for row in raw["mean"])
     raw["std"] = tuple(tuple(float(x) for x in row) for row in raw["std"])
     raw["control_names"], raw["fields"] = tuple(raw["control_names"]), tuple(raw["fields"])
     info = DatasetInfo(**raw)
     for name, table in (("mean", info.mean), ("std", info.std)):
-        if [len(row) for row in table] != [info.channels] * 2 or not all(math.isfinite(x) for row in table for x in row):
-            raise DataError(f"dataset.json: got a {name} that is not [2][{info.channels}] finite numbers ({where}). Fix: encode again")
+        if [len(row) for row in table] != [info.channels] * 2 or not all(
+            math.isfinite(x) for row in table for x in row
+        ):
+            raise DataError(
+                f"dataset.json: got a {name} that is not [2][{info.channels}] finite numbers"
+                f" ({where}). Fix: encode again"
+            )
     every, stride = info.image_latents_every, info.temporal_stride
     if not isinstance(every, int) or every < 0 or every % stride:
-        raise DataError(f"dataset.json: got image_latents_every {every}, expected 0 or a multiple of {stride} ({where}). Fix: encode again")
+        raise DataError(
+            f"dataset.json: got image_latents_every {every}, expected 0 or a multiple of {stride}"
+            f" ({where}). Fix: encode again"
+        )
     if min(min(row) for row in info.std) <= 0:
-        raise DataError(f"dataset.json: got a std of 0 or less, expected positive numbers ({where}). Fix: encode again")
+        raise DataError(
+            f"dataset.json: got a std of 0 or less, expected positive numbers ({where}). Fix:"
+            " encode again"
+        )
     return info

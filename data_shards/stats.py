@@ -1,7 +1,8 @@
-"""`python -m data_shards.stats path=…`: what is in a data set: durations, motion, controls, and whether its normalisation is right.
+"""`python -m data_shards.stats path=…`: what is in a data set: durations, motion, controls, and
+whether its normalisation is right.
 
-The statistics of dataset.json were taken while encoding, before rounding; here they are taken again from the stored latents, which shows a
-set whose parts do not belong together.
+The statistics of dataset.json were taken while encoding, before rounding; here they are taken again
+from the stored latents, which shows a set whose parts do not belong together.
 """
 
 from __future__ import annotations
@@ -38,28 +39,41 @@ def motion(c2w: NDArray[np.float64], fps: float) -> dict[str, float]:
     relative = np.einsum("fji,fjk->fik", c2w[:-1, :3, :3], c2w[1:, :3, :3])
     turns = np.degrees(np.arccos(np.clip((np.trace(relative, axis1=1, axis2=2) - 1) / 2, -1, 1)))
     seconds = max(len(steps), 1) / fps
-    return {"speed_m_s": steps.sum() / seconds, "turn_deg_s": turns.sum() / seconds, "path_m": steps.sum()}
+    return {
+        "speed_m_s": steps.sum() / seconds,
+        "turn_deg_s": turns.sum() / seconds,
+        "path_m": steps.sum(),
+    }
 
 
 def image_latents(dataset: ClipDataset, entry: ClipEntry) -> NDArray[np.float32]:
     """[K, C, h, w]; they are first latents too."""
     member = dataset.members(entry).get(IMAGE_LATENTS)
     if member is None:
-        return np.empty((0, dataset.info.channels, dataset.info.latent_height, dataset.info.latent_width), np.float32)
+        return np.empty(
+            (0, dataset.info.channels, dataset.info.latent_height, dataset.info.latent_width),
+            np.float32,
+        )
     return as_float32(dataset.rows(entry, member, 0, member.shape[0]), member.dtype)
 
 
 def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) -> dict[str, Any]:
     """Figures over at most `limit` clips of a split, evenly spread."""
     clips, info = dataset.clips(split), dataset.info
-    chosen = np.unique(np.linspace(0, max(len(clips) - 1, 0), min(limit, len(clips))).astype(int)).tolist()
+    chosen = np.unique(
+        np.linspace(0, max(len(clips) - 1, 0), min(limit, len(clips))).astype(int)
+    ).tolist()
     sums, counts = np.zeros((2, 2, info.channels)), np.zeros(2)
     columns: dict[str, list[float]] = {"seconds": []}
     controls = []
     for index in progress(chosen):
         clip = dataset.read(clips[index])
         columns["seconds"].append(clip.entry.raw_frames / info.fps)
-        for kind, part in ((0, clip.latents[:1]), (0, image_latents(dataset, clip.entry)), (1, clip.latents[1:])):
+        for kind, part in (
+            (0, clip.latents[:1]),
+            (0, image_latents(dataset, clip.entry)),
+            (1, clip.latents[1:]),
+        ):
             wide = part.astype(np.float64)
             sums[kind] += (wide.sum(axis=(0, 2, 3)), np.square(wide).sum(axis=(0, 2, 3)))
             counts[kind] += wide.size / info.channels
@@ -75,13 +89,23 @@ def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) 
     shift = float(np.max(np.abs(mean - info.mean) / info.std)) if counts.all() else 0.0
     return {
         "clips": len(chosen),
-        "columns": {name: np.percentile(values, PERCENTILES).tolist() for name, values in columns.items() if values},
+        "columns": {
+            name: np.percentile(values, PERCENTILES).tolist()
+            for name, values in columns.items()
+            if values
+        },
         "histograms": {name: histogram(values) for name, values in columns.items() if values},
         "mean": mean.tolist(),
         "std": std.tolist(),
         "mean_shift_in_std": shift,
-        "std_ratio": [float(np.min(std / info.std)), float(np.max(std / info.std))] if counts.all() else [1.0, 1.0],
-        "controls": dict(zip(info.control_names, np.mean(controls, axis=0).tolist())) if controls else {},
+        "std_ratio": (
+            [float(np.min(std / info.std)), float(np.max(std / info.std))]
+            if counts.all()
+            else [1.0, 1.0]
+        ),
+        "controls": (
+            dict(zip(info.control_names, np.mean(controls, axis=0).tolist())) if controls else {}
+        ),
     }
 
 
@@ -94,7 +118,9 @@ def histogram(values: Sequence[float]) -> dict[str, list[float]]:
 def bars(counts: Sequence[float]) -> str:
     """One character a bin, as high as its count; what is not empty is seen."""
     most = max(counts)
-    return "".join(BARS[max(int(count > 0), round(count / most * (len(BARS) - 1)))] for count in counts)
+    return "".join(
+        BARS[max(int(count > 0), round(count / most * (len(BARS) - 1)))] for count in counts
+    )
 
 
 def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
@@ -104,19 +130,25 @@ def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
     info, console = dataset.info, Console()
     hours = info.raw_frames / info.fps / 3600
     console.print(
-        f"{info.source}\n{sum(info.clips.values())} clips in {info.shards} shards, {hours:.3f} h at {info.fps:g} fps\n"
-        f"codec {info.codec} {info.psnr_db} dB, latents \\[{info.channels}, {info.latent_height}, {info.latent_width}] {info.latent_dtype}"
+        f"{info.source}\n{sum(info.clips.values())} clips in {info.shards} shards, {hours:.3f} h at"
+        f" {info.fps:g} fps\ncodec {info.codec} {info.psnr_db} dB, latents \\[{info.channels},"
+        f" {info.latent_height}, {info.latent_width}] {info.latent_dtype}"
     )
     table = Table("per clip", *(f"{p} %" for p in PERCENTILES), "least to largest")
     for name, values in figures["columns"].items():
-        table.add_row(name, *(f"{value:.2f}" for value in values), bars(figures["histograms"][name]["counts"]))
+        table.add_row(
+            name, *(f"{value:.2f}" for value in values), bars(figures["histograms"][name]["counts"])
+        )
     console.print(table)
     if figures["controls"]:
-        console.print("mean absolute control: " + ", ".join(f"{name} {value:.2f}" for name, value in figures["controls"].items()))
+        console.print(
+            "mean absolute control: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in figures["controls"].items())
+        )
     low, high = figures["std_ratio"]
     console.print(
-        f"normalisation, measured over {figures['clips']} clips against dataset.json: "
-        f"mean off by at most {figures['mean_shift_in_std']:.4f} std, std ratio {low:.4f} to {high:.4f}"
+        f"normalisation, measured over {figures['clips']} clips against dataset.json: mean off by"
+        f" at most {figures['mean_shift_in_std']:.4f} std, std ratio {low:.4f} to {high:.4f}"
     )
 
 

@@ -1,8 +1,10 @@
-"""`python -m data_shards.verify path=…`: every byte of a data set against its index. Exit code 0 if all is well, 1 if not.
+"""`python -m data_shards.verify path=…`: every byte of a data set against its index. Exit code 0 if
+all is well, 1 if not.
 
-A shard is fully determined by its index rows: canonical tar headers, npy headers, payloads with known checksums, zero padding, two zero
-blocks, end; or the files of a Zarr group, alike. So each byte is either right or reported, with shard, key and field; nothing a damaged
-header *says* is ever followed. The files beside the shards have their checksums in SHA256SUMS.
+A shard is fully determined by its index rows: canonical tar headers, npy headers, payloads with
+known checksums, zero padding, two zero blocks, end; or the files of a Zarr group, alike. So each
+byte is either right or reported, with shard, key and field; nothing a damaged header *says* is ever
+followed. The files beside the shards have their checksums in SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -16,7 +18,17 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_shards.arguments import Option, run, text, whole
-from data_shards.schema import FACTS, INDEX, ITEM_BYTES, READ_BY_ROW, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
+from data_shards.schema import (
+    FACTS,
+    INDEX,
+    ITEM_BYTES,
+    READ_BY_ROW,
+    SPLITS,
+    SUMS,
+    ClipEntry,
+    DatasetInfo,
+    MemberEntry,
+)
 from data_shards.storage.files import all_finite, array_from_bytes, crc32c, npy_header
 from data_shards.storage.read import ClipDataset, open_dataset
 from data_shards.storage.remote import RetryPolicy, connect
@@ -32,7 +44,12 @@ OPTIONS = {
 POLICY = RetryPolicy()
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+[.][a-z]+")
 CHUNK = 4 * 2**20  # bytes in memory at a time
-TAR_KINDS = {tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a directory", tarfile.FIFOTYPE: "a fifo"}
+TAR_KINDS = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.DIRTYPE: "a directory",
+    tarfile.FIFOTYPE: "a fifo",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,9 @@ Rows = Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEntry, ...]]]:
     """All rows of the index, in its order, each checked."""
-    entries = sorted((entry for split in SPLITS for entry in dataset.clips(split)), key=lambda entry: entry.row)
+    entries = sorted(
+        (entry for split in SPLITS for entry in dataset.clips(split)), key=lambda entry: entry.row
+    )
     for entry in entries:
         yield entry, tuple(dataset.members(entry).values())
 
@@ -69,21 +88,36 @@ def describe_header(block: bytes, expected: bytes) -> str:
         return f"tar header: got {TAR_KINDS[found.type]} {found.name!r}, expected the file {name!r}"
     if found.name != name:
         return f"tar header: got member {found.name!r}, expected {name!r}"
-    return f"tar header: got size {found.size} or other facts than were written, expected those of {name!r}"
+    return (
+        f"tar header: got size {found.size} or other facts than were written, expected those of"
+        f" {name!r}"
+    )
 
 
 def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -> str:
     """Read a member of a tar and return what is wrong with it, or ''."""
     header = file.read(len(expected_header))
-    problem = "" if header == expected_header else f"npy header: got another one than {member.dtype} {member.shape}"
+    problem = (
+        ""
+        if header == expected_header
+        else f"npy header: got another one than {member.dtype} {member.shape}"
+    )
     total, wrong = check_rows(file, member, 0, member.length - len(expected_header), crc32c(header))
-    return problem or wrong or ("" if total == member.crc32c else "checksum: got other bytes than were written")
+    return (
+        problem
+        or wrong
+        or ("" if total == member.crc32c else "checksum: got other bytes than were written")
+    )
 
 
-def check_rows(file: BinaryIO, member: MemberEntry, row: int, length: int, total: int) -> tuple[int, str]:
-    """Read `length` bytes, the rows from `row` on: (checksum of all bytes up to here, given that of those before, what is wrong or '').
+def check_rows(
+    file: BinaryIO, member: MemberEntry, row: int, length: int, total: int
+) -> tuple[int, str]:
+    """Read `length` bytes, the rows from `row` on: (checksum of all bytes up to here, given that of
+    those before, what is wrong or '').
 
-    At most CHUNK bytes are in memory, whatever the index claims."""
+    At most CHUNK bytes are in memory, whatever the index claims.
+    """
     problem, by_row = "", member.field in READ_BY_ROW
     size = member.row_bytes if by_row else length
     while length:
@@ -102,7 +136,8 @@ def check_rows(file: BinaryIO, member: MemberEntry, row: int, length: int, total
 
 
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
-    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are cut."""
+    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are
+    cut."""
     count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
     if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
         return ""
@@ -112,14 +147,25 @@ def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
 def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Problem]:
     """Read a shard once, from start to end, and list what differs from the index."""
     problems = []
-    members = sorted(((m.offset, entry.key, m) for entry, group in rows for m in group), key=lambda item: item[0])
+    members = sorted(
+        ((m.offset, entry.key, m) for entry, group in rows for m in group), key=lambda item: item[0]
+    )
     expected_size = shard_size(m for _, _, m in members)
     if size != expected_size:
-        problems.append(Problem(shard, "-", "-", f"shard size: got {size} bytes, expected {expected_size}"))
+        problems.append(
+            Problem(shard, "-", "-", f"shard size: got {size} bytes, expected {expected_size}")
+        )
     position = 0
     for offset, key, member in members:
         if offset - BLOCK != position:
-            problems.append(Problem(shard, key, member.field, f"index: got offset {offset}, expected {position + BLOCK}"))
+            problems.append(
+                Problem(
+                    shard,
+                    key,
+                    member.field,
+                    f"index: got offset {offset}, expected {position + BLOCK}",
+                )
+            )
             return problems
         expected = tar_header(f"{key}.{member.field}", member.length)
         block = file.read(BLOCK)
@@ -131,18 +177,36 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
             problems.append(Problem(shard, key, member.field, problem))
         padding = -member.length % BLOCK
         if file.read(padding) != b"\0" * padding and not problem:
-            problems.append(Problem(shard, key, member.field, "padding: got bytes after the member that are not zero"))
+            problems.append(
+                Problem(
+                    shard,
+                    key,
+                    member.field,
+                    "padding: got bytes after the member that are not zero",
+                )
+            )
         position = offset + member.length + padding
     if file.read(2 * BLOCK) != b"\0" * (2 * BLOCK) or file.read(1):
-        problems.append(Problem(shard, "-", "-", "end of shard: got something else than two zero blocks and the end"))
+        problems.append(
+            Problem(
+                shard, "-", "-", "end of shard: got something else than two zero blocks and the end"
+            )
+        )
     return problems
 
 
 def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Problem]:
-    """Every file of a Zarr shard: each has one right content, which the index gives, and there are no others."""
-    problems, expected = [], shard_files((entry.key, member) for entry, members in rows for member in members)
+    """Every file of a Zarr shard: each has one right content, which the index gives, and there are
+    no others."""
+    problems, expected = (
+        [],
+        shard_files((entry.key, member) for entry, members in rows for member in members),
+    )
     found = {name[len(folder) + 1 :] for name in filesystem.find(folder)}
-    problems += [Problem(shard, "-", "-", f"file: got {name}, which `encode` does not write") for name in sorted(found - set(expected))]
+    problems += [
+        Problem(shard, "-", "-", f"file: got {name}, which `encode` does not write")
+        for name in sorted(found - set(expected))
+    ]
     for name, (length, content) in expected.items():
         if not length and (what := differs(filesystem, f"{folder}/{name}", content)):
             key, _, field = name.removesuffix("zarr.json").rstrip("/").partition("/")
@@ -151,15 +215,29 @@ def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Pr
         for member in members:
             total, row, problem = 0, 0, ""
             for piece in pieces(entry.key, member, 0, member.shape[0]):
-                total, wrong = check_piece(filesystem, f"{folder}/{piece.name}", expected[piece.name], member, row, total)
+                total, wrong = check_piece(
+                    filesystem, f"{folder}/{piece.name}", expected[piece.name], member, row, total
+                )
                 row, problem = row + piece.length // max(1, member.row_bytes), problem or wrong
             if problem or total != member.crc32c:
-                problems.append(Problem(shard, entry.key, member.field, problem or "checksum: got other bytes than were written"))
+                problems.append(
+                    Problem(
+                        shard,
+                        entry.key,
+                        member.field,
+                        problem or "checksum: got other bytes than were written",
+                    )
+                )
     return problems
 
 
 def check_piece(
-    filesystem: Any, path: str, expected: tuple[int, bytes], member: MemberEntry, row: int, total: int
+    filesystem: Any,
+    path: str,
+    expected: tuple[int, bytes],
+    member: MemberEntry,
+    row: int,
+    total: int,
 ) -> tuple[int, str]:
     """As `check_rows`, for one file of an array and what follows the rows in it."""
     length, rest = expected
@@ -167,9 +245,19 @@ def check_piece(
         with filesystem.open(path, "rb") as file:
             size = filesystem.size(path)
             if size != length + len(rest):
-                return total, f"file: got {size} bytes, expected {length + len(rest)} in {path.rsplit('/', 1)[1]}"
+                return (
+                    total,
+                    (
+                        f"file: got {size} bytes, expected {length + len(rest)} in"
+                        f" {path.rsplit('/', 1)[1]}"
+                    ),
+                )
             total, wrong = check_rows(file, member, row, length, total)
-            return total, wrong or ("" if file.read() == rest else "checksum: got other bytes than were written behind the rows")
+            return total, wrong or (
+                ""
+                if file.read() == rest
+                else "checksum: got other bytes than were written behind the rows"
+            )
     except OSError as error:
         return total, f"file: cannot read it ({type(error).__name__}: {error})"
 
@@ -177,7 +265,11 @@ def check_piece(
 def differs(filesystem: Any, path: str, content: bytes) -> str:
     """What is wrong with a file whose content is known; '' if nothing is."""
     try:
-        return "" if filesystem.cat_file(path) == content else "got other bytes than `encode` writes for what the index says"
+        return (
+            ""
+            if filesystem.cat_file(path) == content
+            else "got other bytes than `encode` writes for what the index says"
+        )
     except OSError as error:
         return f"cannot read it ({type(error).__name__}: {error})"
 
@@ -191,25 +283,45 @@ def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
         with filesystem.open(name, "rb") as file:
             return verify_shard(file, filesystem.size(name), shard, rows)
     except OSError as error:
-        return [Problem(shard, "-", "-", f"shard: cannot read it ({type(error).__name__}: {error})")]
+        return [
+            Problem(shard, "-", "-", f"shard: cannot read it ({type(error).__name__}: {error})")
+        ]
 
 
 def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
-    """The files beside the shards against SHA256SUMS, and that itself: it names those needed, in the one way `encode` writes it."""
+    """The files beside the shards against SHA256SUMS, and that itself: it names those needed, in
+    the one way `encode` writes it."""
     try:
         written = bytes(filesystem.cat_file(f"{root}/{SUMS}")).decode(errors="replace")
     except OSError as error:
-        return [Problem("-", "-", SUMS, f"checksums: cannot read them ({type(error).__name__}: {error}). Fix: encode again")]
-    stated = {name: digest for digest, _, name in (line.partition("  ") for line in written.splitlines())}
-    if written != sums_text(stated) or not needed <= set(stated) or not all(map(PLAIN_NAME.fullmatch, stated)):
+        return [
+            Problem(
+                "-",
+                "-",
+                SUMS,
+                f"checksums: cannot read them ({type(error).__name__}: {error}). Fix: encode again",
+            )
+        ]
+    stated = {
+        name: digest for digest, _, name in (line.partition("  ") for line in written.splitlines())
+    }
+    if (
+        written != sums_text(stated)
+        or not needed <= set(stated)
+        or not all(map(PLAIN_NAME.fullmatch, stated))
+    ):
         return [Problem("-", "-", SUMS, "checksums: got other text than `encode` writes")]
     problems = []
     for name, digest in stated.items():
         try:
             if sha256_of(filesystem, f"{root}/{name}") != digest:
-                problems.append(Problem("-", "-", name, "checksum: got other bytes than were written"))
+                problems.append(
+                    Problem("-", "-", name, "checksum: got other bytes than were written")
+                )
         except OSError as error:
-            problems.append(Problem("-", "-", name, f"file: cannot read it ({type(error).__name__}: {error})"))
+            problems.append(
+                Problem("-", "-", name, f"file: cannot read it ({type(error).__name__}: {error})")
+            )
     return problems
 
 
@@ -221,7 +333,9 @@ def sha256_of(filesystem: Any, path: str) -> str:
     return digest.hexdigest()
 
 
-def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[DatasetInfo, list[Problem], set[str]]:
+def verify_dataset(
+    path: str, workers: int = 1, progress: Any = iter
+) -> tuple[DatasetInfo, list[Problem], set[str]]:
     """(facts, problems, shards with a problem). `progress` wraps the list of shards.
 
     Raises:
@@ -231,20 +345,31 @@ def verify_dataset(path: str, workers: int = 1, progress: Any = iter) -> tuple[D
     filesystem, root = connect(path, POLICY)
     problems = check_sums(filesystem, root, {FACTS, INDEX, *filter(None, [dataset.info.null_text])})
     if sha256_of(filesystem, f"{root}/{INDEX}") != dataset.info.index_sha256:
-        changed = "index: got other bytes than dataset.json states; nothing it says about the shards can be trusted"
+        changed = (
+            "index: got other bytes than dataset.json states; nothing it says about the shards can"
+            " be trusted"
+        )
         return dataset.info, [*problems, Problem("-", "-", "-", changed)], set()
     rows = list(index_rows(dataset))
     if fingerprint(rows, dataset.info) != dataset.info.fingerprint:
-        problems.append(Problem("-", "-", "-", "fingerprint: index and dataset.json do not belong together"))
+        problems.append(
+            Problem("-", "-", "-", "fingerprint: index and dataset.json do not belong together")
+        )
     shards: dict[str, list[Any]] = {}
     keys: set[str] = set()
     for entry, members in rows:
         if entry.key in keys:
-            problems.append(Problem(entry.shard, entry.key, "-", "clip key: got it twice, expected unique keys"))
+            problems.append(
+                Problem(entry.shard, entry.key, "-", "clip key: got it twice, expected unique keys")
+            )
         keys.add(entry.key)
         shards.setdefault(entry.shard, []).append((entry, members))
     if len(shards) != dataset.info.shards:
-        problems.append(Problem("-", "-", "-", f"index: got {len(shards)} shards, expected {dataset.info.shards}"))
+        problems.append(
+            Problem(
+                "-", "-", "-", f"index: got {len(shards)} shards, expected {dataset.info.shards}"
+            )
+        )
     if workers == 1:
         for shard in progress(list(shards)):
             problems += verify_one(path, shard, shards[shard])
@@ -265,10 +390,15 @@ def verify(path: str, workers: int, show: int) -> int:
     info, problems, bad = verify_dataset(path, workers, lambda items: track(items, "verify"))
     clips = sum(info.clips.values())
     if not problems:
-        print(f"{path}: every byte of {info.shards} shards is as written: {clips} clips, {info.latent_frames} latent frames")
+        print(
+            f"{path}: every byte of {info.shards} shards is as written: {clips} clips,"
+            f" {info.latent_frames} latent frames"
+        )
         print(f"fingerprint {info.fingerprint}")
         return 0
-    print(f"{path}: {len(problems)} problems in {len(bad)} of {info.shards} shards", file=sys.stderr)
+    print(
+        f"{path}: {len(problems)} problems in {len(bad)} of {info.shards} shards", file=sys.stderr
+    )
     for problem in problems[:show]:
         print(f"  - {problem}", file=sys.stderr)
     if len(problems) > show:

@@ -1,4 +1,5 @@
-"""Placing workers: a `LaunchSpec` goes in, an exit code comes out. Knows nothing of training; imports nothing of ours."""
+"""Placing workers: a `LaunchSpec` goes in, an exit code comes out. Knows nothing of training;
+imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -21,13 +22,17 @@ LATER = ("kubernetes", "slurm")  # these only prepare or queue the work
 
 
 def takes_all_stages(launcher: str, spec: LaunchSpec) -> bool:
-    """Whether the launcher is handed all stages at once (`run_whole`) and not one after the other (`run`)."""
-    return launcher == "kubernetes" or (launcher == "slurm" and spec.batch is not None and spec.batch.chain == "array")
+    """Whether the launcher is handed all stages at once (`run_whole`) and not one after the other
+    (`run`)."""
+    return launcher == "kubernetes" or (
+        launcher == "slurm" and spec.batch is not None and spec.batch.chain == "array"
+    )
 
 
 def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
-    """Run groups of workers by their names, one of them as "", with the named launcher (a key of LAUNCHERS) to their end; returns the exit
-    code, 128 + n for signal n. Only some launchers take several groups: those with `run_pools`."""
+    """Run groups of workers by their names, one of them as "", with the named launcher (a key of
+    LAUNCHERS) to their end; returns the exit code, 128 + n for signal n. Only some launchers take
+    several groups: those with `run_pools`."""
     module = import_module(LAUNCHERS[launcher])
     if len(pools) == 1:
         return int(module.run(next(iter(pools.values())), view))

@@ -24,26 +24,42 @@ from launch.spec import LaunchSpec, rank_environment
 LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
 FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
 START_S = 60.0  # for the actors' processes, once they have their place
-WITNESS_S = 2.0  # after a first death, how long to look for others: the peers of a killed rank die of their broken connections
+# after a first death, how long to look for others: the peers of a killed rank die of their broken
+# connections
+WITNESS_S = 2.0
 GROW_LOOK_S = 2.0  # how often to ask Ray whether there is room for more
-STOP_BROKEN_S = 2.0  # the others cannot finish a step without the dead rank, so they get little time
+STOP_BROKEN_S = (
+    2.0  # the others cannot finish a step without the dead rank, so they get little time
+)
 
 
 class NoRoomError(RuntimeError):
     """The cluster did not have the resources in time."""
 
 
-def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None:
-    """Place, start, watch. After a loss with fewer workers, until there is room for more of them again. Raises NoRoomError."""
+def run_attempt(
+    spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
+) -> Death | Growth | None:
+    """Place, start, watch. After a loss with fewer workers, until there is room for more of them
+    again. Raises NoRoomError."""
     with _placed(spec, spec.fewer if number else (), view) as actors:
         actors, environments, where = _seats(actors, spec)
         view.text(f"{len(actors)} workers on {where}")
         logs = [spec.logs / f"attempt_{number}" / f"rank_{rank}.log" for rank in range(len(actors))]
         try:
-            pids = ray.get([actor.start.remote(spec, environments[rank], str(logs[rank])) for rank, actor in enumerate(actors)])
+            pids = ray.get(
+                [
+                    actor.start.remote(spec, environments[rank], str(logs[rank]))
+                    for rank, actor in enumerate(actors)
+                ]
+            )
         except RayError as error:
             return Death(0, None, f"could not start the workers: {error}")
-        view.text("process ids " + " ".join(f"rank {rank}: {pid}" for rank, pid in enumerate(pids[:8])) + (" ..." if len(pids) > 8 else ""))
+        view.text(
+            "process ids "
+            + " ".join(f"rank {rank}: {pid}" for rank, pid in enumerate(pids[:8]))
+            + (" ..." if len(pids) > 8 else "")
+        )
         with _more_room(spec, len(actors)) as larger:
             deaths, workers = _watch(actors, view, stop, larger)
             if deaths:
@@ -57,8 +73,9 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
 
 @contextmanager
 def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
-    """A function that says how many workers there is room for, if more than now, else 0. What is missing for the next larger number is
-    asked of Ray all the while, so an autoscaler knows of the need."""
+    """A function that says how many workers there is room for, if more than now, else 0. What is
+    missing for the next larger number is asked of Ray all the while, so an autoscaler knows of the
+    need."""
     larger = min((number for number in (spec.workers, *spec.fewer) if number > workers), default=0)
     if not larger:
         yield lambda: 0
@@ -81,7 +98,8 @@ def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Iterator[list[Any]]:
-    """One actor per worker, all or none, packed on few nodes; gone afterwards with everything they started."""
+    """One actor per worker, all or none, packed on few nodes; gone afterwards with everything they
+    started."""
     group, workers = _room(spec, fewer)
     if workers < spec.workers:
         view.text(f"room for {workers} of {spec.workers} workers: going on with {workers}")
@@ -90,9 +108,20 @@ def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Ite
         one, each = _bundle(spec), workers // group.bundle_count
         others = {name: amount for name, amount in one.items() if name not in ("CPU", "GPU")}
         for index in range(workers):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index // each)
-            options = {"num_cpus": one["CPU"], "num_gpus": one.get("GPU", 0), "resources": others, "scheduling_strategy": strategy}
-            actors.append(ray.remote(RankActor).options(**options, runtime_env=_where_our_code_is(spec)).remote())
+            strategy = PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=index // each
+            )
+            options = {
+                "num_cpus": one["CPU"],
+                "num_gpus": one.get("GPU", 0),
+                "resources": others,
+                "scheduling_strategy": strategy,
+            }
+            actors.append(
+                ray.remote(RankActor)
+                .options(**options, runtime_env=_where_our_code_is(spec))
+                .remote()
+            )
         yield actors
     finally:
         for actor in actors:
@@ -101,7 +130,8 @@ def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Ite
 
 
 def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int]:
-    """Room for all workers within `place_s`, else for the largest number of `fewer` that fits at once. Raises NoRoomError."""
+    """Room for all workers within `place_s`, else for the largest number of `fewer` that fits at
+    once. Raises NoRoomError."""
     for workers in (spec.workers, *fewer):
         group = placement_group(_bundles(spec, workers), strategy="PACK")
         if group.wait(spec.place_s if workers == spec.workers else FITS_NOW_S):
@@ -113,13 +143,15 @@ def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int
     each = spec.workers // len(_bundles(spec, spec.workers))
     parts = f", {each} workers on one node at a time" if each > 1 else ""
     raise NoRoomError(
-        f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s, expected {asked}{parts}. "
-        "Fix: fewer launcher.workers or launcher.cpus_per_worker, or wait until other jobs have ended (`ray status`)"
+        f"placing {spec.workers} workers: got {free or 'nothing'} free within {spec.place_s:.0f} s,"
+        f" expected {asked}{parts}. Fix: fewer launcher.workers or launcher.cpus_per_worker, or"
+        " wait until other jobs have ended (`ray status`)"
     )
 
 
 def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
-    """A cluster that was there before us does not know our PYTHONPATH; one that we started does, and starts actors faster if not told."""
+    """A cluster that was there before us does not know our PYTHONPATH; one that we started does,
+    and starts actors faster if not told."""
     if spec.address is None:
         return None
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -127,16 +159,23 @@ def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
 
 
 def _bundles(spec: LaunchSpec, workers: int) -> list[dict[str, float]]:
-    """The resources of all workers, in parts that each come from one node: those of `together` workers, or of as many that divide it as
-    the largest node holds."""
+    """The resources of all workers, in parts that each come from one node: those of `together`
+    workers, or of as many that divide it as the largest node holds."""
     one, nodes = _bundle(spec), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = max((min(int(node.get(name, 0) // amount) for name, amount in one.items()) for node in nodes), default=0)
-    each = max((size for size in range(1, fit + 1) if spec.together % size == 0 and workers % size == 0), default=1)
+    fit = max(
+        (min(int(node.get(name, 0) // amount) for name, amount in one.items()) for node in nodes),
+        default=0,
+    )
+    each = max(
+        (size for size in range(1, fit + 1) if spec.together % size == 0 and workers % size == 0),
+        default=1,
+    )
     return [{name: amount * each for name, amount in one.items()}] * (workers // each)
 
 
 def _bundle(spec: LaunchSpec) -> dict[str, float]:
-    """The resources of one worker: CPUs, and one accelerator if the cluster has any of the kinds that the run can use."""
+    """The resources of one worker: CPUs, and one accelerator if the cluster has any of the kinds
+    that the run can use."""
     bundle: dict[str, float] = {"CPU": spec.cpus_per_worker}
     if not spec.accelerators:
         return bundle
@@ -147,14 +186,16 @@ def _bundle(spec: LaunchSpec) -> dict[str, float]:
 
 
 def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[str, str]], str]:
-    """Actors in rank order (ranks of a node side by side, so that a sequence-parallel group stays inside it) and their environments."""
+    """Actors in rank order (ranks of a node side by side, so that a sequence-parallel group stays
+    inside it) and their environments."""
     try:
         seats: list[Seat] = ray.get([actor.seat.remote() for actor in actors], timeout=START_S)
     except RayError as error:
         reason = str(error).strip().splitlines()[-1].split(", expected")[0]
         raise NoRoomError(
-            f"starting {len(actors)} workers: got {reason}, expected this package on every node within {START_S:.0f} s. "
-            "Fix: install it on every node, or `ray job submit --working-dir <checkout> ...`"
+            f"starting {len(actors)} workers: got {reason}, expected this package on every node"
+            f" within {START_S:.0f} s. Fix: install it on every node, or `ray job submit"
+            " --working-dir <checkout> ...`"
         ) from error
     nodes = list(dict.fromkeys(seat.node for seat in seats))
     order = sorted(range(len(actors)), key=lambda index: nodes.index(seats[index].node))
@@ -164,15 +205,27 @@ def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[st
     environments = []
     for rank, seat in enumerate(seats):
         mates = [index for index, other in enumerate(seats) if other.node == seat.node]
-        environment = rank_environment(rank, len(seats), mates.index(rank), len(mates), address, port)
-        # Each worker sees all devices of its node's workers and takes the one that LOCAL_RANK says, as under any other launcher.
-        shared = {name: ",".join(seats[mate].devices[name] for mate in mates) for name in seat.devices}
+        environment = rank_environment(
+            rank, len(seats), mates.index(rank), len(mates), address, port
+        )
+        # Each worker sees all devices of its node's workers and takes the one that LOCAL_RANK says,
+        # as under any other launcher.
+        shared = {
+            name: ",".join(seats[mate].devices[name] for mate in mates) for name in seat.devices
+        }
         environments.append({**environment, **shared})
-    return actors, environments, f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, rendezvous {address}:{port}"
+    return (
+        actors,
+        environments,
+        f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, rendezvous {address}:{port}",
+    )
 
 
-def _watch(actors: list[Any], view: ProgressView, stop: Caught, larger: Callable[[], int]) -> tuple[list[Death], int]:
-    """Until all ranks ended with 0 (no deaths), or some died, or the driver is told to stop, or there is room for a larger number."""
+def _watch(
+    actors: list[Any], view: ProgressView, stop: Caught, larger: Callable[[], int]
+) -> tuple[list[Death], int]:
+    """Until all ranks ended with 0 (no deaths), or some died, or the driver is told to stop, or
+    there is room for a larger number."""
     running = {_listen(actors, rank): rank for rank in range(len(actors))}
     deaths: list[Death] = []
     until: float | None = None
@@ -205,7 +258,8 @@ def _listen(actors: list[Any], rank: int) -> Any:
 
 
 def _end(actors: list[Any], grace_s: float, view: ProgressView) -> list[int | None]:
-    """Stop what still runs, all at the same time, and show what rank 0 had to say about it; returns the exit codes, as far as known."""
+    """Stop what still runs, all at the same time, and show what rank 0 had to say about it; returns
+    the exit codes, as far as known."""
     calls = [actor.stop.remote(grace_s) for actor in actors]
     ready, _ = ray.wait(calls, num_returns=len(calls), timeout=grace_s + 5)
     codes: list[int | None] = []

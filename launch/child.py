@@ -1,4 +1,5 @@
-"""A worker process on this machine: started in its own process group, its output read line by line and kept in a log file."""
+"""A worker process on this machine: started in its own process group, its output read line by line
+and kept in a log file."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ MOST_LINES = 5000  # kept for a reader that does not come; a worker never waits 
 class Child:
     """`command` as a process. Start it from the main thread (see leash)."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], directory: Path | None, log: Path | None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        directory: Path | None,
+        log: Path | None,
+    ) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL)
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._news = threading.Event()
@@ -61,7 +68,8 @@ class Child:
         self._news.set()
 
     def wait(self, seconds: float, for_lines: bool) -> tuple[list[str], int | None]:
-        """New lines and the exit code, as soon as there is one of them or after `seconds`. Without `for_lines` only the exit counts."""
+        """New lines and the exit code, as soon as there is one of them or after `seconds`. Without
+        `for_lines` only the exit counts."""
         if for_lines:
             self._news.wait(seconds)
             self._news.clear()
@@ -69,7 +77,11 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
         code = self.process.poll()
-        if code is not None:  # the last lines say why a worker died; a grandchild may hold the pipe open for ever, hence the limit
+        if (
+            code is not None
+            # the last lines say why a worker died; a grandchild may hold the pipe open for ever, hence
+            # the limit
+        ):
             self._reader.join(1.0)
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         return lines, code

@@ -1,7 +1,9 @@
-"""What a launcher is asked to run, as a file, for a driver that starts elsewhere and later: `python -m launch.frozen job.json`.
+"""What a launcher is asked to run, as a file, for a driver that starts elsewhere and later: `python
+-m launch.frozen job.json`.
 
-The file holds whole stages, each of one or several groups of workers, configs included; nothing is looked up again when the job's turn
-comes. A driver in a queue cannot always be sent a signal, so it also takes a file that appears as a request to save and leave.
+The file holds whole stages, each of one or several groups of workers, configs included; nothing is
+looked up again when the job's turn comes. A driver in a queue cannot always be sent a signal, so it
+also takes a file that appears as a request to save and leave.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Stages = Sequence[Mapping[str, LaunchSpec]]
 
 
 def to_text(launcher: str, stages: Stages) -> str:
-    """JSON of what to run, one stage after the other, with a launcher that starts workers at once."""
+    """JSON of what to run, one stage after the other, with a launcher that starts workers at
+    once."""
     plain = [{pool: asdict(spec) for pool, spec in stage.items()} for stage in stages]
     return json.dumps({"launcher": launcher, "stages": plain}, default=str, indent=1)
 
@@ -37,23 +40,35 @@ def to_text(launcher: str, stages: Stages) -> str:
 def from_text(text: str) -> tuple[str, list[dict[str, LaunchSpec]]]:
     """What `to_text` wrote. Raises ValueError or TypeError for anything else."""
     plain = json.loads(text)
-    return plain["launcher"], [{pool: _build(LaunchSpec, spec) for pool, spec in stage.items()} for stage in plain["stages"]]
+    return plain["launcher"], [
+        {pool: _build(LaunchSpec, spec) for pool, spec in stage.items()}
+        for stage in plain["stages"]
+    ]
 
 
 def _build(kind: Any, value: Any) -> Any:
     """JSON as the type that a field declares."""
     if typing.get_origin(kind) is types.UnionType:
-        return None if value is None else _build(next(part for part in typing.get_args(kind) if part is not type(None)), value)
+        return (
+            None
+            if value is None
+            else _build(
+                next(part for part in typing.get_args(kind) if part is not type(None)), value
+            )
+        )
     if is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        return kind(**{field.name: _build(hints[field.name], value[field.name]) for field in fields(kind)})
+        return kind(
+            **{field.name: _build(hints[field.name], value[field.name]) for field in fields(kind)}
+        )
     if kind is Path:
         return Path(value)
     return tuple(value) if typing.get_origin(kind) is tuple else value
 
 
 def run(launcher: str, stages: Stages) -> int:
-    """The stages one after the other; returns the exit code of the first that does not end well, or 0."""
+    """The stages one after the other; returns the exit code of the first that does not end well, or
+    0."""
     for stage in stages:
         with ProgressView() as view:
             for spec in stage.values():
@@ -66,7 +81,8 @@ def run(launcher: str, stages: Stages) -> int:
 
 
 def _stop_when(file: Path) -> None:
-    # Not before the launcher listens: until then a signal would end this process without a word to the workers.
+    # Not before the launcher listens: until then a signal would end this process without a word to
+    # the workers.
     while not file.exists() or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         time.sleep(LOOK_S)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -75,7 +91,9 @@ def _stop_when(file: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; returns its exit code."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m launch.frozen", description=__doc__, formatter_class=plain)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.frozen", description=__doc__, formatter_class=plain
+    )
     parser.add_argument("job", type=Path)
     parser.add_argument("--stop-file", type=Path, help="save and leave when this file appears")
     options = parser.parse_args(arguments)

@@ -1,4 +1,5 @@
-"""One worker as a child of this process, for debugging: the terminal's input goes to it, so `breakpoint()` works; no restarts."""
+"""One worker as a child of this process, for debugging: the terminal's input goes to it, so
+`breakpoint()` works; no restarts."""
 
 from __future__ import annotations
 
@@ -15,16 +16,23 @@ from launch.progress import ProgressView
 from launch.signals import caught
 from launch.spec import INTERRUPTED, LaunchSpec, fill, rank_environment
 
-PORTS = range(20000, 32768)  # above those that Ray gives to its workers, below those that systems give to connections
+PORTS = range(
+    20000, 32768
+)  # above those that Ray gives to its workers, below those that systems give to connections
 DRAWS = 100
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run one worker to its end; returns its exit code, 128 + n if signal n ended it. Raises ValueError for more workers than one."""
+    """Run one worker to its end; returns its exit code, 128 + n if signal n ended it. Raises
+    ValueError for more workers than one."""
     if spec.workers != 1:
-        raise ValueError(f"inline launcher: got {spec.workers} workers, expected 1. Fix: launcher.workers=1, or launcher=ray")
+        raise ValueError(
+            f"inline launcher: got {spec.workers} workers, expected 1. Fix: launcher.workers=1, or"
+            " launcher=ray"
+        )
     environment = rank_environment(0, 1, 0, 1, "127.0.0.1", free_port("127.0.0.1"))
-    # A Ctrl-C reaches the worker from the terminal itself, as it is in our process group; SIGTERM comes to us alone and is handed on.
+    # A Ctrl-C reaches the worker from the terminal itself, as it is in our process group; SIGTERM
+    # comes to us alone and is handed on.
     with caught() as stop:
         process = subprocess.Popen(
             leashed(fill(spec.command, str(spec.config_path))),
@@ -47,8 +55,9 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
 
 
 def free_port(address: str) -> int:
-    """A port nobody listens on right now. Whoever gets it binds it seconds later, so it is none that the system gives away meanwhile, and
-    two launchers that ask at the same time hardly draw the same one. Raises OSError for an address that is not ours."""
+    """A port nobody listens on right now. Whoever gets it binds it seconds later, so it is none
+    that the system gives away meanwhile, and two launchers that ask at the same time hardly draw
+    the same one. Raises OSError for an address that is not ours."""
     drawn = secrets.SystemRandom().sample(PORTS, DRAWS)
     for left, port in zip(reversed(range(DRAWS)), drawn):
         with socket.socket() as probe:
@@ -63,7 +72,8 @@ def free_port(address: str) -> int:
 
 
 def _output(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Whole lines with their newline; a prompt that waits for input comes without one; "" when nothing came for a while."""
+    """Whole lines with their newline; a prompt that waits for input comes without one; "" when
+    nothing came for a while."""
     assert process.stdout is not None
     source, pending = process.stdout.fileno(), b""
     with selectors.DefaultSelector() as selector:

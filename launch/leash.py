@@ -1,8 +1,10 @@
-"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`; 0 stands for whoever the parent is.
+"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`; 0 stands
+for whoever the parent is.
 
-A worker whose launcher was killed with SIGKILL would otherwise train on, hold its devices and write into the run directory that its
-successor uses. The kernel's parent-death signal survives exec, so nothing stays in between. Elsewhere than on Linux it only execs.
-Runs as a file in an isolated interpreter, so it may import nothing but the standard library.
+A worker whose launcher was killed with SIGKILL would otherwise train on, hold its devices and write
+into the run directory that its successor uses. The kernel's parent-death signal survives exec, so
+nothing stays in between. Elsewhere than on Linux it only execs. Runs as a file in an isolated
+interpreter, so it may import nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def leashed(command: list[str]) -> list[str]:
-    """The command line that runs `command` on a leash of this process. Start it from the main thread: the leash is that thread's."""
+    """The command line that runs `command` on a leash of this process. Start it from the main
+    thread: the leash is that thread's."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 

@@ -1,7 +1,9 @@
-"""Kubernetes: a manifest for KubeRay, which makes a Ray cluster for the run, submits our driver to it and takes it down afterwards.
+"""Kubernetes: a manifest for KubeRay, which makes a Ray cluster for the run, submits our driver to
+it and takes it down afterwards.
 
-One RayJob runs all selected stages. What it runs, configs included, travels in a Secret, since configs may hold the tracker's password.
-KubeRay makes the cluster's token itself (authOptions), so none is in the manifest.
+One RayJob runs all selected stages. What it runs, configs included, travels in a Secret, since
+configs may hold the tracker's password. KubeRay makes the cluster's token itself (authOptions), so
+none is in the manifest.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
 
 
 def run_stages(stages: Stages, view: ProgressView) -> int:
-    """Write the manifest; hand it to kubectl if asked to. Returns 0, or 2 when kubectl is missing or refuses."""
+    """Write the manifest; hand it to kubectl if asked to. Returns 0, or 2 when kubectl is missing
+    or refuses."""
     first = next(iter(stages[0].values()))
     assert first.pods is not None
     path = first.logs.parent / "rayjob.yaml"
@@ -42,7 +45,10 @@ def run_stages(stages: Stages, view: ProgressView) -> int:
     write_private(path, HEADER + yaml.safe_dump_all(manifest(stages), sort_keys=False))
     command = ["kubectl", "create", "-f", str(path)]
     if not first.pods.submit:
-        view.text(f"written; submit it with: {' '.join(command)}   (launcher.kubernetes.submit=true does that)")
+        view.text(
+            f"written; submit it with: {' '.join(command)}   (launcher.kubernetes.submit=true does"
+            " that)"
+        )
         return 0
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -50,7 +56,10 @@ def run_stages(stages: Stages, view: ProgressView) -> int:
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = f"{type(error).__name__}: {error}"
     if reason:
-        view.text(f"submitting {path}: got {reason}, expected a RayJob. Fix: kubectl's context, or the launcher.kubernetes keys")
+        view.text(
+            f"submitting {path}: got {reason}, expected a RayJob. Fix: kubectl's context, or the"
+            " launcher.kubernetes keys"
+        )
         return USER_ERROR
     view.text(f"{done.stdout.strip()}; follow it with: kubectl get rayjob {job_name(first)} -w")
     return 0
@@ -61,9 +70,14 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
     first = next(iter(stages[0].values()))
     pods = first.pods
     assert pods is not None
-    inside = [{pool: replace(spec, address="auto", pods=None, batch=None) for pool, spec in stage.items()} for stage in stages]
+    inside = [
+        {pool: replace(spec, address="auto", pods=None, batch=None) for pool, spec in stage.items()}
+        for stage in stages
+    ]
     most = max(sum(spec.workers for spec in stage.values()) for stage in stages)
-    cpus = -(-most // first.nodes) * max(spec.cpus_per_worker for stage in stages for spec in stage.values())
+    cpus = -(-most // first.nodes) * max(
+        spec.cpus_per_worker for stage in stages for spec in stage.values()
+    )
     name = job_name(first)
     limits: dict[str, str] = {"cpu": str(cpus), "memory": pods.memory}
     if pods.devices:
@@ -74,7 +88,10 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
         # The head only keeps the books: it must not die of what a worker does.
-        "headGroupSpec": {"rayStartParams": {"num-cpus": "0", "disable-usage-stats": "true"}, "template": head},
+        "headGroupSpec": {
+            "rayStartParams": {"num-cpus": "0", "disable-usage-stats": "true"},
+            "template": head,
+        },
         "workerGroupSpecs": [
             {
                 "groupName": "workers",
@@ -101,7 +118,8 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
             "entrypoint": f"python -m launch.frozen {JOB}/job.json",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
-            "backoffLimit": 0,  # our driver restarts workers itself; a second cluster would not help a mistake
+            # our driver restarts workers itself; a second cluster would not help a mistake
+            "backoffLimit": 0,
             "rayClusterSpec": cluster,
         },
     }
@@ -109,14 +127,18 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
 
 
 def pod(spec: LaunchSpec, limits: Mapping[str, str], secret: str | None = None) -> dict[str, Any]:
-    """A pod template: the image, the shared volume at its usual place, room for shared memory, and for the head what to run."""
+    """A pod template: the image, the shared volume at its usual place, room for shared memory, and
+    for the head what to run."""
     pods = spec.pods
     assert pods is not None
     volumes: list[dict[str, Any]] = [
         {"name": "shared", "persistentVolumeClaim": {"claimName": pods.claim}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
-    mounts: list[dict[str, Any]] = [{"name": "shared", "mountPath": pods.mount}, {"name": "shm", "mountPath": "/dev/shm"}]
+    mounts: list[dict[str, Any]] = [
+        {"name": "shared", "mountPath": pods.mount},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
     if secret:
         volumes.append({"name": "job", "secret": {"secretName": secret, "defaultMode": 0o400}})
         mounts.append({"name": "job", "mountPath": JOB, "readOnly": True})
@@ -129,10 +151,17 @@ def pod(spec: LaunchSpec, limits: Mapping[str, str], secret: str | None = None) 
     }
     if pods.environment_from:
         container["envFrom"] = [{"secretRef": {"name": pods.environment_from}}]
-    return {"spec": {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": round(spec.grace_s) + 30}}
+    return {
+        "spec": {
+            "containers": [container],
+            "volumes": volumes,
+            "terminationGracePeriodSeconds": round(spec.grace_s) + 30,
+        }
+    }
 
 
 def job_name(spec: LaunchSpec) -> str:
-    """The run's name as Kubernetes wants names: lower case, dashes, at most 47 letters, so that KubeRay can add to it."""
+    """The run's name as Kubernetes wants names: lower case, dashes, at most 47 letters, so that
+    KubeRay can add to it."""
     assert spec.pods is not None
     return re.sub(r"[^a-z0-9]+", "-", spec.pods.name.lower()).strip("-")[:47].rstrip("-") or "run"

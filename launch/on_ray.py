@@ -1,8 +1,10 @@
-"""Workers on Ray: joins a running cluster or starts a local one, and restarts all ranks together when one dies.
+"""Workers on Ray: joins a running cluster or starts a local one, and restarts all ranks together
+when one dies.
 
-Ray core actors in a placement group, not Ray Train: Train takes some 20 s to its first step, runs the loop inside its own actor and
-reports an exception where a run has an exit code. Here every rank is a process of its own, with the environment that torchrun
-would give it, so a worker does not know who started it.
+Ray core actors in a placement group, not Ray Train: Train takes some 20 s to its first step, runs
+the loop inside its own actor and reports an exception where a run has an exit code. Here every rank
+is a process of its own, with the environment that torchrun would give it, so a worker does not know
+who started it.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ STARTS = 3  # of a Ray of our own
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec` to its end; returns 0, or the exit code of the worker that the run ended with (1: its node was lost), or 128 + signal."""
+    """Run `spec` to its end; returns 0, or the exit code of the worker that the run ended with (1:
+    its node was lost), or 128 + signal."""
     return run_pools({"": spec}, view)
 
 
 def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
     """The same for several groups of workers on one cluster, see `launch.pools`."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, and by the processes that it starts
+    os.environ.setdefault(
+        "RAY_USAGE_STATS_ENABLED", "0"
+    )  # read when ray is imported, and by the processes that it starts
     address = next(iter(pools.values())).address or os.environ.get("RAY_ADDRESS")
     try:
         if not address:
@@ -43,13 +48,19 @@ def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
         return USER_ERROR
     import ray
 
-    problem = _connect(address, sum(spec.workers * spec.cpus_per_worker for spec in pools.values()), view)
+    problem = _connect(
+        address, sum(spec.workers * spec.cpus_per_worker for spec in pools.values()), view
+    )
     if problem:
         view.text(problem)
         return USER_ERROR
     pools = {name: replace(spec, address=address) for name, spec in pools.items()}
     try:
-        return run_together(pools, view, _run_placed) if len(pools) > 1 else _run_placed(next(iter(pools.values())), view, None)
+        return (
+            run_together(pools, view, _run_placed)
+            if len(pools) > 1
+            else _run_placed(next(iter(pools.values())), view, None)
+        )
     finally:
         ray.shutdown()
 
@@ -69,31 +80,40 @@ def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
     import ray
 
     if not address:
-        return _start_local(max(os.cpu_count() or 1, cpus), view)  # on a laptop the workers may share cores
+        return _start_local(
+            max(os.cpu_count() or 1, cpus), view
+        )  # on a laptop the workers may share cores
     reason = _unreachable(address)
     if not reason:
         try:
-            context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context: Any = ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if reason:
         fix = "`ray start --head`, or leave RAY_ADDRESS and launcher.address unset"
         if not _token_authentication():
-            fix += "; a cluster with token authentication is joined with RAY_AUTH_MODE=token in the environment"
+            fix += (
+                "; a cluster with token authentication is joined with RAY_AUTH_MODE=token in the"
+                " environment"
+            )
         return f"joining Ray: got {reason}, expected a cluster at {address}. Fix: {fix}"
     dashboard = context.address_info.get("webui_url") or ""
     if dashboard and not on_loopback(dashboard) and not _token_authentication():
         ray.shutdown()
         return (
-            f"joining Ray: got a dashboard at {dashboard} without authentication, expected one on loopback: it lets anybody who reaches it "
-            "run code. Fix: `ray start --dashboard-host=127.0.0.1 ...`, or RAY_AUTH_MODE=token on every node"
+            f"joining Ray: got a dashboard at {dashboard} without authentication, expected one on"
+            " loopback: it lets anybody who reaches it run code. Fix: `ray start"
+            " --dashboard-host=127.0.0.1 ...`, or RAY_AUTH_MODE=token on every node"
         )
     view.text(f"joined the Ray cluster at {address}")
     return ""
 
 
 def _start_local(cpus: int, view: ProgressView) -> str:
-    """Ray on this machine alone. Its processes choose their own ports; where one is lost to somebody else, all start again."""
+    """Ray on this machine alone. Its processes choose their own ports; where one is lost to
+    somebody else, all start again."""
     import ray
 
     for left in reversed(range(STARTS)):
@@ -108,12 +128,16 @@ def _start_local(cpus: int, view: ProgressView) -> str:
                 logging_level=logging.ERROR,
             )
             return ""
-        except Exception as error:  # there is no narrower class: Ray raises Exception itself when one of its processes has died
+        # there is no narrower class: Ray raises Exception itself when one of its processes has died
+        except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             ray.shutdown()
             if left:
                 view.text(f"starting Ray: got {reason}; trying again")
-    return f"starting Ray: got {reason} {STARTS} times, expected a Ray on this machine. Fix: its logs below /tmp/ray, or launcher=torchrun"
+    return (
+        f"starting Ray: got {reason} {STARTS} times, expected a Ray on this machine. Fix: its logs"
+        " below /tmp/ray, or launcher=torchrun"
+    )
 
 
 def _unreachable(address: str) -> str:

@@ -1,8 +1,10 @@
-"""SLURM: one batch script per stage, written to the run folder and submitted on request. Inside the job either a torchrun agent on every
-node starts the workers, or `ray symmetric-run` makes the nodes a Ray cluster and our Ray driver does, with its restarts and pools.
+"""SLURM: one batch script per stage, written to the run folder and submitted on request. Inside the
+job either a torchrun agent on every node starts the workers, or `ray symmetric-run` makes the nodes
+a Ray cluster and our Ray driver does, with its restarts and pools.
 
-`signal_s` before the time limit the script asks the workers to save and leave, and puts itself back into the queue: its next start
-resumes. A stage of a longer curriculum is a job that waits for the one before it (`afterok`), or a task of one array.
+`signal_s` before the time limit the script asks the workers to save and leave, and puts itself back
+into the queue: its next start resumes. A stage of a longer curriculum is a job that waits for the
+one before it (`afterok`), or a task of one array.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ elif [ -n "${{SLURM_ARRAY_JOB_ID:-}}" ]; then # for the next task of an array
 fi
 exit "$code"
 """
-# SLURM starts a task of an array as soon as no other one runs, also while the one before it waits in the queue for its second half.
+# SLURM starts a task of an array as soon as no other one runs, also while the one before it waits
+# in the queue for its second half.
 ARRAY = """\
 #!/bin/bash
 {directives}
@@ -93,7 +96,8 @@ srun --kill-on-bad-exit=1 {srun}{agent} \\
   --nnodes={nodes} --nproc-per-node={each} --max-restarts={restarts} --rdzv-backend=c10d \\
   --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
   --no-python {worker}"""
-# A SIGTERM to srun itself would kill it at once; this goes to the agents, which hand it on and wait.
+# A SIGTERM to srun itself would kill it at once; this goes to the agents, which hand it on and
+# wait.
 ASK_TORCHRUN = 'scancel --signal=TERM "$SLURM_JOB_ID.0"'
 # Ray's own processes would take a signal to the step for theirs, so the driver watches a file.
 RAY = """\
@@ -109,7 +113,8 @@ ASK_RAY = 'touch "$stop"'
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Write the script of this stage; submit it if asked to. Returns 0, or 2 when sbatch is missing or refuses."""
+    """Write the script of this stage; submit it if asked to. Returns 0, or 2 when sbatch is missing
+    or refuses."""
     return run_pools({"": spec}, view)
 
 
@@ -138,7 +143,8 @@ def run_stages(stages: Stages, view: ProgressView) -> int:
 
 
 def write(pools: Mapping[str, LaunchSpec]) -> Path:
-    """The script of one stage in the folder of its first pool, and beside it what it needs. Raises TokenError."""
+    """The script of one stage in the folder of its first pool, and beside it what it needs. Raises
+    TokenError."""
     spec = next(iter(pools.values()))
     assert spec.batch is not None
     folder = spec.logs.parent
@@ -152,21 +158,33 @@ def write(pools: Mapping[str, LaunchSpec]) -> Path:
 
 
 def submit(script: Path, spec: LaunchSpec, view: ProgressView) -> int:
-    """Hand a script to sbatch if asked to, and note the job in the stage's folder; returns 0, or 2 when that fails."""
+    """Hand a script to sbatch if asked to, and note the job in the stage's folder; returns 0, or 2
+    when that fails."""
     assert spec.batch is not None
     if not spec.batch.submit:
         after = " --dependency=afterok:<job of the stage before>" if spec.batch.after else ""
-        view.text(f"written; submit it with: sbatch{after} {script}   (launcher.slurm.submit=true does that)")
+        view.text(
+            f"written; submit it with: sbatch{after} {script}   (launcher.slurm.submit=true does"
+            " that)"
+        )
         return 0
     if shutil.which("sbatch") is None:
-        view.text("submitting: got no sbatch on this machine, expected SLURM's client. Fix: run this on a login node")
+        view.text(
+            "submitting: got no sbatch on this machine, expected SLURM's client. Fix: run this on a"
+            " login node"
+        )
         return USER_ERROR
     command = ["sbatch", "--parsable"]
     if spec.batch.after:
-        command.append(f"--dependency=afterok:{spec.batch.after.read_text(encoding='utf-8').strip()}")
+        command.append(
+            f"--dependency=afterok:{spec.batch.after.read_text(encoding='utf-8').strip()}"
+        )
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        view.text(f"submitting {script}: got {done.stderr.strip()}, expected a job. Fix: the launcher.slurm keys")
+        view.text(
+            f"submitting {script}: got {done.stderr.strip()}, expected a job. Fix: the"
+            " launcher.slurm keys"
+        )
         return USER_ERROR
     job = done.stdout.strip().split(";")[0]
     (spec.logs.parent / JOB_ID).write_text(job + "\n", encoding="utf-8")
@@ -175,12 +193,14 @@ def submit(script: Path, spec: LaunchSpec, view: ProgressView) -> int:
 
 
 def _inside(pools: Mapping[str, LaunchSpec]) -> dict[str, LaunchSpec]:
-    """What the driver inside the job runs; symmetric-run leaves a cluster that Ray finds by itself."""
+    """What the driver inside the job runs; symmetric-run leaves a cluster that Ray finds by
+    itself."""
     return {pool: replace(spec, address="auto", batch=None) for pool, spec in pools.items()}
 
 
 def directives(stages: Stages, array: bool) -> str:
-    """What is asked of SLURM, enough for each of the stages: for one of them, or for all as the tasks of an array."""
+    """What is asked of SLURM, enough for each of the stages: for one of them, or for all as the
+    tasks of an array."""
     spec = next(iter(stages[0].values()))
     job = spec.batch
     assert job is not None
@@ -200,8 +220,16 @@ def directives(stages: Stages, array: bool) -> str:
     }
     if array:
         asked |= {"array": f"0-{len(stages) - 1}%1", "output": spec.logs / "slurm_%A_%a.log"}
-    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None]
-    return "\n".join(lines + ["#SBATCH --requeue"] * job.requeue + [f"#SBATCH {option}" for option in job.options])
+    lines = [
+        f"#SBATCH --{name}={shlex.quote(str(value))}"
+        for name, value in asked.items()
+        if value is not None
+    ]
+    return "\n".join(
+        lines
+        + ["#SBATCH --requeue"] * job.requeue
+        + [f"#SBATCH {option}" for option in job.options]
+    )
 
 
 def _each(pools: Mapping[str, LaunchSpec]) -> int:
@@ -215,9 +243,12 @@ def _cpus(pools: Mapping[str, LaunchSpec]) -> int:
 
 
 def render_array(stages: Stages) -> str:
-    """The script of which every task runs the script of its stage, once the one before has ended well."""
+    """The script of which every task runs the script of its stage, once the one before has ended
+    well."""
     folders = " ".join(shlex.quote(str(next(iter(stage.values())).logs.parent)) for stage in stages)
-    return ARRAY.format(directives=directives(stages, array=True), folders=folders, seen=SEEN_WITHIN_S)
+    return ARRAY.format(
+        directives=directives(stages, array=True), folders=folders, seen=SEEN_WITHIN_S
+    )
 
 
 def render(pools: Mapping[str, LaunchSpec]) -> str:
@@ -246,7 +277,9 @@ def render(pools: Mapping[str, LaunchSpec]) -> str:
     return SCRIPT.format(
         directives=directives([pools], array=False),
         setup="\n".join(job.setup),
-        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        environment="\n".join(
+            f"export {name}={shlex.quote(value)}" for name, value in variables.items()
+        ),
         step=step,
         ask=ASK_RAY if ray else ASK_TORCHRUN,
         requeue="yes" if job.requeue else "no",

@@ -1,7 +1,8 @@
-"""Workers under torchrun: one agent on this machine, or the same command on each of several machines, which meet at an endpoint.
+"""Workers under torchrun: one agent on this machine, or the same command on each of several
+machines, which meet at an endpoint.
 
-torchrun places and watches; restarts are ours (max_restarts=0 there), because it would try again after a user's mistake too and its own
-exit code says nothing.
+torchrun places and watches; restarts are ours (max_restarts=0 there), because it would try again
+after a user's mistake too and its own exit code says nothing.
 """
 
 from __future__ import annotations
@@ -22,22 +23,32 @@ from launch.restart import Death, cause, run_attempts
 from launch.signals import Caught
 from launch.spec import TAIL, LaunchSpec, fill
 
-TOLD = re.compile(r"rank (\d+) on \S+: ")  # how a worker's word on a failure that it understands begins
-# In torchrun's closing report, for each rank that failed; the one that did so first comes last, under this title.
-FAILURE = re.compile(r"^ *time\s*: (\S+)$.*?^ *rank\s*: (\d+).*?^ *exitcode\s*: (-?\d+)", re.DOTALL | re.MULTILINE)
+TOLD = re.compile(
+    r"rank (\d+) on \S+: "
+)  # how a worker's word on a failure that it understands begins
+# In torchrun's closing report, for each rank that failed; the one that did so first comes last,
+# under this title.
+FAILURE = re.compile(
+    r"^ *time\s*: (\S+)$.*?^ *rank\s*: (\d+).*?^ *exitcode\s*: (-?\d+)", re.DOTALL | re.MULTILINE
+)
 FIRST = "Root Cause"
-ONE_LOOK_S = 5.0  # torchrun asks the others to leave once it has seen a failure, and kills them 30 s later
+ONE_LOOK_S = (
+    5.0  # torchrun asks the others to leave once it has seen a failure, and kills them 30 s later
+)
 REPORT_LINES = 80
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec.workers` workers over `spec.nodes` machines to their end; returns the exit code of the worker that failed first, or 0."""
+    """Run `spec.workers` workers over `spec.nodes` machines to their end; returns the exit code of
+    the worker that failed first, or 0."""
     return run_attempts(spec, view, run_attempt)
 
 
 def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
     """The same for several groups of workers on this machine, see `launch.pools`."""
-    return run_together(pools, view, lambda spec, part, stop: run_attempts(spec, part, run_attempt, stop=stop))
+    return run_together(
+        pools, view, lambda spec, part, stop: run_attempts(spec, part, run_attempt, stop=stop)
+    )
 
 
 def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
@@ -54,12 +65,23 @@ def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
         ]
     worker = leashed_to_anybody(fill(spec.command, str(spec.config_path)))
     agent = fill(("{python}", "-m", "torch.distributed.run"), "")
-    return [*agent, *meeting, f"--nproc-per-node={spec.workers // spec.nodes}", "--max-restarts=0", "--no-python", *worker]
+    return [
+        *agent,
+        *meeting,
+        f"--nproc-per-node={spec.workers // spec.nodes}",
+        "--max-restarts=0",
+        "--no-python",
+        *worker,
+    ]
 
 
 def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
-    """One agent from start to end. Its workers' output comes through it unmarked; only rank 0 speaks while all is well."""
-    view.text(f"{spec.workers} workers under torchrun" + (f", meeting at {spec.endpoint}" if spec.nodes > 1 else ""))
+    """One agent from start to end. Its workers' output comes through it unmarked; only rank 0
+    speaks while all is well."""
+    view.text(
+        f"{spec.workers} workers under torchrun"
+        + (f", meeting at {spec.endpoint}" if spec.nodes > 1 else "")
+    )
     log = spec.logs / f"attempt_{number}" / "all_ranks.log"
     agent = Child(torchrun_command(spec, number), spec.environment, spec.directory, log)
     last: deque[str] = deque(maxlen=REPORT_LINES)
@@ -83,11 +105,14 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
     death = reported("\n".join(last))
     if death is None:
         return Death(0, code, "\n".join(list(last)[-TAIL:]))
-    return replace(death, said=told.get(death.rank, ""))  # again, below what its peers and torchrun had to say
+    return replace(
+        death, said=told.get(death.rank, "")
+    )  # again, below what its peers and torchrun had to say
 
 
 def reported(text: str) -> Death | None:
-    """Of the deaths in torchrun's closing report the one that explains the others; None if there is none."""
+    """Of the deaths in torchrun's closing report the one that explains the others; None if there is
+    none."""
     others, title, first = text.partition(FIRST)
     found = [
         (datetime.strptime(when, "%Y-%m-%d_%H:%M:%S"), Death(int(rank), int(code), ""))
@@ -96,5 +121,9 @@ def reported(text: str) -> Death | None:
     if not found:
         return None
     begun, root = found[0]
-    by_themselves = [death for when, death in found[1:] if (when - begun).total_seconds() < ONE_LOOK_S and death.code != -signal.SIGTERM]
+    by_themselves = [
+        death
+        for when, death in found[1:]
+        if (when - begun).total_seconds() < ONE_LOOK_S and death.code != -signal.SIGTERM
+    ]
     return cause([root, *by_themselves])

@@ -1,4 +1,5 @@
-"""Several groups of workers under one driver: started together, restarted apart, stopped together."""
+"""Several groups of workers under one driver: started together, restarted apart, stopped
+together."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ from launch.spec import INTERRUPTED, LaunchSpec
 LOOK_S = 0.2  # how late a signal is handed on
 
 
-def run_together(pools: Mapping[str, LaunchSpec], view: ProgressView, run: Callable[[LaunchSpec, ProgressView, Caught], int]) -> int:
-    """`run` for every pool, each in a thread of its own, until all have ended. A pool restarts by itself; one that has failed for good is
-    named and the others are asked to save and leave. Returns 0, the exit code of the first pool that failed, or 128 + signal."""
+def run_together(
+    pools: Mapping[str, LaunchSpec],
+    view: ProgressView,
+    run: Callable[[LaunchSpec, ProgressView, Caught], int],
+) -> int:
+    """`run` for every pool, each in a thread of its own, until all have ended. A pool restarts by
+    itself; one that has failed for good is named and the others are asked to save and leave.
+    Returns 0, the exit code of the first pool that failed, or 128 + signal."""
     stops = {name: Caught() for name in pools}
     ended: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
 

@@ -1,4 +1,5 @@
-"""What rank 0 says, for a person: `@progress {json}` lines become a progress bar on a terminal and a line every few seconds elsewhere."""
+"""What rank 0 says, for a person: `@progress {json}` lines become a progress bar on a terminal and
+a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def parse(line: str) -> dict[str, Any] | None:
         figures = json.loads(line[len(MARK) :])
     except json.JSONDecodeError:
         return None
-    return figures if isinstance(figures, dict) and "step" in figures and "steps" in figures else None
+    return (
+        figures if isinstance(figures, dict) and "step" in figures and "steps" in figures else None
+    )
 
 
 def figures_text(figures: Mapping[str, Any]) -> str:
@@ -46,9 +49,15 @@ def duration(seconds: float) -> str:
 
 
 class ProgressView:
-    """Shows lines as they come. Use as a context, so that the bar is taken down whatever happens."""
+    """Shows lines as they come. Use as a context, so that the bar is taken down whatever
+    happens."""
 
-    def __init__(self, out: TextIO | None = None, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        every_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.out = out if out is not None else sys.stdout
         self.every_s, self.clock = every_s, clock
         self.last: dict[str, Any] | None = None  # figures of the newest progress line
@@ -85,9 +94,17 @@ class ProgressView:
             self._draw(figures)
             return
         now = self.clock()
-        if self._printed_at is None or now - self._printed_at >= self.every_s or figures["step"] >= figures["steps"]:
+        if (
+            self._printed_at is None
+            or now - self._printed_at >= self.every_s
+            or figures["step"] >= figures["steps"]
+        ):
             self._printed_at = now
-            parts = (str(figures.get("stage", "")), f"step {figures['step']}/{figures['steps']}", figures_text(figures))
+            parts = (
+                str(figures.get("stage", "")),
+                f"step {figures['step']}/{figures['steps']}",
+                figures_text(figures),
+            )
             self.text("  ".join(part for part in parts if part))
 
     def text(self, line: str) -> None:
@@ -99,7 +116,8 @@ class ProgressView:
                 print(line, file=self.out, flush=True)
 
     def partial(self, text: str) -> None:
-        """Text without a newline, a debugger's prompt say; it cannot share the screen with a bar."""
+        """Text without a newline, a debugger's prompt say; it cannot share the screen with a
+        bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}
@@ -110,13 +128,23 @@ class ProgressView:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+            )
             self._bar = Progress(*columns, console=Console(file=self.out), refresh_per_second=4)
             self._bar.start()
         stage = str(figures.get("stage", ""))
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=figures["steps"], figures="")
-        self._bar.update(self._tasks[stage], completed=figures["step"], total=figures["steps"], figures=figures_text(figures))
+        self._bar.update(
+            self._tasks[stage],
+            completed=figures["step"],
+            total=figures["steps"],
+            figures=figures_text(figures),
+        )
 
 
 class _PoolView(ProgressView):
@@ -135,4 +163,6 @@ class _PoolView(ProgressView):
 
     def _draw(self, figures: Mapping[str, Any]) -> None:
         with self._whole._lock:
-            self._whole._draw({**figures, "stage": f"{self._pool} {figures.get('stage', '')}".strip()})
+            self._whole._draw(
+                {**figures, "stage": f"{self._pool} {figures.get('stage', '')}".strip()}
+            )

@@ -1,4 +1,5 @@
-"""The Ray actor that keeps one worker process. It lives on the worker's node; the driver talks to it through small calls."""
+"""The Ray actor that keeps one worker process. It lives on the worker's node; the driver talks to
+it through small calls."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ from launch.child import Child
 from launch.inline import free_port
 from launch.spec import LaunchSpec, fill
 
-VISIBLE = "_VISIBLE_DEVICES"  # how every vendor's variable ends that says which devices a process sees
+VISIBLE = (
+    "_VISIBLE_DEVICES"  # how every vendor's variable ends that says which devices a process sees
+)
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where an actor sits. `devices`: the variables that Ray set to say which accelerators are its own."""
+    """Where an actor sits. `devices`: the variables that Ray set to say which accelerators are its
+    own."""
 
     node: str
     address: str
@@ -41,8 +45,12 @@ class RankActor:
         self._child: Child | None = None
 
     def seat(self) -> Seat:
-        devices = {name: value for name, value in os.environ.items() if name.endswith(VISIBLE) and value}
-        return Seat(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), devices)
+        devices = {
+            name: value for name, value in os.environ.items() if name.endswith(VISIBLE) and value
+        }
+        return Seat(
+            ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), devices
+        )
 
     def port(self, address: str) -> int:
         """A free port on this node, for the rendezvous."""
@@ -59,7 +67,9 @@ class RankActor:
         """Wait at most `seconds` for new output (if `for_lines`) or the end of the worker."""
         assert self._child is not None
         lines, code = self._child.wait(seconds, for_lines)
-        return News(lines if for_lines else [], code, list(self._child.tail) if code is not None else [])
+        return News(
+            lines if for_lines else [], code, list(self._child.tail) if code is not None else []
+        )
 
     def stop(self, grace_s: float) -> int | None:
         """End the worker and what it started; returns its exit code."""
@@ -68,7 +78,10 @@ class RankActor:
 
 def _config_here(spec: LaunchSpec) -> Path:
     """The config file if this node sees the driver's, else a copy of its own."""
-    if spec.config_path.is_file() and spec.config_path.read_text(encoding="utf-8") == spec.config_text:
+    if (
+        spec.config_path.is_file()
+        and spec.config_path.read_text(encoding="utf-8") == spec.config_text
+    ):
         return spec.config_path
     handle, name = tempfile.mkstemp(prefix="wm_train_", suffix=".json")
     with os.fdopen(handle, "w", encoding="utf-8") as file:

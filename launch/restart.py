@@ -1,4 +1,5 @@
-"""What happens when a rank dies, the same under every launcher that watches ranks: restart all, with back-off, within a budget."""
+"""What happens when a rank dies, the same under every launcher that watches ranks: restart all,
+with back-off, within a budget."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from launch.progress import ProgressView
 from launch.signals import Caught, caught
 from launch.spec import INTERRUPTED, NO_STORAGE, USER_ERROR, LaunchSpec, describe_exit
 
-GROWTH_PLACE_S = 10.0  # the room is there already: the spare part of it was reserved, the rest is what the stopped workers held
+# the room is there already: the spare part of it was reserved, the rest is what the stopped workers
+# held
+GROWTH_PLACE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Death:
 
     def __str__(self) -> str:
         return f"rank {self.rank} died: " + (
-            "its node, or the process that kept it, was lost" if self.code is None else describe_exit(self.code)
+            "its node, or the process that kept it, was lost"
+            if self.code is None
+            else describe_exit(self.code)
         )
 
     @property
@@ -38,7 +43,8 @@ class Death:
 
 
 def cause(deaths: list[Death]) -> Death | None:
-    """The death that explains the others: a user's mistake, then a lost node, silent storage, a signal from outside, then the first."""
+    """The death that explains the others: a user's mistake, then a lost node, silent storage, a
+    signal from outside, then the first."""
 
     def weight(death: Death) -> int:
         if death.code == USER_ERROR:
@@ -61,15 +67,23 @@ class Growth:
 
 
 class Attempt(Protocol):
-    """Starts all ranks, watches them, takes them down; None: all ended with 0, or the driver was told to stop."""
+    """Starts all ranks, watches them, takes them down; None: all ended with 0, or the driver was
+    told to stop."""
 
-    def __call__(self, spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None: ...
+    def __call__(
+        self, spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
+    ) -> Death | Growth | None: ...
 
 
 def run_attempts(
-    spec: LaunchSpec, view: ProgressView, attempt: Attempt, sleep: Callable[[float], None] = time.sleep, stop: Caught | None = None
+    spec: LaunchSpec,
+    view: ProgressView,
+    attempt: Attempt,
+    sleep: Callable[[float], None] = time.sleep,
+    stop: Caught | None = None,
 ) -> int:
-    """Attempts until one succeeds or trying again would not help; returns the exit code. `stop`: who listens to signals, if not we."""
+    """Attempts until one succeeds or trying again would not help; returns the exit code. `stop`:
+    who listens to signals, if not we."""
     number, restarts, asked = 0, 0, spec
     last_step: int | None = None
     with nullcontext(stop) if stop else caught() as stop:
@@ -82,7 +96,9 @@ def run_attempts(
                 return 0
             number, asked = number + 1, spec
             if isinstance(outcome, Growth):
-                view.text(f"room for {outcome.workers} workers: growing, from the checkpoint just made")
+                view.text(
+                    f"room for {outcome.workers} workers: growing, from the checkpoint just made"
+                )
                 asked = replace(spec, place_s=min(GROWTH_PLACE_S, spec.place_s))
                 continue
             if outcome.said:
@@ -91,7 +107,10 @@ def run_attempts(
             view.text(f"{outcome}{at}; logs in {spec.logs / f'attempt_{number - 1}'}")
             if outcome.code == USER_ERROR:
                 return USER_ERROR
-            excused = outcome.code in (None, NO_STORAGE)  # a lost node and silent storage are no fault of the step
+            excused = outcome.code in (
+                None,
+                NO_STORAGE,
+            )  # a lost node and silent storage are no fault of the step
             if not excused and view.step is not None and view.step == last_step:
                 view.text(f"two deaths at step {last_step}: trying again would not help")
                 return outcome.exit_code
@@ -101,7 +120,10 @@ def run_attempts(
                 return outcome.exit_code
             pause = min(spec.backoff_s * 2**restarts, spec.backoff_limit_s)
             restarts += 1
-            view.text(f"restart {restarts} of {spec.max_restarts} in {pause:.0f} s, from the last checkpoint")
+            view.text(
+                f"restart {restarts} of {spec.max_restarts} in {pause:.0f} s, from the last"
+                " checkpoint"
+            )
             for _ in range(round(pause * 10)):
                 if stop.number is None:
                     sleep(0.1)

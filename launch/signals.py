@@ -18,7 +18,8 @@ class Caught:
 
 @contextmanager
 def caught() -> Iterator[Caught]:
-    """While inside, the first SIGINT or SIGTERM is noted; the second one raises KeyboardInterrupt: somebody is in a hurry."""
+    """While inside, the first SIGINT or SIGTERM is noted; the second one raises KeyboardInterrupt:
+    somebody is in a hurry."""
     state = Caught()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,5 @@
-"""What a launcher is asked to run. Every launcher gives each rank the same environment variables and the same command."""
+"""What a launcher is asked to run. Every launcher gives each rank the same environment variables
+and the same command."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 USER_ERROR = 2  # a worker's exit code for what a person must change: trying again cannot help
-NO_STORAGE = 74  # sysexits' EX_IOERR, a worker's exit code for storage that did not answer: trying again may help, at the same step too
+# sysexits' EX_IOERR, a worker's exit code for storage that did not answer: trying again may help,
+# at the same step too
+NO_STORAGE = 74
 INTERRUPTED = 128  # plus the signal's number, as shells do
 JOB_ID = "slurm_job_id"  # file in a stage's folder
 TAIL = 20  # last lines of a rank's log that its death is reported with
@@ -24,7 +27,9 @@ class BatchJob:
     after: Path | None = None  # file with the id of a job that must end well before this one starts
     submit: bool = False
     runner: str = "torchrun"  # torchrun | ray: who starts the workers inside the job
-    chain: str = "dependency"  # dependency | array: a job per stage that waits for the one before, or one array for all of them
+    # dependency | array: a job per stage that waits for the one before, or one array for all of
+    # them
+    chain: str = "dependency"
     account: str | None = None
     partition: str | None = None
     time: str | None = None
@@ -56,8 +61,9 @@ class Pods:
 class LaunchSpec:
     """`workers` processes of `command`, all or nothing.
 
-    In `command`, `{python}` is the interpreter of the machine the process runs on and `{config}` the path of a file there that
-    holds `config_text`: `config_path` where it is shared between machines, else a temporary copy.
+    In `command`, `{python}` is the interpreter of the machine the process runs on and `{config}`
+    the path of a file there that holds `config_text`: `config_path` where it is shared between
+    machines, else a temporary copy.
     """
 
     command: tuple[str, ...]
@@ -69,8 +75,12 @@ class LaunchSpec:
     directory: Path = field(default_factory=Path.cwd)  # working directory of the workers
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus_per_worker: int = 1
-    together: int = 1  # this many ranks in a row on one node, as they talk most; as many of them as fit where no node has room for all
-    accelerators: bool = False  # one per worker, of whatever kind the machines have; without any, CPUs will do
+    # this many ranks in a row on one node, as they talk most; as many of them as fit where no node
+    # has room for all
+    together: int = 1
+    accelerators: bool = (
+        False  # one per worker, of whatever kind the machines have; without any, CPUs will do
+    )
     address: str | None = None  # of a running cluster
     nodes: int = 1  # machines that start this same command themselves (torchrun)
     endpoint: str | None = None  # host:port where they meet
@@ -81,11 +91,15 @@ class LaunchSpec:
     backoff_limit_s: float = 60.0
     grace_s: float = 30.0  # between asking a worker to stop and killing it
     place_s: float = 60.0  # how long to wait for free resources
-    fewer: tuple[int, ...] = ()  # smaller numbers of workers that will do after a loss, largest first
+    fewer: tuple[
+        int, ...
+    ] = ()  # smaller numbers of workers that will do after a loss, largest first
     grow_s: float = 60.0  # with fewer of them, the least time between a start and growing again
 
 
-def rank_environment(rank: int, world: int, local_rank: int, local_world: int, address: str, port: int) -> dict[str, str]:
+def rank_environment(
+    rank: int, world: int, local_rank: int, local_world: int, address: str, port: int
+) -> dict[str, str]:
     """What torch.distributed's env:// rendezvous and the worker read."""
     return {
         "RANK": str(rank),
@@ -99,11 +113,14 @@ def rank_environment(rank: int, world: int, local_rank: int, local_world: int, a
 
 def fill(command: tuple[str, ...], config: str) -> list[str]:
     """`command` with its placeholders filled in for this machine."""
-    return [part.replace("{python}", sys.executable).replace("{config}", config) for part in command]
+    return [
+        part.replace("{python}", sys.executable).replace("{config}", config) for part in command
+    ]
 
 
 def write_private(path: Path, text: str) -> None:
-    """A file for its owner only: configs may hold the tracker's password. Several nodes may write the same one at once."""
+    """A file for its owner only: configs may hold the tracker's password. Several nodes may write
+    the same one at once."""
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:

@@ -1,9 +1,11 @@
-"""The one secret of a Ray cluster: a token that its servers and clients all hold, in a file for its owner only.
+"""The one secret of a Ray cluster: a token that its servers and clients all hold, in a file for its
+owner only.
 
     python -m launch.token                 make it here, unless it is there; says what to export
     python -m launch.token node2 node3     the same, and put it on those machines over ssh
 
-The token itself is never printed, never part of a command line and never in an environment variable: those hold the file's path.
+The token itself is never printed, never part of a command line and never in an environment
+variable: those hold the file's path.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 MODE, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"  # read by Ray's servers and clients
-TAKE = 'umask 077 && mkdir -p "$(dirname "{path}")" && cat > "{path}.new" && mv "{path}.new" "{path}"'  # what runs on the other machine
+# what runs on the other machine
+TAKE = (
+    'umask 077 && mkdir -p "$(dirname "{path}")" && cat > "{path}.new" && mv "{path}.new" "{path}"'
+)
 SSH_S = 60
 log = logging.getLogger(__name__)
 
@@ -33,13 +38,16 @@ def default_path() -> Path:
 
 
 def ensure_token(path: Path) -> Path:
-    """Make the token if there is none; returns its path. Raises TokenError for a file that is empty or
-    that cannot be kept from others."""
+    """Make the token if there is none; returns its path. Raises TokenError for a file that is empty
+    or that cannot be kept from others."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Written beside and linked into place: whoever sees the file sees all of it, and of two makers the first one wins.
+        # Written beside and linked into place: whoever sees the file sees all of it, and of two
+        # makers the first one wins.
         draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        with open(
+            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
+        ) as file:
             file.write(secrets.token_hex(32))
         try:
             os.link(draft, path)
@@ -49,11 +57,20 @@ def ensure_token(path: Path) -> Path:
             draft.unlink()
         if path.stat().st_mode & 0o077:  # as Ray itself makes it
             path.chmod(0o600)
-            log.warning("%s could be read by others and is now for its owner only; if they matter, remove it and start again", path)
+            log.warning(
+                "%s could be read by others and is now for its owner only; if they matter, remove"
+                " it and start again",
+                path,
+            )
     except OSError as error:
-        raise TokenError(f"Ray's token: got {error}, expected a file of our own for our eyes only. Fix: {PATH}=<file>") from error
+        raise TokenError(
+            f"Ray's token: got {error}, expected a file of our own for our eyes only. Fix:"
+            f" {PATH}=<file>"
+        ) from error
     if not path.read_text(encoding="ascii", errors="replace").strip():
-        raise TokenError(f"Ray's token: got {path}, which is empty, expected a token. Fix: rm {path}")
+        raise TokenError(
+            f"Ray's token: got {path}, which is empty, expected a token. Fix: rm {path}"
+        )
     return path
 
 
@@ -63,18 +80,22 @@ def environment(path: Path) -> dict[str, str]:
 
 
 def protect_local_ray(variables: MutableMapping[str, str] = os.environ) -> None:
-    """Before Ray is imported and started here: token authentication, unless the user has said otherwise. Raises TokenError."""
+    """Before Ray is imported and started here: token authentication, unless the user has said
+    otherwise. Raises TokenError."""
     if variables.get(MODE, "token").lower() == "token" and not variables.get("RAY_AUTH_TOKEN"):
         variables.update(environment(ensure_token(Path(variables.get(PATH) or default_path()))))
 
 
 def send(path: Path, nodes: Sequence[str]) -> None:
-    """Put the token at the same path on `nodes`, through ssh's standard input. Raises TokenError that names those it did not reach."""
+    """Put the token at the same path on `nodes`, through ssh's standard input. Raises TokenError
+    that names those it did not reach."""
     failed = []
     for node in nodes:
         command = ["ssh", "-o", "BatchMode=yes", "--", node, TAKE.format(path=path)]
         try:
-            done = subprocess.run(command, input=path.read_bytes(), capture_output=True, check=False, timeout=SSH_S)
+            done = subprocess.run(
+                command, input=path.read_bytes(), capture_output=True, check=False, timeout=SSH_S
+            )
             reason = done.stderr.decode(errors="replace").strip() if done.returncode else ""
         except (OSError, subprocess.TimeoutExpired) as error:
             reason = type(error).__name__
@@ -82,14 +103,21 @@ def send(path: Path, nodes: Sequence[str]) -> None:
             failed.append(f"{node} ({reason.splitlines()[-1]})")
     if failed:
         rule = "ssh that asks for no password"
-        raise TokenError(f"sending Ray's token: got no copy on {', '.join(failed)}, expected {rule}. Fix: copy {path} by hand")
+        raise TokenError(
+            f"sending Ray's token: got no copy on {', '.join(failed)}, expected {rule}. Fix: copy"
+            f" {path} by hand"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make, send, and say what to export; exit code 2 when that fails."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m launch.token", description=__doc__, formatter_class=plain)
-    parser.add_argument("nodes", nargs="*", help="machines that get a copy at the same path, as ssh knows them")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.token", description=__doc__, formatter_class=plain
+    )
+    parser.add_argument(
+        "nodes", nargs="*", help="machines that get a copy at the same path, as ssh knows them"
+    )
     nodes = parser.parse_args(arguments).nodes
     try:
         path = ensure_token(default_path())

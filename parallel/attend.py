@@ -1,7 +1,8 @@
 """attend: softmax attention over the whole clip when every member holds only its own frames.
 
-USP = Ulysses × ring. Ulysses turns "all heads, some frames" into "some heads, all frames of this ring member"; the ring then passes key
-and value blocks round. Ring 1 is plain Ulysses, Ulysses 1 a plain ring, both 1 the local kernel.
+USP = Ulysses × ring. Ulysses turns "all heads, some frames" into "some heads, all frames of this
+ring member"; the ring then passes key and value blocks round. Ring 1 is plain Ulysses, Ulysses 1 a
+plain ring, both 1 the local kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Heads = tuple[FrameRange, ...]
 class AttendVerb:
     """tensors: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> out [B, T/P, S, H, D]
 
-    With a cache two more: keys and values of frames before the clip [B, c, S, H_kv, D], the same on all members and without gradient.
+    With a cache two more: keys and values of frames before the clip [B, c, S, H_kv, D], the same on
+    all members and without gradient.
     """
 
     layout: ClipLayout
@@ -36,8 +38,8 @@ class AttendVerb:
     name = "attend"
 
     def _plan(self, member: Member) -> tuple[list[int], Frames, Heads, Heads, ring.HeadSpans]:
-        """Frames of each Ulysses member of my ring member; frames of each ring member; query and key heads of each Ulysses member; who
-        reads which key head."""
+        """Frames of each Ulysses member of my ring member; frames of each ring member; query and
+        key heads of each Ulysses member; who reads which key head."""
         held = self.layout.split(member.size)
         groups = [held[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
         queries, keys = ulysses.deal_heads(self.heads, self.key_heads, member.ulysses)
@@ -53,23 +55,37 @@ class AttendVerb:
         mine = keys[member.ulysses_index]
         past = [x[:, :, :, mine.start : mine.stop] for x in past]
         cache = (past[0], past[1]) if past else None
-        out, lse = yield from ring.forward(member, self.layout, self.mask, self.kernels, ranges, spans, q, k, v, cache)
+        out, lse = yield from ring.forward(
+            member, self.layout, self.mask, self.kernels, ranges, spans, q, k, v, cache
+        )
         out = out.to(q.dtype)
         # [B, T·U/P, S, H/U, D] -> [B, T/P, S, H, D]
         result = yield from ulysses.to_frames(member, frames, [out], [queries])
         return tuple(result), (q, k, v, out, lse, *past), None
 
-    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: Any, grads: tuple[Tensor | None, ...]) -> Program:
+    def backward(
+        self,
+        member: Member,
+        kept: tuple[Tensor | None, ...],
+        facts: Any,
+        grads: tuple[Tensor | None, ...],
+    ) -> Program:
         q, k, v, out, lse, *past = (x for x in kept if x is not None)
         frames, ranges, queries, keys, spans = self._plan(member)
         grad = grads[0]
-        if grad is None:  # members must agree on collectives even if one of them has no use for its result
-            grad = out.new_zeros(out.shape[0], frames[member.ulysses_index], out.shape[2], self.heads, out.shape[4])
+        if (
+            grad is None
+        ):  # members must agree on collectives even if one of them has no use for its result
+            grad = out.new_zeros(
+                out.shape[0], frames[member.ulysses_index], out.shape[2], self.heads, out.shape[4]
+            )
         # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D]
         (grad,) = yield from ulysses.to_heads(member, frames, [grad], [queries])
         cache = (past[0], past[1]) if past else None
         own = (q, k, v, out, lse)
-        dq, dk, dv = yield from ring.backward(member, self.layout, self.mask, self.kernels, ranges, spans, grad, own, cache)
+        dq, dk, dv = yield from ring.backward(
+            member, self.layout, self.mask, self.kernels, ranges, spans, grad, own, cache
+        )
         narrow = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
         # [B, T·U/P, S, H/U, D] -> [B, T/P, S, H, D], for dq, dk and dv in one all-to-all
         result = yield from ulysses.to_frames(member, frames, narrow, [queries, keys, keys])

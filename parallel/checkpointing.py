@@ -1,12 +1,13 @@
 """Activation checkpointing that knows of collectives.
 
-A checkpointed block runs twice: now without keeping its activations, and again in backward. The second run must not communicate again: it
-would double the traffic, and virtual ranks cannot meet inside backward. So the first run keeps what its collectives returned and the second
-one reads that. Kept per block and member: the gathered composites and halo frames (small), and for softmax attention its all-to-all and
-ring results.
+A checkpointed block runs twice: now without keeping its activations, and again in backward. The
+second run must not communicate again: it would double the traffic, and virtual ranks cannot meet
+inside backward. So the first run keeps what its collectives returned and the second one reads that.
+Kept per block and member: the gathered composites and halo frames (small), and for softmax
+attention its all-to-all and ring results.
 
-`keep_products` makes it selective: what matrix products, convolutions and attention returned is kept as well, so the second run repeats
-only the cheap operations between them.
+`keep_products` makes it selective: what matrix products, convolutions and attention returned is
+kept as well, so the second run repeats only the cheap operations between them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ PRODUCTS = [
 
 
 class _Using:
-    """While entered, the communicator records its answers, or replays them from the first one on."""
+    """While entered, the communicator records its answers, or replays them from the first one
+    on."""
 
     def __init__(self, comm: Communicator, answers: list[Any], replaying: bool) -> None:
         self.comm, self.answers, self.replaying = comm, answers, replaying
@@ -61,8 +63,11 @@ class _Both(ExitStack):
         return self
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, sequence: SequenceShard, keep_products: bool = False) -> Any:
-    """`function(*args)` now, and once more in backward instead of keeping its activations. `function` may call the verbs of `sequence`."""
+def checkpoint(
+    function: Callable[..., Any], *args: Any, sequence: SequenceShard, keep_products: bool = False
+) -> Any:
+    """`function(*args)` now, and once more in backward instead of keeping its activations.
+    `function` may call the verbs of `sequence`."""
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         answers: list[Any] = []

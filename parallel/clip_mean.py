@@ -1,8 +1,9 @@
 """mean: the weighted mean over a whole clip, equal on all members.
 
-Gradient convention of the whole system: **sum over the sequence group, mean over data.** Every member ends with the same loss and starts
-backward from it with the same upstream gradient; the loss counts once, so mean's backward hands each member the gradient of its *own*
-values only and needs no collective. Summing the members' parameter gradients then gives the gradient of the loss.
+Gradient convention of the whole system: **sum over the sequence group, mean over data.** Every
+member ends with the same loss and starts backward from it with the same upstream gradient; the loss
+counts once, so mean's backward hands each member the gradient of its *own* values only and needs no
+collective. Summing the members' parameter gradients then gives the gradient of the loss.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from parallel.local_attention import accumulation_dtype
 
 @dataclass(frozen=True)
 class MeanVerb:
-    """tensors: value [B, T/P, …], weight of the same shape -> [B]; a row without weight gives 0. Sent to each other member: 2·B
-    elements.
+    """tensors: value [B, T/P, …], weight of the same shape -> [B]; a row without weight gives 0.
+    Sent to each other member: 2·B elements.
     """
 
     name = "mean"
@@ -33,7 +34,8 @@ class MeanVerb:
         v, w = value.to(wide).flatten(1), weight.to(wide).flatten(1)
         totals = torch.stack([(v * w).sum(1), w.sum(1)])
         if member.size > 1:
-            # [2, B] -> the same of every member; summed in rank order, so that every member gets the same bits
+            # [2, B] -> the same of every member; summed in rank order, so that every member gets
+            # the same bits
             gathered = yield AllGather(totals)
             totals = gathered[0].clone()
             for part in gathered[1:]:
@@ -42,7 +44,13 @@ class MeanVerb:
         mean = totals[0] / total
         return (mean,), (value, weight, total, mean.clone()), None
 
-    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: Any, grads: tuple[Tensor | None, ...]) -> Program:
+    def backward(
+        self,
+        member: Member,
+        kept: tuple[Tensor | None, ...],
+        facts: Any,
+        grads: tuple[Tensor | None, ...],
+    ) -> Program:
         value, weight, total, mean = kept
         assert value is not None
         assert weight is not None

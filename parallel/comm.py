@@ -1,11 +1,12 @@
 """Collectives as data, and the communicators that carry them out.
 
-A verb's algorithm is a generator: it computes locally, yields one request, gets this member's answer, and goes on. A communicator hosts one
-or several members of a sequence group and drives their generators in lockstep: `run` is list in, list out. A process group hosts one
-member; virtual ranks (`virtual.py`) host all P of them in one process, through the same generators.
+A verb's algorithm is a generator: it computes locally, yields one request, gets this member's
+answer, and goes on. A communicator hosts one or several members of a sequence group and drives
+their generators in lockstep: `run` is list in, list out. A process group hosts one member; virtual
+ranks (`virtual.py`) host all P of them in one process, through the same generators.
 
-Members are numbered along the time axis: member = ring index × ulysses + ulysses index. A request names the axis it runs over:
-"sequence" (all P members), "ulysses" or "ring".
+Members are numbered along the time axis: member = ring index × ulysses + ulysses index. A request
+names the axis it runs over: "sequence" (all P members), "ulysses" or "ring".
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class AllGather(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """All-to-all of unequal parts: the flat parts[j] goes to member j of the axis; -> list over members i of what i sent, flat.
+    """All-to-all of unequal parts: the flat parts[j] goes to member j of the axis; -> list over
+    members i of what i sent, flat.
 
-    receive[i]: meta tensors that say what i sends (shapes and dtype). Even and uneven all-to-all, neighbour exchange and ring shift are all
-    this; a part without elements is not sent.
+    receive[i]: meta tensors that say what i sends (shapes and dtype). Even and uneven all-to-all,
+    neighbour exchange and ring shift are all this; a part without elements is not sent.
     """
 
     parts: Sequence[Tensor]
@@ -57,7 +59,8 @@ Request = AllGather | Exchange | Begin | Finish
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Several tensors -> one flat buffer; of their common dtype, else of bytes (widest dtype first, so that views stay aligned)."""
+    """Several tensors -> one flat buffer; of their common dtype, else of bytes (widest dtype first,
+    so that views stay aligned)."""
     if len({x.dtype for x in tensors}) == 1:
         return torch.cat([x.reshape(-1) for x in tensors])
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
@@ -65,11 +68,16 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `pack`: views of `flat` with the shapes and dtypes of `like` (meta tensors)."""
+    """The inverse of `pack`: views of `flat` with the shapes and dtypes of `like` (meta
+    tensors)."""
     same = len({x.dtype for x in like}) == 1
     if not same and flat.data_ptr() % 8:
         flat = flat.clone()  # views of wider dtypes need an aligned start
-    order = range(len(like)) if same else sorted(range(len(like)), key=lambda i: -like[i].element_size())
+    order = (
+        range(len(like))
+        if same
+        else sorted(range(len(like)), key=lambda i: -like[i].element_size())
+    )
     out: list[Tensor] = [flat] * len(like)
     cursor = 0
     for i in order:
@@ -100,7 +108,8 @@ class Member:
 
 @dataclass
 class Traffic:
-    """What one member has sent: collectives and bytes to *other* members, by label "[scope/]verb direction"."""
+    """What one member has sent: collectives and bytes to *other* members, by label "[scope/]verb
+    direction"."""
 
     collectives: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -119,12 +128,15 @@ def sent_bytes(request: AllGather | Exchange, member: Member) -> int:
     }[request.axis]
     if isinstance(request, AllGather):
         return request.tensor.numel() * request.tensor.element_size() * (length - 1)
-    return sum(part.numel() * part.element_size() for j, part in enumerate(request.parts) if j != index)
+    return sum(
+        part.numel() * part.element_size() for j, part in enumerate(request.parts) if j != index
+    )
 
 
 @dataclass
 class Tape:
-    """Results of collectives, kept by a checkpointed forward pass and played back when it is run again in backward."""
+    """Results of collectives, kept by a checkpointed forward pass and played back when it is run
+    again in backward."""
 
     answers: list[Any] = field(default_factory=list)
     replaying: bool = False
@@ -136,15 +148,23 @@ class Tape:
 
 
 class Verb(Protocol):
-    """One of the four verbs with all its static facts: equal on every member, and therefore safe to compare."""
+    """One of the four verbs with all its static facts: equal on every member, and therefore safe to
+    compare."""
 
     name: str
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
-        """-> (outputs, kept, facts): differentiable outputs; the tensors and the plain values that backward needs."""
+        """-> (outputs, kept, facts): differentiable outputs; the tensors and the plain values that
+        backward needs."""
         ...
 
-    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: Any, grads: tuple[Tensor | None, ...]) -> Program:
+    def backward(
+        self,
+        member: Member,
+        kept: tuple[Tensor | None, ...],
+        facts: Any,
+        grads: tuple[Tensor | None, ...],
+    ) -> Program:
         """-> one gradient or None per input tensor of `forward`"""
         ...
 
@@ -152,8 +172,9 @@ class Verb(Protocol):
 class Communicator(Protocol):
     """Hosts members of one sequence group.
 
-    scope: set by whoever wants traffic told apart, by layer for instance; calls made meanwhile count under it, their backward too.
-    joined: several members share one graph node, which then keeps its tensors itself: hooks on saved tensors belong to one member's thread.
+    scope: set by whoever wants traffic told apart, by layer for instance; calls made meanwhile
+    count under it, their backward too. joined: several members share one graph node, which then
+    keeps its tensors itself: hooks on saved tensors belong to one member's thread.
     """
 
     members: tuple[Member, ...]
@@ -166,7 +187,8 @@ class Communicator(Protocol):
         ...
 
     def run(self, label: str, programs: list[Program]) -> list[Any]:
-        """Drive one program per hosted member to its end and return their results in member order."""
+        """Drive one program per hosted member to its end and return their results in member
+        order."""
         ...
 
 
@@ -192,21 +214,31 @@ class SoloComm:
 
 def exact_arithmetic(device_type: str) -> AbstractContextManager[None]:
     """Autocast off: the verbs choose their own precision. (Shape-only tensors know no autocast.)"""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+    return (
+        torch.autocast(device_type, enabled=False)
+        if torch.amp.is_autocast_available(device_type)
+        else nullcontext()
+    )
 
 
 class _Phases(torch.autograd.Function):
-    """One graph node per verb call, whatever the number of hosted members; its backward runs the verb's backward phases."""
+    """One graph node per verb call, whatever the number of hosted members; its backward runs the
+    verb's backward phases."""
 
     @staticmethod
-    def forward(ctx: Any, comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, comm: Communicator, verb: Verb, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.label = f"{comm.scope}/{verb.name}" if comm.scope else verb.name
         ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
         device = next(x.device.type for x in tensors if x is not None)
         with exact_arithmetic(device):
             own = ctx.count
-            programs = [verb.forward(m, *tensors[i * own : (i + 1) * own]) for i, m in enumerate(comm.members)]
+            programs = [
+                verb.forward(m, *tensors[i * own : (i + 1) * own])
+                for i, m in enumerate(comm.members)
+            ]
             results = comm.run(f"{ctx.label} forward", programs)
         ctx.kept_counts = [len(kept) for _, kept, _ in results]
         ctx.facts = [facts for *_, facts in results]
@@ -225,11 +257,16 @@ class _Phases(torch.autograd.Function):
         with exact_arithmetic(ctx.device):
             for i, member in enumerate(members):
                 kept = tuple(saved.pop(0) for _ in range(ctx.kept_counts[i]))
-                programs.append(ctx.verb.backward(member, kept, ctx.facts[i], grads[i * width : (i + 1) * width]))
+                programs.append(
+                    ctx.verb.backward(
+                        member, kept, ctx.facts[i], grads[i * width : (i + 1) * width]
+                    )
+                )
             results = ctx.comm.run(f"{ctx.label} backward", programs)
         return (None, None, *(grad for result in results for grad in result))
 
 
 def apply(comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Run a verb for all hosted members as one differentiable operation. tensors, outputs: the members' one after the other."""
+    """Run a verb for all hosted members as one differentiable operation. tensors, outputs: the
+    members' one after the other."""
     return _Phases.apply(comm, verb, *tensors)

@@ -1,8 +1,8 @@
 """Attention engines of others behind the same verb: `parallel.attention=native|deepspeed|xfuser`.
 
-native is our own (`attend.py`). The others see plain bidirectional attention over evenly split clips and refuse the rest: they know no
-packed documents, no padding, no chunk masks and no unequal shares. They are for comparison, and for installations that already trust one of
-them.
+native is our own (`attend.py`). The others see plain bidirectional attention over evenly split
+clips and refuse the rest: they know no packed documents, no padding, no chunk masks and no unequal
+shares. They are for comparison, and for installations that already trust one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from parallel.comm import Member
 from parallel.layout import ClipLayout
 from parallel.masks import FULL, AttentionMask
 
-AttentionEngine = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, T/P·S, H, D] -> [B, T/P·S, H, D]
+AttentionEngine = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # q, k, v [B, T/P·S, H, D] -> [B, T/P·S, H, D]
 
 
 class EngineComm(Protocol):
@@ -29,48 +31,81 @@ class EngineComm(Protocol):
     def group(self, axis: str) -> ProcessGroup: ...
 
 
-def check_engine(name: str, layout: ClipLayout, mask: AttentionMask, member: Member, heads: int, key_heads: int, cache: object) -> None:
-    """ValueError unless an engine of others computes this case rightly (they would be silently wrong, or hang)."""
+def check_engine(
+    name: str,
+    layout: ClipLayout,
+    mask: AttentionMask,
+    member: Member,
+    heads: int,
+    key_heads: int,
+    cache: object,
+) -> None:
+    """ValueError unless an engine of others computes this case rightly (they would be silently
+    wrong, or hang)."""
     rules = [
         (cache is None, "a cache of earlier frames", "none"),
         (mask == FULL, f"mask {mask}", "the full mask"),
-        (len(layout.document_starts) == 1, f"documents at {layout.document_starts}", "one document"),
+        (
+            len(layout.document_starts) == 1,
+            f"documents at {layout.document_starts}",
+            "one document",
+        ),
         (not layout.ragged, f"valid_frames {layout.valid_frames}", "no padding"),
-        (layout.frames % member.size == 0, f"{layout.frames} latent frames", f"a multiple of the {member.size} members"),
+        (
+            layout.frames % member.size == 0,
+            f"{layout.frames} latent frames",
+            f"a multiple of the {member.size} members",
+        ),
         (heads % member.ulysses == 0, f"{heads} heads", f"a multiple of ulysses {member.ulysses}"),
-        (key_heads % member.ulysses == 0, f"{key_heads} key heads", f"a multiple of ulysses {member.ulysses}"),
+        (
+            key_heads % member.ulysses == 0,
+            f"{key_heads} key heads",
+            f"a multiple of ulysses {member.ulysses}",
+        ),
     ]
     for holds, got, expected in rules:
         if not holds:
             raise ValueError(
-                f"attention engine {name} does not compute this: got {got}, expected {expected} (key parallel.attention)."
-                " Fix: parallel.attention=native"
+                f"attention engine {name} does not compute this: got {got}, expected {expected}"
+                " (key parallel.attention). Fix: parallel.attention=native"
             )
 
 
 def deepspeed(comm: EngineComm) -> AttentionEngine:
-    """DeepSpeed-Ulysses' `DistributedAttention` around PyTorch's attention. Ulysses only; runs on CPU too, where it is an exact oracle."""
+    """DeepSpeed-Ulysses' `DistributedAttention` around PyTorch's attention. Ulysses only; runs on
+    CPU too, where it is an exact oracle."""
     from deepspeed import comm as deepspeed_comm
     from deepspeed.sequence.layer import DistributedAttention
 
     member = comm.members[0]
     if member.ring > 1:
-        raise ValueError(f"attention engine deepspeed has no ring: got ring {member.ring}, expected 1. Fix: parallel.ring=1")
+        raise ValueError(
+            f"attention engine deepspeed has no ring: got ring {member.ring}, expected 1. Fix:"
+            " parallel.ring=1"
+        )
     if not deepspeed_comm.is_initialized():
-        deepspeed_comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+        deepspeed_comm.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
 
     def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, T·S, H/P, D]"""
         repeat = q.shape[2] // k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+        q, k, v = (
+            x.transpose(1, 2)
+            for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2))
+        )
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+        )
 
     module: Any = DistributedAttention(local, comm.group("ulysses"), scatter_idx=2, gather_idx=1)
     return lambda q, k, v: module(q, k, v, 0)
 
 
 def xfuser(comm: EngineComm) -> AttentionEngine:
-    """xDiT's long-context attention (Ulysses × ring) on accelerators; its import fails on CPU. Source: xfuser 0.7, yunchang 0.6."""
+    """xDiT's long-context attention (Ulysses × ring) on accelerators; its import fails on CPU.
+    Source: xfuser 0.7, yunchang 0.6."""
     from xfuser.core.long_ctx_attention import xFuserLongContextAttention
     from yunchang import set_seq_parallel_pg
 
@@ -85,7 +120,11 @@ ENGINES: dict[str, Callable[[Any], AttentionEngine]] = {"deepspeed": deepspeed, 
 
 
 def make_engine(name: str, comm: EngineComm | None) -> tuple[str, AttentionEngine] | None:
-    """The engine `name` for a sequence group, made once per run; None for our own, or when clips are not split."""
+    """The engine `name` for a sequence group, made once per run; None for our own, or when clips
+    are not split."""
     if name != "native" and name not in ENGINES:
-        raise ValueError(f"attention engine is unknown: got {name!r}, expected native, {', '.join(ENGINES)} (key parallel.attention)")
+        raise ValueError(
+            f"attention engine is unknown: got {name!r}, expected native, {', '.join(ENGINES)} (key"
+            " parallel.attention)"
+        )
     return None if name == "native" or comm is None else (name, ENGINES[name](comm))

@@ -1,8 +1,10 @@
-"""scan: frame-wise gated delta-net states under context parallelism, exactly, with one all-gather each way.
+"""scan: frame-wise gated delta-net states under context parallelism, exactly, with one all-gather
+each way.
 
-Over the frames a…b of one member the recurrence S_t = S_{t-1} M_t + U_t is affine: S_b = S_{a-1} C + H with C = M_a … M_b and H = S_b from
-a zero start. So every member computes its (C, H_fwd, H_rev), one all-gather shows all of them to everyone, and each member composes the
-state that enters its own range from the left and from the right; then it runs its local frames from there.
+Over the frames a…b of one member the recurrence S_t = S_{t-1} M_t + U_t is affine: S_b = S_{a-1} C
++ H with C = M_a … M_b and H = S_b from a zero start. So every member computes its (C, H_fwd,
+H_rev), one all-gather shows all of them to everyone, and each member composes the state that enters
+its own range from the left and from the right; then it runs its local frames from there.
 
  - M is symmetric (M = γ(I − A), A a Gram matrix), so the composite of the reverse direction is M_b … M_a = C^T: one C serves both.
  - C is raw: no cut is ever folded into it. A document edge on a member's border closes the forward direction there and may leave the
@@ -12,13 +14,14 @@ state that enters its own range from the left and from the right; then it runs i
  edge.
  - Padding frames are γ = 1, A = 0, U = 0, that is M = I; members without frames are C = I, H = 0 and pass everything through.
 
-Backward is the same prefix problem in the opposite member order: the adjoint λ_t = dL/dF_t obeys λ_t = G_t + λ_{t+1} M_{t+1}, so what
-leaves a member to the left is X + y C^T with y what entered from the right. C is known from the forward pass; only X (and its mirror image
-Z) is gathered. The local states are run again, so no graph over T steps is kept.
+Backward is the same prefix problem in the opposite member order: the adjoint λ_t = dL/dF_t obeys
+λ_t = G_t + λ_{t+1} M_{t+1}, so what leaves a member to the left is X + y C^T with y what entered
+from the right. C is known from the forward pass; only X (and its mirror image Z) is gathered. The
+local states are run again, so no graph over T steps is kept.
 
-Elements sent by a member to each other member: forward Σ over streams of B·H·(D² + 2·E·D), backward Σ B·H·2·E·D (one E·D less each without
-a reverse pass), in float32 (float64 for float64 inputs); with an initial state backward adds B·H·E·D per stream for the final state's
-gradient.
+Elements sent by a member to each other member: forward Σ over streams of B·H·(D² + 2·E·D), backward
+Σ B·H·2·E·D (one E·D less each without a reverse pass), in float32 (float64 for float64 inputs);
+with an initial state backward adds B·H·E·D per stream for the final state's gradient.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ Reverse = Literal["inclusive", "exclusive"] | None
 class ScanOutput(NamedTuple):
     """states: per stream [B, T/P, H, E, D], forward inclusive plus reverse state.
 
-    final: per stream [B, H, E, D], F after the clip's last frame, the same on all members; the gradients that members give it are added up.
+    final: per stream [B, H, E, D], F after the clip's last frame, the same on all members; the
+    gradients that members give it are added up.
     """
 
     states: list[Tensor]
@@ -59,7 +63,8 @@ def local_cuts(layout: ClipLayout, frames: FrameRange, continued: bool) -> Cuts:
 
 @dataclass(frozen=True)
 class ScanVerb:
-    """tensors: decay, gram, update of every stream, then one initial state [B, H, E, D] per stream if `continued`."""
+    """tensors: decay, gram, update of every stream, then one initial state [B, H, E, D] per stream
+    if `continued`."""
 
     layout: ClipLayout
     streams: int
@@ -73,28 +78,49 @@ class ScanVerb:
 
     def _split(self, tensors: Sequence[Tensor | None]) -> tuple[list[Stream], list[Tensor | None]]:
         streams = [Stream(*tensors[3 * i : 3 * i + 3]) for i in range(self.streams)]  # type: ignore[arg-type]
-        initial: list[Tensor | None] = [*tensors[3 * self.streams :]] if self.continued else [None] * self.streams
+        initial: list[Tensor | None] = (
+            [*tensors[3 * self.streams :]] if self.continued else [None] * self.streams
+        )
         return streams, initial
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
         streams, initial = self._split(tensors)
         cuts = self._cuts(member.size)
         mine = cuts[member.index]
-        starts = [None if x is None else x.to(accumulation_dtype(s.update.dtype)) for x, s in zip(initial, streams, strict=True)]
+        starts = [
+            None if x is None else x.to(accumulation_dtype(s.update.dtype))
+            for x, s in zip(initial, streams, strict=True)
+        ]
         if member.size == 1:
-            outputs = [self.kernels.local_states(s, mine, self.reverse, start, None) for s, start in zip(streams, starts, strict=True)]
+            outputs = [
+                self.kernels.local_states(s, mine, self.reverse, start, None)
+                for s, start in zip(streams, starts, strict=True)
+            ]
             kept: list[Tensor | None] = [x for start in starts for x in (start, None)]
-            return (*(o[0] for o in outputs), *(o[1] for o in outputs)), (*tensors[: 3 * self.streams], *kept), None
-        composites = [[x for x in self.kernels.local_composites(s, mine, self.reverse) if x is not None] for s in streams]
+            return (
+                (*(o[0] for o in outputs), *(o[1] for o in outputs)),
+                (*tensors[: 3 * self.streams], *kept),
+                None,
+            )
+        composites = [
+            [x for x in self.kernels.local_composites(s, mine, self.reverse) if x is not None]
+            for s in streams
+        ]
         like = [x for group in composites for x in group]
-        # per stream C [B, H, D, D], H_fwd and H_rev [B, H, E, D], all streams in one buffer -> the same of every member
+        # per stream C [B, H, D, D], H_fwd and H_rev [B, H, E, D], all streams in one buffer -> the
+        # same of every member
         gathered = yield AllGather(pack(like))
         everyone = [unpack(flat, like) for flat in gathered]
         width = 2 if self.reverse is None else 3
         outputs, kept, chains = [], [], []
         for i, (stream, start) in enumerate(zip(streams, starts, strict=True)):
             products = [parts[width * i] for parts in everyone]
-            ahead = _prefix(products, [parts[width * i + 1] for parts in everyone], [all(c.forward) for c in cuts], start)
+            ahead = _prefix(
+                products,
+                [parts[width * i + 1] for parts in everyone],
+                [all(c.forward) for c in cuts],
+                start,
+            )
             back = None
             if self.reverse is not None:
                 transposed = [c.transpose(-1, -2) for c in products]
@@ -102,78 +128,130 @@ class ScanVerb:
                 back = _suffix(transposed, ends, [all(c.reverse) for c in cuts], None)[member.index]
             final = ahead[-1]
             assert final is not None
-            outputs.append((self.kernels.local_states(stream, mine, self.reverse, ahead[member.index], back)[0], final))
+            outputs.append(
+                (
+                    self.kernels.local_states(
+                        stream, mine, self.reverse, ahead[member.index], back
+                    )[0],
+                    final,
+                )
+            )
             kept += [ahead[member.index], back]
             chains += products
-        return (*(o[0] for o in outputs), *(o[1] for o in outputs)), (*tensors[: 3 * self.streams], *kept, *chains), None
+        return (
+            (*(o[0] for o in outputs), *(o[1] for o in outputs)),
+            (*tensors[: 3 * self.streams], *kept, *chains),
+            None,
+        )
 
-    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: None, grads: tuple[Tensor | None, ...]) -> Program:
+    def backward(
+        self,
+        member: Member,
+        kept: tuple[Tensor | None, ...],
+        facts: None,
+        grads: tuple[Tensor | None, ...],
+    ) -> Program:
         n = self.streams
         streams, _ = self._split(kept)
         starts = [(kept[3 * n + 2 * i], kept[3 * n + 2 * i + 1]) for i in range(n)]
         if not self.continued and any(g is not None for g in grads[n:]):
             raise ValueError(
-                "gradient of a final state was asked for: got initial=None, expected initial states (SequenceShard.scan)."
-                " Fix: pass initial=[zeros [B, H, E, D], …], which makes the scan a differentiable piece of a stream"
+                "gradient of a final state was asked for: got initial=None, expected initial states"
+                " (SequenceShard.scan). Fix: pass initial=[zeros [B, H, E, D], …], which makes the"
+                " scan a differentiable piece of a stream"
             )
         upstream = [_zeros_like_states(s) if g is None else g for g, s in zip(grads, streams)]
         cuts = self._cuts(member.size)
         mine = cuts[member.index]
         final: list[Tensor | None] = [None] * n
         if self.continued:
-            final = [_zeros_like_states(s)[:, :0].sum(1) if g is None else g for g, s in zip(grads[n:], streams)]
+            final = [
+                _zeros_like_states(s)[:, :0].sum(1) if g is None else g
+                for g, s in zip(grads[n:], streams)
+            ]
         from_right: list[Tensor | None] = list(final)
         from_left: list[Tensor | None] = [None] * n
         if member.size > 1:
-            leaving = [self.kernels.local_adjoint_composites(s, mine, self.reverse, g) for s, g in zip(streams, upstream)]
-            like = [x for group, last in zip(leaving, final) for x in (*group, last) if x is not None]
-            # per stream X and Z [B, H, E, D] (and the final state's gradient), all streams in one buffer -> the same of every member
+            leaving = [
+                self.kernels.local_adjoint_composites(s, mine, self.reverse, g)
+                for s, g in zip(streams, upstream)
+            ]
+            like = [
+                x for group, last in zip(leaving, final) for x in (*group, last) if x is not None
+            ]
+            # per stream X and Z [B, H, E, D] (and the final state's gradient), all streams in one
+            # buffer -> the same of every member
             gathered = yield AllGather(pack(like))
             everyone = [unpack(flat, like) for flat in gathered]
             chains = kept[5 * n :]
             width = len(like) // n
             for i in range(n):
                 products: list[Tensor] = list(chains[member.size * i : member.size * (i + 1)])  # type: ignore[arg-type]
-                last = None if final[i] is None else torch.stack([parts[width * i + width - 1] for parts in everyone]).sum(0)
+                last = (
+                    None
+                    if final[i] is None
+                    else torch.stack([parts[width * i + width - 1] for parts in everyone]).sum(0)
+                )
                 ends = [parts[width * i] for parts in everyone]
                 transposed = [c.transpose(-1, -2) for c in products]
-                from_right[i] = _suffix(transposed, ends, [all(c.forward) for c in cuts], last)[member.index]
+                from_right[i] = _suffix(transposed, ends, [all(c.forward) for c in cuts], last)[
+                    member.index
+                ]
                 if self.reverse is not None:
                     ends = [parts[width * i + 1] for parts in everyone]
-                    from_left[i] = _prefix(products, ends, [all(c.reverse) for c in cuts], None)[member.index]
+                    from_left[i] = _prefix(products, ends, [all(c.reverse) for c in cuts], None)[
+                        member.index
+                    ]
         out: list[Tensor | None] = []
         initial: list[Tensor | None] = []
         for i, (stream, g) in enumerate(zip(streams, upstream)):
-            local, to_start = self.kernels.local_adjoint(stream, mine, self.reverse, *starts[i], g, from_right[i], from_left[i])
+            local, to_start = self.kernels.local_adjoint(
+                stream, mine, self.reverse, *starts[i], g, from_right[i], from_left[i]
+            )
             out += [x.to(like.dtype) for x, like in zip(local, stream)]
-            if self.continued:  # the whole gradient goes to the member with frame 0: members' gradients are summed
-                initial.append(to_start if member.index == 0 else _zeros_like_states(stream)[:, :0].sum(1))
+            if (
+                self.continued
+            ):  # the whole gradient goes to the member with frame 0: members' gradients are summed
+                initial.append(
+                    to_start if member.index == 0 else _zeros_like_states(stream)[:, :0].sum(1)
+                )
         return (*out, *initial)
 
 
 def _zeros_like_states(stream: Stream) -> Tensor:
     """[B, T/P, H, E, D] in the accumulation dtype"""
-    return torch.zeros(stream.update.shape, dtype=accumulation_dtype(stream.update.dtype), device=stream.update.device)
+    return torch.zeros(
+        stream.update.shape,
+        dtype=accumulation_dtype(stream.update.dtype),
+        device=stream.update.device,
+    )
 
 
 def _product(state: Tensor, composite: Tensor) -> Tensor:
-    """state [B, H, E, D] · composite [B, H, D, D], never rounded to TF32: a composite is near the identity, and its rounding is the
-    error.
+    """state [B, H, E, D] · composite [B, H, D, D], never rounded to TF32: a composite is near the
+    identity, and its rounding is the error.
     """
     if state.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
         return torch.matmul(state.double(), composite.double()).to(state.dtype)
     return torch.matmul(state, composite)
 
 
-def _prefix(products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None) -> list[Tensor | None]:
-    """value[p]: what reaches member p from the left, value[P]: what leaves the last one. value[p+1] = ends[p] + value[p] · products[p]."""
+def _prefix(
+    products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None
+) -> list[Tensor | None]:
+    """value[p]: what reaches member p from the left, value[P]: what leaves the last one. value[p+1]
+    = ends[p] + value[p] · products[p]."""
     values = [start]
     for product, end, open_through in zip(products, ends, passes, strict=True):
         before = values[-1]
-        values.append(end if before is None or not open_through else end + _product(before, product))
+        values.append(
+            end if before is None or not open_through else end + _product(before, product)
+        )
     return values
 
 
-def _suffix(products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None) -> list[Tensor | None]:
+def _suffix(
+    products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None
+) -> list[Tensor | None]:
     """value[p]: what reaches member p from the right (`start` at the last member)."""
     return _prefix(products[::-1], ends[::-1], passes[::-1], start)[-2::-1]

@@ -1,11 +1,14 @@
-"""halo: exactly the frames that a temporal convolution reads beyond the local ones, from the members that hold them.
+"""halo: exactly the frames that a temporal convolution reads beyond the local ones, from the
+members that hold them.
 
-Tap j of local frame i is frame i + j − before of the clip. A convolution of width before + 1 + after is Σ_j W_j @ tap_j. A halo may span
-several members (T/P < width), and members without frames take part without wanting any.
+Tap j of local frame i is frame i + j − before of the clip. A convolution of width before + 1 +
+after is Σ_j W_j @ tap_j. A halo may span several members (T/P < width), and members without frames
+take part without wanting any.
 
-One exchange for all tensors: member p sends member q those frames of its own that q's halo contains. Bytes sent by a member that has a full
-neighbour on both sides: (before + after) · Σ bytes of one frame of each tensor. Backward sends the gradients of the same frames home, where
-they are added in member order.
+One exchange for all tensors: member p sends member q those frames of its own that q's halo
+contains. Bytes sent by a member that has a full neighbour on both sides: (before + after) · Σ bytes
+of one frame of each tensor. Backward sends the gradients of the same frames home, where they are
+added in member order.
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ NOTHING = FrameRange(0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Taps(Sequence[Tensor]):
-    """The taps of a temporal convolution, each cut out and masked when it is asked for; a fused kernel reads `extended` itself.
+    """The taps of a temporal convolution, each cut out and masked when it is asked for; a fused
+    kernel reads `extended` itself.
 
-    extended: [B, before + t + after, …], zero beyond the clip; before; seen: per local frame the first tap it may see and the one after the
-    last, where an edge inside the clip hides any; None: every frame sees all taps.
+    extended: [B, before + t + after, …], zero beyond the clip; before; seen: per local frame the
+    first tap it may see and the one after the last, where an edge inside the clip hides any; None:
+    every frame sees all taps.
     """
 
     extended: Tensor
@@ -52,23 +57,37 @@ class Taps(Sequence[Tensor]):
         hidden = [not first <= j < stop for first, stop in self.seen or ()]
         if not any(hidden):
             return piece
-        mask = torch.tensor(hidden, device=piece.device).reshape(1, self.frames, *[1] * (piece.dim() - 2))
+        mask = torch.tensor(hidden, device=piece.device).reshape(
+            1, self.frames, *[1] * (piece.dim() - 2)
+        )
         return piece.masked_fill(mask, 0)
 
 
-def visible_taps(limits: Sequence[FrameRange], local: FrameRange, before: int, after: int) -> tuple[tuple[int, int], ...] | None:
-    """`Taps.seen` of the local frames, from the frames that each frame of the clip may see (`layout.halo_limits`)."""
+def visible_taps(
+    limits: Sequence[FrameRange], local: FrameRange, before: int, after: int
+) -> tuple[tuple[int, int], ...] | None:
+    """`Taps.seen` of the local frames, from the frames that each frame of the clip may see
+    (`layout.halo_limits`)."""
     seen, clip = [], FrameRange(0, len(limits))
     for i in range(local.start, local.stop):
-        first, stop = (max(0, limits[i].start - i + before), min(before + 1 + after, limits[i].stop - i + before))
+        first, stop = (
+            max(0, limits[i].start - i + before),
+            min(before + 1 + after, limits[i].stop - i + before),
+        )
         # frames outside the clip are zero already
-        seen.append((0 if limits[i].start == clip.start else first, before + 1 + after if limits[i].stop == clip.stop else stop))
+        seen.append(
+            (
+                0 if limits[i].start == clip.start else first,
+                before + 1 + after if limits[i].stop == clip.stop else stop,
+            )
+        )
     return None if all(pair == (0, before + 1 + after) for pair in seen) else tuple(seen)
 
 
 @dataclass(frozen=True)
 class HaloVerb:
-    """tensors [B, T/P, …] -> the local frames extended to both sides [B, before + T/P + after, …], zero beyond the clip's ends."""
+    """tensors [B, T/P, …] -> the local frames extended to both sides [B, before + T/P + after, …],
+    zero beyond the clip's ends."""
 
     layout: ClipLayout
     before: int
@@ -79,11 +98,16 @@ class HaloVerb:
         """Local frames; frames to send to each member; frames to receive from each member."""
         held = self.layout.split(member.size)
         wanted = [
-            FrameRange(max(0, r.start - self.before), min(self.layout.frames, r.stop + self.after)) if len(r) else NOTHING for r in held
+            FrameRange(max(0, r.start - self.before), min(self.layout.frames, r.stop + self.after))
+            if len(r)
+            else NOTHING
+            for r in held
         ]
         me = member.index
         send = [NOTHING if q == me else _overlap(held[me], wanted[q]) for q in range(member.size)]
-        receive = [NOTHING if q == me else _overlap(held[q], wanted[me]) for q in range(member.size)]
+        receive = [
+            NOTHING if q == me else _overlap(held[q], wanted[me]) for q in range(member.size)
+        ]
         return held[me], send, receive
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
@@ -93,8 +117,12 @@ class HaloVerb:
         pieces: list[list[Tensor]] = [[] for _ in inputs]
         answers: list[Tensor] = []
         if member.size > 1:
-            parts = [pack([x[:, r.start - mine.start : r.stop - mine.start] for x in inputs]) for r in send]
-            # [B, frames for q, …] of every tensor, flat -> [B, frames from q, …] of every tensor, flat
+            parts = [
+                pack([x[:, r.start - mine.start : r.stop - mine.start] for x in inputs])
+                for r in send
+            ]
+            # [B, frames for q, …] of every tensor, flat -> [B, frames from q, …] of every tensor,
+            # flat
             answers = yield Exchange(parts, [_frames(inputs, r) for r in receive])
         for q in range(member.size):
             local = inputs if q == member.index else unpack(answers[q], _frames(inputs, receive[q]))
@@ -104,17 +132,28 @@ class HaloVerb:
         right = self.after - sum(len(r) for r in receive[member.index + 1 :])
         return tuple(_concat(piece, left, right) for piece in pieces), (), like
 
-    def backward(self, member: Member, kept: tuple[Tensor | None, ...], facts: list, grads: tuple[Tensor | None, ...]) -> Program:
+    def backward(
+        self,
+        member: Member,
+        kept: tuple[Tensor | None, ...],
+        facts: list,
+        grads: tuple[Tensor | None, ...],
+    ) -> Program:
         mine, send, receive = self.plan(member)
         full = [
-            torch.zeros(s[0], s[1] + self.before + self.after, *s[2:], dtype=t, device=d) if g is None else g
+            torch.zeros(s[0], s[1] + self.before + self.after, *s[2:], dtype=t, device=d)
+            if g is None
+            else g
             for g, (s, t, d) in zip(grads, facts)
         ]
         own = [g[:, self.before : self.before + len(mine)] for g in full]
         if member.size == 1:
             return tuple(own)
         first = mine.start - self.before  # clip frame of row 0 of the extended tensors
-        parts = [pack([g[:, r.start - first : r.stop - first] if len(r) else g[:, :0] for g in full]) for r in receive]
+        parts = [
+            pack([g[:, r.start - first : r.stop - first] if len(r) else g[:, :0] for g in full])
+            for r in receive
+        ]
         # gradients of the frames received from q go back to q
         answers = yield Exchange(parts, [_frames(own, r) for r in send])
         out = [g.clone() for g in own]

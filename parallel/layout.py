@@ -1,8 +1,8 @@
 """Who holds which latent frame, and who may see whom: pure integers, no tensors.
 
-One clip (or several documents packed into one sequence) has T latent frames. `edges` is the only place that knows where information may
-cross from one frame to the next; the GDN scan, the convolution halos, the attention masks and streaming all ask it, and so do their test
-oracles.
+One clip (or several documents packed into one sequence) has T latent frames. `edges` is the only
+place that knows where information may cross from one frame to the next; the GDN scan, the
+convolution halos, the attention masks and streaming all ask it, and so do their test oracles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class FrameRange:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop:
-            raise ValueError(f"frame range is impossible: got [{self.start}, {self.stop}), expected 0 <= start <= stop (FrameRange)")
+            raise ValueError(
+                f"frame range is impossible: got [{self.start}, {self.stop}), expected 0 <= start"
+                " <= stop (FrameRange)"
+            )
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -35,11 +38,11 @@ class FrameRange:
 class ClipLayout:
     """The time axis of a batch, equal on every rank.
 
-    frames: T, latent frames per row (padding included).
-    document_starts: first frame of each packed document. Nothing ever crosses a document edge.
-    chunk_starts: first frame of each chunk. A chunk sees the past and itself, never a later chunk. The default is one chunk: bidirectional.
-    valid_frames: per row, how many leading frames are real; the rest is padding that changes no real frame. None: all of them, any row
-    count.
+    frames: T, latent frames per row (padding included). document_starts: first frame of each packed
+    document. Nothing ever crosses a document edge. chunk_starts: first frame of each chunk. A chunk
+    sees the past and itself, never a later chunk. The default is one chunk: bidirectional.
+    valid_frames: per row, how many leading frames are real; the rest is padding that changes no
+    real frame. None: all of them, any row count.
     """
 
     frames: int
@@ -49,24 +52,38 @@ class ClipLayout:
 
     def __post_init__(self) -> None:
         if self.frames < 1:
-            raise ValueError(f"clip layout has no frames: got frames={self.frames}, expected >= 1 (ClipLayout)")
+            raise ValueError(
+                f"clip layout has no frames: got frames={self.frames}, expected >= 1 (ClipLayout)"
+            )
         for name in ("document_starts", "chunk_starts"):
             starts = tuple(getattr(self, name))
             object.__setattr__(self, name, starts)
-            if not starts or starts[0] != 0 or any(b <= a for a, b in pairwise(starts)) or starts[-1] >= self.frames:
+            if (
+                not starts
+                or starts[0] != 0
+                or any(b <= a for a, b in pairwise(starts))
+                or starts[-1] >= self.frames
+            ):
                 raise ValueError(
-                    f"clip layout is impossible: got {name}={starts}, expected 0 = first < … < last < frames={self.frames} (ClipLayout)"
+                    f"clip layout is impossible: got {name}={starts}, expected 0 = first < … < last"
+                    f" < frames={self.frames} (ClipLayout)"
                 )
         if self.valid_frames is not None:
             object.__setattr__(self, "valid_frames", tuple(int(n) for n in self.valid_frames))
             bad = [n for n in self.valid_frames if not 0 <= n <= self.frames]
             if bad:
-                raise ValueError(f"clip layout is impossible: got valid_frames {bad}, expected 0 … frames={self.frames} (ClipLayout)")
+                raise ValueError(
+                    f"clip layout is impossible: got valid_frames {bad}, expected 0 …"
+                    f" frames={self.frames} (ClipLayout)"
+                )
 
     def split(self, ranks: int) -> tuple[FrameRange, ...]:
-        """Contiguous shares in rank order; the first T % P ranks hold one frame more, and ranks beyond T hold none."""
+        """Contiguous shares in rank order; the first T % P ranks hold one frame more, and ranks
+        beyond T hold none."""
         if ranks < 1:
-            raise ValueError(f"cannot split a clip: got {ranks} ranks, expected >= 1 (ClipLayout.split)")
+            raise ValueError(
+                f"cannot split a clip: got {ranks} ranks, expected >= 1 (ClipLayout.split)"
+            )
         return _split(self.frames, ranks)
 
     @property
@@ -94,7 +111,8 @@ def _split(count: int, parts: int) -> tuple[FrameRange, ...]:
 
 
 def split_evenly(count: int, parts: int) -> tuple[FrameRange, ...]:
-    """The rule of `ClipLayout.split` for anything countable (also attention heads over Ulysses ranks)."""
+    """The rule of `ClipLayout.split` for anything countable (also attention heads over Ulysses
+    ranks)."""
     return _split(count, parts)
 
 
@@ -125,11 +143,14 @@ def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
 def halo_limits(layout: ClipLayout, kind: str) -> tuple[FrameRange, ...]:
     """For each frame the range a temporal convolution may read.
 
-    clip: everything. document: its own document. chunk: from its document's start to its chunk's end (the past is visible, the future is
-    not).
+    clip: everything. document: its own document. chunk: from its document's start to its chunk's
+    end (the past is visible, the future is not).
     """
     if kind not in ("clip", "document", "chunk"):
-        raise ValueError(f"halo edges are unknown: got {kind!r}, expected clip, document or chunk (SequenceShard.halo)")
+        raise ValueError(
+            f"halo edges are unknown: got {kind!r}, expected clip, document or chunk"
+            " (SequenceShard.halo)"
+        )
     if kind == "clip":
         return (FrameRange(0, layout.frames),) * layout.frames
     end = layout.document_of if kind == "document" else layout.chunk_of

@@ -1,8 +1,10 @@
-"""Softmax attention of one block (query frames × key frames), tile by tile: the default kernels of `attend`.
+"""Softmax attention of one block (query frames × key frames), tile by tile: the default kernels of
+`attend`.
 
-A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPU, and elsewhere, unless the caller's table of
-kernels has better, plain matrix products over a bounded number of queries at a time. A row without a tile gets zeros and LSE −inf
-here, because kernels disagree on it (ATen's CPU flash calls it 0, and a ring merge would then be wrong).
+A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPU, and
+elsewhere, unless the caller's table of kernels has better, plain matrix products over a bounded
+number of queries at a time. A row without a tile gets zeros and LSE −inf here, because kernels
+disagree on it (ATen's CPU flash calls it 0, and a ring merge would then be wrong).
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def _to_kernel(x: Tensor) -> Tensor:
 
 
 def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """Rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D]; a view when it is one run of all rows."""
+    """Rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D]; a view when it is one
+    run of all rows."""
     if tile.rows is not None:
         x = x[list(tile.rows)]
     parts = [x[:, start:stop] for start, stop in runs]
@@ -37,17 +40,23 @@ def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D], natural-log LSE [B, H, n] (accumulation dtype)."""
+    """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D],
+    natural-log LSE [B, H, n] (accumulation dtype)."""
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out, lse.to(accumulation_dtype(q.dtype))
     return plain_attention(q, k, v)
 
 
-def dense_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the result is then this block's share."""
+def dense_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the
+    result is then this block's share."""
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False
+        )
     return plain_attention_backward(grad, q, k, v, out, lse)
 
 
@@ -67,15 +76,24 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
-def plain_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5
     keys, values = k.to(wide), v.to(wide)
     dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
     size = _queries_at_once(q, k)
-    for g, part, o, sums in zip(grad.to(wide).split(size, 2), q.to(wide).split(size, 2), out.to(wide).split(size, 2), lse.split(size, 2)):
+    for g, part, o, sums in zip(
+        grad.to(wide).split(size, 2),
+        q.to(wide).split(size, 2),
+        out.to(wide).split(size, 2),
+        lse.split(size, 2),
+    ):
         p = (torch.matmul(part, keys.transpose(-1, -2)) * scale - sums[..., None]).exp_()
-        score_grad = p * (torch.matmul(g, values.transpose(-1, -2)) - (g * o).sum(-1, keepdim=True)) * scale
+        score_grad = (
+            p * (torch.matmul(g, values.transpose(-1, -2)) - (g * o).sum(-1, keepdim=True)) * scale
+        )
         dq.append(torch.matmul(score_grad, keys))
         dk += torch.matmul(score_grad.transpose(-1, -2), part)
         dv += torch.matmul(p.transpose(-1, -2), g)
@@ -83,21 +101,37 @@ def plain_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable[..., tuple[Tensor, Tensor]] = dense_attention
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: tuple[Tile, ...],
+    dense: Callable[..., tuple[Tensor, Tensor]] = dense_attention,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no tile get zeros and −inf.
+    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no
+    tile get zeros and −inf.
 
     dense: computes one tile.
     """
     batch, n, s, heads, d = q.shape
     if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
-        out, lse = dense(*(_to_kernel(x) for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))))
-        return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(batch, n, s, heads)
+        out, lse = dense(
+            *(
+                _to_kernel(x)
+                for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))
+            )
+        )
+        return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(
+            batch, n, s, heads
+        )
     result = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    sums = torch.full((batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
+    sums = torch.full(
+        (batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device
+    )
     for tile in tiles:
         block = _pick(q, tile, (tile.queries,))
-        out, lse = dense(*(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys))))
+        out, lse = dense(
+            *(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys)))
+        )
         rows = slice(None) if tile.rows is None else list(tile.rows)
         result[rows, slice(*tile.queries)] = out.transpose(1, 2).reshape(block.shape)
         sums[rows, slice(*tile.queries)] = lse.transpose(1, 2).reshape(block.shape[:-1])
@@ -114,7 +148,8 @@ def block_attention_backward(
     tiles: tuple[Tile, ...],
     dense: Callable[..., tuple[Tensor, Tensor, Tensor]] = dense_attention_backward,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of dq, dk, dv (shapes of q, k, v; accumulation dtype, or that of the inputs).
+    """This block's share of dq, dk, dv (shapes of q, k, v; accumulation dtype, or that of the
+    inputs).
 
     out [B, n, S, H, D] and lse [B, n, S, H] are the final ones, over all blocks.
     """
@@ -130,7 +165,10 @@ def block_attention_backward(
         sums = _pick(lse[..., None], tile, (tile.queries,))
         g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
         grads = dense(g, qq, kk, vv, oo, ll[..., 0])
-        dq_tile, dk_tile, dv_tile = (x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (picked[1], *keys), strict=True))
+        dq_tile, dk_tile, dv_tile = (
+            x.transpose(1, 2).reshape(like.shape)
+            for x, like in zip(grads, (picked[1], *keys), strict=True)
+        )
         rows = slice(None) if tile.rows is None else list(tile.rows)
         dq[rows, slice(*tile.queries)] += dq_tile
         cursor = 0

@@ -1,8 +1,9 @@
 """Attention masks as data: which latent frames a latent frame may attend to.
 
-Every mask is frame-wise: the S tokens of one frame see the same frames. So a mask never becomes a dense [T·S, T·S] matrix; `tiles` cuts it
-into dense rectangles (query frames × key frames) that any unmasked attention kernel computes. Documents and padding come from the
-`ClipLayout` and hold under every mask.
+Every mask is frame-wise: the S tokens of one frame see the same frames. So a mask never becomes a
+dense [T·S, T·S] matrix; `tiles` cuts it into dense rectangles (query frames × key frames) that any
+unmasked attention kernel computes. Documents and padding come from the `ClipLayout` and hold under
+every mask.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from parallel.layout import ClipLayout, FrameRange
 class AttentionMask:
     """Which frames a frame sees, inside its document.
 
-    causality: full | frame (frames up to itself) | chunk (up to the end of its own chunk).
-    window: how many frames (frame) or chunks (chunk) back, its own included; None: all of the past.
-    sink: that many first frames of the document stay visible when the window has moved on.
-    dilation: frame only; beyond the window every `dilation`-th frame of the document stays visible …
-    reach: … as long as it is less than `reach` frames back (None: without end).
+    causality: full | frame (frames up to itself) | chunk (up to the end of its own chunk). window:
+    how many frames (frame) or chunks (chunk) back, its own included; None: all of the past. sink:
+    that many first frames of the document stay visible when the window has moved on. dilation:
+    frame only; beyond the window every `dilation`-th frame of the document stays visible … reach: …
+    as long as it is less than `reach` frames back (None: without end).
     """
 
     causality: Literal["full", "frame", "chunk"] = "full"
@@ -34,13 +35,32 @@ class AttentionMask:
 
     def __post_init__(self) -> None:
         if self.causality not in ("full", "frame", "chunk"):
-            raise ValueError(f"attention mask is unknown: got causality={self.causality!r}, expected full, frame or chunk (AttentionMask)")
-        if self.causality == "full" and (self.window, self.sink, self.dilation, self.reach) != (None, 0, None, None):
-            raise ValueError(f"attention mask is impossible: got {self}, expected no window, sink, dilation or reach with causality='full'")
+            raise ValueError(
+                f"attention mask is unknown: got causality={self.causality!r}, expected full, frame"
+                " or chunk (AttentionMask)"
+            )
+        if self.causality == "full" and (self.window, self.sink, self.dilation, self.reach) != (
+            None,
+            0,
+            None,
+            None,
+        ):
+            raise ValueError(
+                f"attention mask is impossible: got {self}, expected no window, sink, dilation or"
+                " reach with causality='full'"
+            )
         if self.causality == "chunk" and (self.dilation, self.reach) != (None, None):
-            raise ValueError(f"attention mask is impossible: got {self}, expected dilation and reach only with causality='frame'")
-        if self.sink < 0 or any(n is not None and n < 1 for n in (self.window, self.dilation, self.reach)):
-            raise ValueError(f"attention mask is impossible: got {self}, expected window, dilation, reach >= 1 and sink >= 0")
+            raise ValueError(
+                f"attention mask is impossible: got {self}, expected dilation and reach only with"
+                " causality='frame'"
+            )
+        if self.sink < 0 or any(
+            n is not None and n < 1 for n in (self.window, self.dilation, self.reach)
+        ):
+            raise ValueError(
+                f"attention mask is impossible: got {self}, expected window, dilation, reach >= 1"
+                " and sink >= 0"
+            )
 
 
 FULL = AttentionMask()
@@ -49,7 +69,8 @@ CHUNK_CAUSAL = AttentionMask("chunk")
 
 
 class Tile(NamedTuple):
-    """A dense rectangle of attention. Frame numbers count from the start of the query block and of the key block.
+    """A dense rectangle of attention. Frame numbers count from the start of the query block and of
+    the key block.
 
     rows: batch rows it applies to (None: all).  queries: (start, stop).  keys: ascending (start, stop) runs, never empty.
     """
@@ -66,24 +87,39 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
     if mask.causality == "full":
         return frozenset(range(document.start, document.stop))
     if mask.causality == "frame":
-        oldest = document.start if mask.window is None else max(document.start, frame - mask.window + 1)
-        seen = set(range(oldest, frame + 1)) | set(range(document.start, min(document.start + mask.sink, frame + 1)))
+        oldest = (
+            document.start if mask.window is None else max(document.start, frame - mask.window + 1)
+        )
+        seen = set(range(oldest, frame + 1)) | set(
+            range(document.start, min(document.start + mask.sink, frame + 1))
+        )
         if mask.dilation is not None:
-            farthest = document.start if mask.reach is None else max(document.start, frame - mask.reach + 1)
-            seen |= {j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0}
+            farthest = (
+                document.start
+                if mask.reach is None
+                else max(document.start, frame - mask.reach + 1)
+            )
+            seen |= {
+                j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0
+            }
         return frozenset(seen)
     chunks: list[FrameRange] = []
     cursor = document.start
     while cursor <= frame:
         chunks.append(layout.chunk_of(cursor))
         cursor = chunks[-1].stop
-    oldest = document.start if mask.window is None else chunks[max(0, len(chunks) - mask.window)].start
+    oldest = (
+        document.start if mask.window is None else chunks[max(0, len(chunks) - mask.window)].start
+    )
     end = chunks[-1].stop
-    return frozenset(range(oldest, end)) | frozenset(range(document.start, min(document.start + mask.sink, end)))
+    return frozenset(range(oldest, end)) | frozenset(
+        range(document.start, min(document.start + mask.sink, end))
+    )
 
 
 def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[Tile, ...]:
-    """Frames from before the clip are seen by every real frame of its first document; which of them to keep is the caller's choice."""
+    """Frames from before the clip are seen by every real frame of its first document; which of them
+    to keep is the caller's choice."""
     stop = min(queries.stop, layout.document_of(0).stop)
     found = []
     for rows, valid in _rows_by_valid(layout):
@@ -104,19 +140,28 @@ def _rows_by_valid(layout: ClipLayout) -> list[tuple[tuple[int, ...] | None, int
 
 
 @lru_cache(maxsize=1024)
-def tiles(layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange) -> tuple[Tile, ...]:
-    """Cut one block (query frames × key frames) into rectangles; query frames that are padding or see no key here are in none."""
+def tiles(
+    layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange
+) -> tuple[Tile, ...]:
+    """Cut one block (query frames × key frames) into rectangles; query frames that are padding or
+    see no key here are in none."""
     found = []
     for rows, valid in _rows_by_valid(layout):
         last = min(keys.stop, valid)
 
         def sees(frame: int, last: int = last) -> tuple[tuple[int, int], ...]:
-            seen = sorted(j - keys.start for j in visible(layout, mask, frame) if keys.start <= j < last)
-            runs = [list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])]
+            seen = sorted(
+                j - keys.start for j in visible(layout, mask, frame) if keys.start <= j < last
+            )
+            runs = [
+                list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])
+            ]
             return tuple((run[0][1], run[-1][1] + 1) for run in runs)
 
         for runs, group in groupby(range(queries.start, min(queries.stop, valid)), sees):
             frames = list(group)
             if runs:
-                found.append(Tile(rows, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs))
+                found.append(
+                    Tile(rows, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs)
+                )
     return tuple(found)

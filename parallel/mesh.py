@@ -1,9 +1,11 @@
 """The mesh: world = dp_replicate × dp_shard × ring × ulysses, ulysses fastest.
 
-Ranks that exchange most sit next to each other: Ulysses groups first, then rings, then parameter shards, then replicas, so a launcher that
-numbers the processes of a node consecutively places whole sequence groups inside nodes. The members of one sequence group (ring × ulysses)
-share a clip and are numbered along time: member = ring index × ulysses + ulysses index. Parameters are sharded over dp_shard × ring ×
-ulysses: inside a sequence group every process would otherwise hold the same parameters.
+Ranks that exchange most sit next to each other: Ulysses groups first, then rings, then parameter
+shards, then replicas, so a launcher that numbers the processes of a node consecutively places whole
+sequence groups inside nodes. The members of one sequence group (ring × ulysses) share a clip and
+are numbered along time: member = ring index × ulysses + ulysses index. Parameters are sharded over
+dp_shard × ring × ulysses: inside a sequence group every process would otherwise hold the same
+parameters.
 """
 
 from __future__ import annotations
@@ -52,15 +54,24 @@ class Mesh:
         return split_evenly(latent_frames, self.sequence_size)[self.sequence_index]
 
 
-def sequence_comm(member: Member, rank_groups: dict[str, list[list[int]]], timeout: timedelta | None = None) -> ProcessGroupComm:
-    """Make the process groups of all sequence groups (every process must call this with the same lists) and join this process's own.
+def sequence_comm(
+    member: Member, rank_groups: dict[str, list[list[int]]], timeout: timedelta | None = None
+) -> ProcessGroupComm:
+    """Make the process groups of all sequence groups (every process must call this with the same
+    lists) and join this process's own.
 
-    rank_groups: per axis ("sequence", "ulysses", "ring") all groups as global ranks in member order; they need not be contiguous, but
-    must ascend, because torch.distributed numbers the processes of a group that way.
+    rank_groups: per axis ("sequence", "ulysses", "ring") all groups as global ranks in member
+    order; they need not be contiguous, but must ascend, because torch.distributed numbers the
+    processes of a group that way.
     """
-    unsorted = [ranks for lists in rank_groups.values() for ranks in lists if ranks != sorted(ranks)]
+    unsorted = [
+        ranks for lists in rank_groups.values() for ranks in lists if ranks != sorted(ranks)
+    ]
     if unsorted:
-        raise ValueError(f"sequence groups are out of order: got {unsorted}, expected ascending ranks (sequence_comm). Fix: sort them")
+        raise ValueError(
+            f"sequence groups are out of order: got {unsorted}, expected ascending ranks"
+            " (sequence_comm). Fix: sort them"
+        )
     made: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
     groups: dict[str, ProcessGroup] = {}
     for axis, lists in rank_groups.items():
@@ -75,10 +86,12 @@ def sequence_comm(member: Member, rank_groups: dict[str, list[list[int]]], timeo
 
 
 def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None = None) -> Mesh:
-    """The mesh of the initialised default process group. Every process calls it with the same degrees.
+    """The mesh of the initialised default process group. Every process calls it with the same
+    degrees.
 
-    timeout: how long a collective of the sequence groups may take (None: torch's default; new groups do not inherit the default group's).
-    Raises ValueError for degrees whose product is not the world.
+    timeout: how long a collective of the sequence groups may take (None: torch's default; new
+    groups do not inherit the default group's). Raises ValueError for degrees whose product is not
+    the world.
     """
     if degrees.world != dist.get_world_size():
         raise ValueError(
@@ -89,12 +102,20 @@ def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None
     place = degrees.coordinate(dist.get_rank())
     inner = degrees.dp_shard * degrees.cp
     if degrees.dp_replicate > 1:
-        fsdp = init_device_mesh(device_type, (degrees.dp_replicate, inner), mesh_dim_names=("dp_replicate", "dp_shard_cp"))
+        fsdp = init_device_mesh(
+            device_type,
+            (degrees.dp_replicate, inner),
+            mesh_dim_names=("dp_replicate", "dp_shard_cp"),
+        )
     else:
         fsdp = init_device_mesh(device_type, (inner,), mesh_dim_names=("dp_shard_cp",))
     comm = None
     if degrees.cp > 1:
         member = Member(place.ring, place.ulysses, degrees.ring, degrees.ulysses)
-        axes = ["sequence", *(["ulysses"] if degrees.ulysses > 1 else []), *(["ring"] if degrees.ring > 1 else [])]
+        axes = [
+            "sequence",
+            *(["ulysses"] if degrees.ulysses > 1 else []),
+            *(["ring"] if degrees.ring > 1 else []),
+        ]
         comm = sequence_comm(member, {axis: degrees.groups(axis) for axis in axes}, timeout)
     return Mesh(degrees, place, fsdp, comm)

@@ -1,9 +1,11 @@
-"""Communicator over real processes: one hosted member, torch.distributed underneath (whichever back end the groups have).
+"""Communicator over real processes: one hosted member, torch.distributed underneath (whichever back
+end the groups have).
 
-Only two collectives are used, all-gather and all-to-all with given sizes; a neighbour exchange and a ring shift are all-to-alls whose other
-parts are empty. So point-to-point messages never mix with collectives on one communicator (a known source of hangs), and sums are made by
-us in rank order, never by the back end. The groups should be dedicated to sequence parallelism: sharing one with parameter sharding lets
-the two race.
+Only two collectives are used, all-gather and all-to-all with given sizes; a neighbour exchange and
+a ring shift are all-to-alls whose other parts are empty. So point-to-point messages never mix with
+collectives on one communicator (a known source of hangs), and sums are made by us in rank order,
+never by the back end. The groups should be dedicated to sequence parallelism: sharing one with
+parameter sharding lets the two race.
 """
 
 from __future__ import annotations
@@ -16,12 +18,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.comm import AllGather, Begin, Exchange, Finish, Member, Program, Request, Tape, Traffic, Verb, apply, sent_bytes
+from parallel.comm import (
+    AllGather,
+    Begin,
+    Exchange,
+    Finish,
+    Member,
+    Program,
+    Request,
+    Tape,
+    Traffic,
+    Verb,
+    apply,
+    sent_bytes,
+)
 from parallel.timing import CommClock
 
 
 class ProcessGroupComm:
-    """groups: the process groups of the axes "sequence" (all P, in member order), "ulysses" and "ring" that this process belongs to."""
+    """groups: the process groups of the axes "sequence" (all P, in member order), "ulysses" and
+    "ring" that this process belongs to."""
 
     joined = False
 
@@ -38,7 +54,8 @@ class ProcessGroupComm:
         return apply(self, verb, *tensors)
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """[*] of the first member of the sequence group -> the same tensor, filled, on all of its members. No gradient."""
+        """[*] of the first member of the sequence group -> the same tensor, filled, on all of its
+        members. No gradient."""
         for tensor in tensors:
             dist.broadcast(tensor, group=self._groups["sequence"], group_src=0)
 
@@ -88,10 +105,14 @@ class ProcessGroupComm:
         send = [part.numel() for part in request.parts]
         dtype = request.parts[0].dtype
         wide = dtype.itemsize
-        receive = [sum(x.numel() * x.element_size() for x in like) // wide for like in request.receive]
+        receive = [
+            sum(x.numel() * x.element_size() for x in like) // wide for like in request.receive
+        ]
         buffer = torch.cat([part.reshape(part.numel()) for part in request.parts])
         out = torch.empty(sum(receive), dtype=dtype, device=buffer.device)
-        work = dist.all_to_all_single(out, buffer, receive, send, group=self._groups[request.axis], async_op=True)
+        work = dist.all_to_all_single(
+            out, buffer, receive, send, group=self._groups[request.axis], async_op=True
+        )
         return _Ticket(work, buffer, out, receive)
 
 

@@ -1,14 +1,17 @@
-"""The frame-wise GDN scan in plain PyTorch: the default kernels, and everybody's oracle. And the table of all local kernels.
+"""The frame-wise GDN scan in plain PyTorch: the default kernels, and everybody's oracle. And the
+table of all local kernels.
 
-Recurrence of one head over frames (SANA-WM §3; `^T` is never needed for M because A, a Gram matrix, is symmetric):
+Recurrence of one head over frames (SANA-WM §3; `^T` is never needed for M because A, a Gram matrix,
+is symmetric):
 
     forward   F_t = F_{t-1} M_t + U_t        M_t = γ_t (I − A_t), computed as γ_t (F − F A_t) so that only the small A is ever rounded
     reverse   I_t = I_{t+1} M_t + U_t        and its exclusive form R_t = I_{t+1}
     output    F_t, F_t + I_t or F_t + R_t
 
-A closed edge passes nothing: at a closed edge F_t = U_t, I_t = U_t, and R_t = 0 (zeroing only M would leak U_{t+1} into R_t).
-Composites of a rank's frames a…b: C = M_a … M_b *without* any cut (forward and reverse may be cut at different places and C serves both,
-the reverse through C^T), H_fwd = F_b from a zero start and H_rev = I_a from a zero start, both *with* the cuts.
+A closed edge passes nothing: at a closed edge F_t = U_t, I_t = U_t, and R_t = 0 (zeroing only M
+would leak U_{t+1} into R_t). Composites of a rank's frames a…b: C = M_a … M_b *without* any cut
+(forward and reverse may be cut at different places and C serves both, the reverse through C^T),
+H_fwd = F_b from a zero start and H_rev = I_a from a zero start, both *with* the cuts.
 
 All functions work in float32, or float64 for float64 inputs. Nothing here knows of ranks.
 """
@@ -27,7 +30,8 @@ from parallel.local_attention import accumulation_dtype, block_attention, block_
 class Stream(NamedTuple):
     """One GDN recurrence over the local frames t.
 
-    decay [B, t, H] (γ); gram [B, t, H, D, D] (A, symmetric); update [B, t, H, E, D] (U; E = D, or 1 for the normaliser).
+    decay [B, t, H] (γ); gram [B, t, H, D, D] (A, symmetric); update [B, t, H, E, D] (U; E = D, or 1
+    for the normaliser).
     """
 
     decay: Tensor
@@ -36,7 +40,8 @@ class Stream(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Open edges of the local frames: may frame i know i-1 (forward[i]), may frame i know i+1 (reverse[i])."""
+    """Open edges of the local frames: may frame i know i-1 (forward[i]), may frame i know i+1
+    (reverse[i])."""
 
     forward: tuple[bool, ...]
     reverse: tuple[bool, ...]
@@ -81,7 +86,9 @@ def _run_forward(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
         if state is None or not cuts.forward[i]:
             out[i].copy_(update[i])
         else:
-            torch.addcmul(update[i], torch.baddbmm(state, state, gram[i], alpha=-1), decay[i], out=out[i])
+            torch.addcmul(
+                update[i], torch.baddbmm(state, state, gram[i], alpha=-1), decay[i], out=out[i]
+            )
         state = out[i]
     return out
 
@@ -95,7 +102,9 @@ def _run_reverse(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
         if state is None or not cuts.reverse[i]:
             out[i].copy_(update[i])
         else:
-            torch.addcmul(update[i], torch.baddbmm(state, state, gram[i], alpha=-1), decay[i], out=out[i])
+            torch.addcmul(
+                update[i], torch.baddbmm(state, state, gram[i], alpha=-1), decay[i], out=out[i]
+            )
         state = out[i]
     return out
 
@@ -128,28 +137,41 @@ def _heads(x: Tensor | None, batch: int, heads: int) -> Tensor | None:
     return None if x is None else x.reshape(batch * heads, *x.shape[2:])
 
 
-def local_composites(stream: Stream, cuts: Cuts, reverse: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """C [B, H, D, D], H_fwd [B, H, E, D] and, if there is a reverse pass, H_rev [B, H, E, D] of the local frames (identity and zeros for
-    none).
+def local_composites(
+    stream: Stream, cuts: Cuts, reverse: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """C [B, H, D, D], H_fwd [B, H, E, D] and, if there is a reverse pass, H_rev [B, H, E, D] of the
+    local frames (identity and zeros for none).
     """
     batch, t, heads, e, d = stream.update.shape
     flat = _flat(stream)
-    composite = torch.eye(d, dtype=flat.update.dtype, device=flat.update.device).expand(batch * heads, d, d)
+    composite = torch.eye(d, dtype=flat.update.dtype, device=flat.update.device).expand(
+        batch * heads, d, d
+    )
     for i in range(t):
         composite = _step(composite, flat.decay[i], flat.gram[i])
     zero = flat.update.new_zeros(batch * heads, e, d)
     ahead = _run_forward(flat, cuts, None)[-1] if t else zero
     behind = None if reverse is None else (_run_reverse(flat, cuts, None)[0] if t else zero)
     shape = (batch, heads, e, d)
-    return composite.reshape(batch, heads, d, d), ahead.reshape(shape), None if behind is None else behind.reshape(shape)
+    return (
+        composite.reshape(batch, heads, d, d),
+        ahead.reshape(shape),
+        None if behind is None else behind.reshape(shape),
+    )
 
 
 def local_states(
-    stream: Stream, cuts: Cuts, reverse: str | None, start_forward: Tensor | None, start_reverse: Tensor | None
+    stream: Stream,
+    cuts: Cuts,
+    reverse: str | None,
+    start_forward: Tensor | None,
+    start_reverse: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """States of the local frames [B, t, H, E, D] and F after the last one [B, H, E, D].
 
-    start_forward: F left of the first frame, start_reverse: I right of the last frame [B, H, E, D]; None: zero.
+    start_forward: F left of the first frame, start_reverse: I right of the last frame [B, H, E, D];
+    None: zero.
     """
     batch, t, heads, e, d = stream.update.shape
     flat = _flat(stream)
@@ -158,7 +180,11 @@ def local_states(
     if t:
         final = ahead[-1].clone()
     else:
-        final = torch.zeros(batch * heads, e, d, dtype=flat.update.dtype, device=flat.update.device) if start is None else start.clone()
+        final = (
+            torch.zeros(batch * heads, e, d, dtype=flat.update.dtype, device=flat.update.device)
+            if start is None
+            else start.clone()
+        )
     if reverse is not None:
         behind = _run_reverse(flat, cuts, start_back)
         if reverse == "inclusive":
@@ -173,8 +199,11 @@ def local_states(
     return _batch_first(ahead, batch, heads), final.reshape(batch, heads, e, d)
 
 
-def _adjoint_forward(flat: _Flat, cuts: Cuts, grads: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """λ_t = dL/dF_t [t, B·H, E, D] and what F left of the first frame receives [B·H, E, D]; `right` is what F_b receives from the right."""
+def _adjoint_forward(
+    flat: _Flat, cuts: Cuts, grads: Tensor, right: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """λ_t = dL/dF_t [t, B·H, E, D] and what F left of the first frame receives [B·H, E, D]; `right`
+    is what F_b receives from the right."""
     decay, gram, _ = flat
     out = torch.empty_like(grads)
     carried = right
@@ -187,8 +216,11 @@ def _adjoint_forward(flat: _Flat, cuts: Cuts, grads: Tensor, right: Tensor | Non
     return out, carried
 
 
-def _adjoint_reverse(flat: _Flat, cuts: Cuts, grads: Tensor, left: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor | None]:
-    """μ_t = dL/dI_t [t, B·H, E, D] and what I right of the last frame receives; `left` is what I_a receives from the left."""
+def _adjoint_reverse(
+    flat: _Flat, cuts: Cuts, grads: Tensor, left: Tensor | None, exclusive: bool
+) -> tuple[Tensor, Tensor | None]:
+    """μ_t = dL/dI_t [t, B·H, E, D] and what I right of the last frame receives; `left` is what I_a
+    receives from the left."""
     decay, gram, _ = flat
     out = torch.empty_like(grads)
     carried = left
@@ -205,9 +237,11 @@ def _adjoint_reverse(flat: _Flat, cuts: Cuts, grads: Tensor, left: Tensor | None
     return out, carried
 
 
-def local_adjoint_composites(stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients that leave the local frames when none enter: to F on the left and, with a reverse pass, to I on the right, [B, H, E, D]
-    each.
+def local_adjoint_composites(
+    stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients that leave the local frames when none enter: to F on the left and, with a reverse
+    pass, to I on the right, [B, H, E, D] each.
     """
     batch, _, heads, e, d = stream.update.shape
     flat = _flat(stream)
@@ -231,10 +265,11 @@ def local_adjoint(
     from_right: Tensor | None,
     from_left: Tensor | None,
 ) -> tuple[Stream, Tensor | None]:
-    """Gradients of decay, gram and update, and of start_forward [B, H, E, D] (None: no gradient reaches it). The states are run again from
-    the starts; nothing of the forward pass is kept.
+    """Gradients of decay, gram and update, and of start_forward [B, H, E, D] (None: no gradient
+    reaches it). The states are run again from the starts; nothing of the forward pass is kept.
 
-    grads [B, t, H, E, D]; from_right: what F_b receives, from_left: what I_a receives from other frames [B, H, E, D].
+    grads [B, t, H, E, D]; from_right: what F_b receives, from_left: what I_a receives from other
+    frames [B, H, E, D].
     dU_t = λ_t + μ_t;  with G_t = F_{t-1}^T λ_t + I_{t+1}^T μ_t (D × D):  dA_t = −γ_t G_t  and  dγ_t = tr(G_t) − ⟨G_t, A_t⟩.
     """
     batch, _, heads, e, d = stream.update.shape
@@ -246,7 +281,9 @@ def local_adjoint(
     outer = torch.matmul(seen.transpose(-1, -2), toward)  # [t, B·H, D, D]
     if reverse is not None:
         seen = _seen_by_reverse(_run_reverse(flat, cuts, start_back), cuts, start_back)
-        back, _ = _adjoint_reverse(flat, cuts, upstream, _heads(from_left, batch, heads), reverse == "exclusive")
+        back, _ = _adjoint_reverse(
+            flat, cuts, upstream, _heads(from_left, batch, heads), reverse == "exclusive"
+        )
         outer += torch.matmul(seen.transpose(-1, -2), back)
         toward += back
     d_decay = outer.diagonal(dim1=-2, dim2=-1).sum(-1) - (outer * flat.gram).sum((-2, -1))
@@ -256,14 +293,17 @@ def local_adjoint(
 
 
 class Kernels(NamedTuple):
-    """The local computations behind the verbs. A back end swaps in its own; the signatures are those of the functions above."""
+    """The local computations behind the verbs. A back end swaps in its own; the signatures are
+    those of the functions above."""
 
     local_composites: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = local_composites
     local_states: Callable[..., tuple[Tensor, Tensor]] = local_states
     local_adjoint_composites: Callable[..., tuple[Tensor, Tensor | None]] = local_adjoint_composites
     local_adjoint: Callable[..., tuple[Stream, Tensor | None]] = local_adjoint
     block_attention: Callable[..., tuple[Tensor, Tensor]] = block_attention
-    block_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = block_attention_backward
+    block_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+        block_attention_backward
+    )
 
 
 REFERENCE = Kernels()

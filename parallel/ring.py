@@ -1,13 +1,16 @@
-"""Ring attention: key/value blocks travel round the ring, queries stay; partial results merge by their log-sum-exp.
+"""Ring attention: key/value blocks travel round the ring, queries stay; partial results merge by
+their log-sum-exp.
 
-Member r starts with the block of its own frames and after step s holds the block of ring member r − s. out and LSE are accumulated in
-float32 (float64 for float64 inputs): with half-precision accumulation the error would grow with the ring. Rows that see nothing in a block
-arrive with LSE −inf and weigh nothing. Frames are contiguous, so under a causal mask late members have more work than early ones: prefer
-Ulysses there.
+Member r starts with the block of its own frames and after step s holds the block of ring member r −
+s. out and LSE are accumulated in float32 (float64 for float64 inputs): with half-precision
+accumulation the error would grow with the ring. Rows that see nothing in a block arrive with LSE
+−inf and weigh nothing. Frames are contiguous, so under a causal mask late members have more work
+than early ones: prefer Ulysses there.
 
-Elements sent per member, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k and v and R of dk and dv (these in the
-accumulation dtype): every block brings its gradients along and is home again after R shifts. Shifts are begun before a block is computed
-and finished after it, so they hide behind the computation where the communicator runs beside it.
+Elements sent per member, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k and v
+and R of dk and dv (these in the accumulation dtype): every block brings its gradients along and is
+home again after R shifts. Shifts are begun before a block is computed and finished after it, so
+they hide behind the computation where the communicator runs beside it.
 """
 
 from __future__ import annotations
@@ -29,17 +32,23 @@ HeadSpans = tuple[tuple[int, int], ...]
 
 
 def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two partial softmax results over disjoint keys -> one. out [B, n, S, H, D], lse [B, n, S, H]; −inf means nothing seen."""
+    """Two partial softmax results over disjoint keys -> one. out [B, n, S, H, D], lse [B, n, S, H];
+    −inf means nothing seen."""
     total = torch.logaddexp(lse, new_lse)
     reference = torch.where(total == -torch.inf, torch.zeros_like(total), total)
-    return out * (lse - reference).exp()[..., None] + new_out * (new_lse - reference).exp()[..., None], total
+    return out * (lse - reference).exp()[..., None] + new_out * (new_lse - reference).exp()[
+        ..., None
+    ], total
 
 
 def repeat_heads(x: Tensor, spans: HeadSpans) -> Tensor:
-    """Key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D]; span i are the query heads that read key head i."""
+    """Key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D]; span i are the
+    query heads that read key head i."""
     if all(stop - start == 1 for start, stop in spans):
         return x
-    index = torch.tensor([i for i, (start, stop) in enumerate(spans) for _ in range(start, stop)], device=x.device)
+    index = torch.tensor(
+        [i for i, (start, stop) in enumerate(spans) for _ in range(start, stop)], device=x.device
+    )
     return x.index_select(3, index)
 
 
@@ -47,16 +56,25 @@ def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
     """The adjoint of `repeat_heads`, in a fixed order and in the accumulation dtype."""
     if all(stop - start == 1 for start, stop in spans):
         return x
-    return torch.stack([x[:, :, :, start:stop].sum(3, dtype=accumulation_dtype(x.dtype)) for start, stop in spans], 3)
+    return torch.stack(
+        [x[:, :, :, start:stop].sum(3, dtype=accumulation_dtype(x.dtype)) for start, stop in spans],
+        3,
+    )
 
 
 def _begin_shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:
-    """Start passing tensors [B, frames, …] on to the next ring member -> (ticket, what will come: `incoming_frames` frames of each)."""
+    """Start passing tensors [B, frames, …] on to the next ring member -> (ticket, what will come:
+    `incoming_frames` frames of each)."""
     after, before = (member.ring_index + 1) % member.ring, (member.ring_index - 1) % member.ring
-    like = [torch.empty(x.shape[0], incoming_frames, *x.shape[2:], dtype=x.dtype, device="meta") for x in tensors]
+    like = [
+        torch.empty(x.shape[0], incoming_frames, *x.shape[2:], dtype=x.dtype, device="meta")
+        for x in tensors
+    ]
     packed = pack(tensors)
     parts = [packed if j == after else packed[:0] for j in range(member.ring)]
-    ticket = yield Begin(Exchange(parts, [like if i == before else [] for i in range(member.ring)], "ring"))
+    ticket = yield Begin(
+        Exchange(parts, [like if i == before else [] for i in range(member.ring)], "ring")
+    )
     return ticket, like
 
 
@@ -79,27 +97,38 @@ def forward(
     v: Tensor,
     cache: Cache | None = None,
 ) -> Program:
-    """q [B, n, S, h, D], k, v [B, n, S, h_kv, D] of this ring member's frames -> out (accumulation dtype), LSE [B, n, S, h].
+    """q [B, n, S, h, D], k, v [B, n, S, h_kv, D] of this ring member's frames -> out (accumulation
+    dtype), LSE [B, n, S, h].
 
-    ranges: the frames of each ring member. cache: keys and values of frames before the clip [B, c, S, h_kv, D], seen without a mask by the
-    first document.
+    ranges: the frames of each ring member. cache: keys and values of frames before the clip [B, c,
+    S, h_kv, D], seen without a mask by the first document.
     """
     mine = ranges[member.ring_index]
     out: Tensor | None = None
     lse: Tensor | None = None
     if cache is not None:
-        part = kernels.block_attention(q, *(repeat_heads(x, spans) for x in cache), cache_tiles(layout, mine, cache[0].shape[1]))
+        part = kernels.block_attention(
+            q,
+            *(repeat_heads(x, spans) for x in cache),
+            cache_tiles(layout, mine, cache[0].shape[1]),
+        )
         out, lse = part[0].to(accumulation_dtype(q.dtype)), part[1]
     for step in range(member.ring):
         begun = None
         if step + 1 < member.ring:  # the next block travels while this one is computed
             # k, v [B, frames of r − step, S, h_kv, D] -> [B, frames of r − step − 1, S, h_kv, D]
-            begun = yield from _begin_shift(member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring]))
+            begun = yield from _begin_shift(
+                member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring])
+            )
         pieces = tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
         if pieces or out is None:
-            part = kernels.block_attention(q, repeat_heads(k, spans), repeat_heads(v, spans), pieces)
+            part = kernels.block_attention(
+                q, repeat_heads(k, spans), repeat_heads(v, spans), pieces
+            )
             if out is None or lse is None:
-                out, lse = part if member.ring == 1 else (part[0].to(accumulation_dtype(q.dtype)), part[1])
+                out, lse = (
+                    part if member.ring == 1 else (part[0].to(accumulation_dtype(q.dtype)), part[1])
+                )
             else:
                 out, lse = merge(out, lse, part[0].to(out.dtype), part[1])
         if begun is not None:
@@ -118,17 +147,25 @@ def backward(
     kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     cache: Cache | None = None,
 ) -> Program:
-    """Gradients of q, k, v from that of out; kept = q, k, v, out, LSE as `forward` had and made them."""
+    """Gradients of q, k, v from that of out; kept = q, k, v, out, LSE as `forward` had and made
+    them."""
     q, k, v, out, lse = kept
     mine, wide = ranges[member.ring_index], accumulation_dtype(q.dtype)
-    blocks = [tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring]) for step in range(member.ring)]
+    blocks = [
+        tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
+        for step in range(member.ring)
+    ]
     if member.ring == 1 and cache is None and blocks[0]:
-        dq, dk, dv = kernels.block_attention_backward(grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, blocks[0])
+        dq, dk, dv = kernels.block_attention_backward(
+            grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, blocks[0]
+        )
         return dq, sum_heads(dk, spans), sum_heads(dv, spans)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     if cache is not None:
         pieces = cache_tiles(layout, mine, cache[0].shape[1])
-        dq += kernels.block_attention_backward(grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces)[0]
+        dq += kernels.block_attention_backward(
+            grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces
+        )[0]
     arriving = None
     for step, pieces in enumerate(blocks):
         begun = None
@@ -138,7 +175,9 @@ def backward(
             begun = yield from _begin_shift(member, [k, v], coming)
         part = None
         if pieces:
-            part = kernels.block_attention_backward(grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, pieces)
+            part = kernels.block_attention_backward(
+                grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, pieces
+            )
             dq += part[0]
         if arriving is not None:
             dk, dv = yield from _finish_shift(member, arriving)
@@ -147,7 +186,8 @@ def backward(
         if begun is not None:
             k, v = yield from _finish_shift(member, begun)
         if member.ring > 1:
-            # dk, dv of the block of r − step -> those of the block of r − step − 1; the last time they come home
+            # dk, dv of the block of r − step -> those of the block of r − step − 1; the last time
+            # they come home
             arriving = yield from _begin_shift(member, [dk, dv], coming)
     if arriving is not None:
         dk, dv = yield from _finish_shift(member, arriving)

@@ -1,8 +1,9 @@
 """The seam: everything that a model or an objective may know of parallelism is a `SequenceShard`.
 
-Four verbs (attend, scan, halo, mean) on tensors that hold the local frames [B, T/P, …]. On one device the local frames are all frames.
-Documents, chunks and padding come from the layout and hold under every verb: a padding frame neither attends nor is attended to, carries no
-state, is zero in halos and weighs nothing in means.
+Four verbs (attend, scan, halo, mean) on tensors that hold the local frames [B, T/P, …]. On one
+device the local frames are all frames. Documents, chunks and padding come from the layout and hold
+under every verb: a padding frame neither attends nor is attended to, carries no state, is zero in
+halos and weighs nothing in means.
 """
 
 from __future__ import annotations
@@ -45,31 +46,47 @@ class SequenceShard(Protocol):
 
     @property
     def positions(self) -> Tensor:
-        """[1, T/P] int64 on the CPU: time index of each local frame inside its document. Broadcasts over B."""
+        """[1, T/P] int64 on the CPU: time index of each local frame inside its document. Broadcasts
+        over B."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] with H a multiple of H_kv -> [B, T/P, S, H, D]; a row that sees nothing gives
-        zeros.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask = FULL,
+        cache: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] with H a multiple of H_kv -> [B, T/P, S,
+        H, D]; a row that sees nothing gives zeros.
 
-        cache: keys and values [B, c, S, H_kv, D] of frames before the clip (streaming), whole on every member, without gradient; all frames
-        of the clip's first document see them.
+        cache: keys and values [B, c, S, H_kv, D] of frames before the clip (streaming), whole on
+        every member, without gradient; all frames of the clip's first document see them.
         """
         ...
 
-    def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
-        """GDN states of all streams with one collective. initial: per stream [B, H, E, D], the state before frame 0."""
+    def scan(
+        self,
+        streams: Sequence[Stream],
+        reverse: Reverse = "exclusive",
+        initial: Sequence[Tensor] | None = None,
+    ) -> ScanOutput:
+        """GDN states of all streams with one collective. initial: per stream [B, H, E, D], the
+        state before frame 0."""
         ...
 
-    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[Taps]:
-        """Per tensor [B, T/P, …] its before + 1 + after taps, [B, T/P, …] each: tap j of frame i is frame i + j − before, zero beyond
-        `edges`.
+    def halo(
+        self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
+    ) -> list[Taps]:
+        """Per tensor [B, T/P, …] its before + 1 + after taps, [B, T/P, …] each: tap j of frame i is
+        frame i + j − before, zero beyond `edges`.
         """
         ...
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
-        """value [B, T/P, …], weight broadcastable from the left ([B, T/P]) -> [B] weighted mean over the whole clip, the same on all
-        members.
+        """value [B, T/P, …], weight broadcastable from the left ([B, T/P]) -> [B] weighted mean
+        over the whole clip, the same on all members.
         """
         ...
 
@@ -78,7 +95,11 @@ class GroupSequence:
     """The verbs for one member of a sequence group, over any communicator."""
 
     def __init__(
-        self, layout: ClipLayout, comm: Communicator, kernels: Kernels = REFERENCE, engine: tuple[str, AttentionEngine] | None = None
+        self,
+        layout: ClipLayout,
+        comm: Communicator,
+        kernels: Kernels = REFERENCE,
+        engine: tuple[str, AttentionEngine] | None = None,
     ) -> None:
         """engine: name and function of an attention that is not ours (`engines.py`)."""
         (member,) = comm.members
@@ -90,29 +111,60 @@ class GroupSequence:
 
     @property
     def positions(self) -> Tensor:
-        return torch.tensor([[self.layout.position_of(i) for i in range(self.frames.start, self.frames.stop)]], dtype=torch.int64)
+        return torch.tensor(
+            [[self.layout.position_of(i) for i in range(self.frames.start, self.frames.stop)]],
+            dtype=torch.int64,
+        )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask = FULL,
+        cache: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         if cache is not None and any(x.requires_grad for x in cache):
-            raise ValueError("attention cache: got tensors that require gradients, expected detached keys and values. Fix: detach them")
+            raise ValueError(
+                "attention cache: got tensors that require gradients, expected detached keys and"
+                " values. Fix: detach them"
+            )
         device = q.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         if self.engine is not None:
             name, attention = self.engine
-            check_engine(name, self.layout, mask, self.comm.members[0], q.shape[3], k.shape[3], cache)
+            check_engine(
+                name, self.layout, mask, self.comm.members[0], q.shape[3], k.shape[3], cache
+            )
             return attention(*(x.flatten(1, 2) for x in (q, k, v))).reshape(q.shape)
-        return self.comm.apply(AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]), q, k, v, *(cache or ()))[0]
+        return self.comm.apply(
+            AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]),
+            q,
+            k,
+            v,
+            *(cache or ()),
+        )[0]
 
-    def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
+    def scan(
+        self,
+        streams: Sequence[Stream],
+        reverse: Reverse = "exclusive",
+        initial: Sequence[Tensor] | None = None,
+    ) -> ScanOutput:
         real = self._real(streams[0].decay)
         if real is not None:
-            streams = [Stream(*(_fill(real, x, value) for x, value in zip(s, (1.0, 0.0, 0.0)))) for s in streams]  # M = I, U = 0
+            streams = [
+                Stream(*(_fill(real, x, value) for x, value in zip(s, (1.0, 0.0, 0.0))))
+                for s in streams
+            ]  # M = I, U = 0
         verb = ScanVerb(self.layout, len(streams), reverse, initial is not None, self.kernels)
         out = self.comm.apply(verb, *(x for s in streams for x in s), *(initial or ()))
         return ScanOutput(list(out[: len(streams)]), list(out[len(streams) :]))
 
-    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[Taps]:
+    def halo(
+        self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
+    ) -> list[Taps]:
         limits = halo_limits(self.layout, edges)
         real = self._real(tensors[0])
         if real is not None:
@@ -122,7 +174,9 @@ class GroupSequence:
         return [Taps(x, before, len(self.frames), seen) for x in extended]
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
-        weight = weight.reshape(*weight.shape, *[1] * (value.dim() - weight.dim())).expand(value.shape)
+        weight = weight.reshape(*weight.shape, *[1] * (value.dim() - weight.dim())).expand(
+            value.shape
+        )
         real = self._real(value)
         if real is not None:
             value = _fill(real, value, 0.0)
@@ -136,14 +190,20 @@ class GroupSequence:
         valid = torch.tensor(self.layout.valid_frames, device=like.device)
         if len(valid) != like.shape[0]:
             raise ValueError(
-                f"rows do not fit the layout: got a batch of {like.shape[0]}, expected {len(valid)}, one per valid_frames (SequenceShard)"
+                f"rows do not fit the layout: got a batch of {like.shape[0]}, expected"
+                f" {len(valid)}, one per valid_frames (SequenceShard)"
             )
-        return torch.arange(self.frames.start, self.frames.stop, device=like.device)[None] < valid[:, None]
+        return (
+            torch.arange(self.frames.start, self.frames.stop, device=like.device)[None]
+            < valid[:, None]
+        )
 
 
 def _fill(real: Tensor, x: Tensor, value: float) -> Tensor:
     """Padding frames of x [B, T/P, …] set to a value; the select lets not even a NaN through."""
-    return torch.where(real.reshape(*real.shape, *[1] * (x.dim() - 2)), x, torch.full_like(x, value))
+    return torch.where(
+        real.reshape(*real.shape, *[1] * (x.dim() - 2)), x, torch.full_like(x, value)
+    )
 
 
 class LocalSequence(GroupSequence):
@@ -164,7 +224,8 @@ class SequenceMesh(Protocol):
 
 @cache
 def _outside_graphs() -> type[GroupSequence]:
-    """GroupSequence for compiled models: a graph ends before each verb, as collectives and their bookkeeping are no tensor arithmetic."""
+    """GroupSequence for compiled models: a graph ends before each verb, as collectives and their
+    bookkeeping are no tensor arithmetic."""
 
     class OutsideGraphs(GroupSequence):
         attend = torch.compiler.disable(GroupSequence.attend)
@@ -182,8 +243,8 @@ def make_sequence(
     engine: tuple[str, AttentionEngine] | None = None,
     compiled: bool = False,
 ) -> SequenceShard:
-    """This process's shard of a clip: the whole clip if the mesh does not split clips, else one over its sequence group. compiled: for a
-    model under torch.compile."""
+    """This process's shard of a clip: the whole clip if the mesh does not split clips, else one
+    over its sequence group. compiled: for a model under torch.compile."""
     kind = _outside_graphs() if compiled else GroupSequence
     if mesh.comm is None:
         return kind(layout, SoloComm(), kernels)

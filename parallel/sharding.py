@@ -1,8 +1,10 @@
-"""FSDP2 over the mesh: parameters, gradients and optimizer state are spread over dp_shard x context parallel, replicated over dp_replicate.
+"""FSDP2 over the mesh: parameters, gradients and optimizer state are spread over dp_shard x context
+parallel, replicated over dp_replicate.
 
-One convention for gradients: they are **summed** over every process and never averaged. The objective divides by the size of the global
-batch, and a context-parallel member contributes only what flows through its own frames, so the plain sum is the gradient of the mean loss,
-whatever the mesh. (Averages by the back end are silently wrong on some, absent on others.)
+One convention for gradients: they are **summed** over every process and never averaged. The
+objective divides by the size of the global batch, and a context-parallel member contributes only
+what flows through its own frames, so the plain sum is the gradient of the mean loss, whatever the
+mesh. (Averages by the back end are silently wrong on some, absent on others.)
 """
 
 from __future__ import annotations
@@ -12,15 +14,22 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """torch.compile each block: the methods named in its `PARTS`, which checkpointing recomputes one by one and from outside of any graph,
-    else its forward pass. Collectives stay outside the graphs: give the model sequences of `make_sequence(compiled=True)`. FSDP gathers and
-    frees a block around its forward, so before or after `shard_model` is the same.
+    """torch.compile each block: the methods named in its `PARTS`, which checkpointing recomputes
+    one by one and from outside of any graph, else its forward pass. Collectives stay outside the
+    graphs: give the model sequences of `make_sequence(compiled=True)`. FSDP gathers and frees a
+    block around its forward, so before or after `shard_model` is the same.
     """
     for block in blocks:
         for part in getattr(block, "PARTS", ("forward",)):
@@ -28,23 +37,34 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def shard_model(
-    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str = "fp32", offload: bool = False
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    precision: str = "fp32",
+    offload: bool = False,
 ) -> nn.Module:
     """Shard `model` in place, each of `blocks` as one unit that is gathered just before it runs.
 
-    `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay fp32; `precision` is what blocks
-    compute in. Inputs are not cast: sigmas and cameras must stay fp32, and the model casts its own activations. With `offload`, what a
-    process holds of weights and gradients lies in host memory, so an optimizer steps there; blocks go to the device when they run.
-    One process that computes in fp32 has nothing to shard, cast or bring: its model stays as it is.
+    `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay
+    fp32; `precision` is what blocks compute in. Inputs are not cast: sigmas and cameras must stay
+    fp32, and the model casts its own activations. With `offload`, what a process holds of weights
+    and gradients lies in host memory, so an optimizer steps there; blocks go to the device when
+    they run. One process that computes in fp32 has nothing to shard, cast or bring: its model stays
+    as it is.
     """
     if mesh.size() == 1 and precision == "fp32" and not offload:
         return model
     place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place)
-    # The root too: left gathered after a forward pass without a backward, it would show optimizer and checkpoint other parameters.
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
+    # The root too: left gathered after a forward pass without a backward, it would show optimizer
+    # and checkpoint other parameters.
+    fully_shard(
+        model, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

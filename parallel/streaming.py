@@ -1,9 +1,11 @@
-"""Autoregressive rollout: one chunk at a time, with the past in a state of constant size (SANA-WM §3.2, chunk-causal inference; §5.4).
+"""Autoregressive rollout: one chunk at a time, with the past in a state of constant size (SANA-WM
+§3.2, chunk-causal inference; §5.4).
 
-Frames meet only in the verbs of a `SequenceShard`, so a streaming model is the same model with another implementation of the verbs:
-`StreamingSequence` holds the frames of one chunk and answers from what earlier chunks left behind. It remembers per call, in the order of
-the calls of a forward pass: the recurrent states of a scan, the last frames of a convolution, keys and values of the sink frames and of
-the window for attention. One device.
+Frames meet only in the verbs of a `SequenceShard`, so a streaming model is the same model with
+another implementation of the verbs: `StreamingSequence` holds the frames of one chunk and answers
+from what earlier chunks left behind. It remembers per call, in the order of the calls of a forward
+pass: the recurrent states of a scan, the last frames of a convolution, keys and values of the sink
+frames and of the window for attention. One device.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from parallel.sequence import HaloEdges, LocalSequence
 
 @dataclass(frozen=True)
 class Past:
-    """What one verb call remembers: tensors; for attention the (keys, values) of the sink frames that the window has left behind, and one
-    such pair per chunk of the window."""
+    """What one verb call remembers: tensors; for attention the (keys, values) of the sink frames
+    that the window has left behind, and one such pair per chunk of the window."""
 
     tensors: tuple[Tensor, ...] = ()
     sink: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -34,22 +36,33 @@ class Past:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Everything a rollout carries from chunk to chunk. `frames`: latent frames done; the empty state starts a video."""
+    """Everything a rollout carries from chunk to chunk. `frames`: latent frames done; the empty
+    state starts a video."""
 
     frames: int = 0
     calls: tuple[Past, ...] = ()
 
     def elements(self) -> int:
         """Numbers held, over all calls."""
-        pairs = [x for past in self.calls for kept in (past.sink, past.window) for pair in kept for x in pair]
-        return sum(x.numel() for past in self.calls for x in past.tensors) + sum(x.numel() for x in pairs)
+        pairs = [
+            x
+            for past in self.calls
+            for kept in (past.sink, past.window)
+            for pair in kept
+            for x in pair
+        ]
+        return sum(x.numel() for past in self.calls for x in past.tensors) + sum(
+            x.numel() for x in pairs
+        )
 
 
 @dataclass
 class StreamingSequence:
-    """The verbs for the chunk that starts at `state.frames`. Make one for each forward pass; `after()` is the state once it ran.
+    """The verbs for the chunk that starts at `state.frames`. Make one for each forward pass;
+    `after()` is the state once it ran.
 
-    layout: the whole clip, its chunk starts included; a pass whose `after()` is not used leaves no trace (denoising steps).
+    layout: the whole clip, its chunk starts included; a pass whose `after()` is not used leaves no
+    trace (denoising steps).
     """
 
     layout: ClipLayout
@@ -60,13 +73,15 @@ class StreamingSequence:
     def __post_init__(self) -> None:
         if self.layout.document_starts != (0,) or self.layout.ragged:
             raise ValueError(
-                f"streaming failed: got documents {self.layout.document_starts} and valid_frames {self.layout.valid_frames}, expected one "
-                "document without padding (StreamingSequence). Fix: roll documents out one by one"
+                f"streaming failed: got documents {self.layout.document_starts} and valid_frames"
+                f" {self.layout.valid_frames}, expected one document without padding"
+                " (StreamingSequence). Fix: roll documents out one by one"
             )
         if self.state.frames not in self.layout.chunk_starts:
             raise ValueError(
-                f"streaming failed: got a state after {self.state.frames} frames, expected a chunk start of {self.layout.chunk_starts} "
-                "(StreamingSequence). Fix: keep one layout for the whole rollout"
+                f"streaming failed: got a state after {self.state.frames} frames, expected a chunk"
+                f" start of {self.layout.chunk_starts} (StreamingSequence). Fix: keep one layout"
+                " for the whole rollout"
             )
         self.frames = self.layout.chunk_of(self.state.frames)
         self._alone = LocalSequence(ClipLayout(len(self.frames)), self.kernels)
@@ -83,8 +98,8 @@ class StreamingSequence:
         """Return attention over the visible chunks: q [B, t, S, H, D], k, v [B, t, S, H_kv, D]."""
         if mask.causality != "chunk":
             raise ValueError(
-                f"streaming failed: got {mask.causality} attention, expected chunk-causal, or the past would have to see the future "
-                "(key model.causal). Fix: model.causal=true"
+                f"streaming failed: got {mask.causality} attention, expected chunk-causal, or the"
+                " past would have to see the future (key model.causal). Fix: model.causal=true"
             )
         past = self._past()
         cache = None
@@ -94,23 +109,39 @@ class StreamingSequence:
         out = self._alone.attend(q, k, v, FULL, cache)
         sink, window = past.sink, (*past.window, (k, v))
         while mask.window is not None and len(window) >= mask.window:
-            first = self.frames.stop - sum(pair[0].shape[1] for pair in window)  # of the chunk that leaves
+            first = self.frames.stop - sum(
+                pair[0].shape[1] for pair in window
+            )  # of the chunk that leaves
             (k, v), window = window[0], window[1:]
             if first < mask.sink:
-                sink = (*sink, (k[:, : mask.sink - first].clone(), v[:, : mask.sink - first].clone()))
+                sink = (
+                    *sink,
+                    (k[:, : mask.sink - first].clone(), v[:, : mask.sink - first].clone()),
+                )
         self._left.append(Past(sink=sink, window=window))
         return out
 
-    def scan(self, streams: Sequence[Stream], reverse: Reverse = "exclusive", initial: Sequence[Tensor] | None = None) -> ScanOutput:
-        """The forward recurrence goes on from the chunk before; the reverse one sees this chunk alone."""
+    def scan(
+        self,
+        streams: Sequence[Stream],
+        reverse: Reverse = "exclusive",
+        initial: Sequence[Tensor] | None = None,
+    ) -> ScanOutput:
+        """The forward recurrence goes on from the chunk before; the reverse one sees this chunk
+        alone."""
         assert initial is None, "a streaming scan has its own initial state"
         past = self._past().tensors
-        start = past or [stream.update.new_zeros(stream.update.shape[0], *stream.update.shape[2:]) for stream in streams]
+        start = past or [
+            stream.update.new_zeros(stream.update.shape[0], *stream.update.shape[2:])
+            for stream in streams
+        ]
         out = self._alone.scan(streams, reverse, start)
         self._left.append(Past(tuple(out.final)))
         return out
 
-    def halo(self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip") -> list[Taps]:
+    def halo(
+        self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
+    ) -> list[Taps]:
         """Taps before the chunk come from the chunks before; there is nothing after it yet."""
         past = self._past().tensors
         t, taps, tails = len(self.frames), [], []
@@ -133,7 +164,8 @@ class StreamingSequence:
 
 
 def chunk_starts(frames: int, chunk_frames: int) -> tuple[int, ...]:
-    """First frames of the chunks of a clip: the first holds one frame more (the image), as the public layout `first_chunk_plus_one` does.
+    """First frames of the chunks of a clip: the first holds one frame more (the image), as the
+    public layout `first_chunk_plus_one` does.
 
     frames 11, chunk_frames 3 -> (0, 4, 7, 10). chunk_frames 0: one chunk, bidirectional.
     """

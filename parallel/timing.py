@@ -1,8 +1,11 @@
-"""How long this process waits in communication: one clock for parameter sharding, the sequence verbs and whoever else reports to it.
+"""How long this process waits in communication: one clock for parameter sharding, the sequence
+verbs and whoever else reports to it.
 
-A rank that waits for a slow one spends the time inside a collective; the slow one does not. Only with that time taken out can step times
-of ranks be compared. On a host the time is the clock's; on a device it is what the stream spent between two events, read when the step is
-over, so nothing waits for the measuring. FSDP2's own hooks are used: custom collectives, and the hook that follows HSDP's all-reduce.
+A rank that waits for a slow one spends the time inside a collective; the slow one does not. Only
+with that time taken out can step times of ranks be compared. On a host the time is the clock's; on
+a device it is what the stream spent between two events, read when the step is over, so nothing
+waits for the measuring. FSDP2's own hooks are used: custom collectives, and the hook that follows
+HSDP's all-reduce.
 """
 
 from __future__ import annotations
@@ -67,7 +70,13 @@ class TimedAllGather(_Allocates, AllGather):
     def __init__(self, clock: CommClock) -> None:
         self.clock = clock
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
         mark = self.clock.mark()
         work = all_gather_single(output_tensor, input_tensor, group, async_op)
         self.clock.since(mark)
@@ -75,7 +84,8 @@ class TimedAllGather(_Allocates, AllGather):
 
 
 class TimedReduceScatter(_Allocates, ReduceScatter):
-    """FSDP2's reduce-scatter of gradients and, with replicas, the all-reduce after it, timed. [P·n] -> [n]"""
+    """FSDP2's reduce-scatter of gradients and, with replicas, the all-reduce after it, timed. [P·n]
+    -> [n]"""
 
     def __init__(self, clock: CommClock) -> None:
         self.clock = clock
@@ -83,11 +93,18 @@ class TimedReduceScatter(_Allocates, ReduceScatter):
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         out = super().allocate(size, dtype=dtype, device=device)
-        self._before_reduce = self.clock.mark()  # with one shard per replica there is no call, only the all-reduce
+        self._before_reduce = (
+            self.clock.mark()
+        )  # with one shard per replica there is no call, only the all-reduce
         return out
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
     ) -> dist.Work | None:
         mark = self.clock.mark()
         work = reduce_scatter_single(output_tensor, input_tensor, op, group, async_op)
@@ -101,7 +118,8 @@ class TimedReduceScatter(_Allocates, ReduceScatter):
 
 
 def time_sharding(model: nn.Module, clock: CommClock, replicas: bool) -> None:
-    """Have the parameter sharding of `model` report to `clock`. It computes the same, bit for bit."""
+    """Have the parameter sharding of `model` report to `clock`. It computes the same, bit for
+    bit."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             reduce = TimedReduceScatter(clock)

@@ -1,6 +1,8 @@
-"""What the verbs should cost: collectives and bytes per call, from integers alone. The parity command compares counted traffic with this.
+"""What the verbs should cost: collectives and bytes per call, from integers alone. The parity
+command compares counted traffic with this.
 
-Bytes are those that one member sends to other members (its own part of a collective is free). Written independently of the algorithms.
+Bytes are those that one member sends to other members (its own part of a collective is free).
+Written independently of the algorithms.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Cost(NamedTuple):
 
 
 def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """{"forward": …, "backward": …} of one call by one member. tensors: shapes and dtypes of its inputs."""
+    """{"forward": …, "backward": …} of one call by one member. tensors: shapes and dtypes of its
+    inputs."""
     if member.size == 1:
         return {}  # nobody to send to
     if isinstance(verb, ScanVerb):
@@ -38,27 +41,37 @@ def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost
         return attend_cost(verb, tensors, member)
     assert isinstance(verb, MeanVerb), verb
     (shape, dtype), _ = tensors
-    return {"forward": Cost(1, 2 * shape[0] * accumulation_dtype(dtype).itemsize * (member.size - 1))}
+    return {
+        "forward": Cost(1, 2 * shape[0] * accumulation_dtype(dtype).itemsize * (member.size - 1))
+    }
 
 
 def scan_cost(verb: ScanVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Forward Σ B·H·(D² + w·E·D), backward Σ B·H·w·E·D numbers to each of P − 1 others; w = 2 directions or 1, one more when continued."""
+    """Forward Σ B·H·(D² + w·E·D), backward Σ B·H·w·E·D numbers to each of P − 1 others; w = 2
+    directions or 1, one more when continued."""
     ways = 1 if verb.reverse is None else 2
     forward = backward = 0
     for (b, _, h, e, d), dtype in tensors[2 : 3 * verb.streams : 3]:
         width = accumulation_dtype(dtype).itemsize
         forward += b * h * (d * d + ways * e * d) * width
         backward += b * h * (ways + verb.continued) * e * d * width
-    return {"forward": Cost(1, forward * (member.size - 1)), "backward": Cost(1, backward * (member.size - 1))}
+    return {
+        "forward": Cost(1, forward * (member.size - 1)),
+        "backward": Cost(1, backward * (member.size - 1)),
+    }
 
 
 def halo_cost(verb: HaloVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Forward one copy of each local frame per other member whose halo contains it; backward one gradient per received frame."""
+    """Forward one copy of each local frame per other member whose halo contains it; backward one
+    gradient per received frame."""
     held = [range(r.start, r.stop) for r in verb.layout.split(member.size)]
     frame = sum(shape[0] * prod(shape[2:]) * dtype.itemsize for shape, dtype in tensors)
 
     def wants(q: int, frame_index: int) -> bool:
-        return len(held[q]) > 0 and held[q].start - verb.before <= frame_index < held[q].stop + verb.after
+        return (
+            len(held[q]) > 0
+            and held[q].start - verb.before <= frame_index < held[q].stop + verb.after
+        )
 
     others = [q for q in range(member.size) if q != member.index]
     sent = sum(wants(q, i) for q in others for i in held[member.index])
@@ -67,8 +80,8 @@ def halo_cost(verb: HaloVerb, tensors: Shapes, member: Member) -> dict[str, Cost
 
 
 def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of k, v; backward as many, and R of dk,
-    dv.
+    """Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of
+    k, v; backward as many, and R of dk, dv.
     """
     (b, t, s, _, d), dtype = tensors[0]
     width, token = dtype.itemsize, b * s * d
@@ -76,7 +89,9 @@ def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, 
     frames = [len(r) for r in verb.layout.split(member.size)]
     rows = [frames[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
     queries = [len(r) for r in split_evenly(verb.heads, member.ulysses)]
-    keys = [-(-r.stop // group) - r.start // group for r in split_evenly(verb.heads, member.ulysses)]
+    keys = [
+        -(-r.stop // group) - r.start // group for r in split_evenly(verb.heads, member.ulysses)
+    ]
     me, forward, backward, calls = member.ulysses_index, 0, 0, [0, 0]
     if member.ulysses > 1:
         calls = [2, 2]
@@ -88,6 +103,8 @@ def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, 
         block = sum(rows[(member.ring_index - step) % member.ring]) * token * keys[me]
         last = step + 1 == member.ring
         forward += 0 if last else 2 * block * width
-        backward += (0 if last else 2 * block * width) + 2 * block * accumulation_dtype(dtype).itemsize
+        backward += (0 if last else 2 * block * width) + 2 * block * accumulation_dtype(
+            dtype
+        ).itemsize
         calls = [calls[0] + (not last), calls[1] + 1 + (not last)]
     return {"forward": Cost(calls[0], forward), "backward": Cost(calls[1], backward)}

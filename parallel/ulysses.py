@@ -1,11 +1,14 @@
-"""Ulysses: an all-to-all turns "my frames, all heads" into "all frames, my heads", and a second one turns the result back.
+"""Ulysses: an all-to-all turns "my frames, all heads" into "all frames, my heads", and a second one
+turns the result back.
 
-[B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D] and back, U the Ulysses degree. Heads are dealt like frames: contiguously, the first H % U
-members get one more. With fewer key heads than query heads (GQA) each member gets the key heads that its query heads read; one that several
-members read is sent to each of them, and its gradients are added in member order when they come home.
+[B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D] and back, U the Ulysses degree. Heads are dealt like
+frames: contiguously, the first H % U members get one more. With fewer key heads than query heads
+(GQA) each member gets the key heads that its query heads read; one that several members read is
+sent to each of them, and its gradients are added in member order when they come home.
 
-Elements a member sends to member j: forward B·(T/P)·S·D·(h_j + 2·g_j) and B·(T_j/P)·S·D·h, h_j and g_j the query and key heads of j;
-backward the same two in reverse. Two collectives forward, two backward, whatever the number of heads.
+Elements a member sends to member j: forward B·(T/P)·S·D·(h_j + 2·g_j) and B·(T_j/P)·S·D·h, h_j and
+g_j the query and key heads of j; backward the same two in reverse. Two collectives forward, two
+backward, whatever the number of heads.
 """
 
 from __future__ import annotations
@@ -23,52 +26,82 @@ from parallel.ring import HeadSpans
 
 def check_heads(heads: int, key_heads: int, degree: int) -> None:
     if heads % key_heads:
-        raise ValueError(f"attend: got {heads} query heads and {key_heads} key heads, expected a whole number of query heads per key head")
+        raise ValueError(
+            f"attend: got {heads} query heads and {key_heads} key heads, expected a whole number of"
+            " query heads per key head"
+        )
     if degree > heads:
         even = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
-            f"attend: got Ulysses degree {degree} for {heads} heads, expected at most one member per head"
-            f" (key parallel.ulysses). Fix: one of {even} (even), or any degree up to {heads}; put the rest into parallel.ring"
+            f"attend: got Ulysses degree {degree} for {heads} heads, expected at most one member"
+            f" per head (key parallel.ulysses). Fix: one of {even} (even), or any degree up to"
+            f" {heads}; put the rest into parallel.ring"
         )
 
 
 def key_heads_of(queries: FrameRange, group: int) -> FrameRange:
     """Key heads that a range of query heads reads, `group` query heads per key head."""
-    return FrameRange(queries.start // group, -(-queries.stop // group)) if len(queries) else FrameRange(0, 0)
+    return (
+        FrameRange(queries.start // group, -(-queries.stop // group))
+        if len(queries)
+        else FrameRange(0, 0)
+    )
 
 
 def head_spans(queries: FrameRange, group: int) -> HeadSpans:
     """For each of this member's key heads the local query heads that read it."""
     keys = key_heads_of(queries, group)
-    bounds = [(max(g * group, queries.start), min((g + 1) * group, queries.stop)) for g in range(keys.start, keys.stop)]
+    bounds = [
+        (max(g * group, queries.start), min((g + 1) * group, queries.stop))
+        for g in range(keys.start, keys.stop)
+    ]
     return tuple((a - queries.start, b - queries.start) for a, b in bounds)
 
 
 def _like(x: Tensor, frames: int, heads: int) -> Tensor:
-    return torch.empty(x.shape[0], frames, x.shape[2], heads, x.shape[4], dtype=x.dtype, device="meta")
+    return torch.empty(
+        x.shape[0], frames, x.shape[2], heads, x.shape[4], dtype=x.dtype, device="meta"
+    )
 
 
-def to_heads(member: Member, frames: Sequence[int], tensors: Sequence[Tensor], heads: Sequence[Sequence[FrameRange]]) -> Program:
-    """Tensors [B, T/P, S, H_i, D] -> [B, Σ frames, S, heads of me, D]. frames: of each Ulysses member; heads[i][j]: heads of tensor i for
-    member j.
+def to_heads(
+    member: Member,
+    frames: Sequence[int],
+    tensors: Sequence[Tensor],
+    heads: Sequence[Sequence[FrameRange]],
+) -> Program:
+    """Tensors [B, T/P, S, H_i, D] -> [B, Σ frames, S, heads of me, D]. frames: of each Ulysses
+    member; heads[i][j]: heads of tensor i for member j.
     """
     if member.ulysses == 1:
         return list(tensors)
     me = member.ulysses_index
-    parts = [pack([x[:, :, :, r[j].start : r[j].stop] for x, r in zip(tensors, heads)]) for j in range(member.ulysses)]
+    parts = [
+        pack([x[:, :, :, r[j].start : r[j].stop] for x, r in zip(tensors, heads)])
+        for j in range(member.ulysses)
+    ]
     like = [[_like(x, n, len(r[me])) for x, r in zip(tensors, heads)] for n in frames]
     answers = yield Exchange(parts, like, "ulysses")
     blocks = [unpack(flat, shapes) for flat, shapes in zip(answers, like)]
     return [torch.cat(column, 1) for column in zip(*blocks)]
 
 
-def to_frames(member: Member, frames: Sequence[int], tensors: Sequence[Tensor], heads: Sequence[Sequence[FrameRange]]) -> Program:
-    """The adjoint: [B, Σ frames, S, heads of me, D] -> [B, T/P, S, H_i, D]; heads that several members hold are added in member order."""
+def to_frames(
+    member: Member,
+    frames: Sequence[int],
+    tensors: Sequence[Tensor],
+    heads: Sequence[Sequence[FrameRange]],
+) -> Program:
+    """The adjoint: [B, Σ frames, S, heads of me, D] -> [B, T/P, S, H_i, D]; heads that several
+    members hold are added in member order."""
     if member.ulysses == 1:
         return list(tensors)
     me = member.ulysses_index
     parts = [pack(list(group)) for group in zip(*(x.split(list(frames), 1) for x in tensors))]
-    like = [[_like(x, frames[me], len(r[i])) for x, r in zip(tensors, heads)] for i in range(member.ulysses)]
+    like = [
+        [_like(x, frames[me], len(r[i])) for x, r in zip(tensors, heads)]
+        for i in range(member.ulysses)
+    ]
     answers = yield Exchange(parts, like, "ulysses")
     blocks = [unpack(flat, shapes) for flat, shapes in zip(answers, like)]
     return [_join([block[i] for block in blocks], ranges) for i, ranges in enumerate(heads)]
@@ -85,7 +118,9 @@ def _join(pieces: list[Tensor], ranges: Sequence[FrameRange]) -> Tensor:
     return out
 
 
-def deal_heads(heads: int, key_heads: int, degree: int) -> tuple[tuple[FrameRange, ...], tuple[FrameRange, ...]]:
+def deal_heads(
+    heads: int, key_heads: int, degree: int
+) -> tuple[tuple[FrameRange, ...], tuple[FrameRange, ...]]:
     """Query and key heads of each Ulysses member."""
     check_heads(heads, key_heads, degree)
     queries = split_evenly(heads, degree)

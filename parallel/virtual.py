@@ -1,11 +1,14 @@
-"""Virtual ranks: all P members of a sequence group in one process on one device, running the real algorithms and kernels.
+"""Virtual ranks: all P members of a sequence group in one process on one device, running the real
+algorithms and kernels.
 
-`run_virtual(body, ring, ulysses)` calls body(comm) once per member, each in a thread of its own. Threads only meet in the *forward* pass:
-at each verb the last one to arrive runs the verb for all of them as one joined graph node. One `backward()` from the sum of the members'
-results then serves all, single-threaded, and nothing ever waits in it. Under activation checkpointing a member replays its verb results
-(`Tape`).
+`run_virtual(body, ring, ulysses)` calls body(comm) once per member, each in a thread of its own.
+Threads only meet in the *forward* pass: at each verb the last one to arrive runs the verb for all
+of them as one joined graph node. One `backward()` from the sum of the members' results then serves
+all, single-threaded, and nothing ever waits in it. Under activation checkpointing a member replays
+its verb results (`Tape`).
 
-The same generators run with the same reduction order as over processes, so results equal those of gloo bit for bit (with one thread each).
+The same generators run with the same reduction order as over processes, so results equal those of
+gloo bit for bit (with one thread each).
 """
 
 from __future__ import annotations
@@ -18,7 +21,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from parallel.comm import AllGather, Begin, Exchange, Finish, Member, Program, Tape, Traffic, Verb, apply, sent_bytes
+from parallel.comm import (
+    AllGather,
+    Begin,
+    Exchange,
+    Finish,
+    Member,
+    Program,
+    Tape,
+    Traffic,
+    Verb,
+    apply,
+    sent_bytes,
+)
 from parallel.compat import in_backward
 
 Result = TypeVar("Result")
@@ -32,7 +47,9 @@ class VirtualGroup:
     scope = ""
 
     def __init__(self, ring: int, ulysses: int) -> None:
-        self.members: tuple[Member, ...] = tuple(Member(r, u, ring, ulysses) for r in range(ring) for u in range(ulysses))
+        self.members: tuple[Member, ...] = tuple(
+            Member(r, u, ring, ulysses) for r in range(ring) for u in range(ulysses)
+        )
         self.traffic = [Traffic() for _ in self.members]
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -42,19 +59,25 @@ class VirtualGroup:
     def run(self, label: str, programs: list[Program]) -> list[Any]:
         answers: list[Any] = [None] * len(programs)
         while True:
-            steps = [_advance(program, answer) for program, answer in zip(programs, answers, strict=True)]
+            steps = [
+                _advance(program, answer) for program, answer in zip(programs, answers, strict=True)
+            ]
             requests = [request for request, _ in steps]
             if all(request is None for request in requests):
                 return [result for _, result in steps]
             first = requests[0]
             assert None not in requests, f"{label}: members disagree on the number of collectives"
-            assert all(type(request) is type(first) for request in requests), f"{label}: members disagree on the collective"
+            assert all(type(request) is type(first) for request in requests), (
+                f"{label}: members disagree on the collective"
+            )
             if isinstance(first, Finish):
                 answers = [request.ticket for request in requests]
                 continue
             if isinstance(first, Begin):
                 requests = [request.exchange for request in requests]
-            assert len({request.axis for request in requests}) == 1, f"{label}: members disagree on the axis"
+            assert len({request.axis for request in requests}) == 1, (
+                f"{label}: members disagree on the axis"
+            )
             for member, request, traffic in zip(self.members, requests, self.traffic, strict=True):
                 traffic.add(label, sent_bytes(request, member))
             answers = self._answer(requests)
@@ -64,18 +87,26 @@ class VirtualGroup:
         for member in self.members:
             peers, place = self._peers(member, requests[0].axis)
             if isinstance(requests[0], AllGather):
-                answers.append([requests[p].tensor for p in peers])  # [*] -> list over members of [*]
+                answers.append(
+                    [requests[p].tensor for p in peers]
+                )  # [*] -> list over members of [*]
             else:
                 assert isinstance(requests[0], Exchange)
-                answers.append([requests[p].parts[place] for p in peers])  # parts[j] of every i -> list over i
+                answers.append(
+                    [requests[p].parts[place] for p in peers]
+                )  # parts[j] of every i -> list over i
         return answers
 
     def _peers(self, member: Member, axis: str) -> tuple[list[int], int]:
         """Indices of the members on the same axis as this one, and its own place among them."""
         if axis == "ulysses":
-            return [member.ring_index * member.ulysses + u for u in range(member.ulysses)], member.ulysses_index
+            return [
+                member.ring_index * member.ulysses + u for u in range(member.ulysses)
+            ], member.ulysses_index
         if axis == "ring":
-            return [r * member.ulysses + member.ulysses_index for r in range(member.ring)], member.ring_index
+            return [
+                r * member.ulysses + member.ulysses_index for r in range(member.ring)
+            ], member.ring_index
         return list(range(member.size)), member.index
 
 
@@ -99,7 +130,9 @@ class _Meeting:
         self.finished = 0
         self.failure: str | None = None
 
-    def call(self, index: int, verb: Verb, tensors: tuple[Tensor | None, ...], scope: str) -> tuple[Tensor, ...]:
+    def call(
+        self, index: int, verb: Verb, tensors: tuple[Tensor | None, ...], scope: str
+    ) -> tuple[Tensor, ...]:
         size = len(self.group.members)
         with self.condition:
             turn = self.turn
@@ -121,7 +154,10 @@ class _Meeting:
         ordered = [self.calls[i] for i in range(len(self.calls))]
         verb, _, self.group.scope = ordered[0]
         if any(other != verb for other, *_ in ordered):
-            raise ValueError(f"virtual ranks disagree on the verb: got {[other for other, *_ in ordered]}, expected the same on all")
+            raise ValueError(
+                f"virtual ranks disagree on the verb: got {[other for other, *_ in ordered]},"
+                " expected the same on all"
+            )
         self.outputs = self.group.apply(verb, *(x for _, tensors, _ in ordered for x in tensors))
         self.calls = {}
         self.turn += 1
@@ -133,7 +169,9 @@ class _Meeting:
 
     def _check_absent(self) -> None:
         if self.calls and self.finished and self.failure is None:
-            self._fail("a member ended while others wait in a verb: all members must call the same verbs")
+            self._fail(
+                "a member ended while others wait in a verb: all members must call the same verbs"
+            )
 
     def done(self, failure: BaseException | None) -> None:
         with self.condition:
@@ -173,10 +211,13 @@ class VirtualComm:
             return tuple(x.detach().requires_grad_(needs) for x, needs in tape.next())
         if in_backward():
             raise RuntimeError(
-                "a virtual rank called a verb inside backward: got a plain torch.utils.checkpoint, expected one that replays collectives."
-                " Fix: parallel.checkpointing.checkpoint(function, *args, sequence=sequence)"
+                "a virtual rank called a verb inside backward: got a plain torch.utils.checkpoint,"
+                " expected one that replays collectives. Fix:"
+                " parallel.checkpointing.checkpoint(function, *args, sequence=sequence)"
             )
-        self.calls.append(Call(self.scope, verb, tuple((x.shape, x.dtype) for x in tensors if x is not None)))
+        self.calls.append(
+            Call(self.scope, verb, tuple((x.shape, x.dtype) for x in tensors if x is not None))
+        )
         outputs = self._meeting.call(self._index, verb, tensors, self.scope)
         if tape is not None:
             tape.answers.append([(x.detach(), x.requires_grad) for x in outputs])
@@ -186,11 +227,15 @@ class VirtualComm:
         raise AssertionError("a virtual rank's programs are run by its group")
 
 
-def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: int = 1) -> tuple[list[Result], list[Traffic]]:
-    """body(comm) for every member at once -> results in member order, and what each member has sent so far.
+def run_virtual(
+    body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: int = 1
+) -> tuple[list[Result], list[Traffic]]:
+    """body(comm) for every member at once -> results in member order, and what each member has sent
+    so far.
 
-    The caller's autograd mode, autocast, default dtype and device hold in every thread. Random numbers must come from keyed generators:
-    torch's global one is shared by all threads, so what a member would draw from it depends on their timing.
+    The caller's autograd mode, autocast, default dtype and device hold in every thread. Random
+    numbers must come from keyed generators: torch's global one is shared by all threads, so what a
+    member would draw from it depends on their timing.
     """
     group = VirtualGroup(ring, ulysses)
     meeting = _Meeting(group)
@@ -199,9 +244,15 @@ def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: i
     errors: list[BaseException | None] = [None] * size
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     present = torch.accelerator.current_accelerator()
-    kinds = [kind for kind in ("cpu", *([present.type] if present else [])) if torch.is_autocast_enabled(kind)]
+    kinds = [
+        kind
+        for kind in ("cpu", *([present.type] if present else []))
+        if torch.is_autocast_enabled(kind)
+    ]
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
-    accelerator = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    )
 
     def enter(index: int) -> None:
         failure: BaseException | None = None
@@ -219,22 +270,31 @@ def run_virtual(body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: i
         finally:
             meeting.done(failure)
 
-    threads = [threading.Thread(target=enter, args=(i,), name=f"virtual-rank-{i}", daemon=True) for i in range(size)]
+    threads = [
+        threading.Thread(target=enter, args=(i,), name=f"virtual-rank-{i}", daemon=True)
+        for i in range(size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     found = [e for e in errors if e is not None]
     if found:
-        raise next((e for e in found if not str(e).startswith("another virtual rank failed")), found[0])
+        raise next(
+            (e for e in found if not str(e).startswith("another virtual rank failed")), found[0]
+        )
     return results, group.traffic
 
 
 def replicate(module: nn.Module, count: int) -> list[nn.Module]:
-    """Copies of a module with leaf parameters of their own over the same memory, as every process has; buffers are shared."""
+    """Copies of a module with leaf parameters of their own over the same memory, as every process
+    has; buffers are shared."""
     copies = []
     for _ in range(count):
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            for p in module.parameters()
+        }
         memo.update({id(b): b for b in module.buffers()})
         copies.append(copy.deepcopy(module, memo))
     return copies

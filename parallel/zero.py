@@ -1,8 +1,10 @@
-"""DeepSpeed ZeRO-3 behind the same interface as FSDP2 (`parallel.sharding=zero3`), for its offload to host memory and to NVMe.
+"""DeepSpeed ZeRO-3 behind the same interface as FSDP2 (`parallel.sharding=zero3`), for its offload
+to host memory and to NVMe.
 
-ZeRO-3 gives each process a flat stretch of every parameter. Checkpoints are made of rows, so `rows` and `fill` turn one into the other,
-one parameter at a time; the files are those of FSDP2 and each reads the other's. DeepSpeed averages gradients over processes and we sum
-them, so losses are multiplied by the number of processes, which a power of two makes exact.
+ZeRO-3 gives each process a flat stretch of every parameter. Checkpoints are made of rows, so `rows`
+and `fill` turn one into the other, one parameter at a time; the files are those of FSDP2 and each
+reads the other's. DeepSpeed averages gradients over processes and we sum them, so losses are
+multiplied by the number of processes, which a power of two makes exact.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ from parallel import compat
 
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
 BUCKET = 50_000_000  # gradients that are averaged together
-SWAP_GROUP, SWAP_BUFFERS = 50_000_000, 4  # numbers that are on the way to or from a disk together, in buffers of so many in host memory
+SWAP_GROUP, SWAP_BUFFERS = (
+    50_000_000,
+    4,
+)  # numbers that are on the way to or from a disk together, in buffers of so many in host memory
 
 
 def check(offload: str, nvme_path: str | None) -> None:
-    """Raises ValueError when this machine lacks what ZeRO-3 with this offload needs: DeepSpeed; for nvme its async_io and the folder."""
+    """Raises ValueError when this machine lacks what ZeRO-3 with this offload needs: DeepSpeed; for
+    nvme its async_io and the folder."""
     _deepspeed()
     if offload != "nvme":
         return
@@ -36,16 +42,20 @@ def check(offload: str, nvme_path: str | None) -> None:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
-            "offload: got nvme where DeepSpeed's async_io cannot be built, expected libaio with its headers (key parallel.offload_state). "
-            "Fix: install libaio-dev, or parallel.offload_state=cpu"
+            "offload: got nvme where DeepSpeed's async_io cannot be built, expected libaio with its"
+            " headers (key parallel.offload_state). Fix: install libaio-dev, or"
+            " parallel.offload_state=cpu"
         )
     if not (os.path.isdir(nvme_path or "") and os.access(nvme_path or "", os.W_OK)):
-        raise ValueError(f"offload: got {nvme_path}, expected a folder that can be written (key parallel.nvme_path). Fix: make it")
+        raise ValueError(
+            f"offload: got {nvme_path}, expected a folder that can be written (key"
+            " parallel.nvme_path). Fix: make it"
+        )
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Remove what an earlier start has left in this node's `folder`. Every process must call this. Raises ValueError when `needed` bytes do
-    not fit: DeepSpeed would abort the process."""
+    """Remove what an earlier start has left in this node's `folder`. Every process must call this.
+    Raises ValueError when `needed` bytes do not fit: DeepSpeed would abort the process."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         shutil.rmtree(folder / "zero_stage_3", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,25 +63,38 @@ def make_room(folder: Path, needed: int) -> None:
     room = shutil.disk_usage(folder).free
     if room < needed:
         raise ValueError(
-            f"offload: got {room / 2**30:.1f} GiB of room in {folder}, expected {needed / 2**30:.1f} for the master weights and moments of "
-            "this node's processes (key parallel.nvme_path). Fix: a folder on a larger disk, or more nodes"
+            f"offload: got {room / 2**30:.1f} GiB of room in {folder}, expected"
+            f" {needed / 2**30:.1f} for the master weights and moments of this node's processes"
+            " (key parallel.nvme_path). Fix: a folder on a larger disk, or more nodes"
         )
 
 
 def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str, Any]:
-    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go master weights and moments, in groups above
-    a megabyte; gradients and the weights that are computed with wait in host memory."""
-    stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False, "reduce_bucket_size": BUCKET}
+    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go
+    master weights and moments, in groups above a megabyte; gradients and the weights that are
+    computed with wait in host memory."""
+    stage: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET,
+    }
     if offload != "none":
         host = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
-        disk = {"device": "nvme", "nvme_path": nvme_path, "buffer_count": SWAP_BUFFERS} if offload == "nvme" else {}
+        disk = (
+            {"device": "nvme", "nvme_path": nvme_path, "buffer_count": SWAP_BUFFERS}
+            if offload == "nvme"
+            else {}
+        )
         stage |= {"offload_param": host, "offload_optimizer": host | disk}
         stage |= {"sub_group_size": SWAP_GROUP} if offload == "nvme" else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # its default is 1.0, of the norm before the trainer's own clipping
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled at the first start
+        # its default is 1.0, of the norm before the trainer's own clipping
+        "gradient_clipping": 0.0,
+        # torch's AdamW: DeepSpeed's own would be compiled at the first start
+        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # nor where the update runs on the host
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -81,8 +104,11 @@ def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str
 
 
 def building(config: dict[str, Any]) -> AbstractContextManager[Any]:
-    """While entered, every module that is made is split over the processes at once: none ever holds the whole model."""
-    return _deepspeed().zero.Init(config_dict_or_path=config)  # the type from the config: `dtype=` is not heeded on CPUs
+    """While entered, every module that is made is split over the processes at once: none ever holds
+    the whole model."""
+    return _deepspeed().zero.Init(
+        config_dict_or_path=config
+    )  # the type from the config: `dtype=` is not heeded on CPUs
 
 
 def _deepspeed() -> Any:
@@ -90,35 +116,53 @@ def _deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise ValueError(
-            f"sharding: got zero3 ({error}), expected an installed deepspeed (key parallel.sharding). "
-            "Fix: pip install 'wm-train[deepspeed]', or parallel.sharding=fsdp"
+            f"sharding: got zero3 ({error}), expected an installed deepspeed (key"
+            " parallel.sharding). Fix: pip install 'wm-train[deepspeed]', or"
+            " parallel.sharding=fsdp"
         ) from error
     import logging
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports its own set-up line by line
+    logging.getLogger("DeepSpeed").setLevel(
+        logging.WARNING
+    )  # it reports its own set-up line by line
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
     return deepspeed
 
 
 class Zero3:
-    """A model built inside `building`, its optimizer and their engine; also the optimizer that the trainer steps."""
+    """A model built inside `building`, its optimizer and their engine; also the optimizer that the
+    trainer steps."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: DeviceMesh,
+        config: dict[str, Any],
+    ) -> None:
         """mesh: one-dimensional, over all processes."""
         self.mesh, self.model = mesh, model
         stage = config["zero_optimization"]
         if stage.get("offload_optimizer", {}).get("device") == "nvme":
             folder = Path(stage["offload_optimizer"]["nvme_path"])
             held = sum(p.ds_tensor.numel() for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
-            make_room(folder, 4 * (1 + len(SLOTS)) * held * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.engine = _deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+            make_room(
+                folder, 4 * (1 + len(SLOTS)) * held * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            )
+        self.engine = _deepspeed().initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )[0]
         self.inner = self.engine.optimizer
         self.param_groups: list[dict[str, Any]] = self.inner.optimizer.param_groups
         if self.inner.swap_optimizer:
             compat.keep_gradients_in_memory(self.inner)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._groups = dict[int, list[tuple[str, slice]]]()  # number of a flat tensor -> the stretches in it, by parameter
+        self._groups = dict[
+            int, list[tuple[str, slice]]
+        ]()  # number of a flat tensor -> the stretches in it, by parameter
         for name, p in self._trained.items():
             group, place = compat.place_in_group(self.inner, p)
             self._groups.setdefault(group, []).append((name, place))
@@ -129,18 +173,21 @@ class Zero3:
         self.check_disk()
 
     def check_disk(self) -> None:
-        """Raises ValueError when master weights, as they are after building, do not come back as they were written: DeepSpeed does not look
-        at what its reads and writes have returned."""
+        """Raises ValueError when master weights, as they are after building, do not come back as
+        they were written: DeepSpeed does not look at what its reads and writes have returned."""
         for group in filter(self._on_disk, self._groups):
             for buffer in compat.swap_buffers(self.inner):
                 buffer.fill_(torch.nan)  # else it still holds what was written
             with self._flat(group) as flat:
                 weights = self.inner.fp16_partitioned_groups_flat[group]
-                same = torch.equal(flat.data.to(weights.dtype), weights) and not any(self.state[flat][slot].any() for slot in SLOTS)
+                same = torch.equal(flat.data.to(weights.dtype), weights) and not any(
+                    self.state[flat][slot].any() for slot in SLOTS
+                )
             if not same:
                 raise ValueError(
-                    f"offload: got other bytes back than were written to {self.inner.optimizer_swapper.swap_folder}, expected a local disk "
-                    "with direct IO (key parallel.nvme_path). Fix: name a folder on another disk"
+                    "offload: got other bytes back than were written to"
+                    f" {self.inner.optimizer_swapper.swap_folder}, expected a local disk with"
+                    " direct IO (key parallel.nvme_path). Fix: name a folder on another disk"
                 )
 
     def _on_disk(self, group: int) -> bool:
@@ -148,8 +195,8 @@ class Zero3:
 
     @contextmanager
     def _flat(self, group: int, changes: bool = False) -> Iterator[Tensor]:
-        """The flat master weights of a group. If they lie on a disk they are in memory while entered, with moments and gradients, and are
-        written back if something `changes`."""
+        """The flat master weights of a group. If they lie on a disk they are in memory while
+        entered, with moments and gradients, and are written back if something `changes`."""
         if self._on_disk(group):
             compat.swap_in(self.inner, group)
         yield self.inner.fp32_partitioned_groups_flat[group]
@@ -173,7 +220,8 @@ class Zero3:
         self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """DeepSpeed would use the last gradient of a parameter again that has none in the next step."""
+        """DeepSpeed would use the last gradient of a parameter again that has none in the next
+        step."""
         self.inner.zero_grad(set_to_none)
         self.inner.grad_partitions_flat_buffer.zero_()
         for gradient in self.gradients():
@@ -182,26 +230,30 @@ class Zero3:
     # gradients
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; `last`: of this step. Offloaded gradients count only if the last one has
-        some of that parameter too."""
+        """Add the gradients of one micro-batch; `last`: of this step. Offloaded gradients count
+        only if the last one has some of that parameter too."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        """This process's stretches of all gradients, fp32: those that the step will use. Zero beyond a parameter's end."""
+        """This process's stretches of all gradients, fp32: those that the step will use. Zero
+        beyond a parameter's end."""
         found: list[Tensor] = []
         for group, members in self._groups.items():
             if self._on_disk(group):
                 found += compat.swapped_gradients(self.inner, group).values()
             else:
-                found += [compat.own_gradient(self.inner, self._trained[name]) for name, _ in members]
+                found += [
+                    compat.own_gradient(self.inner, self._trained[name]) for name, _ in members
+                ]
         return found
 
     def scale_gradients(self, factor: float) -> None:
         for gradient in self.gradients():
             gradient.mul_(factor)
 
-    # weights and moments, as flat stretches: those that live in the engine, copies of those that lie on a disk
+    # weights and moments, as flat stretches: those that live in the engine, copies of those that
+    # lie on a disk
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 master weights; of what is not trained, the weights that are computed with."""
@@ -220,17 +272,25 @@ class Zero3:
         for group, members in self._groups.items():
             with self._flat(group) as flat:
                 state = self.state[flat]
-                found |= {f"{name}/{slot}": self._held(group, state[slot][where]) for name, where in members for slot in SLOTS}
+                found |= {
+                    f"{name}/{slot}": self._held(group, state[slot][where])
+                    for name, where in members
+                    for slot in SLOTS
+                }
                 found |= {f"{name}/step": state["step"] for name, _ in members}
         return found
 
     def _held(self, group: int, stretch: Tensor) -> Tensor:
         return stretch.clone() if self._on_disk(group) else stretch
 
-    def write(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None) -> None:
-        """What `weights`, and perhaps `moments`, gave has been changed in place: take it to the disk where it lies there, and into the
-        weights that are computed with."""
-        compat.drop_gathered_weights(self.inner)  # what an evaluation has left gathered is out of date
+    def write(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """What `weights`, and perhaps `moments`, gave has been changed in place: take it to the
+        disk where it lies there, and into the weights that are computed with."""
+        compat.drop_gathered_weights(
+            self.inner
+        )  # what an evaluation has left gathered is out of date
         for group, members in self._groups.items():
             with self._flat(group, changes=True) as flat:
                 for name, where in members if self._on_disk(group) else ():
@@ -245,8 +305,11 @@ class Zero3:
         return self.model.get_parameter(parameter).ds_shape  # type: ignore[attr-defined]
 
     def rows(self, stretch: Tensor, shape: torch.Size) -> DTensor:
-        """A stretch on each process, the ends padded -> the same tensor in rows, fp32, split as FSDP2 splits it."""
-        mine = stretch.to(self.mesh.device_type)  # what is offloaded lies on the host, where its collectives may not work
+        """A stretch on each process, the ends padded -> the same tensor in rows, fp32, split as
+        FSDP2 splits it."""
+        mine = stretch.to(
+            self.mesh.device_type
+        )  # what is offloaded lies on the host, where its collectives may not work
         everyone = [torch.empty_like(mine) for _ in range(self.mesh.size())]
         dist.all_gather(everyone, mine, group=self.mesh.get_group())
         return self._own_rows(torch.cat(everyone)[: shape.numel()].view(shape).float())
@@ -254,7 +317,9 @@ class Zero3:
     def _own_rows(self, full: Tensor) -> DTensor:
         parts, rank = full.chunk(self.mesh.size()), self.mesh.get_local_rank()
         mine = parts[rank].clone() if rank < len(parts) else full[:0].clone()
-        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
+        return DTensor.from_local(
+            mine, self.mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride()
+        )
 
     def empty_rows(self, shape: torch.Size) -> DTensor:
         """Rows to be filled."""

@@ -16,11 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
-    """run_ranks(count, *command): run `python <command>` as `count` ranks with the environment launchers set; all must succeed."""
+    """run_ranks(count, *command): run `python <command>` as `count` ranks with the environment
+    launchers set; all must succeed."""
 
     def run(count: int, *arguments: object, timeout: float = 120) -> None:
         port = free_port("127.0.0.1")
-        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
+        common = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(count),
+        }
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, *map(str, arguments)]
         ranks = [
@@ -38,7 +44,9 @@ def run_ranks() -> Callable[..., None]:
         finally:
             for process in ranks:
                 process.kill()
-        assert all(process.returncode == 0 for process in ranks), "\n".join(o[-2000:] for o in outputs)
+        assert all(process.returncode == 0 for process in ranks), "\n".join(
+            o[-2000:] for o in outputs
+        )
 
     return run
 
@@ -48,23 +56,55 @@ def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of real gameplay: 8 clips of 41 frames."""
     folder = tmp_path_factory.mktemp("gameplay")
     record = ["record", "vizdoom", f"out={folder / 'recording'}", "clips=8", "frames=41", "fps=16"]
-    encode = ["encode", f"source={folder / 'recording'}", "codec=linear", "channels=16", f"out={folder / 'shards'}"]
+    encode = [
+        "encode",
+        f"source={folder / 'recording'}",
+        "codec=linear",
+        "channels=16",
+        f"out={folder / 'shards'}",
+    ]
     for command in (record, encode):
         module, *arguments = command
-        subprocess.run([sys.executable, "-m", f"data_shards.{module}", *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [sys.executable, "-m", f"data_shards.{module}", *arguments],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
     return folder / "shards"
 
 
 @pytest.fixture(scope="session")
 def demo_run(gameplay: Path) -> Callable[..., Any]:
-    """demo_run(folder, *overrides): the demo's first stage, smaller, so that its 20 steps take seconds."""
+    """demo_run(folder, *overrides): the demo's first stage, smaller, so that its 20 steps take
+    seconds."""
     from wm_train.config.compose import compose
 
     def make(folder: Path, *overrides: str) -> Any:
-        base = ["experiment=demo", "stage=short", f"data.path={gameplay}", f"out={folder}", "tracker=none", "trainer.samples=0"]
-        small = ["model.width=64", "model.depth=4", "recipe.stages.short.global_batch=2", "recipe.stages.short.frames=41"]
-        quick = ["recipe.stages.short.steps=20", "trainer.checkpoint_every=5", "trainer.validation_clips=0"]
-        optimizer = [f"recipe.stages.short.optimizer.{setting}" for setting in ("warmup_steps=5", "lr=2e-3", "schedule=constant")]
+        base = [
+            "experiment=demo",
+            "stage=short",
+            f"data.path={gameplay}",
+            f"out={folder}",
+            "tracker=none",
+            "trainer.samples=0",
+        ]
+        small = [
+            "model.width=64",
+            "model.depth=4",
+            "recipe.stages.short.global_batch=2",
+            "recipe.stages.short.frames=41",
+        ]
+        quick = [
+            "recipe.stages.short.steps=20",
+            "trainer.checkpoint_every=5",
+            "trainer.validation_clips=0",
+        ]
+        optimizer = [
+            f"recipe.stages.short.optimizer.{setting}"
+            for setting in ("warmup_steps=5", "lr=2e-3", "schedule=constant")
+        ]
         return compose([*base, *small, *quick, *optimizer, *overrides])
 
     return make
@@ -72,7 +112,8 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
-    """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker --config`."""
+    """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker
+    --config`."""
     from wm_train.config.compose import to_json
 
     def write(folder: Path, *overrides: str) -> Path:

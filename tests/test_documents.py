@@ -17,7 +17,8 @@ GROUPS = "backend|data|launcher|model|parallel|pools|recipe|tracker|trainer"
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words behind `python -m wm_train.launch`, in code blocks and in running text, with placeholders filled in."""
+    """The words behind `python -m wm_train.launch`, in code blocks and in running text, with
+    placeholders filled in."""
     text = re.sub(r"<[^>\n]*>", "example.com/x", re.sub(r"\s*\\\n\s*", " ", text))
     found = re.findall(r"python -m wm_train\.launch ([^`#\n]*=[^`#\n]*)", text)
     return [[word for word in shlex.split(line) if word != "..."] for line in found]
@@ -29,10 +30,19 @@ def test_every_key_and_every_module_exists(document):
     known = re.sub(r"<\w+>", "<>", help_text(None))
     words = re.findall(rf"\b(?:{GROUPS})\.[a-z_<][\w.<>]*\w", text)
     named = {re.sub(r"<\w+>", "<>", word) for word in words if not word.endswith((".py", ".json"))}
-    named |= {f"launcher.slurm.{key}" for key in re.findall(r"`(account|setup|options|container|srun)[=`]", text)}
+    named |= {
+        f"launcher.slurm.{key}"
+        for key in re.findall(r"`(account|setup|options|container|srun)[=`]", text)
+    }
     assert named
-    assert not {key for key in named if not re.search(rf"^  {re.escape(key)}[ .]", known, re.MULTILINE)}
-    assert not {module for module in re.findall(r"python -m ([a-z_.]+\w)", text) if find_spec(module) is None}
+    assert not {
+        key for key in named if not re.search(rf"^  {re.escape(key)}[ .]", known, re.MULTILINE)
+    }
+    assert not {
+        module
+        for module in re.findall(r"python -m ([a-z_.]+\w)", text)
+        if find_spec(module) is None
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -41,6 +51,10 @@ def test_every_command_line_would_start(document):
     found = commands((ROOT / document).read_text())
     assert len(found) >= 3
     for words in found:
-        whole = words if any(word.startswith(("experiment=", "recipe=")) for word in words) else ["experiment=demo", *words]
+        whole = (
+            words
+            if any(word.startswith(("experiment=", "recipe=")) for word in words)
+            else ["experiment=demo", *words]
+        )
         run = compose([*whole, "data.path=/shared/demo"])
         assert not without_data(run, data_is_here=False), words

@@ -1,4 +1,5 @@
-"""The rules of the house that a script can see: one-way imports, models that know no ranks, files that fit in a head."""
+"""The rules of the house that a script can see: one-way imports, models that know no ranks, files
+that fit in a head."""
 
 import ast
 import re
@@ -9,11 +10,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("wm_train", "parallel", "data_shards", "launch")
-MAY_IMPORT = {"wm_train": set(OURS), "parallel": {"parallel"}, "data_shards": {"data_shards"}, "launch": {"launch"}}
+MAY_IMPORT = {
+    "wm_train": set(OURS),
+    "parallel": {"parallel"},
+    "data_shards": {"data_shards"},
+    "launch": {"launch"},
+}
 SILENT_ABOUT_RANKS = ("wm_train/models", "wm_train/objectives", "wm_train/conditioning")
-FORBIDDEN = re.compile(r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE)
+FORBIDDEN = re.compile(
+    r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE
+)
 ATEN = re.compile(r"\baten\.\w+")
-VENDORS = re.compile(r"cuda|cudnn|nvidia|nccl|hccl|(?-i:Ascend)\b|torch_npu|\b(npu|rocm|musa|mlu|xpu)\b", re.IGNORECASE)
+VENDORS = re.compile(
+    r"cuda|cudnn|nvidia|nccl|hccl|(?-i:Ascend)\b|torch_npu|\b(npu|rocm|musa|mlu|xpu)\b",
+    re.IGNORECASE,
+)
 
 
 def sources(*folders: str) -> list[Path]:
@@ -33,7 +44,11 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", OURS)
 def test_imports_point_one_way(package):
-    wrong = {str(p.relative_to(ROOT)): found for p in sources(package) if (found := imported(p) & set(OURS) - MAY_IMPORT[package])}
+    wrong = {
+        str(p.relative_to(ROOT)): found
+        for p in sources(package)
+        if (found := imported(p) & set(OURS) - MAY_IMPORT[package])
+    }
     assert not wrong
 
 
@@ -78,7 +93,9 @@ def test_only_backends_and_kernels_name_a_vendor():
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in [*sources(*OURS), *(ROOT / "configs").rglob("*.yaml")]
-        if not path.relative_to(ROOT).as_posix().startswith(("wm_train/backends/", "wm_train/kernels/"))
+        if not path.relative_to(ROOT)
+        .as_posix()
+        .startswith(("wm_train/backends/", "wm_train/kernels/"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if VENDORS.search(ATEN.sub("", line))
     ]
@@ -86,13 +103,25 @@ def test_only_backends_and_kernels_name_a_vendor():
 
 
 def test_the_vendor_rule_can_fail():
-    found = ('x.to("cuda:1")', "torch_npu.x", "over NCCL", "x.cuda()", "an Ascend", "cudnn_attention", 'device="npu"')
+    found = (
+        'x.to("cuda:1")',
+        "torch_npu.x",
+        "over NCCL",
+        "x.cuda()",
+        "an Ascend",
+        "cudnn_attention",
+        'device="npu"',
+    )
     assert all(VENDORS.search(line) for line in found)
     assert not VENDORS.search("input groups must ascend, ascending")
 
 
 def test_no_file_is_longer_than_400_lines():
-    long = {str(p.relative_to(ROOT)): n for p in sources(*OURS, "tests") if (n := len(p.read_text().splitlines())) > 400}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in sources(*OURS, "tests")
+        if (n := len(p.read_text().splitlines())) > 400
+    }
     assert not long
 
 
@@ -101,7 +130,9 @@ def test_tests_are_no_package():
 
 
 def test_configs_have_no_stage_folder():
-    assert not (ROOT / "configs" / "stage").exists(), "Hydra rejects stage=3 when configs/stage exists"
+    assert not (ROOT / "configs" / "stage").exists(), (
+        "Hydra rejects stage=3 when configs/stage exists"
+    )
 
 
 @pytest.mark.parametrize("module", ["wm_train.launch", "data_shards.record", "data_shards.encode"])
@@ -124,6 +155,13 @@ def run_python():
     import sys
 
     def run(code: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     return run

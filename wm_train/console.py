@@ -1,4 +1,5 @@
-"""What a worker says while it runs: plain lines, and `@progress {json}` lines that a launcher turns into a progress bar."""
+"""What a worker says while it runs: plain lines, and `@progress {json}` lines that a launcher turns
+into a progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ class Progress:
         self.speaks = speaks
         self.started = time.monotonic()
         self.first_step: int | None = None
-        self._marks: list[tuple[str, float]] = []  # what has been done since the process began, and how old it was then
+        self._marks: list[
+            tuple[str, float]
+        ] = []  # what has been done since the process began, and how old it was then
 
     def mark(self, done: str) -> None:
         """Something that training had to wait for is done."""
@@ -31,7 +34,8 @@ class Progress:
             print(text, flush=True)
 
     def step(self, stage: str, step: int, steps: int, **figures: Any) -> None:
-        """Step `step` of `steps` is done. The time left is estimated from the steps of this process."""
+        """Step `step` of `steps` is done. The time left is estimated from the steps of this
+        process."""
         if not self.speaks:
             return
         if self.first_step is None:  # the first step pays for warm-up, so the clock starts after it
@@ -42,7 +46,11 @@ class Progress:
             self.say(f"first step after {ages[-1]:.1f} s: {', '.join(parts)}")
         done = step - self.first_step
         left = (time.monotonic() - self.started) / done * (steps - step) if done else None
-        print("@progress " + json.dumps({"stage": stage, "step": step, "steps": steps, "eta_s": left, **figures}), flush=True)
+        print(
+            "@progress "
+            + json.dumps({"stage": stage, "step": step, "steps": steps, "eta_s": left, **figures}),
+            flush=True,
+        )
 
 
 def complain(text: str) -> None:
@@ -51,7 +59,8 @@ def complain(text: str) -> None:
 
 
 def process_age() -> float:
-    """Seconds since this process began; where the system does not tell, since this module was loaded."""
+    """Seconds since this process began; where the system does not tell, since this module was
+    loaded."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.monotonic() - LOADED

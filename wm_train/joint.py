@@ -1,8 +1,9 @@
-"""All pools of a run judged as the one model they are: `python -m wm_train.joint --config resolved.json`, which the launch command runs as
-workers when the pools of a stage have ended.
+"""All pools of a run judged as the one model they are: `python -m wm_train.joint --config
+resolved.json`, which the launch command runs as workers when the pools of a stage have ended.
 
-Every noise level is left to the pool that learned it: the held-out loss level by level, and rollouts that switch at the boundaries
-(Wan2.2; MoWorld §3). Results are in `<out>/<name>/joint/<stage>`.
+Every noise level is left to the pool that learned it: the held-out loss level by level, and
+rollouts that switch at the boundaries (Wan2.2; MoWorld §3). Results are in
+`<out>/<name>/joint/<stage>`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from wm_train.worker import main as worker_main
 from wm_train.world import World
 
 
-def judge(run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest) -> None:
-    """Evaluate the newest checkpoints of all pools at the stage named `run.stage`, over the mesh of `run`.
+def judge(
+    run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest
+) -> None:
+    """Evaluate the newest checkpoints of all pools at the stage named `run.stage`, over the mesh of
+    `run`.
 
     Errors: SetupError when a pool has no checkpoint.
     """
@@ -66,12 +70,16 @@ def judge(run: RunConfig, backend: Backend, world: World, progress: Progress, st
 
 
 def pool_run(run: RunConfig, pool: str) -> RunConfig:
-    """The run of `pool` as it was started, on the mesh of `run`. Raises SetupError when it never was."""
+    """The run of `pool` as it was started, on the mesh of `run`. Raises SetupError when it never
+    was."""
     file = stage_directory(replace(run, pool=pool), run.stage) / "config.json"
     try:
         own = from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SetupError(f"joint evaluation: got {error}, expected the config of pool {pool}. Fix: train the pool first") from error
+        raise SetupError(
+            f"joint evaluation: got {error}, expected the config of pool {pool}. Fix: train the"
+            " pool first"
+        ) from error
     return stage_run(replace(own, parallel=run.parallel), run.stage)
 
 
@@ -80,7 +88,10 @@ def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[EvaluationSt
     root = checkpoints_of(own, own.stage)
     found = store.find_newest(root, world, lambda line: None)
     if found is None:
-        raise SetupError(f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}. Fix: train the pool first")
+        raise SetupError(
+            f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}."
+            " Fix: train the pool first"
+        )
     folder, manifest = found
     state = build_for_evaluation(own, stage.mesh.fsdp, stage.backend.device)
     targets = state.sources(manifest.tensors)

@@ -1,15 +1,21 @@
-"""Train: `python -m wm_train.launch experiment=demo stage=1`. Checks everything, then hands each selected stage to the launcher.
+"""Train: `python -m wm_train.launch experiment=demo stage=1`. Checks everything, then hands each
+selected stage to the launcher.
 
-Exit codes: 0 done, 2 a mistake of the user (nothing was started), 128 + n stopped by signal n, else the worker's.
+Exit codes: 0 done, 2 a mistake of the user (nothing was started), 128 + n stopped by signal n, else
+the worker's.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # `python wm_train/launch.py` puts wm_train/ first on the path, where `import launch` would find this very file
+# `python wm_train/launch.py` puts wm_train/ first on the path, where `import launch` would find
+# this very file
+if not __package__:
     print(
-        "wm_train.launch: got a file to run, expected a module. Fix: python -m wm_train.launch " + " ".join(sys.argv[1:]), file=sys.stderr
+        "wm_train.launch: got a file to run, expected a module. Fix: python -m wm_train.launch "
+        + " ".join(sys.argv[1:]),
+        file=sys.stderr,
     )
     sys.exit(2)
 
@@ -23,7 +29,16 @@ from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
-from launch.spec import INTERRUPTED, JOB_ID, USER_ERROR, BatchJob, LaunchSpec, Pods, fill, write_private
+from launch.spec import (
+    INTERRUPTED,
+    JOB_ID,
+    USER_ERROR,
+    BatchJob,
+    LaunchSpec,
+    Pods,
+    fill,
+    write_private,
+)
 from parallel.degrees import sequence_size
 from wm_train.checkpoint.manifest import committed
 from wm_train.checks.mesh import smaller_worlds
@@ -41,7 +56,9 @@ PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the selected stages one after the other; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m wm_train.launch", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.launch", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--config-dir", type=Path)
@@ -57,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pools = pool_runs(config, options.overrides, options.config_dir)
         plans = {pool: checked(run, pool) for pool, run in pools.items()}
     except compose.ConfigError as error:
-        print(compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]), file=sys.stderr)
+        print(
+            compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]),
+            file=sys.stderr,
+        )
         return USER_ERROR
     for pool, run in pools.items():
         for idle in named(warnings_in(run), pool):
@@ -69,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.name}" if pool else f"stage {stage.name}"
                 print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
-        return report.shown_pools(pools, {pool: report.latent_frame(run, None) for pool, run in pools.items()})
+        return report.shown_pools(
+            pools, {pool: report.latent_frame(run, None) for pool, run in pools.items()}
+        )
     code = run_stages(config, pools, plans)
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
@@ -88,7 +110,8 @@ def checked(config: RunConfig, pool: str = "") -> tuple[curriculum.PlannedStage,
 
 
 def problems_in(config: RunConfig) -> list[compose.Problem]:
-    """What is wrong with the values. `validate` reads the tables of the whole package, so it waits until there is a config."""
+    """What is wrong with the values. `validate` reads the tables of the whole package, so it waits
+    until there is a config."""
     from wm_train.checks.values import problems_of
 
     return problems_of(config)
@@ -105,7 +128,8 @@ Plans = Mapping[str, Sequence[curriculum.PlannedStage]]
 
 
 def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) -> int:
-    """The selected stages one after the other, each with all pools at once; returns the exit code."""
+    """The selected stages one after the other, each with all pools at once; returns the exit
+    code."""
     together = dataclasses.replace(config, pool=None)
     folder = curriculum.stage_directory(together, "")
     parent = None
@@ -114,16 +138,26 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
 
         folder.mkdir(parents=True, exist_ok=True)
         parent = parent_run(together, folder, print)
-        pools = {pool: dataclasses.replace(run, tracker=dataclasses.replace(run.tracker, parent=parent)) for pool, run in pools.items()}
+        pools = {
+            pool: dataclasses.replace(run, tracker=dataclasses.replace(run.tracker, parent=parent))
+            for pool, run in pools.items()
+        }
     groups: list[dict[str, LaunchSpec]] = []
     for place in range(min(len(plan) for plan in plans.values())):
-        groups.append({pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()})
+        groups.append(
+            {pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()}
+        )
         stage = next(iter(plans.values()))[place]
         if len(pools) > 1 and boundaries(pools, stage.name):
             groups.append({"": judge_spec(next(iter(pools.values())), config, stage)})
     code = run_groups(groups, config.launcher.name)
     if parent and config.launcher.name not in launch.LATER:
-        parent_run(together, folder, print, "FINISHED" if code == 0 else "KILLED" if code > INTERRUPTED else "FAILED")
+        parent_run(
+            together,
+            folder,
+            print,
+            "FINISHED" if code == 0 else "KILLED" if code > INTERRUPTED else "FAILED",
+        )
     return code
 
 
@@ -131,20 +165,28 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: curriculum.PlannedStag
     """What judges all pools of a stage together when they have ended, on the run's own mesh."""
     joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
     after = stage.directory.absolute() / JOB_ID
-    stage = dataclasses.replace(stage, source=None, directory=curriculum.stage_directory(joint, stage.name))
+    stage = dataclasses.replace(
+        stage, source=None, directory=curriculum.stage_directory(joint, stage.name)
+    )
     title = f"all pools of stage {stage.name} as one model -> {stage.directory}"
     spec = spec_of(joint, stage, [stage])
     batch = dataclasses.replace(spec.batch, after=after) if spec.batch else None
     return dataclasses.replace(spec, command=JUDGE, fewer=(), title=title, batch=batch)
 
 
-def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]) -> LaunchSpec:
-    """What the launcher is asked for; the worker finds its one stage in `stage` of its config. In a queue, `stages` wait for each other."""
+def spec_of(
+    config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]
+) -> LaunchSpec:
+    """What the launcher is asked for; the worker finds its one stage in `stage` of its config. In a
+    queue, `stages` wait for each other."""
     place, own = stages.index(stage), curriculum.stage_run(config, stage.name)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return LaunchSpec(
-        title=f"stage {stage.name} ({stage.config.frames} frames, {stage.config.steps} steps) -> {stage.directory}",
+        title=(
+            f"stage {stage.name} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
+            f" {stage.directory}"
+        ),
         command=WORKER,
         workers=config.launcher.workers,
         config_path=(stage.directory / "config.json").absolute(),
@@ -163,8 +205,16 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
         address=config.launcher.address,
         nodes=config.launcher.nodes,
         endpoint=config.launcher.endpoint,
-        batch=BatchJob("-".join(part for part in (config.name, config.pool, stage.name) if part), after, **vars(config.launcher.slurm)),
-        pods=Pods(config.name, **vars(config.launcher.kubernetes)) if config.launcher.name == "kubernetes" else None,
+        batch=BatchJob(
+            "-".join(part for part in (config.name, config.pool, stage.name) if part),
+            after,
+            **vars(config.launcher.slurm),
+        ),
+        pods=(
+            Pods(config.name, **vars(config.launcher.kubernetes))
+            if config.launcher.name == "kubernetes"
+            else None
+        ),
         max_restarts=config.launcher.max_restarts,
         place_s=config.launcher.place_s,
         fewer=smaller_worlds(own, stage.config.global_batch),
@@ -173,12 +223,15 @@ def spec_of(config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[
 
 
 def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int:
-    """Store the resolved configs, run the workers of one group after the other, return the exit code of the first that fails, or 0."""
+    """Store the resolved configs, run the workers of one group after the other, return the exit
+    code of the first that fails, or 0."""
     whole = launch.takes_all_stages(launcher, next(iter(groups[0].values())))
     for group in groups:
         try:
             for spec in group.values():
-                if spec.nodes == 1 and launcher not in launch.LATER:  # else another machine may have begun already
+                if (
+                    spec.nodes == 1 and launcher not in launch.LATER
+                ):  # else another machine may have begun already
                     check_free(spec.config_path.parent)
                 spec.config_path.parent.mkdir(parents=True, exist_ok=True)
                 write_private(spec.config_path, spec.config_text)
@@ -186,7 +239,11 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
             print(error, file=sys.stderr)
             return USER_ERROR
         except OSError as error:
-            print(f"run folder: got {error}, expected a folder that can be written (key out). Fix: out=<folder>", file=sys.stderr)
+            print(
+                f"run folder: got {error}, expected a folder that can be written (key out). Fix:"
+                " out=<folder>",
+                file=sys.stderr,
+            )
             return USER_ERROR
         if not whole:
             with ProgressView() as view:
@@ -205,13 +262,26 @@ def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str
     """Where the results are."""
     last = stages[-1]
     saved = committed(last.checkpoints)
-    lines = [f"done: {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.name for stage in stages)}"]
+    lines = [
+        "done:"
+        f" {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.name for stage in stages)}"
+    ]
     if saved:
         lines.append(f"  checkpoint  {saved[-1]}")
-    lines += [f"  samples     {sheet}" for stage in stages for sheet in sorted((stage.directory / "samples").glob("*.png"))]
+    lines += [
+        f"  samples     {sheet}"
+        for stage in stages
+        for sheet in sorted((stage.directory / "samples").glob("*.png"))
+    ]
     if config.tracker.name == "mlflow":
-        store = compose.without_login(config.tracker.uri) or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
-        lines.append(f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1 --backend-store-uri {store})")
+        store = (
+            compose.without_login(config.tracker.uri)
+            or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
+        )
+        lines.append(
+            f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1"
+            f" --backend-store-uri {store})"
+        )
     return "\n".join(lines)
 
 
@@ -223,8 +293,14 @@ def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
     others = [key + sign + compose.without_login(value) for key, sign, value in parts]
     if place < len(names):
         index = config.recipe.stages[names[place]].index
-        return f"next: python -m wm_train.launch {shlex.join([*others, f'stage={index}'])}    ({names[place]})"
-    return "that was the last stage of the recipe; for longer training raise recipe.stages.<stage>.steps and run the same command"
+        return (
+            f"next: python -m wm_train.launch {shlex.join([*others, f'stage={index}'])}   "
+            f" ({names[place]})"
+        )
+    return (
+        "that was the last stage of the recipe; for longer training raise"
+        " recipe.stages.<stage>.steps and run the same command"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Random numbers that do not know where they are drawn: a counter-based generator in integer tensor ops (design §5).
+"""Random numbers that do not know where they are drawn: a counter-based generator in integer tensor
+ops (design §5).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Every value is a function of
-(seed, stage, purpose, draw, latent frame, element) and of nothing else, so a clip gets the same noise on one device and on
-a hundred, after a resume and after a change of the mesh. The integers are the same bits on every device; normals agree up
-to the device's log, sin and cos.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Every value
+is a function of (seed, stage, purpose, draw, latent frame, element) and of nothing else, so a clip
+gets the same noise on one device and on a hundred, after a resume and after a change of the mesh.
+The integers are the same bits on every device; normals agree up to the device's log, sin and cos.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # all arithmetic is modulo 2**32, carried in int64 because integer tensors have no unsigned 32-bit multiply
+# all arithmetic is modulo 2**32, carried in int64 because integer tensors have no unsigned 32-bit
+# multiply
+WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
@@ -34,7 +37,9 @@ class NoiseKey:
     stage: str  # its name, not its position: a recipe may grow around it. Or a reserved name above
 
 
-def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: Sequence[Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox over broadcastable int64 tensors.
 
     counter: four tensors with values in [0, 2**32); key: two integers in [0, 2**32).
@@ -43,7 +48,8 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(ROUNDS):
-        # The product wraps at 64 bits; its 64 bit pattern is right, so both halves survive the masks.
+        # The product wraps at 64 bits; its 64 bit pattern is right, so both halves survive the
+        # masks.
         low = c0 * MULTIPLIERS[0]
         high = c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -62,27 +68,41 @@ def generator_key(key: NoiseKey, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def random_words(key: NoiseKey, purpose: str, draws: Tensor, frames: range | tuple[int, int], count: int) -> Tensor:
-    """Raw 32-bit words, [b, t, ceil(count / 4), 4] int64: one block of four per (draw, frame, element // 4).
+def random_words(
+    key: NoiseKey, purpose: str, draws: Tensor, frames: range | tuple[int, int], count: int
+) -> Tensor:
+    """Raw 32-bit words, [b, t, ceil(count / 4), 4] int64: one block of four per (draw, frame,
+    element // 4).
 
-    draws: int64 [b], the position of each clip in the stage's global sample stream; frames: the latent frames wanted.
+    draws: int64 [b], the position of each clip in the stage's global sample stream; frames: the
+    latent frames wanted.
     """
     start, stop = (frames.start, frames.stop) if isinstance(frames, range) else frames
     device = draws.device
     blocks = torch.arange((count + 3) // 4, device=device)[None, None, :]
     times = torch.arange(start, stop, device=device)[None, :, None]
     draws = draws.to(torch.int64)[:, None, None]
-    words = philox4x32((blocks, times, draws & WORD, (draws >> 32) & WORD), generator_key(key, purpose))
+    words = philox4x32(
+        (blocks, times, draws & WORD, (draws >> 32) & WORD), generator_key(key, purpose)
+    )
     return torch.stack(words, dim=-1)
 
 
 def unit_interval(words: Tensor) -> Tensor:
-    """32-bit words -> fp32 in the open interval (0, 1), exactly: 23 bits and a half, so neither 0 nor 1 can occur."""
+    """32-bit words -> fp32 in the open interval (0, 1), exactly: 23 bits and a half, so neither 0
+    nor 1 can occur."""
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def normal(key: NoiseKey, purpose: str, draws: Tensor, frames: range | tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """Standard normals, fp32 [b, t, *shape] on the device of `draws` (Box-Muller on the four words of a block).
+def normal(
+    key: NoiseKey,
+    purpose: str,
+    draws: Tensor,
+    frames: range | tuple[int, int],
+    shape: Sequence[int],
+) -> Tensor:
+    """Standard normals, fp32 [b, t, *shape] on the device of `draws` (Box-Muller on the four words
+    of a block).
 
     A slice of frames equals the slice of the whole, whoever draws it.
     """

@@ -1,7 +1,9 @@
-"""Where checkpoints lie: a local folder (a Path), or a prefix of any store that fsspec knows (s3://, gs://, memory://).
+"""Where checkpoints lie: a local folder (a Path), or a prefix of any store that fsspec knows
+(s3://, gs://, memory://).
 
-`Remote` has the few verbs of a Path that checkpoints use. A store has no rename and no folders of its own; what is written appears whole
-when it is closed, so a checkpoint counts from the moment its manifest, which goes last, is there.
+`Remote` has the few verbs of a Path that checkpoints use. A store has no rename and no folders of
+its own; what is written appears whole when it is closed, so a checkpoint counts from the moment its
+manifest, which goes last, is there.
 """
 
 from __future__ import annotations
@@ -57,7 +59,12 @@ class Remote:
     @contextmanager
     def open(self, mode: str, encoding: str | None = None) -> Iterator[Any]:
         """`x` is taken as `w`: names are fresh, and a store cannot tell."""
-        with _as_os_errors(self.url), _filesystem(self.url).open(_path(self.url), mode.replace("x", "w"), encoding=encoding) as file:
+        with (
+            _as_os_errors(self.url),
+            _filesystem(self.url).open(
+                _path(self.url), mode.replace("x", "w"), encoding=encoding
+            ) as file,
+        ):
             yield file
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -96,7 +103,9 @@ def _filesystem(url: str) -> Any:
 def _store(protocol: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem(protocol, use_listings_cache=False)  # others write, so what was listed before is out of date
+    return fsspec.filesystem(
+        protocol, use_listings_cache=False
+    )  # others write, so what was listed before is out of date
 
 
 def _path(url: str) -> str:
@@ -109,5 +118,6 @@ def _as_os_errors(url: str) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # every store has its own; callers know what to do with a file that cannot be read or written
+    # every store has its own; callers know what to do with a file that cannot be read or written
+    except Exception as error:
         raise OSError(f"{url}: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
 """The loop: batch -> objective -> backward -> guard -> step -> record -> checkpoint.
 
-Gradients are summed over all processes; the objective's per-clip losses are divided by the global batch here. So one process and any mesh
-take the same step (design §3, §9).
+Gradients are summed over all processes; the objective's per-clip losses are divided by the global
+batch here. So one process and any mesh take the same step (design §3, §9).
 """
 
 from __future__ import annotations
@@ -36,18 +36,29 @@ from wm_train.tracking.profiling import StepProfiler, steps_to_profile
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.resume import Start, restore
 from wm_train.training.rewind import rewind
-from wm_train.training.stage import Stage, conditions_of, micro_batches, on_device, open_loader, open_stage, sequence_of
+from wm_train.training.stage import (
+    Stage,
+    conditions_of,
+    micro_batches,
+    on_device,
+    open_loader,
+    open_stage,
+    sequence_of,
+)
 from wm_train.training.state import SetupError, TrainState, build_state, facts
 from wm_train.training.step_clock import StepClock
 from wm_train.world import World
 
 
-def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest) -> None:
-    """Train the stage named `run.stage` from its newest checkpoint to its last step, then roll out samples.
+def train_stage(
+    run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest
+) -> None:
+    """Train the stage named `run.stage` from its newest checkpoint to its last step, then roll out
+    samples.
 
-    Errors: SetupError for what the user must change, until the first step is taken;
-    DataError for data that is damaged or cannot be read;
-    BadStepError from the guard; Preempted after `stop` was raised on any process and the state was saved.
+    Errors: SetupError for what the user must change, until the first step is taken; DataError for
+    data that is damaged or cannot be read; BadStepError from the guard; Preempted after `stop` was
+    raised on any process and the state was saved.
     """
     run = stage_run(run, run.stage)
     with setup_mistakes():
@@ -56,7 +67,9 @@ def train_stage(run: RunConfig, backend: Backend, world: World, progress: Progre
         start = restore(run, state, stage.data_fingerprint, world, progress.say)
     folder = stage_directory(run, run.stage)
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(run, run.stage, folder, start.steps_done, progress.say) if world.rank == 0 else None
+    tracker = (
+        Tracker(run, run.stage, folder, start.steps_done, progress.say) if world.rank == 0 else None
+    )
     outcome = "FAILED"
     try:
         progress.mark("model and data")
@@ -111,20 +124,34 @@ def run_steps(
     pulse: Heartbeat,
     clock: StepClock,
 ) -> None:
-    """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`, at the end and when asked to stop.
+    """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`,
+    at the end and when asked to stop.
 
-    Errors: BadStepError and RewindError from the guard, CorruptionError when replicas differ, Preempted.
+    Errors: BadStepError and RewindError from the guard, CorruptionError when replicas differ,
+    Preempted.
     """
     run, steps = stage.run, stage.config.steps
     if start.steps_done >= steps or gate_passed(stage, start.validation_loss):
-        progress.say(f"stage {run.stage} has ended already, after {start.steps_done} of {steps} steps")
+        progress.say(
+            f"stage {run.stage} has ended already, after {start.steps_done} of {steps} steps"
+        )
         return
     folder = stage_directory(run, run.stage)
     guard, stragglers = Guard(run.trainer, start.guard), Stragglers(run.trainer.straggler_factor)
-    profiler = StepProfiler(steps_to_profile(run.trainer.profile) if tracker else range(0), folder / "profile", stage.backend.profiler)
-    lost = partial(silent_ranks, folder / "heartbeats", stage.world.size, run.backend.collective_timeout_s)
-    saver = Saver(checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say, lost)
-    with open_loader(stage, "train", stage.config.global_batch, start.steps_done, start.quarantined, progress.say) as loader:
+    profiler = StepProfiler(
+        steps_to_profile(run.trainer.profile) if tracker else range(0),
+        folder / "profile",
+        stage.backend.profiler,
+    )
+    lost = partial(
+        silent_ranks, folder / "heartbeats", stage.world.size, run.backend.collective_timeout_s
+    )
+    saver = Saver(
+        checkpoints_of(run, run.stage), run.stage, run.trainer, stage.world, progress.say, lost
+    )
+    with open_loader(
+        stage, "train", stage.config.global_batch, start.steps_done, start.quarantined, progress.say
+    ) as loader:
         if loader.packing:
             progress.say(loader.packing)
         for step in range(start.steps_done + 1, steps + 1):
@@ -150,39 +177,68 @@ def run_steps(
                 progress.say(news)
             stopping = figures.pop("stop") > 0
             pulse.at(step, "record, validate, save")
-            if step == steps or (run.trainer.validate_every and step % run.trainer.validate_every == 0):
+            if step == steps or (
+                run.trainer.validate_every and step % run.trainer.validate_every == 0
+            ):
                 figures |= held_out_loss(stage, state)
             held_out = figures.get("validation_loss", math.nan)
             last = step == steps or gate_passed(stage, held_out)
             if tracker:
                 tracker.step(step, figures)
-            progress.step(run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"])
+            progress.step(
+                run.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"]
+            )
             saving = step % run.trainer.checkpoint_every == 0 or last or stopping
-            if run.trainer.sdc_every and stage.world.size > 1 and not state.zero and (saving or step % run.trainer.sdc_every == 0):
+            if (
+                run.trainer.sdc_every
+                and stage.world.size > 1
+                and not state.zero
+                and (saving or step % run.trainer.sdc_every == 0)
+            ):
                 check_replicas(step, state.tensors(), stage.world)
             if saving:
                 known = held_out if math.isfinite(held_out) else None
-                known_facts = facts(run, stage.data_fingerprint, stage.world, guard.memory(), known, loader.quarantined)
+                known_facts = facts(
+                    run,
+                    stage.data_fingerprint,
+                    stage.world,
+                    guard.memory(),
+                    known,
+                    loader.quarantined,
+                )
                 saver.save(step, state.saved(), known_facts)
             if last:
                 break
             if stopping:
                 saved = saver.wait()
-                raise Preempted(f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of {steps}")
+                raise Preempted(
+                    f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of"
+                    f" {steps}"
+                )
     if not saver.wait():
-        raise CheckpointError(f"stage {run.stage}: its last checkpoint could not be saved. Fix: make room and start it again")
+        raise CheckpointError(
+            f"stage {run.stage}: its last checkpoint could not be saved. Fix: make room and start"
+            " it again"
+        )
 
 
 def gate_passed(stage: Stage, validation_loss: float) -> bool:
-    """Whether the stage has reached its `until_loss` and ends before its last step. NaN: it was not measured."""
+    """Whether the stage has reached its `until_loss` and ends before its last step. NaN: it was not
+    measured."""
     return validation_loss <= stage.config.until_loss
 
 
 def train_step(
-    stage: Stage, state: TrainState, batch: Batch, step: int, guard: Guard, stop: StopRequest, clock: StepClock
+    stage: Stage,
+    state: TrainState,
+    batch: Batch,
+    step: int,
+    guard: Guard,
+    stop: StopRequest,
+    clock: StepClock,
 ) -> tuple[dict[str, float], dict[str, float], list[list[float]]]:
-    """Step `step` (from 1) on one global batch; returns its figures, the work it did (`Stage.work`) and every process's times of the step
-    before, all the same on all."""
+    """Step `step` (from 1) on one global batch; returns its figures, the work it did (`Stage.work`)
+    and every process's times of the step before, all the same on all."""
     config = stage.config
     lr = learning_rate(config.optimizer, step - 1, config.steps)
     set_learning_rate(state.optimizer, lr)
@@ -192,7 +248,14 @@ def train_step(
     sums = {"loss": 0.0} if left_out else gradients(stage, state, batch)
     work = {name: 0.0 if left_out else amount for name, amount in stage.work(batch).items()}
     squares = 0.0 if left_out else squared_norm(state, stage.world)
-    mine = [*clock.last, *sums.values(), *work.values(), squares, batch.data_wait_s, float(stop.raised)]
+    mine = [
+        *clock.last,
+        *sums.values(),
+        *work.values(),
+        squares,
+        batch.data_wait_s,
+        float(stop.raised),
+    ]
     with clock.comm.on_host():
         times, everyone = stage.world.gather_numbers(mine).tensor_split([len(clock.last)], dim=1)
     totals = everyone.sum(dim=0).tolist()
@@ -200,7 +263,9 @@ def train_step(
     work = dict(zip(work, totals[len(sums) :], strict=False))
     norm = math.sqrt(totals[-3]) if totals[-3] >= 0 else math.nan
 
-    take = not left_out and guard.accepts(step, figures["loss"], list(zip(*everyone[:, [0, -3]].T.tolist(), strict=True)))
+    take = not left_out and guard.accepts(
+        step, figures["loss"], list(zip(*everyone[:, [0, -3]].T.tolist(), strict=True))
+    )
     if take:
         if norm > config.optimizer.clip_norm:
             state.scale_gradients(config.optimizer.clip_norm / (norm + 1e-6))
@@ -263,6 +328,10 @@ def speed(stage: Stage, seconds: float, work: dict[str, float]) -> dict[str, flo
         "frames_per_s": work["frames"] / seconds,
         "tokens_per_s": work["tokens"] / seconds,
         "model_tflops_per_s": work["flops"] / seconds / 1e12,
-        **({"mfu": mfu(work["flops"], seconds, stage.world.size, peak)} if (peak := stage.backend.peak_flops) else {}),
+        **(
+            {"mfu": mfu(work["flops"], seconds, stage.world.size, peak)}
+            if (peak := stage.backend.peak_flops)
+            else {}
+        ),
         **{f"memory_{name}_bytes": value for name, value in stage.backend.memory().items()},
     }

@@ -1,9 +1,10 @@
 """What every launcher runs on every rank: `python -m wm_train.worker --config resolved.json`.
 
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the resolved config, whose `stage` names
-one stage. Exit codes: 0 the stage is done; 2 somebody must change something (a mistake, a damaged shard, another run owns the folder), so a
-restart would not help; 74 storage did not answer for `data.retry_s`; 75 asked to stop by SIGTERM or SIGUSR1, and saved: start the same
-command again to go on; 1 anything else.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the
+resolved config, whose `stage` names one stage. Exit codes: 0 the stage is done; 2 somebody must
+change something (a mistake, a damaged shard, another run owns the folder), so a restart would not
+help; 74 storage did not answer for `data.retry_s`; 75 asked to stop by SIGTERM or SIGUSR1, and
+saved: start the same command again to go on; 1 anything else.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ DONE, FAILED, USER_ERROR, NO_STORAGE = 0, 1, 2, 74  # and preemption.EXIT_CODE
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
-    """Run one stage as one rank of it: train it, or do other `work` on it, called as `trainer.train_stage` is."""
-    parser = argparse.ArgumentParser(prog="python -m wm_train.worker", description="One rank of one stage; launchers start this.")
-    parser.add_argument("--config", type=Path, required=True, help="resolved config of the run, as JSON")
+    """Run one stage as one rank of it: train it, or do other `work` on it, called as
+    `trainer.train_stage` is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.worker", description="One rank of one stage; launchers start this."
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, help="resolved config of the run, as JSON"
+    )
     config_path = parser.parse_args(argv).config
 
     from data_shards.schema import DataError
@@ -43,7 +49,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     try:
         run = from_json(config_path.read_text(encoding="utf-8"))
         try:
-            backend = get_backend(run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0")))
+            backend = get_backend(
+                run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0"))
+            )
         except ValueError as error:
             raise SetupError(str(error)) from error
         if rank == 0 and backend.device.type != "cpu":  # which kernels run is news there
@@ -61,14 +69,16 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     except (ConfigError, SetupError, OwnedError) as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return USER_ERROR
-    except DataError as error:  # what lies there will not mend itself, what could not be reached may be there again
+    # what lies there will not mend itself, what could not be reached may be there again
+    except DataError as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return NO_STORAGE if error.passing else USER_ERROR
     except Preempted as reason:
         if rank == 0:
             complain(str(reason))
         return EXIT_CODE
-    except Exception:  # the last frame of the process: say which rank it was and give the code that launchers act on
+    # the last frame of the process: say which rank it was and give the code that launchers act on
+    except Exception:
         complain(f"rank {rank} failed:\n{traceback.format_exc()}")
         return FAILED
     leave_world()
@@ -76,8 +86,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 
 
 def end_process(code: int) -> NoReturn:
-    """End at once. Threads and connections may wait for peers that will never answer; and when an interpreter is taken down while a thread
-    of gloo's lets go of a tensor, the process aborts after all was done (pytorch/pytorch pull request 179291)."""
+    """End at once. Threads and connections may wait for peers that will never answer; and when an
+    interpreter is taken down while a thread of gloo's lets go of a tensor, the process aborts after
+    all was done (pytorch/pytorch pull request 179291)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

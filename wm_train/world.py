@@ -1,7 +1,8 @@
 """The processes of one run: who I am, and the few things that all of them must agree on.
 
-Everything that crosses processes outside the sequence mesh and parameter sharding goes through `World`, as JSON text or as a small vector.
-It has a host-side process group of its own, so control traffic never waits behind a device queue nor races with training's collectives.
+Everything that crosses processes outside the sequence mesh and parameter sharding goes through
+`World`, as JSON text or as a small vector. It has a host-side process group of its own, so control
+traffic never waits behind a device queue nor races with training's collectives.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from wm_train.backends import Backend
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` others. `group` is the host-side group its words go through; None is the default one."""
+    """This process among `size` others. `group` is the host-side group its words go through; None
+    is the default one."""
 
     rank: int
     size: int
     group: ProcessGroup | None = None
 
     def twin(self) -> World:
-        """The same processes over a group of their own, for another thread. Every process must call this."""
-        return self if self.size == 1 else World(self.rank, self.size, dist.new_group(backend="gloo"))
+        """The same processes over a group of their own, for another thread. Every process must call
+        this."""
+        return (
+            self if self.size == 1 else World(self.rank, self.size, dist.new_group(backend="gloo"))
+        )
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -45,15 +50,22 @@ class World:
         dist.all_gather(lengths, torch.tensor([mine.numel()], dtype=torch.int64), group=self.group)
         longest = int(max(lengths))
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=self.group)
-        return [json.loads(bytes(t[: int(n)].tolist()).decode()) for t, n in zip(texts, lengths, strict=True)]
+        dist.all_gather(
+            texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=self.group
+        )
+        return [
+            json.loads(bytes(t[: int(n)].tolist()).decode())
+            for t, n in zip(texts, lengths, strict=True)
+        ]
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's JSON value, on every process. Clocks and file systems disagree, so rank 0 decides and the others follow."""
+        """Rank 0's JSON value, on every process. Clocks and file systems disagree, so rank 0
+        decides and the others follow."""
         return self.gather(value if self.rank == 0 else None)[0]
 
     def gather_numbers(self, values: list[float]) -> torch.Tensor:
-        """[k] per process -> [size, k] float64 on the host; the same order everywhere, so sums over it repeat to the bit."""
+        """[k] per process -> [size, k] float64 on the host; the same order everywhere, so sums over
+        it repeat to the bit."""
         mine = torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
             return mine[None]
@@ -62,7 +74,8 @@ class World:
         return torch.stack(rows)
 
     def gather_tensors(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """One tensor per process, of one dtype and number of dimensions but any shapes, on the host in rank order."""
+        """One tensor per process, of one dtype and number of dimensions but any shapes, on the host
+        in rank order."""
         mine = mine.cpu()
         if self.size == 1:
             return [mine]
@@ -71,15 +84,31 @@ class World:
         padded = torch.nn.functional.pad(mine.reshape(mine.numel()), (0, largest - mine.numel()))
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(rows, padded, group=self.group)
-        return [row[: torch.Size(shape).numel()].reshape(shape) for row, shape in zip(rows, shapes, strict=True)]
+        return [
+            row[: torch.Size(shape).numel()].reshape(shape)
+            for row, shape in zip(rows, shapes, strict=True)
+        ]
 
 
 def join_world(backend: Backend, timeout_s: float) -> World:
-    """Join the other workers named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by every launcher)."""
+    """Join the other workers named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by every
+    launcher)."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    store = dist.HashStore() if size == 1 else None  # one process takes the same path as many, and needs no address
-    dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-    return World(rank, size, None if backend.collectives == "gloo" or size == 1 else dist.new_group(backend="gloo"))
+    store = (
+        dist.HashStore() if size == 1 else None
+    )  # one process takes the same path as many, and needs no address
+    dist.init_process_group(
+        backend.collectives,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return World(
+        rank,
+        size,
+        None if backend.collectives == "gloo" or size == 1 else dist.new_group(backend="gloo"),
+    )
 
 
 def leave_world() -> None:

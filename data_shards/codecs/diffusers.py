@@ -1,8 +1,10 @@
-"""The autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels), Wan (4x8x8, 16 channels), and the tiny ones (TAESD) that
-encode frame by frame (1x8x8, 4 channels or 16). Tiny autoencoders with a temporal stride are in `codec_taehv`.
+"""The autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels), Wan (4x8x8, 16
+channels), and the tiny ones (TAESD) that encode frame by frame (1x8x8, 4 channels or 16). Tiny
+autoencoders with a temporal stride are in `codec_taehv`.
 
-`model` is a local folder or a hub name, as `from_pretrained` takes it. Encoding takes the mode of the posterior, so it is deterministic.
-The latents are the autoencoder's own; the scaling that some pipelines apply is left out, as dataset.json carries measured mean and std.
+`model` is a local folder or a hub name, as `from_pretrained` takes it. Encoding takes the mode of
+the posterior, so it is deterministic. The latents are the autoencoder's own; the scaling that some
+pipelines apply is left out, as dataset.json carries measured mean and std.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan", "tiny": 
 
 @dataclass(frozen=True)
 class DiffusersCodec:
-    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights are loaded at the first use.
+    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights
+    are loaded at the first use.
 
-    `normalised`: latents that came ready made are normalised by LTX-2's own statistics, which decoding undoes.
+    `normalised`: latents that came ready made are normalised by LTX-2's own statistics, which
+    decoding undoes.
     """
 
     name: str
@@ -35,7 +39,9 @@ class DiffusersCodec:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
-            raise DataError(f"codec dtype: got {self.dtype!r}, expected float32 or bfloat16 (codec {self.name})")
+            raise DataError(
+                f"codec dtype: got {self.dtype!r}, expected float32 or bfloat16 (codec {self.name})"
+            )
 
     @cached_property
     def network(self) -> Any:
@@ -43,23 +49,37 @@ class DiffusersCodec:
             import diffusers
             import torch
         except ImportError as error:
-            raise DataError(f"codec {self.name}: diffusers is not installed, expected it. Fix: pip install diffusers") from error
+            raise DataError(
+                f"codec {self.name}: diffusers is not installed, expected it. Fix: pip install"
+                " diffusers"
+            ) from error
         try:
             # safetensors only: a pickled checkpoint could run code
             network, report = getattr(diffusers, CLASSES[self.name]).from_pretrained(
-                self.model, use_safetensors=True, torch_dtype=getattr(torch, self.dtype), output_loading_info=True
+                self.model,
+                use_safetensors=True,
+                torch_dtype=getattr(torch, self.dtype),
+                output_loading_info=True,
             )
             if report["missing_keys"]:
-                raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more")
+                raise ValueError(
+                    f"no weights for {sorted(report['missing_keys'])[0]} and"
+                    f" {len(report['missing_keys']) - 1} more"
+                )
         except (OSError, ValueError) as error:
             raise DataError(
-                f"codec {self.name}: cannot load {self.model!r} ({error}), expected a diffusers folder or hub name of {CLASSES[self.name]}"
+                f"codec {self.name}: cannot load {self.model!r} ({error}), expected a diffusers"
+                f" folder or hub name of {CLASSES[self.name]}"
             ) from error
         return network.to(self.device).eval().requires_grad_(False)
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return {"model": self.model, "dtype": self.dtype, **({"normalised": True} if self.normalised else {})}
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            **({"normalised": True} if self.normalised else {}),
+        }
 
     @property
     def channels(self) -> int:
@@ -71,31 +91,47 @@ class DiffusersCodec:
         config = self.network.config
         if self.name == "tiny":
             return 1
-        return int(config.scale_factor_temporal if "scale_factor_temporal" in config else self.network.temporal_compression_ratio)
+        return int(
+            config.scale_factor_temporal
+            if "scale_factor_temporal" in config
+            else self.network.temporal_compression_ratio
+        )
 
     @property
     def spatial_stride(self) -> int:
         config = self.network.config
         if self.name == "tiny":
             return int(2 ** (len(config.encoder_block_out_channels) - 1))
-        return int(config.scale_factor_spatial if "scale_factor_spatial" in config else self.network.spatial_compression_ratio)
+        return int(
+            config.scale_factor_spatial
+            if "scale_factor_spatial" in config
+            else self.network.spatial_compression_ratio
+        )
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 
         count = latent_frame_count(len(video), self.temporal_stride)
-        pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
+        pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[
+            None
+        ]  # [1, 3, F, H, W]
         with torch.no_grad():
             if self.name == "tiny":
-                frames = [self.network.encode(pixels[:, :, i].to(self.device, self.network.dtype)).latents for i in range(len(video))]
+                frames = [
+                    self.network.encode(pixels[:, :, i].to(self.device, self.network.dtype)).latents
+                    for i in range(len(video))
+                ]
                 latents = torch.stack(frames, dim=2)  # [1, C, T, h, w]
             else:
-                latents = self.network.encode(pixels.to(self.device, self.network.dtype)).latent_dist.mode()  # [1, C, T, h, w]
+                latents = self.network.encode(
+                    pixels.to(self.device, self.network.dtype)
+                ).latent_dist.mode()  # [1, C, T, h, w]
         if tuple(latents.shape[1:3]) != (self.channels, count):
             raise DataError(
-                f"codec {self.name}: got {latents.shape[1]} channels and {latents.shape[2]} latent frames of {len(video)}, expected "
-                f"{self.channels} and {count} as its config.json states ({self.model}). Fix: see its compression ratios"
+                f"codec {self.name}: got {latents.shape[1]} channels and {latents.shape[2]} latent"
+                f" frames of {len(video)}, expected {self.channels} and {count} as its config.json"
+                f" states ({self.model}). Fix: see its compression ratios"
             )
         return np.asarray(latents[0].permute(1, 0, 2, 3).float().cpu().numpy())
 
@@ -103,14 +139,21 @@ class DiffusersCodec:
         """[T, C, h, w] -> [F, H, W, 3] uint8."""
         import torch
 
-        tensor = torch.from_numpy(np.ascontiguousarray(latents, np.float32)).permute(1, 0, 2, 3)[None]
+        tensor = torch.from_numpy(np.ascontiguousarray(latents, np.float32)).permute(1, 0, 2, 3)[
+            None
+        ]
         tensor = tensor.to(self.device, self.network.dtype)
         with torch.no_grad():
             if self.normalised:
-                mean, std = (each.to(tensor).view(1, -1, 1, 1, 1) for each in (self.network.latents_mean, self.network.latents_std))
+                mean, std = (
+                    each.to(tensor).view(1, -1, 1, 1, 1)
+                    for each in (self.network.latents_mean, self.network.latents_std)
+                )
                 tensor = tensor * std / self.network.config.scaling_factor + mean
             if self.name == "tiny":
-                video = torch.stack([self.network.decode(frame).sample for frame in tensor.unbind(2)], dim=2)
+                video = torch.stack(
+                    [self.network.decode(frame).sample for frame in tensor.unbind(2)], dim=2
+                )
             else:
                 video = self.network.decode(tensor).sample  # [1, 3, F, H, W]
         pixels = (video[0].permute(1, 2, 3, 0).float().cpu().numpy() + 1.0) * 127.5

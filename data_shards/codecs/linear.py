@@ -1,9 +1,12 @@
-"""Video <-> latents. `LatentCodec` is what every codec offers; `linear` is the built-in one, which needs no weights.
+"""Video <-> latents. `LatentCodec` is what every codec offers; `linear` is the built-in one, which
+needs no weights.
 
-The linear codec is a fixed orthonormal transform with the layout of a causal video VAE: frame 0 alone gives latent 0, each following
-group of 8 frames gives one more. A 16x16 block of one frame goes through an orthonormal colour transform and a 2-D DCT, a block of 8
-frames through a 3-D DCT; C of the coefficients are kept. The rows of an orthonormal transform are their own inverse, so decoding the
-kept coefficients is the best linear reconstruction from them, and encode(decode(z)) = z up to rounding to pixels.
+The linear codec is a fixed orthonormal transform with the layout of a causal video VAE: frame 0
+alone gives latent 0, each following group of 8 frames gives one more. A 16x16 block of one frame
+goes through an orthonormal colour transform and a 2-D DCT, a block of 8 frames through a 3-D DCT; C
+of the coefficients are kept. The rows of an orthonormal transform are their own inverse, so
+decoding the kept coefficients is the best linear reconstruction from them, and encode(decode(z)) =
+z up to rounding to pixels.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from numpy.typing import NDArray
 from data_shards.schema import DataError, latent_frame_count
 
 # luma, red-blue, green-magenta: orthonormal, so squared error in this space is squared error in RGB
-COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=np.float64) / np.sqrt([[3.0], [2.0], [6.0]])
+COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=np.float64) / np.sqrt(
+    [[3.0], [2.0], [6.0]]
+)
 
 
 class LatentCodec(Protocol):
-    """Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1) / temporal_stride + 1."""
+    """Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1)
+    / temporal_stride + 1."""
 
     @property
     def name(self) -> str: ...
@@ -50,16 +56,25 @@ def dct_matrix(length: int) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=8)
-def coefficient_tables(channels: int, temporal_stride: int, spatial_stride: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which coefficients are kept: two tables [C, 4] of (colour, time, vertical, horizontal) frequency, for latent 0 and for later ones.
+def coefficient_tables(
+    channels: int, temporal_stride: int, spatial_stride: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which coefficients are kept: two tables [C, 4] of (colour, time, vertical, horizontal)
+    frequency, for latent 0 and for later ones.
 
-    The later table is the C largest by the energy that a coefficient has in walking gameplay, as a formula fitted to recordings (0.4 dB
-    below the best possible choice for them): turning and walking move columns, so only horizontal detail lives at high time frequencies.
-    The first table keeps, at the same channel, every coefficient that the later one has at time frequency 0, and fills the channels of
-    moving coefficients with the largest other spatial ones: in a still scene, such a shared channel of a later latent is
-    sqrt(temporal_stride) times that of latent 0.
+    The later table is the C largest by the energy that a coefficient has in walking gameplay, as a
+    formula fitted to recordings (0.4 dB below the best possible choice for them): turning and
+    walking move columns, so only horizontal detail lives at high time frequencies. The first table
+    keeps, at the same channel, every coefficient that the later one has at time frequency 0, and
+    fills the channels of moving coefficients with the largest other spatial ones: in a still scene,
+    such a shared channel of a later latent is sqrt(temporal_stride) times that of latent 0.
     """
-    axes = (np.arange(3), np.arange(temporal_stride), np.arange(spatial_stride), np.arange(spatial_stride))
+    axes = (
+        np.arange(3),
+        np.arange(temporal_stride),
+        np.arange(spatial_stride),
+        np.arange(spatial_stride),
+    )
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 4)
     colour, t, y, x = grid.T
     chroma = np.array([1.0, 0.15, 0.05])[colour]
@@ -68,14 +83,17 @@ def coefficient_tables(channels: int, temporal_stride: int, spatial_stride: int)
     # stable sorts: ties fall the same way on every machine
     later = grid[np.argsort(-moving, kind="stable")[:channels]]
     shared = {tuple(row) for row in later if row[1] == 0}
-    spare = iter([row for row in map(tuple, grid[np.argsort(-still, kind="stable")]) if row not in shared])
+    spare = iter(
+        [row for row in map(tuple, grid[np.argsort(-still, kind="stable")]) if row not in shared]
+    )
     first = np.array([tuple(row) if row[1] == 0 else next(spare) for row in later])
     return first, later
 
 
 @dataclass(frozen=True)
 class LinearCodec:
-    """See the module docstring. `channels` is the number of coefficients kept of each 8x16x16x3 block."""
+    """See the module docstring. `channels` is the number of coefficients kept of each 8x16x16x3
+    block."""
 
     channels: int = 48
     temporal_stride: int = 8
@@ -84,15 +102,30 @@ class LinearCodec:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return {"channels": self.channels, "temporal_stride": self.temporal_stride, "spatial_stride": self.spatial_stride}
+        return {
+            "channels": self.channels,
+            "temporal_stride": self.temporal_stride,
+            "spatial_stride": self.spatial_stride,
+        }
 
     def _bases(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Orthonormal rows: first [C, 3*s*s] and later [C, r*3*s*s], flattened as (time, colour channel, row, column)."""
+        """Orthonormal rows: first [C, 3*s*s] and later [C, r*3*s*s], flattened as (time, colour
+        channel, row, column)."""
         space, time = dct_matrix(self.spatial_stride), dct_matrix(self.temporal_stride)
         first, later = coefficient_tables(self.channels, self.temporal_stride, self.spatial_stride)
-        still = np.einsum("cr,cy,cx->cryx", COLOUR[first[:, 0]], space[first[:, 2]], space[first[:, 3]])
-        moving = np.einsum("ct,cr,cy,cx->ctryx", time[later[:, 1]], COLOUR[later[:, 0]], space[later[:, 2]], space[later[:, 3]])
-        return still.reshape(self.channels, -1).astype(np.float32), moving.reshape(self.channels, -1).astype(np.float32)
+        still = np.einsum(
+            "cr,cy,cx->cryx", COLOUR[first[:, 0]], space[first[:, 2]], space[first[:, 3]]
+        )
+        moving = np.einsum(
+            "ct,cr,cy,cx->ctryx",
+            time[later[:, 1]],
+            COLOUR[later[:, 0]],
+            space[later[:, 2]],
+            space[later[:, 3]],
+        )
+        return still.reshape(self.channels, -1).astype(np.float32), moving.reshape(
+            self.channels, -1
+        ).astype(np.float32)
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32; pixels are mapped to [-1, 1] first."""
@@ -108,10 +141,16 @@ class LinearCodec:
         first, later = self._bases()
         out = np.empty((count, self.channels, h, w), dtype=np.float32)
         # [F, H, W, 3] -> [F, h, s, w, s, 3] -> [F, h, w, 3, s, s]: every block contiguous
-        blocks = video.reshape(frames, h, s, w, s, 3).transpose(0, 1, 3, 5, 2, 4).astype(np.float32) / 127.5 - 1.0
+        blocks = (
+            video.reshape(frames, h, s, w, s, 3).transpose(0, 1, 3, 5, 2, 4).astype(np.float32)
+            / 127.5
+            - 1.0
+        )
         out[0] = (blocks[0].reshape(h * w, -1) @ first.T).T.reshape(self.channels, h, w)
         for t in range(1, count):
-            group = blocks[1 + (t - 1) * r : 1 + t * r].transpose(1, 2, 0, 3, 4, 5).reshape(h * w, -1)
+            group = (
+                blocks[1 + (t - 1) * r : 1 + t * r].transpose(1, 2, 0, 3, 4, 5).reshape(h * w, -1)
+            )
             out[t] = (group @ later.T).T.reshape(self.channels, h, w)
         return out
 
@@ -119,7 +158,10 @@ class LinearCodec:
         """[T, C, h, w] -> [F, H, W, 3] uint8, the first latent being the first of its clip."""
         latents = np.asarray(latents, dtype=np.float32)
         if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise DataError(f"latents: got shape {latents.shape}, expected [T, {self.channels}, h, w] (codec linear)")
+            raise DataError(
+                f"latents: got shape {latents.shape}, expected [T, {self.channels}, h, w] (codec"
+                " linear)"
+            )
         count, _, h, w = latents.shape
         r, s = self.temporal_stride, self.spatial_stride
         first, later = self._bases()
@@ -157,7 +199,8 @@ CODECS: Mapping[str, Callable[..., LatentCodec]] = {"linear": LinearCodec, **COD
 
 
 def make_codec(name: str, options: Mapping[str, Any] | None = None, **runtime: Any) -> LatentCodec:
-    """The codec called `name` with these options, as dataset.json keeps them; `runtime` (device) is for this process only.
+    """The codec called `name` with these options, as dataset.json keeps them; `runtime` (device) is
+    for this process only.
 
     Raises:
         DataError: an unknown name or an option it does not take.
@@ -167,9 +210,13 @@ def make_codec(name: str, options: Mapping[str, Any] | None = None, **runtime: A
     try:
         return CODECS[name](**(options or {}), **runtime)
     except TypeError as error:
-        raise DataError(f"codec options: got {dict(options or {})}, expected what codec {name!r} takes ({error})") from error
+        raise DataError(
+            f"codec options: got {dict(options or {})}, expected what codec {name!r} takes"
+            f" ({error})"
+        ) from error
 
 
 def psnr_db(squared_error: float, count: int) -> float:
-    """Peak signal-to-noise ratio in dB from a sum of squared differences of `count` 8-bit values."""
+    """Peak signal-to-noise ratio in dB from a sum of squared differences of `count` 8-bit
+    values."""
     return float(10.0 * np.log10(255.0**2 / max(squared_error / max(count, 1), 1e-12)))

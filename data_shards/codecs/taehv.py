@@ -1,12 +1,17 @@
-"""TAEHV-style tiny video autoencoders as codecs: TAEHV 1.5 (Waypoint-1.5; stride 4x16x16, 32 channels), TAEW, TAELTX.
+"""TAEHV-style tiny video autoencoders as codecs: TAEHV 1.5 (Waypoint-1.5; stride 4x16x16, 32
+channels), TAEW, TAELTX.
 
-`model` is a local `.safetensors` file or a folder with one; widths, strides, patch and channels follow from the weights. The network is
-that of madebyollin/taehv, written anew: 2-D convolutions over single frames; a memory block sees the frame before as well; a pool joins a
-pair of frames, a grow parts one. diffusers 0.42 has no class for it (its `AutoencoderTiny` knows single images: codec `tiny`).
+`model` is a local `.safetensors` file or a folder with one; widths, strides, patch and channels
+follow from the weights. The network is that of madebyollin/taehv, written anew: 2-D convolutions
+over single frames; a memory block sees the frame before as well; a pool joins a pair of frames, a
+grow parts one. diffusers 0.42 has no class for it (its `AutoencoderTiny` knows single images: codec
+`tiny`).
 
-Layout: F = r k + 1 frames give k + 1 latents, as with the causal autoencoders these stand in for, and decode to F frames. As in the
-original, the encoder's latent t pools the frames r t … r t + r - 1 (the last frame is repeated at the end), so it has looked up to r - 1
-frames ahead of the frame r t that it ends with for the decoder. Frames go through CHUNK latents at a time; the result is that of one pass.
+Layout: F = r k + 1 frames give k + 1 latents, as with the causal autoencoders these stand in for,
+and decode to F frames. As in the original, the encoder's latent t pools the frames r t … r t + r -
+1 (the last frame is repeated at the end), so it has looked up to r - 1 frames ahead of the frame r
+t that it ends with for the decoder. Frames go through CHUNK latents at a time; the result is that
+of one pass.
 """
 
 from __future__ import annotations
@@ -25,7 +30,12 @@ from data_shards.schema import DataError, latent_frame_count
 CHUNK = 4
 STAGES = 3
 # Places in the two sequences of layers, which are also the names of the weights.
-ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT = "encoder.0", "encoder.17", "decoder.1", "decoder.22"
+ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT = (
+    "encoder.0",
+    "encoder.17",
+    "decoder.1",
+    "decoder.22",
+)
 
 
 def pool_at(stage: int) -> int:
@@ -38,7 +48,8 @@ def grow_at(stage: int) -> int:
 
 @dataclass(frozen=True)
 class TaehvCodec:
-    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights are loaded at the first use."""
+    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights
+    are loaded at the first use."""
 
     model: str
     dtype: str = "float32"
@@ -47,7 +58,9 @@ class TaehvCodec:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
-            raise DataError(f"codec dtype: got {self.dtype!r}, expected float32 or bfloat16 (codec taehv)")
+            raise DataError(
+                f"codec dtype: got {self.dtype!r}, expected float32 or bfloat16 (codec taehv)"
+            )
 
     @cached_property
     def weights(self) -> dict[str, Any]:
@@ -60,26 +73,36 @@ class TaehvCodec:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if len(files) != 1 or files[0].suffix != ".safetensors" or not files[0].is_file():
             raise DataError(
-                f"model: got {self.model}, expected a .safetensors file, or a folder with one (codec taehv). "
-                "Fix: convert a pickled .pth, which is not read here"
+                f"model: got {self.model}, expected a .safetensors file, or a folder with one"
+                " (codec taehv). Fix: convert a pickled .pth, which is not read here"
             )
         try:
-            weights = {name: tensor.to(self.device, getattr(torch, self.dtype)) for name, tensor in load_file(files[0]).items()}
+            weights = {
+                name: tensor.to(self.device, getattr(torch, self.dtype))
+                for name, tensor in load_file(files[0]).items()
+            }
             grows = [weights[f"decoder.{grow_at(stage)}.conv.weight"] for stage in range(STAGES)]
             pools = [weights[f"encoder.{pool_at(stage)}.conv.weight"] for stage in range(STAGES)]
             for name in (ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT):
                 assert weights[f"{name}.weight"].ndim == 4
         except (OSError, KeyError, AssertionError, safetensors.SafetensorError) as error:
             raise DataError(
-                f"model: got {files[0]}, which lacks or misstates {error}, expected the weights of a TAEHV (codec taehv)"
+                f"model: got {files[0]}, which lacks or misstates {error}, expected the weights of"
+                " a TAEHV (codec taehv)"
             ) from error
         stride = int(np.prod([pool.shape[1] // pool.shape[0] for pool in pools]))
         for stage, grow in enumerate(grows):
-            # weights trained to grow more than their encoder pools: the last of the frames is the one that is kept
+            # weights trained to grow more than their encoder pools: the last of the frames is the
+            # one that is kept
             if int(np.prod([g.shape[0] // g.shape[1] for g in grows])) > stride:
-                grows[stage] = weights[f"decoder.{grow_at(stage)}.conv.weight"] = grow[-grow.shape[1] :]
+                grows[stage] = weights[f"decoder.{grow_at(stage)}.conv.weight"] = grow[
+                    -grow.shape[1] :
+                ]
         if int(np.prod([grow.shape[0] // grow.shape[1] for grow in grows])) != stride:
-            raise DataError(f"model: got {files[0]}, whose decoder has another time stride than its encoder's {stride} (codec taehv)")
+            raise DataError(
+                f"model: got {files[0]}, whose decoder has another time stride than its encoder's"
+                f" {stride} (codec taehv)"
+            )
         return weights
 
     @property
@@ -113,9 +136,16 @@ class TaehvCodec:
         out = []
         with torch.no_grad():
             for start in range(0, count, CHUNK):
-                frames = torch.from_numpy(padded[start * stride : (start + CHUNK) * stride]).permute(0, 3, 1, 2)
+                frames = torch.from_numpy(
+                    padded[start * stride : (start + CHUNK) * stride]
+                ).permute(0, 3, 1, 2)
                 x = frames.to(self.device, self.weights[f"{ENCODER_IN}.weight"].dtype) / 255
-                out.append(self._encode(torch.nn.functional.pixel_unshuffle(x, self.patch), memory).float().cpu().numpy())
+                out.append(
+                    self._encode(torch.nn.functional.pixel_unshuffle(x, self.patch), memory)
+                    .float()
+                    .cpu()
+                    .numpy()
+                )
         return np.concatenate(out)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -126,19 +156,28 @@ class TaehvCodec:
         out = []
         with torch.no_grad():
             for start in range(0, len(latents), CHUNK):
-                x = torch.from_numpy(np.ascontiguousarray(latents[start : start + CHUNK], np.float32))
-                frames = self._decode(x.to(self.device, self.weights[f"{DECODER_IN}.weight"].dtype), memory)
-                pixels = torch.nn.functional.pixel_shuffle(frames, self.patch).float().clamp(0, 1) * 255
+                x = torch.from_numpy(
+                    np.ascontiguousarray(latents[start : start + CHUNK], np.float32)
+                )
+                frames = self._decode(
+                    x.to(self.device, self.weights[f"{DECODER_IN}.weight"].dtype), memory
+                )
+                pixels = (
+                    torch.nn.functional.pixel_shuffle(frames, self.patch).float().clamp(0, 1) * 255
+                )
                 out.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(out)[self.temporal_stride - 1 :]  # the frames before the clip's first
 
     def _encode(self, x: Any, memory: dict[int, Any]) -> Any:
-        """[n, 3 p p, H, W] -> [n / r, C, h, w]. `memory` carries each memory block's last frame to the next call."""
+        """[n, 3 p p, H, W] -> [n / r, C, h, w]. `memory` carries each memory block's last frame to
+        the next call."""
         x = self._conv(ENCODER_IN, x).relu()
         for stage in range(STAGES):
             at = pool_at(stage)
             weight = self.weights[f"encoder.{at}.conv.weight"]
-            x = self._conv(f"encoder.{at}.conv", x.reshape(-1, weight.shape[1], *x.shape[2:]), padding=0)
+            x = self._conv(
+                f"encoder.{at}.conv", x.reshape(-1, weight.shape[1], *x.shape[2:]), padding=0
+            )
             x = self._conv(f"encoder.{at + 1}", x, stride=2)
             for block in range(at + 2, at + 5):
                 x = self._remember("encoder", block, x, memory)
@@ -166,11 +205,22 @@ class TaehvCodec:
         name = f"{part}.{block}"
         y = self._conv(f"{name}.conv.0", torch.cat([x, past], dim=1)).relu()
         y = self._conv(f"{name}.conv.4", self._conv(f"{name}.conv.2", y).relu())
-        return (y + (self._conv(f"{name}.skip", x, padding=0) if f"{name}.skip.weight" in self.weights else x)).relu()
+        return (
+            y
+            + (
+                self._conv(f"{name}.skip", x, padding=0)
+                if f"{name}.skip.weight" in self.weights
+                else x
+            )
+        ).relu()
 
     def _conv(self, name: str, x: Any, stride: int = 1, padding: int = 1) -> Any:
         import torch
 
         return torch.nn.functional.conv2d(
-            x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), stride=stride, padding=padding
+            x,
+            self.weights[f"{name}.weight"],
+            self.weights.get(f"{name}.bias"),
+            stride=stride,
+            padding=padding,
         )

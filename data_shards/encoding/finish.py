@@ -1,4 +1,5 @@
-"""The last step of `encode`: the shards' results become the index and, written last, dataset.json."""
+"""The last step of `encode`: the shards' results become the index and, written last,
+dataset.json."""
 
 from __future__ import annotations
 
@@ -33,26 +34,52 @@ from data_shards.sources import ClipSource
 from data_shards.storage.files import crc32c
 from data_shards.storage.write import encode_array, fingerprint, sums_text, write_index
 
-STD_FLOOR = 1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
+STD_FLOOR = (
+    1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
+)
 Rows = list[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 
 def finish(
-    target: Target, jobs: list[Job], source: ClipSource, settings: Settings, codec: LatentCodec, encoder: TextEncoder | None
+    target: Target,
+    jobs: list[Job],
+    source: ClipSource,
+    settings: Settings,
+    codec: LatentCodec,
+    encoder: TextEncoder | None,
 ) -> tuple[DatasetInfo, int]:
-    """Merge the shards' results in shard order; write the index and, last, dataset.json. Returns it, and how many captions were cut."""
+    """Merge the shards' results in shard order; write the index and, last, dataset.json. Returns
+    it, and how many captions were cut."""
     rows: Rows = []
-    sums, counts, squared_error, values, cut_captions = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0, 0
+    sums, counts, squared_error, values, cut_captions = (
+        np.zeros((2, 2, codec.channels)),
+        np.zeros(2),
+        0.0,
+        0,
+        0,
+    )
     for job, data in zip(jobs, target.read_all([job.result for job in jobs]), strict=True):
         result = json.loads(data)
         for row in result["rows"]:
             key, episode, split, latent_frames, raw_frames = row["clip"]
-            members = tuple(MemberEntry(**{**m, "shape": tuple(m["shape"]), "row_crc32c": tuple(m["row_crc32c"])}) for m in row["members"])
-            rows.append((ClipEntry(key, len(rows), job.shard, episode, split, latent_frames, raw_frames), members))
+            members = tuple(
+                MemberEntry(
+                    **{**m, "shape": tuple(m["shape"]), "row_crc32c": tuple(m["row_crc32c"])}
+                )
+                for m in row["members"]
+            )
+            rows.append(
+                (
+                    ClipEntry(key, len(rows), job.shard, episode, split, latent_frames, raw_frames),
+                    members,
+                )
+            )
         sums, counts = sums + np.array(result["sums"]), counts + np.array(result["counts"])
         squared_error, values = squared_error + result["squared_error"], values + result["values"]
         cut_captions += result["cut_captions"]
-    counts[counts == 0] = np.inf  # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
+    counts[counts == 0] = (
+        np.inf
+    )  # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
     mean = sums[:, 0] / counts[:, None]
     std = np.sqrt(np.maximum(sums[:, 1] / counts[:, None] - mean**2, 0.0))
     index = io.BytesIO()
@@ -92,27 +119,40 @@ def finish(
     )
     info = dataclasses.replace(info, fingerprint=fingerprint(rows, info))
     files |= {PLAN: target.read(PLAN) or b"", FACTS: info_to_json(info).encode()}
-    files[SUMS] = sums_text({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
+    files[SUMS] = sums_text(
+        {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    ).encode()
     for name in sorted(files, key=lambda name: name == FACTS):
         target.write(name, files[name])
     return info, cut_captions
 
 
-def text_facts(files: dict[str, bytes], rows: Rows, settings: Settings, encoder: TextEncoder | None) -> dict[str, Any]:
+def text_facts(
+    files: dict[str, bytes], rows: Rows, settings: Settings, encoder: TextEncoder | None
+) -> dict[str, Any]:
     """Add the null text to the files and return what dataset.json says about text."""
     if not settings.text:
         return {}
-    widths = {member.shape[1] for _, members in rows for member in members if member.field == "text.npy"}
+    widths = {
+        member.shape[1] for _, members in rows for member in members if member.field == "text.npy"
+    }
     if encoder is not None:
         null = encoder.tokens("")[0]
     else:
         assert settings.null_text, "`Settings.make_text_encoder` has looked"
         null = read_null_text(settings.null_text)
     if widths != {null.shape[1]} or len(null) > settings.text_length:
-        raise DataError(f"null_text: got {null.shape}, expected [at most {settings.text_length}, E] with E of the clips' {sorted(widths)}")
+        raise DataError(
+            f"null_text: got {null.shape}, expected [at most {settings.text_length}, E] with E of"
+            f" the clips' {sorted(widths)}"
+        )
     header, data = encode_array(null, "float32")
     files[NULL_TEXT] = header + data
-    facts = {"text_encoder": settings.text, "text_length": settings.text_length, "text_width": null.shape[1]}
+    facts = {
+        "text_encoder": settings.text,
+        "text_length": settings.text_length,
+        "text_width": null.shape[1],
+    }
     return {**facts, "null_text_crc32c": crc32c(header + data)}
 
 
@@ -126,12 +166,16 @@ def common_fields(rows: Rows) -> tuple[str, ...]:
     first = {member.field for member in rows[0][1]} - {IMAGE_LATENTS}
     for entry, members in rows:
         if entry.key in keys:
-            raise DataError(f"clip key: got {entry.key!r} twice, expected unique keys in a source. Fix: rename one")
+            raise DataError(
+                f"clip key: got {entry.key!r} twice, expected unique keys in a source. Fix:"
+                " rename one"
+            )
         keys.add(entry.key)
         differing = sorted(first ^ ({member.field for member in members} - {IMAGE_LATENTS}))
         if differing:
             raise DataError(
-                f"source: got clips {rows[0][0].key} and {entry.key}, of which only one has {', '.join(differing)}, expected the same "
-                f"in every clip. Fix: give each its sidecar, or encode them separately"
+                f"source: got clips {rows[0][0].key} and {entry.key}, of which only one has"
+                f" {', '.join(differing)}, expected the same in every clip. Fix: give each its"
+                " sidecar, or encode them separately"
             )
     return tuple(sorted(first))

@@ -1,4 +1,5 @@
-"""Who runs the jobs of `encode`: this process, several processes, or the tasks of a Ray cluster. The bytes do not depend on it."""
+"""Who runs the jobs of `encode`: this process, several processes, or the tasks of a Ray cluster.
+The bytes do not depend on it."""
 
 from __future__ import annotations
 
@@ -17,20 +18,26 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
-    with ProcessPoolExecutor(min(workers, len(jobs) or 1), multiprocessing.get_context("spawn"), leave_with_parent) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(jobs) or 1), multiprocessing.get_context("spawn"), leave_with_parent
+    ) as pool:
         futures = [pool.submit(encode_in_worker, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise DataError("workers: one was killed (out of memory?), expected all alive. Fix: run again, perhaps with fewer") from error
+            raise DataError(
+                "workers: one was killed (out of memory?), expected all alive. Fix: run again,"
+                " perhaps with fewer"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def leave_with_parent() -> None:
-    """End this worker when the process that started it dies, however it dies: a pool's workers would wait for ever."""
+    """End this worker when the process that started it dies, however it dies: a pool's workers
+    would wait for ever."""
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -46,19 +53,35 @@ def leave_with_parent() -> None:
 
 
 def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
-    """At most `workers` tasks at a time, each of one CPU. A task whose worker or node dies is run again.
+    """At most `workers` tasks at a time, each of one CPU. A task whose worker or node dies is run
+    again.
 
-    Joins the cluster of RAY_ADDRESS, whose nodes must see source and out under the same paths; without one, starts a local one.
+    Joins the cluster of RAY_ADDRESS, whose nodes must see source and out under the same paths;
+    without one, starts a local one.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, and by the processes that it starts
+    os.environ.setdefault(
+        "RAY_USAGE_STATS_ENABLED", "0"
+    )  # read when ray is imported, and by the processes that it starts
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    local: dict[str, Any] = {
+        "num_cpus": workers,
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+    }
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else local),
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise DataError(f"runner: cannot join Ray at {address} ({error}), expected a cluster. Fix: unset RAY_ADDRESS") from error
+        raise DataError(
+            f"runner: cannot join Ray at {address} ({error}), expected a cluster. Fix: unset"
+            " RAY_ADDRESS"
+        ) from error
     try:
         task = ray.remote(num_cpus=1, max_retries=3)(encode_in_worker)
         waiting = iter(jobs)
@@ -75,4 +98,7 @@ def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
         ray.shutdown()
 
 
-RUNNERS: Mapping[str, Callable[[list[Job], int], Iterator[int]]] = {"processes": run_in_processes, "ray": run_on_ray}
+RUNNERS: Mapping[str, Callable[[list[Job], int], Iterator[int]]] = {
+    "processes": run_in_processes,
+    "ray": run_on_ray,
+}

@@ -1,7 +1,9 @@
-"""Where `encode` writes: a folder on a disk, or a prefix of an object store. What appears under a name is whole.
+"""Where `encode` writes: a folder on a disk, or a prefix of an object store. What appears under a
+name is whole.
 
-On a disk the work is done in `<out>.partial`, which gets its name at the end. In a store, which renames nothing, objects have their last
-names at once; without dataset.json, which comes last, they are no data set. A shard is made on a local disk and sent when it is complete.
+On a disk the work is done in `<out>.partial`, which gets its name at the end. In a store, which
+renames nothing, objects have their last names at once; without dataset.json, which comes last, they
+are no data set. A shard is made on a local disk and sent when it is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Target:
 
     def __init__(self, out: str) -> None:
         self.in_store = "://" in out
-        self.out = out.rstrip("/") if self.in_store else str(Path(out).absolute())  # workers may be elsewhere
+        self.out = (
+            out.rstrip("/") if self.in_store else str(Path(out).absolute())
+        )  # workers may be elsewhere
         self.place = self.out if self.in_store else f"{self.out}.partial"
         self._fs, self._root = connect(self.place, POLICY)
         self._final = connect(self.out, POLICY)[1]
@@ -43,7 +47,10 @@ class Target:
         if self._try(lambda: self._fs.exists(f"{self._final}/{FACTS}")):
             return True
         if not self.in_store and self._fs.exists(self._final):
-            raise DataError(f"out: got {self.out}, which exists and is no data set, expected a new folder. Fix: out=<another folder>")
+            raise DataError(
+                f"out: got {self.out}, which exists and is no data set, expected a new folder. Fix:"
+                " out=<another folder>"
+            )
         return False
 
     def prepare(self) -> None:
@@ -63,7 +70,9 @@ class Target:
     def read(self, name: str, done: bool = False) -> bytes | None:
         """A file, None if there is none; `done`: of the finished data set."""
         try:
-            return self._try(lambda: bytes(self._fs.cat_file(f"{self._final if done else self._root}/{name}")))
+            return self._try(
+                lambda: bytes(self._fs.cat_file(f"{self._final if done else self._root}/{name}"))
+            )
         except FileNotFoundError:
             return None
 
@@ -89,8 +98,18 @@ class Target:
         with tempfile.TemporaryDirectory(prefix="encode-") as folder:
             made = Path(folder) / Path(name).name
             yield made
-            files = [file for file in sorted(made.rglob("*")) if file.is_file()] if made.is_dir() else [made]
-            self._send({f"{self._root}/{Path(name).parent / file.relative_to(folder)}": file for file in files}, f"{self._root}/{name}")
+            files = (
+                [file for file in sorted(made.rglob("*")) if file.is_file()]
+                if made.is_dir()
+                else [made]
+            )
+            self._send(
+                {
+                    f"{self._root}/{Path(name).parent / file.relative_to(folder)}": file
+                    for file in files
+                },
+                f"{self._root}/{name}",
+            )
 
     def _send(self, files: Mapping[str, Path], prefix: str) -> None:
         """Upload files under names that all begin with `prefix`."""
@@ -98,10 +117,15 @@ class Target:
         def attempt() -> None:
             self._fs.put([str(file) for file in files.values()], list(files))
             self._fs.invalidate_cache()
-            there = {path: facts["size"] for path, facts in self._fs.find(prefix, detail=True).items()}
+            there = {
+                path: facts["size"] for path, facts in self._fs.find(prefix, detail=True).items()
+            }
             short = [path for path, file in files.items() if there.get(path) != file.stat().st_size]
             if short:
-                raise OSError(f"{short[0]} has {there.get(short[0], 0)} bytes, {files[short[0]].stat().st_size} were sent")
+                raise OSError(
+                    f"{short[0]} has {there.get(short[0], 0)} bytes,"
+                    f" {files[short[0]].stat().st_size} were sent"
+                )
 
         self._try(attempt)
 
@@ -115,8 +139,9 @@ class Target:
             if not self.in_store:
                 raise
             raise DataError(
-                f"out: cannot write to {self.out} ({type(error).__name__}: {error}), expected a store that can be written. "
-                "Fix: see access rights and the network, then run the same command again: it goes on where it stopped",
+                f"out: cannot write to {self.out} ({type(error).__name__}: {error}), expected a"
+                " store that can be written. Fix: see access rights and the network, then run the"
+                " same command again: it goes on where it stopped",
                 is_transient(error),
             ) from error
 

@@ -1,7 +1,9 @@
-"""Captions -> text embeddings [L, E] with a mask [L], by any encoder of transformers; and the null text, the embedding of "".
+"""Captions -> text embeddings [L, E] with a mask [L], by any encoder of transformers; and the null
+text, the embedding of "".
 
-Only real tokens go through the encoder, so nothing depends on how a tokenizer pads; rows after them are zero and masked out. Encoders of an
-encoder-decoder (T5, UMT5) are loaded without the decoder, others (Gemma, Qwen, Llama) give their last hidden state.
+Only real tokens go through the encoder, so nothing depends on how a tokenizer pads; rows after them
+are zero and masked out. Encoders of an encoder-decoder (T5, UMT5) are loaded without the decoder,
+others (Gemma, Qwen, Llama) give their last hidden state.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ READY = "ready"  # `text=ready`: the sources' own embeddings are taken over
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """`model` is a folder or hub name; `length` is L; `prefix` goes before every caption and its tokens are dropped, but for the first and
-    the last (SANA-WM's enhancing prompt for Gemma). One caption at a time, in float32."""
+    """`model` is a folder or hub name; `length` is L; `prefix` goes before every caption and its
+    tokens are dropped, but for the first and the last (SANA-WM's enhancing prompt for Gemma). One
+    caption at a time, in float32."""
 
     model: str
     length: int
@@ -36,21 +39,38 @@ class TextEncoder:
             import torch
             import transformers
         except ImportError as error:
-            raise DataError("text: transformers is not installed, expected it. Fix: pip install 'wm-train[encode]'") from error
+            raise DataError(
+                "text: transformers is not installed, expected it. Fix: pip install"
+                " 'wm-train[encode]'"
+            ) from error
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.model, trust_remote_code=False
+            )
             config = transformers.AutoConfig.from_pretrained(self.model, trust_remote_code=False)
             halves = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-            kind = transformers.AutoModelForTextEncoding if type(config) in halves else transformers.AutoModel
+            kind = (
+                transformers.AutoModelForTextEncoding
+                if type(config) in halves
+                else transformers.AutoModel
+            )
             # safetensors only: a pickled checkpoint could run code
             network, report = kind.from_pretrained(
-                self.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                self.model,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             if report["missing_keys"]:
-                raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more")
+                raise ValueError(
+                    f"no weights for {sorted(report['missing_keys'])[0]} and"
+                    f" {len(report['missing_keys']) - 1} more"
+                )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise DataError(
-                f"text: cannot load {self.model!r} ({error}), expected a folder or hub name of a transformers encoder with its tokenizer"
+                f"text: cannot load {self.model!r} ({error}), expected a folder or hub name of a"
+                " transformers encoder with its tokenizer"
             ) from error
         return tokenizer, network.to(self.device).eval().requires_grad_(False)
 
@@ -65,10 +85,17 @@ class TextEncoder:
         batch = torch.tensor([ids[: self.length + skipped]], device=self.device)
         if not batch.shape[1]:
             raise DataError(
-                f"text: got no token for {caption!r}, expected at least a special one ({self.model}). Fix: a tokenizer that adds it"
+                f"text: got no token for {caption!r}, expected at least a special one"
+                f" ({self.model}). Fix: a tokenizer that adds it"
             )
         with torch.no_grad():
-            hidden = network(input_ids=batch, attention_mask=torch.ones_like(batch)).last_hidden_state[0].float().cpu().numpy()
+            hidden = (
+                network(input_ids=batch, attention_mask=torch.ones_like(batch))
+                .last_hidden_state[0]
+                .float()
+                .cpu()
+                .numpy()
+            )
         return np.concatenate([hidden[:1], hidden[1 + skipped :]]), cut
 
     def encode(self, caption: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], bool]:
@@ -88,7 +115,17 @@ def read_null_text(path: str) -> NDArray[np.float32]:
     try:
         array = np.load(Path(path), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"null_text: cannot read {path} ({error}), expected an npy file without pickles") from error
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise DataError(f"null_text: got {array.dtype} {array.shape}, expected finite numbers [L0, E], L0 real tokens ({path})")
+        raise DataError(
+            f"null_text: cannot read {path} ({error}), expected an npy file without pickles"
+        ) from error
+    if (
+        array.ndim != 2
+        or 0 in array.shape
+        or array.dtype.kind != "f"
+        or not np.isfinite(array).all()
+    ):
+        raise DataError(
+            f"null_text: got {array.dtype} {array.shape}, expected finite numbers [L0, E], L0 real"
+            f" tokens ({path})"
+        )
     return array.astype(np.float32)

@@ -1,4 +1,5 @@
-"""What a batch is: tensors of several rows, each a clip or several packed one after another; and how clips' conditions become a row's."""
+"""What a batch is: tensors of several rows, each a clip or several packed one after another; and
+how clips' conditions become a row's."""
 
 from __future__ import annotations
 
@@ -13,19 +14,24 @@ from data_shards.loading.cut import Conditions, statistics
 from data_shards.schema import DatasetInfo
 from data_shards.storage import read
 
-REPLICATED = tuple(field.removesuffix(".npy") for field in read.REPLICATED)  # the same on all members of a context-parallel group
+REPLICATED = tuple(
+    field.removesuffix(".npy") for field in read.REPLICATED
+)  # the same on all members of a context-parallel group
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`b` rows, `t` of their T latent frames. Poses, controls and text cover the whole row, the same on all context-parallel members.
+    """`b` rows, `t` of their T latent frames. Poses, controls and text cover the whole row, the
+    same on all context-parallel members.
 
-    latents [b,t,C,h,w] float32, normalised; c2w [b,F,4,4] float32, metres, relative to the first raw frame of the cut, OpenCV axes;
-    intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of `image_size` (height, width), a pixel's centre at (column + 0.5, row + 0.5);
-    controls [b,T,A] float32; text [b,L,E] float32, text_mask [b,L] bool; each None if the data has none. draws [b] and valid_frames [b]
-    (latent) int64; document_starts: per row, where each of its packed clips starts, (0,) for a row of one clip. A packed row has the raw
-    frames of its clips one after another, (T_d - 1) r + 1 each, the last one's poses going on over padding; rows with fewer repeat the end.
-    data_wait_s: how long the caller waited for this batch.
+    latents [b,t,C,h,w] float32, normalised; c2w [b,F,4,4] float32, metres, relative to the first
+    raw frame of the cut, OpenCV axes; intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of
+    `image_size` (height, width), a pixel's centre at (column + 0.5, row + 0.5); controls [b,T,A]
+    float32; text [b,L,E] float32, text_mask [b,L] bool; each None if the data has none. draws [b]
+    and valid_frames [b] (latent) int64; document_starts: per row, where each of its packed clips
+    starts, (0,) for a row of one clip. A packed row has the raw frames of its clips one after
+    another, (T_d - 1) r + 1 each, the last one's poses going on over padding; rows with fewer
+    repeat the end. data_wait_s: how long the caller waited for this batch.
     """
 
     latents: Tensor
@@ -42,15 +48,20 @@ class Batch:
     image_size: tuple[int, int]
     data_wait_s: float
 
-    def each_tensor(self, change: Callable[[Tensor], Tensor], names: Sequence[str] | None = None) -> Batch:
+    def each_tensor(
+        self, change: Callable[[Tensor], Tensor], names: Sequence[str] | None = None
+    ) -> Batch:
         """The batch with its tensors, or those named, changed."""
         chosen = names or [field.name for field in fields(self)]
-        changed: dict[str, Any] = {n: change(value) for n in chosen if isinstance(value := getattr(self, n), Tensor)}
+        changed: dict[str, Any] = {
+            n: change(value) for n in chosen if isinstance(value := getattr(self, n), Tensor)
+        }
         return replace(self, **changed)
 
 
 def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
-    """[..., t, C, h, w] as the codec made them -> zero mean and unit variance per channel. Torch tensor or numpy array."""
+    """[..., t, C, h, w] as the codec made them -> zero mean and unit variance per channel. Torch
+    tensor or numpy array."""
     mean, std = statistics(info, latents.shape[-4], first_frame_index)
     if isinstance(latents, Tensor):
         return (latents - torch.from_numpy(mean).to(latents)) / torch.from_numpy(std).to(latents)
@@ -58,7 +69,8 @@ def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> An
 
 
 def denormalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
-    """The inverse of `normalise`: what the codec can decode. `first_frame_index` is the clip position of latents[..., 0, :, :, :]."""
+    """The inverse of `normalise`: what the codec can decode. `first_frame_index` is the clip
+    position of latents[..., 0, :, :, :]."""
     mean, std = statistics(info, latents.shape[-4], first_frame_index)
     if isinstance(latents, Tensor):
         return latents * torch.from_numpy(std).to(latents) + torch.from_numpy(mean).to(latents)
@@ -66,18 +78,28 @@ def denormalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> 
 
 
 def absent(info: DatasetInfo, frames: int) -> Conditions:
-    """What a member that does not read the conditions has room for; NaN, so that nobody takes them for what they stand for."""
+    """What a member that does not read the conditions has room for; NaN, so that nobody takes them
+    for what they stand for."""
     raw = (frames - 1) * info.temporal_stride + 1
-    shapes = {"c2w": (raw, 4, 4), "intrinsics": (raw, 4), "controls": (frames, len(info.control_names))}
+    shapes = {
+        "c2w": (raw, 4, 4),
+        "intrinsics": (raw, 4),
+        "controls": (frames, len(info.control_names)),
+    }
     shapes |= {"text": (info.text_length, info.text_width)}
-    room = {name: torch.full(shape, torch.nan) for name, shape in shapes.items() if f"{name}.npy" in info.fields}
+    room = {
+        name: torch.full(shape, torch.nan)
+        for name, shape in shapes.items()
+        if f"{name}.npy" in info.fields
+    }
     if "text_mask.npy" in info.fields:
         room["text_mask"] = torch.zeros(info.text_length, dtype=torch.bool)
     return Conditions(**room)
 
 
 def joined(clips: Sequence[Conditions], frames: int, stride: int) -> Conditions:
-    """The conditions of a row: of its clips one after another, the last one's going on over the padding up to `frames` latents."""
+    """The conditions of a row: of its clips one after another, the last one's going on over the
+    padding up to `frames` latents."""
     if len(clips) == 1 and (clips[0].controls is None or len(clips[0].controls) == frames):
         only = clips[0]
         raw = (frames - 1) * stride + 1
@@ -94,4 +116,6 @@ def joined(clips: Sequence[Conditions], frames: int, stride: int) -> Conditions:
 def last_repeated(tensor: Tensor, length: int) -> Tensor:
     """[n, …] -> [length, …], the last entry repeated."""
     missing = length - len(tensor)
-    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
+    return (
+        torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
+    )

@@ -1,7 +1,9 @@
-"""Batches for training: the right clips in the right order, only this member's latent frames, read ahead in threads.
+"""Batches for training: the right clips in the right order, only this member's latent frames, read
+ahead in threads.
 
-What a batch holds is a function of (data sets, seed, stage, step) and of which rows and latent frames are asked for. Nothing else is
-state but the names of quarantined shards, so resuming is `start_step=` and `quarantined=`.
+What a batch holds is a function of (data sets, seed, stage, step) and of which rows and latent
+frames are asked for. Nothing else is state but the names of quarantined shards, so resuming is
+`start_step=` and `quarantined=`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.loading.batch import REPLICATED, Batch, absent, denormalise, joined, last_repeated, normalise
+from data_shards.loading.batch import (
+    REPLICATED,
+    Batch,
+    absent,
+    denormalise,
+    joined,
+    last_repeated,
+    normalise,
+)
 from data_shards.loading.cut import Conditions, read_conditions, read_latents, relative_poses
 from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
 from data_shards.schema import ALIKE_IN_MIXTURE, ClipEntry, DataError, ShardError
@@ -80,24 +90,39 @@ class ClipLoader:
         for other, table in zip(self.datasets, self.tables, strict=True):
             check_alike(dataset, other)
             if not len(table):
-                raise DataError(f"data: got an empty split {split!r}, expected clips ({other.path}). Fix: encode more episodes")
+                raise DataError(
+                    f"data: got an empty split {split!r}, expected clips ({other.path}). Fix:"
+                    " encode more episodes"
+                )
         self._share = frames if callable(frames) else (lambda _: frames)
         for length in (clip_frames, *shorter):
             if not 0 <= self._share(length)[0] <= self._share(length)[1] <= length:
-                raise DataError(f"latent frames: got {self._share(length)}, expected a range inside 0:{length}")
+                raise DataError(
+                    f"latent frames: got {self._share(length)}, expected a range inside 0:{length}"
+                )
         if rows.step != 1 or not 0 <= rows.start <= rows.stop <= global_batch:
             raise DataError(f"batch rows: got {rows}, expected a range inside 0:{global_batch}")
         weights = [(mixture or {}).get(other, 1.0) for other in self.datasets]
-        sources = [source_of(*given) for given in zip(self.datasets, self.tables, weights, strict=True)]
+        sources = [
+            source_of(*given) for given in zip(self.datasets, self.tables, weights, strict=True)
+        ]
         try:
-            self.schedule = Schedule(sources, (clip_frames, *shorter), seed, stage, global_batch, pack)
+            self.schedule = Schedule(
+                sources, (clip_frames, *shorter), seed, stage, global_batch, pack
+            )
         except ShortClip as error:
             clip, place = self.tables[error.source][error.clip], self.datasets[error.source].path
             raise DataError(
-                f"clip length: got {error.wanted} latent frames, expected at most {error.frames} as clip {clip.key} has ({place}). "
-                f"Fix: frames={clip.raw_frames} for this stage, a bucket of that length, or longer clips"
+                f"clip length: got {error.wanted} latent frames, expected at most {error.frames} as"
+                f" clip {clip.key} has ({place}). Fix: frames={clip.raw_frames} for this stage, a"
+                " bucket of that length, or longer clips"
             ) from error
-        self.global_batch, self.wanted, self.replicated, self.pin = global_batch, rows, replicated, pin
+        self.global_batch, self.wanted, self.replicated, self.pin = (
+            global_batch,
+            rows,
+            replicated,
+            pin,
+        )
         self._cost = cost if pack else None
         self.quarantined = quarantined
         self.quarantined_clips = self._count_quarantined(split)
@@ -106,20 +131,36 @@ class ClipLoader:
         self._readers = ThreadPoolExecutor(readers, "clip-reader")
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(start_step,), name="clip-loader", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(start_step,), name="clip-loader", daemon=True
+        )
         self._thread.start()
 
     def make_batch(self, step: int, each: Callable[..., Any] = map) -> Batch:
         """The batch of a step, read now. `each` maps the reading over rows."""
-        rows = self.schedule.rows(step, self._mine(step), self._is_quarantined if self.quarantined else None)
+        rows = self.schedule.rows(
+            step, self._mine(step), self._is_quarantined if self.quarantined else None
+        )
         total = rows[0].frames if rows else self.schedule.frames
         start, stop = self._share(total)
         first = self.datasets[rows[0].takes[0].source].info if rows else self.dataset.info
-        latents = self._empty(len(rows), stop - start, first.channels, first.latent_height, first.latent_width)
-        conditions = list(each(lambda place: self._read(rows[place], (start, stop), latents[place]), range(len(rows))))
+        latents = self._empty(
+            len(rows), stop - start, first.channels, first.latent_height, first.latent_width
+        )
+        conditions = list(
+            each(
+                lambda place: self._read(rows[place], (start, stop), latents[place]),
+                range(len(rows)),
+            )
+        )
         none = absent(first, total)  # keeps the shapes when this member has no rows
-        shared = {name: self._stack([getattr(c, name) for c in conditions], getattr(none, name)) for name in REPLICATED}
-        keys = tuple("+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows)
+        shared = {
+            name: self._stack([getattr(c, name) for c in conditions], getattr(none, name))
+            for name in REPLICATED
+        }
+        keys = tuple(
+            "+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows
+        )
         return Batch(
             latents,
             **shared,
@@ -141,7 +182,9 @@ class ClipLoader:
             return self.wanted
         rows = self.schedule.rows(step, range(self.global_batch))
         costs = [sum(self._cost(take.frames) for take in row.takes) for row in rows]
-        return shares(costs, self.global_batch // len(self.wanted))[self.wanted.start // len(self.wanted)]
+        return shares(costs, self.global_batch // len(self.wanted))[
+            self.wanted.start // len(self.wanted)
+        ]
 
     def _is_quarantined(self, source: int, clip: int) -> bool:
         return self.datasets[source].global_name(self.entry(source, clip).shard) in self.quarantined
@@ -150,15 +193,23 @@ class ClipLoader:
         """How many clips of the split are not to be read."""
         total = 0
         for dataset, table in zip(self.datasets, self.tables, strict=True):
-            names = [name.split("/", 1)[1] for name in self.quarantined if dataset.global_name(name.split("/", 1)[1]) == name]
+            names = [
+                name.split("/", 1)[1]
+                for name in self.quarantined
+                if dataset.global_name(name.split("/", 1)[1]) == name
+            ]
             count = table.in_shards(names) if names else 0
             if count == len(table):
-                raise DataError(f"quarantine: got all shards of split {split!r} quarantined, expected clips left ({dataset.path})")
+                raise DataError(
+                    f"quarantine: got all shards of split {split!r} quarantined, expected clips"
+                    f" left ({dataset.path})"
+                )
             total += count
         return total
 
     def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> Conditions:
-        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's conditions."""
+        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's
+        conditions."""
         out[max(0, row.valid_frames - held[0]) :] = 0
         found = []
         for take, start in zip(row.takes, row.starts, strict=True):
@@ -169,9 +220,15 @@ class ClipLoader:
                     part = out[low - held[0] : high - held[0]]
                     own, buffer = (low - start, high - start), self._buffer(part.numel())
                     read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
-                read = read_conditions(dataset, entry, take.start, take.frames) if self.replicated else None
+                read = (
+                    read_conditions(dataset, entry, take.start, take.frames)
+                    if self.replicated
+                    else None
+                )
             except ShardError as error:
-                raise ShardError(str(error), dataset.global_name(error.shard), error.passing) from error
+                raise ShardError(
+                    str(error), dataset.global_name(error.shard), error.passing
+                ) from error
             found.append(read or absent(dataset.info, take.frames))
         return joined(found, row.frames, self.dataset.info.temporal_stride)
 
@@ -185,12 +242,17 @@ class ClipLoader:
         return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
 
     def _stack(self, parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | None:
-        """[b, …]; the parts' first dimensions may differ, shorter ones repeat their end. None if the data has none."""
+        """[b, …]; the parts' first dimensions may differ, shorter ones repeat their end. None if
+        the data has none."""
         given = [part for part in parts if part is not None]
         if like is None or len(given) < len(parts):
             return None
         longest = max((len(part) for part in given), default=0)
-        whole = torch.stack([last_repeated(part, longest) for part in given]) if given else like[None][:0]
+        whole = (
+            torch.stack([last_repeated(part, longest) for part in given])
+            if given
+            else like[None][:0]
+        )
         return whole.pin_memory() if self.pin else whole
 
     def _work(self, step: int) -> None:
@@ -215,7 +277,9 @@ class ClipLoader:
 
     def __next__(self) -> Batch:
         if self._stop.is_set():
-            raise DataError("loader: got a request after close(), expected none. Fix: make a new ClipLoader")
+            raise DataError(
+                "loader: got a request after close(), expected none. Fix: make a new ClipLoader"
+            )
         started = time.perf_counter()
         item = self._queue.get()
         if isinstance(item, BaseException):
@@ -240,7 +304,10 @@ class ClipLoader:
 def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
     info = dataset.info
     return Source(
-        table.latent_frames, weight, (info.latent_height, info.latent_width), info.image_latents_every // info.temporal_stride
+        table.latent_frames,
+        weight,
+        (info.latent_height, info.latent_width),
+        info.image_latents_every // info.temporal_stride,
     )
 
 
@@ -250,6 +317,6 @@ def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
         mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
         if mine != theirs:
             raise DataError(
-                f"mixture: got {name} {theirs!r} in {other.path}, expected {mine!r} as in {dataset.path} (key data.mixture). "
-                "Fix: encode both alike, or leave one out"
+                f"mixture: got {name} {theirs!r} in {other.path}, expected {mine!r} as in"
+                f" {dataset.path} (key data.mixture). Fix: encode both alike, or leave one out"
             )

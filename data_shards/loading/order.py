@@ -1,7 +1,9 @@
-"""Which clip a draw takes: a keyed permutation of the index, computed per element, so no list of a billion numbers exists anywhere.
+"""Which clip a draw takes: a keyed permutation of the index, computed per element, so no list of a
+billion numbers exists anywhere.
 
-A *draw* is a position in a stage's global sample stream: step s of a stage with global batch G takes draws s*G … s*G + G - 1. The clip
-of a draw is a function of (seed, stage name, draw) alone; world size, workers and context-parallel degree never enter.
+A *draw* is a position in a stage's global sample stream: step s of a stage with global batch G
+takes draws s*G … s*G + G - 1. The clip of a draw is a function of (seed, stage name, draw) alone;
+world size, workers and context-parallel degree never enter.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ MASK64 = 2**64 - 1
 
 
 def mix64(value: int) -> int:
-    """splitmix64's finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
+    """splitmix64's finaliser: a bijection of 64-bit integers in which every input bit moves every
+    output bit."""
     value = (value + 0x9E3779B97F4A7C15) & MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -34,8 +37,9 @@ def derive_key(*parts: int | str) -> int:
 def permute(index: int, length: int, key: int) -> int:
     """The image of `index` under the permutation of range(length) that `key` selects.
 
-    A Feistel network permutes the smallest range of 2^(2k) numbers that holds `length`; results outside are fed back until one lies inside
-    ("cycle walking", fewer than 4 rounds on average), which keeps it a permutation.
+    A Feistel network permutes the smallest range of 2^(2k) numbers that holds `length`; results
+    outside are fed back until one lies inside ("cycle walking", fewer than 4 rounds on average),
+    which keeps it a permutation.
     """
     if not 0 <= index < length:
         raise DataError(f"sample order: got index {index}, expected 0 to {length - 1}")
@@ -52,7 +56,8 @@ def permute(index: int, length: int, key: int) -> int:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Endless epochs over `length` clips; each epoch is its own permutation. The only state is the draw number."""
+    """Endless epochs over `length` clips; each epoch is its own permutation. The only state is the
+    draw number."""
 
     length: int
     seed: int
@@ -61,7 +66,10 @@ class SampleOrder:
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise DataError(f"sample order: got {self.length} clips, expected at least 1. Fix: encode clips into this split")
+            raise DataError(
+                f"sample order: got {self.length} clips, expected at least 1. Fix: encode clips"
+                " into this split"
+            )
         object.__setattr__(self, "_key", derive_key("order", self.seed, self.stage))
 
     def sample(self, draw: int) -> int:
@@ -70,23 +78,30 @@ class SampleOrder:
         return permute(position, self.length, mix64(self._key ^ mix64(epoch)))
 
     def replacement(self, draw: int, attempt: int) -> int:
-        """The clip to take instead when that of `draw` lies in a quarantined shard: a keyed draw of its own, so nothing else moves."""
-        return mix64(self._key ^ mix64(draw) ^ mix64(derive_key("replacement", attempt))) % self.length
+        """The clip to take instead when that of `draw` lies in a quarantined shard: a keyed draw of
+        its own, so nothing else moves."""
+        return (
+            mix64(self._key ^ mix64(draw) ^ mix64(derive_key("replacement", attempt))) % self.length
+        )
 
     def batch(self, step: int, global_batch: int, rows: range) -> tuple[int, ...]:
         """The draws of the given rows of a step's global batch."""
         if rows and not (rows[0] >= 0 and rows[-1] < global_batch):
-            raise DataError(f"batch rows: got {rows}, expected rows of a global batch of {global_batch}")
+            raise DataError(
+                f"batch rows: got {rows}, expected rows of a global batch of {global_batch}"
+            )
         return tuple(step * global_batch + row for row in rows)
 
 
 @dataclass(frozen=True)
 class WeightedChoice:
-    """Which of several streams each position takes, in exact proportion, and the position inside that stream.
+    """Which of several streams each position takes, in exact proportion, and the position inside
+    that stream.
 
-    Positions are cut into windows of `window`. Each window gives every stream a fixed number of places (its share, by largest remainder)
-    and permutes the places by key. Position -> (stream, position in it) is therefore computed without counting, and each stream is
-    consumed without gap or repetition.
+    Positions are cut into windows of `window`. Each window gives every stream a fixed number of
+    places (its share, by largest remainder) and permutes the places by key. Position -> (stream,
+    position in it) is therefore computed without counting, and each stream is consumed without gap
+    or repetition.
     """
 
     weights: tuple[float, ...]
@@ -97,8 +112,13 @@ class WeightedChoice:
     _ends: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.weights or not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
-            raise DataError(f"mixture weights: got {self.weights}, expected positive numbers. Fix: leave out what has no weight")
+        if not self.weights or not all(
+            math.isfinite(weight) and weight > 0 for weight in self.weights
+        ):
+            raise DataError(
+                f"mixture weights: got {self.weights}, expected positive numbers. Fix: leave out"
+                " what has no weight"
+            )
         total = sum(self.weights)
         window = self.window or max(1000, math.ceil(10 * total / min(self.weights)))
         object.__setattr__(self, "_window", window)
@@ -109,8 +129,9 @@ class WeightedChoice:
             shares[i] += 1
         if 0 in shares:
             raise DataError(
-                f"mixture weights: got {self.weights}, of which number {shares.index(0)} has no place in a window of {window}. "
-                f"Fix: window={math.ceil(2 * total / min(self.weights))}"
+                f"mixture weights: got {self.weights}, of which number {shares.index(0)} has no"
+                f" place in a window of {window}. Fix:"
+                f" window={math.ceil(2 * total / min(self.weights))}"
             )
         object.__setattr__(self, "_ends", tuple(itertools.accumulate(shares)))
 
@@ -124,7 +145,9 @@ class WeightedChoice:
         if len(self.weights) == 1:
             return 0, position
         window, place = divmod(position, self._window)
-        place = permute(place, self._window, mix64(derive_key("mixture", self.seed, self.stage) ^ mix64(window)))
+        place = permute(
+            place, self._window, mix64(derive_key("mixture", self.seed, self.stage) ^ mix64(window))
+        )
         stream = bisect.bisect_right(self._ends, place)
         start = self._ends[stream - 1] if stream else 0
         return stream, window * (self._ends[stream] - start) + place - start
@@ -132,7 +155,8 @@ class WeightedChoice:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Draws from several data sets by weight; each data set keeps its own epochs. Of one data set it is `SampleOrder`."""
+    """Draws from several data sets by weight; each data set keeps its own epochs. Of one data set
+    it is `SampleOrder`."""
 
     lengths: tuple[int, ...]
     weights: tuple[float, ...]
@@ -144,10 +168,22 @@ class MixtureOrder:
 
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.weights):
-            raise DataError(f"mixture: got {len(self.lengths)} data sets and {len(self.weights)} weights, expected one each")
-        object.__setattr__(self, "_choice", WeightedChoice(self.weights, self.seed, self.stage, self.window))
-        seeds = (self.seed, *(derive_key("data set", self.seed, i) for i in range(1, len(self.lengths))))
-        object.__setattr__(self, "_orders", tuple(SampleOrder(n, s, self.stage) for n, s in zip(self.lengths, seeds, strict=True)))
+            raise DataError(
+                f"mixture: got {len(self.lengths)} data sets and {len(self.weights)} weights,"
+                " expected one each"
+            )
+        object.__setattr__(
+            self, "_choice", WeightedChoice(self.weights, self.seed, self.stage, self.window)
+        )
+        seeds = (
+            self.seed,
+            *(derive_key("data set", self.seed, i) for i in range(1, len(self.lengths))),
+        )
+        object.__setattr__(
+            self,
+            "_orders",
+            tuple(SampleOrder(n, s, self.stage) for n, s in zip(self.lengths, seeds, strict=True)),
+        )
 
     def sample(self, draw: int) -> tuple[int, int]:
         """(data set, clip) of this draw."""
@@ -155,6 +191,7 @@ class MixtureOrder:
         return dataset, self._orders[dataset].sample(position)
 
     def replacement(self, draw: int, attempt: int) -> tuple[int, int]:
-        """The (data set, clip) to take instead when that of `draw` may not be read; of the same data set, so the weights hold."""
+        """The (data set, clip) to take instead when that of `draw` may not be read; of the same
+        data set, so the weights hold."""
         dataset, position = self._choice.choose(draw)
         return dataset, self._orders[dataset].replacement(position, attempt)

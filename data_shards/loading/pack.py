@@ -1,8 +1,11 @@
-"""Several clips in one training sequence (Waypoint-1.5 §7.3): document starts tell the model where one clip ends and the next begins.
+"""Several clips in one training sequence (Waypoint-1.5 §7.3): document starts tell the model where
+one clip ends and the next begins.
 
-Draws are cut into windows of `draws_per_window`; the clips of a window are packed, by best fit, into exactly `sequences_per_window`
-sequences of `capacity` latent frames. Sequence q therefore depends on its window alone, and a step finds its content without having
-packed anything before it. What does not fit into its window is left out and counted, as is what stays empty: `report` shows both.
+Draws are cut into windows of `draws_per_window`; the clips of a window are packed, by best fit,
+into exactly `sequences_per_window` sequences of `capacity` latent frames. Sequence q therefore
+depends on its window alone, and a step finds its content without having packed anything before it.
+What does not fit into its window is left out and counted, as is what stays empty: `report` shows
+both.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class PackedSequence(Generic[C]):
-    """`clips[i]` (from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from `valid_frames` on are
-    padding."""
+    """`clips[i]` (from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from
+    `valid_frames` on are padding."""
 
     draws: tuple[int, ...]
     clips: tuple[C, ...]
@@ -38,11 +41,13 @@ class PackingReport:
 
 
 def best_fit(lengths: Sequence[int], capacity: int, bins: int) -> tuple[list[list[int]], list[int]]:
-    """Put items into at most `bins` bins, longest first, each where it leaves the least room (ties: the earliest bin and item).
+    """Put items into at most `bins` bins, longest first, each where it leaves the least room (ties:
+    the earliest bin and item).
 
-    No bin stays empty while another holds two. Returns (items of each bin in ascending order, items that fit nowhere).
+    No bin stays empty while another holds two. Returns (items of each bin in ascending order, items
+    that fit nowhere).
     """
-    room, contents, left_out = [capacity] * bins, [[] for _ in range(bins)], []  # type: list[int], list[list[int]], list[int]
+    room, contents, left_out = ([capacity] * bins, [[] for _ in range(bins)], [])  # type: list[int], list[list[int]], list[int]
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fitting = [b for b in range(bins) if room[b] >= lengths[item]]
         if not fitting:
@@ -59,15 +64,21 @@ def best_fit(lengths: Sequence[int], capacity: int, bins: int) -> tuple[list[lis
     return [sorted(items) for items in contents], sorted(left_out)
 
 
-def plan_window(mean_length: float, capacity: int, sequences_per_window: int, fill: float = 0.96) -> int:
+def plan_window(
+    mean_length: float, capacity: int, sequences_per_window: int, fill: float = 0.96
+) -> int:
     """How many draws to pack into a window so that `fill` of its frames are expected to be used."""
-    return max(sequences_per_window, math.floor(fill * capacity * sequences_per_window / mean_length))
+    return max(
+        sequences_per_window, math.floor(fill * capacity * sequences_per_window / mean_length)
+    )
 
 
 class Packer(Generic[C]):
-    """Sequences out of a sample order. A function of its arguments and of the sequence number alone.
+    """Sequences out of a sample order. A function of its arguments and of the sequence number
+    alone.
 
-    sample: draw -> clip; length: clip -> its latent frames; mean_length: of a draw, from which the number of draws in a window is planned.
+    sample: draw -> clip; length: clip -> its latent frames; mean_length: of a draw, from which the
+    number of draws in a window is planned.
     """
 
     def __init__(
@@ -94,9 +105,13 @@ class Packer(Generic[C]):
     def report(self, windows: int) -> PackingReport:
         """What the first windows hold."""
         sequences = [self.sequence(number) for number in range(windows * self.sequences_per_window)]
-        filled = sum(sequence.valid_frames for sequence in sequences) / (len(sequences) * self.capacity)
+        filled = sum(sequence.valid_frames for sequence in sequences) / (
+            len(sequences) * self.capacity
+        )
         left_out = sum(len(self.left_out(window)) for window in range(windows))
-        return PackingReport(len(sequences), sum(len(sequence.clips) for sequence in sequences), left_out, filled)
+        return PackingReport(
+            len(sequences), sum(len(sequence.clips) for sequence in sequences), left_out, filled
+        )
 
     def _pack_window(self, window: int) -> tuple[tuple[PackedSequence[C], ...], tuple[int, ...]]:
         first = window * self.draws_per_window
@@ -104,7 +119,8 @@ class Packer(Generic[C]):
         lengths = [self.length(clip) for clip in clips]
         if not 0 < min(lengths) <= max(lengths) <= self.capacity:
             raise DataError(
-                f"packing: got clips of {min(lengths)} to {max(lengths)} latent frames, expected 1 to {self.capacity}. Fix: cut them"
+                f"packing: got clips of {min(lengths)} to {max(lengths)} latent frames, expected 1"
+                f" to {self.capacity}. Fix: cut them"
             )
         bins, left_out = best_fit(lengths, self.capacity, self.sequences_per_window)
         sequences = []
@@ -114,5 +130,7 @@ class Packer(Generic[C]):
                 starts.append(end)
                 end += lengths[item]
             draws = tuple(first + item for item in items)
-            sequences.append(PackedSequence(draws, tuple(clips[item] for item in items), tuple(starts), end))
+            sequences.append(
+                PackedSequence(draws, tuple(clips[item] for item in items), tuple(starts), end)
+            )
         return tuple(sequences), tuple(first + item for item in left_out)

@@ -1,8 +1,11 @@
-"""What each step of a stage shows: which clips of which data sets, cut where and how long, in which rows of the global batch.
+"""What each step of a stage shows: which clips of which data sets, cut where and how long, in which
+rows of the global batch.
 
-A function of (clips, seed, stage, step) alone, found without counting from the start: first the step's bucket, that is its (frames,
-height, width), then for each row a draw from the mixture of data sets in that bucket. Or, packed, sequences of several clips, each window
-of draws by itself (`pack`). World size, workers and the context-parallel degree never enter; who reads which row is said by `shares`.
+A function of (clips, seed, stage, step) alone, found without counting from the start: first the
+step's bucket, that is its (frames, height, width), then for each row a draw from the mixture of
+data sets in that bucket. Or, packed, sequences of several clips, each window of draws by itself
+(`pack`). World size, workers and the context-parallel degree never enter; who reads which row is
+said by `shares`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ ATTEMPTS = 10_000  # to find a clip outside the quarantined shards
 
 
 class Take(NamedTuple):
-    """`frames` latent frames of a clip (`clip` is its number in its data set's split), from its latent `start` on."""
+    """`frames` latent frames of a clip (`clip` is its number in its data set's split), from its
+    latent `start` on."""
 
     source: int
     clip: int
@@ -32,8 +36,9 @@ class Take(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a global batch. draw: its position in the stage's sample stream, which keys all randomness; takes: the clips it shows one
-    after another, more than one only when packed; frames: T of the row, padding included."""
+    """One row of a global batch. draw: its position in the stage's sample stream, which keys all
+    randomness; takes: the clips it shows one after another, more than one only when packed; frames:
+    T of the row, padding included."""
 
     draw: int
     takes: tuple[Take, ...]
@@ -52,8 +57,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """What the schedule needs to know of a data set: T of each clip of the split, its share of the draws, (height, width) of its latents,
-    and every how many latent frames a cut may start (0: at the clip's start only)."""
+    """What the schedule needs to know of a data set: T of each clip of the split, its share of the
+    draws, (height, width) of its latents, and every how many latent frames a cut may start (0: at
+    the clip's start only)."""
 
     latent_frames: NDArray[np.int64]
     weight: float
@@ -72,43 +78,73 @@ class _Bucket:
 class Schedule:
     """The global batches of one stage.
 
-    lengths: the latent frames that a cut may have; each clip is cut to the longest that it can fill, and a step's clips all have the same.
-    pack: rows of max(lengths) latent frames filled with whole clips instead; all data sets must have one picture size.
+    lengths: the latent frames that a cut may have; each clip is cut to the longest that it can
+    fill, and a step's clips all have the same. pack: rows of max(lengths) latent frames filled with
+    whole clips instead; all data sets must have one picture size.
 
     Raises:
         DataError: no clips, or one shorter than all lengths.
     """
 
     def __init__(
-        self, sources: Sequence[Source], lengths: Sequence[int], seed: int, stage: str, global_batch: int, pack: bool = False
+        self,
+        sources: Sequence[Source],
+        lengths: Sequence[int],
+        seed: int,
+        stage: str,
+        global_batch: int,
+        pack: bool = False,
     ) -> None:
         self.sources, self.global_batch, self.frames = tuple(sources), global_batch, max(lengths)
         self._key = derive_key("cut", seed, stage)
-        self._buckets = _buckets(self.sources, (self.frames,) if pack else tuple(sorted(set(lengths))), seed, stage, pack)
+        self._buckets = _buckets(
+            self.sources, (self.frames,) if pack else tuple(sorted(set(lengths))), seed, stage, pack
+        )
         shares = [sum(bucket.order.weights) for bucket in self._buckets]
         self._choice = WeightedChoice(tuple(shares), derive_key("bucket", seed), stage)
         self._packer: Packer[tuple[int, int]] | None = None
         if pack:
             (bucket,) = self._buckets
             weights = [source.weight for source in self.sources]
-            mean = np.average([np.minimum(source.latent_frames, self.frames).mean() for source in self.sources], weights=weights)
-            self._packer = Packer(bucket.order.sample, lambda pick: self._length(bucket, pick), float(mean), self.frames)
+            mean = np.average(
+                [np.minimum(source.latent_frames, self.frames).mean() for source in self.sources],
+                weights=weights,
+            )
+            self._packer = Packer(
+                bucket.order.sample,
+                lambda pick: self._length(bucket, pick),
+                float(mean),
+                self.frames,
+            )
 
-    def rows(self, step: int, wanted: Sequence[int], quarantined: Callable[[int, int], bool] | None = None) -> tuple[Row, ...]:
-        """These rows of a step's global batch. `quarantined(source, clip)`: whether a clip must not be read; another takes its place, drawn
-        by a key of its own, so nothing else moves.
+    def rows(
+        self,
+        step: int,
+        wanted: Sequence[int],
+        quarantined: Callable[[int, int], bool] | None = None,
+    ) -> tuple[Row, ...]:
+        """These rows of a step's global batch. `quarantined(source, clip)`: whether a clip must not
+        be read; another takes its place, drawn by a key of its own, so nothing else moves.
         """
         number, position = self._choice.choose(step)
         bucket = self._buckets[number]
         return tuple(
-            self._row(bucket, step * self.global_batch + row, position * self.global_batch + row, quarantined) for row in wanted
+            self._row(
+                bucket,
+                step * self.global_batch + row,
+                position * self.global_batch + row,
+                quarantined,
+            )
+            for row in wanted
         )
 
     def packing(self, windows: int = 4) -> PackingReport | None:
         """What packing wastes, over its first windows; None without packing."""
         return self._packer.report(windows) if self._packer else None
 
-    def _row(self, bucket: _Bucket, draw: int, place: int, quarantined: Callable[[int, int], bool] | None) -> Row:
+    def _row(
+        self, bucket: _Bucket, draw: int, place: int, quarantined: Callable[[int, int], bool] | None
+    ) -> Row:
         """place: the row's position in its bucket's own stream."""
         if self._packer is None:
             picks, draws, lengths = [bucket.order.sample(place)], [place], [bucket.frames]
@@ -123,7 +159,12 @@ class Schedule:
         return Row(draw, tuple(takes), bucket.frames)
 
     def _good(
-        self, bucket: _Bucket, pick: tuple[int, int], draw: int, length: int, quarantined: Callable[[int, int], bool] | None
+        self,
+        bucket: _Bucket,
+        pick: tuple[int, int],
+        draw: int,
+        length: int,
+        quarantined: Callable[[int, int], bool] | None,
     ) -> tuple[int, int]:
         if quarantined is None or not quarantined(*self._clip(bucket, pick)):
             return pick
@@ -133,15 +174,21 @@ class Schedule:
             if self.sources[source].latent_frames[clip] >= length and not quarantined(source, clip):
                 return other
         raise DataError(
-            f"quarantine: got no clip of {length} latent frames outside the quarantined shards in {ATTEMPTS} draws, expected clips left. "
-            "Fix: mend the shards (`python -m data_shards.verify` lists the damage)"
+            f"quarantine: got no clip of {length} latent frames outside the quarantined shards in"
+            f" {ATTEMPTS} draws, expected clips left. Fix: mend the shards (`python -m"
+            " data_shards.verify` lists the damage)"
         )
 
     def _cut(self, bucket: _Bucket, pick: tuple[int, int], draw: int, length: int) -> Take:
-        """Where this draw's cut starts: at latent 0 or, if the clip is long enough, at one of its image latents."""
+        """Where this draw's cut starts: at latent 0 or, if the clip is long enough, at one of its
+        image latents."""
         number, clip = self._clip(bucket, pick)
         source = self.sources[number]
-        places = 1 + (int(source.latent_frames[clip]) - length) // source.cut_every if source.cut_every else 1
+        places = (
+            1 + (int(source.latent_frames[clip]) - length) // source.cut_every
+            if source.cut_every
+            else 1
+        )
         start = mix64(self._key ^ mix64(draw)) % places * source.cut_every
         return Take(number, clip, start, length)
 
@@ -154,15 +201,23 @@ class Schedule:
         return min(int(self.sources[source].latent_frames[clip]), self.frames)
 
 
-def _buckets(sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, stage: str, pack: bool) -> tuple[_Bucket, ...]:
-    """Clips by (frames, height, width). A mixture's weights hold over all buckets; inside one they are the sources' shares of it."""
+def _buckets(
+    sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, stage: str, pack: bool
+) -> tuple[_Bucket, ...]:
+    """Clips by (frames, height, width). A mixture's weights hold over all buckets; inside one they
+    are the sources' shares of it."""
     edges = np.array(lengths)
     members: dict[tuple[int, tuple[int, int]], dict[int, Sequence[int]]] = {}
     for number, source in enumerate(sources):
         if not len(source.latent_frames):
-            raise DataError(f"data: got an empty split in data set {number}, expected clips. Fix: encode more episodes")
+            raise DataError(
+                f"data: got an empty split in data set {number}, expected clips. Fix: encode more"
+                " episodes"
+            )
         if pack:
-            members.setdefault((lengths[0], source.size), {})[number] = range(len(source.latent_frames))
+            members.setdefault((lengths[0], source.size), {})[number] = range(
+                len(source.latent_frames)
+            )
             continue
         shortest = int(source.latent_frames.argmin())
         if source.latent_frames[shortest] < edges[0]:
@@ -171,14 +226,21 @@ def _buckets(sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, s
         for i, frames in enumerate(lengths):
             numbers = np.flatnonzero(which == i)
             if len(numbers) == len(which):
-                members.setdefault((frames, source.size), {})[number] = range(len(which))  # no list of a billion numbers
+                members.setdefault((frames, source.size), {})[number] = range(
+                    len(which)
+                )  # no list of a billion numbers
             elif len(numbers):
                 members.setdefault((frames, source.size), {})[number] = cast(Sequence[int], numbers)
     if pack and len(members) > 1:
-        raise DataError(f"packing: got latents of {sorted(size for _, size in members)}, expected one size. Fix: data.pack=false")
+        raise DataError(
+            f"packing: got latents of {sorted(size for _, size in members)}, expected one size."
+            " Fix: data.pack=false"
+        )
     found = []
     for place, ((frames, _), clips) in enumerate(sorted(members.items())):
-        weights = tuple(sources[n].weight * len(clips[n]) / len(sources[n].latent_frames) for n in clips)
+        weights = tuple(
+            sources[n].weight * len(clips[n]) / len(sources[n].latent_frames) for n in clips
+        )
         own = seed if place == 0 else derive_key("bucket", seed, place)
         order = MixtureOrder(tuple(map(len, clips.values())), weights, own, stage)
         found.append(_Bucket(frames, tuple(clips), tuple(clips.values()), order))
@@ -189,12 +251,16 @@ class ShortClip(DataError):
     """A clip is shorter than every cut. The loader says it with the clip's name."""
 
     def __init__(self, source: int, clip: int, frames: int, wanted: int) -> None:
-        super().__init__(f"clip length: got {frames} latent frames in clip {clip} of data set {source}, expected {wanted}")
+        super().__init__(
+            f"clip length: got {frames} latent frames in clip {clip} of data set {source}, expected"
+            f" {wanted}"
+        )
         self.source, self.clip, self.frames, self.wanted = source, clip, frames, wanted
 
 
 def shares(costs: Sequence[float], members: int) -> tuple[tuple[int, ...], ...]:
-    """Which rows each data-parallel member takes: equally many, of nearly equal cost together (costliest first, to whoever has least).
+    """Which rows each data-parallel member takes: equally many, of nearly equal cost together
+    (costliest first, to whoever has least).
 
     Rows of one cost are dealt in order, so batches of one shape stay contiguous ranges.
     """
@@ -203,7 +269,9 @@ def shares(costs: Sequence[float], members: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(range(m * each, (m + 1) * each)) for m in range(members))
     loads, taken = [0.0] * members, [[] for _ in range(members)]  # type: list[float], list[list[int]]
     for row in sorted(range(len(costs)), key=lambda row: (-costs[row], row)):
-        member = min((m for m in range(members) if len(taken[m]) < each), key=lambda m: (loads[m], m))
+        member = min(
+            (m for m in range(members) if len(taken[m]) < each), key=lambda m: (loads[m], m)
+        )
         taken[member].append(row)
         loads[member] += costs[row]
     return tuple(tuple(sorted(rows)) for rows in taken)

@@ -1,4 +1,5 @@
-"""Where clips come from. A source lists its clips cheaply and loads one at a time; `encode` does not care what is behind it."""
+"""Where clips come from. A source lists its clips cheaply and loads one at a time; `encode` does
+not care what is behind it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from data_shards.storage.files import read_json
 
 @dataclass(frozen=True)
 class SourceClip:
-    """What is known of a clip before it is read. `episode`: clips of one episode go to the same side of the validation split."""
+    """What is known of a clip before it is read. `episode`: clips of one episode go to the same
+    side of the validation split."""
 
     key: str
     episode: str
@@ -29,9 +31,11 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class ClipContent:
-    """video [F,H,W,3] uint8, or, from a source of ready latents, latents [T,C,h,w]; c2w [F,4,4] in metres, OpenCV axes; intrinsics [F,4]
-    fx, fy, cx, cy in pixels; frame_controls [F,A] float32: row i holds what happened between frames i-1 and i (row 0: nothing); or, finer
-    than frames, `events`; the caption; or the text ready made: (embeddings [L,E], mask [L] uint8). All but the first may be absent."""
+    """video [F,H,W,3] uint8, or, from a source of ready latents, latents [T,C,h,w]; c2w [F,4,4] in
+    metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels; frame_controls [F,A] float32:
+    row i holds what happened between frames i-1 and i (row 0: nothing); or, finer than frames,
+    `events`; the caption; or the text ready made: (embeddings [L,E], mask [L] uint8). All but the
+    first may be absent."""
 
     video: NDArray[np.uint8] | None
     c2w: NDArray[np.float64] | None = None
@@ -45,7 +49,8 @@ class ClipContent:
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """The codec behind a source of ready latents: a `LatentCodec` that knows the layout and needs no weights."""
+    """The codec behind a source of ready latents: a `LatentCodec` that knows the layout and needs
+    no weights."""
 
     name: str
     channels: int
@@ -54,7 +59,10 @@ class StoredLatents:
     options: Mapping[str, Any]
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
-        raise DataError("source: got latents without their videos, expected videos to encode from. Fix: image_latents_every=0")
+        raise DataError(
+            "source: got latents without their videos, expected videos to encode from. Fix:"
+            " image_latents_every=0"
+        )
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         raise AssertionError("nothing is decoded while ready latents are taken over")
@@ -66,7 +74,9 @@ class ClipSource(Protocol):
     fps: float
     metres_per_unit: float
     control_names: tuple[str, ...]
-    control_sums: tuple[bool, ...]  # per control: True = amounts that add up (mouse motion), False = states, which are averaged
+    control_sums: tuple[
+        bool, ...
+    ]  # per control: True = amounts that add up (mouse motion), False = states, which are averaged
     clips: tuple[SourceClip, ...]
     stored: StoredLatents | None  # set where clips come as latents
 
@@ -75,7 +85,8 @@ class ClipSource(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key: caption}."""
+    """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key:
+    caption}."""
 
     path: str
     latents: str | None = None
@@ -83,7 +94,12 @@ class Place:
 
     def resolved(self) -> Place:
         """The same with absolute paths, for workers that start elsewhere."""
-        return Place(*(None if path is None else str(Path(path).resolve()) for path in (self.path, self.latents, self.captions)))  # type: ignore[arg-type]
+        return Place(
+            *(
+                None if path is None else str(Path(path).resolve())
+                for path in (self.path, self.latents, self.captions)
+            )
+        )  # type: ignore[arg-type]
 
 
 class Captioned:
@@ -92,7 +108,10 @@ class Captioned:
     def __init__(self, source: ClipSource, file: Path) -> None:
         captions = read_json(file, "captions")
         self._source = source
-        self._captions = {key: str(value["prompt"] if isinstance(value, dict) else value) for key, value in captions.items()}
+        self._captions = {
+            key: str(value["prompt"] if isinstance(value, dict) else value)
+            for key, value in captions.items()
+        }
         digest = hashlib.sha256(repr(sorted(self._captions.items())).encode()).hexdigest()[:16]
         self.description, self.notes = f"{source.description}, captions {digest}", source.notes
         self.fps, self.metres_per_unit = source.fps, source.metres_per_unit
@@ -122,16 +141,27 @@ def _open_folder(folder: Path, latents: str | None) -> ClipSource:
 
     if not folder.exists():
         fix = f"python -m data_shards.record vizdoom out={folder}"
-        raise DataError(f"source: got {folder}, which does not exist, expected a recording. Fix: {fix}")
+        raise DataError(
+            f"source: got {folder}, which does not exist, expected a recording. Fix: {fix}"
+        )
     zips = folder.is_dir() and any(folder.glob("*.zip"))
     if latents and not zips:
-        raise DataError(f"latents: got {latents} with {folder}, which holds no zips, expected zips in both. Fix: leave out latents=")
+        raise DataError(
+            f"latents: got {latents} with {folder}, which holds no zips, expected zips in both."
+            " Fix: leave out latents="
+        )
     if (folder / "recording.json").exists():
         return RecordingSource(folder)
     if zips:
         if not latents:
-            raise DataError(f"latents: got none for the zips in {folder}, expected the folder with their latents. Fix: latents=<folder>")
+            raise DataError(
+                f"latents: got none for the zips in {folder}, expected the folder with their"
+                " latents. Fix: latents=<folder>"
+            )
         return LatentZipsSource(folder, Path(latents))
     if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
         return VideosSource(folder)
-    raise DataError(f"source: got {folder}, which holds no recording.json and no videos or zips, expected one of them")
+    raise DataError(
+        f"source: got {folder}, which holds no recording.json and no videos or zips, expected one"
+        " of them"
+    )

@@ -1,13 +1,16 @@
-"""The public SANA-WM training layout as a source of clips: zips of ready LTX-2 latents, with captions and camera sidecars.
+"""The public SANA-WM training layout as a source of clips: zips of ready LTX-2 latents, with
+captions and camera sidecars.
 
-Facts of the layout (NVlabs/Sana, diffusion/data/datasets/video/sana_wm_zip_latent_data.py; the published training set is laid out so):
+Facts of the layout (NVlabs/Sana, diffusion/data/datasets/video/sana_wm_zip_latent_data.py; the
+published training set is laid out so):
   <source>/<name>.zip                            per clip `<key>.json`: prompt, height, width (of the video the intrinsics refer to)
   <latents>/<name>.zip                           per clip `<key>.npz` with `z` [C, T, h, w], normalised by the autoencoder's own statistics
   <source>/<name>_camera.npz                     ids [N], ranges [N, 2] (start, count), pose [sum, 4, 4] c2w, intrinsics [sum, 4]
   <source>/<name>_metric_scale_stats.json        {key: number, or object with `median`}: what a pose's translation is multiplied by
 
-A clip without latents, or, in a zip with cameras, without camera or scale, is left out and counted in a note: an invented pose would be a
-lie. All clips of a zip are one episode, unless their JSON names an `episode`: the published clips overlap in time. Nothing is unpickled.
+A clip without latents, or, in a zip with cameras, without camera or scale, is left out and counted
+in a note: an invented pose would be a lie. All clips of a zip are one episode, unless their JSON
+names an `episode`: the published clips overlap in time. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -51,13 +54,17 @@ class Entry:
 
 
 def safe_key(name: str) -> str:
-    """A clip key from a member's name: the name itself where it is one, else its letters with a hash behind.
+    """A clip key from a member's name: the name itself where it is one, else its letters with a
+    hash behind.
 
     Raises:
         DataError: a name that leads out of a folder.
     """
     if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
-        raise DataError(f"zip member: got the name {name!r}, expected a relative one without '..'. Fix: make the zip again")
+        raise DataError(
+            f"zip member: got the name {name!r}, expected a relative one without '..'. Fix: make"
+            " the zip again"
+        )
     if KEY_PATTERN.fullmatch(name):
         return name
     letters = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_-")[:60] or "clip"
@@ -68,7 +75,9 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"zip: cannot open {path} ({error}), expected a zip. Fix: copy it again") from error
+        raise DataError(
+            f"zip: cannot open {path} ({error}), expected a zip. Fix: copy it again"
+        ) from error
 
 
 def members(archive: zipfile.ZipFile, suffix: str, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -80,15 +89,22 @@ def members(archive: zipfile.ZipFile, suffix: str, path: Path) -> dict[str, zipf
         name = info.filename.removesuffix(suffix)
         safe_key(name)
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise DataError(f"zip member: got {info.filename!r}, a link, expected a file ({path}). Fix: make the zip again")
+            raise DataError(
+                f"zip member: got {info.filename!r}, a link, expected a file ({path}). Fix: make"
+                " the zip again"
+            )
         if name in found:
-            raise DataError(f"zip member: got {info.filename!r} twice, expected unique names ({path}). Fix: make the zip again")
+            raise DataError(
+                f"zip member: got {info.filename!r} twice, expected unique names ({path}). Fix:"
+                " make the zip again"
+            )
         found[name] = info
     return found
 
 
 def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[int, ...]:
-    """[C, T, h, w] that a clip's `z` claims, from its header alone; the claim must fit the size of the member.
+    """[C, T, h, w] that a clip's `z` claims, from its header alone; the claim must fit the size of
+    the member.
 
     Raises:
         DataError: no array `z` of numbers, or a header that does not fit.
@@ -98,22 +114,36 @@ def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
             inner = npz.getinfo("z.npy")
             with npz.open(inner) as file:
                 version = np.lib.format.read_magic(file)
-                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
                 shape, _, dtype = read_header(file)
                 header = file.tell()
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+    ) as error:
         raise DataError(
-            f"latents: cannot read {info.filename} in {path} ({error}), expected an npz with `z`. Fix: copy it again"
+            f"latents: cannot read {info.filename} in {path} ({error}), expected an npz with `z`."
+            " Fix: copy it again"
         ) from error
     size = math.prod(shape) * dtype.itemsize
     if dtype.name not in LATENT_DTYPES or len(shape) != 4 or 0 in shape:
         raise DataError(
-            f"latents: got z {dtype} {shape}, expected [C, T, h, w] of {' or '.join(LATENT_DTYPES)} ({info.filename} in {path})"
+            f"latents: got z {dtype} {shape}, expected [C, T, h, w] of {' or '.join(LATENT_DTYPES)}"
+            f" ({info.filename} in {path})"
         )
     if inner.file_size != header + size or size > MAX_MEMBER_BYTES:
         raise DataError(
-            f"latents: got z {dtype} {shape}, which is {size} bytes, in a member of {inner.file_size} ({info.filename} in {path}). "
-            f"Fix: copy it again; at most {MAX_MEMBER_BYTES} bytes"
+            f"latents: got z {dtype} {shape}, which is {size} bytes, in a member of"
+            f" {inner.file_size} ({info.filename} in {path}). Fix: copy it again; at most"
+            f" {MAX_MEMBER_BYTES} bytes"
         )
     return tuple(int(n) for n in shape)
 
@@ -125,7 +155,9 @@ class LatentZipsSource:
         self.control_names: tuple[str, ...] = ()
         self.control_sums: tuple[bool, ...] = ()
         self._entries: dict[str, Entry] = {}
-        self._track = lru_cache(maxsize=1)(partial(self._camera, names=("pose", "intrinsics")))  # clips come zip by zip
+        self._track = lru_cache(maxsize=1)(
+            partial(self._camera, names=("pose", "intrinsics"))
+        )  # clips come zip by zip
         clips, digest = [], hashlib.sha256()
         self._without_latents = self._without_camera = 0
         shapes: set[tuple[int, int, int]] = set()
@@ -133,44 +165,85 @@ class LatentZipsSource:
         for file in sorted(folder.glob("*.zip")):
             cache = latents / file.name
             if not cache.exists():
-                raise DataError(f"latents: got no {file.name} in {latents}, expected one beside each zip of {folder}. Fix: copy it there")
+                raise DataError(
+                    f"latents: got no {file.name} in {latents}, expected one beside each zip of"
+                    f" {folder}. Fix: copy it there"
+                )
             for key, entry, (channels, count, height, width) in self._list(file, cache, digest):
                 if key in self._entries:
-                    raise DataError(f"clip key: got {key!r} in {self._entries[key].stem}.zip and {file.name}, expected unique keys")
+                    raise DataError(
+                        f"clip key: got {key!r} in {self._entries[key].stem}.zip and {file.name},"
+                        " expected unique keys"
+                    )
                 self._entries[key] = entry
                 shapes.add((channels, height, width))
                 rates.add(float(entry.facts.get("fps", FPS)))
                 frames = (count - 1) * TEMPORAL_STRIDE + 1
                 episode = safe_key(str(entry.facts.get("episode", entry.stem)))
-                clips.append(SourceClip(key, episode, frames, height * SPATIAL_STRIDE, width * SPATIAL_STRIDE))
+                clips.append(
+                    SourceClip(
+                        key, episode, frames, height * SPATIAL_STRIDE, width * SPATIAL_STRIDE
+                    )
+                )
         for what, values in (("latent shapes", shapes), ("frame rates", rates)):
             if len(values) > 1:
-                raise DataError(f"zips: got different {what} {sorted(values)[:3]} in {folder}, expected one. Fix: encode them separately")
+                raise DataError(
+                    f"zips: got different {what} {sorted(values)[:3]} in {folder}, expected one."
+                    " Fix: encode them separately"
+                )
         self.clips, self.fps = tuple(clips), next(iter(rates), FPS)
         channels = next(iter(shapes))[0] if shapes else 0
-        self.stored: StoredLatents | None = StoredLatents("ltx2", channels, TEMPORAL_STRIDE, SPATIAL_STRIDE, {"normalised": True})
-        left_out = ((self._without_latents, "no latents"), (self._without_camera, "no camera or scale, as others of their zip have"))
-        self.notes: tuple[str, ...] = tuple(f"{count} clips are left out: {why}" for count, why in left_out if count)
+        self.stored: StoredLatents | None = StoredLatents(
+            "ltx2", channels, TEMPORAL_STRIDE, SPATIAL_STRIDE, {"normalised": True}
+        )
+        left_out = (
+            (self._without_latents, "no latents"),
+            (self._without_camera, "no camera or scale, as others of their zip have"),
+        )
+        self.notes: tuple[str, ...] = tuple(
+            f"{count} clips are left out: {why}" for count, why in left_out if count
+        )
         self.description = f"latent zips, {len(clips)} clips, content {digest.hexdigest()[:16]}"
 
-    def _list(self, file: Path, cache: Path, digest: Any) -> list[tuple[str, Entry, tuple[int, ...]]]:
-        """The usable clips of a zip. `digest` takes in what identifies their content: the zips' own checksums."""
-        camera, scales, found = self._camera(file.stem, ("ids", "ranges")), self._scales(file.stem), []
-        ranges = {} if camera is None else {str(key): (int(a), int(b)) for key, (a, b) in zip(camera["ids"], camera["ranges"])}
+    def _list(
+        self, file: Path, cache: Path, digest: Any
+    ) -> list[tuple[str, Entry, tuple[int, ...]]]:
+        """The usable clips of a zip. `digest` takes in what identifies their content: the zips' own
+        checksums."""
+        camera, scales, found = (
+            self._camera(file.stem, ("ids", "ranges")),
+            self._scales(file.stem),
+            [],
+        )
+        ranges = (
+            {}
+            if camera is None
+            else {
+                str(key): (int(a), int(b)) for key, (a, b) in zip(camera["ids"], camera["ranges"])
+            }
+        )
         with open_zip(file) as raw, open_zip(cache) as latents:
             stored = members(latents, ".npz", cache)
             for name, info in sorted(members(raw, ".json", file).items()):
                 if name not in stored:
                     self._without_latents += 1
                     continue
-                if (camera is not None and name not in ranges) or (scales is not None and name not in scales):
+                if (camera is not None and name not in ranges) or (
+                    scales is not None and name not in scales
+                ):
                     self._without_camera += 1
                     continue
                 facts = read_facts(raw, info, file)
                 scale = 1.0 if scales is None else scales[name]
-                digest.update(repr((file.name, name, info.CRC, stored[name].CRC, ranges.get(name), scale)).encode())
+                digest.update(
+                    repr(
+                        (file.name, name, info.CRC, stored[name].CRC, ranges.get(name), scale)
+                    ).encode()
+                )
                 shape = latent_shape(latents, stored[name], cache)
-                found.append((safe_key(name), Entry(file.stem, name, facts, ranges.get(name), scale), shape))
+                found.append(
+                    (safe_key(name), Entry(file.stem, name, facts, ranges.get(name), scale), shape)
+                )
         return found
 
     def _camera(self, stem: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]] | None:
@@ -179,13 +252,18 @@ class LatentZipsSource:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:  # which reads an array anew each time it is asked for
+            with np.load(
+                path, allow_pickle=False
+            ) as file:  # which reads an array anew each time it is asked for
                 camera = {name: file[name] for name in names}
                 absent = {"ids", "ranges", "pose", "intrinsics"} - set(file.files)
             if absent or len({len(array) for array in camera.values()}) > 1:
                 raise ValueError("arrays are missing or of different lengths")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"camera: cannot read {path} ({error}), expected ids, ranges, pose, intrinsics without pickles") from error
+            raise DataError(
+                f"camera: cannot read {path} ({error}), expected ids, ranges, pose, intrinsics"
+                " without pickles"
+            ) from error
         return camera
 
     def _scales(self, stem: str) -> dict[str, float] | None:
@@ -196,7 +274,10 @@ class LatentZipsSource:
         for key, value in read_json(path, "metric scale").items():
             number = value.get("median") if isinstance(value, dict) else value
             if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
-                raise DataError(f"metric scale: got {value!r}, expected a positive number or one under `median` ({path}, key {key})")
+                raise DataError(
+                    f"metric scale: got {value!r}, expected a positive number or one under `median`"
+                    f" ({path}, key {key})"
+                )
             scales[key] = float(number)
         return scales
 
@@ -207,32 +288,54 @@ class LatentZipsSource:
             info = archive.getinfo(f"{entry.name}.npz")
             latent_shape(archive, info, path)
             try:
-                with archive.open(info) as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as npz:
-                    latents = npz["z"].astype(np.float32).transpose(1, 0, 2, 3)  # [C, T, h, w] -> [T, C, h, w]
+                with (
+                    archive.open(info) as file,
+                    np.load(io.BytesIO(file.read()), allow_pickle=False) as npz,
+                ):
+                    latents = (
+                        npz["z"].astype(np.float32).transpose(1, 0, 2, 3)
+                    )  # [C, T, h, w] -> [T, C, h, w]
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise DataError(f"latents: cannot read {info.filename} in {path} ({error}). Fix: copy it again") from error
+                raise DataError(
+                    f"latents: cannot read {info.filename} in {path} ({error}). Fix: copy it again"
+                ) from error
         c2w = intrinsics = None
         if entry.camera is not None:
             c2w, intrinsics = self._poses(entry, clip)
         caption = entry.facts.get("prompt")
-        return ClipContent(None, c2w, intrinsics, latents=latents, caption=None if caption is None else str(caption))
+        return ClipContent(
+            None,
+            c2w,
+            intrinsics,
+            latents=latents,
+            caption=None if caption is None else str(caption),
+        )
 
-    def _poses(self, entry: Entry, clip: SourceClip) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(c2w [F,4,4] in metres, intrinsics [F,4] in pixels of the frames that the latents decode to)."""
+    def _poses(
+        self, entry: Entry, clip: SourceClip
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(c2w [F,4,4] in metres, intrinsics [F,4] in pixels of the frames that the latents decode
+        to)."""
         where, camera = f"{entry.stem}_camera.npz, key {entry.name}", self._track(entry.stem)
         assert entry.camera is not None, "callers look"
         assert camera is not None, "it was there when the clips were listed"
         start, count = entry.camera
         if count < clip.frames or start < 0 or start + count > len(camera["pose"]):
-            raise DataError(f"camera: got {count} poses from {start}, expected at least {clip.frames} inside the file ({where})")
+            raise DataError(
+                f"camera: got {count} poses from {start}, expected at least {clip.frames} inside"
+                f" the file ({where})"
+            )
         rows = slice(start, start + clip.frames)
         c2w = square_poses(np.asarray(camera["pose"][rows], np.float64), False, where)
         c2w[:, :3, 3] *= entry.metres
-        intrinsics = square_intrinsics(np.asarray(camera["intrinsics"][rows], np.float64), clip.frames, where)
+        intrinsics = square_intrinsics(
+            np.asarray(camera["intrinsics"][rows], np.float64), clip.frames, where
+        )
         width, height = (entry.facts.get(name) for name in ("width", "height"))
         if not all(isinstance(side, (int, float)) and side > 0 for side in (width, height)):
             raise DataError(
-                f"zip: got width {width} and height {height}, expected what the intrinsics refer to ({entry.stem}.zip, {entry.name}.json)"
+                f"zip: got width {width} and height {height}, expected what the intrinsics refer to"
+                f" ({entry.stem}.zip, {entry.name}.json)"
             )
         scale = np.array([clip.width, clip.height]) / np.array(
             [width, height], np.float64
@@ -242,11 +345,19 @@ class LatentZipsSource:
 
 def read_facts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> dict[str, Any]:
     if info.file_size > MAX_JSON_BYTES:
-        raise DataError(f"zip member: got {info.file_size} bytes, expected at most {MAX_JSON_BYTES} ({info.filename} in {path})")
+        raise DataError(
+            f"zip member: got {info.file_size} bytes, expected at most {MAX_JSON_BYTES}"
+            f" ({info.filename} in {path})"
+        )
     try:
         facts = json.loads(archive.read(info))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"zip: cannot read {info.filename} in {path} ({error}), expected a JSON object. Fix: copy it again") from error
+        raise DataError(
+            f"zip: cannot read {info.filename} in {path} ({error}), expected a JSON object. Fix:"
+            " copy it again"
+        ) from error
     if not isinstance(facts, dict):
-        raise DataError(f"zip: got {type(facts).__name__} in {info.filename} of {path}, expected a JSON object")
+        raise DataError(
+            f"zip: got {type(facts).__name__} in {info.filename} of {path}, expected a JSON object"
+        )
     return facts

@@ -29,16 +29,28 @@ class RecordingSource:
             width, height = int(facts["options"]["width"]), int(facts["options"]["height"])
             self._checksums = {clip["key"]: clip["crc32c"] for clip in facts["clips"]}
             self.clips = tuple(
-                SourceClip(check_key(clip["key"]), check_key(clip["episode"]), int(clip["frames"]), height, width)
+                SourceClip(
+                    check_key(clip["key"]),
+                    check_key(clip["episode"]),
+                    int(clip["frames"]),
+                    height,
+                    width,
+                )
                 for clip in facts["clips"]
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"recording: {folder / 'recording.json'} lacks or misstates {error}. Fix: record it again") from error
+            raise DataError(
+                f"recording: {folder / 'recording.json'} lacks or misstates {error}. Fix: record it"
+                " again"
+            ) from error
         digest = hashlib.sha256(repr(sorted(self._checksums.items())).encode()).hexdigest()[:16]
         self.description = f"recording {facts['source']} {facts['options']} content {digest}"
 
     def load(self, clip: SourceClip) -> ClipContent:
-        video, c2w, intrinsics, buttons, mouse = (self.array(clip.key, name) for name in ("video", "c2w", "intrinsics", "buttons", "mouse"))
+        video, c2w, intrinsics, buttons, mouse = (
+            self.array(clip.key, name)
+            for name in ("video", "c2w", "intrinsics", "buttons", "mouse")
+        )
         controls = np.concatenate([buttons.astype(np.float32), mouse.astype(np.float32)], axis=1)
         return ClipContent(video, c2w, intrinsics, controls)
 
@@ -52,7 +64,13 @@ class RecordingSource:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"recording: cannot read {path} ({error.strerror}), expected it for clip {key}. Fix: record again") from error
+            raise DataError(
+                f"recording: cannot read {path} ({error.strerror}), expected it for clip {key}."
+                " Fix: record again"
+            ) from error
         if crc32c(data) != self._checksums[key][name]:
-            raise DataError(f"recording: got other bytes in {path} than were recorded (clip {key}, {name}). Fix: record again")
+            raise DataError(
+                f"recording: got other bytes in {path} than were recorded (clip {key}, {name})."
+                " Fix: record again"
+            )
         return np.load(io.BytesIO(data), allow_pickle=False)

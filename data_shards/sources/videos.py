@@ -1,4 +1,5 @@
-"""A folder of video files as a source of clips, with what lies beside each: poses, intrinsics, controls.
+"""A folder of video files as a source of clips, with what lies beside each: poses, intrinsics,
+controls.
 
 Beside `name.mp4` may lie, in the file `name.npz` or `name.json` (same keys; npz without pickles):
   c2w or w2c   [F, 4, 4] or [F, 3, 4], OpenCV axes (+x right, +y down, +z forward), in metres (or units of `metres_per_unit`)
@@ -7,9 +8,10 @@ Beside `name.mp4` may lie, in the file `name.npz` or `name.json` (same keys; npz
   caption      text that describes the scene; or it is the content of `name.txt`
   text         [L, E] ready embeddings of it, with text_mask [L] (1 at real tokens), for `encode text=ready`
   episode      name of the source video: clips of one episode go to the same side of the validation split (default: the clip's own name)
-or, instead of c2w and intrinsics, a COLMAP text model in the folder `name.colmap` (cameras.txt, images.txt; images sorted by name are the
-frames); or, instead of controls, `name.events.npz` with the columns of `data_shards.controls.Events`.
-Either every clip has poses or none has; the same for controls. Frames past the last multiple of 8 plus 1 are left out, and said so.
+or, instead of c2w and intrinsics, a COLMAP text model in the folder `name.colmap` (cameras.txt,
+images.txt; images sorted by name are the frames); or, instead of controls, `name.events.npz` with
+the columns of `data_shards.controls.Events`. Either every clip has poses or none has; the same for
+controls. Frames past the last multiple of 8 plus 1 are left out, and said so.
 """
 
 from __future__ import annotations
@@ -29,20 +31,26 @@ from data_shards.storage.files import read_json
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it
-PARAMETERS = {"SIMPLE_PINHOLE": (0, 0, 1, 2), "PINHOLE": (0, 1, 2, 3)}  # COLMAP camera model -> where fx, fy, cx, cy are
+PARAMETERS = {
+    "SIMPLE_PINHOLE": (0, 0, 1, 2),
+    "PINHOLE": (0, 1, 2, 3),
+}  # COLMAP camera model -> where fx, fy, cx, cy are
 
 
 def square_poses(poses: NDArray[np.float64], inverted: bool, where: str) -> NDArray[np.float64]:
     """[F,3,4] or [F,4,4], c2w or (inverted) w2c -> c2w [F,4,4], checked to be rigid."""
     if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)):
-        raise DataError(f"poses: got shape {poses.shape}, expected [F, 3, 4] or [F, 4, 4] ({where})")
+        raise DataError(
+            f"poses: got shape {poses.shape}, expected [F, 3, 4] or [F, 4, 4] ({where})"
+        )
     full = np.tile(np.eye(4), (len(poses), 1, 1))
     full[:, : poses.shape[1]] = poses
     rotation = full[:, :3, :3]
     error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max()
     if not error < 1e-3 or np.linalg.det(rotation).min() < 0:
         raise DataError(
-            f"poses: got rotations off by {error:.3g} or mirrored, expected rigid OpenCV poses ({where}). Fix: see its axes and scale"
+            f"poses: got rotations off by {error:.3g} or mirrored, expected rigid OpenCV poses"
+            f" ({where}). Fix: see its axes and scale"
         )
     return np.asarray(np.linalg.inv(full) if inverted else full, np.float64)
 
@@ -50,9 +58,14 @@ def square_poses(poses: NDArray[np.float64], inverted: bool, where: str) -> NDAr
 def square_intrinsics(values: NDArray[np.float64], frames: int, where: str) -> NDArray[np.float64]:
     """[4], [F,4], [3,3] or [F,3,3] -> [F,4]."""
     if values.shape in ((3, 3), (frames, 3, 3)):
-        values = np.stack([values[..., 0, 0], values[..., 1, 1], values[..., 0, 2], values[..., 1, 2]], axis=-1)
+        values = np.stack(
+            [values[..., 0, 0], values[..., 1, 1], values[..., 0, 2], values[..., 1, 2]], axis=-1
+        )
     if values.shape not in ((4,), (frames, 4)) or not (values[..., :2] > 0).all():
-        raise DataError(f"intrinsics: got shape {values.shape}, expected [4] or [{frames}, 4] with fx, fy > 0 ({where})")
+        raise DataError(
+            f"intrinsics: got shape {values.shape}, expected [4] or [{frames}, 4] with fx, fy > 0"
+            f" ({where})"
+        )
     return np.broadcast_to(values, (frames, 4)).copy()
 
 
@@ -69,11 +82,18 @@ def read_colmap(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]
                 number, model, _, _, *parameters = line.split()
                 if model not in PARAMETERS:
                     raise DataError(
-                        f"colmap: got camera model {model}, expected one of {sorted(PARAMETERS)} ({folder}). Fix: undistort first"
+                        f"colmap: got camera model {model}, expected one of {sorted(PARAMETERS)}"
+                        f" ({folder}). Fix: undistort first"
                     )
                 cameras[number] = [float(parameters[i]) for i in PARAMETERS[model]]
-        lines = [line for line in (folder / "images.txt").read_text().splitlines() if not line.startswith("#")]
-        images = [lines[i].split(maxsplit=9) for i in range(0, len(lines), 2) if lines[i].strip()]  # every second line lists points
+        lines = [
+            line
+            for line in (folder / "images.txt").read_text().splitlines()
+            if not line.startswith("#")
+        ]
+        images = [
+            lines[i].split(maxsplit=9) for i in range(0, len(lines), 2) if lines[i].strip()
+        ]  # every second line lists points
         images.sort(key=lambda image: image[9])
         w2c = np.tile(np.eye(4), (len(images), 1, 1))
         for i, image in enumerate(images):
@@ -89,7 +109,8 @@ def read_colmap(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]
         intrinsics = np.array([cameras[image[8]] for image in images])
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise DataError(
-            f"colmap: cannot read the text model in {folder} ({type(error).__name__}: {error}), expected COLMAP's files"
+            f"colmap: cannot read the text model in {folder} ({type(error).__name__}: {error}),"
+            " expected COLMAP's files"
         ) from error
     return square_poses(w2c, inverted=True, where=str(folder)), intrinsics
 
@@ -98,13 +119,17 @@ def read_sidecar(video: Path) -> dict[str, Any]:
     """What lies in name.npz or name.json; {} if there is neither. Arrays come as numpy arrays."""
     npz, text = video.with_suffix(".npz"), video.with_suffix(".json")
     if npz.exists() and text.exists():
-        raise DataError(f"sidecar: got {npz.name} and {text.name}, expected one of them. Fix: merge them")
+        raise DataError(
+            f"sidecar: got {npz.name} and {text.name}, expected one of them. Fix: merge them"
+        )
     if npz.exists():
         try:
             with np.load(npz, allow_pickle=False) as content:
                 return {name: content[name] for name in content.files}
         except (OSError, ValueError) as error:
-            raise DataError(f"sidecar: cannot read {npz} ({error}), expected an npz of numbers without pickles") from error
+            raise DataError(
+                f"sidecar: cannot read {npz} ({error}), expected an npz of numbers without pickles"
+            ) from error
     return read_json(text, "sidecar") if text.exists() else {}
 
 
@@ -112,7 +137,11 @@ class VideosSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored: StoredLatents | None = None
-        self._files = {check_key(file.stem): file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES}
+        self._files = {
+            check_key(file.stem): file
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower() in SUFFIXES
+        }
         clips, rates, trimmed = [], set(), 0
         names: set[tuple[str, ...]] = set()
         sums: tuple[bool, ...] = ()
@@ -123,22 +152,45 @@ class VideosSource:
             kept = (frames - 1) // STRIDE * STRIDE + 1
             trimmed += frames - kept
             rates.add(rate)
-            clips.append(SourceClip(key, check_key(str(sidecar.get("episode", key))), kept, height, width))
+            clips.append(
+                SourceClip(key, check_key(str(sidecar.get("episode", key))), kept, height, width)
+            )
             scales.add(float(sidecar.get("metres_per_unit", 1.0)))
-            found = CONTROL_NAMES if file.with_suffix(".events.npz").exists() else tuple(str(n) for n in sidecar.get("control_names", ()))
+            found = (
+                CONTROL_NAMES
+                if file.with_suffix(".events.npz").exists()
+                else tuple(str(n) for n in sidecar.get("control_names", ()))
+            )
             names.add(found)
             sums = tuple(bool(x) for x in sidecar.get("control_sums", [False] * len(found)))
-        for what, values in (("frame rates", rates), ("control names", names), ("metres_per_unit", scales)):
+        for what, values in (
+            ("frame rates", rates),
+            ("control names", names),
+            ("metres_per_unit", scales),
+        ):
             if len(values) > 1:
-                raise DataError(f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one. Fix: encode them separately")
+                raise DataError(
+                    f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
+                    " Fix: encode them separately"
+                )
         self.clips, self.control_sums = tuple(clips), sums
-        self.fps, self.control_names = (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
+        self.fps, self.control_names = (
+            (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
+        )
         self.metres_per_unit = next(iter(scales), 1.0)
-        note = f"{trimmed} frames at the ends of clips are left out: a clip has {STRIDE}k + 1 frames"
+        note = (
+            f"{trimmed} frames at the ends of clips are left out: a clip has {STRIDE}k + 1 frames"
+        )
         self.notes: tuple[str, ...] = (note,) if trimmed else ()
-        # the files themselves, by size and time: an edited video makes another data set, and an interrupted run does not go on with it
-        facts = [(key, file.stat().st_size, file.stat().st_mtime_ns) for key, file in self._files.items()]
-        self.description = f"videos, {len(clips)} files, content {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+        # the files themselves, by size and time: an edited video makes another data set, and an
+        # interrupted run does not go on with it
+        facts = [
+            (key, file.stat().st_size, file.stat().st_mtime_ns) for key, file in self._files.items()
+        ]
+        self.description = (
+            f"videos, {len(clips)} files, content"
+            f" {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+        )
 
     def load(self, clip: SourceClip) -> ClipContent:
         file, frames = self._files[clip.key], clip.frames
@@ -150,7 +202,10 @@ class VideosSource:
             video[count] = frame.to_ndarray(format="rgb24")
             count += 1
         if count < frames:
-            raise DataError(f"video: got {count} frames, expected {frames} ({file.name}). Fix: the file is cut or damaged; copy it again")
+            raise DataError(
+                f"video: got {count} frames, expected {frames} ({file.name}). Fix: the file is cut"
+                " or damaged; copy it again"
+            )
         sidecar, where = read_sidecar(file), file.name
         c2w = intrinsics = None
         if file.with_suffix(".colmap").is_dir():
@@ -160,14 +215,26 @@ class VideosSource:
         elif "c2w" in sidecar or "w2c" in sidecar:
             if "intrinsics" not in sidecar:
                 raise DataError(f"sidecar: got poses without intrinsics, expected both ({where})")
-            c2w = square_poses(np.array(sidecar["c2w" if "c2w" in sidecar else "w2c"], np.float64), "c2w" not in sidecar, where)
-            intrinsics = square_intrinsics(np.array(sidecar["intrinsics"], np.float64), len(c2w), where)
+            c2w = square_poses(
+                np.array(sidecar["c2w" if "c2w" in sidecar else "w2c"], np.float64),
+                "c2w" not in sidecar,
+                where,
+            )
+            intrinsics = square_intrinsics(
+                np.array(sidecar["intrinsics"], np.float64), len(c2w), where
+            )
         controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
         for name, array in (("poses", c2w), ("intrinsics", intrinsics), ("controls", controls)):
             if array is not None and len(array) < frames:
-                raise DataError(f"sidecar: got {name} for {len(array)} frames, expected at least {frames} ({where})")
+                raise DataError(
+                    f"sidecar: got {name} for {len(array)} frames, expected at least {frames}"
+                    f" ({where})"
+                )
         if controls is not None and controls.shape[1:] != (len(self.control_names),):
-            raise DataError(f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}] as control_names ({where})")
+            raise DataError(
+                f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}]"
+                f" as control_names ({where})"
+            )
         if c2w is not None:
             c2w = c2w[:frames].copy()
             c2w[:, :3, 3] *= self.metres_per_unit
@@ -188,7 +255,9 @@ def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:
     return str(sidecar["caption"]) if "caption" in sidecar else None
 
 
-def read_text(sidecar: Mapping[str, Any], where: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]] | None:
+def read_text(
+    sidecar: Mapping[str, Any], where: str
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]] | None:
     if "text" not in sidecar:
         return None
     if "text_mask" not in sidecar:
@@ -203,33 +272,54 @@ def read_events(path: Path) -> Events | None:
         with np.load(path, allow_pickle=False) as content:
             return Events(*(content[name] for name in ("time_ns", "kind", "code", "dx", "dy")))
     except (OSError, KeyError) as error:
-        raise DataError(f"control events: cannot read {path.name} ({error}), expected time_ns, kind, code, dx, dy") from error
+        raise DataError(
+            f"control events: cannot read {path.name} ({error}), expected time_ns, kind, code,"
+            " dx, dy"
+        ) from error
 
 
 def decode(file: Path) -> Iterator[Any]:
     try:
         import av
     except ImportError as error:
-        raise DataError("videos: PyAV is not installed, expected it to read videos. Fix: pip install 'wm-train[demo]'") from error
+        raise DataError(
+            "videos: PyAV is not installed, expected it to read videos. Fix: pip install"
+            " 'wm-train[demo]'"
+        ) from error
     try:
         with av.open(str(file)) as container:
             yield from container.decode(video=0)
     except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(f"video: cannot decode {file.name} ({error}), expected a video file. Fix: take it out of the folder") from error
+        raise DataError(
+            f"video: cannot decode {file.name} ({error}), expected a video file. Fix: take it out"
+            " of the folder"
+        ) from error
 
 
 def probe(file: Path) -> tuple[int, int, int, Any]:
-    """(frames, height, width, frame rate as a fraction); counts by decoding when the file does not say."""
+    """(frames, height, width, frame rate as a fraction); counts by decoding when the file does not
+    say."""
     try:
         import av
     except ImportError as error:
-        raise DataError("videos: PyAV is not installed, expected it to read videos. Fix: pip install 'wm-train[demo]'") from error
+        raise DataError(
+            "videos: PyAV is not installed, expected it to read videos. Fix: pip install"
+            " 'wm-train[demo]'"
+        ) from error
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
-            count, height, width, rate = stream.frames, stream.height, stream.width, stream.average_rate
+            count, height, width, rate = (
+                stream.frames,
+                stream.height,
+                stream.width,
+                stream.average_rate,
+            )
     except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(f"video: cannot open {file.name} ({error}), expected a video file. Fix: take it out of the folder") from error
+        raise DataError(
+            f"video: cannot open {file.name} ({error}), expected a video file. Fix: take it out of"
+            " the folder"
+        ) from error
     if not rate:
         raise DataError(f"video: got no frame rate in {file.name}, expected one. Fix: remux it")
     return count or sum(1 for _ in decode(file)), height, width, rate

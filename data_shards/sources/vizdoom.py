@@ -1,14 +1,17 @@
-"""Record gameplay with ViZDoom: a wandering player, its exact camera, depth and controls. Headless, deterministic for a seed.
+"""Record gameplay with ViZDoom: a wandering player, its exact camera, depth and controls. Headless,
+deterministic for a seed.
 
-Camera model, checked by reprojecting frames onto each other through depth and pose (tests/data_shards/test_vizdoom.py):
+Camera model, checked by reprojecting frames onto each other through depth and pose
+(tests/data_shards/test_vizdoom.py):
   - The horizontal field of view is 90 degrees (CAMERA_FOV): fx = W / 2.
   - Doom's world is drawn for pixels 1.2 times as tall as wide: fy = 1.2 fx on square pixels.
   - The software renderer looks up and down by *shifting* the picture, not by turning the camera: yaw alone turns `c2w`, and pitch moves the
     principal point, cy = H / 2 - fy tan(pitch). The intrinsics are therefore one row per frame.
   - Pixel (row i, column j) has its centre at (j + 0.5, i + 0.5).
-World: x east, y north, z up as in Doom, in metres at METRES_PER_UNIT. `c2w` has OpenCV axes (+x right, +y down, +z forward) and its
-origin is the player's eye, with the bobbing of his walk.
-Time: the engine makes 35 tics a second; a frame lasts 2 or 3 tics so that the mean rate is the asked one exactly (`tics_until`).
+World: x east, y north, z up as in Doom, in metres at METRES_PER_UNIT. `c2w` has OpenCV axes (+x
+right, +y down, +z forward) and its origin is the player's eye, with the bobbing of his walk. Time:
+the engine makes 35 tics a second; a frame lasts 2 or 3 tics so that the mean rate is the asked one
+exactly (`tics_until`).
 """
 
 from __future__ import annotations
@@ -27,21 +30,33 @@ from data_shards.sources.wander import Wanderer
 METRES_PER_UNIT = 1.0 / 32.0  # the player's eye is 41 units up: 1.28 m
 TICS_PER_SECOND = 35
 PIXEL_ASPECT = 1.2
-DEPTH_UNITS_PER_STEP = 7.13  # the engine's 8-bit depth: metres = ((value + 0.5) * this + DEPTH_UNITS_AT_ZERO) * METRES_PER_UNIT;
-DEPTH_UNITS_AT_ZERO = 5.2  # fitted to wall positions known from the map: within half a step on walls, one step too near on floors
+# the engine's 8-bit depth: metres = ((value + 0.5) * this + DEPTH_UNITS_AT_ZERO) * METRES_PER_UNIT;
+DEPTH_UNITS_PER_STEP = 7.13
+# fitted to wall positions known from the map: within half a step on walls, one step too near on
+# floors
+DEPTH_UNITS_AT_ZERO = 5.2
 MAX_UNITS_PER_TIC = 12.0  # walking reaches 8.4; a teleport or a respawn is far above
 MIN_METRES_PER_FRAME = 0.04  # of a clip, on average: less is standing around
 MAX_FACING_SHARE = 0.2  # of a clip spent in front of a wall
 BUTTONS = ("forward", "backward", "left", "right")
-SIZES = {(160, 120): "RES_320X240", (320, 240): "RES_640X480"}  # rendered at twice the size and averaged: no aliasing
-# name -> (scenario file shipped with the wheel, map or None). None of them needs monsters, which are switched off.
-SCENARIOS = {"my_way_home": ("my_way_home.cfg", None), "deathmatch": ("deathmatch.cfg", None), "freedoom2": ("freedoom2.cfg", "map01")}
+SIZES = {
+    (160, 120): "RES_320X240",
+    (320, 240): "RES_640X480",
+}  # rendered at twice the size and averaged: no aliasing
+# name -> (scenario file shipped with the wheel, map or None). None of them needs monsters, which
+# are switched off.
+SCENARIOS = {
+    "my_way_home": ("my_way_home.cfg", None),
+    "deathmatch": ("deathmatch.cfg", None),
+    "freedoom2": ("freedoom2.cfg", "map01"),
+}
 
 
 @dataclass(frozen=True)
 class RecordedClip:
-    """video [F,H,W,3] uint8, depth [F,H,W] uint8, c2w [F,4,4] and intrinsics [F,4] float64 (fx, fy, cx, cy in pixels), buttons [F,4] uint8
-    (BUTTONS) and mouse [F,2] float32 (degrees right, degrees down). Row i of the controls is what was held between frames i-1 and i."""
+    """video [F,H,W,3] uint8, depth [F,H,W] uint8, c2w [F,4,4] and intrinsics [F,4] float64 (fx, fy,
+    cx, cy in pixels), buttons [F,4] uint8 (BUTTONS) and mouse [F,2] float32 (degrees right, degrees
+    down). Row i of the controls is what was held between frames i-1 and i."""
 
     episode: int
     first_tic: int
@@ -66,12 +81,14 @@ class VizdoomOptions:
 
 
 def tics_until(frame: int, fps: float) -> int:
-    """Tics from the first frame to `frame`: rounded down, so n seconds of frames last n * 35 tics whatever the rate."""
+    """Tics from the first frame to `frame`: rounded down, so n seconds of frames last n * 35 tics
+    whatever the rate."""
     return math.floor(frame * TICS_PER_SECOND / fps + 1e-9)
 
 
 def camera_matrix(x: float, y: float, z: float, yaw_degrees: float) -> NDArray[np.float64]:
-    """[4, 4] camera-to-world in metres from a Doom position in units and an angle counted from east, anticlockwise."""
+    """[4, 4] camera-to-world in metres from a Doom position in units and an angle counted from
+    east, anticlockwise."""
     c, s = math.cos(math.radians(yaw_degrees)), math.sin(math.radians(yaw_degrees))
     c2w = np.eye(4)
     c2w[:3, 0], c2w[:3, 1], c2w[:3, 2] = (s, -c, 0.0), (0.0, 0.0, -1.0), (c, s, 0.0)
@@ -79,40 +96,60 @@ def camera_matrix(x: float, y: float, z: float, yaw_degrees: float) -> NDArray[n
     return c2w
 
 
-def camera_intrinsics(width: int, height: int, fov_degrees: float, pitch_degrees: float) -> NDArray[np.float64]:
+def camera_intrinsics(
+    width: int, height: int, fov_degrees: float, pitch_degrees: float
+) -> NDArray[np.float64]:
     """[4] fx, fy, cx, cy in pixels; the engine's pitch is negative when looking up."""
     fx = width / 2.0 / math.tan(math.radians(fov_degrees) / 2.0)
     fy = PIXEL_ASPECT * fx
-    return np.array([fx, fy, width / 2.0, height / 2.0 - fy * math.tan(math.radians(pitch_degrees))])
+    return np.array(
+        [fx, fy, width / 2.0, height / 2.0 - fy * math.tan(math.radians(pitch_degrees))]
+    )
 
 
 def depth_metres(depth: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Distance along the camera's z axis."""
-    return (((depth.astype(np.float32) + 0.5) * DEPTH_UNITS_PER_STEP + DEPTH_UNITS_AT_ZERO) * METRES_PER_UNIT).astype(np.float32)
+    return (
+        ((depth.astype(np.float32) + 0.5) * DEPTH_UNITS_PER_STEP + DEPTH_UNITS_AT_ZERO)
+        * METRES_PER_UNIT
+    ).astype(np.float32)
 
 
 def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[2H, 2W, 3] -> [H, W, 3]: mean of 2x2 pixels, rounded half up."""
-    rows = np.add(image[0::2], image[1::2], dtype=np.uint16)  # whole rows: ten times as fast as a sum over axes of length 2
+    rows = np.add(
+        image[0::2], image[1::2], dtype=np.uint16
+    )  # whole rows: ten times as fast as a sum over axes of length 2
     return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
 
 
 def nearest(depth: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[2H, 2W] -> [H, W]: the nearest of 2x2; a mean would invent surfaces between a wall and what is behind it."""
+    """[2H, 2W] -> [H, W]: the nearest of 2x2; a mean would invent surfaces between a wall and what
+    is behind it."""
     rows = np.minimum(depth[0::2], depth[1::2])
     return np.minimum(rows[:, 0::2], rows[:, 1::2])
 
 
 def open_game(options: VizdoomOptions, config_folder: str) -> Any:
-    """A running, windowless game. ViZDoom writes its settings file into `config_folder` (it would use the current folder otherwise)."""
+    """A running, windowless game. ViZDoom writes its settings file into `config_folder` (it would
+    use the current folder otherwise)."""
     try:
         import vizdoom as vzd
     except ImportError as error:
-        raise DataError("recorder: ViZDoom is not installed, expected it for source vizdoom. Fix: pip install 'wm-train[demo]'") from error
+        raise DataError(
+            "recorder: ViZDoom is not installed, expected it for source vizdoom. Fix: pip install"
+            " 'wm-train[demo]'"
+        ) from error
     if options.scenario not in SCENARIOS:
-        raise DataError(f"scenario: got {options.scenario!r}, expected one of {sorted(SCENARIOS)}. Fix: scenario=my_way_home")
+        raise DataError(
+            f"scenario: got {options.scenario!r}, expected one of {sorted(SCENARIOS)}. Fix:"
+            " scenario=my_way_home"
+        )
     if (options.width, options.height) not in SIZES:
-        raise DataError(f"size: got {options.width}x{options.height}, expected one of {sorted(SIZES)}. Fix: width=160 height=120")
+        raise DataError(
+            f"size: got {options.width}x{options.height}, expected one of {sorted(SIZES)}. Fix:"
+            " width=160 height=120"
+        )
     file, level = SCENARIOS[options.scenario]
     game = vzd.DoomGame()
     game.load_config(f"{vzd.scenarios_path}/{file}")
@@ -126,14 +163,33 @@ def open_game(options: VizdoomOptions, config_folder: str) -> Any:
     game.set_depth_buffer_enabled(True)
     game.set_automap_buffer_enabled(False)
     game.set_audio_buffer_enabled(False)
-    for switch in ("hud", "weapon", "crosshair", "messages", "screen_flashes", "corpses", "decals", "particles", "effects_sprites"):
+    for switch in (
+        "hud",
+        "weapon",
+        "crosshair",
+        "messages",
+        "screen_flashes",
+        "corpses",
+        "decals",
+        "particles",
+        "effects_sprites",
+    ):
         getattr(game, f"set_render_{switch}")(False)
     variable, button = vzd.GameVariable, vzd.Button
-    camera = [variable.CAMERA_POSITION_X, variable.CAMERA_POSITION_Y, variable.CAMERA_POSITION_Z, variable.CAMERA_ANGLE]
-    game.set_available_game_variables([*camera, variable.CAMERA_PITCH, variable.CAMERA_FOV, variable.HEALTH, variable.DEAD])
+    camera = [
+        variable.CAMERA_POSITION_X,
+        variable.CAMERA_POSITION_Y,
+        variable.CAMERA_POSITION_Z,
+        variable.CAMERA_ANGLE,
+    ]
+    game.set_available_game_variables(
+        [*camera, variable.CAMERA_PITCH, variable.CAMERA_FOV, variable.HEALTH, variable.DEAD]
+    )
     keys = [button.MOVE_FORWARD, button.MOVE_BACKWARD, button.MOVE_LEFT, button.MOVE_RIGHT]
     game.set_available_buttons([*keys, button.TURN_LEFT_RIGHT_DELTA, button.LOOK_UP_DOWN_DELTA])
-    game.add_game_args("-nomonsters +turbo 35")  # a walk of 3 m/s; the engine's own 8 m/s crosses a room in half a second
+    game.add_game_args(
+        "-nomonsters +turbo 35"
+    )  # a walk of 3 m/s; the engine's own 8 m/s crosses a room in half a second
     game.set_episode_timeout(0)
     game.set_seed(options.seed)
     game.init()
@@ -141,7 +197,8 @@ def open_game(options: VizdoomOptions, config_folder: str) -> Any:
 
 
 def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Iterator[RecordedClip]:
-    """Yield `clips` clips that passed `rejection`. Every episode has its own seed, so a clip depends on (seed, episode) alone.
+    """Yield `clips` clips that passed `rejection`. Every episode has its own seed, so a clip
+    depends on (seed, episode) alone.
 
     Raises:
         DataError: bad options, or a scenario in which the player finds no way in 20 episodes in a row.
@@ -158,7 +215,10 @@ def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Ite
                     return
             barren = 0 if found else barren + 1
             if barren == 20:
-                raise DataError(f"recording: 20 episodes in a row gave no usable clip (scenario {options.scenario}, seed {options.seed})")
+                raise DataError(
+                    "recording: 20 episodes in a row gave no usable clip (scenario"
+                    f" {options.scenario}, seed {options.seed})"
+                )
             episode += 1
     finally:
         game.close()
@@ -176,15 +236,21 @@ def record_episode(game: Any, options: VizdoomOptions, episode: int) -> Iterator
         clip = record_clip(game, options, player, episode)
         if clip is None:
             return  # the episode ended or the player was hurt or moved by force: start anew
-        if player.walked_metres >= MIN_METRES_PER_FRAME * options.frames and player.blocked_share < MAX_FACING_SHARE:
+        if (
+            player.walked_metres >= MIN_METRES_PER_FRAME * options.frames
+            and player.blocked_share < MAX_FACING_SHARE
+        ):
             found += 1
             yield clip
         if found == options.clips_per_episode:
             return
 
 
-def record_clip(game: Any, options: VizdoomOptions, player: Wanderer, episode: int) -> RecordedClip | None:
-    """The next `frames` frames, or None when something happened in them that no key press explains."""
+def record_clip(
+    game: Any, options: VizdoomOptions, player: Wanderer, episode: int
+) -> RecordedClip | None:
+    """The next `frames` frames, or None when something happened in them that no key press
+    explains."""
     count, width, height = options.frames, options.width, options.height
     video = np.empty((count, height, width, 3), np.uint8)
     depth = np.empty((count, height, width), np.uint8)

@@ -1,4 +1,5 @@
-"""A scripted player that walks where there is room, turns smoothly, and now and then looks around: the policy of the ViZDoom recorder."""
+"""A scripted player that walks where there is room, turns smoothly, and now and then looks around:
+the policy of the ViZDoom recorder."""
 
 from __future__ import annotations
 
@@ -17,12 +18,17 @@ TURN_DEGREES_PER_TIC = 1.6
 LANES = np.radians(np.linspace(-40, 40, 33))
 
 
-def lane_clearance(depth: NDArray[np.float32], intrinsics: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[33] free metres along each of LANES (angles to the right of the view), for a body of BODY_METRES, from one depth picture [H, W]."""
+def lane_clearance(
+    depth: NDArray[np.float32], intrinsics: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """[33] free metres along each of LANES (angles to the right of the view), for a body of
+    BODY_METRES, from one depth picture [H, W]."""
     height, width = depth.shape
     fx, _, cx, cy = intrinsics
     horizon = int(np.clip(cy, 8, height - 9))
-    z = depth[horizon - 3 : horizon + 8].min(axis=0).astype(np.float64)  # [W] the nearest thing around eye height and a little below
+    z = (
+        depth[horizon - 3 : horizon + 8].min(axis=0).astype(np.float64)
+    )  # [W] the nearest thing around eye height and a little below
     x = (np.arange(width) + 0.5 - cx) / fx * z
     ahead = np.sin(LANES)[:, None] * x + np.cos(LANES)[:, None] * z
     aside = np.cos(LANES)[:, None] * x - np.sin(LANES)[:, None] * z
@@ -31,11 +37,14 @@ def lane_clearance(depth: NDArray[np.float32], intrinsics: NDArray[np.float64]) 
 
 
 class Wanderer:
-    """Chooses keys and mouse motion from what the camera sees. All chance comes from `random`, so equal seeds walk equal ways."""
+    """Chooses keys and mouse motion from what the camera sees. All chance comes from `random`, so
+    equal seeds walk equal ways."""
 
     def __init__(self, random: np.random.Generator, look_degrees: float) -> None:
         if not (math.isfinite(look_degrees) and 0 <= look_degrees <= 20):
-            raise DataError(f"look_degrees: got {look_degrees}, expected 0 to 20. Fix: look_degrees=4")
+            raise DataError(
+                f"look_degrees: got {look_degrees}, expected 0 to 20. Fix: look_degrees=4"
+            )
         self.random = random
         self.look_degrees = look_degrees
         self.turn_rate = 0.0  # degrees per tic, right is positive
@@ -52,8 +61,11 @@ class Wanderer:
     def moved(self, metres: float) -> None:
         self.walked_metres += metres
 
-    def decide(self, depth: NDArray[np.float32], intrinsics: NDArray[np.float64], tics: int) -> tuple[NDArray[np.uint8], float, float]:
-        """(keys [4] forward/backward/left/right, degrees to turn right, degrees to look down) for the next `tics` tics."""
+    def decide(
+        self, depth: NDArray[np.float32], intrinsics: NDArray[np.float64], tics: int
+    ) -> tuple[NDArray[np.uint8], float, float]:
+        """(keys [4] forward/backward/left/right, degrees to turn right, degrees to look down) for
+        the next `tics` tics."""
         free = lane_clearance(depth, intrinsics)
         self._choose_mode()
         self.wish = float(np.clip(0.96 * self.wish + self.random.normal(0.0, 4.0), -35, 35))
@@ -62,11 +74,15 @@ class Wanderer:
         centre = float(free[len(LANES) // 2])
         if free[best] < CLOSE_METRES or (self.escape and centre < 1.5 * CLOSE_METRES):
             # boxed in: turn on the spot, always the same way, until the way ahead is open again
-            self.escape = self.escape or (1 if free[len(LANES) // 2 :].sum() >= free[: len(LANES) // 2 + 1].sum() else -1)
+            self.escape = self.escape or (
+                1 if free[len(LANES) // 2 :].sum() >= free[: len(LANES) // 2 + 1].sum() else -1
+            )
             target_rate = self.escape * TURN_DEGREES_PER_TIC
         else:
             self.escape = 0
-            target_rate = float(np.clip(0.06 * np.degrees(LANES[best]), -TURN_DEGREES_PER_TIC, TURN_DEGREES_PER_TIC))
+            target_rate = float(
+                np.clip(0.06 * np.degrees(LANES[best]), -TURN_DEGREES_PER_TIC, TURN_DEGREES_PER_TIC)
+            )
             if self.mode == "look" and centre > CLOSE_METRES:
                 target_rate = math.copysign(0.5 * TURN_DEGREES_PER_TIC, self.wish)
         self.turn_rate += (1 - 0.8**tics) * (target_rate - self.turn_rate)
@@ -75,9 +91,13 @@ class Wanderer:
         keys[2] = self.mode == "left" and keys[0]
         keys[3] = self.mode == "right" and keys[0]
         self._frames += 1
-        facing = float(np.median(depth[depth.shape[0] // 2 - 8 : depth.shape[0] // 2 + 1])) < FACING_METRES
+        facing = (
+            float(np.median(depth[depth.shape[0] // 2 - 8 : depth.shape[0] // 2 + 1]))
+            < FACING_METRES
+        )
         self.blocked_share += (float(facing) - self.blocked_share) / self._frames
-        # angles on a grid of the engine (1/65536 turn) would be finer than float32 matters: keep what is recorded exact
+        # angles on a grid of the engine (1/65536 turn) would be finer than float32 matters: keep
+        # what is recorded exact
         turn = float(np.float32(self.turn_rate * tics))
         look = float(np.float32((1 - 0.95**tics) * (self.pitch_wish - self.pitch)))
         self.pitch += look
@@ -87,6 +107,12 @@ class Wanderer:
         self.mode_frames -= 1
         if self.mode_frames > 0:
             return
-        self.mode = str(self.random.choice(["walk", "left", "right", "look"], p=[0.74, 0.08, 0.08, 0.1]))
-        self.mode_frames = int(self.random.integers(24, 60)) if self.mode == "walk" else int(self.random.integers(10, 22))
+        self.mode = str(
+            self.random.choice(["walk", "left", "right", "look"], p=[0.74, 0.08, 0.08, 0.1])
+        )
+        self.mode_frames = (
+            int(self.random.integers(24, 60))
+            if self.mode == "walk"
+            else int(self.random.integers(10, 22))
+        )
         self.pitch_wish = float(self.random.uniform(-1, 1)) * self.look_degrees

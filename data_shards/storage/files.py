@@ -1,4 +1,5 @@
-"""Small file duties shared by the writers: checksums, atomic publication, and `.npy` headers without numpy's pickle."""
+"""Small file duties shared by the writers: checksums, atomic publication, and `.npy` headers
+without numpy's pickle."""
 
 from __future__ import annotations
 
@@ -16,28 +17,50 @@ from numpy.typing import NDArray
 from data_shards.schema import ITEM_BYTES, DataError
 
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
-INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
-NPY_DESCRIPTIONS = {"uint8": "|u1", "float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
+INFINITY_BITS = {
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float32": 0x7F80_0000,
+    "float64": 0x7FF0_0000_0000_0000,
+}
+NPY_DESCRIPTIONS = {
+    "uint8": "|u1",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float32": "<f4",
+    "float64": "<f8",
+}
 
 
 @cache
 def _checksum() -> Callable[..., int]:
-    from awscrt.checksums import crc32c  # its vector instructions check twice as fast as the crc32 instruction that others use
+    from awscrt.checksums import (
+        crc32c,
+    )  # its vector instructions check twice as fast as the crc32 instruction that others use
 
     return cast(Callable[..., int], crc32c)
 
 
 def crc32c(data: bytes | memoryview | NDArray[Any], previous: int = 0) -> int:
-    """CRC-32C of anything contiguous, or of what gave `previous` followed by it. Other threads run meanwhile."""
+    """CRC-32C of anything contiguous, or of what gave `previous` followed by it. Other threads run
+    meanwhile."""
     return _checksum()(data, previous)
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The one header that we write and accept for this dtype and shape (format 1.0, C order, padded to 64 bytes)."""
+    """The one header that we write and accept for this dtype and shape (format 1.0, C order, padded
+    to 64 bytes)."""
     dimensions = "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
-    body = f"{{'descr': '{NPY_DESCRIPTIONS[dtype]}', 'fortran_order': False, 'shape': {dimensions}, }}"
+    body = (
+        f"{{'descr': '{NPY_DESCRIPTIONS[dtype]}', 'fortran_order': False, 'shape': {dimensions}, }}"
+    )
     length = -(-(10 + len(body) + 1) // 64) * 64
-    return NPY_MAGIC + (length - 10).to_bytes(2, "little") + body.ljust(length - 11).encode("ascii") + b"\n"
+    return (
+        NPY_MAGIC
+        + (length - 10).to_bytes(2, "little")
+        + body.ljust(length - 11).encode("ascii")
+        + b"\n"
+    )
 
 
 def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -50,9 +73,14 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def array_from_bytes(data: bytes | memoryview | NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Raw little-endian elements -> array, without a copy; bfloat16 comes back as its bits in uint16."""
-    assert len(data) == int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype], "callers check the length"
+def array_from_bytes(
+    data: bytes | memoryview | NDArray[np.uint8], dtype: str, shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """Raw little-endian elements -> array, without a copy; bfloat16 comes back as its bits in
+    uint16."""
+    assert len(data) == int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype], (
+        "callers check the length"
+    )
     return np.frombuffer(data, NPY_DESCRIPTIONS[dtype]).reshape(shape)
 
 
@@ -62,11 +90,15 @@ def as_float32(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def all_finite(stored: NDArray[Any], dtype: str) -> bool:
-    """Whether no element is NaN or infinite. As integers those are the largest of either sign, so two vectorised maxima tell."""
+    """Whether no element is NaN or infinite. As integers those are the largest of either sign, so
+    two vectorised maxima tell."""
     if not stored.size or dtype == "uint8":
         return True
     bits, sign = INFINITY_BITS[dtype], 1 << (8 * stored.itemsize - 1)
-    return int(stored.view(f"<i{stored.itemsize}").max()) < bits and int(stored.view(f"<u{stored.itemsize}").max()) < sign + bits
+    return (
+        int(stored.view(f"<i{stored.itemsize}").max()) < bits
+        and int(stored.view(f"<u{stored.itemsize}").max()) < sign + bits
+    )
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -96,15 +128,23 @@ def fresh_folder(path: Path) -> Path:
 
 
 def read_selection(path: str) -> tuple[str, list[str]]:
-    """(fingerprint of the data set that it is for, keys of the clips to keep) of a file that `data_shards.filter` wrote.
+    """(fingerprint of the data set that it is for, keys of the clips to keep) of a file that
+    `data_shards.filter` wrote.
 
     Raises:
         DataError: no such file, or not of that form.
     """
     chosen = read_json(Path(path), "selection")
     fingerprint, kept = chosen.get("dataset_fingerprint"), chosen.get("kept")
-    if not isinstance(fingerprint, str) or not isinstance(kept, list) or not all(isinstance(key, str) for key in kept):
-        raise DataError(f"selection: got {path} without dataset_fingerprint or kept, expected what `filter` writes. Fix: filter again")
+    if (
+        not isinstance(fingerprint, str)
+        or not isinstance(kept, list)
+        or not all(isinstance(key, str) for key in kept)
+    ):
+        raise DataError(
+            f"selection: got {path} without dataset_fingerprint or kept, expected what `filter`"
+            " writes. Fix: filter again"
+        )
     return fingerprint, kept
 
 
@@ -117,7 +157,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(f"{what}: got no file {path.name} in {path.parent}, expected one. Fix: give the folder that holds it") from None
+        raise DataError(
+            f"{what}: got no file {path.name} in {path.parent}, expected one. Fix: give the folder"
+            " that holds it"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{what}: cannot read {path} ({error}), expected a JSON object") from error
     if not isinstance(value, dict):

@@ -1,6 +1,8 @@
-"""index.parquet as it is needed: two columns when the data set is opened, the other facts of a clip with its row group when it is drawn.
+"""index.parquet as it is needed: two columns when the data set is opened, the other facts of a clip
+with its row group when it is drawn.
 
-So a million clips cost megabytes and tenths of a second, and a draw costs one small row group, which is kept for a while.
+So a million clips cost megabytes and tenths of a second, and a draw costs one small row group,
+which is kept for a while.
 """
 
 from __future__ import annotations
@@ -49,10 +51,19 @@ class ClipIndex:
         # numbers instead of a million Python strings
         encoded = columns["split"].combine_chunks().dictionary_encode()
         names, codes = encoded.dictionary.to_pylist(), integers(encoded.indices, np.int32)
-        self._rows = {split: np.flatnonzero(codes == (names.index(split) if split in names else -1)) for split in SPLITS}
-        self.latent_frames: NDArray[np.int32] = integers(columns["latent_frames"].combine_chunks(), np.int32)
-        self._group_ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]).tolist()
-        self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)  # per instance, so two data sets never share entries
+        self._rows = {
+            split: np.flatnonzero(codes == (names.index(split) if split in names else -1))
+            for split in SPLITS
+        }
+        self.latent_frames: NDArray[np.int32] = integers(
+            columns["latent_frames"].combine_chunks(), np.int32
+        )
+        self._group_ends = np.cumsum(
+            [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        ).tolist()
+        self._group = lru_cache(maxsize=KEPT_GROUPS)(
+            self._read_group
+        )  # per instance, so two data sets never share entries
 
     def clips(self, split: str) -> ClipTable:
         return ClipTable(self, self._rows[split])
@@ -60,12 +71,18 @@ class ClipIndex:
     def keep(self, keys: Sequence[str]) -> None:
         """Forget all clips but these."""
         kept = nonzero(pc.is_in(self._keys, value_set=pa.array(list(keys), pa.string())))
-        self._rows = {split: np.intersect1d(rows, kept, assume_unique=True) for split, rows in self._rows.items()}
+        self._rows = {
+            split: np.intersect1d(rows, kept, assume_unique=True)
+            for split, rows in self._rows.items()
+        }
 
     def find(self, key: str) -> ClipEntry:
         row = pc.index(self._keys, key).as_py()
         if row < 0:
-            raise DataError(f"clip: got key {key!r}, expected one of the {len(self.latent_frames)} keys of {self._path}")
+            raise DataError(
+                f"clip: got key {key!r}, expected one of the {len(self.latent_frames)} keys of"
+                f" {self._path}"
+            )
         return self.entry(row)
 
     def in_shards(self, shards: Sequence[str]) -> NDArray[np.int64]:
@@ -75,7 +92,9 @@ class ClipIndex:
 
     def entry(self, row: int) -> ClipEntry:
         group, place = self._place(row)
-        key, shard, episode, split, latent_frames, raw_frames = (column[place].as_py() for column in group.columns[:-1])
+        key, shard, episode, split, latent_frames, raw_frames = (
+            column[place].as_py() for column in group.columns[:-1]
+        )
         return ClipEntry(key, row, shard, episode, split, latent_frames, raw_frames)
 
     def members(self, entry: ClipEntry) -> dict[str, MemberEntry]:
@@ -83,16 +102,25 @@ class ClipIndex:
         group, place = self._place(entry.row)
         found: dict[str, MemberEntry] = {}
         for raw in group["members"][place].as_py():
-            member = MemberEntry(**{**raw, "shape": tuple(raw["shape"]), "row_crc32c": tuple(raw["row_crc32c"])})
+            member = MemberEntry(
+                **{**raw, "shape": tuple(raw["shape"]), "row_crc32c": tuple(raw["row_crc32c"])}
+            )
             check_member(member, entry, self._info, duplicate=member.field in found)
             found[member.field] = member
-        for field in sorted({TIME_SHARDED, *expected_fields(self._info, entry.raw_frames)} - set(found)):
-            raise DataError(f"index: got no member (shard {entry.shard}, key {entry.key}, field {field}). Fix: encode again")
+        for field in sorted(
+            {TIME_SHARDED, *expected_fields(self._info, entry.raw_frames)} - set(found)
+        ):
+            raise DataError(
+                f"index: got no member (shard {entry.shard}, key {entry.key}, field {field}). Fix:"
+                " encode again"
+            )
         return found
 
     @cached_property
     def _keys(self) -> Any:
-        return self._read(lambda: self._file.read(columns=["key"]), "its keys")["key"].combine_chunks()
+        return self._read(lambda: self._file.read(columns=["key"]), "its keys")[
+            "key"
+        ].combine_chunks()
 
     def _place(self, row: int) -> tuple[Any, int]:
         """(row group, place in it) of a row."""
@@ -100,7 +128,10 @@ class ClipIndex:
         return self._group(number), row - (self._group_ends[number - 1] if number else 0)
 
     def _read_group(self, group: int) -> Any:
-        return self._read(lambda: self._file.read_row_group(group, use_threads=False).combine_chunks(), f"row group {group}")
+        return self._read(
+            lambda: self._file.read_row_group(group, use_threads=False).combine_chunks(),
+            f"row group {group}",
+        )
 
     def _read(self, what: Callable[[], Any], name: str) -> Any:
         def attempt() -> Any:
@@ -119,7 +150,10 @@ class ClipIndex:
 
     def _damage(self, name: str, error: OSError) -> DataError:
         what = " ".join(str(error).split())  # Arrow's has lines
-        reason = f"index: cannot read {name} of {self._path}/index.parquet ({what}). Fix: copy it again, or encode again"
+        reason = (
+            f"index: cannot read {name} of {self._path}/index.parquet ({what}). Fix: copy it again,"
+            " or encode again"
+        )
         return DataError(reason, is_transient(error) and not is_arrows(error))
 
 
@@ -151,7 +185,8 @@ class ClipTable(Sequence[ClipEntry]):
 
 
 def integers(array: Any, dtype: Any) -> NDArray[Any]:
-    """An Arrow array of integers without nulls, as it lies in memory. Arrow's own conversion imports pandas, which takes half a second."""
+    """An Arrow array of integers without nulls, as it lies in memory. Arrow's own conversion
+    imports pandas, which takes half a second."""
     return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
@@ -170,29 +205,46 @@ def where(entry: ClipEntry, member: MemberEntry) -> str:
 
 
 def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, duplicate: bool) -> None:
-    """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and sizes agree."""
+    """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and
+    sizes agree."""
     problem = ""
     if not SHARD_PATTERN.fullmatch(entry.shard):
         problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"
     elif duplicate:
         problem = "got this field twice"
     elif member.field not in FIELDS or member.dtype not in FIELDS[member.field][1]:
-        problem = f"got field {member.field!r} of dtype {member.dtype!r}, expected one of {sorted(FIELDS)}"
+        problem = (
+            f"got field {member.field!r} of dtype {member.dtype!r}, expected one of"
+            f" {sorted(FIELDS)}"
+        )
     else:
         expected = expected_shape(info, member.field, entry)
-        agrees = len(member.shape) == len(expected) and all(e in (None, n) and n >= 0 for n, e in zip(member.shape, expected))
+        agrees = len(member.shape) == len(expected) and all(
+            e in (None, n) and n >= 0 for n, e in zip(member.shape, expected)
+        )
         count = int(np.prod(member.shape, dtype=np.float64)) * ITEM_BYTES[member.dtype]
         header = member.data_offset - member.offset
         if not agrees:
             problem = f"got shape {member.shape}, expected {expected}"
         elif None in expected and count > MAX_FREE_BYTES:
             problem = f"got {count} bytes, expected at most {MAX_FREE_BYTES}"
-        elif (header and entry.shard.endswith(".zarr")) or (not header and member.field != "json" and entry.shard.endswith(".tar")):
-            problem = f"got {header} bytes of header, expected none in Zarr and an npy header in a tar"
+        elif (header and entry.shard.endswith(".zarr")) or (
+            not header and member.field != "json" and entry.shard.endswith(".tar")
+        ):
+            problem = (
+                f"got {header} bytes of header, expected none in Zarr and an npy header in a tar"
+            )
         elif entry.shard.endswith(".tar") and member.length > MAX_MEMBER_BYTES:
             problem = f"got {member.length} bytes, expected at most {MAX_MEMBER_BYTES} in a tar"
-        elif member.offset < 0 or not 0 <= header <= MAX_HEADER_BYTES or member.length != header + count:
-            problem = f"got {member.length} bytes at {member.offset} with data at {member.data_offset}, expected {count} data bytes"
+        elif (
+            member.offset < 0
+            or not 0 <= header <= MAX_HEADER_BYTES
+            or member.length != header + count
+        ):
+            problem = (
+                f"got {member.length} bytes at {member.offset} with data at {member.data_offset},"
+                f" expected {count} data bytes"
+            )
         elif member.field in READ_BY_ROW and len(member.row_crc32c) != member.shape[0]:
             problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
     if problem:

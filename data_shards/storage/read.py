@@ -1,7 +1,9 @@
-"""Open a data set and read exactly what is asked for: byte ranges, every latent frame checked by its own crc32c.
+"""Open a data set and read exactly what is asked for: byte ranges, every latent frame checked by
+its own crc32c.
 
-Nothing is decoded but raw little-endian numbers whose dtype, shape and position the index gives; no header from a shard is trusted, and
-nothing is ever unpickled. A failure is one DataError naming shard, key and field. How bytes are fetched is in `shard_bytes`.
+Nothing is decoded but raw little-endian numbers whose dtype, shape and position the index gives; no
+header from a shard is trusted, and nothing is ever unpickled. A failure is one DataError naming
+shard, key and field. How bytes are fetched is in `shard_bytes`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,23 @@ from data_shards.schema import (
     ShardError,
     index_schema,
 )
-from data_shards.storage.files import NPY_DESCRIPTIONS, all_finite, array_from_bytes, as_float32, crc32c, npy_header, read_selection
+from data_shards.storage.files import (
+    NPY_DESCRIPTIONS,
+    all_finite,
+    array_from_bytes,
+    as_float32,
+    crc32c,
+    npy_header,
+    read_selection,
+)
 from data_shards.storage.index import ClipIndex, ClipTable, is_arrows, where
-from data_shards.storage.remote import RangeCache, RetryPolicy, is_transient, read_info, with_retries
+from data_shards.storage.remote import (
+    RangeCache,
+    RetryPolicy,
+    is_transient,
+    read_info,
+    with_retries,
+)
 from data_shards.storage.shard_bytes import ShardBytes, lies_in
 from data_shards.storage.zarr_store import Piece
 
@@ -41,8 +57,9 @@ REPLICATED = ("c2w.npy", "intrinsics.npy", "controls.npy", "text.npy", "text_mas
 
 @dataclass(frozen=True)
 class Clip:
-    """latents [t, C, h, w] float32 as the codec made them (not normalised); the rest whole: c2w [F,4,4] and intrinsics [F,4] float64,
-    controls [T,A] float32, text [L,E] as stored, text_mask [L] uint8. Members that the data set lacks are None."""
+    """latents [t, C, h, w] float32 as the codec made them (not normalised); the rest whole: c2w
+    [F,4,4] and intrinsics [F,4] float64, controls [T,A] float32, text [L,E] as stored, text_mask
+    [L] uint8. Members that the data set lacks are None."""
 
     entry: ClipEntry
     latents: NDArray[np.float32]
@@ -57,25 +74,42 @@ class ClipDataset:
     """Made by `open_dataset`. Safe to use from several threads."""
 
     def __init__(
-        self, path: str, filesystem: Any, root: str, info: DatasetInfo, index: ClipIndex, policy: RetryPolicy, cache: RangeCache | None
+        self,
+        path: str,
+        filesystem: Any,
+        root: str,
+        info: DatasetInfo,
+        index: ClipIndex,
+        policy: RetryPolicy,
+        cache: RangeCache | None,
     ) -> None:
         self.path, self.info = path, info
-        self._policy, self._bytes = policy, ShardBytes(filesystem, root, info.fingerprint, policy, cache)
-        self.fingerprint = info.fingerprint  # of the clips that are used: with a selection, another than the data set's
+        self._policy, self._bytes = (
+            policy,
+            ShardBytes(filesystem, root, info.fingerprint, policy, cache),
+        )
+        self.fingerprint = (
+            info.fingerprint
+        )  # of the clips that are used: with a selection, another than the data set's
         self._fs, self._root, self._index = filesystem, root, index
 
     def clips(self, split: str) -> ClipTable:
         if split not in SPLITS:
-            raise DataError(f"split: got {split!r}, expected one of {SPLITS} (data set {self.path})")
+            raise DataError(
+                f"split: got {split!r}, expected one of {SPLITS} (data set {self.path})"
+            )
         return self._index.clips(split)
 
     def keep(self, keys: Sequence[str]) -> None:
         """Forget all clips but these; `fingerprint` then covers the choice too."""
         self._index.keep(keys)
-        self.fingerprint = hashlib.sha256(json.dumps([self.fingerprint, sorted(keys)]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            json.dumps([self.fingerprint, sorted(keys)]).encode()
+        ).hexdigest()
 
     def global_name(self, shard: str) -> str:
-        """The name of a shard among those of all data sets, whatever path they are reached by: for quarantine lists."""
+        """The name of a shard among those of all data sets, whatever path they are reached by: for
+        quarantine lists."""
         return f"{self.info.fingerprint[:12]}/{shard}"
 
     def find(self, key: str) -> ClipEntry:
@@ -93,10 +127,11 @@ class ClipDataset:
         stored: bool = False,
         into: NDArray[np.uint8] | None = None,
     ) -> Clip:
-        """A clip's latent frames [start, stop) and, unless `replicated` is False, its other members whole.
+        """A clip's latent frames [start, stop) and, unless `replicated` is False, its other members
+        whole.
 
-        stored: leave the latents as they lie in the shard, for those who convert them faster: float16, or bfloat16's bits as uint16.
-        into: see `rows`.
+        stored: leave the latents as they lie in the shard, for those who convert them faster:
+        float16, or bfloat16's bits as uint16. into: see `rows`.
 
         Raises:
             DataError: an unknown key, frames outside the clip, missing or changed bytes, latents that are not finite.
@@ -104,33 +139,60 @@ class ClipDataset:
         entry = self.find(key) if isinstance(key, str) else key
         start, stop = frames or (0, entry.latent_frames)
         members = self.members(entry)
-        whole = self.whole(entry, [members[field] for field in REPLICATED if replicated and field in members])
+        whole = self.whole(
+            entry, [members[field] for field in REPLICATED if replicated and field in members]
+        )
         latents = self.rows(entry, members[TIME_SHARDED], start, stop, into)
         check_finite(latents, entry, members[TIME_SHARDED], (start, stop))
         if not stored:
             latents = as_float32(latents, members[TIME_SHARDED].dtype)
-        return Clip(entry, latents, **{field.removesuffix(".npy"): array for field, array in whole.items()})
+        return Clip(
+            entry, latents, **{field.removesuffix(".npy"): array for field, array in whole.items()}
+        )
 
-    def rows(self, entry: ClipEntry, member: MemberEntry, start: int, stop: int, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
-        """Rows [start, stop) of a member with a checksum per row, as stored (bfloat16 as uint16): one read of just these bytes, each row
-        verified. What the numbers are is not looked at.
+    def rows(
+        self,
+        entry: ClipEntry,
+        member: MemberEntry,
+        start: int,
+        stop: int,
+        into: NDArray[np.uint8] | None = None,
+    ) -> NDArray[Any]:
+        """Rows [start, stop) of a member with a checksum per row, as stored (bfloat16 as uint16):
+        one read of just these bytes, each row verified. What the numbers are is not looked at.
 
         into: uint8 [n] to put them in, if it is large enough; the result is then a view of it.
         """
         if not 0 <= start <= stop <= member.shape[0]:
-            raise DataError(f"latent frames: got {start}:{stop}, expected a range inside 0:{member.shape[0]} (key {entry.key})")
+            raise DataError(
+                f"latent frames: got {start}:{stop}, expected a range inside 0:{member.shape[0]}"
+                f" (key {entry.key})"
+            )
         shape, size = (stop - start, *member.shape[1:]), member.row_bytes
         if start == stop:
             return array_from_bytes(b"", member.dtype, shape)
-        kept = into[: (stop - start) * size] if into is not None and len(into) >= (stop - start) * size else None
+        kept = (
+            into[: (stop - start) * size]
+            if into is not None and len(into) >= (stop - start) * size
+            else None
+        )
         parts, row, at = [], start, 0
         for piece in lies_in(entry, member, start, stop):
 
             def wrong(data: NDArray[np.uint8], offset: int, row: int = row) -> str:
                 """What is wrong with some of its rows, those from byte `offset` of the piece on."""
-                rows = enumerate((data[at : at + size] for at in range(0, len(data), size)), row + offset // size)
-                bad = [number for number, found in rows if crc32c(found) != member.row_crc32c[number]]
-                return f"checksum: got other bytes than were written in latent frames {bad} {where(entry, member)}" if bad else ""
+                rows = enumerate(
+                    (data[at : at + size] for at in range(0, len(data), size)), row + offset // size
+                )
+                bad = [
+                    number for number, found in rows if crc32c(found) != member.row_crc32c[number]
+                ]
+                return (
+                    f"checksum: got other bytes than were written in latent frames {bad}"
+                    f" {where(entry, member)}"
+                    if bad
+                    else ""
+                )
 
             place = None if kept is None else kept[at : at + piece.length]
             parts.append(self._bytes.rows(entry, member, piece, place, wrong))
@@ -139,7 +201,8 @@ class ClipDataset:
         return data.view(NPY_DESCRIPTIONS[member.dtype]).reshape(shape)
 
     def whole(self, entry: ClipEntry, members: Sequence[MemberEntry]) -> dict[str, NDArray[Any]]:
-        """field -> array of replicated members, headers and all, verified. Those that lie side by side are one read."""
+        """field -> array of replicated members, headers and all, verified. Those that lie side by
+        side are one read."""
         found: dict[str, NDArray[Any]] = {}
         for group in joined(members, -1 if entry.shard.endswith(".zarr") else JOINED_GAP):
             base, end = group[0].offset, group[-1].offset + group[-1].length
@@ -147,15 +210,22 @@ class ClipDataset:
             if entry.shard.endswith(".zarr"):
                 piece = next(lies_in(entry, group[0], 0, group[0].shape[0]), piece)
 
-            def wrong(data: NDArray[np.uint8], _: int, group: list[MemberEntry] = group, base: int = base) -> str:
+            def wrong(
+                data: NDArray[np.uint8], _: int, group: list[MemberEntry] = group, base: int = base
+            ) -> str:
                 for member in group:
                     part = data[member.offset - base :][: member.length]
                     header = member.data_offset - member.offset
                     if crc32c(part) != member.crc32c:
                         return f"checksum: got other bytes than were written {where(entry, member)}"
                     if header and part[:header].tobytes() != npy_header(member.dtype, member.shape):
-                        return f"member: got an npy header that is not the index's {member.dtype} {member.shape} {where(entry, member)}"
-                    if not all_finite(array_from_bytes(part[header:], member.dtype, member.shape), member.dtype):
+                        return (
+                            f"member: got an npy header that is not the index's {member.dtype}"
+                            f" {member.shape} {where(entry, member)}"
+                        )
+                    if not all_finite(
+                        array_from_bytes(part[header:], member.dtype, member.shape), member.dtype
+                    ):
                         return f"values: got NaN or infinite ones {where(entry, member)}"
                 return ""
 
@@ -170,31 +240,52 @@ class ClipDataset:
         return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
 
     def null_text(self) -> NDArray[np.float32] | None:
-        """[L0, E], the embedding of the empty prompt, verified; None in a data set without text. Raises DataError for changed bytes."""
+        """[L0, E], the embedding of the empty prompt, verified; None in a data set without text.
+        Raises DataError for changed bytes."""
         if self.info.null_text is None:
             return None
         try:
-            data = with_retries(lambda: bytes(self._fs.cat_file(f"{self._root}/{NULL_TEXT}")), self._policy)
+            data = with_retries(
+                lambda: bytes(self._fs.cat_file(f"{self._root}/{NULL_TEXT}")), self._policy
+            )
         except OSError as error:
-            reason = f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or encode again"
+            reason = (
+                f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or"
+                " encode again"
+            )
             raise DataError(reason, is_transient(error)) from error
         if crc32c(data) != self.info.null_text_crc32c:
-            raise DataError(f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy it again or encode again")
+            raise DataError(
+                f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy"
+                " it again or encode again"
+            )
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.float32)
 
 
-def check_finite(array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]) -> None:
-    """Raises ShardError if stored latents hold anything but numbers: their bytes are as written, but their writer did not look."""
+def check_finite(
+    array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]
+) -> None:
+    """Raises ShardError if stored latents hold anything but numbers: their bytes are as written,
+    but their writer did not look."""
     if not all_finite(array, member.dtype):
         place = where(entry, member)
-        raise ShardError(f"latents: got NaN or infinite values {place}, frames {rows[0]}:{rows[1]}. Fix: encode again", entry.shard)
+        raise ShardError(
+            f"latents: got NaN or infinite values {place}, frames {rows[0]}:{rows[1]}. Fix: encode"
+            " again",
+            entry.shard,
+        )
 
 
 def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:
-    """Members in groups that are read at once: in the order of the file, at most `gap` bytes between them."""
+    """Members in groups that are read at once: in the order of the file, at most `gap` bytes
+    between them."""
     groups: list[list[MemberEntry]] = []
     for member in sorted(members, key=lambda member: member.offset):
-        if groups and gap >= 0 and member.offset - (groups[-1][-1].offset + groups[-1][-1].length) <= gap:
+        if (
+            groups
+            and gap >= 0
+            and member.offset - (groups[-1][-1].offset + groups[-1][-1].length) <= gap
+        ):
             groups[-1].append(member)
         else:
             groups.append([member])
@@ -202,7 +293,10 @@ def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:
 
 
 def open_dataset(
-    path: str, selection: str | None = None, policy: RetryPolicy = DEFAULT_POLICY, cache: RangeCache | None = None
+    path: str,
+    selection: str | None = None,
+    policy: RetryPolicy = DEFAULT_POLICY,
+    cache: RangeCache | None = None,
 ) -> ClipDataset:
     """Open a local folder or an fsspec URL (s3://…, gs://…, https://…).
 
@@ -221,20 +315,34 @@ def open_dataset(
     try:
         size = with_retries(lambda: filesystem.size(f"{root}/index.parquet"), policy)
         if size != info.index_bytes:
-            raise DataError(f"index: got {size} bytes, expected {info.index_bytes} ({path}/index.parquet). Fix: copy it again")
-        # Arrow opens a local file itself: thousands of row groups through a Python file cost a second
+            raise DataError(
+                f"index: got {size} bytes, expected {info.index_bytes} ({path}/index.parquet). Fix:"
+                " copy it again"
+            )
+        # Arrow opens a local file itself: thousands of row groups through a Python file cost a
+        # second
         place = f"{root}/index.parquet"
         source = place if type(filesystem) is LocalFileSystem else filesystem.open(place, "rb")
         index = pq.ParquetFile(source, page_checksum_verification=True)
         if not index.schema_arrow.equals(index_schema()):
             raise OSError("its columns are not those of this version")
-        dataset = ClipDataset(path, filesystem, root, info, ClipIndex(index, path, info, policy), policy, cache)
+        dataset = ClipDataset(
+            path, filesystem, root, info, ClipIndex(index, path, info, policy), policy, cache
+        )
     except (OSError, pa.ArrowException) as error:
-        reason = f"index: cannot read {path}/index.parquet ({' '.join(str(error).split())}). Fix: copy it again or encode again"
-        raise DataError(reason, isinstance(error, OSError) and not is_arrows(error) and is_transient(error)) from error
+        reason = (
+            f"index: cannot read {path}/index.parquet ({' '.join(str(error).split())}). Fix: copy"
+            " it again or encode again"
+        )
+        raise DataError(
+            reason, isinstance(error, OSError) and not is_arrows(error) and is_transient(error)
+        ) from error
     found = {split: len(dataset.clips(split)) for split in SPLITS}
     if found != dict(info.clips):
-        raise DataError(f"index: got {found} clips, expected {dict(info.clips)} as dataset.json says ({path}). Fix: encode again")
+        raise DataError(
+            f"index: got {found} clips, expected {dict(info.clips)} as dataset.json says ({path})."
+            " Fix: encode again"
+        )
     if selection is not None:
         select_clips([dataset], selection)
     return dataset
@@ -250,6 +358,9 @@ def select_clips(datasets: Sequence[ClipDataset], path: str) -> None:
     chosen = [dataset for dataset in datasets if dataset.info.fingerprint == fingerprint]
     if not chosen:
         places = ", ".join(dataset.path for dataset in datasets)
-        raise DataError(f"selection: got {path}, made for another data set, expected one for {places}. Fix: filter again")
+        raise DataError(
+            f"selection: got {path}, made for another data set, expected one for {places}. Fix:"
+            " filter again"
+        )
     for dataset in chosen:
         dataset.keep(kept)

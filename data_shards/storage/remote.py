@@ -1,8 +1,10 @@
-"""Byte ranges from object stores that fail now and then, and a local cache that never holds half a range.
+"""Byte ranges from object stores that fail now and then, and a local cache that never holds half a
+range.
 
-Transient failures (connection lost, time-out, 5xx, throttling, a body shorter than asked) are tried again with growing, jittered pauses
-until `budget_s` is spent. What will not mend itself (no such object, no permission) fails at once. Whether the bytes are right is the
-reader's business: it checks every row.
+Transient failures (connection lost, time-out, 5xx, throttling, a body shorter than asked) are tried
+again with growing, jittered pauses until `budget_s` is spent. What will not mend itself (no such
+object, no permission) fails at once. Whether the bytes are right is the reader's business: it
+checks every row.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from data_shards.schema import DataError, DatasetInfo, info_from_json
 
 T = TypeVar("T")
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-# what a client library may raise for a lost connection; others (a bug, a wrong argument) are not retried
+# what a client library may raise for a lost connection; others (a bug, a wrong argument) are not
+# retried
 TRANSIENT_NAMES = (
     "ClientError",
     "ServerDisconnectedError",
@@ -31,7 +34,14 @@ TRANSIENT_NAMES = (
     "HTTPClientError",
     "ResponseStreamingError",
 )
-CLIENTS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")  # packages whose own exceptions are about a store
+CLIENTS = (
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "aiohttp",
+    "gcsfs",
+    "google",
+)  # packages whose own exceptions are about a store
 BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to come again
 
 
@@ -67,7 +77,9 @@ def connect(path: str, policy: RetryPolicy) -> tuple[Any, str]:
     try:
         filesystem, root = fsspec.core.url_to_fs(path, **storage_options(path, policy))
     except (ValueError, ImportError) as error:
-        raise DataError(f"path: got {path!r}, expected a folder or a URL that fsspec opens ({error})") from error
+        raise DataError(
+            f"path: got {path!r}, expected a folder or a URL that fsspec opens ({error})"
+        ) from error
     if hasattr(filesystem, "retries"):
         filesystem.retries = 1  # s3fs tries five times by itself, which our budget would not see
     return filesystem, root.rstrip("/")
@@ -81,7 +93,9 @@ def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
     """
     filesystem, root = connect(path, policy)
     try:
-        text = with_retries(lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy).decode()
+        text = with_retries(
+            lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy
+        ).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"data.path: got {path}, which holds no dataset.json, expected a finished data set. "
@@ -89,23 +103,32 @@ def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
         ) from None
     except OSError as error:
         raise DataError(
-            f"data.path: cannot read {path}/dataset.json ({type(error).__name__}: {error}). Fix: see access rights and the network",
+            f"data.path: cannot read {path}/dataset.json ({type(error).__name__}: {error}). Fix:"
+            " see access rights and the network",
             is_transient(error),
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again") from error
+        raise DataError(
+            f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again"
+        ) from error
     return filesystem, root, info_from_json(text, f"{path}/dataset.json")
 
 
 def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
-    """What to hand to fsspec so that one attempt cannot hang: time-outs, and no hidden retries below ours."""
+    """What to hand to fsspec so that one attempt cannot hang: time-outs, and no hidden retries
+    below ours."""
     if path.startswith(("s3://", "s3a://")):
-        timeouts = {"connect_timeout": policy.connect_timeout_s, "read_timeout": policy.read_timeout_s}
+        timeouts = {
+            "connect_timeout": policy.connect_timeout_s,
+            "read_timeout": policy.read_timeout_s,
+        }
         return {"config_kwargs": {**timeouts, "retries": {"max_attempts": 0, "mode": "standard"}}}
     if path.startswith(("http://", "https://")):
         import aiohttp
 
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_timeout_s, sock_read=policy.read_timeout_s)
+        limits = aiohttp.ClientTimeout(
+            total=None, sock_connect=policy.connect_timeout_s, sock_read=policy.read_timeout_s
+        )
         return {"client_kwargs": {"timeout": limits}}
     return {}
 
@@ -115,25 +138,37 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, StoreError):
         return error.transient
     if not isinstance(error, OSError):
-        status = error.status if hasattr(error, "status") else getattr(error, "code", None)  # of aiohttp, of gcsfs
+        status = (
+            error.status if hasattr(error, "status") else getattr(error, "code", None)
+        )  # of aiohttp, of gcsfs
         if isinstance(status, int):
             return status in BUSY or status >= 500
     if str(error).startswith("Forbidden: "):  # gcsfs' word for 403, a plain OSError
         return False
-    return not isinstance(error, PERMANENT) and (isinstance(error, OSError) or type(error).__name__ in TRANSIENT_NAMES)
+    return not isinstance(error, PERMANENT) and (
+        isinstance(error, OSError) or type(error).__name__ in TRANSIENT_NAMES
+    )
 
 
-def with_retries(what: Callable[[], T], policy: RetryPolicy, sleep: Callable[[float], None] = time.sleep) -> T:
-    """Call until it succeeds, fails for good, or the budget is spent; then the last error is raised, as an OSError if it is a store's."""
+def with_retries(
+    what: Callable[[], T], policy: RetryPolicy, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """Call until it succeeds, fails for good, or the budget is spent; then the last error is
+    raised, as an OSError if it is a store's."""
     started, attempt = time.monotonic(), 0
     while True:
         try:
             return what()
         except Exception as error:
             longest = min(policy.longest_pause_s, policy.first_pause_s * 2**attempt)
-            pause = random.uniform(0.5, 1.0) * longest  # many ranks fail together: do not let them return together
+            pause = (
+                random.uniform(0.5, 1.0) * longest
+            )  # many ranks fail together: do not let them return together
             if not is_transient(error) or time.monotonic() - started + pause > policy.budget_s:
-                if not isinstance(error, OSError) and type(error).__module__.split(".")[0] in CLIENTS:
+                if (
+                    not isinstance(error, OSError)
+                    and type(error).__module__.split(".")[0] in CLIENTS
+                ):
                     raise StoreError(error) from error
                 raise
             sleep(pause)
@@ -157,25 +192,35 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
 
 
 class RangeCache:
-    """Ranges as files in a local folder, up to `limit_bytes`, the least recently used going first. Safe to share between processes: a file
-    is filled under another name and renamed, so it is whole or absent; two that fill the same range write the same bytes.
+    """Ranges as files in a local folder, up to `limit_bytes`, the least recently used going first.
+    Safe to share between processes: a file is filled under another name and renamed, so it is whole
+    or absent; two that fill the same range write the same bytes.
 
-    The folder is looked through after every hundredth of the limit that a process has added, so that ten processes stay below the limit.
+    The folder is looked through after every hundredth of the limit that a process has added, so
+    that ten processes stay below the limit.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         if limit_bytes < 1:
-            raise DataError(f"cache size: got {limit_bytes} bytes, expected more than 0. Fix: leave the cache out")
+            raise DataError(
+                f"cache size: got {limit_bytes} bytes, expected more than 0. Fix: leave the"
+                " cache out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.limit_bytes = folder, limit_bytes
         self._lock = threading.Lock()
-        self._added = limit_bytes  # since the folder was looked through; others may have filled it before
+        self._added = (
+            limit_bytes  # since the folder was looked through; others may have filled it before
+        )
         for stale in folder.glob("*.tmp-*"):
-            if time.time() - stale.stat().st_mtime > 3600:  # a younger one may belong to a process that is writing it
+            if (
+                time.time() - stale.stat().st_mtime > 3600
+            ):  # a younger one may belong to a process that is writing it
                 stale.unlink(missing_ok=True)
 
     def get(self, identity: str, length: int, fill: Callable[[], bytes]) -> bytes:
-        """The bytes called `identity`, from the folder if they are there with the right length, else from `fill`."""
+        """The bytes called `identity`, from the folder if they are there with the right length,
+        else from `fill`."""
         path = self.folder / hashlib.sha256(identity.encode()).hexdigest()
         with contextlib.suppress(OSError):
             data = path.read_bytes()
@@ -198,7 +243,9 @@ class RangeCache:
         try:
             temporary.write_bytes(data)
             os.replace(temporary, path)
-        except OSError:  # a full disk must not stop training: the range was read, it is just not kept
+        except (
+            OSError
+        ):  # a full disk must not stop training: the range was read, it is just not kept
             temporary.unlink(missing_ok=True)
             return
         with self._lock:

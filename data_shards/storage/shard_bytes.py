@@ -1,5 +1,6 @@
-"""The bytes of shards: a local file is read straight into the buffer that the caller gives, block by block; other places go through fsspec,
-with retries and a cache of ranges. What a reader finds wrong, or cannot read at all, is one ShardError naming shard, key and field.
+"""The bytes of shards: a local file is read straight into the buffer that the caller gives, block
+by block; other places go through fsspec, with retries and a cache of ranges. What a reader finds
+wrong, or cannot read at all, is one ShardError naming shard, key and field.
 """
 
 from __future__ import annotations
@@ -15,34 +16,65 @@ from numpy.typing import NDArray
 
 from data_shards.schema import ClipEntry, MemberEntry, ShardError
 from data_shards.storage.index import where
-from data_shards.storage.remote import RangeCache, RetryPolicy, ShortRead, fetch, is_transient, with_retries
+from data_shards.storage.remote import (
+    RangeCache,
+    RetryPolicy,
+    ShortRead,
+    fetch,
+    is_transient,
+    with_retries,
+)
 from data_shards.storage.zarr_store import Piece, pieces
 
 LARGE_READ = 64 * 2**20
 BLOCK_BYTES = 512 * 1024  # of a local file read and checked at a time: fits the second-level cache
 REPAIR = "copy the shard again, or encode again; `python -m data_shards.verify` lists all damage"
-Wrong = Callable[[NDArray[np.uint8], int], str]  # bytes, and the place of the first in their piece -> what is wrong with them, or ""
+Wrong = Callable[
+    [NDArray[np.uint8], int], str
+]  # bytes, and the place of the first in their piece -> what is wrong with them, or ""
 
 
 class ShardBytes:
     """The shards of one data set. `name` tells its ranges from those of others in the cache."""
 
-    def __init__(self, filesystem: Any, root: str, name: str, policy: RetryPolicy, cache: RangeCache | None) -> None:
-        self._fs, self._root, self._name, self._policy, self._cache = filesystem, root, name, policy, cache
+    def __init__(
+        self, filesystem: Any, root: str, name: str, policy: RetryPolicy, cache: RangeCache | None
+    ) -> None:
+        self._fs, self._root, self._name, self._policy, self._cache = (
+            filesystem,
+            root,
+            name,
+            policy,
+            cache,
+        )
         self._local = type(filesystem) is LocalFileSystem
         self._direct = self._local and cache is None
 
     def rows(
-        self, entry: ClipEntry, member: MemberEntry, piece: Piece, into: NDArray[np.uint8] | None, wrong: Wrong
+        self,
+        entry: ClipEntry,
+        member: MemberEntry,
+        piece: Piece,
+        into: NDArray[np.uint8] | None,
+        wrong: Wrong,
     ) -> NDArray[np.uint8]:
         """A piece of whole rows, in the fastest way there is; in `into` if that is given."""
         return (self.by_blocks if self._direct else self.at_once)(entry, member, piece, into, wrong)
 
     def by_blocks(
-        self, entry: ClipEntry, member: MemberEntry, piece: Piece, into: NDArray[np.uint8] | None, wrong: Wrong
+        self,
+        entry: ClipEntry,
+        member: MemberEntry,
+        piece: Piece,
+        into: NDArray[np.uint8] | None,
+        wrong: Wrong,
     ) -> NDArray[np.uint8]:
         """A piece of a local file, each block checked while it is in the processor's cache."""
-        step, length, end = max(1, BLOCK_BYTES // member.row_bytes) * member.row_bytes, piece.length, piece.offset + piece.length
+        step, length, end = (
+            max(1, BLOCK_BYTES // member.row_bytes) * member.row_bytes,
+            piece.length,
+            piece.offset + piece.length,
+        )
 
         def attempt() -> tuple[NDArray[np.uint8], str]:
             problem = ""
@@ -50,7 +82,10 @@ class ShardBytes:
             try:
                 size = os.fstat(file).st_size
                 if size < end:  # before a lying index makes us reserve its gigabytes
-                    return np.empty(0, np.uint8), f"shard: got {size} bytes, expected at least {end} {where(entry, member)}"
+                    return (
+                        np.empty(0, np.uint8),
+                        f"shard: got {size} bytes, expected at least {end} {where(entry, member)}",
+                    )
                 data = np.empty(length, np.uint8) if into is None else into
                 read_ahead(file, piece.offset, length)
                 for at in range(0, length, step):
@@ -70,10 +105,15 @@ class ShardBytes:
         return data
 
     def at_once(
-        self, entry: ClipEntry, member: MemberEntry, piece: Piece, into: NDArray[np.uint8] | None, wrong: Wrong
+        self,
+        entry: ClipEntry,
+        member: MemberEntry,
+        piece: Piece,
+        into: NDArray[np.uint8] | None,
+        wrong: Wrong,
     ) -> NDArray[np.uint8]:
-        """A piece of any file, through fsspec and the cache. What turns out to be wrong gets a second chance: it may have been spoilt on
-        its way, or in the cache."""
+        """A piece of any file, through fsspec and the cache. What turns out to be wrong gets a
+        second chance: it may have been spoilt on its way, or in the cache."""
         path, problem = f"{self._root}/{piece.name}", ""
         end, identity = piece.offset + piece.length, f"{self._name} {piece}"
 
@@ -87,11 +127,21 @@ class ShardBytes:
             return np.empty(0, np.uint8)
         for _ in range(2):
             try:
-                data = np.frombuffer(fill() if self._cache is None else self._cache.get(identity, piece.length, fill), np.uint8)
+                data = np.frombuffer(
+                    (
+                        fill()
+                        if self._cache is None
+                        else self._cache.get(identity, piece.length, fill)
+                    ),
+                    np.uint8,
+                )
             except (OSError, ValueError) as error:
                 raise self._unreadable(error, entry, member) from error
             if len(data) != piece.length:
-                problem = f"shard: got {len(data)} bytes, expected {piece.length} from byte {piece.offset} {where(entry, member)}"
+                problem = (
+                    f"shard: got {len(data)} bytes, expected {piece.length} from byte"
+                    f" {piece.offset} {where(entry, member)}"
+                )
             else:
                 problem = wrong(data, 0)
             if not problem:
@@ -105,9 +155,12 @@ class ShardBytes:
         return data if into is None else into
 
     def _unreadable(self, error: Exception, entry: ClipEntry, member: MemberEntry) -> ShardError:
-        """What to raise for a shard that could not be read for as long as was tried. Storage that does not answer may answer later; a file
-        that is not there, is not ours to read or lies on a disk's bad sectors is as good as damaged."""
-        passing = is_transient(error) and not (self._local and getattr(error, "errno", None) == errno.EIO)
+        """What to raise for a shard that could not be read for as long as was tried. Storage that
+        does not answer may answer later; a file that is not there, is not ours to read or lies on a
+        disk's bad sectors is as good as damaged."""
+        passing = is_transient(error) and not (
+            self._local and getattr(error, "errno", None) == errno.EIO
+        )
         what = f"shard: cannot read it ({type(error).__name__}: {error}) {where(entry, member)}"
         fix = "see that storage answers, then run the same command again" if passing else REPAIR
         return ShardError(f"{what}. Fix: {fix}", entry.shard, passing)
@@ -116,15 +169,25 @@ class ShardBytes:
 def lies_in(entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> Iterator[Piece]:
     """Where the rows [start, stop) of a member lie: names from the data set's folder."""
     if entry.shard.endswith(".zarr"):
-        yield from (piece._replace(name=f"{entry.shard}/{piece.name}") for piece in pieces(entry.key, member, start, stop))
+        yield from (
+            piece._replace(name=f"{entry.shard}/{piece.name}")
+            for piece in pieces(entry.key, member, start, stop)
+        )
     else:
-        yield Piece(entry.shard, member.data_offset + start * member.row_bytes, (stop - start) * member.row_bytes)
+        yield Piece(
+            entry.shard,
+            member.data_offset + start * member.row_bytes,
+            (stop - start) * member.row_bytes,
+        )
 
 
 def read_ahead(file: int, offset: int, length: int) -> None:
-    """Ask for a whole range at once unless it is in memory: storage then brings the rest of it while the first rows are checked."""
+    """Ask for a whole range at once unless it is in memory: storage then brings the rest of it
+    while the first rows are checked."""
     try:
-        os.preadv(file, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)  # in memory, or an error: it does not wait
+        os.preadv(
+            file, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT
+        )  # in memory, or an error: it does not wait
     except OSError:
         os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
 

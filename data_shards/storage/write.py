@@ -1,7 +1,8 @@
-"""Clips -> WebDataset tars, Parquet index and dataset.json. Equal input gives equal bytes: no clock, user or file order enters.
+"""Clips -> WebDataset tars, Parquet index and dataset.json. Equal input gives equal bytes: no
+clock, user or file order enters.
 
-Order of publication: a tar appears under its name when complete; the index and then dataset.json are written last, and without
-dataset.json a folder is no data set.
+Order of publication: a tar appears under its name when complete; the index and then dataset.json
+are written last, and without dataset.json a folder is no data set.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(array).astype(np.dtype(dtype).newbyteorder("<"))
         if array.dtype.kind == "f" and not np.isfinite(stored).all():
-            raise DataError(f"got values up to {np.abs(array).max():g}, expected values that {dtype} can hold. Fix: latent_dtype=bfloat16")
+            raise DataError(
+                f"got values up to {np.abs(array).max():g}, expected values that {dtype} can hold."
+                " Fix: latent_dtype=bfloat16"
+            )
     return npy_header(dtype, tuple(array.shape)), stored.tobytes()
 
 
@@ -63,13 +67,18 @@ def tar_header(name: str, length: int) -> bytes:
 
 
 def check_array(key: str, field: str, dtype: str, array: NDArray[Any]) -> None:
-    """Raises DataError unless the field, its stored dtype and its number of dimensions are on the list."""
+    """Raises DataError unless the field, its stored dtype and its number of dimensions are on the
+    list."""
     if field not in FIELDS or dtype not in FIELDS[field][1] or array.ndim != FIELDS[field][0]:
-        raise DataError(f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key {key})")
+        raise DataError(
+            f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key"
+            f" {key})"
+        )
 
 
 class ShardWriter:
-    """Writes one tar. Use as a context manager: leaving it normally publishes the file, an exception leaves nothing behind."""
+    """Writes one tar. Use as a context manager: leaving it normally publishes the file, an
+    exception leaves nothing behind."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,13 +87,22 @@ class ShardWriter:
         self._position = 0
         self._keys: set[str] = set()
 
-    def add(self, key: str, arrays: Mapping[str, tuple[str, NDArray[Any]]], description: Mapping[str, Any]) -> tuple[MemberEntry, ...]:
-        """Append a clip: `arrays` is field -> (stored dtype, array); `description` becomes the `json` member, written first.
+    def add(
+        self,
+        key: str,
+        arrays: Mapping[str, tuple[str, NDArray[Any]]],
+        description: Mapping[str, Any],
+    ) -> tuple[MemberEntry, ...]:
+        """Append a clip: `arrays` is field -> (stored dtype, array); `description` becomes the
+        `json` member, written first.
 
-        What is read by row comes last, so all replicated members of a clip are one contiguous range.
+        What is read by row comes last, so all replicated members of a clip are one contiguous
+        range.
         """
         if check_key(key) in self._keys:
-            raise DataError(f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})")
+            raise DataError(
+                f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})"
+            )
         self._keys.add(key)
         text = (json.dumps(description, sort_keys=True) + "\n").encode()
         members = [self._append(key, "json", b"", text, "uint8", (len(text),))]
@@ -94,22 +112,35 @@ class ShardWriter:
             try:
                 header, data = encode_array(array, dtype)
             except DataError as error:
-                raise DataError(f"member: {error} (shard {self.path.name}, key {key}, field {field})") from error
+                raise DataError(
+                    f"member: {error} (shard {self.path.name}, key {key}, field {field})"
+                ) from error
             members.append(self._append(key, field, header, data, dtype, tuple(array.shape)))
         return tuple(members)
 
-    def _append(self, key: str, field: str, header: bytes, data: bytes, dtype: str, shape: tuple[int, ...]) -> MemberEntry:
+    def _append(
+        self, key: str, field: str, header: bytes, data: bytes, dtype: str, shape: tuple[int, ...]
+    ) -> MemberEntry:
         length = len(header) + len(data)
         if length > MAX_MEMBER_BYTES:
-            raise DataError(f"member size: got {length} bytes, expected at most {MAX_MEMBER_BYTES} (key {key}, field {field})")
+            raise DataError(
+                f"member size: got {length} bytes, expected at most {MAX_MEMBER_BYTES} (key {key},"
+                f" field {field})"
+            )
         self._write(tar_header(f"{key}.{field}", length))
         offset = self._position
         self._write(header)
         self._write(data)
         self._write(b"\0" * (-length % BLOCK))
         row = len(data) // shape[0] if field in READ_BY_ROW else 0
-        rows = tuple(crc32c(memoryview(data)[i * row : (i + 1) * row]) for i in range(shape[0])) if row else ()
-        return MemberEntry(field, offset, length, offset + len(header), dtype, shape, crc32c(header + data), rows)
+        rows = (
+            tuple(crc32c(memoryview(data)[i * row : (i + 1) * row]) for i in range(shape[0]))
+            if row
+            else ()
+        )
+        return MemberEntry(
+            field, offset, length, offset + len(header), dtype, shape, crc32c(header + data), rows
+        )
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -137,38 +168,66 @@ def shard_size(members: Iterable[MemberEntry]) -> int:
 
 
 def sums_text(digests: Mapping[str, str]) -> str:
-    """The content of SHA256SUMS, given the SHA-256 of each file by name; `sha256sum -c SHA256SUMS` reads it too."""
+    """The content of SHA256SUMS, given the SHA-256 of each file by name; `sha256sum -c SHA256SUMS`
+    reads it too."""
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
 def index_writer(file: Path | BinaryIO) -> Any:
-    """The ParquetWriter of an index. Pages carry checksums, which the reader verifies; there are no statistics, which nobody asks for."""
+    """The ParquetWriter of an index. Pages carry checksums, which the reader verifies; there are no
+    statistics, which nobody asks for."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetWriter(file, index_schema(), compression="zstd", write_page_checksum=True, write_statistics=False)
+    return pq.ParquetWriter(
+        file, index_schema(), compression="zstd", write_page_checksum=True, write_statistics=False
+    )
 
 
-def write_index(file: Path | BinaryIO, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]) -> None:
+def write_index(
+    file: Path | BinaryIO, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]
+) -> None:
     """One row per clip, in order."""
     import pyarrow as pa
 
     with index_writer(file) as writer:
         for start in range(0, len(rows), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist([index_row(*row) for row in rows[start : start + ROW_GROUP]], index_schema()))
+            writer.write_table(
+                pa.Table.from_pylist(
+                    [index_row(*row) for row in rows[start : start + ROW_GROUP]], index_schema()
+                )
+            )
 
 
 def index_row(entry: ClipEntry, members: tuple[MemberEntry, ...]) -> dict[str, Any]:
-    facts = {name: getattr(entry, name) for name in ("key", "shard", "episode", "split", "latent_frames", "raw_frames")}
+    facts = {
+        name: getattr(entry, name)
+        for name in ("key", "shard", "episode", "split", "latent_frames", "raw_frames")
+    }
     return {**facts, "members": [{**vars(member)} for member in members]}
 
 
-def fingerprint(rows: Iterable[tuple[ClipEntry, tuple[MemberEntry, ...]]], info: DatasetInfo) -> str:
-    """sha256 over what training depends on: each clip's key, split and contents, the codec and the statistics. Not over file layout."""
+def fingerprint(
+    rows: Iterable[tuple[ClipEntry, tuple[MemberEntry, ...]]], info: DatasetInfo
+) -> str:
+    """sha256 over what training depends on: each clip's key, split and contents, the codec and the
+    statistics. Not over file layout."""
     digest = hashlib.sha256()
-    facts = [info.schema_version, info.codec, dict(info.codec_options), info.mean, info.std, info.fps, info.control_names]
+    facts = [
+        info.schema_version,
+        info.codec,
+        dict(info.codec_options),
+        info.mean,
+        info.std,
+        info.fps,
+        info.control_names,
+    ]
     facts += [info.image_latents_every, info.null_text_crc32c]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for entry, members in rows:
         content = [[m.field, m.dtype, m.shape, m.crc32c] for m in members]
-        digest.update(json.dumps([entry.key, entry.split, entry.latent_frames, entry.raw_frames, content]).encode())
+        digest.update(
+            json.dumps(
+                [entry.key, entry.split, entry.latent_frames, entry.raw_frames, content]
+            ).encode()
+        )
     return digest.hexdigest()

@@ -1,11 +1,13 @@
-"""Zarr v3 as the container of clips too long for a tar member: the same fields, index and checksums, behind the same reader.
+"""Zarr v3 as the container of clips too long for a tar member: the same fields, index and
+checksums, behind the same reader.
 
-A shard is a Zarr group `shards/000000.zarr` with one group per clip. Latents have one latent frame per chunk and FRAMES_PER_FILE frames
-per file (sharding codec), in their order, so a range of frames is a range of bytes here too. Nothing is compressed: latents do not shrink.
-bfloat16 lies as uint16.
+A shard is a Zarr group `shards/000000.zarr` with one group per clip. Latents have one latent frame
+per chunk and FRAMES_PER_FILE frames per file (sharding codec), in their order, so a range of frames
+is a range of bytes here too. Nothing is compressed: latents do not shrink. bfloat16 lies as uint16.
 
-Any Zarr library reads these shards. They are written and read here without one, as tars are: each file has one right content, which
-follows from the index, so `verify` can tell every wrong bit, and reads have the retries, limits and cache of all others.
+Any Zarr library reads these shards. They are written and read here without one, as tars are: each
+file has one right content, which follows from the index, so `verify` can tell every wrong bit, and
+reads have the retries, limits and cache of all others.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a member as a range of bytes in one file, named from the shard's folder."""
+    """Consecutive rows of a member as a range of bytes in one file, named from the shard's
+    folder."""
 
     name: str
     offset: int
@@ -45,15 +48,21 @@ def array_path(key: str, field: str) -> str:
 
 def pieces(key: str, member: MemberEntry, start: int, stop: int) -> Iterator[Piece]:
     """Where the rows [start, stop) of a member lie, in order."""
-    size, step = member.row_bytes, FRAMES_PER_FILE if member.field in READ_BY_ROW else max(1, member.shape[0])
+    size, step = (
+        member.row_bytes,
+        FRAMES_PER_FILE if member.field in READ_BY_ROW else max(1, member.shape[0]),
+    )
     for first in range(start - start % step, stop, step):
         low, high = max(start, first), min(stop, first + step)
-        name = "/".join((array_path(key, member.field), "c", str(first // step), *"0" * (len(member.shape) - 1)))
+        name = "/".join(
+            (array_path(key, member.field), "c", str(first // step), *"0" * (len(member.shape) - 1))
+        )
         yield Piece(name, (low - first) * size, (high - low) * size)
 
 
 def chunk_index(count: int, size: int) -> bytes:
-    """The end of a file with `count` chunks of `size` bytes, by the sharding codec: offset and length of each, and their checksum."""
+    """The end of a file with `count` chunks of `size` bytes, by the sharding codec: offset and
+    length of each, and their checksum."""
     table = np.full((FRAMES_PER_FILE, 2), NOT_THERE, "<u8")
     table[:count, 0], table[:count, 1] = np.arange(count, dtype=np.uint64) * np.uint64(size), size
     data = table.tobytes()
@@ -72,7 +81,12 @@ def array_description(member: MemberEntry) -> bytes:
     codec: dict[str, Any] = LITTLE if dtype != "uint8" else {"name": "bytes"}
     if by_row:
         chunk[0] = FRAMES_PER_FILE
-        inner = {"chunk_shape": [1, *chunk[1:]], "codecs": [codec], "index_codecs": [LITTLE, {"name": "crc32c"}], "index_location": "end"}
+        inner = {
+            "chunk_shape": [1, *chunk[1:]],
+            "codecs": [codec],
+            "index_codecs": [LITTLE, {"name": "crc32c"}],
+            "index_location": "end",
+        }
         codec = {"name": "sharding_indexed", "configuration": inner}
     facts = {
         "shape": list(member.shape),
@@ -90,14 +104,18 @@ def array_description(member: MemberEntry) -> bytes:
 
 
 def shard_files(members: Iterable[tuple[str, MemberEntry]]) -> dict[str, tuple[int, bytes]]:
-    """name -> (bytes of latents or other numbers, what follows them) of every file of the shard that holds these members (key, member)."""
+    """name -> (bytes of latents or other numbers, what follows them) of every file of the shard
+    that holds these members (key, member)."""
     files = {DESCRIPTION: (0, group_description())}
     for key, member in members:
         files[f"{key}/{DESCRIPTION}"] = (0, group_description())
         files[f"{array_path(key, member.field)}/{DESCRIPTION}"] = (0, array_description(member))
         for piece in pieces(key, member, 0, member.shape[0]) if member.length else ():
             rows = piece.length // member.row_bytes
-            files[piece.name] = (piece.length, chunk_index(rows, member.row_bytes) if member.field in READ_BY_ROW else b"")
+            files[piece.name] = (
+                piece.length,
+                chunk_index(rows, member.row_bytes) if member.field in READ_BY_ROW else b"",
+            )
     return files
 
 
@@ -110,10 +128,17 @@ class ZarrWriter:
         self._keys: set[str] = set()
         self._write(DESCRIPTION, group_description())
 
-    def add(self, key: str, arrays: Mapping[str, tuple[str, NDArray[Any]]], description: Mapping[str, Any]) -> tuple[MemberEntry, ...]:
+    def add(
+        self,
+        key: str,
+        arrays: Mapping[str, tuple[str, NDArray[Any]]],
+        description: Mapping[str, Any],
+    ) -> tuple[MemberEntry, ...]:
         """See `ShardWriter.add`."""
         if check_key(key) in self._keys:
-            raise DataError(f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})")
+            raise DataError(
+                f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})"
+            )
         self._keys.add(key)
         self._write(f"{key}/{DESCRIPTION}", group_description())
         text = np.frombuffer((json.dumps(description, sort_keys=True) + "\n").encode(), np.uint8)
@@ -128,7 +153,9 @@ class ZarrWriter:
         try:
             _, data = encode_array(array, dtype)
         except DataError as error:
-            raise DataError(f"member: {error} (shard {self.path.name}, key {key}, field {field})") from error
+            raise DataError(
+                f"member: {error} (shard {self.path.name}, key {key}, field {field})"
+            ) from error
         rows: tuple[int, ...] = ()
         if field in READ_BY_ROW:
             stored = np.frombuffer(data, NPY_DESCRIPTIONS[dtype]).reshape(array.shape)
@@ -155,7 +182,8 @@ class ZarrWriter:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            # what an interrupted run left under this name: a folder, unlike a file, is not replaced by a rename
+            # what an interrupted run left under this name: a folder, unlike a file, is not replaced
+            # by a rename
             shutil.rmtree(self.path, ignore_errors=True)
             os.replace(self._temporary, self.path)
         else:

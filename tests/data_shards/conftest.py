@@ -1,4 +1,5 @@
-"""A tiny real recording and the data set made of it, once per test run; tests that damage files work on copies."""
+"""A tiny real recording and the data set made of it, once per test run; tests that damage files
+work on copies."""
 
 import http.client
 import http.server
@@ -18,7 +19,8 @@ ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message>
 
 
 class FaultyProxy(http.server.BaseHTTPRequestHandler):
-    """Forwards to the S3 server; each request for a shard first takes one fault off the list, if there is one."""
+    """Forwards to the S3 server; each request for a shard first takes one fault off the list, if
+    there is one."""
 
     upstream = ""
     faults = []  # noqa: RUF012  (shared by design: the server makes a handler per connection)
@@ -39,7 +41,12 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        codes = {"500": b"InternalError", "503": b"SlowDown", "403": b"AccessDenied", "404": b"NoSuchKey"}
+        codes = {
+            "500": b"InternalError",
+            "503": b"SlowDown",
+            "403": b"AccessDenied",
+            "404": b"NoSuchKey",
+        }
         if fault in codes:
             self.answer(int(fault), {"Content-Type": "application/xml"}, ERROR % codes[fault])
             return
@@ -47,7 +54,11 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body or None, dict(self.headers))
         reply = connection.getresponse()
         data = reply.read()
-        headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("transfer-encoding", "connection", "date", "server")}
+        headers = {
+            k: v
+            for k, v in reply.getheaders()
+            if k.lower() not in ("transfer-encoding", "connection", "date", "server")
+        }
         self.answer(reply.status, headers, data, fault)
 
     do_HEAD = do_PUT = do_POST = do_GET
@@ -57,7 +68,12 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             if name.lower() != "content-length":
                 self.send_header(name, value)
-        self.send_header("Content-Length", headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data)))
+        self.send_header(
+            "Content-Length",
+            headers.get("Content-Length", str(len(data)))
+            if self.command == "HEAD"
+            else str(len(data)),
+        )
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -85,7 +101,9 @@ def recording(tmp_path_factory):
 def dataset_path(recording, tmp_path_factory):
     """3 latent frames a clip, two clips a shard, 3 shards; one episode for validation."""
     out = tmp_path_factory.mktemp("dataset") / "set"
-    assert encode.main([f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3"]) == 0
+    assert (
+        encode.main([f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3"]) == 0
+    )
     return out
 
 
@@ -148,12 +166,18 @@ def bucket(dataset_path):
 
 @pytest.fixture
 def proxy():
-    """What stands before the bucket: `served` and `paths` of the requests for shards, and `method`, which of them fail."""
+    """What stands before the bucket: `served` and `paths` of the requests for shards, and `method`,
+    which of them fail."""
     return FaultyProxy
 
 
 @pytest.fixture
 def faults():
     """What to do to the next requests for shards."""
-    FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.paths[:], FaultyProxy.method = [], [], [], "GET"
+    FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.paths[:], FaultyProxy.method = (
+        [],
+        [],
+        [],
+        "GET",
+    )
     return FaultyProxy.faults

@@ -1,4 +1,5 @@
-"""A context-parallel member reads its own frames' bytes and no others, counted at the filesystem."""
+"""A context-parallel member reads its own frames' bytes and no others, counted at the
+filesystem."""
 
 import fsspec
 import numpy as np
@@ -33,7 +34,14 @@ class CountingFileSystem(LocalFileSystem):
 def counting(request, dataset_path, recording, tmp_path):
     if request.param == "zarr":
         dataset_path = tmp_path / "zarr"
-        arguments = [f"source={recording}", f"out={dataset_path}", "shard_mb=0.03", "validation=0.3", "container=zarr", "psnr=no"]
+        arguments = [
+            f"source={recording}",
+            f"out={dataset_path}",
+            "shard_mb=0.03",
+            "validation=0.3",
+            "container=zarr",
+            "psnr=no",
+        ]
         assert encode.main(arguments) == 0
     fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
     CountingFileSystem.reads.clear()
@@ -45,11 +53,22 @@ def test_each_member_reads_only_its_frames(counting, cp):
     edges, steps, batch = [round(p * 3 / cp) for p in range(cp + 1)], 2, 4
     row = 48 * 7 * 10 * 2  # bytes of a latent frame
     members = counting.members(counting.clips("train")[0])
-    first, *_, last = shared = sorted((members[field] for field in ("c2w.npy", "intrinsics.npy", "controls.npy")), key=lambda m: m.offset)
-    replicated = last.offset + last.length - first.offset  # one read, with the tar's headers between them
+    first, *_, last = shared = sorted(
+        (members[field] for field in ("c2w.npy", "intrinsics.npy", "controls.npy")),
+        key=lambda m: m.offset,
+    )
+    replicated = (
+        last.offset + last.length - first.offset
+    )  # one read, with the tar's headers between them
     if counting.clips("train")[0].shard.endswith(".zarr"):
         replicated = sum(member.length for member in shared)
-    options = {"seed": 0, "stage": "short", "global_batch": batch, "rows": range(batch), "clip_frames": 3}
+    options = {
+        "seed": 0,
+        "stage": "short",
+        "global_batch": batch,
+        "rows": range(batch),
+        "clip_frames": 3,
+    }
 
     def read(frames, first):
         """(latents of the steps, whether poses came along, bytes read)"""
@@ -58,11 +77,17 @@ def test_each_member_reads_only_its_frames(counting, cp):
             CountingFileSystem.reads.clear()
             batches = [loader.make_batch(step) for step in range(steps)]
         poses = not torch.isnan(batches[0].c2w).any()
-        return torch.stack([batch.latents for batch in batches]), poses, sum(length for _, length in CountingFileSystem.reads)
+        return (
+            torch.stack([batch.latents for batch in batches]),
+            poses,
+            sum(length for _, length in CountingFileSystem.reads),
+        )
 
     parts = [read((edges[p], edges[p + 1]), p == 0) for p in range(cp)]
     for p, (_, poses, count) in enumerate(parts):
-        assert count == steps * batch * ((edges[p + 1] - edges[p]) * row + (replicated if p == 0 else 0))
+        assert count == steps * batch * (
+            (edges[p + 1] - edges[p]) * row + (replicated if p == 0 else 0)
+        )
         assert poses == (p == 0)
     assert torch.equal(torch.cat([part[0] for part in parts], dim=2), read((0, 3), True)[0])
 
@@ -72,16 +97,28 @@ def test_crc32c_is_castagnolis():
     assert crc32c(np.frombuffer(b"456789", np.uint8), crc32c(memoryview(b"123"))) == 0xE3069283
 
 
-@pytest.mark.parametrize(("dtype", "bits", "infinity"), [("float16", 16, 0x7C00), ("bfloat16", 16, 0x7F80), ("float32", 32, 0x7F80_0000)])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "infinity"),
+    [("float16", 16, 0x7C00), ("bfloat16", 16, 0x7F80), ("float32", 32, 0x7F80_0000)],
+)
 def test_infinite_and_nan_are_told_from_all_other_numbers(dtype, bits, infinity):
     sign, numpy_type = 1 << (bits - 1), f"<u{bits // 8}"
     finite = np.array([0, 1, infinity - 1, sign, sign + 1, sign + infinity - 1], numpy_type)
     stored = finite if dtype == "bfloat16" else finite.view(dtype)
     assert all_finite(stored, dtype)
-    for bad in (infinity, infinity + 1, sign - 1, sign + infinity, sign + infinity + 1, 2 * sign - 1):
+    for bad in (
+        infinity,
+        infinity + 1,
+        sign - 1,
+        sign + infinity,
+        sign + infinity + 1,
+        2 * sign - 1,
+    ):
         changed = finite.copy()
         changed[2] = bad
-        assert not all_finite(changed if dtype == "bfloat16" else changed.view(dtype), dtype), hex(bad)
+        assert not all_finite(changed if dtype == "bfloat16" else changed.view(dtype), dtype), hex(
+            bad
+        )
 
 
 def test_a_kept_buffer_is_filled_and_handed_back(dataset_path):
@@ -90,4 +127,6 @@ def test_a_kept_buffer_is_filled_and_handed_back(dataset_path):
     into = dataset.read(entry, (1, 3), stored=True, into=buffer).latents
     assert np.shares_memory(into, buffer)
     np.testing.assert_array_equal(into, dataset.read(entry, stored=True).latents[1:])
-    assert not np.shares_memory(dataset.read(entry, stored=True, into=buffer[:100]).latents, buffer)  # too small to hold them
+    assert not np.shares_memory(
+        dataset.read(entry, stored=True, into=buffer[:100]).latents, buffer
+    )  # too small to hold them

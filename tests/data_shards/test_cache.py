@@ -1,4 +1,5 @@
-"""The cache of ranges: its limit, several processes, and a process that is killed while it fills one."""
+"""The cache of ranges: its limit, several processes, and a process that is killed while it fills
+one."""
 
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def test_cache_keeps_its_limit_and_forgets_the_oldest(tmp_path):
         get(name)
     get("b")
     assert filled == ["a", "b", "c", "d", "b"]
-    assert cache.get("short", 10, lambda: b"x") == b"x"  # a range that came short is handed on, not kept
+    assert (
+        cache.get("short", 10, lambda: b"x") == b"x"
+    )  # a range that came short is handed on, not kept
     assert cache.get("short", 10, lambda: bytes(10)) == bytes(10)
     with pytest.raises(DataError, match="got 0 bytes"):
         RangeCache(tmp_path, 0)
@@ -56,7 +59,11 @@ cache.get("cut", 1000, lambda: b"x" * 1000)
 
 @pytest.mark.parametrize("patch", ["Path.write_bytes = half", "os.replace = die"])
 def test_a_kill_while_the_cache_is_filled_leaves_no_partial_range(tmp_path, patch):
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_FILLING.format(patch=patch), str(tmp_path)], timeout=60, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_FILLING.format(patch=patch), str(tmp_path)],
+        timeout=60,
+        check=False,
+    )
     assert killed.returncode == -9
     left = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert [size for name, size in left.items() if ".tmp-" not in name] == [1000]

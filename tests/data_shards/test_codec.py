@@ -1,4 +1,5 @@
-"""The linear codec against the definition of an orthonormal transform, and the layout it shares with causal video VAEs."""
+"""The linear codec against the definition of an orthonormal transform, and the layout it shares
+with causal video VAEs."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ def noise_video(frames, height, width, seed=0):
 
 def test_kept_coefficients_are_orthonormal():
     for basis in LinearCodec(channels=96)._bases():
-        np.testing.assert_allclose(basis.astype(np.float64) @ basis.T.astype(np.float64), np.eye(96), atol=1e-6)
+        np.testing.assert_allclose(
+            basis.astype(np.float64) @ basis.T.astype(np.float64), np.eye(96), atol=1e-6
+        )
 
 
 def test_all_coefficients_give_the_video_back_exactly():
@@ -24,9 +27,12 @@ def test_all_coefficients_give_the_video_back_exactly():
 
 
 def test_decoding_keeps_the_kept_coefficients():
-    """encode(decode(z)) = z, up to rounding to whole pixels: 0.29 / 127.5 rms in every orthonormal coefficient."""
+    """encode(decode(z)) = z, up to rounding to whole pixels: 0.29 / 127.5 rms in every orthonormal
+    coefficient."""
     codec = LinearCodec(channels=48)
-    video = np.random.default_rng(1).integers(100, 156, (9, 32, 32, 3), dtype=np.uint8)  # mid-grey: nothing is clipped
+    video = np.random.default_rng(1).integers(
+        100, 156, (9, 32, 32, 3), dtype=np.uint8
+    )  # mid-grey: nothing is clipped
     latents = codec.encode(video)
     again = codec.encode(codec.decode(latents))
     np.testing.assert_allclose(again, latents, atol=5 * 0.29 / 127.5)

@@ -13,9 +13,19 @@ from data_shards.storage.read import open_dataset
 
 
 def test_options_may_be_given_as_words():
-    options = {"source": Option(text, "", required=True), "shard_mb": Option(number(0, 9), "", 1.0), "workers": Option(whole(1), "", 1)}
-    assert parse(["source=a=b", "--workers", "4", "--shard-mb=2"], options) == {"source": "a=b", "workers": 4, "shard_mb": 2.0}
-    with pytest.raises(DataError, match=r"workers: got '', expected a whole number.*\nsource: missing"):
+    options = {
+        "source": Option(text, "", required=True),
+        "shard_mb": Option(number(0, 9), "", 1.0),
+        "workers": Option(whole(1), "", 1),
+    }
+    assert parse(["source=a=b", "--workers", "4", "--shard-mb=2"], options) == {
+        "source": "a=b",
+        "workers": 4,
+        "shard_mb": 2.0,
+    }
+    with pytest.raises(
+        DataError, match=r"workers: got '', expected a whole number.*\nsource: missing"
+    ):
         parse(["--workers"], options)
     with pytest.raises(DataError, match="argument: got 'x', expected key=value"):
         parse(["source=a", "x"], options)
@@ -50,7 +60,10 @@ def test_stats_measure_the_stated_normalisation(dataset_path, tmp_path, capsys):
     assert "std ratio" in said
     motion = figures["histograms"]["speed_m_s"]
     assert sum(motion["counts"]) == figures["clips"]
-    assert [motion["edges"][0], motion["edges"][-1]] == [figures["columns"]["speed_m_s"][0], figures["columns"]["speed_m_s"][-1]]
+    assert [motion["edges"][0], motion["edges"][-1]] == [
+        figures["columns"]["speed_m_s"][0],
+        figures["columns"]["speed_m_s"][-1],
+    ]
     assert stats.bars([0, 1, 100, 50]) == " ▁█▄"
     assert stats.bars(motion["counts"]) in said
     assert stats.main([f"path={dataset_path}", "split=test"]) == 2
@@ -76,7 +89,12 @@ def test_inspect_draws_the_clip(dataset_path, tmp_path, capsys):
 
     dataset, out = open_dataset(str(dataset_path)), tmp_path / "clip.png"
     clip = dataset.read(dataset.clips("validation")[0])
-    assert inspect.main([f"path={dataset_path}", f"key={clip.entry.key}", f"out={out}", "columns=3", "rows=1"]) == 0
+    assert (
+        inspect.main(
+            [f"path={dataset_path}", f"key={clip.entry.key}", f"out={out}", "columns=3", "rows=1"]
+        )
+        == 0
+    )
     picture = np.asarray(Image.open(out))
     video = make_codec(dataset.info.codec, dataset.info.codec_options).decode(clip.latents)
     np.testing.assert_array_equal(picture[24 : 24 + 112, 320:480], video[16])

@@ -1,4 +1,5 @@
-"""Event bucketing against a slow, obvious simulation in exact fractions; nothing lost, nothing twice."""
+"""Event bucketing against a slow, obvious simulation in exact fractions; nothing lost, nothing
+twice."""
 
 import dataclasses
 from fractions import Fraction
@@ -8,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.controls import BUTTONS, CONTROL_NAMES, KEY_DOWN, KEY_UP, MOUSE, SCROLL, Events, bucket_edges, bucket_events
+from data_shards.controls import (
+    BUTTONS,
+    CONTROL_NAMES,
+    KEY_DOWN,
+    KEY_UP,
+    MOUSE,
+    SCROLL,
+    Events,
+    bucket_edges,
+    bucket_events,
+)
 from data_shards.schema import DataError
 
 
@@ -27,7 +38,9 @@ def simulate(events, latent_frames, fps, stride, keep_taps):
         upper = Fraction(stride * t) / fps if t >= 0 else -1 / fps
         lower = Fraction(stride * (t - 1)) / fps if t > 0 else -1 / fps
         tapped, scroll = set(), 0
-        for time, kind, code, dx, dy in zip(events.time_ns, events.kind, events.code, events.dx, events.dy):
+        for time, kind, code, dx, dy in zip(
+            events.time_ns, events.kind, events.code, events.dx, events.dy
+        ):
             seconds = Fraction(int(time), 10**9)
             if seconds > upper or (t >= 0 and seconds <= lower):
                 continue
@@ -52,22 +65,33 @@ RATES = st.sampled_from([Fraction(60), Fraction(16), Fraction(30000, 1001), Frac
 TIMES = st.one_of(
     st.integers(-(10**8), 10**9),
     st.builds(lambda k, d: k * 4 * 10**9 // 60 + d, st.integers(-2, 12), st.integers(-1, 1)),
-    st.builds(lambda k, d: k * 4 * 10**9 * 1001 // 30000 + d, st.integers(-2, 12), st.integers(-1, 1)),
+    st.builds(
+        lambda k, d: k * 4 * 10**9 * 1001 // 30000 + d, st.integers(-2, 12), st.integers(-1, 1)
+    ),
 )
-ROWS = st.lists(st.tuples(TIMES, st.integers(0, 3), st.integers(0, 5), st.integers(-40, 40), st.integers(-40, 40)), max_size=60)
+ROWS = st.lists(
+    st.tuples(
+        TIMES, st.integers(0, 3), st.integers(0, 5), st.integers(-40, 40), st.integers(-40, 40)
+    ),
+    max_size=60,
+)
 
 
 @settings(max_examples=120, deadline=None)
 @given(rows=ROWS, fps=RATES, stride=st.sampled_from([1, 4, 8]), keep_taps=st.booleans())
 def test_buckets_follow_the_definition(rows, fps, stride, keep_taps):
     events = events_of(rows)
-    np.testing.assert_array_equal(bucket_events(events, 6, fps, stride, keep_taps), simulate(events, 6, fps, stride, keep_taps))
+    np.testing.assert_array_equal(
+        bucket_events(events, 6, fps, stride, keep_taps),
+        simulate(events, 6, fps, stride, keep_taps),
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS, fps=RATES)
 def test_nothing_is_lost_or_counted_twice(rows, fps):
-    """The displacements add up to those of the events that the clip spans, whatever lies on its buckets' edges."""
+    """The displacements add up to those of the events that the clip spans, whatever lies on its
+    buckets' edges."""
     events = events_of(rows)
     whole = bucket_events(events, 7, fps, 4)
     edges = bucket_edges(7, fps, 4)
@@ -76,12 +100,25 @@ def test_nothing_is_lost_or_counted_twice(rows, fps):
     assert whole[:, BUTTONS + 1].sum() == events.dy[spanned].sum()
 
 
-FRAME_NS = 20 * 10**6  # at 50 frames per second a raw frame starts at a whole nanosecond, so a clip may be cut at any
+FRAME_NS = (
+    20 * 10**6
+)  # at 50 frames per second a raw frame starts at a whole nanosecond, so a clip may be cut at any
 NEAR_FRAMES = st.builds(lambda k, d: k * FRAME_NS + d, st.integers(-3, 60), st.integers(-1, 1))
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(st.tuples(NEAR_FRAMES, st.integers(0, 3), st.integers(0, 5), st.integers(-9, 9), st.integers(-9, 9)), max_size=60))
+@given(
+    rows=st.lists(
+        st.tuples(
+            NEAR_FRAMES,
+            st.integers(0, 3),
+            st.integers(0, 5),
+            st.integers(-9, 9),
+            st.integers(-9, 9),
+        ),
+        max_size=60,
+    )
+)
 def test_two_clips_that_touch_share_no_event_and_miss_none(rows):
     """Raw frames 0 to 24, and 25 to 49 of one recording, against the events between."""
     events, parts = events_of(rows), []
@@ -89,7 +126,9 @@ def test_two_clips_that_touch_share_no_event_and_miss_none(rows):
         shifted = dataclasses.replace(events, time_ns=events.time_ns - first * FRAME_NS)
         parts.append(bucket_events(shifted, 7, Fraction(50), 4))
     both = np.concatenate(parts)
-    spanned = (events.kind == MOUSE) & (events.time_ns > -FRAME_NS) & (events.time_ns <= 49 * FRAME_NS)
+    spanned = (
+        (events.kind == MOUSE) & (events.time_ns > -FRAME_NS) & (events.time_ns <= 49 * FRAME_NS)
+    )
     assert both[:, BUTTONS].sum() == events.dx[spanned].sum()
     assert both[:, BUTTONS + 1].sum() == events.dy[spanned].sum()
     held = np.zeros(BUTTONS)
@@ -104,24 +143,42 @@ def test_ten_kilohertz_for_a_minute():
     random = np.random.default_rng(0)
     dx = random.integers(-20, 21, count, dtype=np.int32)
     time = np.arange(count, dtype=np.int64) * 100_000
-    events = Events(time, np.full(count, MOUSE, np.uint8), np.zeros(count, np.uint8), dx, dx[::-1].copy())
+    events = Events(
+        time, np.full(count, MOUSE, np.uint8), np.zeros(count, np.uint8), dx, dx[::-1].copy()
+    )
     controls = bucket_events(events, 901, Fraction(60), 4)
     assert controls.shape == (901, len(CONTROL_NAMES))
     assert controls[:, BUTTONS].sum() == dx[time <= 60 * 10**9].sum()
-    # the bucket of latent 1 ends with raw frame 4, at 66.67 ms: events 1 to 666, event 0 lying in bucket 0
+    # the bucket of latent 1 ends with raw frame 4, at 66.67 ms: events 1 to 666, event 0 lying in
+    # bucket 0
     assert controls[1, BUTTONS] == dx[1:667].sum()
     assert controls[0, BUTTONS] == dx[0]
 
 
 def test_taps_and_held_keys():
     w, space, ms = 87, 32, 10**6
-    rows = [(-1000 * ms, KEY_DOWN, w), (70 * ms, KEY_DOWN, space), (80 * ms, KEY_UP, space), (200 * ms, KEY_UP, w)]
+    rows = [
+        (-1000 * ms, KEY_DOWN, w),
+        (70 * ms, KEY_DOWN, space),
+        (80 * ms, KEY_UP, space),
+        (200 * ms, KEY_UP, w),
+    ]
     events = events_of([(*row, 0, 0) for row in rows])
-    kept, snapshots = (bucket_events(events, 5, Fraction(60), 4, keep_taps=keep) for keep in (True, False))
-    assert kept[:, 87].tolist() == [1, 1, 1, 0, 0]  # held since before the clip; released in (133, 200] ms
+    kept, snapshots = (
+        bucket_events(events, 5, Fraction(60), 4, keep_taps=keep) for keep in (True, False)
+    )
+    assert kept[:, 87].tolist() == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]  # held since before the clip; released in (133, 200] ms
     assert kept[:, 32].tolist() == [0, 0, 1, 0, 0]
     assert snapshots[:, 32].tolist() == [0] * 5
-    np.testing.assert_array_equal(bucket_events(events, 5, Fraction(60), 4), snapshots)  # the paper's is the default
+    np.testing.assert_array_equal(
+        bucket_events(events, 5, Fraction(60), 4), snapshots
+    )  # the paper's is the default
 
 
 def test_bad_streams_are_refused():

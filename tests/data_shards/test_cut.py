@@ -1,4 +1,5 @@
-"""Cuts out of longer clips, against the codec and the recording: what they begin with, and how poses and controls follow."""
+"""Cuts out of longer clips, against the codec and the recording: what they begin with, and how
+poses and controls follow."""
 
 import numpy as np
 import pytest
@@ -14,14 +15,26 @@ from data_shards.storage.read import open_dataset
 
 @pytest.fixture(scope="module")
 def with_images(recording, tmp_path_factory):
-    """The recording with an image latent for every 8th raw frame: clips of 3 latents, which cuts of 2 may start at 0 or 1."""
+    """The recording with an image latent for every 8th raw frame: clips of 3 latents, which cuts of
+    2 may start at 0 or 1."""
     out = tmp_path_factory.mktemp("images") / "set"
-    assert encode.main([f"source={recording}", f"out={out}", "image_latents_every=8", "validation=0"]) == 0
+    assert (
+        encode.main([f"source={recording}", f"out={out}", "image_latents_every=8", "validation=0"])
+        == 0
+    )
     return open_dataset(str(out))
 
 
 def options(**changed):
-    return {"seed": 2, "stage": "short", "global_batch": 6, "rows": range(6), "frames": (0, 2), "clip_frames": 2, **changed}
+    return {
+        "seed": 2,
+        "stage": "short",
+        "global_batch": 6,
+        "rows": range(6),
+        "frames": (0, 2),
+        "clip_frames": 2,
+        **changed,
+    }
 
 
 def test_a_cut_is_what_the_codec_makes_of_the_frames_from_there_on(recording, with_images):
@@ -37,15 +50,22 @@ def test_a_cut_is_what_the_codec_makes_of_the_frames_from_there_on(recording, wi
                 starts.add(start)
                 content = recorded[batch.keys[place]]
                 video, intrinsics = crop(content.video, content.intrinsics, (112, 160))
-                # a causal codec given the video from raw frame 8 on makes of it exactly what the cut must be
-                made = codec.encode(video[8 * start : 8 * start + 9]).astype(np.float16).astype(np.float32)
+                # a causal codec given the video from raw frame 8 on makes of it exactly what the
+                # cut must be
+                made = (
+                    codec.encode(video[8 * start : 8 * start + 9])
+                    .astype(np.float16)
+                    .astype(np.float32)
+                )
                 np.testing.assert_allclose(batch.latents[place], normalise(made, info), atol=1e-6)
                 raw = slice(8 * start, 8 * start + 9)
                 expected = np.linalg.inv(content.c2w[8 * start]) @ content.c2w[raw]
                 np.testing.assert_allclose(batch.c2w[place], expected, atol=1e-5)
                 np.testing.assert_allclose(batch.intrinsics[place], intrinsics[raw], rtol=1e-6)
                 whole = with_images.read(batch.keys[place])
-                np.testing.assert_array_equal(batch.controls[place], whole.controls[start : start + 2])
+                np.testing.assert_array_equal(
+                    batch.controls[place], whole.controls[start : start + 2]
+                )
     assert starts == {0, 1}
 
 
@@ -62,8 +82,11 @@ def test_members_of_a_sequence_group_cut_alike(with_images):
 
 
 def test_packed_rows_lay_clips_end_to_end(with_images):
-    """Rows of 7 latents hold two clips of 3 and one frame of padding; the raw frames of both follow each other, the last pose goes on."""
-    with ClipLoader(with_images, **options(frames=(0, 7), clip_frames=7, pack=True, cost=float)) as loader:
+    """Rows of 7 latents hold two clips of 3 and one frame of padding; the raw frames of both follow
+    each other, the last pose goes on."""
+    with ClipLoader(
+        with_images, **options(frames=(0, 7), clip_frames=7, pack=True, cost=float)
+    ) as loader:
         batch = loader.make_batch(0)
     places = [i for i, starts in enumerate(batch.document_starts) if len(starts) == 2]
     assert places
@@ -73,20 +96,31 @@ def test_packed_rows_lay_clips_end_to_end(with_images):
         assert batch.valid_frames[place] == 6
         clips = [with_images.read(key) for key in batch.keys[place].split("+")]
         for clip, at, raw in zip(clips, (0, 3), (0, 17), strict=True):
-            assert np.array_equal(batch.latents[place, at : at + 3], normalise(clip.latents, with_images.info))
+            assert np.array_equal(
+                batch.latents[place, at : at + 3], normalise(clip.latents, with_images.info)
+            )
             expected = np.linalg.inv(clip.c2w[0]) @ clip.c2w
             np.testing.assert_allclose(batch.c2w[place, raw : raw + 17], expected, atol=1e-5)
             np.testing.assert_array_equal(batch.controls[place, at : at + 3], clip.controls)
         assert not batch.latents[place, 6].any()
-        assert batch.c2w.shape[1] >= 7 * 8 - 2 * 7  # what a layout of two documents asks for: 17 + 25
-        assert torch.equal(batch.c2w[place, 34:], batch.c2w[place, 33:34].expand(len(batch.c2w[place]) - 34, 4, 4))
+        assert (
+            batch.c2w.shape[1] >= 7 * 8 - 2 * 7
+        )  # what a layout of two documents asks for: 17 + 25
+        assert torch.equal(
+            batch.c2w[place, 34:], batch.c2w[place, 33:34].expand(len(batch.c2w[place]) - 34, 4, 4)
+        )
 
 
 def test_tensors_are_pinned_when_asked(with_images, monkeypatch):
-    """No accelerator here: what matters is that every tensor that is copied to one asks for page-locked memory."""
+    """No accelerator here: what matters is that every tensor that is copied to one asks for
+    page-locked memory."""
     asked = []
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: (asked.append(pin_memory), empty(*a, **k))[1])
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, pin_memory=False, **k: (asked.append(pin_memory), empty(*a, **k))[1],
+    )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (asked.append(True), tensor)[1])
     loader = ClipLoader(with_images, **options(pin=True))
     loader.close()

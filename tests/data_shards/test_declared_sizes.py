@@ -1,4 +1,5 @@
-"""Ten gigabytes that are not there, declared by a tar header, by the index and dataset.json: refused by name, in little memory."""
+"""Ten gigabytes that are not there, declared by a tar header, by the index and dataset.json:
+refused by name, in little memory."""
 
 import hashlib
 import json
@@ -71,24 +72,45 @@ def declare_what_a_tar_can_hold(path):
 
 
 def test_ten_gigabytes_declared_of_zarr(recording, tmp_path):
-    """As above, where each latent frame is a chunk: neither the index nor what zarr.json says makes anybody reserve them."""
+    """As above, where each latent frame is a chunk: neither the index nor what zarr.json says makes
+    anybody reserve them."""
     out = tmp_path / "zarr"
-    assert encode.main([f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3", "container=zarr", "psnr=no"]) == 0
+    assert (
+        encode.main(
+            [
+                f"source={recording}",
+                f"out={out}",
+                "shard_mb=0.03",
+                "validation=0.3",
+                "container=zarr",
+                "psnr=no",
+            ]
+        )
+        == 0
+    )
     key = first_key(out)
     words = out / "shards" / "000000.zarr" / key / "latent" / "zarr.json"
     declare_in_index_and_facts(out)
     facts = json.loads((out / "dataset.json").read_text())
-    words.write_bytes(words.read_bytes().replace(b"    7,", f"    {facts['latent_height']},".encode()))
+    words.write_bytes(
+        words.read_bytes().replace(b"    7,", f"    {facts['latent_height']},".encode())
+    )
     command = [sys.executable, "-c", TEN_GIGABYTES, str(out), key]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     problem, refusal, megabytes = done.stdout.strip().split("\n")
     assert re.search(rf"file: got \d+ bytes, expected \d+ .*key {key}, field latent.npy", problem)
-    assert re.search(rf"shard: got \d+ bytes, expected at least .*key {key}, field latent.npy", refusal)
+    assert re.search(
+        rf"shard: got \d+ bytes, expected at least .*key {key}, field latent.npy", refusal
+    )
     assert int(megabytes) < 200
 
 
-CASES = [pytest.param(declare_in_a_tar_header, marks=pytest.mark.full), declare_in_index_and_facts, declare_what_a_tar_can_hold]
+CASES = [
+    pytest.param(declare_in_a_tar_header, marks=pytest.mark.full),
+    declare_in_index_and_facts,
+    declare_what_a_tar_can_hold,
+]
 
 
 @pytest.mark.parametrize("declare", CASES)
@@ -100,5 +122,7 @@ def test_ten_gigabytes_declared(damaged, declare):
     assert done.returncode == 0, done.stderr
     problem, refusal, megabytes = done.stdout.strip().split("\n")
     assert "delivered" not in refusal
-    assert all(NAMED.search(text) or "shard size" in text for text in (problem, refusal)), done.stdout
+    assert all(NAMED.search(text) or "shard size" in text for text in (problem, refusal)), (
+        done.stdout
+    )
     assert int(megabytes) < 200

@@ -1,4 +1,5 @@
-"""`encode` into an object store: a real local S3 server behind a proxy that injects faults, and runs that are killed."""
+"""`encode` into an object store: a real local S3 server behind a proxy that injects faults, and
+runs that are killed."""
 
 import subprocess
 import sys
@@ -10,12 +11,17 @@ from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
 from data_shards.storage.remote import RetryPolicy
 
-FAST = RetryPolicy(budget_s=10, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.5)
+FAST = RetryPolicy(
+    budget_s=10, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.5
+)
 
 
 @pytest.mark.parametrize("container", ["tar", pytest.param("zarr", marks=pytest.mark.full)])
-def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(bucket, recording, faults, tmp_path, container, capsys, proxy):
-    """Also when some uploads fail, and when the run is ended by a store that stays down and is started again."""
+def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(
+    bucket, recording, faults, tmp_path, container, capsys, proxy
+):
+    """Also when some uploads fail, and when the run is ended by a store that stays down and is
+    started again."""
     from s3fs import S3FileSystem
 
     out, proxy.method = f"s3://shards-test/made-{container}", "PUT"
@@ -32,7 +38,11 @@ def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(bucket, recording,
     store = S3FileSystem()
     store.invalidate_cache()
     made = {name.split("/", 2)[2]: store.cat_file(name) for name in store.find(out)}
-    assert made == {str(f.relative_to(tmp_path / "set")): f.read_bytes() for f in (tmp_path / "set").rglob("*") if f.is_file()}
+    assert made == {
+        str(f.relative_to(tmp_path / "set")): f.read_bytes()
+        for f in (tmp_path / "set").rglob("*")
+        if f.is_file()
+    }
     assert verify.main([f"path={out}"]) == 0
     uploads = len(proxy.served)
     assert encode.main([*arguments, f"out={out}"]) == 0
@@ -43,7 +53,9 @@ def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(bucket, recording,
 
 
 @pytest.mark.full
-def test_shards_that_are_in_the_bucket_already_are_not_made_again(bucket, recording, faults, monkeypatch, proxy):
+def test_shards_that_are_in_the_bucket_already_are_not_made_again(
+    bucket, recording, faults, monkeypatch, proxy
+):
     out, proxy.method = "s3://shards-test/again", "PUT"
     arguments = [f"source={recording}", "shard_mb=0.03", "psnr=no", f"out={out}"]
     with monkeypatch.context() as patch:
@@ -75,23 +87,34 @@ sys.exit(encode.main(sys.argv[1:]))
 @pytest.mark.full
 @pytest.mark.parametrize("container", ["tar", "zarr"])
 def test_a_kill_while_a_shard_is_sent(bucket, recording, faults, tmp_path, container, proxy):
-    """The second shard is on its way, of Zarr half of its files are there: the next run gives the bytes of an undisturbed one."""
+    """The second shard is on its way, of Zarr half of its files are there: the next run gives the
+    bytes of an undisturbed one."""
     from s3fs import S3FileSystem
 
     out, proxy.method = f"s3://shards-test/killed-{container}", "PUT"
     arguments = [f"source={recording}", "shard_mb=0.03", "psnr=no", f"container={container}"]
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SENDING, *arguments, f"out={out}"], timeout=60, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SENDING, *arguments, f"out={out}"],
+        timeout=60,
+        capture_output=True,
+    )
     assert killed.returncode == -9, killed.stderr
     with pytest.raises(DataError, match="holds no dataset"):
         open_dataset(out, policy=FAST)
     first = sum("000000" in path for path in proxy.paths)
     assert encode.main([*arguments, f"out={out}"]) == 0
-    assert sum("000000" in path for path in proxy.paths) == first > 0, "the first shard is not sent again"
+    assert sum("000000" in path for path in proxy.paths) == first > 0, (
+        "the first shard is not sent again"
+    )
     assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
     store = S3FileSystem()
     store.invalidate_cache()
     made = {name.split("/", 2)[2]: store.cat_file(name) for name in store.find(out)}
-    assert made == {str(f.relative_to(tmp_path / "set")): f.read_bytes() for f in (tmp_path / "set").rglob("*") if f.is_file()}
+    assert made == {
+        str(f.relative_to(tmp_path / "set")): f.read_bytes()
+        for f in (tmp_path / "set").rglob("*")
+        if f.is_file()
+    }
 
 
 def interrupted(*_):

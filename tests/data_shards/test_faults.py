@@ -1,7 +1,7 @@
 """Damage of every kind: always detected, always named, never half a sample, never code run.
 
-Two lines of defence are tested side by side: `verify`, which must notice a change of any byte, and the reader, which may deliver a clip
-only if it is, bit for bit, the one that was written.
+Two lines of defence are tested side by side: `verify`, which must notice a change of any byte, and
+the reader, which may deliver a clip only if it is, bit for bit, the one that was written.
 """
 
 import hashlib
@@ -30,12 +30,18 @@ SHARD = "shards/000000.tar"
 def truth(dataset_path):
     """key -> what was written, of every clip in the first shard."""
     dataset = open_dataset(str(dataset_path))
-    entries = [entry for split in ("train", "validation") for entry in dataset.clips(split) if entry.shard == SHARD]
+    entries = [
+        entry
+        for split in ("train", "validation")
+        for entry in dataset.clips(split)
+        if entry.shard == SHARD
+    ]
     return {entry.key: dataset.read(entry) for entry in entries}
 
 
 def read_all(path, truth):
-    """Every clip of the first shard is either exactly what was written or a named error: returns (delivered, errors)."""
+    """Every clip of the first shard is either exactly what was written or a named error: returns
+    (delivered, errors)."""
     dataset, delivered, refused = open_dataset(str(path)), 0, []
     for key, expected in truth.items():
         try:
@@ -53,7 +59,13 @@ def read_all(path, truth):
 
 def member_edges(path):
     with tarfile.open(path / SHARD) as tar:
-        return sorted({edge for info in tar for edge in (info.offset, info.offset_data, info.offset_data + info.size)})
+        return sorted(
+            {
+                edge
+                for info in tar
+                for edge in (info.offset, info.offset_data, info.offset_data + info.size)
+            }
+        )
 
 
 def problems_of(path):
@@ -61,7 +73,8 @@ def problems_of(path):
 
 
 def test_cuts(damaged, truth):
-    """At every member boundary and at 100 random bytes. The only cuts that lose no data are those inside the two closing blocks."""
+    """At every member boundary and at 100 random bytes. The only cuts that lose no data are those
+    inside the two closing blocks."""
     data = (damaged / SHARD).read_bytes()
     edges = member_edges(damaged)
     last_payload = edges[-1]
@@ -74,10 +87,13 @@ def test_cuts(damaged, truth):
 
 
 def test_bit_flips(damaged, truth):
-    """300 single bits anywhere and one in every tar header, npy header and payload: verify sees all, the reader lets no wrong number by."""
+    """300 single bits anywhere and one in every tar header, npy header and payload: verify sees
+    all, the reader lets no wrong number by."""
     data = bytearray((damaged / SHARD).read_bytes())
     random = np.random.default_rng(1)
-    places = random.integers(0, len(data), 300).tolist() + [min(edge + 3, len(data) - 1) for edge in member_edges(damaged)]
+    places = random.integers(0, len(data), 300).tolist() + [
+        min(edge + 3, len(data) - 1) for edge in member_edges(damaged)
+    ]
     for place in places:
         bit = 1 << int(random.integers(8))
         data[place] ^= bit
@@ -94,11 +110,16 @@ def test_flipped_payload_names_the_latent_frame(damaged, truth):
     data[member.data_offset + member.row_bytes + 5] ^= 16
     (damaged / SHARD).write_bytes(data)
     dataset = open_dataset(str(damaged))
-    np.testing.assert_array_equal(dataset.read(entry, (0, 1)).latents, truth[entry.key].latents[:1])  # the damage is not in this row
-    with pytest.raises(ShardError, match=rf"latent frames \[1\] .*key {entry.key}, field latent.npy"):
+    np.testing.assert_array_equal(
+        dataset.read(entry, (0, 1)).latents, truth[entry.key].latents[:1]
+    )  # the damage is not in this row
+    with pytest.raises(
+        ShardError, match=rf"latent frames \[1\] .*key {entry.key}, field latent.npy"
+    ):
         dataset.read(entry, (1, 3))
     assert [str(problem) for problem in problems_of(damaged)] == [
-        f"checksum: got other bytes than were written, latent frame 1 (shard {SHARD}, key {entry.key}, field latent.npy)"
+        f"checksum: got other bytes than were written, latent frame 1 (shard {SHARD}, key"
+        f" {entry.key}, field latent.npy)"
     ]
 
 
@@ -111,7 +132,8 @@ def test_missing_shard(damaged, truth, capsys):
 
 
 def change_index(path, change):
-    """Rewrite the index with `change` applied to its rows, and make dataset.json agree with the file, as an attacker would."""
+    """Rewrite the index with `change` applied to its rows, and make dataset.json agree with the
+    file, as an attacker would."""
     rows = pq.read_table(path / "index.parquet").to_pylist()
     change(rows)
     pq.write_table(pa.Table.from_pylist(rows, index_schema()), path / "index.parquet")
@@ -126,7 +148,9 @@ def member_of(rows, field="latent.npy"):
 
 
 def drop_latent(rows):
-    rows[0]["members"] = [member for member in rows[0]["members"] if member["field"] != "latent.npy"]
+    rows[0]["members"] = [
+        member for member in rows[0]["members"] if member["field"] != "latent.npy"
+    ]
 
 
 def drop_poses(rows):
@@ -145,13 +169,24 @@ def double_latent(rows):
         (double_latent, "got this field twice"),
         (lambda rows: member_of(rows).update(dtype="object"), "of dtype 'object'"),
         (lambda rows: member_of(rows).update(dtype="float32"), r"expected \d+ data bytes"),
-        (lambda rows: member_of(rows).update(shape=[4, 48, 7, 10]), r"got shape \(4, 48, 7, 10\), expected \(3, 48, 7, 10\)"),
+        (
+            lambda rows: member_of(rows).update(shape=[4, 48, 7, 10]),
+            r"got shape \(4, 48, 7, 10\), expected \(3, 48, 7, 10\)",
+        ),
         (lambda rows: member_of(rows).update(field="evil.pyd"), "got field 'evil.pyd'"),
         (lambda rows: member_of(rows).update(length=10 * 2**30), "got 10737418240 bytes"),
-        (lambda rows: member_of(rows, "json").update(shape=[10 * 2**30 // 8], length=10 * 2**30 // 8), "expected at most"),
+        (
+            lambda rows: member_of(rows, "json").update(
+                shape=[10 * 2**30 // 8], length=10 * 2**30 // 8
+            ),
+            "expected at most",
+        ),
         (lambda rows: member_of(rows).update(offset=-512), "at -512"),
         (lambda rows: member_of(rows).update(row_crc32c=[1]), "got 1 frame checksums, expected 3"),
-        (lambda rows: rows[0].update(shard="../../etc/passwd"), "got shard name '../../etc/passwd'"),
+        (
+            lambda rows: rows[0].update(shard="../../etc/passwd"),
+            "got shard name '../../etc/passwd'",
+        ),
         (lambda rows: rows[0].update(shard="shards/../000000.tar"), "got shard name"),
         (lambda rows: rows[0].update(key="../x"), "clip key: got '../x'"),
     ],
@@ -159,7 +194,12 @@ def double_latent(rows):
 def test_hostile_index(damaged, change, report):
     change_index(damaged, change)
     dataset = open_dataset(str(damaged))
-    entry = next(entry for split in ("train", "validation") for entry in dataset.clips(split) if entry.row == 0)
+    entry = next(
+        entry
+        for split in ("train", "validation")
+        for entry in dataset.clips(split)
+        if entry.row == 0
+    )
     with pytest.raises(DataError, match=report):
         dataset.read(entry)
     with pytest.raises(DataError, match=report):
@@ -175,7 +215,8 @@ def test_duplicate_key_in_the_index(damaged):
 
 
 def test_damaged_index_file(damaged):
-    """The Parquet file itself: any change of its size is seen on opening, any flipped bit by verify at the latest."""
+    """The Parquet file itself: any change of its size is seen on opening, any flipped bit by verify
+    at the latest."""
     good = (damaged / "index.parquet").read_bytes()
     (damaged / "index.parquet").write_bytes(good[:-7])
     with pytest.raises(DataError, match="index: got"):
@@ -188,7 +229,10 @@ def test_damaged_index_file(damaged):
             found = [str(problem) for problem in problems_of(damaged)]
         except DataError as error:
             found = [str(error)]
-        assert any(text.startswith(("index:", "clip key:", "latent frames:", "fingerprint:")) for text in found), (place, found)
+        assert any(
+            text.startswith(("index:", "clip key:", "latent frames:", "fingerprint:"))
+            for text in found
+        ), (place, found)
 
 
 def test_wrong_dataset_json(damaged):
@@ -227,16 +271,23 @@ class Bomb:
         return open, (str(self.target), "w")
 
 
-@pytest.mark.parametrize("name", ["x.pyd", "x.pkl", "x.pth", "x.npy", "x.latent.npy", "../../x.latent.npy", "/etc/x.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.pyd", "x.pkl", "x.pth", "x.npy", "x.latent.npy", "../../x.latent.npy", "/etc/x.json"],
+)
 def test_no_code_runs(damaged, truth, tmp_path, name):
     insert_member(damaged, name, pickle.dumps(Bomb(tmp_path / "ran")))
-    assert any("tar header" in problem.what and name.split("/")[-1] in problem.what for problem in problems_of(damaged))
+    assert any(
+        "tar header" in problem.what and name.split("/")[-1] in problem.what
+        for problem in problems_of(damaged)
+    )
     assert read_all(damaged, truth)[0] == 0  # every offset is off by two blocks
     assert not (tmp_path / "ran").exists()
 
 
 def test_object_array_in_place_of_a_member(damaged, truth, tmp_path):
-    """A pickle inside an .npy of the right name, size and even checksum: the header is not the one that the index implies."""
+    """A pickle inside an .npy of the right name, size and even checksum: the header is not the one
+    that the index implies."""
     dataset = open_dataset(str(damaged))
     entry = dataset.find(next(iter(truth)))
     member = dataset.members(entry)["c2w.npy"]
@@ -247,17 +298,29 @@ def test_object_array_in_place_of_a_member(damaged, truth, tmp_path):
     (damaged / SHARD).write_bytes(data)
 
     def forge(rows):
-        next(m for row in rows for m in row["members"] if row["key"] == entry.key and m["field"] == "c2w.npy")["crc32c"] = crc32c(payload)
+        next(
+            m
+            for row in rows
+            for m in row["members"]
+            if row["key"] == entry.key and m["field"] == "c2w.npy"
+        )["crc32c"] = crc32c(payload)
 
     change_index(damaged, forge)
-    with pytest.raises(ShardError, match=r"npy header that is not the index's float64.*field c2w.npy"):
+    with pytest.raises(
+        ShardError, match=r"npy header that is not the index's float64.*field c2w.npy"
+    ):
         open_dataset(str(damaged)).read(entry.key)
     assert any("npy header" in problem.what for problem in problems_of(damaged))
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("kind", "word"), [(tarfile.SYMTYPE, "symbolic link"), (tarfile.LNKTYPE, "hard link"), (tarfile.DIRTYPE, "directory")]
+    ("kind", "word"),
+    [
+        (tarfile.SYMTYPE, "symbolic link"),
+        (tarfile.LNKTYPE, "hard link"),
+        (tarfile.DIRTYPE, "directory"),
+    ],
 )
 def test_links(damaged, kind, word):
     insert_member(damaged, "x.latent.npy", b"", kind=kind, linkname="/etc/passwd")
@@ -265,7 +328,8 @@ def test_links(damaged, kind, word):
 
 
 def forge_payload(path, key, field, place, new):
-    """Overwrite bytes of a member and make the index agree, as a writer would that skips its own checks."""
+    """Overwrite bytes of a member and make the index agree, as a writer would that skips its own
+    checks."""
     dataset = open_dataset(str(path))
     member = dataset.members(dataset.find(key))[field]
     data = bytearray((path / SHARD).read_bytes())
@@ -274,13 +338,17 @@ def forge_payload(path, key, field, place, new):
     payload = bytes(data[member.offset : member.offset + member.length])
 
     def forge(rows):
-        target = next(m for row in rows for m in row["members"] if row["key"] == key and m["field"] == field)
+        target = next(
+            m for row in rows for m in row["members"] if row["key"] == key and m["field"] == field
+        )
         target["crc32c"] = crc32c(payload)
 
     change_index(path, forge)
 
 
-@pytest.mark.parametrize(("field", "value"), [("c2w.npy", np.float64("nan")), ("controls.npy", np.float32("inf"))])
+@pytest.mark.parametrize(
+    ("field", "value"), [("c2w.npy", np.float64("nan")), ("controls.npy", np.float32("inf"))]
+)
 def test_poses_and_controls_that_are_no_numbers(damaged, truth, field, value):
     key = next(iter(truth))
     forge_payload(damaged, key, field, 0, value.tobytes())
@@ -295,8 +363,12 @@ def test_a_member_cut_out_of_the_shard(damaged, truth):
     key = next(iter(truth))
     member = dataset.members(dataset.find(key))["intrinsics.npy"]
     data = (damaged / SHARD).read_bytes()
-    (damaged / SHARD).write_bytes(data[: member.offset - 512] + data[member.offset + member.length + -member.length % 512 :])
-    assert any(problem.key == key and problem.field == "intrinsics.npy" for problem in problems_of(damaged))
+    (damaged / SHARD).write_bytes(
+        data[: member.offset - 512] + data[member.offset + member.length + -member.length % 512 :]
+    )
+    assert any(
+        problem.key == key and problem.field == "intrinsics.npy" for problem in problems_of(damaged)
+    )
     assert read_all(damaged, truth)[0] == 0
 
 
@@ -319,7 +391,12 @@ def test_nan_latents_with_right_checksums(damaged, truth):
     payload = bytes(data[member.offset : member.offset + member.length])
 
     def forge(rows):
-        target = next(m for row in rows for m in row["members"] if row["key"] == entry.key and m["field"] == "latent.npy")
+        target = next(
+            m
+            for row in rows
+            for m in row["members"]
+            if row["key"] == entry.key and m["field"] == "latent.npy"
+        )
         target["crc32c"] = crc32c(payload)
         target["row_crc32c"][0] = crc32c(payload[128 : 128 + member.row_bytes])
 
@@ -346,12 +423,21 @@ def test_quarantine_replaces_only_the_bad_shards_clips(damaged, dataset_path, tr
     (damaged / SHARD).write_bytes(b"")
     bad = verify.verify_dataset(str(damaged))[2]
     assert bad == {SHARD}
-    options = {"seed": 1, "stage": "short", "global_batch": 2, "rows": range(2), "frames": (0, 3), "clip_frames": 3}
+    options = {
+        "seed": 1,
+        "stage": "short",
+        "global_batch": 2,
+        "rows": range(2),
+        "frames": (0, 3),
+        "clip_frames": 3,
+    }
     with ClipLoader(open_dataset(str(dataset_path)), **options) as loader:
         whole = [next(loader) for _ in range(6)]
     named = frozenset(open_dataset(str(damaged)).global_name(shard) for shard in bad)
     with ClipLoader(open_dataset(str(damaged)), **options, quarantined=named) as loader:
-        assert loader.quarantined_clips + sum(entry.shard not in bad for entry in loader.tables[0]) == len(loader.tables[0])
+        assert loader.quarantined_clips + sum(
+            entry.shard not in bad for entry in loader.tables[0]
+        ) == len(loader.tables[0])
         rest = [next(loader) for _ in range(6)]
         again = [loader.make_batch(step).keys for step in range(6)]
     assert [batch.keys for batch in rest] == again
@@ -368,7 +454,11 @@ def test_quarantine_replaces_only_the_bad_shards_clips(damaged, dataset_path, tr
     epoch = {key for batch in rest for key in batch.keys}
     assert len(epoch) + lost == len(clips)
     with pytest.raises(DataError, match="expected clips left"):
-        ClipLoader(open_dataset(str(damaged)), **options, quarantined=frozenset(dataset.global_name(entry.shard) for entry in clips))
+        ClipLoader(
+            open_dataset(str(damaged)),
+            **options,
+            quarantined=frozenset(dataset.global_name(entry.shard) for entry in clips),
+        )
 
 
 def test_verify_passes_what_is_whole(dataset_path, capsys):

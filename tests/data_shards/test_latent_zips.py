@@ -1,4 +1,5 @@
-"""SANA-WM's public training layout, made here as its loader expects it: latents, captions and cameras arrive unchanged, code does not."""
+"""SANA-WM's public training layout, made here as its loader expects it: latents, captions and
+cameras arrive unchanged, code does not."""
 
 import io
 import json
@@ -24,7 +25,9 @@ def npz(**arrays):
 
 
 def latents_of(number):
-    return np.random.default_rng(number).normal(size=(CHANNELS, COUNT, 2, 4)).astype(np.float16)  # [C, T, h, w]
+    return (
+        np.random.default_rng(number).normal(size=(CHANNELS, COUNT, 2, 4)).astype(np.float16)
+    )  # [C, T, h, w]
 
 
 def poses_of(number):
@@ -42,7 +45,8 @@ def write_zip(path, members):
 
 @pytest.fixture
 def layout(tmp_path):
-    """Two zips of two clips, the second without metric scales; intrinsics of 256x128 videos, latents of 128x64."""
+    """Two zips of two clips, the second without metric scales; intrinsics of 256x128 videos,
+    latents of 128x64."""
     raw, cache = tmp_path / "raw", tmp_path / "cache"
     for z in range(2):
         numbers = (2 * z, 2 * z + 1)
@@ -52,8 +56,16 @@ def layout(tmp_path):
         pose = np.concatenate([poses_of(n) for n in numbers])
         ranges = np.array([[0, FRAMES + 2], [FRAMES + 2, FRAMES + 2]])
         intrinsics = np.tile(np.float32([200, 210, 128, 64]), (len(pose), 1))
-        np.savez(raw / f"s{z}_camera.npz", ids=[f"clip_{n}" for n in numbers], ranges=ranges, pose=pose, intrinsics=intrinsics)
-    (raw / "s0_metric_scale_stats.json").write_text(json.dumps({"clip_0": {"median": 2.0}, "clip_1": 3.0}))
+        np.savez(
+            raw / f"s{z}_camera.npz",
+            ids=[f"clip_{n}" for n in numbers],
+            ranges=ranges,
+            pose=pose,
+            intrinsics=intrinsics,
+        )
+    (raw / "s0_metric_scale_stats.json").write_text(
+        json.dumps({"clip_0": {"median": 2.0}, "clip_1": 3.0})
+    )
     return raw, cache
 
 
@@ -63,18 +75,40 @@ def source_of(layout):
 
 def test_latents_captions_and_cameras_arrive(layout, tmp_path):
     out = tmp_path / "set"
-    arguments = [f"source={layout[0]}", f"latents={layout[1]}", f"out={out}", "codec=ltx2", "model=some/vae", "validation=0.5", "workers=2"]
+    arguments = [
+        f"source={layout[0]}",
+        f"latents={layout[1]}",
+        f"out={out}",
+        "codec=ltx2",
+        "model=some/vae",
+        "validation=0.5",
+        "workers=2",
+    ]
     assert encode.main([*arguments, "shard_mb=0.001"]) == 0
     assert verify.main([f"path={out}"]) == 0
     dataset = open_dataset(str(out))
     info = dataset.info
-    assert (info.codec, info.channels, info.temporal_stride, info.spatial_stride, info.fps) == ("ltx2", CHANNELS, 8, 32, 16.0)
+    assert (info.codec, info.channels, info.temporal_stride, info.spatial_stride, info.fps) == (
+        "ltx2",
+        CHANNELS,
+        8,
+        32,
+        16.0,
+    )
     assert info.codec_options == {"model": "some/vae", "normalised": True}
-    assert (info.image_height, info.image_width, info.clips) == (64, 128, {"train": 2, "validation": 2})  # a whole zip on either side
+    assert (info.image_height, info.image_width, info.clips) == (
+        64,
+        128,
+        {"train": 2, "validation": 2},
+    )  # a whole zip on either side
     for number, scale in ((0, 2.0), (1, 3.0), (2, 1.0), (3, 1.0)):
         clip = dataset.read(f"clip_{number}")
-        np.testing.assert_array_equal(clip.latents, latents_of(number).transpose(1, 0, 2, 3).astype(np.float32))
-        np.testing.assert_allclose(clip.c2w[:, 0, 3], scale * poses_of(number)[:FRAMES, 0, 3], rtol=1e-6)
+        np.testing.assert_array_equal(
+            clip.latents, latents_of(number).transpose(1, 0, 2, 3).astype(np.float32)
+        )
+        np.testing.assert_allclose(
+            clip.c2w[:, 0, 3], scale * poses_of(number)[:FRAMES, 0, 3], rtol=1e-6
+        )
         np.testing.assert_allclose(clip.intrinsics, np.tile([100, 105, 64, 32], (FRAMES, 1)))
         assert dataset.description(clip.entry)["caption"] == f"room {number}"
 
@@ -85,7 +119,10 @@ def test_what_cannot_be_used_is_left_out_and_counted(layout):
     write_zip(cache / "s1.zip", [("clip_3.npz", npz(z=latents_of(3)))])
     source = source_of(layout)
     assert [clip.key for clip in source.clips] == ["clip_1", "clip_3"]
-    assert [note.split(":")[0] for note in source.notes] == ["1 clips are left out", "1 clips are left out"]
+    assert [note.split(":")[0] for note in source.notes] == [
+        "1 clips are left out",
+        "1 clips are left out",
+    ]
 
 
 class Bomb:
@@ -99,7 +136,9 @@ class Bomb:
 def test_no_code_runs_and_lies_about_size_are_refused(layout, tmp_path):
     raw, cache = layout
     lie = io.BytesIO()  # a header that claims 10 GB
-    np.lib.format.write_array_header_1_0(lie, {"descr": "<f4", "fortran_order": False, "shape": (5, 2**29, 1, 1)})
+    np.lib.format.write_array_header_1_0(
+        lie, {"descr": "<f4", "fortran_order": False, "shape": (5, 2**29, 1, 1)}
+    )
     outer = io.BytesIO()
     with zipfile.ZipFile(outer, "w") as archive:
         archive.writestr("z.npy", lie.getvalue() + b"\0" * 64)

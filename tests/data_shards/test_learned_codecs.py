@@ -1,4 +1,5 @@
-"""The adapters of learned autoencoders, with randomly initialised small networks saved and loaded as real ones are."""
+"""The adapters of learned autoencoders, with randomly initialised small networks saved and loaded
+as real ones are."""
 
 import json
 import shutil
@@ -20,7 +21,14 @@ def models(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    wan = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    wan = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     wan.save_pretrained(folder / "wan")
     ltx2 = AutoencoderKLLTX2Video(
         latent_channels=8,
@@ -35,7 +43,9 @@ def models(tmp_path_factory):
     return {"wan": folder / "wan", "ltx2": folder / "ltx2"}
 
 
-@pytest.mark.parametrize(("name", "strides", "channels"), [("wan", (4, 8), 4), ("ltx2", (8, 32), 8)])
+@pytest.mark.parametrize(
+    ("name", "strides", "channels"), [("wan", (4, 8), 4), ("ltx2", (8, 32), 8)]
+)
 def test_layout_is_causal_and_deterministic(models, name, strides, channels):
     codec = make_codec(name, {"model": str(models[name])})
     assert (codec.temporal_stride, codec.spatial_stride, codec.channels) == (*strides, channels)
@@ -57,11 +67,18 @@ def test_ready_latents_are_decoded_from_the_networks_own_normalisation(models, t
     folder = shutil.copytree(models["ltx2"], tmp_path / "ltx2")
     file = next(folder.glob("*.safetensors"))
     weights = load_file(file)
-    weights["latents_mean"], weights["latents_std"] = torch.linspace(-1, 1, 8), torch.linspace(0.5, 2, 8)
+    weights["latents_mean"], weights["latents_std"] = (
+        torch.linspace(-1, 1, 8),
+        torch.linspace(0.5, 2, 8),
+    )
     save_file(weights, file, {"format": "pt"})
     latents = np.random.default_rng(0).normal(size=(2, 8, 2, 2)).astype(np.float32)
-    mean, std = (weights[name].numpy()[None, :, None, None] for name in ("latents_mean", "latents_std"))
-    plain, normalised = (make_codec("ltx2", {"model": str(folder), **extra}) for extra in ({}, {"normalised": True}))
+    mean, std = (
+        weights[name].numpy()[None, :, None, None] for name in ("latents_mean", "latents_std")
+    )
+    plain, normalised = (
+        make_codec("ltx2", {"model": str(folder), **extra}) for extra in ({}, {"normalised": True})
+    )
     shown = plain.decode(latents).astype(int)
     assert np.abs(normalised.decode((latents - mean) / std) - shown).max() <= 1
     assert np.abs(normalised.decode(latents) - shown).max() > 5
@@ -83,12 +100,32 @@ def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
 def test_a_recording_is_encoded_with_it(models, recording, tmp_path):
     out, short = tmp_path / "set", shutil.copytree(recording, tmp_path / "recording")
     facts = json.loads((short / "recording.json").read_text())
-    (short / "recording.json").write_text(json.dumps({**facts, "clips": facts["clips"][:1]}))  # one clip: these networks are slow here
+    (short / "recording.json").write_text(
+        json.dumps({**facts, "clips": facts["clips"][:1]})
+    )  # one clip: these networks are slow here
     model = f"model={models['wan']}"
-    assert encode.main([f"source={short}", f"out={out}", "codec=wan", model, "psnr=no", "latent_dtype=bfloat16"]) == 0
+    assert (
+        encode.main(
+            [
+                f"source={short}",
+                f"out={out}",
+                "codec=wan",
+                model,
+                "psnr=no",
+                "latent_dtype=bfloat16",
+            ]
+        )
+        == 0
+    )
     dataset = open_dataset(str(out))
     info = dataset.info
-    assert (info.codec, info.channels, info.temporal_stride, info.latent_height, info.latent_width) == ("wan", 4, 4, 15, 20)
+    assert (
+        info.codec,
+        info.channels,
+        info.temporal_stride,
+        info.latent_height,
+        info.latent_width,
+    ) == ("wan", 4, 4, 15, 20)
     assert info.psnr_db is None
     clip = dataset.read(dataset.clips("train")[0])
     assert clip.latents.shape == (5, 4, 15, 20)

@@ -1,4 +1,5 @@
-"""The loader: right rows, right frames, same stream after a restart, and errors that reach the trainer."""
+"""The loader: right rows, right frames, same stream after a restart, and errors that reach the
+trainer."""
 
 import itertools
 import threading
@@ -22,14 +23,24 @@ def dataset(dataset_path):
 
 
 def take(dataset, steps, **options):
-    settings = {"seed": 5, "stage": "short", "global_batch": 4, "rows": range(4), "frames": (0, 3), "clip_frames": 3, **options}
+    settings = {
+        "seed": 5,
+        "stage": "short",
+        "global_batch": 4,
+        "rows": range(4),
+        "frames": (0, 3),
+        "clip_frames": 3,
+        **options,
+    }
     with ClipLoader(dataset, **settings) as loader:
         return [next(loader) for _ in range(steps)]
 
 
 def same(a, b):
     names = ("latents", "c2w", "intrinsics", "controls", "draws")
-    return a.keys == b.keys and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+    return a.keys == b.keys and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in names
+    )
 
 
 def test_batches_follow_the_order(dataset):
@@ -39,13 +50,22 @@ def test_batches_follow_the_order(dataset):
         assert batch.draws.tolist() == list(draws)
         assert batch.keys == tuple(clips[order.sample(draw)].key for draw in draws)
         assert batch.latents.shape == (4, 3, 48, 7, 10)
-        assert (batch.c2w.shape, batch.intrinsics.shape, batch.controls.shape) == ((4, 17, 4, 4), (4, 17, 4), (4, 3, 6))
+        assert (batch.c2w.shape, batch.intrinsics.shape, batch.controls.shape) == (
+            (4, 17, 4, 4),
+            (4, 17, 4),
+            (4, 3, 6),
+        )
         assert batch.valid_frames.tolist() == [3] * 4
-        assert all(getattr(batch, name).dtype == torch.float32 for name in ("latents", "c2w", "intrinsics", "controls"))
+        assert all(
+            getattr(batch, name).dtype == torch.float32
+            for name in ("latents", "c2w", "intrinsics", "controls")
+        )
         raw = dataset.read(batch.keys[2])
         expected = normalise(raw.latents, dataset.info)
         np.testing.assert_array_equal(batch.latents[2].numpy(), expected)
-        np.testing.assert_allclose(batch.c2w[2].double(), np.linalg.inv(raw.c2w[0]) @ raw.c2w, atol=1e-6)
+        np.testing.assert_allclose(
+            batch.c2w[2].double(), np.linalg.inv(raw.c2w[0]) @ raw.c2w, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("data_ranks", [1, 2, 4])
@@ -57,14 +77,23 @@ def test_any_mesh_sees_the_same_batches(dataset, data_ranks, cp):
         rows = range(rank * each, (rank + 1) * each)
         parts = [take(dataset, 2, rows=rows, frames=(edges[p], edges[p + 1])) for p in range(cp)]
         for step in range(2):
-            assert torch.equal(torch.cat([part[step].latents for part in parts], dim=1), whole[step].latents[rows.start : rows.stop])
-            assert all(torch.equal(part[step].c2w, whole[step].c2w[rows.start : rows.stop]) for part in parts)
-            assert all(part[step].keys == whole[step].keys[rows.start : rows.stop] for part in parts)
+            assert torch.equal(
+                torch.cat([part[step].latents for part in parts], dim=1),
+                whole[step].latents[rows.start : rows.stop],
+            )
+            assert all(
+                torch.equal(part[step].c2w, whole[step].c2w[rows.start : rows.stop])
+                for part in parts
+            )
+            assert all(
+                part[step].keys == whole[step].keys[rows.start : rows.stop] for part in parts
+            )
 
 
 @pytest.mark.parametrize("examples", [1, pytest.param(40, marks=pytest.mark.full)])
 def test_8_6_12_3_ranks_any_cp_and_any_readers_read_one_stream(dataset, examples):
-    """Restarted with other ranks after every other step: joined over ranks, latents and all, each batch is that of one rank."""
+    """Restarted with other ranks after every other step: joined over ranks, latents and all, each
+    batch is that of one rank."""
     batch = 24
     whole = take(dataset, 8, global_batch=batch, rows=range(batch))
 
@@ -77,14 +106,28 @@ def test_8_6_12_3_ranks_any_cp_and_any_readers_read_one_stream(dataset, examples
             for rank in data.draw(st.permutations(range(ranks)))[:3]:
                 rows = range(rank * batch // ranks, (rank + 1) * batch // ranks)
                 parts = [
-                    take(dataset, 2, global_batch=batch, rows=rows, frames=held, readers=readers, start_step=start)
+                    take(
+                        dataset,
+                        2,
+                        global_batch=batch,
+                        rows=rows,
+                        frames=held,
+                        readers=readers,
+                        start_step=start,
+                    )
                     for held in itertools.pairwise((0, *edges, 3))
                 ]
                 for step in range(2):
                     expected, found = whole[start + step], [part[step] for part in parts]
-                    assert torch.equal(torch.cat([each.latents for each in found], dim=1), expected.latents[rows.start : rows.stop])
+                    assert torch.equal(
+                        torch.cat([each.latents for each in found], dim=1),
+                        expected.latents[rows.start : rows.stop],
+                    )
                     assert all(each.keys == expected.keys[rows.start : rows.stop] for each in found)
-                    assert all(torch.equal(each.c2w, expected.c2w[rows.start : rows.stop]) for each in found)
+                    assert all(
+                        torch.equal(each.c2w, expected.c2w[rows.start : rows.stop])
+                        for each in found
+                    )
 
     check()
 
@@ -92,7 +135,9 @@ def test_8_6_12_3_ranks_any_cp_and_any_readers_read_one_stream(dataset, examples
 def test_resume_in_the_middle_of_an_epoch_is_the_undisturbed_run(dataset):
     whole = take(dataset, 7)
     for start in (1, 4, 6):
-        assert all(same(a, b) for a, b in zip(take(dataset, 7 - start, start_step=start), whole[start:]))
+        assert all(
+            same(a, b) for a, b in zip(take(dataset, 7 - start, start_step=start), whole[start:])
+        )
 
 
 def test_shorter_cut_starts_at_the_first_latent(dataset):
@@ -103,7 +148,9 @@ def test_shorter_cut_starts_at_the_first_latent(dataset):
 
 
 def test_normalised_training_latents_have_unit_variance(dataset):
-    latents = np.stack([normalise(dataset.read(entry).latents, dataset.info) for entry in dataset.clips("train")])
+    latents = np.stack(
+        [normalise(dataset.read(entry).latents, dataset.info) for entry in dataset.clips("train")]
+    )
     for part in (latents[:, :1], latents[:, 1:]):
         np.testing.assert_allclose(part.mean(axis=(0, 1, 3, 4)), 0, atol=1e-2)
         np.testing.assert_allclose(part.std(axis=(0, 1, 3, 4)), 1, atol=1e-2)
@@ -112,9 +159,15 @@ def test_normalised_training_latents_have_unit_variance(dataset):
 def test_denormalise_undoes_normalise(dataset):
     latents = dataset.read(dataset.clips("train")[0]).latents
     for first in (0, 1, 5):
-        np.testing.assert_allclose(denormalise(normalise(latents, dataset.info, first), dataset.info, first), latents, atol=1e-4)
+        np.testing.assert_allclose(
+            denormalise(normalise(latents, dataset.info, first), dataset.info, first),
+            latents,
+            atol=1e-4,
+        )
     tensor = torch.from_numpy(latents)[None]
-    torch.testing.assert_close(denormalise(normalise(tensor, dataset.info), dataset.info), tensor, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        denormalise(normalise(tensor, dataset.info), dataset.info), tensor, atol=1e-4, rtol=1e-5
+    )
 
 
 def test_relative_poses_start_at_the_identity(dataset):
@@ -134,8 +187,18 @@ def test_damage_reaches_the_consumer_and_the_thread_ends(damaged):
     for shard in (damaged / "shards").iterdir():
         shard.write_bytes(shard.read_bytes()[:3000])
     before = threading.active_count()
-    loader = ClipLoader(open_dataset(str(damaged)), seed=0, stage="short", global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3)
-    with pytest.raises(DataError, match=r"shard shards/00000\d.tar, key e\d+-t\d+, field latent.npy"):
+    loader = ClipLoader(
+        open_dataset(str(damaged)),
+        seed=0,
+        stage="short",
+        global_batch=2,
+        rows=range(2),
+        frames=(0, 3),
+        clip_frames=3,
+    )
+    with pytest.raises(
+        DataError, match=r"shard shards/00000\d.tar, key e\d+-t\d+, field latent.npy"
+    ):
         next(loader)
     assert threading.active_count() == before
     with pytest.raises(DataError, match="after close"):
@@ -145,7 +208,16 @@ def test_damage_reaches_the_consumer_and_the_thread_ends(damaged):
 def test_the_wait_for_data_is_measured(dataset, monkeypatch):
     read = dataset.rows
     monkeypatch.setattr(dataset, "rows", lambda *given: (time.sleep(0.1), read(*given))[1])
-    with ClipLoader(dataset, seed=0, stage="short", global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, prefetch=1) as loader:
+    with ClipLoader(
+        dataset,
+        seed=0,
+        stage="short",
+        global_batch=2,
+        rows=range(2),
+        frames=(0, 3),
+        clip_frames=3,
+        prefetch=1,
+    ) as loader:
         assert next(loader).data_wait_s > 0.15  # two clips, one after the other
         while not loader._queue.full():
             time.sleep(0.01)
@@ -155,12 +227,30 @@ def test_the_wait_for_data_is_measured(dataset, monkeypatch):
 def test_readers_read_at_the_same_time(dataset, monkeypatch):
     read, both = dataset.rows, threading.Barrier(2)
     monkeypatch.setattr(dataset, "rows", lambda *given: (both.wait(timeout=20), read(*given))[1])
-    with ClipLoader(dataset, seed=0, stage="short", global_batch=2, rows=range(2), frames=(0, 3), clip_frames=3, readers=2) as loader:
+    with ClipLoader(
+        dataset,
+        seed=0,
+        stage="short",
+        global_batch=2,
+        rows=range(2),
+        frames=(0, 3),
+        clip_frames=3,
+        readers=2,
+    ) as loader:
         assert len(next(loader).keys) == 2
 
 
 def test_close_while_the_queue_is_full(dataset):
-    loader = ClipLoader(dataset, seed=0, stage="short", global_batch=1, rows=range(1), frames=(0, 3), clip_frames=3, prefetch=1)
+    loader = ClipLoader(
+        dataset,
+        seed=0,
+        stage="short",
+        global_batch=1,
+        rows=range(1),
+        frames=(0, 3),
+        clip_frames=3,
+        prefetch=1,
+    )
     next(loader)
     loader.close()
     assert not loader._thread.is_alive()

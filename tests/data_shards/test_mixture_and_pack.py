@@ -1,5 +1,5 @@
-"""Mixtures, buckets and packing keep the promise of the plain order: content is a function of the position alone, without gap or
-repetition."""
+"""Mixtures, buckets and packing keep the promise of the plain order: content is a function of the
+position alone, without gap or repetition."""
 
 from collections import Counter
 
@@ -17,7 +17,8 @@ SEEDS = st.integers(0, 2**31)
 @settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.floats(0.5, 10), min_size=1, max_size=6), seed=SEEDS)
 def test_choice_is_exact_and_consumes_every_stream_in_full(weights, seed):
-    # the smallest share here is 200 * 0.5 / 50.5 places; smaller ones are refused, see test_bad_weights_are_refused
+    # the smallest share here is 200 * 0.5 / 50.5 places; smaller ones are refused, see
+    # test_bad_weights_are_refused
     choice = WeightedChoice(tuple(weights), seed, "short", window=200)
     taken = [choice.choose(position) for position in range(3 * 200)]
     assert len(set(taken)) == len(taken)
@@ -43,15 +44,21 @@ def test_a_small_weight_gets_its_share_all_the_same():
 
 def test_a_mixture_of_one_is_the_plain_order():
     mixture, plain = MixtureOrder((50,), (2.0,), seed=4, stage="short"), SampleOrder(50, 4, "short")
-    assert [mixture.sample(draw) for draw in range(120)] == [(0, plain.sample(draw)) for draw in range(120)]
-    assert [mixture.replacement(draw, 3) for draw in range(20)] == [(0, plain.replacement(draw, 3)) for draw in range(20)]
+    assert [mixture.sample(draw) for draw in range(120)] == [
+        (0, plain.sample(draw)) for draw in range(120)
+    ]
+    assert [mixture.replacement(draw, 3) for draw in range(20)] == [
+        (0, plain.replacement(draw, 3)) for draw in range(20)
+    ]
 
 
 def test_bad_weights_are_refused():
     for weights in ((), (1.0, 0.0), (1.0, float("nan")), (-1.0,)):
         with pytest.raises(DataError, match="expected positive numbers"):
             WeightedChoice(weights, 0, "short")
-    with pytest.raises(DataError, match=r"number 1 has no place in a window of 1000. Fix: window=\d+"):
+    with pytest.raises(
+        DataError, match=r"number 1 has no place in a window of 1000. Fix: window=\d+"
+    ):
         WeightedChoice((1.0, 1e-5), 0, "short", window=1000)
     with pytest.raises(DataError, match="2 data sets and 1 weights"):
         MixtureOrder((1, 2), (1.0,), 0, "short")
@@ -61,7 +68,9 @@ def test_bad_weights_are_refused():
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60), bins=st.integers(1, 20))
 def test_best_fit_places_or_reports_every_item(lengths, bins):
     contents, left_out = best_fit(lengths, 20, bins)
-    assert sorted([item for items in contents for item in items] + left_out) == list(range(len(lengths)))
+    assert sorted([item for items in contents for item in items] + left_out) == list(
+        range(len(lengths))
+    )
     room = [20 - sum(lengths[item] for item in items) for items in contents]
     assert min(room) >= 0
     assert all(lengths[item] > max(room) for item in left_out)
@@ -71,7 +80,13 @@ LENGTHS = [3 + i % 9 for i in range(500)]
 
 
 def packer(sequences_per_window):
-    return Packer(SampleOrder(500, 7, "long").sample, LENGTHS.__getitem__, sum(LENGTHS) / 500, 32, sequences_per_window)
+    return Packer(
+        SampleOrder(500, 7, "long").sample,
+        LENGTHS.__getitem__,
+        sum(LENGTHS) / 500,
+        32,
+        sequences_per_window,
+    )
 
 
 def test_packed_sequences_are_a_function_of_their_number():
@@ -83,7 +98,9 @@ def test_packed_sequences_are_a_function_of_their_number():
         ends = [start + LENGTHS[clip] for start, clip in zip(sequence.starts, sequence.clips)]
         assert list(sequence.starts) == [0, *ends[:-1]]  # documents touch, none overlaps
         assert sequence.valid_frames == ends[-1] <= 32
-        assert [SampleOrder(500, 7, "long").sample(draw) for draw in sequence.draws] == list(sequence.clips)
+        assert [SampleOrder(500, 7, "long").sample(draw) for draw in sequence.draws] == list(
+            sequence.clips
+        )
 
 
 def test_every_draw_is_packed_once_or_reported_and_waste_is_small():

@@ -1,4 +1,5 @@
-"""The sample order: a permutation per epoch, independent of how a global batch is cut among ranks."""
+"""The sample order: a permutation per epoch, independent of how a global batch is cut among
+ranks."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,9 @@ def test_permute_a_billion_needs_no_table():
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), length=st.integers(1, 50), seed=st.integers(0, 2**31), stage=st.text(max_size=9))
+@given(
+    data=st.data(), length=st.integers(1, 50), seed=st.integers(0, 2**31), stage=st.text(max_size=9)
+)
 def test_any_cut_into_ranks_gives_the_same_global_batches(data, length, seed, stage):
     """8 -> 6 -> 12 -> 3 ranks, changed at any step: always the stream of one rank."""
     order, batch = SampleOrder(length, seed, stage), 24

@@ -1,4 +1,5 @@
-"""Reading from stores that fail: a real local S3 server behind a proxy that injects faults (conftest), and a plain web server."""
+"""Reading from stores that fail: a real local S3 server behind a proxy that injects faults
+(conftest), and a plain web server."""
 
 import http.client
 import http.server
@@ -15,7 +16,9 @@ from data_shards.schema import DataError, ShardError
 from data_shards.storage.read import open_dataset
 from data_shards.storage.remote import RangeCache, RetryPolicy, with_retries
 
-FAST = RetryPolicy(budget_s=10, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.5)
+FAST = RetryPolicy(
+    budget_s=10, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.5
+)
 
 
 def test_s3_gives_what_the_disk_gives(bucket, dataset_path):
@@ -37,7 +40,9 @@ def test_transient_faults_recover_inside_the_budget(bucket, dataset_path, faults
     clip = remote.read(entry)
     assert time.monotonic() - started < FAST.budget_s
     assert proxy.served[:2] == [fault, fault]
-    np.testing.assert_array_equal(clip.latents, open_dataset(str(dataset_path)).read(entry.key).latents)
+    np.testing.assert_array_equal(
+        clip.latents, open_dataset(str(dataset_path)).read(entry.key).latents
+    )
 
 
 @pytest.mark.parametrize("fault", ["403", "404"])
@@ -46,7 +51,9 @@ def test_permanent_faults_fail_at_once(bucket, faults, fault):
     entry = remote.clips("train")[0]
     faults += [fault] * 50
     started = time.monotonic()
-    with pytest.raises(ShardError, match=rf"shard {entry.shard}, key {entry.key}, field c2w.npy") as caught:
+    with pytest.raises(
+        ShardError, match=rf"shard {entry.shard}, key {entry.key}, field c2w.npy"
+    ) as caught:
         remote.read(entry)
     assert time.monotonic() - started < 2
     assert "very-secret-value" not in str(caught.value)
@@ -54,14 +61,26 @@ def test_permanent_faults_fail_at_once(bucket, faults, fault):
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "short", "slow", "403", "404"])
-def test_a_store_that_stays_down_ends_with_the_budget_and_tells_no_secret(bucket, faults, fault, caplog, proxy):
-    """Whatever goes wrong: neither the error, nor anything it was raised from, nor any log at any level has the secret key in it."""
-    policy = RetryPolicy(budget_s=0.4, first_pause_s=0.02, longest_pause_s=0.1, connect_timeout_s=1, read_timeout_s=0.2)
+def test_a_store_that_stays_down_ends_with_the_budget_and_tells_no_secret(
+    bucket, faults, fault, caplog, proxy
+):
+    """Whatever goes wrong: neither the error, nor anything it was raised from, nor any log at any
+    level has the secret key in it."""
+    policy = RetryPolicy(
+        budget_s=0.4,
+        first_pause_s=0.02,
+        longest_pause_s=0.1,
+        connect_timeout_s=1,
+        read_timeout_s=0.2,
+    )
     remote = open_dataset(bucket, policy=policy)
     entry = remote.clips("train")[0]
     faults += [fault] * 500
     started = time.monotonic()
-    with caplog.at_level(logging.DEBUG), pytest.raises(ShardError, match=rf"key {entry.key}, field c2w.npy") as caught:
+    with (
+        caplog.at_level(logging.DEBUG),
+        pytest.raises(ShardError, match=rf"key {entry.key}, field c2w.npy") as caught,
+    ):
         remote.read(entry)
     assert time.monotonic() - started < 3
     assert proxy.served[0] == fault
@@ -73,16 +92,31 @@ def test_a_store_that_stays_down_ends_with_the_budget_and_tells_no_secret(bucket
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", ["500", "reset", "short", "slow"])
-def test_zarr_in_a_bucket_is_read_as_patiently(bucket, recording, dataset_path, faults, tmp_path, fault, proxy):
+def test_zarr_in_a_bucket_is_read_as_patiently(
+    bucket, recording, dataset_path, faults, tmp_path, fault, proxy
+):
     from s3fs import S3FileSystem
 
     if not S3FileSystem().exists("shards-test/zarr/dataset.json"):
-        assert encode.main([f"source={recording}", f"out={tmp_path / 'set'}", "shard_mb=0.03", "psnr=no", "container=zarr"]) == 0
+        assert (
+            encode.main(
+                [
+                    f"source={recording}",
+                    f"out={tmp_path / 'set'}",
+                    "shard_mb=0.03",
+                    "psnr=no",
+                    "container=zarr",
+                ]
+            )
+            == 0
+        )
         S3FileSystem().put(str(tmp_path / "set"), "shards-test/zarr", recursive=True)
     remote = open_dataset("s3://shards-test/zarr", policy=FAST)
     entry = remote.clips("train")[0]
     faults += [fault, fault]
-    np.testing.assert_array_equal(remote.read(entry).latents, open_dataset(str(dataset_path)).read(entry.key).latents)
+    np.testing.assert_array_equal(
+        remote.read(entry).latents, open_dataset(str(dataset_path)).read(entry.key).latents
+    )
     assert proxy.served[:2] == [fault, fault]
 
 
@@ -92,15 +126,23 @@ def test_nothing_there(bucket):
 
 
 def test_only_the_second_reading_is_spared(bucket, faults, tmp_path, proxy):
-    """The cache is filled with whole ranges only, also when the body breaks off, and a spoilt entry is fetched again."""
+    """The cache is filled with whole ranges only, also when the body breaks off, and a spoilt entry
+    is fetched again."""
     cache = RangeCache(tmp_path / "cache", 10**7)
     remote = open_dataset(bucket, policy=FAST, cache=cache)
     entry = remote.clips("train")[0]
     faults += ["short"]
     first = remote.read(entry)
     sizes = {file.stat().st_size for file in cache.folder.iterdir()}
-    small = [member for field, member in remote.members(entry).items() if field not in ("json", "latent.npy")]
-    assert sizes == {max(m.offset + m.length for m in small) - min(m.offset for m in small), 3 * 6720}  # neighbours are one read
+    small = [
+        member
+        for field, member in remote.members(entry).items()
+        if field not in ("json", "latent.npy")
+    ]
+    assert sizes == {
+        max(m.offset + m.length for m in small) - min(m.offset for m in small),
+        3 * 6720,
+    }  # neighbours are one read
     requests = len(proxy.served)
     np.testing.assert_array_equal(remote.read(entry).latents, first.latents)
     assert len(proxy.served) == requests
@@ -113,7 +155,9 @@ def test_only_the_second_reading_is_spared(bucket, faults, tmp_path, proxy):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("credentials", "said"), [(False, "NoCredentialsError"), (True, "EndpointConnectionError")])
+@pytest.mark.parametrize(
+    ("credentials", "said"), [(False, "NoCredentialsError"), (True, "EndpointConnectionError")]
+)
 def test_no_credentials_and_no_server_are_one_clear_error(monkeypatch, credentials, said):
     """What S3's library raises for them is no OSError."""
     from s3fs import S3FileSystem
@@ -123,20 +167,27 @@ def test_no_credentials_and_no_server_are_one_clear_error(monkeypatch, credentia
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     S3FileSystem.clear_instance_cache()
-    with pytest.raises(DataError, match=f"cannot read s3://nobody/set/dataset.json .*{said}") as caught:
+    with pytest.raises(
+        DataError, match=f"cannot read s3://nobody/set/dataset.json .*{said}"
+    ) as caught:
         open_dataset("s3://nobody/set", policy=RetryPolicy(budget_s=0.3, first_pause_s=0.02))
     assert caught.value.passing == credentials
     S3FileSystem.clear_instance_cache()
 
 
 class PlainServer(http.server.BaseHTTPRequestHandler):
-    """Files by HTTP with byte ranges, as any web server gives them; the next requests for shards fail as `faults` say."""
+    """Files by HTTP with byte ranges, as any web server gives them; the next requests for shards
+    fail as `faults` say."""
 
     folder, faults = None, []
 
     def do_GET(self):
         path = self.folder / self.path.lstrip("/")
-        fault = self.faults.pop(0) if self.faults and path.suffix == ".tar" and self.command == "GET" else None
+        fault = (
+            self.faults.pop(0)
+            if self.faults and path.suffix == ".tar" and self.command == "GET"
+            else None
+        )
         if fault or not path.is_file():
             self.send_error(int(fault or 404))
             return
@@ -164,14 +215,21 @@ def test_http_is_read_by_range_and_as_patiently(dataset_path):
     PlainServer.folder, PlainServer.faults = dataset_path, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        remote, local = open_dataset(f"http://127.0.0.1:{server.server_address[1]}", policy=FAST), open_dataset(str(dataset_path))
+        remote, local = (
+            open_dataset(f"http://127.0.0.1:{server.server_address[1]}", policy=FAST),
+            open_dataset(str(dataset_path)),
+        )
         entry = local.clips("train")[0]
         PlainServer.faults += ["503", "429", "500"]
-        np.testing.assert_array_equal(remote.read(entry.key, (1, 3)).latents, local.read(entry.key, (1, 3)).latents)
+        np.testing.assert_array_equal(
+            remote.read(entry.key, (1, 3)).latents, local.read(entry.key, (1, 3)).latents
+        )
         assert not PlainServer.faults
         PlainServer.faults += ["403"] * 50
         started = time.monotonic()
-        with pytest.raises(ShardError, match=rf"ClientResponseError: 403.*key {entry.key}, field c2w.npy") as caught:
+        with pytest.raises(
+            ShardError, match=rf"ClientResponseError: 403.*key {entry.key}, field c2w.npy"
+        ) as caught:
             remote.read(entry.key)
         assert time.monotonic() - started < 2
         assert not caught.value.passing
@@ -183,7 +241,9 @@ def test_http_is_read_by_range_and_as_patiently(dataset_path):
         assert "very-secret-value" not in f"{refused.value} {absent.value}"
         PlainServer.faults[:] = ["503"] * 500
         with pytest.raises(ShardError, match="503") as caught:
-            open_dataset(remote.path, policy=RetryPolicy(budget_s=0.2, first_pause_s=0.02)).read(entry.key)
+            open_dataset(remote.path, policy=RetryPolicy(budget_s=0.2, first_pause_s=0.02)).read(
+                entry.key
+            )
         assert caught.value.passing
     finally:
         server.shutdown()
@@ -207,7 +267,9 @@ def test_retries_spare_what_will_not_mend():
     assert (len(calls), pauses) == (4, [])
     with pytest.raises(ConnectionResetError):
         with_retries(
-            fail(ConnectionResetError()), RetryPolicy(budget_s=0.02, first_pause_s=0.001), lambda s: (pauses.append(s), time.sleep(s))
+            fail(ConnectionResetError()),
+            RetryPolicy(budget_s=0.02, first_pause_s=0.001),
+            lambda s: (pauses.append(s), time.sleep(s)),
         )
     assert len(pauses) >= 2
     assert len(set(pauses)) == len(pauses), "ranks that fail together must not come back together"

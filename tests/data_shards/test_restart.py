@@ -1,4 +1,5 @@
-"""`encode` killed with SIGKILL at chosen points and run again: the bytes of an undisturbed run, no finished shard made twice."""
+"""`encode` killed with SIGKILL at chosen points and run again: the bytes of an undisturbed run, no
+finished shard made twice."""
 
 import filecmp
 import shutil
@@ -29,14 +30,19 @@ sys.exit(encode.main({arguments!r}))
 
 def killed(target, number, arguments):
     script = KILLED_RUN.format(target=target, number=number, arguments=arguments)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=60
+    ).returncode
 
 
 @pytest.mark.parametrize(
     ("target", "number"),
     [
         ("write.ShardWriter._append", 8),  # inside the first shard's second clip
-        ("target.write_durably", 4),  # the third shard's tar is there, the note that it is done is not
+        (
+            "target.write_durably",
+            4,
+        ),  # the third shard's tar is there, the note that it is done is not
         ("encode_finish.write_index", 1),  # all shards are there, no index
         ("target.publish_folder", 1),  # everything is there but the name
     ],
@@ -46,20 +52,29 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
     arguments = [f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3"]
     assert killed(target, number, arguments) == -9
     assert not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "set.partial" / "shards").glob("*.tar")}
+    kept = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "set.partial" / "shards").glob("*.tar")
+    }
     assert encode.main(arguments) == 0
-    names = sorted(str(file.relative_to(dataset_path)) for file in dataset_path.rglob("*") if file.is_file())
+    names = sorted(
+        str(file.relative_to(dataset_path)) for file in dataset_path.rglob("*") if file.is_file()
+    )
     assert names == sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     assert filecmp.cmpfiles(dataset_path, out, names, shallow=False)[1:] == ([], [])
     if target == "encode_finish.write_index":
         assert len(kept) == 3
-        assert all((out / "shards" / path.name).stat().st_mtime_ns == time for path, time in kept.items())
+        assert all(
+            (out / "shards" / path.name).stat().st_mtime_ns == time for path, time in kept.items()
+        )
 
 
 @pytest.mark.parametrize(
     ("target", "number"),
     [
-        pytest.param("zarr_store.ZarrWriter._append", 8, marks=pytest.mark.full),  # inside the first shard's second clip
+        pytest.param(
+            "zarr_store.ZarrWriter._append", 8, marks=pytest.mark.full
+        ),  # inside the first shard's second clip
         ("target.write_durably", 3),  # the second shard is there, the note that it is done is not
     ],
 )
@@ -72,7 +87,13 @@ def test_zarr_shards_are_the_same_after_a_kill(recording, tmp_path, target, numb
 
 
 def test_a_finished_zarr_shard_that_lost_a_file_is_made_again(recording, tmp_path):
-    arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "shard_mb=0.03", "container=zarr", "psnr=no"]
+    arguments = [
+        f"source={recording}",
+        f"out={tmp_path / 'set'}",
+        "shard_mb=0.03",
+        "container=zarr",
+        "psnr=no",
+    ]
     assert killed("encode_finish.write_index", 1, arguments) == -9
     chunk = next((tmp_path / "set.partial" / "shards" / "000001.zarr").rglob("latent/c/*/*/*/*"))
     chunk.unlink()
@@ -81,12 +102,23 @@ def test_a_finished_zarr_shard_that_lost_a_file_is_made_again(recording, tmp_pat
 
 
 def bytes_of(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.full
 def test_ray_tasks_give_the_same_bytes(recording, dataset_path, tmp_path):
-    arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "shard_mb=0.03", "validation=0.3", "runner=ray", "workers=2"]
+    arguments = [
+        f"source={recording}",
+        f"out={tmp_path / 'set'}",
+        "shard_mb=0.03",
+        "validation=0.3",
+        "runner=ray",
+        "workers=2",
+    ]
     assert encode.main(arguments) == 0
     assert bytes_of(tmp_path / "set") == bytes_of(dataset_path)
 
@@ -95,7 +127,9 @@ def test_ray_tasks_give_the_same_bytes(recording, dataset_path, tmp_path):
 def test_a_mistake_in_a_ray_task_is_one_report(recording, tmp_path, capsys):
     broken = shutil.copytree(recording, tmp_path / "broken")
     next(broken.rglob("c2w.npy")).unlink()
-    assert encode.main([f"source={broken}", f"out={tmp_path / 'set'}", "runner=ray", "workers=2"]) == 2
+    assert (
+        encode.main([f"source={broken}", f"out={tmp_path / 'set'}", "runner=ray", "workers=2"]) == 2
+    )
     assert "recording: cannot read" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""What a step shows is a function of the step: whatever the ranks, after any change of them, with mixtures, buckets, cuts and packing."""
+"""What a step shows is a function of the step: whatever the ranks, after any change of them, with
+mixtures, buckets, cuts and packing."""
 
 from collections import Counter
 
@@ -26,18 +27,25 @@ def plain():
 def rich(pack=False):
     sizes = (SMALL, SMALL) if pack else (SMALL, WIDE)
     first = source([5, 11, 12, 30, 8] * 9, 3.0, sizes[0], cut_every=3)
-    return Schedule([first, source([11] * 7 + [6] * 5, 1.0, sizes[1])], (5, 11), 3, "short", BATCH, pack)
+    return Schedule(
+        [first, source([11] * 7 + [6] * 5, 1.0, sizes[1])], (5, 11), 3, "short", BATCH, pack
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), made=st.sampled_from([plain, rich, lambda: rich(pack=True)]))
 def test_8_6_12_3_ranks_changed_at_any_step_see_the_same_global_batches(data, made):
-    """No duplicate and no gap: joined over ranks, each step's rows are those of one rank, whoever asks and wherever it began."""
+    """No duplicate and no gap: joined over ranks, each step's rows are those of one rank, whoever
+    asks and wherever it began."""
     whole = [made().rows(step, range(BATCH)) for step in range(8)]
     for step, expected in enumerate(whole):
         ranks = data.draw(st.sampled_from([8, 6, 12, 3]))
         each, restarted = BATCH // ranks, made()  # a new process knows nothing but the step
-        found = [row for rank in range(ranks) for row in restarted.rows(step, range(rank * each, (rank + 1) * each))]
+        found = [
+            row
+            for rank in range(ranks)
+            for row in restarted.rows(step, range(rank * each, (rank + 1) * each))
+        ]
         assert tuple(found) == expected
         assert [row.draw for row in found] == list(range(step * BATCH, (step + 1) * BATCH))
 
@@ -60,14 +68,24 @@ def test_a_step_never_mixes_shapes_and_each_clip_is_cut_to_the_longest_it_fills(
             held = schedule.sources[take.source].latent_frames[take.clip]
             assert take.frames == row.frames == (11 if held >= 11 else 5)
             assert take.start + take.frames <= held
-    # three quarters of the draws are the first data set's, of whose clips three in five fill 11 frames
-    expected = {(11, SMALL): 0.45, (5, SMALL): 0.3, (11, WIDE): 0.25 * 7 / 12, (5, WIDE): 0.25 * 5 / 12}
-    assert {shape: count / 400 for shape, count in steps.items()} == pytest.approx(expected, abs=0.05)
+    # three quarters of the draws are the first data set's, of whose clips three in five fill 11
+    # frames
+    expected = {
+        (11, SMALL): 0.45,
+        (5, SMALL): 0.3,
+        (11, WIDE): 0.25 * 7 / 12,
+        (5, WIDE): 0.25 * 5 / 12,
+    }
+    assert {shape: count / 400 for shape, count in steps.items()} == pytest.approx(
+        expected, abs=0.05
+    )
 
 
 def test_a_mixtures_weights_hold_inside_a_bucket():
     schedule = Schedule([source([9] * 10, 3.0), source([9] * 1000, 1.0)], (9,), 0, "short", 40)
-    taken = Counter(row.takes[0].source for step in range(100) for row in schedule.rows(step, range(40)))
+    taken = Counter(
+        row.takes[0].source for step in range(100) for row in schedule.rows(step, range(40))
+    )
     assert taken == {0: 3000, 1: 1000}
 
 
@@ -79,24 +97,35 @@ def test_cuts_start_where_image_latents_are_and_differ_from_draw_to_draw():
     assert Schedule([source([30])], (11,), 0, "short", 1).rows(5, [0])[0].takes[0].start == 0
 
 
-@pytest.mark.parametrize("made", [plain, rich, lambda: rich(pack=True)], ids=["plain", "buckets", "packed"])
+@pytest.mark.parametrize(
+    "made", [plain, rich, lambda: rich(pack=True)], ids=["plain", "buckets", "packed"]
+)
 def test_quarantine_moves_nothing_but_the_clips_that_are_left_out(made):
-    """Each replaced take has the length of the one it replaces, so not even its own row changes shape."""
+    """Each replaced take has the length of the one it replaces, so not even its own row changes
+    shape."""
 
     def bad(number, clip):
         return clip % 4 == 0
 
     moved = 0
     for step in range(20):
-        for before, after in zip(made().rows(step, range(BATCH)), made().rows(step, range(BATCH), bad), strict=True):
-            assert (before.draw, before.frames, before.starts) == (after.draw, after.frames, after.starts)
+        for before, after in zip(
+            made().rows(step, range(BATCH)), made().rows(step, range(BATCH), bad), strict=True
+        ):
+            assert (before.draw, before.frames, before.starts) == (
+                after.draw,
+                after.frames,
+                after.starts,
+            )
             for old, new in zip(before.takes, after.takes, strict=True):
                 assert not bad(new.source, new.clip)
                 assert (new == old) == (not bad(old.source, old.clip))
                 assert (new.source, new.frames) == (old.source, old.frames)
                 moved += new != old
     assert moved > 50
-    with pytest.raises(DataError, match="got no clip of 7 latent frames outside the quarantined shards"):
+    with pytest.raises(
+        DataError, match="got no clip of 7 latent frames outside the quarantined shards"
+    ):
         plain().rows(0, [0], lambda number, clip: True)
 
 
@@ -114,7 +143,10 @@ def test_packed_rows_hold_whole_clips_and_little_else():
 
 
 @settings(max_examples=60, deadline=None)
-@given(costs=st.lists(st.integers(1, 1000), min_size=24, max_size=24), members=st.sampled_from([1, 2, 3, 6, 8, 12]))
+@given(
+    costs=st.lists(st.integers(1, 1000), min_size=24, max_size=24),
+    members=st.sampled_from([1, 2, 3, 6, 8, 12]),
+)
 def test_shares_are_equally_many_rows_of_nearly_equal_cost(costs, members):
     dealt = shares(costs, members)
     assert sorted(row for rows in dealt for row in rows) == list(range(24))
@@ -127,11 +159,25 @@ def test_shares_are_equally_many_rows_of_nearly_equal_cost(costs, members):
 def test_a_clip_too_short_for_every_cut_is_named():
     with pytest.raises(ShortClip) as caught:
         Schedule([source([9, 4, 9])], (5, 9), 0, "short", 1)
-    assert (caught.value.source, caught.value.clip, caught.value.frames, caught.value.wanted) == (0, 1, 4, 5)
+    assert (caught.value.source, caught.value.clip, caught.value.frames, caught.value.wanted) == (
+        0,
+        1,
+        4,
+        5,
+    )
     with pytest.raises(DataError, match="empty split"):
         Schedule([source([])], (5,), 0, "short", 1)
 
 
 def test_a_million_clips_and_a_distant_step_cost_nothing():
     schedule = Schedule([source(np.full(10**6, 9))], (9,), 0, "short", 64)
-    assert len({row.takes[0].clip for step in range(10**9, 10**9 + 3) for row in schedule.rows(step, range(64))}) == 192
+    assert (
+        len(
+            {
+                row.takes[0].clip
+                for step in range(10**9, 10**9 + 3)
+                for row in schedule.rows(step, range(64))
+            }
+        )
+        == 192
+    )

@@ -1,4 +1,5 @@
-"""Writing and reading: the bytes, stock webdataset, the index, and that each latent frame is fetched and checked by itself."""
+"""Writing and reading: the bytes, stock webdataset, the index, and that each latent frame is
+fetched and checked by itself."""
 
 import filecmp
 import io
@@ -25,13 +26,21 @@ def test_stock_webdataset_reads_the_shards(dataset_path):
     dataset = open_dataset(str(dataset_path))
     shards = sorted(str(shard) for shard in (dataset_path / "shards").iterdir())
     assert len(shards) == 3
-    samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False)}
+    samples = {
+        sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False)
+    }
     entries = [*dataset.clips("train"), *dataset.clips("validation")]
     assert sorted(samples) == sorted(entry.key for entry in entries)
     for entry in entries:
         clip, sample = dataset.read(entry), samples[entry.key]
-        for field, array in (("latent.npy", clip.latents), ("c2w.npy", clip.c2w), ("intrinsics.npy", clip.intrinsics)):
-            np.testing.assert_array_equal(np.load(io.BytesIO(sample[field]), allow_pickle=False), array)
+        for field, array in (
+            ("latent.npy", clip.latents),
+            ("c2w.npy", clip.c2w),
+            ("intrinsics.npy", clip.intrinsics),
+        ):
+            np.testing.assert_array_equal(
+                np.load(io.BytesIO(sample[field]), allow_pickle=False), array
+            )
         assert json.loads(sample["json"])["split"] == entry.split
 
 
@@ -43,8 +52,18 @@ def test_index_agrees_with_the_tar(dataset_path):
                 info = tar.getmember(f"{entry.key}.{field}")
                 assert (info.offset_data, info.size) == (member.offset, member.length)
                 assert (info.mtime, info.uid, info.gid, info.uname) == (0, 0, 0, "")
-        last = [m for e in dataset.clips("train") if e.shard == entry.shard for m in dataset.members(e).values()]
-        last += [m for e in dataset.clips("validation") if e.shard == entry.shard for m in dataset.members(e).values()]
+        last = [
+            m
+            for e in dataset.clips("train")
+            if e.shard == entry.shard
+            for m in dataset.members(e).values()
+        ]
+        last += [
+            m
+            for e in dataset.clips("validation")
+            if e.shard == entry.shard
+            for m in dataset.members(e).values()
+        ]
         assert shard_size(last) == (dataset_path / entry.shard).stat().st_size
 
 
@@ -55,18 +74,27 @@ def test_latents_are_those_of_the_codec(recording, dataset_path):
         content = source.load(clip)
         video, intrinsics = crop(content.video, content.intrinsics, (112, 160))
         stored = dataset.read(clip.key)
-        np.testing.assert_array_equal(stored.latents, codec.encode(video).astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(
+            stored.latents, codec.encode(video).astype(np.float16).astype(np.float32)
+        )
         np.testing.assert_array_equal(stored.c2w, content.c2w)
         np.testing.assert_array_equal(stored.intrinsics, intrinsics)
         np.testing.assert_array_equal(stored.intrinsics[:, 3], content.intrinsics[:, 3] - 4)
-        np.testing.assert_allclose(stored.controls[1:, 4].sum(), content.frame_controls[:, 4].sum(), rtol=1e-5)
-        held, moved = content.frame_controls[1:9, :4].mean(0), content.frame_controls[1:9, 4:].sum(0)
+        np.testing.assert_allclose(
+            stored.controls[1:, 4].sum(), content.frame_controls[:, 4].sum(), rtol=1e-5
+        )
+        held, moved = (
+            content.frame_controls[1:9, :4].mean(0),
+            content.frame_controls[1:9, 4:].sum(0),
+        )
         np.testing.assert_allclose(stored.controls[1], [*held, *moved], rtol=1e-5)
 
 
 def test_statistics_are_of_the_training_clips(dataset_path):
     dataset = open_dataset(str(dataset_path))
-    latents = np.stack([dataset.read(entry).latents for entry in dataset.clips("train")]).astype(np.float64)
+    latents = np.stack([dataset.read(entry).latents for entry in dataset.clips("train")]).astype(
+        np.float64
+    )
     for kind, part in enumerate((latents[:, :1], latents[:, 1:])):
         # statistics are taken before rounding to float16
         np.testing.assert_allclose(dataset.info.mean[kind], part.mean(axis=(0, 1, 3, 4)), atol=2e-3)
@@ -86,18 +114,28 @@ def test_slices_join_to_the_clip(dataset_path, members):
 
 def test_validation_is_by_episode(dataset_path):
     dataset = open_dataset(str(dataset_path))
-    train, validation = ({entry.episode for entry in dataset.clips(split)} for split in ("train", "validation"))
+    train, validation = (
+        {entry.episode for entry in dataset.clips(split)} for split in ("train", "validation")
+    )
     assert train
     assert validation
     assert not train & validation
     assert split_of_episodes({"a", "b", "c"}, 0.0) == {"a": "train", "b": "train", "c": "train"}
-    assert sorted(split_of_episodes({str(i) for i in range(20)}, 0.25).values()).count("validation") == 5
+    assert (
+        sorted(split_of_episodes({str(i) for i in range(20)}, 0.25).values()).count("validation")
+        == 5
+    )
     assert split_of_episodes({"only"}, 0.5) == {"only": "train"}
 
 
 def test_encode_gives_the_same_bytes_with_two_workers(recording, dataset_path, tmp_path):
     out = tmp_path / "again"
-    assert encode.main([f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3", "workers=2"]) == 0
+    assert (
+        encode.main(
+            [f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3", "workers=2"]
+        )
+        == 0
+    )
     names = [str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()]
     assert filecmp.cmpfiles(dataset_path, out, names, shallow=False)[1:] == ([], [])
     assert len(names) == len([file for file in dataset_path.rglob("*") if file.is_file()])
@@ -153,7 +191,13 @@ def test_writer_refuses_what_would_not_read_back(tmp_path):
 
 
 def test_npy_header_is_numpys():
-    for dtype, numpy_dtype in (("uint8", "|u1"), ("float16", "<f2"), ("bfloat16", "<u2"), ("float32", "<f4"), ("float64", "<f8")):
+    for dtype, numpy_dtype in (
+        ("uint8", "|u1"),
+        ("float16", "<f2"),
+        ("bfloat16", "<u2"),
+        ("float32", "<f4"),
+        ("float64", "<f8"),
+    ):
         for shape in ((3,), (2, 0), (11, 48, 7, 10)):
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.zeros(shape, numpy_dtype), version=(1, 0))
@@ -163,17 +207,27 @@ def test_npy_header_is_numpys():
 def test_bfloat16_is_torchs():
     import torch
 
-    values = np.random.default_rng(0).normal(size=1000).astype(np.float32) * np.logspace(-30, 30, 1000, dtype=np.float32)
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32) * np.logspace(
+        -30, 30, 1000, dtype=np.float32
+    )
     expected = torch.from_numpy(values).to(torch.bfloat16)
-    np.testing.assert_array_equal(to_bfloat16(values), expected.view(torch.int16).numpy().view(np.uint16))
+    np.testing.assert_array_equal(
+        to_bfloat16(values), expected.view(torch.int16).numpy().view(np.uint16)
+    )
     np.testing.assert_array_equal(from_bfloat16(to_bfloat16(values)), expected.float().numpy())
 
 
 def test_bfloat16_shards_read_back(tmp_path):
     with ShardWriter(tmp_path / "000000.tar") as writer:
         latents = np.random.default_rng(0).normal(size=(3, 4, 2, 2)).astype(np.float32)
-        member = {m.field: m for m in writer.add("k", {"latent.npy": ("bfloat16", latents)}, {})}["latent.npy"]
+        member = {m.field: m for m in writer.add("k", {"latent.npy": ("bfloat16", latents)}, {})}[
+            "latent.npy"
+        ]
     assert isinstance(member, MemberEntry)
-    data = (tmp_path / "000000.tar").read_bytes()[member.data_offset : member.offset + member.length]
-    np.testing.assert_allclose(from_bfloat16(np.frombuffer(data, "<u2")).reshape(3, 4, 2, 2), latents, rtol=2**-8)
+    data = (tmp_path / "000000.tar").read_bytes()[
+        member.data_offset : member.offset + member.length
+    ]
+    np.testing.assert_allclose(
+        from_bfloat16(np.frombuffer(data, "<u2")).reshape(3, 4, 2, 2), latents, rtol=2**-8
+    )
     assert member.row_bytes == 4 * 2 * 2 * 2

@@ -1,4 +1,5 @@
-"""Text: captions through small encoders with random weights, loaded as real ones are; null text; ready embeddings."""
+"""Text: captions through small encoders with random weights, loaded as real ones are; null text;
+ready embeddings."""
 
 import json
 
@@ -17,21 +18,42 @@ WORDS = ["<pad>", "<bos>", "</s>", "a", "red", "door", "room", "with", "the", "b
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """kind -> folder: the encoder of an encoder-decoder, with </s> after a caption, and a causal one, with <bos> before it."""
+    """kind -> folder: the encoder of an encoder-decoder, with </s> after a caption, and a causal
+    one, with <bos> before it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import GemmaConfig, GemmaModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers import (
+        GemmaConfig,
+        GemmaModel,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5EncoderModel,
+    )
 
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
-    t5 = T5EncoderModel(T5Config(vocab_size=12, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4))
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=12, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+    )
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     gemma = GemmaModel(GemmaConfig(vocab_size=12, head_dim=4, **sizes))
     for kind, network, template in (("t5", t5, "$A </s>"), ("gemma", gemma, "<bos> $A")):
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+        tokenizer = Tokenizer(
+            models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = [("<bos>", 1), ("</s>", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / kind)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(
+            folder / kind
+        )
         network.save_pretrained(folder / kind)
     return folder
 
@@ -40,12 +62,16 @@ def direct(folder, kind, ids):
     """The encoder's own output for these ids, without our code."""
     from transformers import GemmaModel, T5EncoderModel
 
-    network = {"t5": T5EncoderModel, "gemma": GemmaModel}[kind].from_pretrained(folder / kind).eval()
+    network = (
+        {"t5": T5EncoderModel, "gemma": GemmaModel}[kind].from_pretrained(folder / kind).eval()
+    )
     with torch.no_grad():
         return network(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
 
 
-@pytest.mark.parametrize(("kind", "ids", "null"), [("t5", [3, 4, 5, 2], [2]), ("gemma", [1, 3, 4, 5], [1])])
+@pytest.mark.parametrize(
+    ("kind", "ids", "null"), [("t5", [3, 4, 5, 2], [2]), ("gemma", [1, 3, 4, 5], [1])]
+)
 def test_embeddings_are_those_of_the_real_tokens(encoders, kind, ids, null):
     encoder = TextEncoder(str(encoders / kind), 6)
     embedding, mask, cut = encoder.encode("a red door")
@@ -69,13 +95,22 @@ def test_the_tokens_of_a_prefix_are_dropped_but_the_first_and_the_last(encoders)
 def captions(recording, tmp_path):
     keys = [clip["key"] for clip in json.loads((recording / "recording.json").read_text())["clips"]]
     file = tmp_path / "captions.json"
-    file.write_text(json.dumps({key: "a red door" if i % 2 else "the big room" for i, key in enumerate(keys)}))
+    file.write_text(
+        json.dumps({key: "a red door" if i % 2 else "the big room" for i, key in enumerate(keys)})
+    )
     return file
 
 
 def test_a_data_set_with_text(encoders, captions, recording, tmp_path, capsys):
     out = tmp_path / "set"
-    arguments = [f"source={recording}", f"out={out}", f"text={encoders / 'gemma'}", "text_length=3", f"captions={captions}", "psnr=no"]
+    arguments = [
+        f"source={recording}",
+        f"out={out}",
+        f"text={encoders / 'gemma'}",
+        "text_length=3",
+        f"captions={captions}",
+        "psnr=no",
+    ]
     assert encode.main(arguments) == 0
     assert "6 captions were longer than text_length=3" in capsys.readouterr().out
     assert verify.main([f"path={out}"]) == 0
@@ -88,10 +123,17 @@ def test_a_data_set_with_text(encoders, captions, recording, tmp_path, capsys):
         members = dataset.members(entry)
         stored = from_bfloat16(dataset.whole(entry, [members["text.npy"]])["text.npy"])
         np.testing.assert_allclose(stored, encoder.encode(caption)[0], rtol=2**-8)
-        assert dataset.whole(entry, [members["text_mask.npy"]])["text_mask.npy"].tolist() == [1, 1, 1]
+        assert dataset.whole(entry, [members["text_mask.npy"]])["text_mask.npy"].tolist() == [
+            1,
+            1,
+            1,
+        ]
         assert dataset.description(entry)["caption"] == caption
     np.testing.assert_allclose(np.load(out / "null_text.npy"), encoder.tokens("")[0])
-    assert len({encoder.encode(caption)[0].tobytes() for caption in ("a red door", "the big room")}) == 2
+    assert (
+        len({encoder.encode(caption)[0].tobytes() for caption in ("a red door", "the big room")})
+        == 2
+    )
     data = bytearray((out / "null_text.npy").read_bytes())
     data[-3] ^= 1
     (out / "null_text.npy").write_bytes(data)
@@ -108,17 +150,36 @@ def test_ready_embeddings(write_video, tmp_path, capsys):
         write_video(folder / f"{name}.mp4", frames=9)
         np.savez(folder / f"{name}.npz", text=text, text_mask=mask, caption="a room")
     np.save(null, np.ones((1, 5), np.float32))
-    arguments = [f"source={folder}", f"out={out}", "text=ready", "text_length=4", "text_dtype=float32"]
+    arguments = [
+        f"source={folder}",
+        f"out={out}",
+        "text=ready",
+        "text_length=4",
+        "text_dtype=float32",
+    ]
     assert encode.main(arguments) == 2
     assert "null_text: got none" in capsys.readouterr().err
     assert not list(tmp_path.glob("set*")), "nothing has been encoded before the mistake was seen"
     assert encode.main([*arguments, f"null_text={null}"]) == 0
     dataset = open_dataset(str(out))
     clip = dataset.find("b")
-    found = dataset.whole(clip, [dataset.members(clip)[field] for field in ("text.npy", "text_mask.npy")])
+    found = dataset.whole(
+        clip, [dataset.members(clip)[field] for field in ("text.npy", "text_mask.npy")]
+    )
     np.testing.assert_array_equal(found["text.npy"], text)
     np.testing.assert_array_equal(found["text_mask.npy"], mask)
-    assert encode.main([f"source={folder}", f"out={tmp_path / 'other'}", "text=ready", "text_length=3", f"null_text={null}"]) == 2
+    assert (
+        encode.main(
+            [
+                f"source={folder}",
+                f"out={tmp_path / 'other'}",
+                "text=ready",
+                "text_length=3",
+                f"null_text={null}",
+            ]
+        )
+        == 2
+    )
     assert "got (4, 5) with a mask (4,), expected [3, E]" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""Tiny autoencoders with random weights: TAEHV against the network written out frame by frame, TAESD through diffusers."""
+"""Tiny autoencoders with random weights: TAEHV against the network written out frame by frame,
+TAESD through diffusers."""
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ def random_taehv(pools=(2, 2, 1), grows=(1, 2, 2)):
     weights = {}
 
     def add(name, outputs, inputs, kernel=3, bias=True):
-        weights[f"{name}.weight"] = torch.randn(outputs, inputs, kernel, kernel, generator=random) / (inputs * kernel * kernel) ** 0.5
+        weights[f"{name}.weight"] = (
+            torch.randn(outputs, inputs, kernel, kernel, generator=random)
+            / (inputs * kernel * kernel) ** 0.5
+        )
         if bias:
             weights[f"{name}.bias"] = 0.1 * torch.randn(outputs, generator=random)
 
@@ -69,31 +73,52 @@ def encode_by_frame(weights, video, pools):
     """The published encoder, one frame and one layer at a time, on [F, H, W, 3]."""
     frames = list(torch.from_numpy(video).permute(0, 3, 1, 2)[:, None].float() / 255)
     frames += [frames[-1]] * (-len(frames) % int(np.prod(pools)))
-    frames = [layer(weights, "encoder.0", pixel_unshuffle(x, PATCH), padding=1).relu() for x in frames]
+    frames = [
+        layer(weights, "encoder.0", pixel_unshuffle(x, PATCH), padding=1).relu() for x in frames
+    ]
     for stage, pool in enumerate(pools):
         joined = [torch.cat(frames[i : i + pool], 1) for i in range(0, len(frames), pool)]
         frames = [layer(weights, f"encoder.{2 + 5 * stage}.conv", x) for x in joined]
-        frames = [layer(weights, f"encoder.{3 + 5 * stage}", x, stride=2, padding=1) for x in frames]
+        frames = [
+            layer(weights, f"encoder.{3 + 5 * stage}", x, stride=2, padding=1) for x in frames
+        ]
         for block in range(3):
             frames = remember(weights, f"encoder.{4 + 5 * stage + block}", frames)
     return torch.cat([layer(weights, "encoder.17", x, padding=1) for x in frames]).numpy()
 
 
 def decode_by_frame(weights, latents, grows):
-    frames = [layer(weights, "decoder.1", torch.tanh(x / 3) * 3, padding=1).relu() for x in torch.from_numpy(latents)[:, None]]
+    frames = [
+        layer(weights, "decoder.1", torch.tanh(x / 3) * 3, padding=1).relu()
+        for x in torch.from_numpy(latents)[:, None]
+    ]
     for stage, grow in enumerate(grows):
         for block in range(3):
             frames = remember(weights, f"decoder.{3 + 6 * stage + block}", frames)
-        grown = [layer(weights, f"decoder.{7 + 6 * stage}.conv", interpolate(x, scale_factor=2)) for x in frames]
-        frames = [layer(weights, f"decoder.{8 + 6 * stage}", part, padding=1) for x in grown for part in x.chunk(grow, 1)]
-    frames = [pixel_shuffle(layer(weights, "decoder.22", x.relu(), padding=1), PATCH) for x in frames]
-    return torch.cat(frames)[int(np.prod(grows)) - 1 :].clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+        grown = [
+            layer(weights, f"decoder.{7 + 6 * stage}.conv", interpolate(x, scale_factor=2))
+            for x in frames
+        ]
+        frames = [
+            layer(weights, f"decoder.{8 + 6 * stage}", part, padding=1)
+            for x in grown
+            for part in x.chunk(grow, 1)
+        ]
+    frames = [
+        pixel_shuffle(layer(weights, "decoder.22", x.relu(), padding=1), PATCH) for x in frames
+    ]
+    return (
+        torch.cat(frames)[int(np.prod(grows)) - 1 :].clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+    )
 
 
 def test_taehv_is_the_published_network(taehv):
     codec = make_codec("taehv", {"model": str(taehv)})
     assert (codec.temporal_stride, codec.spatial_stride, codec.channels) == (4, 16, CHANNELS)
-    weights, video = load_file(taehv), np.random.default_rng(0).integers(0, 256, (25, 32, 48, 3), dtype=np.uint8)
+    weights, video = (
+        load_file(taehv),
+        np.random.default_rng(0).integers(0, 256, (25, 32, 48, 3), dtype=np.uint8),
+    )
     latents = codec.encode(video)  # 7 latents: more than go through at a time
     assert latents.shape == (7, CHANNELS, 2, 3)
     np.testing.assert_allclose(latents, encode_by_frame(weights, video, (2, 2, 1)), atol=1e-5)
@@ -110,7 +135,9 @@ def test_a_decoder_trained_to_grow_more_keeps_the_last_frames(tmp_path):
     codec = make_codec("taehv", {"model": str(tmp_path)})
     latents = np.random.default_rng(1).normal(size=(3, CHANNELS, 2, 2)).astype(np.float32)
     weights["decoder.7.conv.weight"] = weights["decoder.7.conv.weight"][-8:]
-    np.testing.assert_allclose(codec.decode(latents), decode_by_frame(weights, latents, (1, 2, 2)), atol=0.51)
+    np.testing.assert_allclose(
+        codec.decode(latents), decode_by_frame(weights, latents, (1, 2, 2)), atol=0.51
+    )
 
 
 def test_other_files_are_refused(tmp_path, taehv):
@@ -123,15 +150,22 @@ def test_other_files_are_refused(tmp_path, taehv):
         ("y.safetensors", "another time stride"),
     ):
         with pytest.raises(DataError, match=report):
-            make_codec("taehv", {"model": str(tmp_path / name)}).encode(np.zeros((5, 16, 16, 3), np.uint8))
+            make_codec("taehv", {"model": str(tmp_path / name)}).encode(
+                np.zeros((5, 16, 16, 3), np.uint8)
+            )
 
 
 def test_single_image_autoencoders_go_frame_by_frame(tmp_path):
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
-    blocks = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
-    network = AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)).eval()
+    blocks = {
+        "encoder_block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+    }
+    network = AutoencoderTiny(
+        **blocks, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)
+    ).eval()
     network.save_pretrained(tmp_path)
     codec = make_codec("tiny", {"model": str(tmp_path)})
     assert (codec.temporal_stride, codec.spatial_stride, codec.channels) == (1, 8, 4)

@@ -26,7 +26,8 @@ def poses(frames=FRAMES):
 
 
 def write_colmap(folder, c2w):
-    """A text model as COLMAP writes it, images in another order than their names; rotations about y only."""
+    """A text model as COLMAP writes it, images in another order than their names; rotations about y
+    only."""
     folder.mkdir()
     (folder / "cameras.txt").write_text("# cameras\n1 PINHOLE 32 32 20 21 16 17\n")
     w2c = np.linalg.inv(c2w)
@@ -34,7 +35,10 @@ def write_colmap(folder, c2w):
     for i in reversed(range(len(w2c))):
         half = np.arctan2(w2c[i, 0, 2], w2c[i, 0, 0]) / 2
         t = w2c[i, :3, 3]
-        lines += [f"{i + 1} {np.cos(half)} 0 {np.sin(half)} 0 {t[0]} {t[1]} {t[2]} 1 frame_{i:04d}.png", "1.0 2.0 -1"]
+        lines += [
+            f"{i + 1} {np.cos(half)} 0 {np.sin(half)} 0 {t[0]} {t[1]} {t[2]} 1 frame_{i:04d}.png",
+            "1.0 2.0 -1",
+        ]
     (folder / "images.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -46,20 +50,39 @@ def test_videos_with_sidecars_become_a_data_set(write_video, tmp_path, capsys):
     for name in ("a", "b"):
         write_video(folder / f"{name}.mp4")
     pinhole = [20.0, 21.0, 16.0, 17.0]
-    np.savez(folder / "a.npz", w2c=np.linalg.inv(c2w)[:, :3], intrinsics=pinhole, controls=controls, **facts, episode="tape1")
+    np.savez(
+        folder / "a.npz",
+        w2c=np.linalg.inv(c2w)[:, :3],
+        intrinsics=pinhole,
+        controls=controls,
+        **facts,
+        episode="tape1",
+    )
     matrix = [[20.0, 0, 16.0], [0, 21.0, 17.0], [0, 0, 1]]
-    (folder / "b.json").write_text(json.dumps({"c2w": c2w.tolist(), "intrinsics": matrix, "controls": controls.tolist(), **facts}))
+    (folder / "b.json").write_text(
+        json.dumps(
+            {"c2w": c2w.tolist(), "intrinsics": matrix, "controls": controls.tolist(), **facts}
+        )
+    )
     assert encode.main([f"source={folder}", f"out={out}", "validation=0.5"]) == 0
     assert "6 frames at the ends of clips are left out" in capsys.readouterr().out
     dataset = open_dataset(str(out))
-    assert (dataset.info.fps, dataset.info.control_names, dataset.info.metres_per_unit) == (16.0, ("gas", "mouse_dx"), 1.0)
+    assert (dataset.info.fps, dataset.info.control_names, dataset.info.metres_per_unit) == (
+        16.0,
+        ("gas", "mouse_dx"),
+        1.0,
+    )
     for key, episode in (("a", "tape1"), ("b", "b")):
         clip = dataset.read(key)
         assert clip.entry.episode == episode
         np.testing.assert_allclose(clip.c2w, c2w[:17], atol=1e-12)
         np.testing.assert_array_equal(clip.intrinsics, np.tile([20.0, 21.0, 16.0, 17.0], (17, 1)))
-        np.testing.assert_allclose(clip.controls[1], [controls[1:9, 0].mean(), controls[1:9, 1].sum()])
-        brightness = 127.5 * (clip.latents[0, 0] / (np.sqrt(3) * 16) + 1)  # the mean of frame 0, which is black
+        np.testing.assert_allclose(
+            clip.controls[1], [controls[1:9, 0].mean(), controls[1:9, 1].sum()]
+        )
+        brightness = 127.5 * (
+            clip.latents[0, 0] / (np.sqrt(3) * 16) + 1
+        )  # the mean of frame 0, which is black
         np.testing.assert_allclose(brightness, 0, atol=3)
 
 
@@ -90,9 +113,16 @@ def test_poses_of_every_kind_of_sidecar_are_the_same_camera(write_video, tmp_pat
         write_colmap(tmp_path / "a.colmap", POSES)
         (tmp_path / "a.json").write_text(json.dumps({"metres_per_unit": 2.0}))
     elif kind == "npz":
-        np.savez(tmp_path / "a.npz", **facts, intrinsics=np.tile([20, 21, 16, 17], (FRAMES, 1)), metres_per_unit=2.0)
+        np.savez(
+            tmp_path / "a.npz",
+            **facts,
+            intrinsics=np.tile([20, 21, 16, 17], (FRAMES, 1)),
+            metres_per_unit=2.0,
+        )
     else:
-        (tmp_path / "a.json").write_text(json.dumps({**facts, "intrinsics": [20, 21, 16, 17], "metres_per_unit": 2.0}))
+        (tmp_path / "a.json").write_text(
+            json.dumps({**facts, "intrinsics": [20, 21, 16, 17], "metres_per_unit": 2.0})
+        )
     source = open_source(str(tmp_path))
     content = source.load(source.clips[0])
     np.testing.assert_allclose(content.c2w[:, :3, :3], POSES[:17, :3, :3], atol=1e-9)
@@ -116,8 +146,17 @@ def test_events_are_bucketed_at_the_latent_rate(write_video, tmp_path):
     folder, out = tmp_path / "videos", tmp_path / "set"
     folder.mkdir()
     write_video(folder / "a.mp4", frames=17)
-    columns = {"kind": [MOUSE, KEY_DOWN, MOUSE], "code": [0, 65, 0], "dx": [5, 0, 7], "dy": [1, 0, 0]}
-    np.savez(folder / "a.events.npz", time_ns=np.array([100, 500, 800]) * 10**6, **{k: np.array(v, np.int32) for k, v in columns.items()})
+    columns = {
+        "kind": [MOUSE, KEY_DOWN, MOUSE],
+        "code": [0, 65, 0],
+        "dx": [5, 0, 7],
+        "dy": [1, 0, 0],
+    }
+    np.savez(
+        folder / "a.events.npz",
+        time_ns=np.array([100, 500, 800]) * 10**6,
+        **{k: np.array(v, np.int32) for k, v in columns.items()},
+    )
     assert encode.main([f"source={folder}", f"out={out}"]) == 0
     controls = open_dataset(str(out)).read("a").controls
     assert controls.shape == (3, BUTTONS + 3)
@@ -134,8 +173,14 @@ def test_what_does_not_fit_is_refused(write_video, tmp_path, capsys):
     for content, report in (
         ({"c2w": poses().tolist()}, "poses without intrinsics"),
         ({"c2w": (2 * poses()).tolist(), "intrinsics": [1, 1, 0, 0]}, "expected rigid"),
-        ({"c2w": poses().tolist(), "w2c": poses().tolist(), "intrinsics": [1, 1, 0, 0]}, "got c2w and w2c, expected one"),
-        ({"c2w": poses(5).tolist(), "intrinsics": [1, 1, 0, 0]}, "poses for 5 frames, expected at least 17"),
+        (
+            {"c2w": poses().tolist(), "w2c": poses().tolist(), "intrinsics": [1, 1, 0, 0]},
+            "got c2w and w2c, expected one",
+        ),
+        (
+            {"c2w": poses(5).tolist(), "intrinsics": [1, 1, 0, 0]},
+            "poses for 5 frames, expected at least 17",
+        ),
         ({"controls": [[1.0]] * FRAMES, "control_names": ["a", "b"]}, r"got controls \(20, 1\)"),
     ):
         (folder / "a.json").write_text(json.dumps(content))
@@ -156,7 +201,9 @@ def test_what_does_not_fit_is_refused(write_video, tmp_path, capsys):
 
 
 def test_shapes_of_poses_and_intrinsics():
-    np.testing.assert_array_equal(square_intrinsics(np.array([1.0, 2, 3, 4]), 3, ""), [[1, 2, 3, 4]] * 3)
+    np.testing.assert_array_equal(
+        square_intrinsics(np.array([1.0, 2, 3, 4]), 3, ""), [[1, 2, 3, 4]] * 3
+    )
     with pytest.raises(DataError, match="fx, fy > 0"):
         square_intrinsics(np.array([0.0, 2, 3, 4]), 3, "")
     mirrored = np.tile(np.diag([1.0, 1, -1, 1]), (2, 1, 1))

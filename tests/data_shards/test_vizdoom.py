@@ -1,4 +1,5 @@
-"""Recorded cameras against the recorded pictures: carried through depth and pose, pixels must land on their like."""
+"""Recorded cameras against the recorded pictures: carried through depth and pose, pixels must land
+on their like."""
 
 import filecmp
 import json
@@ -11,14 +12,29 @@ import pytest
 
 from data_shards import encode, record
 from data_shards.sources.recording import RecordingSource
-from data_shards.sources.vizdoom import MAX_UNITS_PER_TIC, METRES_PER_UNIT, camera_intrinsics, camera_matrix, halve, nearest, tics_until
+from data_shards.sources.vizdoom import (
+    MAX_UNITS_PER_TIC,
+    METRES_PER_UNIT,
+    camera_intrinsics,
+    camera_matrix,
+    halve,
+    nearest,
+    tics_until,
+)
 
 
 def reproject(depth, source_k, source_c2w, target_k, target_c2w):
     """[H, W] metres -> (column, row, depth) [H, W] each: where frame A's pixels are in frame B."""
     height, width = depth.shape
     column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    rays = np.stack([(column - source_k[2]) / source_k[0], (row - source_k[3]) / source_k[1], np.ones_like(row)], -1)
+    rays = np.stack(
+        [
+            (column - source_k[2]) / source_k[0],
+            (row - source_k[3]) / source_k[1],
+            np.ones_like(row),
+        ],
+        -1,
+    )
     world = (rays * depth[..., None]) @ source_c2w[:3, :3].T + source_c2w[:3, 3]
     local = (world - target_c2w[:3, 3]) @ target_c2w[:3, :3]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -27,9 +43,12 @@ def reproject(depth, source_k, source_c2w, target_k, target_c2w):
 
 
 def colour_error(video, depth, c2w, intrinsics, a, b):
-    """Mean colour difference of frame a's pixels and what frame b shows where pose and depth say they are, if they are in view there."""
+    """Mean colour difference of frame a's pixels and what frame b shows where pose and depth say
+    they are, if they are in view there."""
     column, row, z = reproject(depth[a], intrinsics[a], c2w[a], intrinsics[b], c2w[b])
-    inside = (z > 0.3) & (column >= 0) & (column < video.shape[2]) & (row >= 0) & (row < video.shape[1])
+    inside = (
+        (z > 0.3) & (column >= 0) & (column < video.shape[2]) & (row >= 0) & (row < video.shape[1])
+    )
     columns, rows = column[inside].astype(int), row[inside].astype(int)
     seen = np.abs(depth[b, rows, columns] - z[inside]) < 0.5  # not hidden behind something
     difference = np.abs(video[a][inside].astype(float) - video[b, rows, columns])
@@ -38,7 +57,10 @@ def colour_error(video, depth, c2w, intrinsics, a, b):
 
 def test_pictures_are_means_and_depth_is_the_nearest_of_two_by_two():
     random = np.random.default_rng(0)
-    image, depth = random.integers(0, 256, (24, 32, 3), dtype=np.uint8), random.integers(0, 256, (24, 32), dtype=np.uint8)
+    image, depth = (
+        random.integers(0, 256, (24, 32, 3), dtype=np.uint8),
+        random.integers(0, 256, (24, 32), dtype=np.uint8),
+    )
     mean = image.reshape(12, 2, 16, 2, 3).astype(float).mean(axis=(1, 3))
     np.testing.assert_array_equal(halve(image), np.floor(mean + 0.5))
     np.testing.assert_array_equal(nearest(depth), depth.reshape(12, 2, 16, 2).min(axis=(1, 3)))
@@ -51,20 +73,26 @@ def clip(recording):
     turned = [np.abs(source.array(clip.key, "mouse")[:, 0].sum()) for clip in source.clips]
     key = source.clips[int(np.argmax(turned))].key
     facts = json.loads((recording / "recording.json").read_text())["depth_metres"]
-    arrays = {name: source.array(key, name) for name in ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")}
+    arrays = {
+        name: source.array(key, name)
+        for name in ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")
+    }
     return {**arrays, "depth": arrays["depth"] * facts["scale"] + facts["offset"]}
 
 
 def test_pixels_reproject_onto_themselves(clip):
     a, b = 4, 10
     moved = np.linalg.norm(clip["c2w"][b, :3, 3] - clip["c2w"][a, :3, 3])
-    assert moved > 0.1 or abs(clip["mouse"][a + 1 : b + 1, 0].sum()) > 3  # otherwise nothing is tested
+    assert (
+        moved > 0.1 or abs(clip["mouse"][a + 1 : b + 1, 0].sum()) > 3
+    )  # otherwise nothing is tested
     camera = (clip["video"], clip["depth"], clip["c2w"], clip["intrinsics"])
     right, visible = colour_error(*camera, a, b)
     still = np.abs(clip["video"][a].astype(float) - clip["video"][b]).mean()
     assert visible > 0.5
     assert right < 0.6 * still
-    # each wrong camera is worse than the recorded one: motion backwards, mirrored turn, square focal lengths, principal point left alone
+    # each wrong camera is worse than the recorded one: motion backwards, mirrored turn, square
+    # focal lengths, principal point left alone
     backwards = clip["c2w"].copy()
     backwards[b, :3, 3] = 2 * clip["c2w"][a, :3, 3] - clip["c2w"][b, :3, 3]
     mirrored = clip["c2w"].copy()
@@ -72,13 +100,24 @@ def test_pixels_reproject_onto_themselves(clip):
     mirrored[b, :3, :3] = clip["c2w"][a, :3, :3] @ turn.T
     square = clip["intrinsics"].copy()
     square[:, 0] = square[:, 1]
-    for c2w, intrinsics in ((backwards, clip["intrinsics"]), (mirrored, clip["intrinsics"]), (clip["c2w"], square)):
+    for c2w, intrinsics in (
+        (backwards, clip["intrinsics"]),
+        (mirrored, clip["intrinsics"]),
+        (clip["c2w"], square),
+    ):
         assert colour_error(clip["video"], clip["depth"], c2w, intrinsics, a, b)[0] > 1.1 * right
 
 
 def test_depth_agrees_between_frames(clip):
-    """Walls are known to half a step of the 8-bit depth (0.11 m), floors to one: the median must be below one step."""
-    column, row, z = reproject(clip["depth"][4], clip["intrinsics"][4], clip["c2w"][4], clip["intrinsics"][12], clip["c2w"][12])
+    """Walls are known to half a step of the 8-bit depth (0.11 m), floors to one: the median must be
+    below one step."""
+    column, row, z = reproject(
+        clip["depth"][4],
+        clip["intrinsics"][4],
+        clip["c2w"][4],
+        clip["intrinsics"][12],
+        clip["c2w"][12],
+    )
     height, width = z.shape
     inside = (z > 0.3) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     there = clip["depth"][12, row[inside].astype(int), column[inside].astype(int)]
@@ -98,14 +137,19 @@ def test_camera_axes():
 
 def test_poses_are_rigid_and_smooth(clip):
     rotation = clip["c2w"][:, :3, :3]
-    np.testing.assert_allclose(rotation @ rotation.transpose(0, 2, 1), np.broadcast_to(np.eye(3), rotation.shape), atol=1e-12)
+    np.testing.assert_allclose(
+        rotation @ rotation.transpose(0, 2, 1),
+        np.broadcast_to(np.eye(3), rotation.shape),
+        atol=1e-12,
+    )
     np.testing.assert_allclose(np.linalg.det(rotation), 1.0)
     steps = np.linalg.norm(np.diff(clip["c2w"][:, :3, 3], axis=0), axis=1)
     assert steps.max() < MAX_UNITS_PER_TIC * 3 * METRES_PER_UNIT
 
 
 def test_mouse_motion_is_the_turn_of_the_camera(clip):
-    """Right is positive and clockwise; the angle between two frames is what the mouse did between them."""
+    """Right is positive and clockwise; the angle between two frames is what the mouse did between
+    them."""
     forward = clip["c2w"][:, :3, 2]
     yaw = np.unwrap(np.arctan2(forward[:, 1], forward[:, 0]))
     np.testing.assert_allclose(-np.degrees(np.diff(yaw)), clip["mouse"][1:, 0], atol=0.05)
@@ -130,7 +174,10 @@ def test_same_seed_same_bytes(recording, tmp_path):
     assert (sorted(same), different, missing) == (sorted(names), [], [])
     other = tmp_path / "other"
     assert record.main(["vizdoom", f"out={other}", "clips=1", "frames=17", "seed=4"]) == 0
-    assert json.loads((other / "recording.json").read_text())["clips"] != json.loads((out / "recording.json").read_text())["clips"][:1]
+    assert (
+        json.loads((other / "recording.json").read_text())["clips"]
+        != json.loads((out / "recording.json").read_text())["clips"][:1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,10 +213,16 @@ def test_a_killed_recording_is_made_again_and_leaves_nothing(tmp_path):
     arguments = ["vizdoom", f"out={tmp_path / 'rec'}", "clips=1", "frames=17", "seed=3"]
     script = KILLED_RUN.format(arguments=arguments)
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, timeout=60, start_new_session=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, timeout=60, start_new_session=True, check=False
+    )
     (left,) = tmp_path.iterdir()
     assert (done.returncode, len(list(left.rglob("*.npy")))) == (-9, 6), done.stderr
-    elsewhere = {"rec.tmp-1", f"rec.tmp-another-machine-{2**22}", f"rec.tmp-{socket.gethostname()}-1"}  # 1 is running
+    elsewhere = {
+        "rec.tmp-1",
+        f"rec.tmp-another-machine-{2**22}",
+        f"rec.tmp-{socket.gethostname()}-1",
+    }  # 1 is running
     for name in elsewhere:
         (tmp_path / name).mkdir()
     assert record.main(arguments) == 0
@@ -182,7 +235,9 @@ def test_a_users_folder_is_refused_and_kept(command, recording, tmp_path, capsys
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "mine.mp4").write_bytes(b"a user's video")
     main = {
-        "record": lambda: record.main(["vizdoom", f"out={tmp_path / 'videos'}", "clips=1", "frames=17"]),
+        "record": lambda: record.main(
+            ["vizdoom", f"out={tmp_path / 'videos'}", "clips=1", "frames=17"]
+        ),
         "encode": lambda: encode.main([f"source={recording}", f"out={tmp_path / 'videos'}"]),
     }
     assert main[command]() == 2

@@ -16,14 +16,27 @@ from data_shards.storage.zarr_store import ZarrWriter, pieces
 @pytest.fixture
 def zarr_path(recording, tmp_path):
     out = tmp_path / "zarr"
-    assert encode.main([f"source={recording}", f"out={out}", "shard_mb=0.03", "validation=0.3", "container=zarr"]) == 0
+    assert (
+        encode.main(
+            [
+                f"source={recording}",
+                f"out={out}",
+                "shard_mb=0.03",
+                "validation=0.3",
+                "container=zarr",
+            ]
+        )
+        == 0
+    )
     return out
 
 
 def test_zarr_and_tar_give_the_same(dataset_path, zarr_path):
     tar, zarr = open_dataset(str(dataset_path)), open_dataset(str(zarr_path))
     for split in ("train", "validation"):
-        assert [entry.key for entry in tar.clips(split)] == [entry.key for entry in zarr.clips(split)]
+        assert [entry.key for entry in tar.clips(split)] == [
+            entry.key for entry in zarr.clips(split)
+        ]
         for entry in tar.clips(split):
             for frames in ((0, 3), (1, 2), (2, 2)):
                 a, b = tar.read(entry.key, frames), zarr.read(entry.key, frames)
@@ -35,20 +48,38 @@ def test_zarr_and_tar_give_the_same(dataset_path, zarr_path):
 
 def test_zarr_shards_have_the_same_bytes_each_time(recording, zarr_path, tmp_path):
     again = tmp_path / "again"
-    assert encode.main([f"source={recording}", f"out={again}", "shard_mb=0.03", "validation=0.3", "container=zarr", "workers=2"]) == 0
+    assert (
+        encode.main(
+            [
+                f"source={recording}",
+                f"out={again}",
+                "shard_mb=0.03",
+                "validation=0.3",
+                "container=zarr",
+                "workers=2",
+            ]
+        )
+        == 0
+    )
     names = sorted(str(file.relative_to(again)) for file in again.rglob("*") if file.is_file())
-    assert names == sorted(str(file.relative_to(zarr_path)) for file in zarr_path.rglob("*") if file.is_file())
+    assert names == sorted(
+        str(file.relative_to(zarr_path)) for file in zarr_path.rglob("*") if file.is_file()
+    )
     assert filecmp.cmpfiles(zarr_path, again, names, shallow=False)[1:] == ([], [])
 
 
 def test_stock_zarr_reads_the_same(zarr_path):
-    """Written by hand, so that each file has one right content; the library that others use must find in it what we do."""
+    """Written by hand, so that each file has one right content; the library that others use must
+    find in it what we do."""
     import zarr
 
     dataset = open_dataset(str(zarr_path))
     for split in ("train", "validation"):
         for entry in dataset.clips(split):
-            group, clip = zarr.open_group(zarr_path / entry.shard, mode="r", zarr_format=3)[entry.key], dataset.read(entry)
+            group, clip = (
+                zarr.open_group(zarr_path / entry.shard, mode="r", zarr_format=3)[entry.key],
+                dataset.read(entry),
+            )
             for name in ("c2w", "intrinsics", "controls"):
                 np.testing.assert_array_equal(group[name][:], getattr(clip, name))
             np.testing.assert_array_equal(group["latent"][:].astype(np.float32), clip.latents)
@@ -67,8 +98,17 @@ def test_long_clips_are_cut_into_files_and_stay_what_they_are(tmp_path, dtype, f
     assert stored.shape == latents.shape
     assert stored[:].tobytes() == bits
     row = len(bits) // frames
-    for start, stop in ((0, frames), (63, 64), (60, min(70, frames)), (frames - 1, frames), (frames, frames)):
-        found = b"".join((tmp_path / "000000.zarr" / p.name).read_bytes()[p.offset :][: p.length] for p in pieces("k", member, start, stop))
+    for start, stop in (
+        (0, frames),
+        (63, 64),
+        (60, min(70, frames)),
+        (frames - 1, frames),
+        (frames, frames),
+    ):
+        found = b"".join(
+            (tmp_path / "000000.zarr" / p.name).read_bytes()[p.offset :][: p.length]
+            for p in pieces("k", member, start, stop)
+        )
         assert found == bits[start * row : stop * row]
 
 
@@ -92,12 +132,18 @@ def test_damage_in_zarr_is_found(zarr_path):
             with pytest.raises(ShardError, match=rf"key {entry.key}, field latent.npy"):
                 open_dataset(str(zarr_path)).read(entry)
         else:  # what a description says is never followed
-            np.testing.assert_array_equal(open_dataset(str(zarr_path)).read(entry).latents, clip.latents)
-        assert [(problem.key, problem.field.removesuffix(".npy")) for problem in problems_of(zarr_path)] == [(entry.key, "latent")], name
+            np.testing.assert_array_equal(
+                open_dataset(str(zarr_path)).read(entry).latents, clip.latents
+            )
+        assert [
+            (problem.key, problem.field.removesuffix(".npy")) for problem in problems_of(zarr_path)
+        ] == [(entry.key, "latent")], name
         file.write_bytes(good)
     foreign = zarr_path / entry.shard / "x.pth"
     foreign.write_bytes(b"")
-    assert [problem.what for problem in problems_of(zarr_path)] == ["file: got x.pth, which `encode` does not write"]
+    assert [problem.what for problem in problems_of(zarr_path)] == [
+        "file: got x.pth, which `encode` does not write"
+    ]
 
 
 def problems_of(path):
@@ -105,7 +151,8 @@ def problems_of(path):
 
 
 def test_a_codec_that_unpacks_is_not_used(zarr_path):
-    """A compressed array could unpack gigabytes from a small file; nothing here is written compressed."""
+    """A compressed array could unpack gigabytes from a small file; nothing here is written
+    compressed."""
     import zarr
 
     dataset = open_dataset(str(zarr_path))
@@ -113,7 +160,9 @@ def test_a_codec_that_unpacks_is_not_used(zarr_path):
     c2w = dataset.read(entry).c2w
     group = zarr.open_group(zarr_path / entry.shard, mode="a")
     del group[f"{entry.key}/c2w"]
-    group.create_array(f"{entry.key}/c2w", shape=c2w.shape, dtype=c2w.dtype, chunks=c2w.shape)[:] = c2w
+    group.create_array(f"{entry.key}/c2w", shape=c2w.shape, dtype=c2w.dtype, chunks=c2w.shape)[
+        :
+    ] = c2w
     with pytest.raises(ShardError, match=r"got \d+ bytes.*field c2w\.npy"):
         open_dataset(str(zarr_path)).read(entry)
     assert {problem.field for problem in problems_of(zarr_path)} == {"c2w", "c2w.npy"}
@@ -122,17 +171,36 @@ def test_a_codec_that_unpacks_is_not_used(zarr_path):
 @pytest.mark.full
 @pytest.mark.parametrize("container", ["tar", "zarr"])
 def test_any_flipped_bit_in_any_file_is_found(container, recording, tmp_path):
-    """Ten bits of every file of a data set, those beside the shards too: verify sees each, and what is read is what was written, or a named
-    error."""
+    """Ten bits of every file of a data set, those beside the shards too: verify sees each, and what
+    is read is what was written, or a named error."""
     path = tmp_path / "set"
-    assert encode.main([f"source={recording}", f"out={path}", "shard_mb=0.03", "image_latents_every=8", f"container={container}"]) == 0
+    assert (
+        encode.main(
+            [
+                f"source={recording}",
+                f"out={path}",
+                "shard_mb=0.03",
+                "image_latents_every=8",
+                f"container={container}",
+            ]
+        )
+        == 0
+    )
     dataset = open_dataset(str(path))
-    truth = {entry.key: dataset.read(entry) for split in ("train", "validation") for entry in dataset.clips(split)}
+    truth = {
+        entry.key: dataset.read(entry)
+        for split in ("train", "validation")
+        for entry in dataset.clips(split)
+    }
     random, flips, found, named = np.random.default_rng(0), 0, 0, []
     for file in sorted(each for each in path.rglob("*") if each.is_file()):
         good = file.read_bytes()
         for place in random.integers(len(good), size=10).tolist():
-            file.write_bytes(good[:place] + bytes([good[place] ^ (1 << int(random.integers(8)))]) + good[place + 1 :])
+            file.write_bytes(
+                good[:place]
+                + bytes([good[place] ^ (1 << int(random.integers(8)))])
+                + good[place + 1 :]
+            )
             flips += 1
             try:
                 found += bool(problems_of(path))

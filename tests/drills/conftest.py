@@ -15,14 +15,23 @@ FAULTY = Path(__file__).with_name("faulty_worker.py")
 
 @pytest.fixture
 def start_ranks() -> Iterator[Callable[..., list[subprocess.Popen]]]:
-    """start_ranks(config, count, fault=(kind, rank, step)): worker processes whose output and errors are kept; killed at the end."""
+    """start_ranks(config, count, fault=(kind, rank, step)): worker processes whose output and
+    errors are kept; killed at the end."""
     started: list[subprocess.Popen] = []
 
-    def start(config: Path, count: int, fault: tuple[str, int, int] | None = None) -> list[subprocess.Popen]:
+    def start(
+        config: Path, count: int, fault: tuple[str, int, int] | None = None
+    ) -> list[subprocess.Popen]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         program = [str(FAULTY), *map(str, fault), "--"] if fault else ["-m", "wm_train.worker"]
         ranks = [
             subprocess.Popen(

@@ -1,4 +1,5 @@
-"""`wm_train.worker` with a fault: `python faulty_worker.py KIND RANK STEP -- --config run.json`. The fault is the named rank's alone."""
+"""`wm_train.worker` with a fault: `python faulty_worker.py KIND RANK STEP -- --config run.json`.
+The fault is the named rank's alone."""
 
 import dataclasses
 import os
@@ -17,7 +18,8 @@ SIGNALS = {"segfault": signal.SIGSEGV, "die": signal.SIGKILL, "stop": signal.SIG
 
 
 def poison(kind: str, at: int) -> None:
-    """The loss of step `at` becomes NaN or a thousand times itself, or its gradient infinite; or every step from it on is slow."""
+    """The loss of step `at` becomes NaN or a thousand times itself, or its gradient infinite; or
+    every step from it on is slow."""
     true, calls = objectives.OBJECTIVES["flow_matching"], [0]
 
     def poisoned(*arguments):
@@ -30,19 +32,24 @@ def poison(kind: str, at: int) -> None:
         if kind == "inf-gradient":
             out.loss.register_hook(lambda gradient: gradient * float("inf"))
             return out
-        return dataclasses.replace(out, loss=out.loss * {"nan": float("nan"), "x1000": 1000.0}[kind])
+        return dataclasses.replace(
+            out, loss=out.loss * {"nan": float("nan"), "x1000": 1000.0}[kind]
+        )
 
     objectives.OBJECTIVES["flow_matching"] = poisoned
 
 
 def after_step(kind: str, at: int) -> None:
-    """Something happens to this process, or to one bit of a weight, when step `at` has been taken."""
+    """Something happens to this process, or to one bit of a weight, when step `at` has been
+    taken."""
     true = trainer.train_step
 
     def step_and_fault(stage, state, batch, step, *rest):
         result = true(stage, state, batch, step, *rest)
         if step == at and kind == "flip":
-            weight = local_tensor(next(p for p in state.model.parameters() if local_tensor(p).numel() > 8)).detach()
+            weight = local_tensor(
+                next(p for p in state.model.parameters() if local_tensor(p).numel() > 8)
+            ).detach()
             weight.view(torch.int32).reshape(weight.numel())[5] ^= 1 << 7
         elif step == at:
             os.kill(os.getpid(), SIGNALS[kind])

@@ -1,5 +1,6 @@
-"""NaN on one rank, an infinite gradient, a loss a thousand times too large: `stop` ends all ranks before the update, with the parameters
-unchanged to the bit; `skip` equals the run without that batch."""
+"""NaN on one rank, an infinite gradient, a loss a thousand times too large: `stop` ends all ranks
+before the update, with the parameters unchanged to the bit; `skip` equals the run without that
+batch."""
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from wm_train.checkpoint import store
 from wm_train.checkpoint.manifest import read_manifest
 from wm_train.tracking.tracker import read_steps
 
-# Two ranks with one clip each, so that what is wrong on one must stop the other. A spike is judged against the median of eight steps.
+# Two ranks with one clip each, so that what is wrong on one must stop the other. A spike is judged
+# against the median of eight steps.
 COMMON = ("trainer.spike_factor=20", "trainer.checkpoint_every=11")
 BAD = 12
 
@@ -22,7 +24,11 @@ def tensors(folder):
 
 
 def same(one, other):
-    return one[0] == other[0] and one[1].keys() == other[1].keys() and all(torch.equal(one[1][n], other[1][n]) for n in one[1])
+    return (
+        one[0] == other[0]
+        and one[1].keys() == other[1].keys()
+        and all(torch.equal(one[1][n], other[1][n]) for n in one[1])
+    )
 
 
 @pytest.mark.drill
@@ -30,9 +36,17 @@ def same(one, other):
 def test_stop_ends_all_ranks_before_the_update(worker_config, tmp_path, start_ranks, outcome, kind):
     good, bad = tmp_path / "good", tmp_path / "bad"
     until = f"recipe.stages.short.steps={BAD - 1}"
-    assert [code for code, _ in outcome(start_ranks(worker_config(good, *COMMON, until), 2))] == [0, 0]
-    # The state of every rank is written when the guard raises: it must be the one after the step before.
-    results = outcome(start_ranks(worker_config(bad, *COMMON, "recipe.stages.short.steps=20"), 2, (f"{kind}", 1, BAD)))
+    assert [code for code, _ in outcome(start_ranks(worker_config(good, *COMMON, until), 2))] == [
+        0,
+        0,
+    ]
+    # The state of every rank is written when the guard raises: it must be the one after the step
+    # before.
+    results = outcome(
+        start_ranks(
+            worker_config(bad, *COMMON, "recipe.stages.short.steps=20"), 2, (f"{kind}", 1, BAD)
+        )
+    )
     assert [code for code, _ in results] == [1, 1]
     for _, said in results:
         assert f"BadStepError: step {BAD}: got" in said
@@ -48,9 +62,16 @@ def test_stop_ends_all_ranks_before_the_update(worker_config, tmp_path, start_ra
 
 @pytest.mark.drill
 @pytest.mark.parametrize("kind", ["nan", "inf-gradient", "x1000"])
-def test_skip_equals_the_run_without_that_batch(worker_config, tmp_path, start_ranks, outcome, kind):
+def test_skip_equals_the_run_without_that_batch(
+    worker_config, tmp_path, start_ranks, outcome, kind
+):
     without, skipped = tmp_path / "without", tmp_path / "skipped"
-    assert [code for code, _ in outcome(start_ranks(worker_config(without, *COMMON, f"trainer.skip_steps=[{BAD}]"), 2))] == [0, 0]
+    assert [
+        code
+        for code, _ in outcome(
+            start_ranks(worker_config(without, *COMMON, f"trainer.skip_steps=[{BAD}]"), 2)
+        )
+    ] == [0, 0]
     config = worker_config(skipped, *COMMON, "trainer.on_bad_step=skip")
     assert [code for code, _ in outcome(start_ranks(config, 2, (kind, 1, BAD)))] == [0, 0]
     assert same(tensors(without), tensors(skipped))

@@ -1,5 +1,6 @@
-"""Two hundred single flipped bits, spread over all files of a checkpoint: every one is found before a tensor is used, and
-the previous good one is taken. Plain torch.distributed.checkpoint finds none of 200."""
+"""Two hundred single flipped bits, spread over all files of a checkpoint: every one is found before
+a tensor is used, and the previous good one is taken. Plain torch.distributed.checkpoint finds none
+of 200."""
 
 import random
 import shutil
@@ -19,7 +20,9 @@ def test_two_hundred_flipped_bits(tmp_path):
     g = torch.Generator().manual_seed(0)
     draws, found = random.Random(1), 0
     for step in (1, 2):
-        tensors = {f"model/{i}": torch.randn(64, 32, generator=g) for i in range(4)} | {"optimizer/step": torch.tensor(float(step))}
+        tensors = {f"model/{i}": torch.randn(64, 32, generator=g) for i in range(4)} | {
+            "optimizer/step": torch.tensor(float(step))
+        }
         store.save(tmp_path / "whole", step, "short", tensors, {"config": {"seed": step}}, ALONE)
     files = sorted(path.name for path in store.committed(tmp_path / "whole")[-1].iterdir())
     for number in range(FLIPS):
@@ -29,7 +32,9 @@ def test_two_hundred_flipped_bits(tmp_path):
         file = victim / (files[number % len(files)] if number % 4 == 0 else draws.choice(files))
         data = bytearray(file.read_bytes())
         # headers are small and tensors large, so a quarter of the flips are in the first bytes
-        place = draws.randrange(min(len(data), 400)) if number % 4 == 1 else draws.randrange(len(data))
+        place = (
+            draws.randrange(min(len(data), 400)) if number % 4 == 1 else draws.randrange(len(data))
+        )
         data[place] ^= 1 << draws.randrange(8)
         file.write_bytes(data)
         reports: list[str] = []

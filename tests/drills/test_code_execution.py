@@ -1,4 +1,5 @@
-"""Seventeen ways to make somebody else's program run one's code, each carrying a call that creates a canary file: it is never created."""
+"""Seventeen ways to make somebody else's program run one's code, each carrying a call that creates
+a canary file: it is never created."""
 
 import io
 import json
@@ -62,16 +63,20 @@ def read(folder: Path) -> None:
 
 
 def resealed(folder: Path, name: str, data: bytes) -> None:
-    """Put `data` in a file of the checkpoint and make the manifest agree: an attacker can compute a sha256."""
+    """Put `data` in a file of the checkpoint and make the manifest agree: an attacker can compute a
+    sha256."""
     (folder / name).write_bytes(data)
     found, digest = manifest.read_manifest(folder), store.read_digest(folder / name)
     files = {**found.files, name: {"size": digest.size, "sha256": digest.sha256}}
-    (folder / manifest.NAME).write_text(manifest.to_text(manifest.Manifest(**{**vars(found), "files": files})))
+    (folder / manifest.NAME).write_text(
+        manifest.to_text(manifest.Manifest(**{**vars(found), "files": files}))
+    )
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "zip", "header"])
 def test_a_checkpoint_file_that_is_something_else(saved, canary, kind):
-    """1-4: a pickle, torch.save's zip, a numpy zip, and a safetensors header with a bomb, each under a right hash."""
+    """1-4: a pickle, torch.save's zip, a numpy zip, and a safetensors header with a bomb, each
+    under a right hash."""
     out = io.BytesIO()
     if kind == "pickle":
         pickle.dump({"model/a": Bomb(canary)}, out)
@@ -80,8 +85,14 @@ def test_a_checkpoint_file_that_is_something_else(saved, canary, kind):
     elif kind == "zip":
         np.savez(out, a=np.array([Bomb(canary)], dtype=object))
     else:
-        entry = {"dtype": f"__import__('os').system('touch {canary}')", "shape": [4, 4], "data_offsets": [0, 64]}
-        text = json.dumps({"__metadata__": {"__reduce__": f"os.system('touch {canary}')"}, "model/a": entry}).encode()
+        entry = {
+            "dtype": f"__import__('os').system('touch {canary}')",
+            "shape": [4, 4],
+            "data_offsets": [0, 64],
+        }
+        text = json.dumps(
+            {"__metadata__": {"__reduce__": f"os.system('touch {canary}')"}, "model/a": entry}
+        ).encode()
         out.write(len(text).to_bytes(8, "little") + text + bytes(64))
     resealed(saved, "rank_00000.safetensors", out.getvalue())
     with pytest.raises(CheckpointError):
@@ -95,7 +106,10 @@ def test_dcp_metadata_beside_a_checkpoint(saved, canary):
         read(saved)
 
 
-@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['touch {canary}']", '{{"body": "!!python/name:os.system"}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/object/apply:os.system ['touch {canary}']", '{{"body": "!!python/name:os.system"}}'],
+)
 def test_a_manifest_with_yaml_tags(saved, canary, text):
     """6: what an unsafe YAML loader would call."""
     (saved / manifest.NAME).write_text(text.format(canary=canary))
@@ -118,22 +132,40 @@ def judged(overrides: list[str]) -> None:
         "hydra.callbacks.x._target_=os.system",
         "tracker.experiment=${oc.env:HOME}",  # 9
         "tracker.experiment=${oc.decode:touch}",
-        "backend.name=os:system",  # 10: an entry point is what an installed package declares, never what a value says
+        # 10: an entry point is what an installed package declares, never what a value says
+        "backend.name=os:system",
     ],
 )
 def test_overrides(tmp_path, canary, override):
     with pytest.raises(ConfigError):
-        judged(["experiment=demo", f"data.path={tmp_path}", override, f"+model.args=['touch {canary}']"])
+        judged(
+            [
+                "experiment=demo",
+                f"data.path={tmp_path}",
+                override,
+                f"+model.args=['touch {canary}']",
+            ]
+        )
 
 
 @pytest.mark.drill
 def test_yaml_tags_in_a_config_folder(tmp_path, canary):
     """11: `--config-dir` with a tag that runs code in an unsafe loader."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "evil.yaml").write_text(f"name: !!python/object/apply:os.system ['touch {canary}']\n")
-    arguments = ["--config-dir", str(tmp_path), "experiment=demo", "model=evil", f"data.path={tmp_path}"]
+    (tmp_path / "model" / "evil.yaml").write_text(
+        f"name: !!python/object/apply:os.system ['touch {canary}']\n"
+    )
+    arguments = [
+        "--config-dir",
+        str(tmp_path),
+        "experiment=demo",
+        "model=evil",
+        f"data.path={tmp_path}",
+    ]
     command = [sys.executable, "-m", "wm_train.launch", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -150,7 +182,8 @@ def test_a_resolved_config_with_keys_of_its_own(tmp_path, canary):
 @pytest.mark.drill
 @pytest.mark.parametrize("kind", ["pickle member", "object npy", "pth beside", "entry points"])
 def test_a_data_set(gameplay, tmp_path, canary, kind):
-    """13-16: a pickled member in a tar, an npy of objects, a .pth and an entry_points.txt in the data folder."""
+    """13-16: a pickled member in a tar, an npy of objects, a .pth and an entry_points.txt in the
+    data folder."""
     folder = shutil.copytree(gameplay, tmp_path / "set")
     if kind == "pth beside":
         (folder / "model.pth").write_bytes(pickle.dumps(Bomb(canary)))
@@ -188,7 +221,9 @@ def test_a_data_set(gameplay, tmp_path, canary, kind):
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "model.safetensors"]
+)
 def test_a_folder_of_pretrained_weights(tmp_path, canary, name):
     """17: pickled weights in a diffusers folder, also under the name of a safetensors file."""
     folder = tmp_path / "weights"

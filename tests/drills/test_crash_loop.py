@@ -1,4 +1,5 @@
-"""A run that dies at every start ends by its budget of restarts, with growing pauses; one that dies twice at one step ends at once."""
+"""A run that dies at every start ends by its budget of restarts, with growing pauses; one that dies
+twice at one step ends at once."""
 
 import re
 import subprocess
@@ -14,8 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.drill
 @pytest.mark.parametrize(("restarts", "poisoned"), [(2, False), (5, True)])
 def test_a_crash_loop_ends(gameplay, tmp_path, restarts, poisoned):
-    """Real workers under torchrun: either they cannot write their record, or step 3 has a loss that `stop` refuses every time."""
-    small = ["model.width=32", "model.depth=1", "recipe.stages.short.frames=9", "recipe.stages.short.global_batch=2", "trainer.samples=0"]
+    """Real workers under torchrun: either they cannot write their record, or step 3 has a loss that
+    `stop` refuses every time."""
+    small = [
+        "model.width=32",
+        "model.depth=1",
+        "recipe.stages.short.frames=9",
+        "recipe.stages.short.global_batch=2",
+        "trainer.samples=0",
+    ]
     stage = tmp_path / "demo" / "short"
     if poisoned:
         small += ["recipe.stages.short.optimizer.lr=10", "recipe.stages.short.optimizer.clip_norm=1e30", "trainer.spike_factor=1.0001",
@@ -38,4 +46,7 @@ def test_a_crash_loop_ends(gameplay, tmp_path, restarts, poisoned):
     else:
         assert f"given up after {restarts} restarts" in said, said
         assert attempts == [("1", "1"), ("2", "2")]
-    print(f"{len(attempts) + 1} attempts in {time.monotonic() - started:.0f} s, exit code {done.returncode}")
+    print(
+        f"{len(attempts) + 1} attempts in {time.monotonic() - started:.0f} s, exit code"
+        f" {done.returncode}"
+    )

@@ -1,4 +1,5 @@
-"""`encode` with two workers, killed with SIGKILL at random moments and started again: the bytes of an undisturbed run, no orphans."""
+"""`encode` with two workers, killed with SIGKILL at random moments and started again: the bytes of
+an undisturbed run, no orphans."""
 
 import os
 import random
@@ -16,29 +17,48 @@ KILLS = 8
 
 
 def bytes_of(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def processes_of_group(group):
-    listed = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout.split("\n")
-    return [line.split()[1] for line in listed if line.split()[:1] == [str(group)] and not line.split()[2].startswith("Z")]
+    listed = subprocess.run(
+        ["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    return [
+        line.split()[1]
+        for line in listed
+        if line.split()[:1] == [str(group)] and not line.split()[2].startswith("Z")
+    ]
 
 
 @pytest.mark.drill
 @pytest.mark.parametrize("container", ["tar", "zarr"])
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_random_kills(tmp_path, container, whole_group):
-    """`whole_group`: the workers die too, as on a machine that is switched off; else only the command, and they must follow it."""
+    """`whole_group`: the workers die too, as on a machine that is switched off; else only the
+    command, and they must follow it."""
     recording = tmp_path / "rec"
     assert record.main(["vizdoom", f"out={recording}", "clips=24", "frames=41", "seed=5"]) == 0
-    arguments = [f"source={recording}", "shard_mb=0.05", f"container={container}", "workers=2", "image_latents_every=16"]
+    arguments = [
+        f"source={recording}",
+        "shard_mb=0.05",
+        f"container={container}",
+        "workers=2",
+        "image_latents_every=16",
+    ]
     started = time.monotonic()
     assert encode.main([*arguments, f"out={tmp_path / 'undisturbed'}"]) == 0
     seconds = time.monotonic() - started
     moments, killed, expected = random.Random(container), 0, bytes_of(tmp_path / "undisturbed")
     command = [sys.executable, "-m", "data_shards.encode", *arguments, f"out={tmp_path / 'set'}"]
     while killed < KILLS:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
         try:
             assert child.wait(timeout=moments.uniform(0.1, 0.9) * seconds) == 0
             assert bytes_of(tmp_path / "set") == expected

@@ -1,4 +1,5 @@
-"""kill -9 at every step of the save protocol: what is found afterwards is always a whole checkpoint, never a mix."""
+"""kill -9 at every step of the save protocol: what is found afterwards is always a whole
+checkpoint, never a mix."""
 
 import os
 import signal
@@ -11,15 +12,21 @@ from wm_train.checkpoint import store
 from wm_train.world import World
 
 ALONE = World(0, 1)
-TOUCHES = 5  # a save makes a folder, writes a file, writes the manifest, renames, and points to it: at least these
+# a save makes a folder, writes a file, writes the manifest, renames, and points to it: at least
+# these
+TOUCHES = 5
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
-    return {"model/a": torch.full((64, 64), float(step)), "optimizer/a/step": torch.tensor(float(step))}
+    return {
+        "model/a": torch.full((64, 64), float(step)),
+        "optimizer/a/step": torch.tensor(float(step)),
+    }
 
 
 def save_and_die(root: Path, at_call: int, after: bool) -> bool:
-    """Save step 2 in a child that is killed before or after its `at_call`-th touch of the disk; whether the child got that far."""
+    """Save step 2 in a child that is killed before or after its `at_call`-th touch of the disk;
+    whether the child got that far."""
     child = os.fork()
     if child == 0:
         calls = 0
@@ -37,7 +44,11 @@ def save_and_die(root: Path, at_call: int, after: bool) -> bool:
 
             return touch
 
-        for owner, name in ((store, "write_tensors"), (store, "write_text"), (store, "sync_folder")):
+        for owner, name in (
+            (store, "write_tensors"),
+            (store, "write_text"),
+            (store, "sync_folder"),
+        ):
             setattr(owner, name, lethal(getattr(owner, name)))
         Path.mkdir, Path.rename = lethal(Path.mkdir), lethal(Path.rename)  # type: ignore[method-assign]
         store.save(root, 2, "short", state(2), {}, ALONE)
@@ -68,6 +79,11 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, after
         assert not store.drafts(root)
         assert store.save(root, 2, "short", state(2), {}, ALONE).is_dir(), "the next save must work"
     assert reached >= TOUCHES
-    assert set(found_steps) == {1, 2}, "some kills come before the rename that publishes, some after"
+    assert set(found_steps) == {1, 2}, (
+        "some kills come before the rename that publishes, some after"
+    )
     assert found_steps == sorted(found_steps)
-    print(f"{reached} kills {'after' if after else 'before'} a touch of the disk, checkpoints found: {found_steps}")
+    print(
+        f"{reached} kills {'after' if after else 'before'} a touch of the disk, checkpoints found:"
+        f" {found_steps}"
+    )

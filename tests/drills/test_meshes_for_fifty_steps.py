@@ -1,4 +1,5 @@
-"""Fifty steps on every way to spread the work, and across changes of it: the losses of one process, to one part in a million."""
+"""Fifty steps on every way to spread the work, and across changes of it: the losses of one process,
+to one part in a million."""
 
 import pytest
 
@@ -7,8 +8,8 @@ from wm_train.tracking.tracker import read_steps
 pytestmark = pytest.mark.drill
 STEPS = 50
 BATCH = "recipe.stages.short.global_batch=4"
-# At the 2e-3 of the other tests the loss does not fall any more, and the last bit, in which sums in another order differ, grows
-# tenfold every ten steps: 2e-8 in step 8, 1e-4 in step 46.
+# At the 2e-3 of the other tests the loss does not fall any more, and the last bit, in which sums in
+# another order differ, grows tenfold every ten steps: 2e-8 in step 8, 1e-4 in step 46.
 RATE = "recipe.stages.short.optimizer.lr=4e-4"
 
 
@@ -18,7 +19,14 @@ def run_for(worker_config):
 
     def train(run_ranks, folder, workers, steps, *overrides):
         length = f"recipe.stages.short.steps={steps}"
-        run_ranks(workers, "-m", "wm_train.worker", "--config", worker_config(folder, BATCH, RATE, length, *overrides), timeout=900)
+        run_ranks(
+            workers,
+            "-m",
+            "wm_train.worker",
+            "--config",
+            worker_config(folder, BATCH, RATE, length, *overrides),
+            timeout=900,
+        )
         rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         return [row["loss"] for row in rows]
@@ -56,16 +64,24 @@ def worst(losses, expected):
     ],
     ids=["accumulated", "fsdp 2", "fsdp 4", "hsdp 2x2", "cp 2"],
 )
-def test_every_mesh_trains_as_one_process(run_for, one_process, run_ranks, tmp_path, workers, overrides):
+def test_every_mesh_trains_as_one_process(
+    run_for, one_process, run_ranks, tmp_path, workers, overrides
+):
     assert worst(run_for(run_ranks, tmp_path, workers, STEPS, *overrides), one_process) <= 1e-6
 
 
 @pytest.mark.parametrize(
     "override",
-    ["model.activation_checkpointing=block", "model.activation_checkpointing=selective", "trainer.async_checkpoint=false"],
+    [
+        "model.activation_checkpointing=block",
+        "model.activation_checkpointing=selective",
+        "trainer.async_checkpoint=false",
+    ],
     ids=["checkpointed", "selective", "synchronous saves"],
 )
-def test_what_only_moves_memory_or_time_changes_no_bit(run_for, one_process, run_ranks, tmp_path, override):
+def test_what_only_moves_memory_or_time_changes_no_bit(
+    run_for, one_process, run_ranks, tmp_path, override
+):
     assert run_for(run_ranks, tmp_path, 1, STEPS, override) == one_process
 
 
@@ -77,8 +93,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_goes_on_elsewhere_with_the_same_samples(run_for, one_process, run_ranks, tmp_path, change):
+def test_a_run_goes_on_elsewhere_with_the_same_samples(
+    run_for, one_process, run_ranks, tmp_path, change
+):
     losses = []
     for (workers, overrides), steps in zip(CHANGES[change], (15, 30, STEPS), strict=True):
         losses = run_for(run_ranks, tmp_path, workers, steps, *overrides)
-    assert worst(losses, one_process) <= 1e-6, "another sample or noise would differ in the first digits"
+    assert worst(losses, one_process) <= 1e-6, (
+        "another sample or noise would differ in the first digits"
+    )

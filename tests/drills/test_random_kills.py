@@ -1,6 +1,8 @@
-"""Random kill -9 of one or both workers of a run, also during saves: the curve and the final weights are those of the undisturbed run.
+"""Random kill -9 of one or both workers of a run, also during saves: the curve and the final
+weights are those of the undisturbed run.
 
-Twenty kills on two gloo processes by default; `WM_TRAIN_KILLS=200 make drills` for the long version.
+Twenty kills on two gloo processes by default; `WM_TRAIN_KILLS=200 make drills` for the long
+version.
 """
 
 import os
@@ -28,10 +30,21 @@ def start(config: Path) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     command = [sys.executable, "-m", "wm_train.worker", "--config", str(config)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return [subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **quiet) for r in range(2)]
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **quiet
+        )
+        for r in range(2)
+    ]
 
 
 def steps_done(folder: Path) -> int:
@@ -44,7 +57,8 @@ def finish(ranks: list[subprocess.Popen]) -> list[int]:
 
 
 def supervise(config: Path, folder: Path, kills: int, draws: random.Random) -> int:
-    """Restart the run until it ends, killing it `kills` times on the way; returns how many kills hit a running worker."""
+    """Restart the run until it ends, killing it `kills` times on the way; returns how many kills
+    hit a running worker."""
     done = 0
     while True:
         ranks = start(config)
@@ -62,7 +76,8 @@ def supervise(config: Path, folder: Path, kills: int, draws: random.Random) -> i
             done += 1
         elif finish(ranks) == [0, 0]:
             return done
-        for rank in ranks:  # the survivor ends by itself when its peer's connection closes; a launcher would stop it
+        # the survivor ends by itself when its peer's connection closes; a launcher would stop it
+        for rank in ranks:
             try:
                 rank.wait(timeout=20)
             except subprocess.TimeoutExpired:
@@ -75,7 +90,11 @@ def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
     results = {}
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
-        longer = (f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=2", "parallel.cp=2")
+        longer = (
+            f"recipe.stages.short.steps={STEPS}",
+            "trainer.checkpoint_every=2",
+            "parallel.cp=2",
+        )
         started = time.monotonic()
         wanted = KILLS if name == "killed" else 0
         hits = supervise(worker_config(folder, *longer), folder, wanted, random.Random(0))
@@ -85,5 +104,7 @@ def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
         curve = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
         results[name] = (curve, read_manifest(newest).files)
         print(f"{name}: {hits} kills in {time.monotonic() - started:.0f} s")
-    assert results["killed"] == results["undisturbed"], "losses, gradient norms, and the hashes of weights, moments and average"
+    assert results["killed"] == results["undisturbed"], (
+        "losses, gradient norms, and the hashes of weights, moments and average"
+    )
     assert len(results["killed"][0]) == STEPS

@@ -1,4 +1,5 @@
-"""Two thousand steps of two ranks with saves, restarts of nothing: memory, file descriptors and threads stay flat."""
+"""Two thousand steps of two ranks with saves, restarts of nothing: memory, file descriptors and
+threads stay flat."""
 
 import time
 from pathlib import Path
@@ -25,7 +26,9 @@ def held(pid: int) -> tuple[int, int, int]:
 def test_two_thousand_steps_leak_nothing(worker_config, tmp_path, start_ranks):
     store = ("tracker.name=mlflow", f"tracker.uri=sqlite:///{tmp_path / 'store.db'}")
     often = ("trainer.checkpoint_every=100", "trainer.sdc_every=20", *store)
-    ranks = start_ranks(worker_config(tmp_path, *NANO, *often, f"recipe.stages.short.steps={STEPS}"), 2)
+    ranks = start_ranks(
+        worker_config(tmp_path, *NANO, *often, f"recipe.stages.short.steps={STEPS}"), 2
+    )
     samples: list[list[tuple[int, int, int]]] = [[], []]
     started = time.monotonic()
     assert ranks[0].stdout is not None

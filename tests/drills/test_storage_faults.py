@@ -1,5 +1,6 @@
-"""Full disk, read-only folder, EIO on fsync during a save: the last good checkpoint is untouched, nothing partial counts as valid, and the
-next save works once there is room. On a small file system of its own where one can be mounted, else at the system calls."""
+"""Full disk, read-only folder, EIO on fsync during a save: the last good checkpoint is untouched,
+nothing partial counts as valid, and the next save works once there is room. On a small file system
+of its own where one can be mounted, else at the system calls."""
 
 import errno
 import hashlib
@@ -19,7 +20,10 @@ ALONE = World(0, 1)
 
 
 def state(step: int, size: int = 40_000) -> dict[str, torch.Tensor]:
-    return {"model/a": torch.full((size,), float(step)), "optimizer/a/step": torch.tensor(float(step))}
+    return {
+        "model/a": torch.full((size,), float(step)),
+        "optimizer/a/step": torch.tensor(float(step)),
+    }
 
 
 def save(root: Path, step: int, size: int = 40_000) -> Path:
@@ -45,7 +49,11 @@ def small_disk(tmp_path):
     """A file system of 1 MB; skipped where none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    ).returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -56,11 +64,16 @@ def test_a_full_disk(small_disk):
     before = digest(good)
     (small_disk / "ballast").write_bytes(b"x" * 750_000)
     for step in (2, 3):
-        with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are untouched. Fix: make room"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"No space left on device.*Earlier checkpoints are untouched. Fix: make room",
+        ):
             save(small_disk / "checkpoints", step)
         assert digest(good) == before
         assert newest(small_disk / "checkpoints") == (1, [])
-        assert not store.drafts(small_disk / "checkpoints"), "what was half written gives its room back"
+        assert not store.drafts(small_disk / "checkpoints"), (
+            "what was half written gives its room back"
+        )
     (small_disk / "ballast").unlink()
     save(small_disk / "checkpoints", 4)
     assert newest(small_disk / "checkpoints") == (4, [])
@@ -79,9 +92,12 @@ def test_a_read_only_folder(small_disk):
     assert newest(small_disk / "checkpoints") == (3, [])
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT], ids=errno.errorcode.get
+)
 def test_every_call_of_a_save_may_fail(tmp_path, monkeypatch, code):
-    """One failing call after the other: each of fsync, write, mkdir, open and rename that a save makes."""
+    """One failing call after the other: each of fsync, write, mkdir, open and rename that a save
+    makes."""
     reached = {"fsync": 0, "rename": 0, "mkdir": 0, "open": 0}
     for name, owner in (("fsync", os), ("rename", Path), ("mkdir", Path), ("open", Path)):
         true = getattr(owner, name)
@@ -108,7 +124,9 @@ def test_every_call_of_a_save_may_fail(tmp_path, monkeypatch, code):
             assert digest(good) == before
             step, reports = newest(root)
             assert not reports
-            assert step in ((1, 2) if error else (2,)), "after the rename it is whole, though the pointer to it may not be written"
+            assert step in ((1, 2) if error else (2,)), (
+                "after the rename it is whole, though the pointer to it may not be written"
+            )
             save(root, 3)
             assert newest(root) == (3, [])
             if calls[0] <= at:
@@ -120,10 +138,17 @@ def test_every_call_of_a_save_may_fail(tmp_path, monkeypatch, code):
 
 
 @pytest.mark.drill
-def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_room(small_disk, worker_config, start_ranks):
+def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_room(
+    small_disk, worker_config, start_ranks
+):
     """Two ranks, a checkpoint every second step; the disk is full from step 4 to step 10."""
     steps = 20
-    saving = ("trainer.checkpoint_every=2", "trainer.keep_last=1", "model.depth=1", "model.width=32")
+    saving = (
+        "trainer.checkpoint_every=2",
+        "trainer.keep_last=1",
+        "model.depth=1",
+        "model.width=32",
+    )
     config = worker_config(small_disk, f"recipe.stages.short.steps={steps}", *saving)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     ranks = start_ranks(config, 2)
@@ -145,6 +170,13 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_room(small_disk, w
     output = "".join(said)
     assert "No space left on device" in output
     root = small_disk / "demo" / "short"
-    assert [folder.name for folder in store.committed(root / "checkpoints")] == [f"step_{steps:08d}"]
-    assert [row["step"] for row in read_steps(root / "metrics.jsonl")] == list(range(1, steps + 1)), "no line of the record is lost"
-    print(f"{output.count('No space left')} refusals, last checkpoint at step {steps}, {steps} lines of record")
+    assert [folder.name for folder in store.committed(root / "checkpoints")] == [
+        f"step_{steps:08d}"
+    ]
+    assert [row["step"] for row in read_steps(root / "metrics.jsonl")] == list(
+        range(1, steps + 1)
+    ), "no line of the record is lost"
+    print(
+        f"{output.count('No space left')} refusals, last checkpoint at step {steps}, {steps} lines"
+        " of record"
+    )

@@ -1,4 +1,5 @@
-"""An object store that stops answering for longer than a read is tried again: the run restarts until it is back, and nothing is lost."""
+"""An object store that stops answering for longer than a read is tried again: the run restarts
+until it is back, and nothing is lost."""
 
 import os
 import re
@@ -18,14 +19,19 @@ STEPS, OUTAGE_S = 30, 12
 
 @pytest.mark.drill
 def test_training_outlives_an_outage_of_the_store(gameplay, tmp_path, monkeypatch):
-    """Two real workers under torchrun read from a real S3 server, which is away twice as long as `data.retry_s` and a restart together."""
+    """Two real workers under torchrun read from a real S3 server, which is away twice as long as
+    `data.retry_s` and a restart together."""
     from moto.server import ThreadedMotoServer
     from s3fs import S3FileSystem
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    access = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+    access = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     for name, value in {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **access}.items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
@@ -35,19 +41,56 @@ def test_training_outlives_an_outage_of_the_store(gameplay, tmp_path, monkeypatc
     S3FileSystem().put(str(gameplay), "outage-test/set", recursive=True)
 
     def command(folder, data):
-        small = ["model.width=32", "model.depth=2", "recipe.stages.short.frames=41", "recipe.stages.short.global_batch=2"]
-        small += [f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=5", "trainer.validation_clips=0", "trainer.samples=0"]
-        where = [f"data.path={data}", f"out={folder}", "tracker=none", "launcher=torchrun", "launcher.max_restarts=8", "data.retry_s=2"]
-        return [sys.executable, "-m", "wm_train.launch", "experiment=demo", "stage=1", *where, *small]
+        small = [
+            "model.width=32",
+            "model.depth=2",
+            "recipe.stages.short.frames=41",
+            "recipe.stages.short.global_batch=2",
+        ]
+        small += [
+            f"recipe.stages.short.steps={STEPS}",
+            "trainer.checkpoint_every=5",
+            "trainer.validation_clips=0",
+            "trainer.samples=0",
+        ]
+        where = [
+            f"data.path={data}",
+            f"out={folder}",
+            "tracker=none",
+            "launcher=torchrun",
+            "launcher.max_restarts=8",
+            "data.retry_s=2",
+        ]
+        return [
+            sys.executable,
+            "-m",
+            "wm_train.launch",
+            "experiment=demo",
+            "stage=1",
+            *where,
+            *small,
+        ]
 
     def losses(folder):
-        return [(row["step"], row["loss"]) for row in read_steps(folder / "demo" / "short" / "metrics.jsonl")]
+        return [
+            (row["step"], row["loss"])
+            for row in read_steps(folder / "demo" / "short" / "metrics.jsonl")
+        ]
 
     log = tmp_path / "log"
     try:
         with log.open("w") as out:
-            run = subprocess.Popen(command(tmp_path / "store", "s3://outage-test/set"), cwd=ROOT, stdout=out, stderr=out, env=os.environ)
-        record, deadline = tmp_path / "store" / "demo" / "short" / "metrics.jsonl", time.monotonic() + 120
+            run = subprocess.Popen(
+                command(tmp_path / "store", "s3://outage-test/set"),
+                cwd=ROOT,
+                stdout=out,
+                stderr=out,
+                env=os.environ,
+            )
+        record, deadline = (
+            tmp_path / "store" / "demo" / "short" / "metrics.jsonl",
+            time.monotonic() + 120,
+        )
         while not record.exists() or len(read_steps(record)) < 7:
             assert time.monotonic() < deadline, log.read_text()
             assert run.poll() is None, log.read_text()
@@ -64,7 +107,9 @@ def test_training_outlives_an_outage_of_the_store(gameplay, tmp_path, monkeypatc
     restarts = len(re.findall(r"restart \d+ of 8", said))
     assert restarts >= 1, said
     assert re.search(r"exit code 74", said), said
-    subprocess.run(command(tmp_path / "disk", gameplay), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        command(tmp_path / "disk", gameplay), cwd=ROOT, check=True, capture_output=True, timeout=300
+    )
     assert losses(tmp_path / "store") == losses(tmp_path / "disk")
     assert len(losses(tmp_path / "store")) == STEPS
     print(f"away for {OUTAGE_S} s: {restarts} restarts, {STEPS} of {STEPS} losses equal to the bit")

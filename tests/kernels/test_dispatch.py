@@ -46,11 +46,19 @@ def arguments():
         ("xpu", None, torch.bfloat16, 112, "xpu"),
     ],
 )
-def test_a_missing_kernel_is_a_logged_fallback(device, capability, dtype, head_dim, reason, caplog, monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None if name.endswith("ascend") else object())
+def test_a_missing_kernel_is_a_logged_fallback(
+    device, capability, dtype, head_dim, reason, caplog, monkeypatch
+):
+    monkeypatch.setattr(
+        engine.importlib.util,
+        "find_spec",
+        lambda name: None if name.endswith("ascend") else object(),
+    )
     monkeypatch.setattr(engine, "interpreted", lambda: False)
     with caplog.at_level(logging.WARNING, "wm_train.kernels"):
-        answers = {engine.resolve("auto", "tokens", device, capability, dtype, head_dim) for _ in range(3)}
+        answers = {
+            engine.resolve("auto", "tokens", device, capability, dtype, head_dim) for _ in range(3)
+        }
     assert answers == {"reference"}
     assert len(caplog.records) == 1  # once per distinct answer
     assert reason in caplog.text
@@ -68,7 +76,10 @@ def test_a_compiler_that_raises_anything_at_all_fails_the_trial(monkeypatch):
         raise AttributeError("no such instruction")
 
     monkeypatch.setattr(trial, "_states", broken)
-    assert trial.defect("states", torch.device("cpu"), torch.float32, 32) == "the trial raised AttributeError: no such instruction"
+    assert (
+        trial.defect("states", torch.device("cpu"), torch.float32, 32)
+        == "the trial raised AttributeError: no such instruction"
+    )
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
@@ -76,7 +87,10 @@ def test_cuda_takes_triton_and_says_so(capability, caplog, monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
     with caplog.at_level(logging.INFO, "wm_train.kernels"):
         assert engine.resolve("auto", "tokens", "cuda", capability, torch.bfloat16, 112) == "triton"
-        assert engine.resolve("reference", "tokens", "cuda", capability, torch.bfloat16, 112) == "reference"
+        assert (
+            engine.resolve("reference", "tokens", "cuda", capability, torch.bfloat16, 112)
+            == "reference"
+        )
     assert "kernels: triton (tokens, cuda" in caplog.text
     assert "as asked" in caplog.text
 
@@ -104,7 +118,9 @@ def test_cpu_runs_the_reference_and_its_table_is_one_object(arguments):
 
 
 def test_an_unknown_engine_is_an_error(arguments):
-    with pytest.raises(ValueError, match="got engine 'fast', expected one of auto, triton, reference"):
+    with pytest.raises(
+        ValueError, match="got engine 'fast', expected one of auto, triton, reference"
+    ):
         kernels.gdn_gram(**arguments, engine="fast")
 
 
@@ -114,7 +130,11 @@ def test_an_unknown_engine_is_an_error(arguments):
         ("value", (B, T, S, D), r"got value \(2, 3, 5, 16\), expected \(2, 3, 5, 32\)"),
         ("beta", (B, T, S + 1, H), r"got beta \(2, 3, 6, 2\), expected \(2, 3, 5, 2\)"),
         ("weight", (D,), r"got norm weight \(16,\), expected \(32,\)"),
-        ("sin", (1, T, S, 1, D), r"got rotary sin \(1, 3, 5, 1, 16\), expected \(2, 3, 5, 1, 8\), or 1 for 2"),
+        (
+            "sin",
+            (1, T, S, 1, D),
+            r"got rotary sin \(1, 3, 5, 1, 16\), expected \(2, 3, 5, 1, 8\), or 1 for 2",
+        ),
         ("key", (T, S, H * D), r"got tokens \(3, 5, 32\), expected \[B, t, S, H·D\]"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Runs the checks of `interpreted/` in a process whose Triton is an interpreter: that must be decided before its first import."""
+"""Runs the checks of `interpreted/` in a process whose Triton is an interpreter: that must be
+decided before its first import."""
 
 from __future__ import annotations
 
@@ -16,10 +17,23 @@ ROOT = HERE.parent.parent
 @pytest.fixture
 def run_checks():
     def run(files: list[str], marker: str, limit_s: float) -> str:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", marker]
         command += [str(HERE / "interpreted" / name) for name in files]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         return done.stdout
 

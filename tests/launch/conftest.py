@@ -18,14 +18,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Callable[..., LaunchSpec]:
-    """spec(program, workers=..., ...): workers that run `program`; the usual modules, `rank` and the scratch folder `place` are there."""
+    """spec(program, workers=..., ...): workers that run `program`; the usual modules, `rank` and
+    the scratch folder `place` are there."""
 
     def make(program: str, workers: int = 1, **changes: object) -> LaunchSpec:
         config = tmp_path / "config.json"
         config.write_text("{}")
-        prelude = f"import os, sys, time, signal, json, pathlib; place = pathlib.Path({str(tmp_path)!r}); rank = int(os.environ['RANK'])\n"
+        prelude = (
+            f"import os, sys, time, signal, json, pathlib; place = pathlib.Path({str(tmp_path)!r});"
+            " rank = int(os.environ['RANK'])\n"
+        )
         command = ("{python}", "-S", "-c", prelude + program, "{config}")
-        values = {"logs": tmp_path / "logs", "directory": ROOT, "backoff_s": 0.1, "grace_s": 5.0, "place_s": 20.0, **changes}
+        values = {
+            "logs": tmp_path / "logs",
+            "directory": ROOT,
+            "backoff_s": 0.1,
+            "grace_s": 5.0,
+            "place_s": 20.0,
+            **changes,
+        }
         return LaunchSpec(command, workers, config, "{}", **values)  # type: ignore[arg-type]
 
     return make
@@ -39,7 +50,8 @@ def view() -> ProgressView:
 
 @pytest.fixture(scope="session")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A Ray cluster of one node with four CPUs, with token authentication, as a cluster should be run."""
+    """A Ray cluster of one node with four CPUs, with token authentication, as a cluster should be
+    run."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -49,7 +61,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
 
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+        nodes = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+        )
         yield nodes
         nodes.shutdown()
 

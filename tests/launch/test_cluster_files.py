@@ -1,7 +1,8 @@
 """What we hand to others: `ray up`'s cluster file and KubeRay's RayJob, against their schemas.
 
-Ray ships the schema of its file. KubeRay's is part of its operator, so the fields that we use stand here as its API declares them
-(RayJobSpec and RayClusterSpec of ray.io/v1, PodSpec of core/v1): a field that is not here is an error.
+Ray ships the schema of its file. KubeRay's is part of its operator, so the fields that we use stand
+here as its API declares them (RayJobSpec and RayClusterSpec of ray.io/v1, PodSpec of core/v1): a
+field that is not here is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ validate_config(prepare_config(yaml.safe_load(open(sys.argv[1]))))
 
 
 def mapping(required: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
 def list_of(item: Any) -> dict[str, Any]:
@@ -59,9 +65,18 @@ CONTAINER = mapping(
     env=list_of(mapping(("name",), name=TEXT, value=TEXT)),
     envFrom=list_of(mapping(secretRef=mapping(name=TEXT))),
     resources=mapping(limits=QUANTITIES, requests=QUANTITIES),
-    volumeMounts=list_of(mapping(("name", "mountPath"), name=NAME, mountPath=TEXT, readOnly=SWITCH)),
+    volumeMounts=list_of(
+        mapping(("name", "mountPath"), name=NAME, mountPath=TEXT, readOnly=SWITCH)
+    ),
 )
-POD = mapping(spec=mapping(("containers",), containers=list_of(CONTAINER), volumes=list_of(VOLUME), terminationGracePeriodSeconds=COUNT))
+POD = mapping(
+    spec=mapping(
+        ("containers",),
+        containers=list_of(CONTAINER),
+        volumes=list_of(VOLUME),
+        terminationGracePeriodSeconds=COUNT,
+    )
+)
 GROUP = {"rayStartParams": TEXTS, "template": POD}
 WORKERS = mapping(
     ("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"),
@@ -91,8 +106,23 @@ RAYJOB = mapping(
 
 @pytest.fixture
 def asked(spec, tmp_path: Path) -> LaunchSpec:
-    pods = Pods("My_Run", "registry/wm:1", "volume", str(tmp_path), devices="vendor.com/device:4", environment_from="s3")
-    return spec("print('hi')", workers=8, nodes=2, cpus_per_worker=3, pods=pods, title="stage one", environment={"NOTE": "it's"})
+    pods = Pods(
+        "My_Run",
+        "registry/wm:1",
+        "volume",
+        str(tmp_path),
+        devices="vendor.com/device:4",
+        environment_from="s3",
+    )
+    return spec(
+        "print('hi')",
+        workers=8,
+        nodes=2,
+        cpus_per_worker=3,
+        pods=pods,
+        title="stage one",
+        environment={"NOTE": "it's"},
+    )
 
 
 def test_the_cluster_file_is_what_ray_expects() -> None:
@@ -103,7 +133,8 @@ def test_the_cluster_file_is_what_ray_expects() -> None:
     assert found.origin
     schema = json.loads((Path(found.origin).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(config, schema)
-    # In a process of its own: Ray reads RAY_AUTH_MODE once, when it is imported, and other tests here set it.
+    # In a process of its own: Ray reads RAY_AUTH_MODE once, when it is imported, and other tests
+    # here set it.
     subprocess.run([sys.executable, "-c", LOADER, str(file)], check=True, timeout=60)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**config, "workers": 3}, schema)
@@ -119,10 +150,17 @@ def test_the_manifest_is_what_kuberay_expects(asked: LaunchSpec, view: ProgressV
     assert f"kubectl create -f {file}" in view.out.getvalue()
     secret, job = yaml.safe_load_all(file.read_text())
     jsonschema.validate(job, RAYJOB)
-    for broken in ({**job, "kind": "RayCluster"}, {**job, "spec": {**job["spec"], "entryPoint": "x"}}):
+    for broken in (
+        {**job, "kind": "RayCluster"},
+        {**job, "spec": {**job["spec"], "entryPoint": "x"}},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(broken, RAYJOB)
-    assert (secret["kind"], secret["metadata"], job["metadata"]["name"]) == ("Secret", job["metadata"], "my-run")
+    assert (secret["kind"], secret["metadata"], job["metadata"]["name"]) == (
+        "Secret",
+        job["metadata"],
+        "my-run",
+    )
     workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert workers["replicas"] == 2
     assert workers["rayStartParams"]["num-cpus"] == "12"
@@ -135,28 +173,56 @@ def test_the_manifest_is_what_kuberay_expects(asked: LaunchSpec, view: ProgressV
 
 
 def test_what_is_frozen_comes_back_the_same(asked: LaunchSpec, spec) -> None:
-    stages = [{"": asked}, {"high": spec("1", batch=BatchJob("b", after=Path("/a/b"), options=("--x",))), "low": spec("2", fewer=(3, 1))}]
+    stages = [
+        {"": asked},
+        {
+            "high": spec("1", batch=BatchJob("b", after=Path("/a/b"), options=("--x",))),
+            "low": spec("2", fewer=(3, 1)),
+        },
+    ]
     assert frozen.from_text(frozen.to_text("ray", stages)) == ("ray", stages)
 
 
-def test_frozen_stages_run_in_order_until_one_fails(spec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_frozen_stages_run_in_order_until_one_fails(
+    spec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = tmp_path / "job.json"
     ends = {1: 0, 2: 5, 3: 0}
-    stages = [{"": spec(f"print('this is', {number}); sys.exit({code})", title=f"stage {number}")} for number, code in ends.items()]
+    stages = [
+        {"": spec(f"print('this is', {number}); sys.exit({code})", title=f"stage {number}")}
+        for number, code in ends.items()
+    ]
     job.write_text(frozen.to_text("inline", stages))
     assert frozen.main([str(job)]) == 5
     shown = capsys.readouterr().out
-    assert [line for line in shown.splitlines() if line.startswith(("stage", "this"))] == ["stage 1", "this is 1", "stage 2", "this is 2"]
+    assert [line for line in shown.splitlines() if line.startswith(("stage", "this"))] == [
+        "stage 1",
+        "this is 1",
+        "stage 2",
+        "this is 2",
+    ]
 
 
 def test_a_file_asks_a_frozen_job_to_save_and_leave(spec, tmp_path: Path) -> None:
     """As a process, since the request arrives as a signal to it."""
     import subprocess
 
-    program = "signal.signal(signal.SIGTERM, lambda *_: ((place / 'saved').touch(), sys.exit(75)))\n"
+    program = (
+        "signal.signal(signal.SIGTERM, lambda *_: ((place / 'saved').touch(), sys.exit(75)))\n"
+    )
     program += "(place / 'stop').touch()\ntime.sleep(60)"
     job = tmp_path / "job.json"
     job.write_text(frozen.to_text("inline", [{"": spec(program)}]))
-    command = [sys.executable, "-m", "launch.frozen", str(job), "--stop-file", str(tmp_path / "stop")]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 75
+    command = [
+        sys.executable,
+        "-m",
+        "launch.frozen",
+        str(job),
+        "--stop-file",
+        str(tmp_path / "stop"),
+    ]
+    assert (
+        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False).returncode
+        == 75
+    )
     assert (tmp_path / "saved").exists()

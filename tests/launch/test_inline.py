@@ -46,14 +46,18 @@ sys.stdout.write('@progress {"step": 3, "steps": 9}\\nno newline')
 """
     assert inline.run(spec(program, environment={"GREETING": "hello"}), view) == 0
     said = view.out.getvalue().splitlines()
-    assert said[0] == (
-        '{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "GREETING": "hello"}'
+    assert (
+        said[0] == '{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",'
+        ' "MASTER_ADDR": "127.0.0.1", "GREETING": "hello"}'
     )
     assert said[-1] == "no newline"
     assert view.step == 3
 
 
-@pytest.mark.parametrize(("program", "code"), [("sys.exit(3)", 3), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137), ("1/0", 1)])
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [("sys.exit(3)", 3), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137), ("1/0", 1)],
+)
 def test_the_exit_code_is_the_workers(spec, view, program: str, code: int) -> None:
     assert inline.run(spec(program), view) == code
 
@@ -63,7 +67,9 @@ def test_more_workers_than_one_are_refused(spec, view) -> None:
         inline.run(spec("", workers=2), view)
 
 
-def test_sigterm_is_handed_on_and_the_worker_may_finish_its_work(spec, view, tmp_path: Path) -> None:
+def test_sigterm_is_handed_on_and_the_worker_may_finish_its_work(
+    spec, view, tmp_path: Path
+) -> None:
     program = """
 def stop(*_):
     print("saved"); sys.exit(7)
@@ -72,7 +78,9 @@ signal.signal(signal.SIGTERM, stop)
 time.sleep(60)
 """
     before = signal.getsignal(signal.SIGTERM)
-    killer = threading.Thread(target=lambda: (pid_in(tmp_path / "pid"), os.kill(os.getpid(), signal.SIGTERM)))
+    killer = threading.Thread(
+        target=lambda: (pid_in(tmp_path / "pid"), os.kill(os.getpid(), signal.SIGTERM))
+    )
     killer.start()
     assert inline.run(spec(program), view) == 7
     killer.join()
@@ -81,9 +89,18 @@ time.sleep(60)
 
 
 def test_a_worker_dies_with_its_launcher(tmp_path: Path) -> None:
-    inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
-    outer = f"import subprocess, sys; from launch.leash import leashed; subprocess.run(leashed([sys.executable, '-c', {inner!r}]))"
-    parent = subprocess.Popen([sys.executable, "-c", outer], env={**os.environ, "PYTHONPATH": str(Path(inline.__file__).parents[1])})
+    inner = (
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()));"
+        " time.sleep(300)"
+    )
+    outer = (
+        "import subprocess, sys; from launch.leash import leashed;"
+        f" subprocess.run(leashed([sys.executable, '-c', {inner!r}]))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", outer],
+        env={**os.environ, "PYTHONPATH": str(Path(inline.__file__).parents[1])},
+    )
     worker = pid_in(tmp_path / "pid")
     parent.kill()
     parent.wait()
@@ -109,7 +126,12 @@ def test_stopping_a_child_takes_its_children_too(tmp_path: Path) -> None:
 
 
 def test_a_child_keeps_its_log_and_its_last_lines(tmp_path: Path) -> None:
-    child = Child([sys.executable, "-c", "for i in range(50): print('line', i)\nraise SystemExit(4)"], {}, tmp_path, tmp_path / "a" / "log")
+    child = Child(
+        [sys.executable, "-c", "for i in range(50): print('line', i)\nraise SystemExit(4)"],
+        {},
+        tmp_path,
+        tmp_path / "a" / "log",
+    )
     seen, code = [], None
     while code is None:
         lines, code = child.wait(5.0, for_lines=True)

@@ -55,9 +55,17 @@ else:
             time.sleep(0.1)
     print("not shown")
 """
-    assert on_ray.run(spec(program, workers=2, address=cluster, environment={"COLOUR": "red"}), view) == 0
+    assert (
+        on_ray.run(spec(program, workers=2, address=cluster, environment={"COLOUR": "red"}), view)
+        == 0
+    )
     first, second = (json.loads((tmp_path / f"rank_{rank}").read_text()) for rank in range(2))
-    assert [first.pop("RANK"), second.pop("RANK"), first.pop("LOCAL_RANK"), second.pop("LOCAL_RANK")] == ["0", "1", "0", "1"]
+    assert [
+        first.pop("RANK"),
+        second.pop("RANK"),
+        first.pop("LOCAL_RANK"),
+        second.pop("LOCAL_RANK"),
+    ] == ["0", "1", "0", "1"]
     assert first == second
     assert (first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"], first["COLOUR"]) == ("2", "2", "red")
     shown = view.out.getvalue()
@@ -76,7 +84,9 @@ def test_a_users_mistake_is_not_tried_again(spec, view, cluster: str, tmp_path: 
     assert all_gone(tmp_path, 2)
 
 
-def test_a_killed_worker_is_replaced_with_all_the_others(spec, view, cluster: str, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_with_all_the_others(
+    spec, view, cluster: str, tmp_path: Path
+) -> None:
     program = (
         NOTE_PID
         + FIRST_TIME
@@ -102,7 +112,9 @@ print("finished", rank)
     assert all_gone(tmp_path, 4)
 
 
-def test_a_lost_actor_takes_its_worker_along_and_is_replaced(spec, view, cluster: str, tmp_path: Path) -> None:
+def test_a_lost_actor_takes_its_worker_along_and_is_replaced(
+    spec, view, cluster: str, tmp_path: Path
+) -> None:
     program = (
         NOTE_PID
         + FIRST_TIME
@@ -121,14 +133,22 @@ if first:
 
 def test_too_few_cpus_are_reported_in_time(spec, view, cluster: str) -> None:
     started = time.monotonic()
-    assert on_ray.run(spec("", workers=2, cpus_per_worker=3, address=cluster, place_s=2.0), view) == 1
+    assert (
+        on_ray.run(spec("", workers=2, cpus_per_worker=3, address=cluster, place_s=2.0), view) == 1
+    )
     assert time.monotonic() - started < 20
-    assert re.search(r"placing 2 workers: got \{'CPU': 4.0\} free within 2 s, expected \{'CPU': 6\}", view.out.getvalue())
+    assert re.search(
+        r"placing 2 workers: got \{'CPU': 4.0\} free within 2 s, expected \{'CPU': 6\}",
+        view.out.getvalue(),
+    )
 
 
 @pytest.mark.full
-def test_after_a_lost_node_the_run_goes_on_with_fewer_workers_and_grows_again(spec, view, cluster: str, nodes, tmp_path: Path) -> None:
-    """Two nodes, one worker on each by their size; the second one goes away and comes back. Growing lets the workers save."""
+def test_after_a_lost_node_the_run_goes_on_with_fewer_workers_and_grows_again(
+    spec, view, cluster: str, nodes, tmp_path: Path
+) -> None:
+    """Two nodes, one worker on each by their size; the second one goes away and comes back. Growing
+    lets the workers save."""
     second = nodes.add_node(num_cpus=4)
     program = """
 world = int(os.environ["WORLD_SIZE"])
@@ -148,12 +168,23 @@ if not (place / "saved_1").exists():
         until("world_2_0", "world_2_1")
         nodes.remove_node(second)
         until("world_1_0")
-        nodes._shutdown_at_exit = False  # its hooks are signal handlers, which only the main thread may set
+        nodes._shutdown_at_exit = (
+            False  # its hooks are signal handlers, which only the main thread may set
+        )
         second = nodes.add_node(num_cpus=4)
 
     plug = threading.Thread(target=pull_the_plug_and_put_it_back)
     plug.start()
-    asked = spec(program, workers=2, cpus_per_worker=3, address=cluster, max_restarts=2, place_s=10.0, fewer=(1,), grow_s=3.0)
+    asked = spec(
+        program,
+        workers=2,
+        cpus_per_worker=3,
+        address=cluster,
+        max_restarts=2,
+        place_s=10.0,
+        fewer=(1,),
+        grow_s=3.0,
+    )
     started = time.monotonic()
     try:
         assert on_ray.run(asked, view) == 0, view.out.getvalue()
@@ -170,17 +201,28 @@ if not (place / "saved_1").exists():
 
 @pytest.mark.full
 @pytest.mark.parametrize(("together", "nodes_of"), [(1, [4, 2]), (3, [3, 3]), (6, [3, 3])])
-def test_ranks_that_talk_most_share_a_node(spec, view, cluster: str, nodes, tmp_path: Path, together: int, nodes_of: list[int]) -> None:
-    """Two nodes of four CPUs. Six ranks that may lie anywhere fill one; groups of three stay whole; six that fit nowhere are halved."""
+def test_ranks_that_talk_most_share_a_node(
+    spec, view, cluster: str, nodes, tmp_path: Path, together: int, nodes_of: list[int]
+) -> None:
+    """Two nodes of four CPUs. Six ranks that may lie anywhere fill one; groups of three stay whole;
+    six that fit nowhere are halved."""
     second = nodes.add_node(num_cpus=4)
-    program = "(place / f'rank_{rank}').write_text(os.environ['LOCAL_WORLD_SIZE'] + ' ' + os.environ['LOCAL_RANK'])"
+    program = (
+        "(place / f'rank_{rank}').write_text(os.environ['LOCAL_WORLD_SIZE'] + ' ' +"
+        " os.environ['LOCAL_RANK'])"
+    )
     try:
-        assert on_ray.run(spec(program, workers=6, together=together, address=cluster), view) == 0, view.out.getvalue()
+        assert (
+            on_ray.run(spec(program, workers=6, together=together, address=cluster), view) == 0
+        ), view.out.getvalue()
     finally:
         nodes.remove_node(second)
     told = [(tmp_path / f"rank_{rank}").read_text() for rank in range(6)]
     first, other = nodes_of
-    sides = [[f"{size} {local}" for size in order for local in range(size)] for order in ((first, other), (other, first))]
+    sides = [
+        [f"{size} {local}" for size in order for local in range(size)]
+        for order in ((first, other), (other, first))
+    ]
     assert told in sides
 
 
@@ -206,7 +248,10 @@ print('@progress {"step": 9, "steps": 9}')
 """
     )
     common = {"address": cluster, "max_restarts": 1}
-    pools = {pool: spec(program, environment={"POOL": pool}, logs=tmp_path / pool / "logs", **common) for pool in ("high", "low")}
+    pools = {
+        pool: spec(program, environment={"POOL": pool}, logs=tmp_path / pool / "logs", **common)
+        for pool in ("high", "low")
+    }
     assert on_ray.run_pools(pools, view) == 0, view.out.getvalue()
     shown = view.out.getvalue()
     assert "low | rank 0 died: killed by SIGKILL" in shown
@@ -214,13 +259,21 @@ print('@progress {"step": 9, "steps": 9}')
     assert all_gone(tmp_path, 3)
 
 
-def test_sigterm_lets_the_workers_finish_their_work(spec, view, cluster: str, tmp_path: Path) -> None:
+def test_sigterm_lets_the_workers_finish_their_work(
+    spec, view, cluster: str, tmp_path: Path
+) -> None:
     program = (
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(0)))\n"
         + NOTE_PID
         + "if rank == 0: os.kill(int(os.environ['DRIVER']), signal.SIGTERM)\ntime.sleep(60)"
     )
-    asked = spec(program, workers=2, address=cluster, environment={"DRIVER": str(os.getpid())}, max_restarts=2)
+    asked = spec(
+        program,
+        workers=2,
+        address=cluster,
+        environment={"DRIVER": str(os.getpid())},
+        max_restarts=2,
+    )
     assert on_ray.run(asked, view) == 128 + signal.SIGTERM
     shown = view.out.getvalue()
     assert "saved" in shown
@@ -233,10 +286,13 @@ def test_no_worker_outlives_a_killed_driver(spec, cluster: str, tmp_path: Path) 
     program = NOTE_PID + "time.sleep(300)"
     asked = spec(program, workers=2, address=cluster)
     (tmp_path / "driver.py").write_text(
-        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom launch.progress import ProgressView\n"
-        f"from launch.spec import LaunchSpec\non_ray.run({asked!r}, ProgressView())\n"
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom"
+        " launch.progress import ProgressView\nfrom launch.spec import"
+        f" LaunchSpec\non_ray.run({asked!r}, ProgressView())\n"
     )
-    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    driver = subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py")], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     until = time.monotonic() + 40
     while len(list(tmp_path.glob("pid_*"))) < 2 and time.monotonic() < until:
         time.sleep(0.1)
@@ -253,14 +309,24 @@ def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics_and_
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     seen: list[str] = []
     secrets_shown: list[str] = []
-    before = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+    before = subprocess.run(
+        ["ps", "-ww", "-eo", "args"], capture_output=True, text=True
+    ).stdout.splitlines()
 
     def watch() -> None:
         while not stop.wait(0.3):
-            found = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
-            seen.extend(line for line in found.splitlines() if "dashboard/dashboard.py" in line and line not in before)
+            found = subprocess.run(
+                ["ps", "-ww", "-eo", "args"], capture_output=True, text=True
+            ).stdout
+            seen.extend(
+                line
+                for line in found.splitlines()
+                if "dashboard/dashboard.py" in line and line not in before
+            )
             token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-            secrets_shown.extend(line for line in found.splitlines() if token.exists() and token.read_text() in line)
+            secrets_shown.extend(
+                line for line in found.splitlines() if token.exists() and token.read_text() in line
+            )
 
     stop = threading.Event()
     watcher = threading.Thread(target=watch)
@@ -311,7 +377,9 @@ def test_a_ray_of_our_own_that_does_not_come_up_is_started_again(
 
 
 @pytest.mark.full
-def test_three_rays_that_start_at_the_same_time_do_not_disturb_each_other(spec, tmp_path: Path) -> None:
+def test_three_rays_that_start_at_the_same_time_do_not_disturb_each_other(
+    spec, tmp_path: Path
+) -> None:
     """Each with two ranks, which meet at a port that their own driver has drawn."""
     program = """
 import socket
@@ -330,20 +398,41 @@ else:
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     drivers = []
     for number in range(3):
-        asked = spec(program, workers=2, environment={"WHOSE": str(number)}, logs=tmp_path / str(number), place_s=90.0)
+        asked = spec(
+            program,
+            workers=2,
+            environment={"WHOSE": str(number)},
+            logs=tmp_path / str(number),
+            place_s=90.0,
+        )
         (tmp_path / f"driver_{number}.py").write_text(
-            "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom launch.progress import ProgressView\n"
-            f"from launch.spec import LaunchSpec\nsys.exit(on_ray.run({asked!r}, ProgressView()))\n"
+            "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom"
+            " launch.progress import ProgressView\nfrom launch.spec import"
+            f" LaunchSpec\nsys.exit(on_ray.run({asked!r}, ProgressView()))\n"
         )
         command = [sys.executable, str(tmp_path / f"driver_{number}.py")]
-        environment = {**variables, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-        drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        environment = {
+            **variables,
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        }
+        drivers.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
     said = [driver.communicate(timeout=300)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0] * 3, "\n".join(said)
     assert not any("died" in text for text in said), "\n".join(said)
 
 
-def test_a_cluster_that_is_not_there_is_a_users_mistake(spec, view, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_not_there_is_a_users_mistake(
+    spec, view, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = time.monotonic()
     assert on_ray.run(spec("", address="127.0.0.1:1"), view) == 2
     assert time.monotonic() - started < 60
@@ -352,14 +441,22 @@ def test_a_cluster_that_is_not_there_is_a_users_mistake(spec, view, monkeypatch:
 
 @pytest.mark.parametrize(
     ("endpoint", "inside"),
-    [("127.0.0.1:8265", True), ("http://localhost:8265", True), ("[::1]:8265", True), ("10.0.0.5:8265", False), ("0.0.0.0:8265", False)],
+    [
+        ("127.0.0.1:8265", True),
+        ("http://localhost:8265", True),
+        ("[::1]:8265", True),
+        ("10.0.0.5:8265", False),
+        ("0.0.0.0:8265", False),
+    ],
 )
 def test_which_dashboards_are_on_loopback(endpoint: str, inside: bool) -> None:
     assert on_ray.on_loopback(endpoint) is inside
 
 
 @pytest.mark.parametrize(("mode", "code"), [("", 2), ("token", 0)])
-def test_an_open_dashboard_is_refused_unless_it_asks_for_a_token(spec, view, monkeypatch: pytest.MonkeyPatch, mode: str, code: int) -> None:
+def test_an_open_dashboard_is_refused_unless_it_asks_for_a_token(
+    spec, view, monkeypatch: pytest.MonkeyPatch, mode: str, code: int
+) -> None:
     import ray
 
     from launch import attempt
@@ -369,4 +466,6 @@ def test_an_open_dashboard_is_refused_unless_it_asks_for_a_token(spec, view, mon
     monkeypatch.setattr(attempt, "run_attempt", lambda *arguments: None)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     assert on_ray.run(spec("", address="auto"), view) == code
-    assert ("got a dashboard at 10.0.0.5:8265 without authentication" in view.out.getvalue()) is (code == 2)
+    assert ("got a dashboard at 10.0.0.5:8265 without authentication" in view.out.getvalue()) is (
+        code == 2
+    )

@@ -1,4 +1,5 @@
-"""Ranks under torchrun: the same environment, exit codes and restarts as under the other launchers."""
+"""Ranks under torchrun: the same environment, exit codes and restarts as under the other
+launchers."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from launch.inline import free_port
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_environment_and_a_killed_rank_is_replaced_with_the_other(spec, view, tmp_path: Path) -> None:
+def test_environment_and_a_killed_rank_is_replaced_with_the_other(
+    spec, view, tmp_path: Path
+) -> None:
     program = """
 first = not (place / 'tried').exists()
 if first and rank == 1:
@@ -31,7 +34,12 @@ names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "COLOUR")
 if rank == 0:
     print('@progress {"step": 1, "steps": 1}')
 """
-    assert on_torchrun.run(spec(program, workers=2, environment={"COLOUR": "red"}, max_restarts=1), view) == 0
+    assert (
+        on_torchrun.run(
+            spec(program, workers=2, environment={"COLOUR": "red"}, max_restarts=1), view
+        )
+        == 0
+    )
     assert [json.loads((tmp_path / f"rank_{rank}").read_text()) for rank in range(2)] == [
         [str(rank), "2", str(rank), "2", "red", True] for rank in range(2)
     ]
@@ -41,7 +49,12 @@ if rank == 0:
 
 
 def test_a_users_mistake_is_not_tried_again(spec, view) -> None:
-    assert on_torchrun.run(spec("print('bad data', rank); sys.exit(2)", workers=2, max_restarts=3), view) == 2
+    assert (
+        on_torchrun.run(
+            spec("print('bad data', rank); sys.exit(2)", workers=2, max_restarts=3), view
+        )
+        == 2
+    )
     shown = view.out.getvalue()
     assert "bad data" in shown
     assert "restart" not in shown.replace("max_restarts", "")
@@ -70,8 +83,13 @@ Root Cause (first observed failure):
 """
 
 
-@pytest.mark.parametrize(("first", "other", "rank"), [(1, 2, 1), (1, 74, 1), (1, -9, 1), (1, 1, 0), (-6, 2, 1), (2, 1, 0), (74, 2, 1)])
-def test_of_ranks_that_fail_within_one_look_the_telling_one_counts(first: int, other: int, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "other", "rank"),
+    [(1, 2, 1), (1, 74, 1), (1, -9, 1), (1, 1, 0), (-6, 2, 1), (2, 1, 0), (74, 2, 1)],
+)
+def test_of_ranks_that_fail_within_one_look_the_telling_one_counts(
+    first: int, other: int, rank: int
+) -> None:
     """A peer of a rank that has left fails a moment later, and torchrun may see both at once."""
     death = on_torchrun.reported(REPORT.format(first=first, other=other))
     assert (death.rank, death.code) == (rank, (first, other)[rank])
@@ -81,7 +99,9 @@ def test_of_ranks_that_fail_within_one_look_the_telling_one_counts(first: int, o
 @pytest.mark.parametrize(("late", "other"), [("00:00:30", -9), ("00:00:00", -15)])
 def test_a_rank_that_torchrun_itself_took_down_explains_nothing(late: str, other: int) -> None:
     said = REPORT.format(first=1, other=other).replace("00:00:00", late, 1)
-    death = on_torchrun.reported("failed (exitcode: 1) local_rank: 0 (pid: 11) of binary: python\n" + said)
+    death = on_torchrun.reported(
+        "failed (exitcode: 1) local_rank: 0 (pid: 11) of binary: python\n" + said
+    )
     assert (death.rank, death.code) == (0, 1)
 
 
@@ -95,25 +115,39 @@ if rank == 0:
     os.kill(int(os.environ["DRIVER"]), signal.SIGTERM)
 time.sleep(60)
 """
-    asked = spec(program, workers=2, environment={"DRIVER": str(os.getpid())}, max_restarts=2, grace_s=20.0)
+    asked = spec(
+        program, workers=2, environment={"DRIVER": str(os.getpid())}, max_restarts=2, grace_s=20.0
+    )
     assert on_torchrun.run(asked, view) == 128 + signal.SIGTERM
     assert {file.name for file in tmp_path.glob("saved_*")} == {"saved_0", "saved_1"}
 
 
 @pytest.mark.full
 def test_two_machines_meet_at_an_endpoint(spec, view, tmp_path: Path) -> None:
-    """The same command started twice, as on two machines; the second one in a process of its own."""
-    program = "(place / f'rank_{rank}').write_text(os.environ['WORLD_SIZE'] + ' ' + os.environ['LOCAL_WORLD_SIZE'])"
+    """The same command started twice, as on two machines; the second one in a process of its
+    own."""
+    program = (
+        "(place / f'rank_{rank}').write_text(os.environ['WORLD_SIZE'] + ' ' +"
+        " os.environ['LOCAL_WORLD_SIZE'])"
+    )
     asked = spec(program, workers=4, nodes=2, endpoint=f"127.0.0.1:{free_port('127.0.0.1')}")
     (tmp_path / "other.py").write_text(
-        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_torchrun\nfrom launch.progress import ProgressView\n"
-        f"from launch.spec import LaunchSpec\nsys.exit(on_torchrun.run({asked!r}, ProgressView()))\n"
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_torchrun\nfrom"
+        " launch.progress import ProgressView\nfrom launch.spec import"
+        f" LaunchSpec\nsys.exit(on_torchrun.run({asked!r}, ProgressView()))\n"
     )
-    other = subprocess.Popen([sys.executable, str(tmp_path / "other.py")], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    other = subprocess.Popen(
+        [sys.executable, str(tmp_path / "other.py")], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     watchdog = threading.Timer(120, other.kill)
     watchdog.start()
     assert on_torchrun.run(asked, view) == 0
     assert other.wait(timeout=60) == 0
     watchdog.cancel()
-    assert sorted(file.name for file in tmp_path.glob("rank_*")) == ["rank_0", "rank_1", "rank_2", "rank_3"]
+    assert sorted(file.name for file in tmp_path.glob("rank_*")) == [
+        "rank_0",
+        "rank_1",
+        "rank_2",
+        "rank_3",
+    ]
     assert (tmp_path / "rank_3").read_text() == "4 2"

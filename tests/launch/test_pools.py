@@ -1,4 +1,5 @@
-"""Pools under one driver, with runners that only pretend: who is told to stop, by whom, and what the exit code is."""
+"""Pools under one driver, with runners that only pretend: who is told to stop, by whom, and what
+the exit code is."""
 
 from __future__ import annotations
 
@@ -38,7 +39,13 @@ def test_both_run_at_the_same_time_and_end_well(pools, view) -> None:
 
     assert run_together(pools, view, run) == 0
     shown = view.out.getvalue().splitlines()
-    assert {"high | two", "high | lines", "low | two", "low | lines", "low | short  step 3/9"} <= set(shown)
+    assert {
+        "high | two",
+        "high | lines",
+        "low | two",
+        "low | lines",
+        "low | short  step 3/9",
+    } <= set(shown)
     assert view.step is None, "each pool counts its own steps"
 
 
@@ -69,5 +76,8 @@ def test_a_driver_that_breaks_counts_as_a_failure_of_its_pool(pools, view) -> No
 def test_a_signal_stops_all(pools, view) -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert run_together(pools, view, lambda spec, part, stop: wait_for_stop(stop)) == 128 + signal.SIGTERM
+    assert (
+        run_together(pools, view, lambda spec, part, stop: wait_for_stop(stop))
+        == 128 + signal.SIGTERM
+    )
     assert "failed" not in view.out.getvalue()

@@ -41,12 +41,22 @@ def test_a_terminal_gets_a_bar_with_every_figure_and_ordinary_lines_above_it() -
         view.feed(line(40, loss=0.5, frames_per_s=123.0, eta_s=61))
         view.feed("an ordinary [line]")
     shown = out.getvalue()
-    for part in ("short", "40/100", "loss 0.5000", "123 frames/s", "1:01 left", "an ordinary [line]"):
+    for part in (
+        "short",
+        "40/100",
+        "loss 0.5000",
+        "123 frames/s",
+        "1:01 left",
+        "an ordinary [line]",
+    ):
         assert part in shown
     assert "@progress" not in shown
 
 
-@pytest.mark.parametrize("text", ["plain", "@progress", "@progress {", "@progress 3", '@progress {"step": 1}', "x @progress {}"])
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "@progress", "@progress {", "@progress 3", '@progress {"step": 1}', "x @progress {}"],
+)
 def test_what_is_no_progress_line_is_shown_as_it_is(text: str) -> None:
     out = io.StringIO()
     assert parse(text) is None

@@ -20,13 +20,16 @@ Outcome = tuple[Death | Growth | None, int | None]
 
 @pytest.fixture
 def run(spec, view) -> Run:
-    """run(outcomes, ...): attempts end as (death or None, last step) in turn; returns exit code, attempts made, seconds slept."""
+    """run(outcomes, ...): attempts end as (death or None, last step) in turn; returns exit code,
+    attempts made, seconds slept."""
 
     def go(*outcomes: Outcome, **changes: object) -> tuple[int, list[int], list[float]]:
         made: list[int] = []
         slept: list[float] = []
 
-        def attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None:
+        def attempt(
+            spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
+        ) -> Death | Growth | None:
             made.append(number)
             death, step = outcomes[number]
             if step is not None:
@@ -44,7 +47,9 @@ def crash(code: int | None = 5) -> Death:
 
 
 def test_success_after_two_crashes_with_growing_pauses(run: Run, view) -> None:
-    code, made, slept = run((crash(), 10), (crash(-9), 20), (None, 100), max_restarts=5, backoff_s=1.0)
+    code, made, slept = run(
+        (crash(), 10), (crash(-9), 20), (None, 100), max_restarts=5, backoff_s=1.0
+    )
     assert (code, made) == (0, [0, 1, 2])
     assert sum(slept) == pytest.approx(1 + 2)
     shown = view.out.getvalue()
@@ -61,7 +66,9 @@ def test_pauses_have_a_limit(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(5, 5), (-9, 137), (None, 1), (75, 75)])
-def test_the_budget_ends_with_the_code_of_the_last_death(run: Run, view, code: int | None, exit_code: int) -> None:
+def test_the_budget_ends_with_the_code_of_the_last_death(
+    run: Run, view, code: int | None, exit_code: int
+) -> None:
     assert run((crash(code), 1), (crash(code), 2), max_restarts=1)[:2] == (exit_code, [0, 1])
     assert "given up after 1 restarts" in view.out.getvalue()
 
@@ -87,7 +94,9 @@ def test_deaths_before_the_first_step_do_not_count_as_one_step(run: Run) -> None
 def test_a_signal_between_attempts_ends_the_run(spec, view) -> None:
     made: list[int] = []
 
-    def attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | Growth | None:
+    def attempt(
+        spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
+    ) -> Death | Growth | None:
         made.append(number)
         return crash()
 
@@ -103,7 +112,15 @@ def test_a_signal_between_attempts_ends_the_run(spec, view) -> None:
 
 
 def test_growing_uses_up_no_restart_and_a_lost_node_is_not_the_steps_fault(run: Run, view) -> None:
-    code, made, slept = run((crash(None), 7), (Growth(4), 7), (crash(None), 7), (Growth(4), 9), (None, 20), max_restarts=2, backoff_s=1.0)
+    code, made, slept = run(
+        (crash(None), 7),
+        (Growth(4), 7),
+        (crash(None), 7),
+        (Growth(4), 9),
+        (None, 20),
+        max_restarts=2,
+        backoff_s=1.0,
+    )
     assert (code, made) == (0, [0, 1, 2, 3, 4])
     assert sum(slept) == pytest.approx(1 + 2), "no pause before growing"
     assert view.out.getvalue().count("room for 4 workers: growing") == 2

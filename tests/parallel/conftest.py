@@ -50,7 +50,8 @@ def zero_worker():
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    """processes(task, world) -> what each gloo process returned, in rank order; run once. The result files decide, not the exit codes."""
+    """processes(task, world) -> what each gloo process returned, in rank order; run once. The
+    result files decide, not the exit codes."""
     done: dict[str, list] = {}
 
     def run(task: str, world: int, limit_s: float = 180.0) -> list:
@@ -62,10 +63,22 @@ def processes(tmp_path_factory):
 
 
 def launch(task: str, world: int, folder: Path, limit_s: float) -> list:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     children = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "gloo_worker.py"), task, str(rank), str(world), str(folder)],
+            [
+                sys.executable,
+                str(HERE / "gloo_worker.py"),
+                task,
+                str(rank),
+                str(world),
+                str(folder),
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -74,7 +87,10 @@ def launch(task: str, world: int, folder: Path, limit_s: float) -> list:
     ]
     deadline = time.monotonic() + limit_s
     try:
-        logs = [child.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for child in children]
+        logs = [
+            child.communicate(timeout=max(0.1, deadline - time.monotonic()))[1]
+            for child in children
+        ]
     except subprocess.TimeoutExpired:
         pytest.fail(f"{task} on {world} processes took longer than {limit_s} s")
     finally:
@@ -82,5 +98,7 @@ def launch(task: str, world: int, folder: Path, limit_s: float) -> list:
             if child.poll() is None:
                 child.kill()
     missing = [rank for rank in range(world) if not (folder / f"{rank}.pt").exists()]
-    assert not missing, f"{task}: no result from ranks {missing}\n" + "\n".join(log[-3000:] for log in logs)
+    assert not missing, f"{task}: no result from ranks {missing}\n" + "\n".join(
+        log[-3000:] for log in logs
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -1,4 +1,5 @@
-"""One process of a multi-process test: python gloo_worker.py <task> <rank> <world> <folder>; its result goes to <folder>/<rank>.pt."""
+"""One process of a multi-process test: python gloo_worker.py <task> <rank> <world> <folder>; its
+result goes to <folder>/<rank>.pt."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def run_verbs(rank: int, lines: list[list[int]], grids: list[tuple[int, int]]) -
         for case in oracles.process_cases():
             leaves, outputs, loss = oracles.member_run(case, GroupSequence(case.layout, comm))
             loss.backward()
-            grads = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
+            grads = {
+                n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()
+            }
             found.append(({n: x.detach() for n, x in outputs.items()}, grads))
         found.append((comm.traffic.collectives, comm.traffic.sent))
     return found
@@ -50,9 +53,12 @@ VALID = (11, 8, 5, 10)
 
 
 def run_fsdp(rank: int, world: int) -> list:
-    """FSDP2 with a clip split over 2 processes: full gradients and losses, for every mesh of this world that splits clips."""
+    """FSDP2 with a clip split over 2 processes: full gradients and losses, for every mesh of this
+    world that splits clips."""
     found = []
-    meshes = [MeshDegrees(1, world // 2, 1, 2)] + ([MeshDegrees(2, 1, 2, 1), MeshDegrees(1, 1, 2, 2)] if world == 4 else [])
+    meshes = [MeshDegrees(1, world // 2, 1, 2)] + (
+        [MeshDegrees(2, 1, 2, 1), MeshDegrees(1, 1, 2, 2)] if world == 4 else []
+    )
     for degrees in meshes:
         mesh = build_mesh(degrees, "cpu")
         x = hybrid.clips()
@@ -71,15 +77,23 @@ def run_fsdp(rank: int, world: int) -> list:
 
 
 def run_engine(name: str, rank: int, world: int) -> list:
-    """An engine of others and our own on the same tokens; dense attention is what both are compared with by the test."""
+    """An engine of others and our own on the same tokens; dense attention is what both are compared
+    with by the test."""
     comm = sequence_comm(Member(0, rank, 1, world), grid_groups([list(range(world))], 1, world))
     engine = make_engine(name, comm)
     found = []
     for case in oracles.engine_cases():
         for chosen in (None, engine):
-            leaves, outputs, loss = oracles.member_run(case, GroupSequence(case.layout, comm, engine=chosen))
+            leaves, outputs, loss = oracles.member_run(
+                case, GroupSequence(case.layout, comm, engine=chosen)
+            )
             loss.backward()
-            found.append(({n: x.detach() for n, x in outputs.items()}, {n: x.grad for n, x in leaves.items()}))
+            found.append(
+                (
+                    {n: x.detach() for n, x in outputs.items()},
+                    {n: x.grad for n, x in leaves.items()},
+                )
+            )
     return found
 
 
@@ -107,15 +121,24 @@ def run_two(rank: int) -> dict:
 
 def run_four(rank: int) -> dict:
     together = run_verbs(rank, [[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)])
-    return {"verbs": together + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]), "fsdp": run_fsdp(rank, 4)}
+    return {
+        "verbs": together + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]),
+        "fsdp": run_fsdp(rank, 4),
+    }
 
 
-TASKS = {"two": run_two, "four": run_four, "deepspeed": lambda rank: run_engine("deepspeed", rank, 2)}
+TASKS = {
+    "two": run_two,
+    "four": run_four,
+    "deepspeed": lambda rank: run_engine("deepspeed", rank, 2),
+}
 
 
 def main(task: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
     result = TASKS[task](rank)
     torch.save(result, folder / f"{rank}.tmp")
     (folder / f"{rank}.tmp").rename(folder / f"{rank}.pt")

@@ -1,6 +1,8 @@
-"""A small hybrid model with everything that couples frames: K convolution, three GDN streams, softmax attention, temporal FFN convolution.
+"""A small hybrid model with everything that couples frames: K convolution, three GDN streams,
+softmax attention, temporal FFN convolution.
 
-Not a test module: `conftest.py` hands it to the tests as the fixture `hybrid`, and `gloo_worker.py` imports it.
+Not a test module: `conftest.py` hands it to the tests as the fixture `hybrid`, and `gloo_worker.py`
+imports it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ class GdnBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.camera, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.qkv, self.camera, self.out = (
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
         self.gates = nn.Linear(WIDTH, 2 * HEADS)
         self.short = TemporalConvolution(3, 3, "chunk")
         self.ffn, self.temporal = nn.Linear(WIDTH, WIDTH), TemporalConvolution(1, 1, "document")
@@ -53,10 +59,14 @@ class GdnBlock(nn.Module):
         def stream(keys, values):
             weighted = keys * beta[:, :, None, :, None]
             gram = torch.einsum("btshd,btshe->bthde", weighted, keys)
-            return Stream(0.5 + decay / 2, gram, torch.einsum("btshd,btshe->bthde", values, weighted))
+            return Stream(
+                0.5 + decay / 2, gram, torch.einsum("btshd,btshe->bthde", values, weighted)
+            )
 
         ones = torch.ones_like(v[..., :1])
-        numerator, normaliser, camera = sequence.scan([stream(k, v), stream(k.abs(), ones), stream(c, v)]).states
+        numerator, normaliser, camera = sequence.scan(
+            [stream(k, v), stream(k.abs(), ones), stream(c, v)]
+        ).states
         read = torch.einsum("bthed,btshd->btshe", numerator + camera, q)
         read = read / (torch.einsum("bthed,btshd->btshe", normaliser, q.abs()) + 1)
         x = x + self.out(read.flatten(-2))
@@ -68,11 +78,18 @@ class SoftmaxBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.camera, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.qkv, self.camera, self.out = (
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+        )
         self.ffn, self.temporal = nn.Linear(WIDTH, WIDTH), TemporalConvolution(1, 1, "document")
 
     def forward(self, x, sequence):
-        q, k, v = (torch.cat([by_head(a), by_head(b)], 3) for a, b in zip(self.qkv(x).chunk(3, -1), self.camera(x).chunk(3, -1)))
+        q, k, v = (
+            torch.cat([by_head(a), by_head(b)], 3)
+            for a, b in zip(self.qkv(x).chunk(3, -1), self.camera(x).chunk(3, -1))
+        )
         x = x + self.out(sequence.attend(q, k, v, CHUNK_CAUSAL).flatten(-2))
         return x + self.temporal([F.silu(self.ffn(x))], sequence)[0]
 
@@ -89,7 +106,11 @@ class Hybrid(nn.Module):
 
     def forward(self, x, sequence):
         for block in self.blocks:
-            x = checkpoint(block, x, sequence, sequence=sequence) if self.checkpointed else block(x, sequence)
+            x = (
+                checkpoint(block, x, sequence, sequence=sequence)
+                if self.checkpointed
+                else block(x, sequence)
+            )
         return x
 
 

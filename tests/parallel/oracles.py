@@ -1,6 +1,8 @@
-"""What the tests compare with: brute-force definitions, written without `edges`, tiles or any code of the verbs.
+"""What the tests compare with: brute-force definitions, written without `edges`, tiles or any code
+of the verbs.
 
-Not a test module: `conftest.py` hands it to the tests as the fixture `oracles`, and `gloo_worker.py` imports it.
+Not a test module: `conftest.py` hands it to the tests as the fixture `oracles`, and
+`gloo_worker.py` imports it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def same_document(layout, i, j):
 
 
 def same_chunk(layout, i, j):
-    return same_document(layout, i, j) and span(layout.chunk_starts, i) == span(layout.chunk_starts, j)
+    return same_document(layout, i, j) and span(layout.chunk_starts, i) == span(
+        layout.chunk_starts, j
+    )
 
 
 def is_real(layout, row, j):
@@ -52,7 +56,11 @@ def may_attend(layout, mask: AttentionMask, i, j):
             return False
         back = i - j
         near = mask.window is None or back < mask.window
-        dilated = mask.dilation is not None and (j - first) % mask.dilation == 0 and (mask.reach is None or back < mask.reach)
+        dilated = (
+            mask.dilation is not None
+            and (j - first) % mask.dilation == 0
+            and (mask.reach is None or back < mask.reach)
+        )
         return near or dilated or j - first < mask.sink
     starts = sorted({*layout.document_starts, *layout.chunk_starts})
     number = [s for s in starts if s >= first]
@@ -61,7 +69,8 @@ def may_attend(layout, mask: AttentionMask, i, j):
 
 
 def serial_scan(streams, layout: ClipLayout, reverse, initial=None):
-    """Frame by frame from the definition, M formed in full, plain autograd. -> states, final per stream"""
+    """Frame by frame from the definition, M formed in full, plain autograd. -> states, final per
+    stream"""
     states, finals = [], []
     for n, (decay, gram, update) in enumerate(streams):
         batch, frames, heads, _, d = update.shape
@@ -70,7 +79,12 @@ def serial_scan(streams, layout: ClipLayout, reverse, initial=None):
         final = []
         for b in range(batch):
             real = [is_real(layout, b, t) for t in range(frames)]
-            m = [decay[b, t, :, None, None] * (eye - gram[b, t]) if real[t] else eye.expand(heads, d, d) for t in range(frames)]
+            m = [
+                decay[b, t, :, None, None] * (eye - gram[b, t])
+                if real[t]
+                else eye.expand(heads, d, d)
+                for t in range(frames)
+            ]
             u = [update[b, t] if real[t] else torch.zeros_like(update[b, t]) for t in range(frames)]
             ahead, state = [], None if initial is None else initial[n][b]
             for t in range(frames):
@@ -85,7 +99,9 @@ def serial_scan(streams, layout: ClipLayout, reverse, initial=None):
                     state = torch.zeros_like(u[0])
                 after, state = state, state @ m[t] + u[t]
                 behind[t] = after if reverse == "exclusive" else state
-            rows.append(torch.stack([a if reverse is None else a + r for a, r in zip(ahead, behind)]))
+            rows.append(
+                torch.stack([a if reverse is None else a + r for a, r in zip(ahead, behind)])
+            )
         states.append(torch.stack(rows))
         finals.append(torch.stack(final))
     return states, finals
@@ -96,7 +112,13 @@ def dense_attention(q, k, v, layout: ClipLayout, mask: AttentionMask):
     k, v = (x.repeat_interleave(heads // k.shape[3], 3) for x in (k, v))
     allowed = torch.tensor(
         [
-            [[may_attend(layout, mask, i, j) and is_real(layout, b, max(i, j)) for j in range(frames)] for i in range(frames)]
+            [
+                [
+                    may_attend(layout, mask, i, j) and is_real(layout, b, max(i, j))
+                    for j in range(frames)
+                ]
+                for i in range(frames)
+            ]
             for b in range(batch)
         ]
     ).reshape(batch, frames, frames)
@@ -115,7 +137,11 @@ def taps(x, layout: ClipLayout, before, after, kind):
             frames = []
             for i in range(layout.frames):
                 source = i + j - before
-                seen = 0 <= source < layout.frames and may_read(layout, kind, i, source) and is_real(layout, b, source)
+                seen = (
+                    0 <= source < layout.frames
+                    and may_read(layout, kind, i, source)
+                    and is_real(layout, b, source)
+                )
                 frames.append(x[b, source] if seen else torch.zeros_like(x[b, 0]))
             rows.append(torch.stack(frames))
         out.append(torch.stack(rows))
@@ -123,10 +149,14 @@ def taps(x, layout: ClipLayout, before, after, kind):
 
 
 def mean(value, weight, layout: ClipLayout):
-    real = torch.tensor([[is_real(layout, b, t) for t in range(layout.frames)] for b in range(value.shape[0])])
+    real = torch.tensor(
+        [[is_real(layout, b, t) for t in range(layout.frames)] for b in range(value.shape[0])]
+    )
     weight = (weight * real).reshape(*weight.shape, *[1] * (value.dim() - 2)).expand(value.shape)
     total = weight.flatten(1).sum(1)
-    return (value * weight).flatten(1).sum(1) / torch.where(total == 0, torch.ones_like(total), total)
+    return (value * weight).flatten(1).sum(1) / torch.where(
+        total == 0, torch.ones_like(total), total
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +192,9 @@ def inputs(case: Case) -> dict[str, Tensor]:
     found = {}
     for name, e in (("numerator", d), ("normaliser", 1)):
         keys = normal(b, t, h, d, 2 * d) * (0.6 / (2 * d) ** 0.5)
-        found[f"{name}.decay"] = 0.7 + 0.3 * torch.rand(b, t, h, generator=g, dtype=torch.float64).to(case.dtype)
+        found[f"{name}.decay"] = 0.7 + 0.3 * torch.rand(
+            b, t, h, generator=g, dtype=torch.float64
+        ).to(case.dtype)
         found[f"{name}.gram"] = keys @ keys.mT
         found[f"{name}.update"] = normal(b, t, h, e, d)
         found[f"{name}.initial"] = normal(b, h, e, d)
@@ -171,9 +203,16 @@ def inputs(case: Case) -> dict[str, Tensor]:
     found["x"], found["y"] = normal(b, t, s, 3), normal(b, t, 5)
     found["x.upstream"] = normal(case.before + case.after + 1, b, t, s, 3)
     found["y.upstream"] = normal(case.before + case.after + 1, b, t, 5)
-    found["q"], found["k"], found["v"] = normal(b, t, s, h, d), normal(b, t, s, case.key_heads, d), normal(b, t, s, case.key_heads, d)
+    found["q"], found["k"], found["v"] = (
+        normal(b, t, s, h, d),
+        normal(b, t, s, case.key_heads, d),
+        normal(b, t, s, case.key_heads, d),
+    )
     found["out.upstream"] = normal(b, t, s, h, d)
-    found["value"], found["weight"] = normal(b, t, s), torch.rand(b, t, generator=g, dtype=torch.float64).to(case.dtype)
+    found["value"], found["weight"] = (
+        normal(b, t, s),
+        torch.rand(b, t, generator=g, dtype=torch.float64).to(case.dtype),
+    )
     found["mean.upstream"] = normal(b)
     if case.perturbed is not None:
         for name in (n for names in LEAVES.values() for n in names):
@@ -184,17 +223,25 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 
 LEAVES = {
-    "scan": tuple(f"{stream}.{part}" for stream in ("numerator", "normaliser") for part in ("decay", "gram", "update")),
+    "scan": tuple(
+        f"{stream}.{part}"
+        for stream in ("numerator", "normaliser")
+        for part in ("decay", "gram", "update")
+    ),
     "halo": ("x", "y"),
     "attend": ("q", "k", "v"),
     "mean": ("value", "weight"),
 }
 
 
-def member_run(case: Case, sequence: GroupSequence) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """The case's verbs on one member's frames -> its leaves, its outputs, and a scalar whose gradient is the upstream gradients' pullback.
+def member_run(
+    case: Case, sequence: GroupSequence
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """The case's verbs on one member's frames -> its leaves, its outputs, and a scalar whose
+    gradient is the upstream gradients' pullback.
 
-    The scalar of replicated outputs (mean) is counted as the convention says: once by each member for itself.
+    The scalar of replicated outputs (mean) is counted as the convention says: once by each member
+    for itself.
     """
     full, r = inputs(case), sequence.frames
     leaves, outputs = {}, {}
@@ -212,13 +259,21 @@ def member_run(case: Case, sequence: GroupSequence) -> tuple[dict[str, Tensor], 
             for stream in ("numerator", "normaliser"):
                 leaves[f"{stream}.initial"] = full[f"{stream}.initial"].clone().requires_grad_()
             initial = [leaves["numerator.initial"], leaves["normaliser.initial"]]
-        streams = [Stream(*(leaves[f"{n}.{p}"] for p in ("decay", "gram", "update"))) for n in ("numerator", "normaliser")]
+        streams = [
+            Stream(*(leaves[f"{n}.{p}"] for p in ("decay", "gram", "update")))
+            for n in ("numerator", "normaliser")
+        ]
         result = sequence.scan(streams, case.reverse, initial)
         for i, name in enumerate(("numerator", "normaliser")):
             outputs[f"{name}.states"], outputs[f"{name}.final"] = result.states[i], result.final[i]
             loss = loss + (result.states[i] * local(f"{name}.upstream")).sum()
-            if case.initial and sequence.comm.members[0].index == sequence.comm.members[0].size // 2:
-                loss = loss + (result.final[i] * full[f"{name}.upstream_final"]).sum()  # one member uses the final state
+            if (
+                case.initial
+                and sequence.comm.members[0].index == sequence.comm.members[0].size // 2
+            ):
+                loss = (
+                    loss + (result.final[i] * full[f"{name}.upstream_final"]).sum()
+                )  # one member uses the final state
     if "halo" in case.verbs:
         found = sequence.halo([leaves["x"], leaves["y"]], case.before, case.after, case.halo_edges)
         for name, pieces in zip(("x", "y"), found):
@@ -242,8 +297,13 @@ def serial_run(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     leaves = {n: full[n].clone().requires_grad_() for n in names}
     outputs, loss = {}, torch.zeros((), dtype=case.dtype)
     if "scan" in case.verbs:
-        streams = [Stream(*(leaves[f"{n}.{p}"] for p in ("decay", "gram", "update"))) for n in ("numerator", "normaliser")]
-        initial = [leaves["numerator.initial"], leaves["normaliser.initial"]] if case.initial else None
+        streams = [
+            Stream(*(leaves[f"{n}.{p}"] for p in ("decay", "gram", "update")))
+            for n in ("numerator", "normaliser")
+        ]
+        initial = (
+            [leaves["numerator.initial"], leaves["normaliser.initial"]] if case.initial else None
+        )
         states, final = serial_scan(streams, case.layout, case.reverse, initial)
         for i, name in enumerate(("numerator", "normaliser")):
             outputs[f"{name}.states"], outputs[f"{name}.final"] = states[i], final[i]
@@ -252,15 +312,21 @@ def serial_run(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 loss = loss + (final[i] * full[f"{name}.upstream_final"]).sum()
     if "halo" in case.verbs:
         for name in ("x", "y"):
-            outputs[f"{name}.taps"] = torch.stack(taps(leaves[name], case.layout, case.before, case.after, case.halo_edges))
+            outputs[f"{name}.taps"] = torch.stack(
+                taps(leaves[name], case.layout, case.before, case.after, case.halo_edges)
+            )
             loss = loss + (outputs[f"{name}.taps"] * full[f"{name}.upstream"]).sum()
     if "attend" in case.verbs:
-        outputs["out"] = dense_attention(leaves["q"], leaves["k"], leaves["v"], case.layout, case.mask)
+        outputs["out"] = dense_attention(
+            leaves["q"], leaves["k"], leaves["v"], case.layout, case.mask
+        )
         loss = loss + (outputs["out"] * full["out.upstream"]).sum()
     if "mean" in case.verbs:
         outputs["mean"] = mean(leaves["value"], leaves["weight"], case.layout)
         loss = loss + (outputs["mean"] * full["mean.upstream"]).sum()
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
     return outputs, dict(zip(leaves, grads))
 
 
@@ -268,7 +334,8 @@ REPLICATED = ("final", "mean")
 
 
 def joined(members: list[tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Members' (outputs, gradients) -> whole-clip outputs and gradients; replicated gradients (initial states) are summed."""
+    """Members' (outputs, gradients) -> whole-clip outputs and gradients; replicated gradients
+    (initial states) are summed."""
     outputs, grads = {}, {}
     for name in members[0][0]:
         parts = [m[0][name].detach() for m in members]
@@ -295,9 +362,14 @@ def virtual_run(case: Case, ring: int, ulysses: int):
     """-> per member (outputs, gradients), and the members' traffic"""
     from parallel.virtual import run_virtual
 
-    results, traffic = run_virtual(lambda comm: member_run(case, GroupSequence(case.layout, comm)), ring, ulysses)
+    results, traffic = run_virtual(
+        lambda comm: member_run(case, GroupSequence(case.layout, comm)), ring, ulysses
+    )
     sum(loss for *_, loss in results).backward()
-    return [(o, {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}) for leaves, o, _ in results], traffic
+    return [
+        (o, {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()})
+        for leaves, o, _ in results
+    ], traffic
 
 
 def worst(found, expected) -> tuple[float, float]:
@@ -306,9 +378,16 @@ def worst(found, expected) -> tuple[float, float]:
     for a, b in zip(found, expected):
         assert set(a) == set(b)
         largest = max(float(x.detach().double().norm()) for x in b.values())
-        zero = {n for n in b if float(b[n].detach().double().norm()) <= 1e-13 * largest}  # 0 but for rounding, such as d softmax of one key
+        zero = {
+            n for n in b if float(b[n].detach().double().norm()) <= 1e-13 * largest
+        }  # 0 but for rounding, such as d softmax of one key
         errors.append(
-            max(float((a[n].double() - b[n].double()).detach().norm()) / (largest or 1) if n in zero else relative(a[n], b[n]) for n in a)
+            max(
+                float((a[n].double() - b[n].double()).detach().norm()) / (largest or 1)
+                if n in zero
+                else relative(a[n], b[n])
+                for n in a
+            )
         )
     return errors[0], errors[1]
 
@@ -317,20 +396,41 @@ SINK = AttentionMask("chunk", window=2, sink=1)
 
 
 def process_cases() -> list[Case]:
-    """What runs over gloo as well as over virtual ranks: every verb; cut, ragged and too short clips; GQA; three dtypes."""
+    """What runs over gloo as well as over virtual ranks: every verb; cut, ragged and too short
+    clips; GQA; three dtypes."""
     packed = ClipLayout(11, document_starts=(0, 7), chunk_starts=(0, 3, 6, 9), valid_frames=(11, 9))
     return [
         Case(ClipLayout(11)),
-        Case(packed, reverse="inclusive", initial=True, before=3, after=3, halo_edges="chunk", mask=SINK, key_heads=2),
+        Case(
+            packed,
+            reverse="inclusive",
+            initial=True,
+            before=3,
+            after=3,
+            halo_edges="chunk",
+            mask=SINK,
+            key_heads=2,
+        ),
         Case(ClipLayout(3), heads=5, key_heads=5, initial=True),
-        Case(ClipLayout(7), reverse=None, halo_edges="document", mask=AttentionMask("frame", 2, 1, 2), dtype=torch.float32, key_heads=1),
+        Case(
+            ClipLayout(7),
+            reverse=None,
+            halo_edges="document",
+            mask=AttentionMask("frame", 2, 1, 2),
+            dtype=torch.float32,
+            key_heads=1,
+        ),
         Case(ClipLayout(5), verbs=("halo", "attend", "mean"), dtype=torch.bfloat16),
     ]
 
 
 def engine_cases() -> list[Case]:
-    """What engines of others can compute: full masks, even shares, batch above one, grouped key heads."""
-    return [Case(ClipLayout(6), ("attend",)), Case(ClipLayout(4), ("attend",), batch=3, heads=8, key_heads=4, tokens=3)]
+    """What engines of others can compute: full masks, even shares, batch above one, grouped key
+    heads."""
+    return [
+        Case(ClipLayout(6), ("attend",)),
+        Case(ClipLayout(4), ("attend",), batch=3, heads=8, key_heads=4, tokens=3),
+    ]
 
 
 def starts(frames: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,12 +14,25 @@ from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
 from wm_train.kernels.attention import engines
 
-GRIDS = ((1, 1), (1, 2), (1, 4), (2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2))  # ring x ulysses
+GRIDS = (
+    (1, 1),
+    (1, 2),
+    (1, 4),
+    (2, 1),
+    (3, 1),
+    (4, 1),
+    (8, 1),
+    (2, 2),
+    (2, 4),
+    (4, 2),
+)  # ring x ulysses
 MASKS = {
     "full": FULL,
     "frame causal": FRAME_CAUSAL,
     "window": AttentionMask("frame", window=3),
-    "window and dilated global frames": AttentionMask("frame", window=2, sink=1, dilation=4, reach=9),
+    "window and dilated global frames": AttentionMask(
+        "frame", window=2, sink=1, dilation=4, reach=9
+    ),
     "chunk causal": CHUNK_CAUSAL,
     "chunks with sink and window": AttentionMask("chunk", window=2, sink=1),
 }
@@ -29,7 +42,9 @@ KINDS = ("plain", "chunks 4,3,3", "documents", "ragged", "all")
 def check(oracles, grid, mask, kind, frames, dtype=torch.float64, limits=(1e-11, 1e-11), **sizes):
     case = oracles.Case(oracles.layouts(frames)[kind], ("attend",), mask=mask, dtype=dtype, **sizes)
     found = oracles.joined(oracles.virtual_run(case, *grid)[0])
-    errors = oracles.worst(found, oracles.serial_run(oracles.Case(**{**vars(case), "dtype": torch.float64})))
+    errors = oracles.worst(
+        found, oracles.serial_run(oracles.Case(**{**vars(case), "dtype": torch.float64}))
+    )
     assert errors[0] <= limits[0], (case, errors)
     assert errors[1] <= limits[1], (case, errors)
 
@@ -57,7 +72,9 @@ def test_attention_in_single_precision(oracles, grid):
         check(oracles, grid, mask, "all", 61, torch.float32, (5e-6, 3e-5))
 
 
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 1), (4, 2), (6, 2), (5, 5), (7, 7), (6, 3), (8, 2)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads"), [(4, 1), (4, 2), (6, 2), (5, 5), (7, 7), (6, 3), (8, 2)]
+)
 def test_fewer_key_heads_and_heads_that_do_not_divide(oracles, heads, key_heads):
     for grid in ((1, 2), (1, 3), (1, 4), (2, 3)):
         check(oracles, grid, FRAME_CAUSAL, "all", 7, heads=heads, key_heads=key_heads)
@@ -116,16 +133,29 @@ def test_half_precision_does_not_get_worse_with_the_ring(oracles):
 
 
 def test_collectives_and_bytes(oracles):
-    """Ulysses: two all-to-alls each way. Ring of R: R − 1 shifts forward, 2R − 1 backward. Bytes as the modules' docstrings say."""
+    """Ulysses: two all-to-alls each way. Ring of R: R − 1 shifts forward, 2R − 1 backward. Bytes as
+    the modules' docstrings say."""
     frames, heads, dim, tokens, batch, width = 8, 4, 4, 2, 2, 8
-    case = oracles.Case(ClipLayout(frames), ("attend",), heads=heads, key_heads=heads, dim=dim, tokens=tokens, batch=batch)
+    case = oracles.Case(
+        ClipLayout(frames),
+        ("attend",),
+        heads=heads,
+        key_heads=heads,
+        dim=dim,
+        tokens=tokens,
+        batch=batch,
+    )
     token = batch * tokens * dim * width  # bytes of one head of one frame
     for u in (2, 4):
         _, traffic = oracles.virtual_run(case, 1, u)
         t, h = frames // u, heads // u
         for member in traffic:
             assert member.collectives == {"attend forward": 2, "attend backward": 2}
-            assert member.sent["attend forward"] == member.sent["attend backward"] == (u - 1) * 4 * t * h * token
+            assert (
+                member.sent["attend forward"]
+                == member.sent["attend backward"]
+                == (u - 1) * 4 * t * h * token
+            )
     for r in (2, 4):
         _, traffic = oracles.virtual_run(case, r, 1)
         t = frames // r
@@ -138,7 +168,9 @@ def test_collectives_and_bytes(oracles):
 def test_the_plain_path_of_other_devices_equals_the_cpu_kernel(monkeypatch):
     """Also in pieces of few queries, and as one block's share of a softmax over more keys."""
     g = torch.Generator().manual_seed(2)
-    q, k, v, grad = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (10, 14, 14, 10))
+    q, k, v, grad = (
+        torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (10, 14, 14, 10)
+    )
     monkeypatch.setattr(local_attention, "SCORES_AT_ONCE", 2 * 3 * 14 * 4)
     out, lse = local_attention.dense_attention(q, k, v)
     found = local_attention.plain_attention(q, k, v)
@@ -146,7 +178,9 @@ def test_the_plain_path_of_other_devices_equals_the_cpu_kernel(monkeypatch):
     for keys in (slice(0, 14), slice(0, 5)):
         block = (grad, q, k[:, :, keys].contiguous(), v[:, :, keys].contiguous(), out, lse)
         expected = local_attention.dense_attention_backward(*block)
-        torch.testing.assert_close(local_attention.plain_attention_backward(*block), expected, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            local_attention.plain_attention_backward(*block), expected, rtol=1e-11, atol=1e-12
+        )
 
 
 def test_the_flash_path_of_accelerators_is_called_with_the_right_arguments():

@@ -1,4 +1,5 @@
-"""Attention engines of others: the same numbers where they run, and a refusal where they would be wrong."""
+"""Attention engines of others: the same numbers where they run, and a refusal where they would be
+wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from parallel.masks import FRAME_CAUSAL, FULL
 
 @pytest.mark.full
 def test_deepspeed_ulysses_equals_ours_and_dense_attention(processes, oracles):
-    results = processes("deepspeed", 2, limit_s=240)  # DeepSpeed compiles its shared-memory communication on first use
+    results = processes(
+        "deepspeed", 2, limit_s=240
+    )  # DeepSpeed compiles its shared-memory communication on first use
     for n, case in enumerate(oracles.engine_cases()):
         exact = oracles.serial_run(case)
         for which in (0, 1):
@@ -25,7 +28,9 @@ def test_deepspeed_ulysses_equals_ours_and_dense_attention(processes, oracles):
 
 @pytest.mark.full
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xfuser imports on accelerators only")
-@pytest.mark.skipif(importlib.util.find_spec("xfuser") is None, reason="xfuser is not installed: pip install xfuser")
+@pytest.mark.skipif(
+    importlib.util.find_spec("xfuser") is None, reason="xfuser is not installed: pip install xfuser"
+)
 def test_xfuser_equals_dense_attention(tmp_path, oracles):
     import torch.distributed as dist
 
@@ -35,7 +40,9 @@ def test_xfuser_equals_dense_attention(tmp_path, oracles):
     try:
         comm = sequence_comm(Member(), {"sequence": [[0]]})
         _, attention = make_engine("xfuser", comm)
-        case = oracles.Case(ClipLayout(4), ("attend",), dim=64, heads=4, tokens=32, dtype=torch.bfloat16)
+        case = oracles.Case(
+            ClipLayout(4), ("attend",), dim=64, heads=4, tokens=32, dtype=torch.bfloat16
+        )
         full = oracles.inputs(case)
         q, k, v = (full[n].flatten(1, 2).cuda().requires_grad_() for n in ("q", "k", "v"))
         out = attention(q, k, v)
@@ -52,15 +59,41 @@ def test_xfuser_equals_dense_attention(tmp_path, oracles):
     ("layout", "mask", "member", "heads", "key_heads", "cache", "words"),
     [
         (ClipLayout(4), FRAME_CAUSAL, Member(0, 0, 1, 2), 4, 4, None, "expected the full mask"),
-        (ClipLayout(4, document_starts=(0, 2)), FULL, Member(0, 0, 1, 2), 4, 4, None, "expected one document"),
-        (ClipLayout(4, valid_frames=(4, 3)), FULL, Member(0, 0, 1, 2), 4, 4, None, "expected no padding"),
-        (ClipLayout(5), FULL, Member(0, 0, 1, 2), 4, 4, None, "5 latent frames, expected a multiple of the 2"),
+        (
+            ClipLayout(4, document_starts=(0, 2)),
+            FULL,
+            Member(0, 0, 1, 2),
+            4,
+            4,
+            None,
+            "expected one document",
+        ),
+        (
+            ClipLayout(4, valid_frames=(4, 3)),
+            FULL,
+            Member(0, 0, 1, 2),
+            4,
+            4,
+            None,
+            "expected no padding",
+        ),
+        (
+            ClipLayout(5),
+            FULL,
+            Member(0, 0, 1, 2),
+            4,
+            4,
+            None,
+            "5 latent frames, expected a multiple of the 2",
+        ),
         (ClipLayout(4), FULL, Member(0, 0, 1, 2), 3, 3, None, "3 heads"),
         (ClipLayout(4), FULL, Member(0, 0, 1, 2), 4, 1, None, "1 key heads"),
         (ClipLayout(4), FULL, Member(0, 0, 1, 2), 4, 4, (1, 2), "a cache of earlier frames"),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_with_the_remedy(layout, mask, member, heads, key_heads, cache, words):
+def test_what_an_engine_cannot_do_is_refused_with_the_remedy(
+    layout, mask, member, heads, key_heads, cache, words
+):
     with pytest.raises(ValueError, match=r"Fix: parallel\.attention=native") as error:
         check_engine("deepspeed", layout, mask, member, heads, key_heads, cache)
     assert words in str(error.value)

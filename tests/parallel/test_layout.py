@@ -23,7 +23,14 @@ def test_edges_of_packed_chunked_clips():
 
 
 def test_positions_restart_in_every_document():
-    assert [ClipLayout(6, document_starts=(0, 4)).position_of(i) for i in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert [ClipLayout(6, document_starts=(0, 4)).position_of(i) for i in range(6)] == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +81,17 @@ def test_open_degrees_are_derived(wanted, world, heads, expected):
     ("wanted", "world", "words"),
     [
         (Wanted(cp=3), 4, ["parallel.cp: got 3", "4 workers: 1, 2, 4", "Fix: launcher.workers=3"]),
-        (Wanted(dp_shard=3), 4, ["dp_replicate 1 x dp_shard 3 x cp 1", "launcher.workers=3, or parallel.dp_shard=4"]),
+        (
+            Wanted(dp_shard=3),
+            4,
+            ["dp_replicate 1 x dp_shard 3 x cp 1", "launcher.workers=3, or parallel.dp_shard=4"],
+        ),
         (Wanted(cp=4, ulysses=3), 4, ["ring 1 x ulysses 3", "cp = 4", "parallel.cp=null, or"]),
-        (Wanted(cp=8, ulysses=8), 8, ["ulysses 8", "4 heads", "Fix: parallel.ulysses=4 parallel.ring=2"]),
+        (
+            Wanted(cp=8, ulysses=8),
+            8,
+            ["ulysses 8", "4 heads", "Fix: parallel.ulysses=4 parallel.ring=2"],
+        ),
         (Wanted(dp_replicate=0), 4, ["dp_replicate"]),
     ],
 )

@@ -1,4 +1,5 @@
-"""mean: one number per clip on all members, and each member's gradient of its own values; the members' gradients add up."""
+"""mean: one number per clip on all members, and each member's gradient of its own values; the
+members' gradients add up."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def over_members(layout, value, weight, upstream, members):
 
     means, traffic = run_virtual(body, ulysses=members)
     assert all(torch.equal(mean, means[0]) for mean in means)
-    sum((mean * upstream).sum() for mean in means).backward()  # every member starts from the same loss
+    sum(
+        (mean * upstream).sum() for mean in means
+    ).backward()  # every member starts from the same loss
     return means[0], value.grad, weight.grad, traffic
 
 
@@ -54,4 +57,6 @@ def test_a_clip_without_weight_has_mean_and_gradient_zero():
 
 def test_rows_that_do_not_fit_the_layout_are_refused():
     with pytest.raises(ValueError, match="got a batch of 2, expected 3"):
-        LocalSequence(ClipLayout(4, valid_frames=(4, 3, 2))).mean(torch.ones(2, 4), torch.ones(2, 4))
+        LocalSequence(ClipLayout(4, valid_frames=(4, 3, 2))).mean(
+            torch.ones(2, 4), torch.ones(2, 4)
+        )

@@ -1,4 +1,5 @@
-"""Numerics of the state path: what may be rounded and what must not, at the released model's sizes (T = 251, D = 112, bfloat16 q, k, v)."""
+"""Numerics of the state path: what may be rounded and what must not, at the released model's sizes
+(T = 251, D = 112, bfloat16 q, k, v)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ T, S, H, D = 251, 64, 2, 112
 
 @pytest.fixture(scope="module")
 def clip():
-    """Streams of one head pair from bfloat16 keys and values as the model makes them: ReLU, RMS norm, scaled by 1/√(D·S)."""
+    """Streams of one head pair from bfloat16 keys and values as the model makes them: ReLU, RMS
+    norm, scaled by 1/√(D·S)."""
     g = torch.Generator().manual_seed(1)
     keys = torch.randn(1, T, H, D, S, generator=g).relu()
     keys = keys / keys.square().mean(3, keepdim=True).sqrt()
@@ -45,7 +47,9 @@ def tf32(x):
 def test_the_state_path_stays_near_double_precision(clip, exact, members):
     def body(comm):
         sequence = GroupSequence(ClipLayout(T), comm)
-        return sequence.scan([Stream(*(x[:, sequence.frames.start : sequence.frames.stop] for x in clip))]).states[0]
+        return sequence.scan(
+            [Stream(*(x[:, sequence.frames.start : sequence.frames.stop] for x in clip))]
+        ).states[0]
 
     parts, _ = run_virtual(body, ulysses=members)
     found = torch.cat(parts, 1)
@@ -54,7 +58,8 @@ def test_the_state_path_stays_near_double_precision(clip, exact, members):
 
 
 def serial(clip, rounding, form):
-    """Forward and exclusive reverse states with tensor-core operands rounded. form "M": state · M; form "A": γ (state − state · A) + U."""
+    """Forward and exclusive reverse states with tensor-core operands rounded. form "M": state · M;
+    form "A": γ (state − state · A) + U."""
     decay, gram, update = (x.squeeze(0) for x in clip)
     eye = torch.eye(D)
 
@@ -75,7 +80,8 @@ def serial(clip, rounding, form):
 
 
 def test_rounding_the_small_gram_is_harmless_and_rounding_m_is_not(clip, exact):
-    """Only A may go through TF32: 1e-4 is kept. M in TF32 or bfloat16 breaks the bound, so this bound would catch such a kernel."""
+    """Only A may go through TF32: 1e-4 is kept. M in TF32 or bfloat16 breaks the bound, so this
+    bound would catch such a kernel."""
     assert error(serial(clip, lambda x: x, "A"), exact) <= 5e-6
     assert error(serial(clip, tf32, "A"), exact) <= 1e-4
     assert error(serial(clip, tf32, "M"), exact) > 1e-4
@@ -83,7 +89,8 @@ def test_rounding_the_small_gram_is_harmless_and_rounding_m_is_not(clip, exact):
 
 
 def test_half_precision_streams_are_computed_in_single(clip):
-    """bfloat16 inputs and autocast change nothing in the recurrence: states are float32, and equal those of the same numbers in float32."""
+    """bfloat16 inputs and autocast change nothing in the recurrence: states are float32, and equal
+    those of the same numbers in float32."""
     half = Stream(*(x[:, :20].bfloat16() for x in clip))
     sequence = LocalSequence(ClipLayout(20))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,5 @@
-"""Drawn cases: any layout, mesh, mask and head count; all verbs against brute force, values and gradients."""
+"""Drawn cases: any layout, mesh, mask and head count; all verbs against brute force, values and
+gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from parallel.virtual import run_virtual
 
 @st.composite
 def starts(draw, frames: int) -> tuple[int, ...]:
-    return (0, *sorted(draw(st.sets(st.integers(1, frames - 1), max_size=4)))) if frames > 1 else (0,)
+    return (
+        (0, *sorted(draw(st.sets(st.integers(1, frames - 1), max_size=4)))) if frames > 1 else (0,)
+    )
 
 
 @st.composite
@@ -26,7 +29,13 @@ def masks(draw) -> AttentionMask:
     sink = draw(st.integers(0, 2))
     if kind == "chunk":
         return AttentionMask("chunk", window, sink)
-    return AttentionMask("frame", window, sink, draw(st.none() | st.integers(1, 4)), draw(st.none() | st.integers(1, 9)))
+    return AttentionMask(
+        "frame",
+        window,
+        sink,
+        draw(st.none() | st.integers(1, 4)),
+        draw(st.none() | st.integers(1, 9)),
+    )
 
 
 @st.composite
@@ -45,7 +54,9 @@ def meshes(draw) -> tuple[tuple[int, int], int, int]:
     return (ring, draw(st.integers(1, min(heads, 8 // ring)))), heads, key_heads
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(
     layout=layouts(),
     mesh=meshes(),
@@ -56,7 +67,9 @@ def meshes(draw) -> tuple[tuple[int, int], int, int]:
     edges=st.sampled_from(["clip", "document", "chunk"]),
     seed=st.integers(0, 9),
 )
-def test_any_mesh_computes_what_one_device_does(oracles, layout, mesh, mask, reverse, initial, sides, edges, seed):
+def test_any_mesh_computes_what_one_device_does(
+    oracles, layout, mesh, mask, reverse, initial, sides, edges, seed
+):
     grid, heads, key_heads = mesh
     case = oracles.Case(
         layout,
@@ -72,18 +85,35 @@ def test_any_mesh_computes_what_one_device_does(oracles, layout, mesh, mask, rev
         dim=3,
         seed=seed,
     )
-    errors = oracles.worst(oracles.joined(oracles.virtual_run(case, *grid)[0]), oracles.serial_run(case))
+    errors = oracles.worst(
+        oracles.joined(oracles.virtual_run(case, *grid)[0]), oracles.serial_run(case)
+    )
     assert errors[0] <= 1e-11
     assert errors[1] <= 1e-11
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(layout=layouts(), mesh=meshes(), mask=masks(), sides=st.tuples(st.integers(0, 5), st.integers(0, 5)), initial=st.booleans())
+@given(
+    layout=layouts(),
+    mesh=meshes(),
+    mask=masks(),
+    sides=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    initial=st.booleans(),
+)
 def test_counted_traffic_equals_the_formulas(oracles, layout, mesh, mask, sides, initial):
-    """Bytes and collectives of every member, from drawn shapes; the formulas know nothing of the algorithms."""
+    """Bytes and collectives of every member, from drawn shapes; the formulas know nothing of the
+    algorithms."""
     (ring, ulysses), heads, key_heads = mesh
     case = oracles.Case(
-        layout, before=sides[0], after=sides[1], mask=mask, tokens=1, heads=heads, key_heads=key_heads, dim=3, initial=initial
+        layout,
+        before=sides[0],
+        after=sides[1],
+        mask=mask,
+        tokens=1,
+        heads=heads,
+        key_heads=key_heads,
+        dim=3,
+        initial=initial,
     )
     calls = {}
 
@@ -98,5 +128,10 @@ def test_counted_traffic_equals_the_formulas(oracles, layout, mesh, mask, sides,
         for call in calls[member]:
             for way, cost in expected_cost(call.verb, call.tensors, member).items():
                 label = f"{call.verb.name} {way}"
-                assert counted.sent.get(label, 0) == (cost.sent if member.size > 1 else 0), (label, member)
-                assert counted.collectives.get(label, 0) == (cost.collectives if member.size > 1 else 0), (label, member)
+                assert counted.sent.get(label, 0) == (cost.sent if member.size > 1 else 0), (
+                    label,
+                    member,
+                )
+                assert counted.collectives.get(label, 0) == (
+                    cost.collectives if member.size > 1 else 0
+                ), (label, member)

@@ -1,4 +1,5 @@
-"""scan: exact over any number of members, frames, chunks, documents and padding, in the values and in every gradient."""
+"""scan: exact over any number of members, frames, chunks, documents and padding, in the values and
+in every gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ VARIANTS = list(itertools.product((None, "inclusive", "exclusive"), KINDS, (Fals
 
 def check(oracles, members, frames, variant, dtype=torch.float64, limits=(1e-12, 1e-11)):
     reverse, kind, initial = variant
-    case = oracles.Case(oracles.layouts(frames)[kind], ("scan",), reverse=reverse, initial=initial, heads=2, dim=4, dtype=dtype)
+    case = oracles.Case(
+        oracles.layouts(frames)[kind],
+        ("scan",),
+        reverse=reverse,
+        initial=initial,
+        heads=2,
+        dim=4,
+        dtype=dtype,
+    )
     found = oracles.joined(oracles.virtual_run(case, 1, members)[0])
     exact = oracles.serial_run(oracles.Case(**{**vars(case), "dtype": torch.float64}))
     errors = oracles.worst(found, exact)
@@ -28,7 +37,8 @@ def check(oracles, members, frames, variant, dtype=torch.float64, limits=(1e-12,
 @pytest.mark.parametrize("frames", FRAMES)
 @pytest.mark.parametrize("members", MEMBERS)
 def test_scan_equals_the_serial_recurrence(oracles, members, frames):
-    """Every variant meets every member count and every clip length, and every pair of those meets a fifth of the variants."""
+    """Every variant meets every member count and every clip length, and every pair of those meets a
+    fifth of the variants."""
     for variant in VARIANTS[(MEMBERS.index(members) + FRAMES.index(frames)) % 5 :: 5]:
         check(oracles, members, frames, variant)
 
@@ -49,11 +59,14 @@ def test_scan_in_single_precision(oracles, members):
 
 
 def test_the_graph_does_not_grow_with_the_frames(oracles):
-    """One node over the leaves, and what it keeps: its inputs and, per stream, two boundary states and the members' composites."""
+    """One node over the leaves, and what it keeps: its inputs and, per stream, two boundary states
+    and the members' composites."""
     case = oracles.Case(oracles.ClipLayout(61), ("scan",), heads=2)
     leaves, outputs, _ = oracles.member_run(case, LocalSequence(case.layout))
     node = outputs["numerator.states"].grad_fn
-    assert {type(parent).__name__ for parent, _ in node.next_functions if parent is not None} == {"AccumulateGrad"}
+    assert {type(parent).__name__ for parent, _ in node.next_functions if parent is not None} == {
+        "AccumulateGrad"
+    }
     assert node is outputs["normaliser.final"].grad_fn
     kept = [x for x in node.saved_tensors if x is not None]
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in leaves.values()}

@@ -21,7 +21,8 @@ def pieces(x, sizes=SIZES):
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("reverse", [None, "exclusive", "inclusive"])
 def test_chunks_one_by_one_equal_the_clip_at_once(oracles, members, reverse):
-    """Values and gradients; a chunk-causal clip of 4, 3, 3, 1 frames, each chunk spread over the members."""
+    """Values and gradients; a chunk-causal clip of 4, 3, 3, 1 frames, each chunk spread over the
+    members."""
     starts = (0, 4, 7, 10)
     case = oracles.Case(ClipLayout(11, chunk_starts=starts), ("scan",), reverse=reverse)
     full = oracles.inputs(case)
@@ -37,17 +38,24 @@ def test_chunks_one_by_one_equal_the_clip_at_once(oracles, members, reverse):
         states, loss = [], 0
         for n, size in enumerate(SIZES):
             sequence = GroupSequence(ClipLayout(size), comm)
-            local = [pieces(leaves[name])[n][:, sequence.frames.start : sequence.frames.stop] for name in names]
+            local = [
+                pieces(leaves[name])[n][:, sequence.frames.start : sequence.frames.stop]
+                for name in names
+            ]
             out = sequence.scan([Stream(*local)], reverse, [state])
             state = out.final[0]
             states.append(out.states[0].detach())
-            upstream = pieces(full["numerator.upstream"])[n][:, sequence.frames.start : sequence.frames.stop]
+            upstream = pieces(full["numerator.upstream"])[n][
+                :, sequence.frames.start : sequence.frames.stop
+            ]
             loss = loss + (out.states[0] * upstream).sum()
         return states, state, loss
 
     results, _ = run_virtual(stream, ulysses=members)
     sum(loss for *_, loss in results).backward()
-    states = torch.cat([torch.cat([member[0][n] for member in results], 1) for n in range(len(SIZES))], 1)
+    states = torch.cat(
+        [torch.cat([member[0][n] for member in results], 1) for n in range(len(SIZES))], 1
+    )
     assert oracles.relative(states, expected.states[0]) <= 1e-12
     assert all(oracles.relative(member[1], expected.final[0]) <= 1e-12 for member in results)
     for name in names:
@@ -55,7 +63,8 @@ def test_chunks_one_by_one_equal_the_clip_at_once(oracles, members, reverse):
 
 
 def test_a_later_piece_never_changes_an_earlier_one(oracles):
-    """Streaming outputs are final: frames that come later cannot touch them, since they are not there yet; only the state goes on."""
+    """Streaming outputs are final: frames that come later cannot touch them, since they are not
+    there yet; only the state goes on."""
     case = oracles.Case(ClipLayout(11, chunk_starts=(0, 4, 7, 10)), ("scan",))
     full = oracles.inputs(case)
     stream = Stream(full["numerator.decay"], full["numerator.gram"], full["numerator.update"])
@@ -72,15 +81,20 @@ def test_a_later_piece_never_changes_an_earlier_one(oracles):
 def test_the_gradient_of_a_final_state_needs_an_initial_state(oracles):
     full = oracles.inputs(oracles.Case(ClipLayout(3)))
     decay = full["numerator.decay"].requires_grad_()
-    out = LocalSequence(ClipLayout(3)).scan([Stream(decay, full["numerator.gram"], full["numerator.update"])])
+    out = LocalSequence(ClipLayout(3)).scan(
+        [Stream(decay, full["numerator.gram"], full["numerator.update"])]
+    )
     with pytest.raises(ValueError, match="Fix: pass initial="):
         out.final[0].sum().backward()
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)])
 def test_attention_with_a_cache_equals_the_clip_at_once(oracles, grid):
-    """Chunk-causal attention of the last five frames, the first four from the cache; GQA, and gradients of the new frames."""
-    case = oracles.Case(ClipLayout(9, chunk_starts=(0, 4, 7)), ("attend",), mask=CHUNK_CAUSAL, key_heads=2)
+    """Chunk-causal attention of the last five frames, the first four from the cache; GQA, and
+    gradients of the new frames."""
+    case = oracles.Case(
+        ClipLayout(9, chunk_starts=(0, 4, 7)), ("attend",), mask=CHUNK_CAUSAL, key_heads=2
+    )
     full = oracles.inputs(case)
     names = ("q", "k", "v")
     whole = {n: full[n].clone().requires_grad_() for n in names}

@@ -1,4 +1,5 @@
-"""Virtual ranks: they fail loudly, they inherit the caller's modes, and they count what they send."""
+"""Virtual ranks: they fail loudly, they inherit the caller's modes, and they count what they
+send."""
 
 from __future__ import annotations
 
@@ -48,7 +49,12 @@ def test_a_member_that_leaves_early_is_told():
 
 def test_autocast_grad_mode_and_default_dtype_hold_in_every_thread():
     def body(comm):
-        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype()
+        return (
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.get_default_dtype(),
+        )
 
     torch.set_default_dtype(torch.float64)
     try:
@@ -61,7 +67,8 @@ def test_autocast_grad_mode_and_default_dtype_hold_in_every_thread():
 
 
 def toy(sequence, layer, x):
-    """A convolution over time, an activation and attention: everything that checkpointing has to get right."""
+    """A convolution over time, an activation and attention: everything that checkpointing has to
+    get right."""
     (taps,) = sequence.halo([layer(x)], 1, 1)
     mixed = torch.stack(list(taps)).sum(0).sin()
     out = sequence.attend(mixed[:, :, :, None], mixed[:, :, :, None], mixed[:, :, :, None])
@@ -82,7 +89,11 @@ def test_checkpointing_gives_the_same_bits_and_no_further_collectives(grid):
             own = layers[comm.members[0].index]
             h = x[:, sequence.frames.start : sequence.frames.stop]
             for _ in range(2):
-                h = checkpoint(lambda h: toy(sequence, own, h), h, sequence=sequence) if wrapped else toy(sequence, own, h)
+                h = (
+                    checkpoint(lambda h: toy(sequence, own, h), h, sequence=sequence)
+                    if wrapped
+                    else toy(sequence, own, h)
+                )
             return sequence.mean(h.square(), torch.ones(2, len(sequence.frames)))
 
         losses, traffic = run_virtual(body, *grid)
@@ -100,7 +111,9 @@ def test_plain_checkpointing_is_refused_with_the_remedy():
     def body(comm):
         sequence = GroupSequence(LAYOUT, comm)
         x = torch.ones(1, len(sequence.frames), 1, requires_grad=True)
-        out = plain_checkpoint(lambda x: sequence.halo([x.sin()], 1, 0)[0][0].sin(), x, use_reentrant=False)
+        out = plain_checkpoint(
+            lambda x: sequence.halo([x.sin()], 1, 0)[0][0].sin(), x, use_reentrant=False
+        )
         return out.sum()
 
     losses, _ = run_virtual(body, ulysses=2)

@@ -1,4 +1,5 @@
-"""Perturb one frame: outputs that may not see it must not change by a bit, and those that may must change. Every verb, layout and mesh."""
+"""Perturb one frame: outputs that may not see it must not change by a bit, and those that may must
+change. Every verb, layout and mesh."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def changed(before, after, axis: int = 1):
 
 
 def compare(oracles, case, grid, expected) -> None:
-    """expected(row j's frame j, frame i, output name) -> must change (True), must not (False), may (None)"""
+    """expected(row j's frame j, frame i, output name) -> must change (True), must not (False), may
+    (None)"""
     base, _ = oracles.joined(oracles.virtual_run(case, *grid)[0])
     for row, j in ((0, 0), (1, 3), (0, 4), (1, 5), (0, 6), (1, 8)):
         moved, _ = oracles.joined(oracles.virtual_run(replace(case, perturbed=(row, j)), *grid)[0])
@@ -42,7 +44,13 @@ def compare(oracles, case, grid, expected) -> None:
                     for i in range(FRAMES):
                         rule = False if other != row else expected(row, i, j, tap)
                         if rule is not None:
-                            what = (case.layout, grid, name, f"tap {tap}", f"row {row} frame {j} -> row {other} frame {i}")
+                            what = (
+                                case.layout,
+                                grid,
+                                name,
+                                f"tap {tap}",
+                                f"row {row} frame {j} -> row {other} frame {i}",
+                            )
                             assert bool(found[other, i]) == rule, what
 
 
@@ -55,11 +63,20 @@ def test_scan_sees_exactly_what_it_may(oracles, kind, reverse):
         if not oracles.is_real(layout, row, j):
             return False
         ahead = j <= i and oracles.same_document(layout, i, j)
-        behind = reverse is not None and (j > i or (j == i and reverse == "inclusive")) and oracles.same_chunk(layout, i, j)
+        behind = (
+            reverse is not None
+            and (j > i or (j == i and reverse == "inclusive"))
+            and oracles.same_chunk(layout, i, j)
+        )
         return ahead or behind
 
     for members in (1, 3, 4):
-        compare(oracles, oracles.Case(layout, ("scan",), reverse=reverse, heads=2), (1, members), expected)
+        compare(
+            oracles,
+            oracles.Case(layout, ("scan",), reverse=reverse, heads=2),
+            (1, members),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +86,11 @@ def test_halo_sees_exactly_what_it_may(oracles, kind, edges):
     case = oracles.Case(layout, ("halo",), before=3, after=2, halo_edges=edges)
 
     def expected(row, i, j, tap):
-        return i + tap - case.before == j and oracles.may_read(layout, edges, i, j) and oracles.is_real(layout, row, j)
+        return (
+            i + tap - case.before == j
+            and oracles.may_read(layout, edges, i, j)
+            and oracles.is_real(layout, row, j)
+        )
 
     for members in (1, 3, 8):
         compare(oracles, case, (1, members), expected)
@@ -84,7 +105,9 @@ def test_attention_sees_exactly_what_it_may(oracles, kind, mask):
     def expected(row, i, j, tap):
         if not oracles.is_real(layout, row, max(i, j)):
             return False
-        return None if i == j else oracles.may_attend(layout, rule, i, j)  # (its own query changed as well)
+        return (
+            None if i == j else oracles.may_attend(layout, rule, i, j)
+        )  # (its own query changed as well)
 
     for grid in GRIDS:
         compare(oracles, oracles.Case(layout, ("attend",), mask=rule, tokens=1), grid, expected)
@@ -102,7 +125,8 @@ def test_padding_weighs_nothing(oracles):
 
 @pytest.mark.parametrize("verb", ["scan", "halo", "attend", "mean"])
 def test_padding_may_even_hold_nan(oracles, verb):
-    """Whatever is in padding frames stays there, in the values and in the gradients of real frames."""
+    """Whatever is in padding frames stays there, in the values and in the gradients of real
+    frames."""
     layout = oracles.layouts(FRAMES)["ragged"]
     case = oracles.Case(layout, (verb,), mask=oracles.AttentionMask("frame"))
     clean = oracles.inputs

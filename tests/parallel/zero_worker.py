@@ -1,4 +1,5 @@
-"""One process of a ZeRO-3 run: python zero_worker.py <folder> <offload> <sub-group size>. Rank 0 writes result.pt."""
+"""One process of a ZeRO-3 run: python zero_worker.py <folder> <offload> <sub-group size>. Rank 0
+writes result.pt."""
 
 import os
 import sys
@@ -15,9 +16,12 @@ STEPS, CLIP = 3, 0.1
 
 
 def make_model() -> nn.Module:
-    """Two matrices and a norm in stretches above a megabyte on each of two processes, none of them a multiple of anything."""
+    """Two matrices and a norm in stretches above a megabyte on each of two processes, none of them
+    a multiple of anything."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(725, 727, bias=False), nn.Linear(727, 731, bias=False), nn.LayerNorm(524_399))
+    return nn.Sequential(
+        nn.Linear(725, 727, bias=False), nn.Linear(727, 731, bias=False), nn.LayerNorm(524_399)
+    )
 
 
 def loss_of(model: nn.Module, rank: int, step: int) -> torch.Tensor:
@@ -29,13 +33,20 @@ def loss_of(model: nn.Module, rank: int, step: int) -> torch.Tensor:
 
 
 def make_optimizer(parameters: list[nn.Parameter], matrix) -> torch.optim.AdamW:
-    groups = [{"params": [p for p in parameters if matrix(p) is kind], "weight_decay": 0.1 * kind} for kind in (True, False)]
+    groups = [
+        {"params": [p for p in parameters if matrix(p) is kind], "weight_decay": 0.1 * kind}
+        for kind in (True, False)
+    ]
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
 def damaged_and_checked(zero: Zero3, folder: Path) -> str:
     """What is said when one bit of a file is another, which is put right again."""
-    file = next(path for path in sorted(folder.rglob(f"rank{dist.get_rank()}/*.swp")) if "exp_avg" not in path.name)
+    file = next(
+        path
+        for path in sorted(folder.rglob(f"rank{dist.get_rank()}/*.swp"))
+        if "exp_avg" not in path.name
+    )
     for _ in range(2):
         with file.open("r+b") as stream:
             first = stream.read(1)
@@ -55,11 +66,20 @@ def main(folder: Path, offload: str, sub_group_size: int) -> None:
     with building(settings):
         model = make_model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    zero = Zero3(model, make_optimizer(list(model.parameters()), lambda p: len(p.ds_shape) > 1), mesh, settings)
+    zero = Zero3(
+        model,
+        make_optimizer(list(model.parameters()), lambda p: len(p.ds_shape) > 1),
+        mesh,
+        settings,
+    )
     found = damaged_and_checked(zero, folder) if offload == "nvme" else ""
     norms = []
     for step in range(STEPS):
-        for buffer in zero.inner.optimizer_swapper.swap_buffer_manager.all_buffers if offload == "nvme" else ():
+        for buffer in (
+            zero.inner.optimizer_swapper.swap_buffer_manager.all_buffers
+            if offload == "nvme"
+            else ()
+        ):
             buffer.fill_(torch.nan)  # something that was read before
         loss = loss_of(zero.engine.module, dist.get_rank(), step)
         zero.backward(loss, last=True)
@@ -69,7 +89,10 @@ def main(folder: Path, offload: str, sub_group_size: int) -> None:
         zero.scale_gradients(min(1.0, CLIP / norms[-1]))
         zero.step()
         zero.zero_grad()
-    weights = {name: zero.rows(stretch, zero.shape(name)).full_tensor() for name, stretch in zero.weights().items()}
+    weights = {
+        name: zero.rows(stretch, zero.shape(name)).full_tensor()
+        for name, stretch in zero.weights().items()
+    }
     if dist.get_rank() == 0:
         torch.save({"found": found, "norms": norms, "weights": weights}, folder / "result.pt")
 

@@ -1,4 +1,5 @@
-"""`python -m wm_train.parity`: says OK when the mesh computes what one device does, and notices when it does not."""
+"""`python -m wm_train.parity`: says OK when the mesh computes what one device does, and notices
+when it does not."""
 
 from __future__ import annotations
 
@@ -9,7 +10,17 @@ from parallel.gdn_scan import ScanVerb
 from wm_train.parity import __main__ as parity
 from wm_train.parity import case as parity_case
 
-SMALL = ["experiment=demo", "model.depth=2", "model.softmax_every=2", "model.width=32", "model.heads=4", "--frames", "5", "--grid", "2x2"]
+SMALL = [
+    "experiment=demo",
+    "model.depth=2",
+    "model.softmax_every=2",
+    "model.width=32",
+    "model.heads=4",
+    "--frames",
+    "5",
+    "--grid",
+    "2x2",
+]
 
 
 @pytest.mark.parametrize(
@@ -18,20 +29,38 @@ SMALL = ["experiment=demo", "model.depth=2", "model.softmax_every=2", "model.wid
         ["parallel.ulysses=2", "parallel.ring=2"],
         ["parallel.ulysses=3", "parallel.ring=2"],  # 4 heads dealt 2, 1, 1
         ["parallel.cp=8"],  # three members hold no frames
-        ["parallel.cp=3", "model.activation_checkpointing=block", "model.causal=true", "model.text_width=8"],
+        [
+            "parallel.cp=3",
+            "model.activation_checkpointing=block",
+            "model.causal=true",
+            "model.text_width=8",
+        ],
     ],
     ids=str,
 )
 def test_the_real_model_agrees_over_virtual_ranks(mesh, capsys):
     assert parity.main([*SMALL, *mesh]) == 0
     printed = capsys.readouterr().out
-    for word in ("loss", "velocity", "blocks.0.attn.qkv.weight", "blocks.1.mlp.t_conv.weight", "declared unused", "OK"):
+    for word in (
+        "loss",
+        "velocity",
+        "blocks.0.attn.qkv.weight",
+        "blocks.1.mlp.t_conv.weight",
+        "declared unused",
+        "OK",
+    ):
         assert word in printed
 
 
 @pytest.mark.full
 def test_every_pool_is_proven_on_its_own_mesh(capsys):
-    pools = ["experiment=demo_pools", *SMALL[1:], 'pools.high.overrides=["launcher.workers=2","parallel.cp=2"]', "--worst", "1"]
+    pools = [
+        "experiment=demo_pools",
+        *SMALL[1:],
+        'pools.high.overrides=["launcher.workers=2","parallel.cp=2"]',
+        "--worst",
+        "1",
+    ]
     assert parity.main(pools) == 0
     high, low = capsys.readouterr().out.split("demo_pools, pool low: ")
     assert high.startswith("demo_pools, pool high: ")
@@ -44,12 +73,16 @@ def test_every_pool_is_proven_on_its_own_mesh(capsys):
 
 
 def test_a_stages_own_mesh_is_the_one_that_is_proven(capsys):
-    assert parity.main([*SMALL, "stage=short", "recipe.stages.short.parallel.cp=2", "--worst", "1"]) == 0
+    assert (
+        parity.main([*SMALL, "stage=short", "recipe.stages.short.parallel.cp=2", "--worst", "1"])
+        == 0
+    )
     assert "against 2 virtual ranks" in capsys.readouterr().out
 
 
 def test_collectives_per_block_with_and_without_checkpointing():
-    """The real hybrid: GDN block 1 all-gather and 2 halos, softmax block 2 all-to-alls and 1 halo, forward and backward (design §4)."""
+    """The real hybrid: GDN block 1 all-gather and 2 halos, softmax block 2 all-to-alls and 1 halo,
+    forward and backward (design §4)."""
     for checkpointing in ("none", "block"):
         case = small_case(activation_checkpointing=checkpointing)
         _, rows = parity_case.on_virtual_ranks(case, 1, 4)
@@ -68,17 +101,25 @@ def test_collectives_per_block_with_and_without_checkpointing():
 
 
 def small_case(**changes):
-    model = parity_case.ModelConfig(depth=2, softmax_every=2, width=32, heads=4, latent_channels=4, **changes)
+    model = parity_case.ModelConfig(
+        depth=2, softmax_every=2, width=32, heads=4, latent_channels=4, **changes
+    )
     return parity_case.ParityCase(model, parity_case.ObjectiveConfig(), 0, 6, 8, 2, (2, 2), False)
 
 
 def test_agreement_in_double_precision_is_to_the_last_digits(capsys):
-    assert parity.main([*SMALL, "parallel.ulysses=2", "parallel.ring=2", "--double", "--tolerance", "1e-12"]) == 0
+    assert (
+        parity.main(
+            [*SMALL, "parallel.ulysses=2", "parallel.ring=2", "--double", "--tolerance", "1e-12"]
+        )
+        == 0
+    )
     assert "float64" in capsys.readouterr().out
 
 
 def test_a_wrong_gradient_fails_and_is_named(monkeypatch, capsys):
-    """The backward prefix of the scan loses what comes from the right: forward stays exact, gradients do not."""
+    """The backward prefix of the scan loses what comes from the right: forward stays exact,
+    gradients do not."""
     real = ScanVerb.backward
 
     def broken(self, member, kept, facts, grads):
@@ -128,7 +169,13 @@ def test_processes_with_sharded_parameters_agree(capsys):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "mesh", [["parallel.cp=2"], ["parallel.ulysses=2", "parallel.ring=2"], ["parallel.dp_replicate=2", "parallel.cp=2"]], ids=str
+    "mesh",
+    [
+        ["parallel.cp=2"],
+        ["parallel.ulysses=2", "parallel.ring=2"],
+        ["parallel.dp_replicate=2", "parallel.cp=2"],
+    ],
+    ids=str,
 )
 def test_four_processes_agree(mesh, capsys):
     assert parity.main([*SMALL, "--processes", "launcher.workers=4", *mesh]) == 0
@@ -142,6 +189,8 @@ def test_weights_may_come_from_a_checkpoint(tmp_path, capsys):
     model = parity_case.make_model(case)
     tensors = {f"model/{name}": p.detach() * 1.5 for name, p in model.named_parameters()}
     folder = store.save(tmp_path, 1, "short", tensors, {}, World(rank=0, size=1))
-    loaded = parity_case.make_model(parity_case.ParityCase(**{**vars(case), "checkpoint": str(folder)}))
+    loaded = parity_case.make_model(
+        parity_case.ParityCase(**{**vars(case), "checkpoint": str(folder)})
+    )
     for name, p in loaded.named_parameters():
         assert torch.equal(p.detach(), tensors[f"model/{name}"])

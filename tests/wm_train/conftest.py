@@ -1,4 +1,5 @@
-"""Fixtures of the model's and the trainer's tests: camera paths and runs of the demo in this process."""
+"""Fixtures of the model's and the trainer's tests: camera paths and runs of the demo in this
+process."""
 
 from __future__ import annotations
 
@@ -57,11 +58,15 @@ DATASET = {
 
 @pytest.fixture(scope="session")
 def camera_path():
-    """camera_path(batch, frames, generator) -> a smooth random path, c2w [B, F, 4, 4] away from the origin, and intrinsics [B, F, 4] of
-    a 96 x 160 image."""
+    """camera_path(batch, frames, generator) -> a smooth random path, c2w [B, F, 4, 4] away from the
+    origin, and intrinsics [B, F, 4] of a 96 x 160 image."""
 
-    def make(batch: int, frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        turn = torch.randn(batch, frames, 3, generator=generator).cumsum(1) * 0.03 + torch.randn(batch, 1, 3, generator=generator)
+    def make(
+        batch: int, frames: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        turn = torch.randn(batch, frames, 3, generator=generator).cumsum(1) * 0.03 + torch.randn(
+            batch, 1, 3, generator=generator
+        )
         skew = torch.zeros(batch, frames, 3, 3)
         for i, j, k, sign in ((0, 1, 2, -1.0), (0, 2, 1, 1.0), (1, 2, 0, -1.0)):
             skew[..., i, j], skew[..., j, i] = sign * turn[..., k], -sign * turn[..., k]
@@ -69,7 +74,9 @@ def camera_path():
         c2w[..., :3, :3] = torch.matrix_exp(skew.double()).float()
         walk = torch.randn(batch, frames, 3, generator=generator).cumsum(1) * 0.05
         c2w[..., :3, 3] = walk + torch.randn(batch, 1, 3, generator=generator)
-        intrinsics = torch.tensor([90.0, 95.0, 80.0, 48.0]) + torch.randn(batch, frames, 4, generator=generator)
+        intrinsics = torch.tensor([90.0, 95.0, 80.0, 48.0]) + torch.randn(
+            batch, frames, 4, generator=generator
+        )
         return c2w, intrinsics
 
     return make
@@ -77,7 +84,8 @@ def camera_path():
 
 @pytest.fixture(scope="session")
 def losses() -> Callable[[Path], list[float]]:
-    """losses(folder): the loss of every step of the demo run in `folder`, checked to be all there."""
+    """losses(folder): the loss of every step of the demo run in `folder`, checked to be all
+    there."""
 
     def read(folder: Path) -> list[float]:
         rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
@@ -89,7 +97,8 @@ def losses() -> Callable[[Path], list[float]]:
 
 @pytest.fixture(scope="session")
 def train_here(demo_run: Callable[..., RunConfig]) -> Callable[..., None]:
-    """train_here(folder, *overrides): train the demo stage in this process, through the code every worker runs."""
+    """train_here(folder, *overrides): train the demo stage in this process, through the code every
+    worker runs."""
     from wm_train.trainer import train_stage
 
     def train(folder: Path, *overrides: str, stop: StopRequest | None = None) -> None:
@@ -109,10 +118,13 @@ def train_here(demo_run: Callable[..., RunConfig]) -> Callable[..., None]:
 @pytest.fixture
 def stage_of(demo_run: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Callable[..., Stage]]:
     """stage_of(*overrides) -> the demo's first stage on this process."""
+
     def make(*overrides: str) -> Stage:
         leave_world()
         run = demo_run(tmp_path, *overrides)
-        return open_stage(stage_run(run, run.stage), get_backend("cpu"), join_world(get_backend("cpu"), 60.0))
+        return open_stage(
+            stage_run(run, run.stage), get_backend("cpu"), join_world(get_backend("cpu"), 60.0)
+        )
 
     yield make
     leave_world()

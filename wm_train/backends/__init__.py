@@ -1,8 +1,9 @@
 """Vendors behind one protocol. Nothing outside this package and `kernels/` names a device vendor.
 
-A backend says which device a worker drives, which collective library joins workers, and how to read memory. Model, objective
-and trainer code receive tensors on `Backend.device` and never ask where they are. Third parties register a `Backend` factory
-through the entry point group `wm_train.backends`.
+A backend says which device a worker drives, which collective library joins workers, and how to read
+memory. Model, objective and trainer code receive tensors on `Backend.device` and never ask where
+they are. Third parties register a `Backend` factory through the entry point group
+`wm_train.backends`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def get_backend(name: str, threads: int = 1, local_rank: int = 0) -> Backend:
         name = "cuda" if cuda.present() else "npu" if npu.present() else "cpu"
     if name not in makers:
         choices = ", ".join(("auto", *makers))
-        raise ValueError(f"backend: got {name!r}, expected one of {choices} (key backend.name). Fix: backend.name=auto")
+        raise ValueError(
+            f"backend: got {name!r}, expected one of {choices} (key backend.name). Fix:"
+            " backend.name=auto"
+        )
     return makers[name](threads, local_rank)
 
 

@@ -1,8 +1,9 @@
-"""`python -m wm_train.backends check [--backend NAME]`: does this machine compute what the CPU computes in fp64?
+"""`python -m wm_train.backends check [--backend NAME]`: does this machine compute what the CPU
+computes in fp64?
 
-Runs every entry of the backend's kernel table, values and gradients, in every dtype that training uses there, and the services of the
-backend itself; prints a table. The first thing to run on a new kind of device. Exit code 0: all agree; 1: something does not; 2: the
-backend is not there.
+Runs every entry of the backend's kernel table, values and gradients, in every dtype that training
+uses there, and the services of the backend itself; prints a table. The first thing to run on a new
+kind of device. Exit code 0: all agree; 1: something does not; 2: the backend is not there.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wm_train.backends", description=(__doc__ or "").split("\n\n", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.backends", description=(__doc__ or "").split("\n\n", 1)[1]
+    )
     parser.add_argument("command", choices=["check"])
     parser.add_argument("--backend", default="auto", help="auto, or a name (key backend.name)")
-    parser.add_argument("--kernels", default="auto", help="auto, triton or reference (key backend.kernels)")
-    parser.add_argument("--attention", default="auto", help="auto or an engine's name (key backend.attention)")
+    parser.add_argument(
+        "--kernels", default="auto", help="auto, triton or reference (key backend.kernels)"
+    )
+    parser.add_argument(
+        "--attention", default="auto", help="auto or an engine's name (key backend.attention)"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from wm_train.backends import get_backend

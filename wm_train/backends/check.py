@@ -1,4 +1,5 @@
-"""Cross-checks of a backend: every entry of its kernel table against fp64 on the CPU, and its services by using them."""
+"""Cross-checks of a backend: every entry of its kernel table against fp64 on the CPU, and its
+services by using them."""
 
 from __future__ import annotations
 
@@ -17,13 +18,17 @@ from parallel.reference import REFERENCE, Cuts, Kernels, Stream
 from wm_train.backends.protocol import Backend
 from wm_train.kernels.trial import IN_TOKENS, TokenCase, run_tokens, token_cases
 
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # RMS ratio; fp32 states go through TF32, and halves keep eight bits
+BOUNDS = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+}  # RMS ratio; fp32 states go through TF32, and halves keep eight bits
 HEAD_DIM, FRAMES, TOKENS, HEADS = 112, 5, 12, 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. error: RMS ratio to fp64 of the worst output or gradient, None where there is no number to compare."""
+    """One line of the table. error: RMS ratio to fp64 of the worst output or gradient, None where
+    there is no number to compare."""
 
     what: str
     dtype: str
@@ -33,7 +38,9 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.bound is None or (self.error is not None and self.error <= self.bound)  # a NaN is not
+        return self.bound is None or (
+            self.error is not None and self.error <= self.bound
+        )  # a NaN is not
 
 
 def check(backend: Backend, engine: str = "auto", attention: str = "auto") -> list[Row]:
@@ -42,22 +49,51 @@ def check(backend: Backend, engine: str = "auto", attention: str = "auto") -> li
     rows = []
     dtypes = [torch.float32, backend.autocast_dtype]
     for name, case in token_cases(HEAD_DIM).items():
-        rows += [_row(name, dtype, partial(_tokens, case, backend.device, dtype, engine)) for dtype in dtypes]
+        rows += [
+            _row(name, dtype, partial(_tokens, case, backend.device, dtype, engine))
+            for dtype in dtypes
+        ]
     for name, e in (("numerator", HEAD_DIM), ("normaliser", 1)):
-        for entry in ("local_states", "local_composites", "local_adjoint_composites", "local_adjoint"):
-            rows.append(_row(f"{entry} ({name})", torch.float32, partial(_states, table, entry, backend.device, e)))
+        for entry in (
+            "local_states",
+            "local_composites",
+            "local_adjoint_composites",
+            "local_adjoint",
+        ):
+            rows.append(
+                _row(
+                    f"{entry} ({name})",
+                    torch.float32,
+                    partial(_states, table, entry, backend.device, e),
+                )
+            )
     for label, mask in (("full", FULL), ("chunk-causal", CHUNK_CAUSAL)):
         seen = _tiles(mask)
-        rows += [_row(f"block_attention ({label})", dtype, partial(_attention, table, seen, backend.device, dtype)) for dtype in dtypes]
+        rows += [
+            _row(
+                f"block_attention ({label})",
+                dtype,
+                partial(_attention, table, seen, backend.device, dtype),
+            )
+            for dtype in dtypes
+        ]
     return [*rows, *(_service(name, use) for name, use in _services(backend).items())]
 
 
 def _row(what: str, dtype: torch.dtype, errors: Callable[[], Iterator[tuple[str, float]]]) -> Row:
     name = str(dtype).removeprefix("torch.")
     try:
-        worst, error = max(errors(), key=lambda pair: float("inf") if pair[1] != pair[1] else pair[1])
+        worst, error = max(
+            errors(), key=lambda pair: float("inf") if pair[1] != pair[1] else pair[1]
+        )
     except (RuntimeError, ValueError, NotImplementedError) as reason:
-        return Row(what, name, None, BOUNDS[dtype], f"{type(reason).__name__}: {str(reason).strip().splitlines()[0][:100]}")
+        return Row(
+            what,
+            name,
+            None,
+            BOUNDS[dtype],
+            f"{type(reason).__name__}: {str(reason).strip().splitlines()[0][:100]}",
+        )
     return Row(what, name, error, BOUNDS[dtype], f"worst: {worst}")
 
 
@@ -65,7 +101,9 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
     return ((actual.cpu().double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def _tokens(case: TokenCase, device: torch.device, dtype: torch.dtype, engine: str) -> Iterator[tuple[str, float]]:
+def _tokens(
+    case: TokenCase, device: torch.device, dtype: torch.dtype, engine: str
+) -> Iterator[tuple[str, float]]:
     function, inputs, rest = case
     exact = (function, {k: x.to(dtype) if k in IN_TOKENS else x for k, x in inputs.items()}, rest)
     expected = run_tokens(exact, torch.device("cpu"), torch.float64, torch.float64, "reference")
@@ -73,10 +111,15 @@ def _tokens(case: TokenCase, device: torch.device, dtype: torch.dtype, engine: s
     return ((name, _ratio(actual[name], x)) for name, x in expected.items())
 
 
-def _states(table: Kernels, entry: str, device: torch.device, e: int) -> Iterator[tuple[str, float]]:
+def _states(
+    table: Kernels, entry: str, device: torch.device, e: int
+) -> Iterator[tuple[str, float]]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, FRAMES, HEADS)
-    key = torch.randn(*shape, TOKENS, HEAD_DIM, generator=generator).relu() * (2 / (TOKENS * HEAD_DIM)) ** 0.5
+    key = (
+        torch.randn(*shape, TOKENS, HEAD_DIM, generator=generator).relu()
+        * (2 / (TOKENS * HEAD_DIM)) ** 0.5
+    )
     update, grads = (torch.randn(*shape, e, HEAD_DIM, generator=generator) for _ in range(2))
     stream = Stream(torch.full(shape, 0.9), key.transpose(-1, -2) @ key, update)
     cuts, none = Cuts((True,) * FRAMES, (True, True, False, True, True)), (None, None)
@@ -94,7 +137,9 @@ def _states(table: Kernels, entry: str, device: torch.device, e: int) -> Iterato
         return [x for x in flat if x is not None]
 
     actual, expected = call(table, lambda x: x.to(device)), call(REFERENCE, lambda x: x.double())
-    return ((f"output {i}", _ratio(a, x)) for i, (a, x) in enumerate(zip(actual, expected, strict=True)))
+    return (
+        (f"output {i}", _ratio(a, x)) for i, (a, x) in enumerate(zip(actual, expected, strict=True))
+    )
 
 
 def _tiles(mask: Any) -> tuple[Any, ...]:
@@ -102,9 +147,14 @@ def _tiles(mask: Any) -> tuple[Any, ...]:
     return tiles(ClipLayout(FRAMES, chunk_starts=(0, 3)), mask, frames, frames)
 
 
-def _attention(table: Kernels, pieces: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+def _attention(
+    table: Kernels, pieces: tuple[Any, ...], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, float]]:
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(1, FRAMES, TOKENS, HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in range(4))
+    q, k, v, grad = (
+        torch.randn(1, FRAMES, TOKENS, HEADS, HEAD_DIM, generator=generator).to(dtype)
+        for _ in range(4)
+    )
 
     def call(kernels: Kernels, to: Callable[[Tensor], Tensor]) -> list[Tensor]:
         a, b, c, g = (to(x) for x in (q, k, v, grad))
@@ -112,11 +162,15 @@ def _attention(table: Kernels, pieces: tuple[Any, ...], device: torch.device, dt
         return [out, lse, *kernels.block_attention_backward(g, a, b, c, out, lse, pieces)]
 
     actual, expected = call(table, lambda x: x.to(device)), call(REFERENCE, lambda x: x.double())
-    return ((name, _ratio(a, x)) for name, a, x in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True))
+    return (
+        (name, _ratio(a, x))
+        for name, a, x in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True)
+    )
 
 
 def _services(backend: Backend) -> dict[str, Callable[[], str]]:
-    """Each uses one service and says what it found; raising or a failed assertion is a failed row."""
+    """Each uses one service and says what it found; raising or a failed assertion is a failed
+    row."""
     device = backend.device
 
     def seeds() -> str:
@@ -131,7 +185,10 @@ def _services(backend: Backend) -> dict[str, Callable[[], str]]:
         held = torch.ones(1 << 20, device=device)
         found = backend.memory()
         assert found["peak"] >= found["allocated"] > 0, f"got {found}"
-        return f"{found['allocated'] / 1e6:.0f} MB held, {found['peak'] / 1e6:.0f} MB at most, {held.numel() * 4 / 1e6:.0f} of them here"
+        return (
+            f"{found['allocated'] / 1e6:.0f} MB held, {found['peak'] / 1e6:.0f} MB at most,"
+            f" {held.numel() * 4 / 1e6:.0f} of them here"
+        )
 
     def queues() -> str:
         if backend.stream is None or backend.event is None:
@@ -154,7 +211,9 @@ def _services(backend: Backend) -> dict[str, Callable[[], str]]:
         return f"{len(averages())} kinds of events" if averages else "ran"
 
     def collectives() -> str:
-        assert torch.distributed.is_backend_available(backend.collectives), f"torch.distributed has no {backend.collectives}"
+        assert torch.distributed.is_backend_available(backend.collectives), (
+            f"torch.distributed has no {backend.collectives}"
+        )
         flags = ", ".join(sorted(backend.capabilities)) or "none"
         return f"{backend.collectives}; capabilities: {flags}"
 
@@ -187,12 +246,22 @@ def print_rows(backend: Backend, rows: list[Row]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    view = Table(title=f"{backend.name} on {backend.device} against fp64 on the CPU, torch {torch.__version__}")
+    view = Table(
+        title=(
+            f"{backend.name} on {backend.device} against fp64 on the CPU, torch {torch.__version__}"
+        )
+    )
     for column in ("what", "dtype", "error", "bound", "", "note"):
         view.add_column(column, no_wrap=column != "note")
     for row in rows:
         error, bound = ("" if x is None else f"{x:.1e}" for x in (row.error, row.bound or None))
-        view.add_row(row.what, row.dtype, error, bound, "[green]ok" if row.ok else "[red]FAILED", row.note)
+        view.add_row(
+            row.what, row.dtype, error, bound, "[green]ok" if row.ok else "[red]FAILED", row.note
+        )
     console.print(view)
     failed = [row.what for row in rows if not row.ok]
-    console.print(f"FAILED: {len(failed)} of {len(rows)}: {', '.join(failed)}" if failed else f"OK: all {len(rows)} agree")
+    console.print(
+        f"FAILED: {len(failed)} of {len(rows)}: {', '.join(failed)}"
+        if failed
+        else f"OK: all {len(rows)} agree"
+    )

@@ -19,7 +19,10 @@ def present() -> bool:
 def make(threads: int, local_rank: int) -> Backend:
     """A worker that drives device `local_rank` of its node."""
     if not present():
-        raise ValueError("backend: got 'cuda', expected an NVIDIA device that torch can use (key backend.name). Fix: backend.name=cpu")
+        raise ValueError(
+            "backend: got 'cuda', expected an NVIDIA device that torch can use (key backend.name)."
+            " Fix: backend.name=cpu"
+        )
     device = take_device("cuda", torch.cuda, local_rank, threads)
     return Backend(
         name="cuda",
@@ -27,9 +30,18 @@ def make(threads: int, local_rank: int) -> Backend:
         collectives="nccl",
         synchronize=lambda: torch.cuda.synchronize(device),
         memory=lambda: accelerator_memory(torch.cuda, device),
-        peak_flops=next((rate for name, rate in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None),
+        peak_flops=next(
+            (
+                rate
+                for name, rate in PEAK_FLOPS.items()
+                if name in torch.cuda.get_device_name(device)
+            ),
+            None,
+        ),
         stream=lambda: torch.cuda.Stream(device),
         event=lambda: torch.cuda.Event(enable_timing=True),
-        profiler=lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]),
+        profiler=lambda: torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        ),
         capabilities=frozenset({"premul_sum", "device_timers", "pinned"}),
     )

@@ -1,4 +1,5 @@
-"""Ascend workers over HCCL, through torch_npu. Written against its documentation; it has not run on a device (see `backends check`)."""
+"""Ascend workers over HCCL, through torch_npu. Written against its documentation; it has not run on
+a device (see `backends check`)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from wm_train.backends.protocol import Backend, accelerator_memory, take_device
 
 
 def present() -> bool:
-    """Whether torch_npu is here and sees a device. It is imported only then: without its driver the import itself fails."""
+    """Whether torch_npu is here and sees a device. It is imported only then: without its driver the
+    import itself fails."""
     if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
         return False
     try:
@@ -25,7 +27,10 @@ def present() -> bool:
 def make(threads: int, local_rank: int) -> Backend:
     """A worker that drives device `local_rank` of its node."""
     if not present():
-        raise ValueError("backend: got 'npu', expected torch_npu and a device that it sees (key backend.name). Fix: backend.name=cpu")
+        raise ValueError(
+            "backend: got 'npu', expected torch_npu and a device that it sees (key backend.name)."
+            " Fix: backend.name=cpu"
+        )
     module = _module()
     device = take_device("npu", module, local_rank, threads)
     return Backend(

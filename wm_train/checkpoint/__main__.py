@@ -1,4 +1,5 @@
-"""`python -m wm_train.checkpoint verify|inspect|export|prune <folder>`: checkpoints from a shell. Exit code 2 when one is not usable."""
+"""`python -m wm_train.checkpoint verify|inspect|export|prune <folder>`: checkpoints from a shell.
+Exit code 2 when one is not usable."""
 
 from __future__ import annotations
 
@@ -18,25 +19,51 @@ ALONE = World(0, 1)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one of the four commands."""
-    parser = argparse.ArgumentParser(prog="python -m wm_train.checkpoint", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.checkpoint",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, words in {
         "verify": "hash every file of a checkpoint, or of all checkpoints of a stage",
         "inspect": "print what a checkpoint holds: step, stage, mesh, tensors, bytes",
-        "export": "write the weights as one safetensors file, or as a directory that diffusers' from_pretrained reads",
+        "export": (
+            "write the weights as one safetensors file, or as a directory that diffusers'"
+            " from_pretrained reads"
+        ),
         "prune": "delete all but the newest checkpoints of a stage",
     }.items():
         command = commands.add_parser(name, help=words, description=words)
-        command.add_argument("folder", type=place, help="step_N, or the checkpoints folder of a stage; also s3://...")
+        command.add_argument(
+            "folder", type=place, help="step_N, or the checkpoints folder of a stage; also s3://..."
+        )
         if name == "export":
-            command.add_argument("out", type=Path, help="file to write, ending in .safetensors; with --layout diffusers a directory")
-            command.add_argument("--layout", choices=("file", "diffusers"), default="file", help="one file, or SanaWMTransformer3DModel's")
-            command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights or as trained (default: ema)")
+            command.add_argument(
+                "out",
+                type=Path,
+                help="file to write, ending in .safetensors; with --layout diffusers a directory",
+            )
+            command.add_argument(
+                "--layout",
+                choices=("file", "diffusers"),
+                default="file",
+                help="one file, or SanaWMTransformer3DModel's",
+            )
+            command.add_argument(
+                "--weights",
+                choices=("ema", "raw"),
+                default="ema",
+                help="averaged weights or as trained (default: ema)",
+            )
         if name == "prune":
-            command.add_argument("--keep-last", type=int, required=True, help="how many to keep, at least 1")
+            command.add_argument(
+                "--keep-last", type=int, required=True, help="how many to keep, at least 1"
+            )
     arguments = parser.parse_args(argv)
     try:
-        return {"verify": verify, "inspect": inspect, "export": export, "prune": prune}[arguments.command](arguments)
+        return {"verify": verify, "inspect": inspect, "export": export, "prune": prune}[
+            arguments.command
+        ](arguments)
     except (CheckpointError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -46,7 +73,10 @@ def chosen(folder: Place) -> list[Place]:
     """The checkpoint itself, or all of a stage, oldest first."""
     found = [folder] if store.STEP_FOLDER.fullmatch(folder.name) else store.committed(folder)
     if not found or not all(path.is_dir() for path in found):
-        raise CheckpointError(f"checkpoint: got {folder}, expected a step_N folder or a stage's checkpoints folder. Fix: name one")
+        raise CheckpointError(
+            f"checkpoint: got {folder}, expected a step_N folder or a stage's checkpoints folder."
+            " Fix: name one"
+        )
     return found
 
 
@@ -55,7 +85,10 @@ def verify(arguments: argparse.Namespace) -> int:
     for folder in chosen(arguments.folder):
         try:
             manifest = store.check(folder, ALONE)
-            print(f"good  {folder}: step {manifest.step}, {len(manifest.files)} files, {_bytes(manifest):,} bytes")
+            print(
+                f"good  {folder}: step {manifest.step}, {len(manifest.files)} files,"
+                f" {_bytes(manifest):,} bytes"
+            )
         except CheckpointError as error:
             print(f"bad   {error}")
             code = 2
@@ -65,7 +98,10 @@ def verify(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     folder = chosen(arguments.folder)[-1]
     manifest = read_manifest(folder)
-    print(f"{folder}: stage {manifest.stage}, step {manifest.step}, written by {manifest.facts.get('world')} processes")
+    print(
+        f"{folder}: stage {manifest.stage}, step {manifest.step}, written by"
+        f" {manifest.facts.get('world')} processes"
+    )
     for section in ("model/", "ema/", "optimizer/"):
         names = [name for name in manifest.tensors if name.startswith(section)]
         elements = sum(_elements(manifest.tensors[name].shape) for name in names)
@@ -75,7 +111,8 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Weights under their names in the model, each whole, in one file or in the directory of a public checkpoint."""
+    """Weights under their names in the model, each whole, in one file or in the directory of a
+    public checkpoint."""
     import torch
     from safetensors.torch import save_file
 
@@ -85,7 +122,11 @@ def export(arguments: argparse.Namespace) -> int:
     folder = chosen(arguments.folder)[-1]
     manifest = store.check(folder, ALONE)
     torch_types = {word: dtype for dtype, word in DTYPES.items()}
-    averaged = {n.removeprefix("ema/") for n in manifest.tensors if n.startswith("ema/")} if arguments.weights == "ema" else set()
+    averaged = (
+        {n.removeprefix("ema/") for n in manifest.tensors if n.startswith("ema/")}
+        if arguments.weights == "ema"
+        else set()
+    )
     names = [n.removeprefix("model/") for n in manifest.tensors if n.startswith("model/")]
     targets = {}
     for name in names:
@@ -100,7 +141,10 @@ def export(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"export: got {arguments.out}, which exists. Fix: name another file")
     else:
         save_file(weights, arguments.out, metadata={"step": str(manifest.step)})
-    print(f"{len(targets)} tensors of {folder} ({'averaged' if averaged else 'as trained'}) in {arguments.out}")
+    print(
+        f"{len(targets)} tensors of {folder} ({'averaged' if averaged else 'as trained'}) in"
+        f" {arguments.out}"
+    )
     return 0
 
 
@@ -116,7 +160,10 @@ def prune(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"prune: got --keep-last {arguments.keep_last}, expected at least 1")
     before = store.committed(arguments.folder)
     store.prune(arguments.folder, arguments.keep_last, 0, ALONE)
-    print(f"deleted {len(before) - len(store.committed(arguments.folder))} of {len(before)} checkpoints in {arguments.folder}")
+    print(
+        f"deleted {len(before) - len(store.committed(arguments.folder))} of {len(before)}"
+        f" checkpoints in {arguments.folder}"
+    )
     return 0
 
 

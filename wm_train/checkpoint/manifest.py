@@ -1,7 +1,9 @@
-"""The manifest of a checkpoint: what is in it, which mesh wrote it, and the hash of every file, itself included.
+"""The manifest of a checkpoint: what is in it, which mesh wrote it, and the hash of every file,
+itself included.
 
-A manifest is one line of canonical JSON, `{"body": ..., "sha256": ...}`; reading it re-makes that line and compares, so that any changed
-byte is found. It is written last: a folder without a manifest is not a checkpoint.
+A manifest is one line of canonical JSON, `{"body": ..., "sha256": ...}`; reading it re-makes that
+line and compares, so that any changed byte is found. It is written last: a folder without a
+manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import Any, TypeVar
 from wm_train.storage import Place
 
 NAME = "manifest.json"
-STEP_FOLDER = re.compile(r"step_(\d{8})(-[0-9a-f]{8})?")  # the token: in a store, where a save begins under its last name
+STEP_FOLDER = re.compile(
+    r"step_(\d{8})(-[0-9a-f]{8})?"
+)  # the token: in a store, where a save begins under its last name
 FORMAT = 1
 T = TypeVar("T")
 
@@ -46,7 +50,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A committed checkpoint. `step` counts finished steps; `facts` holds what resuming compares (config, data, model, mesh)."""
+    """A committed checkpoint. `step` counts finished steps; `facts` holds what resuming compares
+    (config, data, model, mesh)."""
 
     step: int
     stage: str
@@ -69,45 +74,73 @@ def read_manifest(folder: Place) -> Manifest:
     """
     path = folder / NAME
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {folder}: got no {NAME}, expected one (it was not finished). Fix: use another checkpoint")
+        raise CheckpointError(
+            f"checkpoint {folder}: got no {NAME}, expected one (it was not finished). Fix: use"
+            " another checkpoint"
+        )
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         outer = json.loads(text)
         body = outer["body"]
         whole = f'{{"body":{_canonical(body)},"sha256":"{_digest(_canonical(body))}"}}\n'
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {NAME} is damaged ({error}). Fix: use another checkpoint") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: {NAME} is damaged ({error}). Fix: use another checkpoint"
+        ) from error
     if whole != text:
-        raise CheckpointError(f"checkpoint {folder}: {NAME} does not match its own sha256. Fix: use another checkpoint")
+        raise CheckpointError(
+            f"checkpoint {folder}: {NAME} does not match its own sha256. Fix: use another"
+            " checkpoint"
+        )
     found = body.get("format") if isinstance(body, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: got format {found}, expected {FORMAT}. Fix: read it with the version that wrote it")
+        raise CheckpointError(
+            f"checkpoint {folder}: got format {found}, expected {FORMAT}. Fix: read it with the"
+            " version that wrote it"
+        )
     try:
         return _from_body(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {NAME} says something impossible ({error}). Fix: use another checkpoint") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: {NAME} says something impossible ({error}). Fix: use another"
+            " checkpoint"
+        ) from error
 
 
 def _from_body(body: dict[str, Any]) -> Manifest:
     """The manifest that a JSON object stands for. Any error says that it stands for none."""
     files = {
-        _is(str, name): {"size": _is(int, entry["size"]), "sha256": _is(str, entry["sha256"])} for name, entry in body["files"].items()
+        _is(str, name): {"size": _is(int, entry["size"]), "sha256": _is(str, entry["sha256"])}
+        for name, entry in body["files"].items()
     }
     tensors = {}
     for name, entry in body["tensors"].items():
         shape = _sizes(entry["shape"])
-        parts = [Part(_is(str, part["file"]), _sizes(part["offset"]), _sizes(part["shape"])) for part in entry["parts"]]
+        parts = [
+            Part(_is(str, part["file"]), _sizes(part["offset"]), _sizes(part["shape"]))
+            for part in entry["parts"]
+        ]
         for part in parts:
             if part.file not in files:
                 raise ValueError(f"{name} lies in {part.file!r}, which is not listed")
             if not len(part.offset) == len(part.shape) == len(shape):
                 raise ValueError(f"{name} has a part of other dimensions")
-            if any(start + size > whole for start, size, whole in zip(part.offset, part.shape, shape, strict=True)):
+            if any(
+                start + size > whole
+                for start, size, whole in zip(part.offset, part.shape, shape, strict=True)
+            ):
                 raise ValueError(f"{name} has a part outside its shape")
         if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
             raise ValueError(f"{name} is not covered by its parts")
         tensors[name] = TensorEntry(_is(str, entry["dtype"]), shape, parts)
-    return Manifest(_is(int, body["step"]), _is(str, body["stage"]), _is(dict, body["facts"]), tensors, files, body["format"])
+    return Manifest(
+        _is(int, body["step"]),
+        _is(str, body["stage"]),
+        _is(dict, body["facts"]),
+        tensors,
+        files,
+        body["format"],
+    )
 
 
 def _is(kind: type[T], value: Any) -> T:
@@ -130,11 +163,20 @@ def check_names(folder: Place, manifest: Manifest) -> None:
     """
     for name in manifest.files:
         if Path(name).name != name or name.startswith("."):
-            raise CheckpointError(f"checkpoint {folder}: got file name {name!r}, expected a plain name inside the folder")
+            raise CheckpointError(
+                f"checkpoint {folder}: got file name {name!r}, expected a plain name inside the"
+                " folder"
+            )
     present = {p.name for p in folder.iterdir()} - {NAME}
     if present != set(manifest.files):
-        missing, foreign = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
-        raise CheckpointError(f"checkpoint {folder}: missing files {missing}, foreign files {foreign}. Fix: use another checkpoint")
+        missing, foreign = (
+            sorted(set(manifest.files) - present),
+            sorted(present - set(manifest.files)),
+        )
+        raise CheckpointError(
+            f"checkpoint {folder}: missing files {missing}, foreign files {foreign}. Fix: use"
+            " another checkpoint"
+        )
 
 
 def _canonical(value: Any) -> str:
@@ -146,9 +188,13 @@ def _digest(text: str) -> str:
 
 
 def committed(root: Place) -> list[Place]:
-    """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names; in a store, which does not rename, an
-    unfinished one has no manifest yet. May raise OSError."""
+    """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names;
+    in a store, which does not rename, an unfinished one has no manifest yet. May raise OSError."""
     if isinstance(root, Path):
-        return [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))] if root.is_dir() else []
+        return (
+            [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))]
+            if root.is_dir()
+            else []
+        )
     found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
     return sorted(found, key=lambda folder: folder.name)

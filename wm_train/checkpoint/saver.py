@@ -1,7 +1,9 @@
-"""Saving without making training wait: the state is copied to kept host buffers, and a thread writes and commits it.
+"""Saving without making training wait: the state is copied to kept host buffers, and a thread
+writes and commits it.
 
-At most one save is under way. A failed one is reported when the next begins or the stage ends; what was committed before is untouched.
-The thread talks to the other processes through a group of its own, so its words never mix with training's.
+At most one save is under way. A failed one is reported when the next begins or the stage ends; what
+was committed before is untouched. The thread talks to the other processes through a group of its
+own, so its words never mix with training's.
 """
 
 from __future__ import annotations
@@ -31,17 +33,27 @@ class Saver:
         report: Callable[[str], None],
         lost: Callable[[], list[str]] = list,
     ) -> None:
-        self.root, self.stage, self.config, self.report, self.lost = root, stage, config, report, lost
+        self.root, self.stage, self.config, self.report, self.lost = (
+            root,
+            stage,
+            config,
+            report,
+            lost,
+        )
         self._world = world.twin() if config.async_checkpoint else world
         self._buffers: dict[str, torch.Tensor] | None = {} if config.async_checkpoint else None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._crash: Exception | None = None
 
-    def save(self, step: int, tensors: Iterable[tuple[str, torch.Tensor]], facts: dict[str, Any]) -> None:
-        """Begin to save the state after `step` finished steps; returns once training may change the tensors again.
+    def save(
+        self, step: int, tensors: Iterable[tuple[str, torch.Tensor]], facts: dict[str, Any]
+    ) -> None:
+        """Begin to save the state after `step` finished steps; returns once training may change the
+        tensors again.
 
-        A save that fails (a full disk, say) costs that checkpoint, not the run: it is reported and the next one is tried.
+        A save that fails (a full disk, say) costs that checkpoint, not the run: it is reported and
+        the next one is tried.
         """
         self.wait()
         state = store.copy_to_host(tensors, self._world.rank, self._buffers)
@@ -49,14 +61,18 @@ class Saver:
             self._commit(step, state, facts)
             self.wait()
         else:
-            # A daemon: when the run has failed, its peers may never answer, and what is half written is no checkpoint.
-            self._thread = threading.Thread(target=self._run, args=(step, state, facts), name="checkpoint", daemon=True)
+            # A daemon: when the run has failed, its peers may never answer, and what is half
+            # written is no checkpoint.
+            self._thread = threading.Thread(
+                target=self._run, args=(step, state, facts), name="checkpoint", daemon=True
+            )
             self._thread.start()
 
     def wait(self) -> bool:
         """Wait for the save under way, if any; whether the last one succeeded.
 
-        Errors: RuntimeError when `lost` names a process that will never answer; whatever else ended the thread.
+        Errors: RuntimeError when `lost` names a process that will never answer; whatever else ended
+        the thread.
         """
         if self._thread is not None:
             while self._thread.is_alive():
@@ -87,6 +103,12 @@ class Saver:
             self._failure = error
             return
         try:
-            store.prune(self.root, self.config.keep_last, self.config.keep_every, self._world, self.config.keep_best)
+            store.prune(
+                self.root,
+                self.config.keep_last,
+                self.config.keep_every,
+                self._world,
+                self.config.keep_best,
+            )
         except CheckpointError as error:  # costs room, not the checkpoint
             self.report(str(error))

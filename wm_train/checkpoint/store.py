@@ -7,9 +7,11 @@
            reason is reported, and the next older one is tried; rank 0's choice holds for everybody
     load   each rank reads just the boxes it needs, so any mesh can read what any other wrote
 
-A store without rename (s3://, see place.py) gets step_N-<id>/ at once; it counts when the manifest is there, and a bad one loses its.
+A store without rename (s3://, see place.py) gets step_N-<id>/ at once; it counts when the manifest
+is there, and a bad one loses its.
 
-Plain torch.distributed.checkpoint finds none of 200 flipped bits, mixes two saves in one folder, and its metadata is a pickle; hence ours.
+Plain torch.distributed.checkpoint finds none of 200 flipped bits, mixes two saves in one folder,
+and its metadata is a pickle; hence ours.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ from wm_train.checkpoint.manifest import (
     read_manifest,
     to_text,
 )
-from wm_train.checkpoint.tensor_file import DTYPES, RemoteTensors, read_digest, sync_folder, write_tensors, write_text
+from wm_train.checkpoint.tensor_file import (
+    DTYPES,
+    RemoteTensors,
+    read_digest,
+    sync_folder,
+    write_tensors,
+    write_text,
+)
 from wm_train.storage import Place, Remote
 from wm_train.world import World
 
@@ -52,9 +61,14 @@ class HostCopy(NamedTuple):
     shapes: dict[str, tuple[torch.dtype, list[int]]]
 
 
-def copy_to_host(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, kept: dict[str, torch.Tensor] | None = None) -> HostCopy:
-    """This rank's boxes of plain tensors and DTensors, which are let go one by one. With `kept`, copies into its buffers, made at the first
-    call, so that training may go on while they are written; without, host tensors are taken as they are."""
+def copy_to_host(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    rank: int,
+    kept: dict[str, torch.Tensor] | None = None,
+) -> HostCopy:
+    """This rank's boxes of plain tensors and DTensors, which are let go one by one. With `kept`,
+    copies into its buffers, made at the first call, so that training may go on while they are
+    written; without, host tensors are taken as they are."""
     mine, boxes, shapes = {}, {}, {}
     for name, tensor in tensors:
         box, shapes[name] = local_box(tensor), (tensor.dtype, list(tensor.shape))
@@ -63,19 +77,32 @@ def copy_to_host(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, kept: d
             if kept is None:
                 mine[name] = local.cpu()
             else:
-                mine[name] = kept.setdefault(name, torch.empty(local.shape, dtype=local.dtype)).copy_(local)
+                mine[name] = kept.setdefault(
+                    name, torch.empty(local.shape, dtype=local.dtype)
+                ).copy_(local)
     return HostCopy(mine, boxes, shapes)
 
 
-def save(root: Place, step: int, stage: str, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], world: World) -> Place:
+def save(
+    root: Place,
+    step: int,
+    stage: str,
+    tensors: Mapping[str, torch.Tensor],
+    facts: dict[str, Any],
+    world: World,
+) -> Place:
     """Write the state after `step` finished steps and publish it, now; see `commit`."""
     return commit(root, step, stage, copy_to_host(tensors.items(), world.rank), facts, world)
 
 
-def commit(root: Place, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World) -> Place:
-    """Write and publish a state; returns its folder on every rank. A step that is committed already is left as it is.
+def commit(
+    root: Place, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World
+) -> Place:
+    """Write and publish a state; returns its folder on every rank. A step that is committed already
+    is left as it is.
 
-    Errors: CheckpointError on all ranks when any rank could not write; what was committed before is untouched.
+    Errors: CheckpointError on all ranks when any rank could not write; what was committed before is
+    untouched.
     """
     final, draft = _names(root, step, world)
     if draft is None:
@@ -83,7 +110,9 @@ def commit(root: Place, step: int, stage: str, state: HostCopy, facts: dict[str,
     part, problem = None, None
     try:
         if isinstance(draft, Path):
-            draft.mkdir(parents=True, exist_ok=True)  # the name is fresh, so whoever comes first makes it
+            draft.mkdir(
+                parents=True, exist_ok=True
+            )  # the name is fresh, so whoever comes first makes it
         part = _write_part(draft, state, world.rank)
     except OSError as error:
         problem = f"rank {world.rank}: {error}"
@@ -91,7 +120,11 @@ def commit(root: Place, step: int, stage: str, state: HostCopy, facts: dict[str,
     problems = [g["problem"] for g in gathered if g["problem"]]
     if not problems and world.rank == 0:
         try:
-            _publish(draft, final, Manifest(step, stage, facts, *_merge(state.shapes, [g["part"] for g in gathered])))
+            _publish(
+                draft,
+                final,
+                Manifest(step, stage, facts, *_merge(state.shapes, [g["part"] for g in gathered])),
+            )
         except OSError as error:
             problems = [f"rank 0: {error}"]
     problems = world.from_first(problems)
@@ -99,18 +132,30 @@ def commit(root: Place, step: int, stage: str, state: HostCopy, facts: dict[str,
         if world.rank == 0:
             with suppress(OSError):
                 _remove(draft)
-        raise CheckpointError(f"saving {final}: {'; '.join(problems)}. Earlier checkpoints are untouched. Fix: make room or fix the folder")
+        raise CheckpointError(
+            f"saving {final}: {'; '.join(problems)}. Earlier checkpoints are untouched. Fix: make"
+            " room or fix the folder"
+        )
     return final
 
 
 def _names(root: Place, step: int, world: World) -> tuple[Place, Place | None]:
-    """The folder of a step and the one to write to, the same on all ranks; None: it is there already."""
-    known = [folder for folder in committed(root) if _step(folder) == step] if world.rank == 0 else []
+    """The folder of a step and the one to write to, the same on all ranks; None: it is there
+    already."""
+    known = (
+        [folder for folder in committed(root) if _step(folder) == step] if world.rank == 0 else []
+    )
     token = secrets.token_hex(4)
     fresh = f"step_{step:08d}" + (f"-{token}" if isinstance(root, Remote) else "")
     name, token = world.from_first((known[0].name, None) if known else (fresh, token))
     final = root / name
-    return final, None if token is None else final if isinstance(root, Remote) else root / f"{name}.tmp-{token}"
+    return final, (
+        None
+        if token is None
+        else final
+        if isinstance(root, Remote)
+        else root / f"{name}.tmp-{token}"
+    )
 
 
 def _step(folder: Place) -> int:
@@ -129,22 +174,34 @@ def _write_part(draft: Place, state: HostCopy, rank: int) -> dict[str, Any]:
     """Write this rank's file; returns what the manifest needs to know of it."""
     name = f"rank_{rank:05d}.safetensors"
     digest = write_tensors(draft / name, state.mine)
-    boxes = {key: {"offset": list(box.offset), "shape": list(box.shape)} for key, box in state.boxes.items()}
+    boxes = {
+        key: {"offset": list(box.offset), "shape": list(box.shape)}
+        for key, box in state.boxes.items()
+    }
     return {"file": name, "size": digest.size, "sha256": digest.sha256, "boxes": boxes}
 
 
-def _merge(shapes: dict[str, tuple[torch.dtype, list[int]]], parts: list[dict]) -> tuple[dict[str, TensorEntry], dict[str, dict]]:
-    """The manifest's two tables: every logical tensor with its parts, and every file with its hash."""
+def _merge(
+    shapes: dict[str, tuple[torch.dtype, list[int]]], parts: list[dict]
+) -> tuple[dict[str, TensorEntry], dict[str, dict]]:
+    """The manifest's two tables: every logical tensor with its parts, and every file with its
+    hash."""
     entries = {}
     for name, (dtype, shape) in shapes.items():
-        entries[name] = TensorEntry(DTYPES[dtype], shape, [Part(p["file"], **p["boxes"][name]) for p in parts if name in p["boxes"]])
+        entries[name] = TensorEntry(
+            DTYPES[dtype],
+            shape,
+            [Part(p["file"], **p["boxes"][name]) for p in parts if name in p["boxes"]],
+        )
         _check_cover(name, entries[name])
     return entries, {p["file"]: {"size": p["size"], "sha256": p["sha256"]} for p in parts}
 
 
 def _check_cover(name: str, entry: TensorEntry) -> None:
     held = sum(torch.Size(part.shape).numel() for part in entry.parts)
-    assert held == torch.Size(entry.shape).numel(), f"{name}: parts hold {held} elements of shape {entry.shape}"
+    assert held == torch.Size(entry.shape).numel(), (
+        f"{name}: parts hold {held} elements of shape {entry.shape}"
+    )
 
 
 def _publish(draft: Place, final: Place, manifest: Manifest) -> None:
@@ -175,9 +232,11 @@ def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -
     return problems
 
 
-def find_newest(root: Place, world: World, report: Callable[[str], None], before: int | None = None) -> tuple[Place, Manifest] | None:
-    """The newest valid checkpoint under `root` (of a step less than `before`), the same on all ranks, or None. Bad ones are quarantined
-    and reported."""
+def find_newest(
+    root: Place, world: World, report: Callable[[str], None], before: int | None = None
+) -> tuple[Place, Manifest] | None:
+    """The newest valid checkpoint under `root` (of a step less than `before`), the same on all
+    ranks, or None. Bad ones are quarantined and reported."""
     while True:
         found = committed(root) if world.rank == 0 else []
         found = [folder for folder in found if before is None or _step(folder) < before]
@@ -205,7 +264,8 @@ def _set_aside(folder: Place) -> Place:
 
 
 def withdraw(folder: Place) -> None:
-    """Make a checkpoint a draft: it is never taken for a checkpoint, and is cleaned with the next save."""
+    """Make a checkpoint a draft: it is never taken for a checkpoint, and is cleaned with the next
+    save."""
     if isinstance(folder, Path):
         folder.rename(folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}"))
     else:
@@ -226,26 +286,41 @@ def check(folder: Place, world: World) -> Manifest:
         problems = [str(error)]
     found = [problem for share in world.gather(problems) for problem in share]
     if found:
-        raise CheckpointError(f"checkpoint {folder} is not usable: {'; '.join(dict.fromkeys(found))}. Fix: use another checkpoint")
+        raise CheckpointError(
+            f"checkpoint {folder} is not usable: {'; '.join(dict.fromkeys(found))}. Fix: use"
+            " another checkpoint"
+        )
     assert manifest is not None
     return manifest
 
 
-def load(folder: Place, manifest: Manifest, targets: Mapping[str, torch.Tensor], may_ignore: Collection[str] = ()) -> None:
-    """Copy the checkpoint's tensors into `targets` of the same names, in place, each rank its own box.
+def load(
+    folder: Place,
+    manifest: Manifest,
+    targets: Mapping[str, torch.Tensor],
+    may_ignore: Collection[str] = (),
+) -> None:
+    """Copy the checkpoint's tensors into `targets` of the same names, in place, each rank its own
+    box.
 
-    Every stored tensor must have a target, but for the names in `may_ignore`.
-    Errors: CheckpointError that lists every missing, extra or mis-shaped name; nothing is copied then.
+    Every stored tensor must have a target, but for the names in `may_ignore`. Errors:
+    CheckpointError that lists every missing, extra or mis-shaped name; nothing is copied then.
     """
     stored = manifest.tensors
     problems = [f"missing {n}" for n in targets if n not in stored]
     problems += [f"extra {n}" for n in stored if n not in targets and n not in may_ignore]
     for name, target in targets.items():
         if name in stored and list(target.shape) != stored[name].shape:
-            problems.append(f"{name} has shape {stored[name].shape}, the model's is {list(target.shape)}")
+            problems.append(
+                f"{name} has shape {stored[name].shape}, the model's is {list(target.shape)}"
+            )
     if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"loading {folder}: {shown}. Fix: use the model that wrote this checkpoint")
+        shown = "; ".join(problems[:20]) + (
+            f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
+        raise CheckpointError(
+            f"loading {folder}: {shown}. Fix: use the model that wrote this checkpoint"
+        )
     try:
         _read(folder, manifest, targets)
     except (SafetensorError, OSError) as error:
@@ -255,10 +330,17 @@ def load(folder: Place, manifest: Manifest, targets: Mapping[str, torch.Tensor],
 def _read(folder: Place, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
     stored = manifest.tensors
     with ExitStack() as files, torch.no_grad():
-        names, opened = {part.file for key in targets for part in stored[key].parts}, dict[str, Any]()
+        names, opened = (
+            {part.file for key in targets for part in stored[key].parts},
+            dict[str, Any](),
+        )
         for name in names:
             file = folder / name
-            opened[name] = files.enter_context(safe_open(file, framework="pt")) if isinstance(file, Path) else RemoteTensors(file)
+            opened[name] = (
+                files.enter_context(safe_open(file, framework="pt"))
+                if isinstance(file, Path)
+                else RemoteTensors(file)
+            )
         for name, target in targets.items():
             _fill(opened, name, stored[name], target)
 
@@ -272,13 +354,15 @@ def _fill(files: dict[str, Any], key: str, entry: TensorEntry, target: torch.Ten
         if common.empty:
             continue
         file = files[part.file]
-        piece = file.get_slice(key)[within(common, source)] if common.shape else file.get_tensor(key)
+        piece = (
+            file.get_slice(key)[within(common, source)] if common.shape else file.get_tensor(key)
+        )
         storage[within(common, box)].copy_(piece)
 
 
 def prune(root: Place, keep_last: int, keep_every: int, world: World, keep_best: int = 0) -> None:
-    """Delete drafts, and all checkpoints but the newest `keep_last`, those of every `keep_every`-th step (0: none) and the `keep_best`
-    with the lowest held-out loss.
+    """Delete drafts, and all checkpoints but the newest `keep_last`, those of every `keep_every`-th
+    step (0: none) and the `keep_best` with the lowest held-out loss.
 
     Errors: CheckpointError on all ranks when something could not be deleted.
     """
@@ -287,21 +371,28 @@ def prune(root: Place, keep_last: int, keep_every: int, world: World, keep_best:
         kept, unfinished = best(root, keep_best), drafts(root)
         for folder in [*committed(root)[:-keep_last], *unfinished]:
             step = STEP_FOLDER.fullmatch(folder.name)
-            if folder not in kept and not (step and keep_every and int(step[1]) % keep_every == 0 and folder not in unfinished):
+            if folder not in kept and not (
+                step and keep_every and int(step[1]) % keep_every == 0 and folder not in unfinished
+            ):
                 try:
                     _remove(folder)
                 except OSError as error:
                     problems.append(str(error))
     problems = world.from_first(problems)
     if problems:
-        raise CheckpointError(f"deleting old checkpoints in {root}: {'; '.join(problems)}. Fix: delete them by hand")
+        raise CheckpointError(
+            f"deleting old checkpoints in {root}: {'; '.join(problems)}. Fix: delete them by hand"
+        )
 
 
 def best(root: Place, count: int) -> list[Place]:
-    """The `count` checkpoints with the lowest held-out loss, best first; of equals the newer. Those without a loss do not count."""
+    """The `count` checkpoints with the lowest held-out loss, best first; of equals the newer. Those
+    without a loss do not count."""
     losses: list[tuple[float, Place]] = []
     for folder in reversed(committed(root) if count else []):
-        with suppress(CheckpointError):  # a damaged one is no best; the next start will set it aside
+        with suppress(
+            CheckpointError
+        ):  # a damaged one is no best; the next start will set it aside
             loss = read_manifest(folder).facts.get("validation_loss")
             losses += [(loss, folder)] if isinstance(loss, float) else []
     return [folder for _, folder in sorted(losses, key=lambda pair: pair[0])[:count]]
@@ -310,6 +401,10 @@ def best(root: Place, count: int) -> list[Place]:
 def drafts(root: Place) -> list[Place]:
     """Folders of saves that did not end."""
     if isinstance(root, Path):
-        return [*sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name)] if root.is_dir() else []
+        return (
+            [*sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name)]
+            if root.is_dir()
+            else []
+        )
     found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name)]
     return [p for p in found if not (p / NAME).is_file() and not (p / BAD).is_file()]

@@ -1,7 +1,9 @@
-"""One file of tensors in the safetensors format, hashed while it is written and never trusted before its hash agreed.
+"""One file of tensors in the safetensors format, hashed while it is written and never trusted
+before its hash agreed.
 
-We write the format ourselves (an 8-byte length, a JSON header, raw little-endian data) only to stream it through sha256 without a second
-copy in memory; reading is the `safetensors` library's. No pickle anywhere.
+We write the format ourselves (an 8-byte length, a JSON header, raw little-endian data) only to
+stream it through sha256 without a second copy in memory; reading is the `safetensors` library's. No
+pickle anywhere.
 """
 
 from __future__ import annotations
@@ -40,12 +42,17 @@ class FileDigest(NamedTuple):
 def write_tensors(path: Place, tensors: Mapping[str, torch.Tensor]) -> FileDigest:
     """Write host tensors to a new file, flush it to the disk, and return its size and sha256.
 
-    Errors: FileExistsError when `path` exists (a checkpoint is never written over); OSError from the file system.
+    Errors: FileExistsError when `path` exists (a checkpoint is never written over); OSError from
+    the file system.
     """
     header, offset = {}, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -61,7 +68,9 @@ def write_tensors(path: Place, tensors: Mapping[str, torch.Tensor]) -> FileDiges
         put(len(text).to_bytes(8, "little"))
         put(text)
         for tensor in tensors.values():
-            raw = tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8).numpy().data
+            raw = (
+                tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8).numpy().data
+            )
             for start in range(0, len(raw), CHUNK):
                 put(raw[start : start + CHUNK])
         _flush(path, file)
@@ -110,7 +119,11 @@ class RemoteTensors:
         if len(data) != end - begin:
             raise OSError(f"{self.file}: got {len(data)} of {end - begin} bytes of {key}")
         kind = next(dtype for dtype, word in DTYPES.items() if word == entry["dtype"])
-        return torch.frombuffer(bytearray(data), dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+        return (
+            torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
+            if data
+            else torch.empty(shape, dtype=kind)
+        )
 
 
 class _Slices:

@@ -1,4 +1,5 @@
-"""Does the data set exist, and does it fit the model and the stages? Reads dataset.json only, so it costs milliseconds."""
+"""Does the data set exist, and does it fit the model and the stages? Reads dataset.json only, so it
+costs milliseconds."""
 
 from __future__ import annotations
 
@@ -38,14 +39,19 @@ def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Pro
         *_model_problems(config, info),
         *_selection_problems(config, [info, *infos]),
         *_storage_problems(config),
-        *_mixture_problems(config, info, {path: found for path, found in mixed.items() if not isinstance(found, Problem)}),
+        *_mixture_problems(
+            config,
+            info,
+            {path: found for path, found in mixed.items() if not isinstance(found, Problem)},
+        ),
         *(problem for found in infos for problem in _stage_problems(config, found, stages)),
     ]
     return list(dict.fromkeys(problems))  # data sets of one stride say the same
 
 
 def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
-    """The facts of the data set at `path`, or what is wrong with it; `key` is where the path stands."""
+    """The facts of the data set at `path`, or what is wrong with it; `key` is where the path
+    stands."""
     if "://" in path:
         from data_shards.storage.remote import RetryPolicy, read_info
 
@@ -53,7 +59,12 @@ def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
             return read_info(path, RetryPolicy(budget_s=PATIENCE_S))[2]
         except (DataError, TypeError, AttributeError) as error:
             got = f"{without_login(path)} ({str(error).splitlines()[0]})"
-            return Problem(key, got, "a reachable folder with dataset.json", "check the address and your credentials")
+            return Problem(
+                key,
+                got,
+                "a reachable folder with dataset.json",
+                "check the address and your credentials",
+            )
     text = _dataset_json(path)
     if isinstance(text, Problem):
         return replace(text, where=key, fix=text.fix.replace("data.path=", f"{key}="))
@@ -63,28 +74,73 @@ def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
         return Problem(key, f"{path}: {error}", "a data set of this version", "encode it again")
 
 
-def _mixture_problems(config: RunConfig, info: DatasetInfo, mixed: Mapping[str, DatasetInfo]) -> list[Problem]:
-    """What is mixed must be one model's input: the loader checks the same when it opens the data sets."""
+def _mixture_problems(
+    config: RunConfig, info: DatasetInfo, mixed: Mapping[str, DatasetInfo]
+) -> list[Problem]:
+    """What is mixed must be one model's input: the loader checks the same when it opens the data
+    sets."""
     found, pack = [], config.data.pack
     for path, other in mixed.items():
-        different = [name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)]
+        different = [
+            name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)
+        ]
         if different:
-            got = f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in different)}"
-            rule = f"as in {config.data.path}: {', '.join(repr(getattr(info, name)) for name in different)}"
+            got = (
+                f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in different)}"
+            )
+            rule = (
+                f"as in {config.data.path}:"
+                f" {', '.join(repr(getattr(info, name)) for name in different)}"
+            )
             found.append(Problem("data.mixture", got, rule, "encode both alike, or leave one out"))
         if not other.clips.get("train"):
-            found.append(Problem("data.mixture", f"{path}, no training clips", "at least one", "record or encode more clips"))
-    if pack and len({(other.latent_height, other.latent_width) for other in (mixed or {"": info}).values()}) > 1:
-        found.append(Problem("data.pack", "true", "false, as the data sets have pictures of several sizes", "data.pack=false"))
+            found.append(
+                Problem(
+                    "data.mixture",
+                    f"{path}, no training clips",
+                    "at least one",
+                    "record or encode more clips",
+                )
+            )
+    if (
+        pack
+        and len(
+            {(other.latent_height, other.latent_width) for other in (mixed or {"": info}).values()}
+        )
+        > 1
+    ):
+        found.append(
+            Problem(
+                "data.pack",
+                "true",
+                "false, as the data sets have pictures of several sizes",
+                "data.pack=false",
+            )
+        )
     if pack and config.model.text_width:
-        found.append(Problem("data.pack", "true", "false, as a row of several clips cannot have one text", "data.pack=false"))
+        found.append(
+            Problem(
+                "data.pack",
+                "true",
+                "false, as a row of several clips cannot have one text",
+                "data.pack=false",
+            )
+        )
     if pack and config.data.buckets:
-        found.append(Problem("data.buckets", f"{list(config.data.buckets)}", "none with data.pack", "data.buckets=[]"))
+        found.append(
+            Problem(
+                "data.buckets",
+                f"{list(config.data.buckets)}",
+                "none with data.pack",
+                "data.buckets=[]",
+            )
+        )
     return found
 
 
 def _selection_problems(config: RunConfig, infos: Sequence[DatasetInfo]) -> list[Problem]:
-    """Each selection must be of one of the data sets that training draws from, or of the held-out clips' own."""
+    """Each selection must be of one of the data sets that training draws from, or of the held-out
+    clips' own."""
     found = []
     for path in config.data.selection:
         from data_shards.storage.files import read_selection
@@ -92,35 +148,80 @@ def _selection_problems(config: RunConfig, infos: Sequence[DatasetInfo]) -> list
         try:
             fingerprint, kept = read_selection(path)
         except DataError as error:
-            found.append(Problem("data.selection", f"{path} ({error})", "a file that `data_shards.filter` wrote", "filter again"))
+            found.append(
+                Problem(
+                    "data.selection",
+                    f"{path} ({error})",
+                    "a file that `data_shards.filter` wrote",
+                    "filter again",
+                )
+            )
             continue
         if fingerprint not in {info.fingerprint for info in infos}:
             rule = "one made for a data set of data.path or data.mixture as it is now"
-            found.append(Problem("data.selection", f"{path}, made for another data set", rule, "filter again"))
+            found.append(
+                Problem(
+                    "data.selection", f"{path}, made for another data set", rule, "filter again"
+                )
+            )
         elif not kept:
-            found.append(Problem("data.selection", f"{path}, which keeps no clip", "one that keeps some", "filter by wider thresholds"))
+            found.append(
+                Problem(
+                    "data.selection",
+                    f"{path}, which keeps no clip",
+                    "one that keeps some",
+                    "filter by wider thresholds",
+                )
+            )
     return found
 
 
 def _storage_problems(config: RunConfig) -> list[Problem]:
     """While one process waits for a store, the others wait for it."""
     limit, wanted = config.backend.collective_timeout_s, config.data.retry_s
-    if wanted < limit or not any("://" in path for path in (config.data.path, *config.data.mixture)):
+    if wanted < limit or not any(
+        "://" in path for path in (config.data.path, *config.data.mixture)
+    ):
         return []
-    rule = f"less than backend.collective_timeout_s = {limit:g}, after which the other processes give up"
-    return [Problem("data.retry_s", f"{wanted:g}", rule, f"data.retry_s={limit / 2:g}, or backend.collective_timeout_s={2 * wanted:g}")]
+    rule = (
+        f"less than backend.collective_timeout_s = {limit:g}, after which the other processes"
+        " give up"
+    )
+    return [
+        Problem(
+            "data.retry_s",
+            f"{wanted:g}",
+            rule,
+            f"data.retry_s={limit / 2:g}, or backend.collective_timeout_s={2 * wanted:g}",
+        )
+    ]
 
 
 def _dataset_json(path: str) -> str | Problem:
     folder = Path(path)
     if not folder.exists():
-        return Problem("data.path", f"{path}, which does not exist", "a folder of latent shards", f"data.path=<folder>; {MADE_BY}")
+        return Problem(
+            "data.path",
+            f"{path}, which does not exist",
+            "a folder of latent shards",
+            f"data.path=<folder>; {MADE_BY}",
+        )
     if not folder.is_dir():
-        return Problem("data.path", f"{path}, which is a file", "a folder of latent shards", f"data.path={folder.parent}")
+        return Problem(
+            "data.path",
+            f"{path}, which is a file",
+            "a folder of latent shards",
+            f"data.path={folder.parent}",
+        )
     file = folder / "dataset.json"
     if not file.is_file():
         found = "an empty folder" if not any(folder.iterdir()) else "a folder without dataset.json"
-        return Problem("data.path", f"{path}, {found}", "a folder that `encode` has finished (dataset.json comes last)", MADE_BY)
+        return Problem(
+            "data.path",
+            f"{path}, {found}",
+            "a folder that `encode` has finished (dataset.json comes last)",
+            MADE_BY,
+        )
     return file.read_text(encoding="utf-8", errors="replace")
 
 
@@ -129,23 +230,54 @@ def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:
     found = []
     if model.latent_channels != info.channels:
         fix = f"model.latent_channels={info.channels}"
-        found.append(Problem("model.latent_channels", str(model.latent_channels), f"the data set's {info.channels} ({info.codec})", fix))
-    if model.patch_size > 0 and (info.latent_height % model.patch_size or info.latent_width % model.patch_size):
+        found.append(
+            Problem(
+                "model.latent_channels",
+                str(model.latent_channels),
+                f"the data set's {info.channels} ({info.codec})",
+                fix,
+            )
+        )
+    if model.patch_size > 0 and (
+        info.latent_height % model.patch_size or info.latent_width % model.patch_size
+    ):
         rule = f"a divisor of the latents' {info.latent_height} x {info.latent_width}"
         found.append(Problem("model.patch_size", str(model.patch_size), rule, "model.patch_size=1"))
     if model.text_width and model.text_width != info.text_width:
-        fix = f"model.text_width={info.text_width}" + ("" if info.text_width else ", or encode with text=<encoder>")
-        rule = f"the data set's {info.text_width} ({info.text_encoder})" if info.text_width else "0, as the data set has no text"
+        fix = f"model.text_width={info.text_width}" + (
+            "" if info.text_width else ", or encode with text=<encoder>"
+        )
+        rule = (
+            f"the data set's {info.text_width} ({info.text_encoder})"
+            if info.text_width
+            else "0, as the data set has no text"
+        )
         found.append(Problem("model.text_width", str(model.text_width), rule, fix))
     if not info.clips.get("train") and not config.data.mixture:
-        found.append(Problem("data.path", f"{config.data.path}, no training clips", "at least one", "record or encode more clips"))
+        found.append(
+            Problem(
+                "data.path",
+                f"{config.data.path}, no training clips",
+                "at least one",
+                "record or encode more clips",
+            )
+        )
     if config.trainer.samples and not info.clips.get("validation"):
         fix = "trainer.samples=0, or encode more episodes"
-        found.append(Problem("trainer.samples", str(config.trainer.samples), "0, as the data set has no validation clips", fix))
+        found.append(
+            Problem(
+                "trainer.samples",
+                str(config.trainer.samples),
+                "0, as the data set has no validation clips",
+                fix,
+            )
+        )
     return found
 
 
-def _stage_problems(config: RunConfig, info: DatasetInfo, stages: Iterable[PlannedStage]) -> list[Problem]:
+def _stage_problems(
+    config: RunConfig, info: DatasetInfo, stages: Iterable[PlannedStage]
+) -> list[Problem]:
     found = []
     stride, data = info.temporal_stride, config.data
     for frames in data.buckets:
@@ -160,7 +292,12 @@ def _stage_problems(config: RunConfig, info: DatasetInfo, stages: Iterable[Plann
         if (frames - 1) % stride:
             nearest = round((frames - 1) / stride) * stride + 1
             found.append(
-                Problem(where, str(frames), f"a multiple of {stride} plus 1, as {info.codec} has that stride", f"{where}={nearest}")
+                Problem(
+                    where,
+                    str(frames),
+                    f"a multiple of {stride} plus 1, as {info.codec} has that stride",
+                    f"{where}={nearest}",
+                )
             )
         shorter = [n for n in data.buckets if 0 < n < frames and not data.pack]
         lengths = [
@@ -175,7 +312,14 @@ def _stage_problems(config: RunConfig, info: DatasetInfo, stages: Iterable[Plann
         if clips and info.raw_frames < shortest * clips:
             longest = info.raw_frames // clips
             rule = f"at most what the clips hold: {longest} frames each on average"
-            found.append(Problem(where, str(frames), rule, f"{where}={max(0, (longest - 1) // stride) * stride + 1}, or longer clips"))
+            found.append(
+                Problem(
+                    where,
+                    str(frames),
+                    rule,
+                    f"{where}={max(0, (longest - 1) // stride) * stride + 1}, or longer clips",
+                )
+            )
     return found
 
 

@@ -20,7 +20,8 @@ def mesh_problems(config: RunConfig) -> list[Problem]:
 
 
 def batch_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
-    """Every data-parallel member gets the same number of clips. Only for a mesh without problems."""
+    """Every data-parallel member gets the same number of clips. Only for a mesh without
+    problems."""
     members = config.launcher.workers // sequence_size(config.parallel)
     if members < 1:
         return []  # fewer than one worker: reported as a value
@@ -30,7 +31,10 @@ def batch_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
         if batch >= 1 and batch % members:
             where = f"recipe.stages.{name}.global_batch"
             rule = f"a multiple of the {members} data-parallel members"
-            fix = f"{where}={-(-batch // members) * members}, or launcher.workers one of {valid_worlds(config, batch)}"
+            fix = (
+                f"{where}={-(-batch // members) * members}, or launcher.workers one of"
+                f" {valid_worlds(config, batch)}"
+            )
             found.append(Problem(where, str(batch), rule, fix))
     return found
 
@@ -62,9 +66,19 @@ def engine_problems(run: RunConfig, stage: str) -> list[Problem]:
     softmax = 0 < run.model.softmax_every <= run.model.depth
     native = "parallel.attention=native"
     rules = (
-        (engine == "deepspeed" and ring > 1, f"ring {ring}", "ring 1", f"{native} or parallel.ring=1"),
+        (
+            engine == "deepspeed" and ring > 1,
+            f"ring {ring}",
+            "ring 1",
+            f"{native} or parallel.ring=1",
+        ),
         (softmax and run.model.causal, "a causal model", "one without model.causal", native),
-        (softmax and run.data.pack, "packed rows", "one clip a row", f"{native} or data.pack=false"),
+        (
+            softmax and run.data.pack,
+            "packed rows",
+            "one clip a row",
+            f"{native} or data.pack=false",
+        ),
         (softmax and heads % ulysses, f"{heads} heads", f"a multiple of ulysses {ulysses}", native),
     )
     where = "parallel.attention"
@@ -76,15 +90,16 @@ def engine_problems(run: RunConfig, stage: str) -> list[Problem]:
 
 
 def valid_worlds(config: RunConfig, global_batch: int) -> str:
-    """Numbers of workers, up to 4096, whose data-parallel members share the batch evenly under this mesh."""
+    """Numbers of workers, up to 4096, whose data-parallel members share the batch evenly under this
+    mesh."""
     replicas, size = config.parallel.dp_replicate, sequence_size(config.parallel)
     members = range(replicas, min(global_batch, 4096 // size) + 1, replicas)
     return ", ".join(str(size * count) for count in members if global_batch % count == 0)
 
 
 def smaller_worlds(config: RunConfig, global_batch: int) -> tuple[int, ...]:
-    """Numbers of workers below `launcher.workers` and not below `launcher.min_workers` that train the same: cp and dp_replicate stay, the
-    global batch divides evenly. Largest first."""
+    """Numbers of workers below `launcher.workers` and not below `launcher.min_workers` that train
+    the same: cp and dp_replicate stay, the global batch divides evenly. Largest first."""
     size, least = sequence_size(config.parallel), config.launcher.min_workers
     if least is None:
         return ()

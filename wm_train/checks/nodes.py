@@ -1,8 +1,10 @@
-"""A quick look at every node before the first step, so that a bad one is named in seconds and not by a hang in the night.
+"""A quick look at every node before the first step, so that a bad one is named in seconds and not
+by a hang in the night.
 
-Every process measures, all hear all, and the same rules on every process say which node is bad: devices, memory, clock, whether the run's
-folder is writable and the same for all, whether the data is there and the same, and how fast the wires are. A slow wire is only reported;
-everything else ends the run as a mistake to be corrected.
+Every process measures, all hear all, and the same rules on every process say which node is bad:
+devices, memory, clock, whether the run's folder is writable and the same for all, whether the data
+is there and the same, and how fast the wires are. A slow wire is only reported; everything else
+ends the run as a mistake to be corrected.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What one process found. `late_s`: by how much its clock is certainly off rank 0's; `link_s`: for BYTES from the node before."""
+    """What one process found. `late_s`: by how much its clock is certainly off rank 0's; `link_s`:
+    for BYTES from the node before."""
 
     node: str
     devices: int | None  # None: workers run on the host
@@ -54,46 +57,81 @@ class Facts:
     link_s: float | None = None
 
 
-def preflight(run: RunConfig, backend: Backend, world: World, progress: Progress, clock: Callable[[], float] = time.time) -> None:
-    """Check all nodes. Every process must call this. Raises SetupError, on all of them, that names the bad nodes and what to do."""
+def preflight(
+    run: RunConfig,
+    backend: Backend,
+    world: World,
+    progress: Progress,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Check all nodes. Every process must call this. Raises SetupError, on all of them, that names
+    the bad nodes and what to do."""
     started = time.perf_counter()
     node = socket.gethostname()
     folder = stage_directory(run, run.stage)
     data, fingerprint = data_fact(run.data.path, run.data.retry_s)
     here = folder_fact(folder, world)
-    facts = Facts(node, device_count(backend), free_memory(backend), here, data, fingerprint, sharding_fact(run))
+    facts = Facts(
+        node,
+        device_count(backend),
+        free_memory(backend),
+        here,
+        data,
+        fingerprint,
+        sharding_fact(run),
+    )
     late = lateness(world, clock)
     nodes = list(dict.fromkeys(world.gather(node)))
     rate = all_reduce_rate(backend, world)
-    link = ring_seconds(backend, world, len(nodes)) if len(nodes) > 2 else None  # with two nodes a slow wire has no culprit
-    everyone = [Facts(**found) for found in world.gather(asdict(facts) | {"late_s": late, "link_s": link})]
+    link = (
+        ring_seconds(backend, world, len(nodes)) if len(nodes) > 2 else None
+    )  # with two nodes a slow wire has no culprit
+    everyone = [
+        Facts(**found) for found in world.gather(asdict(facts) | {"late_s": late, "link_s": link})
+    ]
     found = problems_of(everyone, world.from_first(str(folder)))
     if found:
-        raise SetupError("\n".join(["checking the nodes before training (key launcher.preflight):", *found]))
+        raise SetupError(
+            "\n".join(["checking the nodes before training (key launcher.preflight):", *found])
+        )
     for line in slow_nodes(everyone):
         progress.say(f"warning: {line}")
     wires = f", all-reduce {rate / 1e6:.0f} MB/s" if rate else ""
-    progress.say(f"checked {len(nodes)} node{'s' if len(nodes) > 1 else ''} in {time.perf_counter() - started:.1f} s{wires}")
+    progress.say(
+        f"checked {len(nodes)} node{'s' if len(nodes) > 1 else ''} in"
+        f" {time.perf_counter() - started:.1f} s{wires}"
+    )
 
 
 def problems_of(everyone: list[Facts], folder: str) -> list[str]:
     """What is wrong, one line per node and kind, each naming the node."""
     found: dict[str, None] = {}
-    most_devices = max((facts.devices for facts in everyone if facts.devices is not None), default=0)
+    most_devices = max(
+        (facts.devices for facts in everyone if facts.devices is not None), default=0
+    )
     usual_memory = median(facts.free_bytes for facts in everyone)
     prints = [facts.fingerprint for facts in everyone if facts.fingerprint]
     usual_print = max(prints, key=prints.count, default="")
     for facts in everyone:
         where = f"  node {facts.node}: "
         if facts.devices is not None and facts.devices < most_devices:
-            found[f"{where}got {facts.devices} devices, expected {most_devices} as elsewhere. Fix: look for a lost device"] = None
+            found[
+                f"{where}got {facts.devices} devices, expected {most_devices} as elsewhere. Fix:"
+                " look for a lost device"
+            ] = None
         if facts.free_bytes < MEMORY_SHARE * usual_memory:
             got, usual = facts.free_bytes / 2**30, usual_memory / 2**30
-            found[f"{where}got {got:.1f} GiB of free memory, expected about {usual:.1f} as elsewhere. Fix: end what else runs there"] = None
+            found[
+                f"{where}got {got:.1f} GiB of free memory, expected about {usual:.1f} as elsewhere."
+                " Fix: end what else runs there"
+            ] = None
         if abs(facts.late_s) > SKEW_S:
             ahead = "ahead of" if facts.late_s > 0 else "behind"
             late = abs(facts.late_s)
-            found[f"{where}got a clock {late:.1f} s {ahead} rank 0's, expected at most {SKEW_S:.0f} s. Fix: synchronise it (chrony)"] = None
+            found[
+                f"{where}got a clock {late:.1f} s {ahead} rank 0's, expected at most {SKEW_S:.0f}"
+                " s. Fix: synchronise it (chrony)"
+            ] = None
         if facts.folder:
             found[f"{where}{facts.folder} (key out; {folder})"] = None
         if facts.sharding:
@@ -102,16 +140,23 @@ def problems_of(everyone: list[Facts], folder: str) -> list[str]:
             found[f"{where}{facts.data}"] = None
         elif facts.fingerprint != usual_print:
             rule = "the one that the others see"
-            found[f"{where}got another data set at that path, expected {rule} (key data.path). Fix: mount the same storage"] = None
+            found[
+                f"{where}got another data set at that path, expected {rule} (key data.path). Fix:"
+                " mount the same storage"
+            ] = None
     return list(found)
 
 
 def slow_nodes(everyone: list[Facts]) -> list[str]:
-    """Nodes whose wires from the node before and to the node after are both far slower than the faster ones elsewhere."""
+    """Nodes whose wires from the node before and to the node after are both far slower than the
+    faster ones elsewhere."""
     links = {facts.node: facts.link_s for facts in everyone if facts.link_s is not None}
     if len(links) < 3:
         return []
-    nodes, usual = list(links), sorted(links.values())[(len(links) - 1) // 3]  # one slow node of three makes two slow wires
+    nodes, usual = (
+        list(links),
+        sorted(links.values())[(len(links) - 1) // 3],
+    )  # one slow node of three makes two slow wires
     after = dict(zip(nodes, [*nodes[1:], nodes[0]]))
     slow = [node for node in nodes if min(links[node], links[after[node]]) > usual / SLOW_LINK]
     rule = f"MB/s on its wires, expected about {BYTES / usual / 1e6:.0f}"
@@ -130,11 +175,16 @@ def free_memory(backend: Backend) -> int:
     table = Path("/proc/meminfo")  # Linux; elsewhere what is not even used for caching
     if not table.exists():
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return next(int(line.split()[1]) * 1024 for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in table.read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
 
 
 def data_fact(path: str, patience_s: float) -> tuple[str, str]:
-    """What is wrong with the data set as seen from here, and its fingerprint. Raises DataError when a store does not answer for so long."""
+    """What is wrong with the data set as seen from here, and its fingerprint. Raises DataError when
+    a store does not answer for so long."""
     if "://" in path:
         try:
             return "", read_info(path, RetryPolicy(budget_s=patience_s))[2].fingerprint
@@ -160,7 +210,8 @@ def sharding_fact(run: RunConfig) -> str:
 
 
 def folder_fact(folder: Path, world: World) -> str:
-    """What is wrong with the run's folder as seen from here: every process must be able to write, and to see what rank 0 has written."""
+    """What is wrong with the run's folder as seen from here: every process must be able to write,
+    and to see what rank 0 has written."""
     name = world.from_first(secrets.token_hex(8))
     first, mine = folder / f"preflight.tmp-{name}-0", folder / f"preflight.tmp-{name}-{world.rank}"
     wrong = ""
@@ -168,12 +219,18 @@ def folder_fact(folder: Path, world: World) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(name)
     except OSError as error:
-        wrong = f"got {error}, expected a folder that can be written. Fix: its permissions, or out=<folder>"
+        wrong = (
+            f"got {error}, expected a folder that can be written. Fix: its permissions, or"
+            " out=<folder>"
+        )
     world.barrier()
     until = time.monotonic() + SEEN_WITHIN_S
     while not wrong and not _holds(first, name):
         if time.monotonic() > until:
-            wrong = "got a folder without rank 0's file, expected one folder for all nodes. Fix: a shared file system"
+            wrong = (
+                "got a folder without rank 0's file, expected one folder for all nodes. Fix: a"
+                " shared file system"
+            )
         time.sleep(0.05)
     world.barrier()
     with contextlib.suppress(OSError):  # what is wrong with the folder has been said
@@ -189,9 +246,11 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def lateness(world: World, clock: Callable[[], float]) -> float:
-    """Seconds by which this clock is certainly ahead of rank 0's (below 0: behind it); 0 when the exchange could explain it.
+    """Seconds by which this clock is certainly ahead of rank 0's (below 0: behind it); 0 when the
+    exchange could explain it.
 
-    Everybody reads the clock after rank 0 has said that it begins and before it has heard from all, so an honest time lies between.
+    Everybody reads the clock after rank 0 has said that it begins and before it has heard from all,
+    so an honest time lies between.
     """
     world.barrier()
     begin = world.from_first(clock())
@@ -202,7 +261,8 @@ def lateness(world: World, clock: Callable[[], float]) -> float:
 
 
 def all_reduce_rate(backend: Backend, world: World) -> float:
-    """Bytes per second of an all-reduce of BYTES over all processes, as training's collectives do it; 0 for one process."""
+    """Bytes per second of an all-reduce of BYTES over all processes, as training's collectives do
+    it; 0 for one process."""
     if world.size == 1:
         return 0.0
     tensor = torch.ones(BYTES // 4, device=backend.device)
@@ -210,13 +270,20 @@ def all_reduce_rate(backend: Backend, world: World) -> float:
 
 
 def ring_seconds(backend: Backend, world: World, nodes: int) -> float | None:
-    """Seconds for BYTES from the node before this one, measured by the first process of every node; None on the others."""
-    leaders = [rank for rank, local in enumerate(world.gather(int(os.environ.get("LOCAL_RANK", "0")))) if local == 0]
+    """Seconds for BYTES from the node before this one, measured by the first process of every node;
+    None on the others."""
+    leaders = [
+        rank
+        for rank, local in enumerate(world.gather(int(os.environ.get("LOCAL_RANK", "0"))))
+        if local == 0
+    ]
     if world.rank not in leaders or len(leaders) != nodes:
         return None
     place = leaders.index(world.rank)
     before, after = leaders[place - 1], leaders[(place + 1) % nodes]
-    sends_in = [2 if nodes % 2 and p == nodes - 1 else p % 2 for p in range(nodes)]  # turns in which no node sends and receives
+    sends_in = [
+        2 if nodes % 2 and p == nodes - 1 else p % 2 for p in range(nodes)
+    ]  # turns in which no node sends and receives
     tensor, word = (torch.ones(count, device=backend.device) for count in (BYTES // 4, 1))
 
     def receive() -> None:
@@ -231,7 +298,9 @@ def ring_seconds(backend: Backend, world: World, nodes: int) -> float | None:
                 dist.recv(word, after)
                 dist.send(tensor, after)
             elif sends_in[place - 1] == turn:
-                dist.recv(word, before)  # it is there, and waits: a slow wire elsewhere is not counted here
+                dist.recv(
+                    word, before
+                )  # it is there, and waits: a slow wire elsewhere is not counted here
                 seconds = _seconds(backend, receive)
         return seconds
 

@@ -1,4 +1,5 @@
-"""Judge what a stage's objective, model and chunks ask of each other: what cannot work, and what would do nothing."""
+"""Judge what a stage's objective, model and chunks ask of each other: what cannot work, and what
+would do nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from wm_train.config.schema import RunConfig, StageConfig
 
 
 def chunk_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
-    """Return the stages whose model, objective and chunk_frames do not make one chunk-causal stage."""
+    """Return the stages whose model, objective and chunk_frames do not make one chunk-causal
+    stage."""
     problems = []
     for name in stages:
         stage, where = config.recipe.stages[name], f"recipe.stages.{name}."
@@ -47,7 +49,8 @@ def few_chunks(
 ) -> list[Problem]:
     """Return the clip lengths that hold one chunk only, which chunk_mixture cannot train.
 
-    lengths: the key of each, its raw frames, its latent frames. The first chunk holds one latent frame more.
+    lengths: the key of each, its raw frames, its latent frames. The first chunk holds one latent
+    frame more.
     """
     size = stage.chunk_frames
     if stage.objective.name != "chunk_mixture" or size < 1:
@@ -73,13 +76,17 @@ def range_problems(name: str, stage: StageConfig) -> list[Problem]:
     if share >= LEAST_SHARE or whole or not (0 <= noise.sigma_min <= 1 >= noise.sigma_max >= 0):
         return []  # the last is reported as a value
     got = f"{noise.sigma_min} to {noise.sigma_max}, which holds {share:.2g} of the noise levels"
-    rule = f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and flow_shift"
+    rule = (
+        f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and"
+        " flow_shift"
+    )
     fix = "sigma_min=0 sigma_max=1, or pools.<pool>.sigma_min"
     return [Problem(f"recipe.stages.{name}.objective.sigma_min", got, rule, fix)]
 
 
 def warnings_of(config: RunConfig) -> list[Problem]:
-    """Return the settings of the selected stages that do nothing: one warning per key, with its stages.
+    """Return the settings of the selected stages that do nothing: one warning per key, with its
+    stages.
 
     The configuration has no problems.
     """

@@ -11,10 +11,12 @@ from torch import Tensor
 class Conditions:
     """Conditions of a batch of clips, whole clips on every holder of a part of them.
 
-    c2w: camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), metres; intrinsics: fx, fy, cx, cy in
-    pixels of an image of `image_size` (height, width), fp32 [B, F, 4]; temporal_stride: raw frames per latent frame after the
-    first. camera_keep: bool [B], False where the camera is dropped (None: kept everywhere). text: [B, L, E] with text_mask bool
-    [B, L], True at real tokens; null_text: [L0, E], what stands for "no text". controls: [B, T, A] at latent rate.
+    c2w: camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), metres;
+    intrinsics: fx, fy, cx, cy in pixels of an image of `image_size` (height, width), fp32 [B, F,
+    4]; temporal_stride: raw frames per latent frame after the first. camera_keep: bool [B], False
+    where the camera is dropped (None: kept everywhere). text: [B, L, E] with text_mask bool [B, L],
+    True at real tokens; null_text: [L0, E], what stands for "no text". controls: [B, T, A] at
+    latent rate.
     """
 
     image_size: tuple[int, int]

@@ -1,10 +1,13 @@
-"""Camera geometry in fp32: relative poses, per-token rays, ray frames of UCPE, and Plücker raymaps packed at latent rate.
+"""Camera geometry in fp32: relative poses, per-token rays, ray frames of UCPE, and Plücker raymaps
+packed at latent rate.
 
-Source: SANA-WM §3.3 (eq. 6 and "Raw-Frame Plücker Mixing"); where the paper is silent (pixel grid, which raw frames the first
-latent frame packs) the public model is followed. Poses are camera to world in OpenCV axes.
+Source: SANA-WM §3.3 (eq. 6 and "Raw-Frame Plücker Mixing"); where the paper is silent (pixel grid,
+which raw frames the first latent frame packs) the public model is followed. Poses are camera to
+world in OpenCV axes.
 
-A clip may hold several documents (videos packed one after the other). Document d of T_d latent frames brings
-(T_d - 1) * r + 1 raw frames, r being the temporal stride; poses are relative to its own first raw frame.
+A clip may hold several documents (videos packed one after the other). Document d of T_d latent
+frames brings (T_d - 1) * r + 1 raw frames, r being the temporal stride; poses are relative to its
+own first raw frame.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ def raw_frame_index(
 ) -> tuple[list[int], list[list[int]], list[int], int]:
     """Which raw frames belong to latent frames start..stop of a clip of `frames` latent frames.
 
-    Returns (anchor, packed, origin, total): per latent frame the raw frame its pose is taken at, the `temporal_stride` raw frames
-    it packs, and the first raw frame of its document; and the raw frames of the whole clip. Latent frame p of a document shows
-    raw frames (p-1)r+1 .. pr; frame 0 shows raw frame 0 alone but packs 0 .. r-1, as the public model does.
+    Returns (anchor, packed, origin, total): per latent frame the raw frame its pose is taken at,
+    the `temporal_stride` raw frames it packs, and the first raw frame of its document; and the raw
+    frames of the whole clip. Latent frame p of a document shows raw frames (p-1)r+1 .. pr; frame 0
+    shows raw frame 0 alone but packs 0 .. r-1, as the public model does.
     """
     r = temporal_stride
     ends = [*document_starts[1:], frames]
@@ -52,27 +56,43 @@ def invert_pose(pose: Tensor) -> Tensor:
 
 
 def relative_poses(c2w: Tensor, frame: Sequence[int], origin: Sequence[int]) -> Tensor:
-    """Poses of raw frames `frame` seen from raw frames `origin`: [B, F, 4, 4] -> [B, len(frame), 4, 4]; exactly I where they agree."""
+    """Poses of raw frames `frame` seen from raw frames `origin`: [B, F, 4, 4] -> [B, len(frame), 4,
+    4]; exactly I where they agree."""
     c2w = c2w.float()
     relative = invert_pose(c2w[:, list(origin)]) @ c2w[:, list(frame)]
-    same = torch.tensor([i == j for i, j in zip(frame, origin)], dtype=torch.bool, device=c2w.device)
+    same = torch.tensor(
+        [i == j for i, j in zip(frame, origin)], dtype=torch.bool, device=c2w.device
+    )
     return torch.where(same[None, :, None, None], torch.eye(4, device=c2w.device), relative)
 
 
-def scaled_intrinsics(intrinsics: Tensor, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def scaled_intrinsics(
+    intrinsics: Tensor, image_size: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
     """Intrinsics [..., 4] of an image (height, width) in units of a grid (h, w) laid over it."""
     vertical, horizontal = grid[0] / image_size[0], grid[1] / image_size[1]
-    return intrinsics.float() * torch.tensor([horizontal, vertical, horizontal, vertical], device=intrinsics.device)
+    return intrinsics.float() * torch.tensor(
+        [horizontal, vertical, horizontal, vertical], device=intrinsics.device
+    )
 
 
-def cropped_intrinsics(intrinsics: Tensor, source_size: tuple[int, int], resized_size: tuple[int, int], crop: tuple[int, int]) -> Tensor:
-    """Intrinsics [..., 4] after a resize and a crop. Sizes are (height, width), crop is (top, left) in the resized image."""
+def cropped_intrinsics(
+    intrinsics: Tensor,
+    source_size: tuple[int, int],
+    resized_size: tuple[int, int],
+    crop: tuple[int, int],
+) -> Tensor:
+    """Intrinsics [..., 4] after a resize and a crop. Sizes are (height, width), crop is (top, left)
+    in the resized image."""
     scaled = scaled_intrinsics(intrinsics, source_size, resized_size)
-    return scaled - torch.tensor([0.0, 0.0, float(crop[1]), float(crop[0])], device=intrinsics.device)
+    return scaled - torch.tensor(
+        [0.0, 0.0, float(crop[1]), float(crop[0])], device=intrinsics.device
+    )
 
 
 def camera_rays(intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Unit viewing directions in the camera frame, [..., 4] -> [..., h, w, 3]; pixel (i, j) is the point (i, j), no half pixel."""
+    """Unit viewing directions in the camera frame, [..., 4] -> [..., h, w, 3]; pixel (i, j) is the
+    point (i, j), no half pixel."""
     h, w = grid
     fx, fy, cx, cy = (intrinsics[..., i, None, None] for i in range(4))
     y = (torch.arange(h, device=intrinsics.device, dtype=intrinsics.dtype)[:, None] - cy) / fy
@@ -82,8 +102,11 @@ def camera_rays(intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def plucker_rays(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Plücker coordinates (d, o x d) of every grid point, [..., 4, 4] and [..., 4] (in grid units) -> [..., h, w, 6]."""
-    direction = torch.einsum("...ij,...hwj->...hwi", pose[..., :3, :3], camera_rays(intrinsics, grid))
+    """Plücker coordinates (d, o x d) of every grid point, [..., 4, 4] and [..., 4] (in grid units)
+    -> [..., h, w, 6]."""
+    direction = torch.einsum(
+        "...ij,...hwj->...hwi", pose[..., :3, :3], camera_rays(intrinsics, grid)
+    )
     origin = pose[..., None, None, :3, 3].expand_as(direction)
     return torch.cat((direction, torch.linalg.cross(origin, direction)), dim=-1)
 
@@ -98,10 +121,12 @@ def packed_plucker(
     frames: int,
     local: tuple[int, int],
 ) -> Tensor:
-    """Raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch), for latent frames local[0]..local[1].
+    """Raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch), for latent
+    frames local[0]..local[1].
 
-    c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of image_size -> fp32 [B, t, 6 * temporal_stride, h, w]; channel 6k + i is
-    coordinate i of the k-th raw frame. Raises ValueError if F does not fit `frames`.
+    c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of image_size -> fp32 [B, t, 6 *
+    temporal_stride, h, w]; channel 6k + i is coordinate i of the k-th raw frame. Raises ValueError
+    if F does not fit `frames`.
     """
     _, packed, origin, total = raw_frame_index(document_starts, frames, *local, temporal_stride)
     check_raw_frames(c2w, total, frames)
@@ -109,26 +134,36 @@ def packed_plucker(
     pose = relative_poses(c2w, flat, [index for index in origin for _ in range(temporal_stride)])
     rays = plucker_rays(pose, scaled_intrinsics(intrinsics[:, flat], image_size, grid), grid)
     b, t = c2w.shape[0], len(packed)
-    return rays.reshape(b, t, temporal_stride, *grid, 6).permute(0, 1, 2, 5, 3, 4).reshape(b, t, temporal_stride * 6, *grid)
+    return (
+        rays.reshape(b, t, temporal_stride, *grid, 6)
+        .permute(0, 1, 2, 5, 3, 4)
+        .reshape(b, t, temporal_stride * 6, *grid)
+    )
 
 
 def check_raw_frames(c2w: Tensor, expected: int, frames: int) -> None:
-    """Raises ValueError unless c2w [B, F, 4, 4] holds the raw frames of a clip of `frames` latent frames."""
+    """Raises ValueError unless c2w [B, F, 4, 4] holds the raw frames of a clip of `frames` latent
+    frames."""
     if c2w.shape[1] != expected:
         raise ValueError(
-            f"camera conditioning failed: got {c2w.shape[1]} raw-frame poses, expected {expected} for {frames} latent frames. "
-            "Fix: pass the poses of the whole clip, one per raw frame"
+            f"camera conditioning failed: got {c2w.shape[1]} raw-frame poses, expected {expected}"
+            f" for {frames} latent frames. Fix: pass the poses of the whole clip, one per raw frame"
         )
 
 
 def ray_frames(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """World-to-ray transforms D of UCPE (SANA-WM §3.3), [..., 4, 4] and [..., 4] (in grid units) -> [..., h, w, 4, 4].
+    """World-to-ray transforms D of UCPE (SANA-WM §3.3), [..., 4, 4] and [..., 4] (in grid units) ->
+    [..., h, w, 4, 4].
 
-    The ray frame has z along the viewing direction, x = norm(u x z) with u the camera's vertical axis, y = z x x, and its
-    origin at the camera centre.
+    The ray frame has z along the viewing direction, x = norm(u x z) with u the camera's vertical
+    axis, y = z x x, and its origin at the camera centre.
     """
     rotation, centre = pose[..., :3, :3], pose[..., :3, 3]
-    z = F.normalize(torch.einsum("...ij,...hwj->...hwi", rotation, camera_rays(intrinsics, grid)), dim=-1, eps=1e-6)
+    z = F.normalize(
+        torch.einsum("...ij,...hwj->...hwi", rotation, camera_rays(intrinsics, grid)),
+        dim=-1,
+        eps=1e-6,
+    )
     vertical = rotation[..., None, None, :, 1].expand_as(z)
     x = F.normalize(torch.linalg.cross(vertical, z), dim=-1, eps=1e-6)
     y = F.normalize(torch.linalg.cross(z, x), dim=-1, eps=1e-6)
@@ -144,23 +179,41 @@ UP_STEP = 0.1  # radians by which a ray is turned towards "up" to see where up l
 
 
 def up_latitude_map(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Absolute map of UCPE: image direction of world up (2) and latitude of the ray (1), [..., 4, 4] and [..., 4] -> [..., h, w, 3].
+    """Absolute map of UCPE: image direction of world up (2) and latitude of the ray (1), [..., 4,
+    4] and [..., 4] -> [..., h, w, 3].
 
-    "Up" is -y of the world, that is of the first camera. The turn follows the public model to the letter: the last term of its
-    Rodrigues formula is not k (k . v), which would vanish, but k * k times the sum of v; trained weights have seen that map.
+    "Up" is -y of the world, that is of the first camera. The turn follows the public model to the
+    letter: the last term of its Rodrigues formula is not k (k . v), which would vanish, but k * k
+    times the sum of v; trained weights have seen that map.
     """
     rotation = pose[..., :3, :3]
-    v = F.normalize(torch.einsum("...ij,...hwj->...hwi", rotation, camera_rays(intrinsics, grid)), dim=-1, eps=1e-8)
+    v = F.normalize(
+        torch.einsum("...ij,...hwj->...hwi", rotation, camera_rays(intrinsics, grid)),
+        dim=-1,
+        eps=1e-8,
+    )
     latitude = torch.atan2(-v[..., 1], torch.sqrt(v[..., 0] ** 2 + v[..., 2] ** 2))
     up = v.new_tensor([0.0, -1.0, 0.0]).expand_as(v)
     axis = torch.linalg.cross(v, up)
     axis = axis / axis.norm(dim=-1, keepdim=True).clamp_min(1e-8)
     step = v.new_tensor(UP_STEP)
-    turned = v * step.cos() + torch.linalg.cross(axis, v) * step.sin() + axis * axis * v.sum(-1, keepdim=True) * (1 - step.cos())
+    turned = (
+        v * step.cos()
+        + torch.linalg.cross(axis, v) * step.sin()
+        + axis * axis * v.sum(-1, keepdim=True) * (1 - step.cos())
+    )
     seen = torch.einsum("...ji,...hwj->...hwi", rotation, turned)
     fx, fy, cx, cy = (intrinsics[..., i, None, None] for i in range(4))
-    dx = fx * seen[..., 0] / seen[..., 2] + cx - torch.arange(grid[1], device=v.device, dtype=v.dtype)
-    dy = fy * seen[..., 1] / seen[..., 2] + cy - torch.arange(grid[0], device=v.device, dtype=v.dtype)[:, None]
+    dx = (
+        fx * seen[..., 0] / seen[..., 2]
+        + cx
+        - torch.arange(grid[1], device=v.device, dtype=v.dtype)
+    )
+    dy = (
+        fy * seen[..., 1] / seen[..., 2]
+        + cy
+        - torch.arange(grid[0], device=v.device, dtype=v.dtype)[:, None]
+    )
     direction = torch.stack((dx, dy), dim=-1)
     direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-8)
     return torch.cat((direction, latitude[..., None]), dim=-1)

@@ -1,8 +1,10 @@
-"""Command line -> `RunConfig`: Hydra composes YAML and overrides, the result becomes frozen dataclasses, nothing else sees a DictConfig.
+"""Command line -> `RunConfig`: Hydra composes YAML and overrides, the result becomes frozen
+dataclasses, nothing else sees a DictConfig.
 
-Every mistake is collected as a `Problem` and raised at once in one `ConfigError`. A key that `config.py` does not declare is a
-problem, so `_target_` means nothing here, and only plain references (`${recipe.name}`) are resolved: `${oc.env:...}` would write
-secrets into the stored config. The worker reads the same tree back with `from_json`, without importing Hydra.
+Every mistake is collected as a `Problem` and raised at once in one `ConfigError`. A key that
+`config.py` does not declare is a problem, so `_target_` means nothing here, and only plain
+references (`${recipe.name}`) are resolved: `${oc.env:...}` would write secrets into the stored
+config. The worker reads the same tree back with `from_json`, without importing Hydra.
 """
 
 from __future__ import annotations
@@ -34,13 +36,16 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: got {self.got}, expected {self.rule}" + (f". Fix: {self.fix}" if self.fix else "")
+        return f"{self.where}: got {self.got}, expected {self.rule}" + (
+            f". Fix: {self.fix}" if self.fix else ""
+        )
 
 
 class ConfigError(ValueError):
     """All problems of one configuration; `str()` is the report that a user sees.
 
-    `rest`: the configuration without its unknown keys, where these are all that is wrong so far: its values can still be checked.
+    `rest`: the configuration without its unknown keys, where these are all that is wrong so far:
+    its values can still be checked.
     """
 
     def __init__(self, problems: Iterable[Problem], rest: RunConfig | None = None) -> None:
@@ -52,7 +57,10 @@ class ConfigError(ValueError):
 def report(problems: Iterable[Problem]) -> str:
     """The one report of all problems, two lines each."""
     listed = list(problems)
-    lines = [f"{len(listed)} problem{'s' if len(listed) != 1 else ''} in the configuration; nothing was started."]
+    lines = [
+        f"{len(listed)} problem{'s' if len(listed) != 1 else ''} in the configuration; nothing was"
+        " started."
+    ]
     for number, problem in enumerate(listed, 1):
         lines.append(f"  {number}. {problem.where}: got {problem.got}, expected {problem.rule}")
         if problem.fix:
@@ -66,7 +74,16 @@ def config_directory() -> Path:
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise ConfigError([Problem("configs", "no config.yaml beside the package", "a complete installation", "install wm-train again")])
+    raise ConfigError(
+        [
+            Problem(
+                "configs",
+                "no config.yaml beside the package",
+                "a complete installation",
+                "install wm-train again",
+            )
+        ]
+    )
 
 
 def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
@@ -79,9 +96,11 @@ def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
-    """Overrides such as `experiment=demo model.depth=8` -> config of the right types; values are checked by `validate`.
+    """Overrides such as `experiment=demo model.depth=8` -> config of the right types; values are
+    checked by `validate`.
 
-    `extra`: a folder of one's own with the same groups as configs/. Raises ConfigError with all problems.
+    `extra`: a folder of one's own with the same groups as configs/. Raises ConfigError with all
+    problems.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -103,8 +122,20 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
             composed = hydra_compose("config", lines)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_translate(error)]) from error
-    except (YAMLError, UnicodeDecodeError, OSError) as error:  # a file of one's own that is no plain YAML
-        raise ConfigError([Problem("--config-dir", " ".join(str(error).split()), "files of plain YAML, without tags")]) from error
+    except (
+        YAMLError,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:  # a file of one's own that is no plain YAML
+        raise ConfigError(
+            [
+                Problem(
+                    "--config-dir",
+                    " ".join(str(error).split()),
+                    "files of plain YAML, without tags",
+                )
+            ]
+        ) from error
     raw = OmegaConf.to_container(composed, resolve=False)
     problems = _resolver_calls(raw, "")
     try:
@@ -120,12 +151,17 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
 
 
 def build(plain: Any) -> RunConfig:
-    """Plain mappings -> RunConfig. Raises ConfigError with every unknown key, wrong type and missing value."""
+    """Plain mappings -> RunConfig. Raises ConfigError with every unknown key, wrong type and
+    missing value."""
     problems: list[Problem] = []
     config = _convert(RunConfig, plain, "", problems)
     if problems:
         unknown = [problem.where for problem in problems if problem.got == UNKNOWN]
-        rest = _convert(RunConfig, _without(plain, unknown), "", []) if len(unknown) == len(problems) else None
+        rest = (
+            _convert(RunConfig, _without(plain, unknown), "", [])
+            if len(unknown) == len(problems)
+            else None
+        )
         raise ConfigError(problems, rest)
     return config
 
@@ -135,7 +171,9 @@ def _without(plain: Any, keys: Iterable[str], where: str = "") -> Any:
     if not isinstance(plain, Mapping):
         return plain
     full = {key: f"{where}.{key}".lstrip(".") for key in plain}
-    return {key: _without(item, keys, full[key]) for key, item in plain.items() if full[key] not in keys}
+    return {
+        key: _without(item, keys, full[key]) for key, item in plain.items() if full[key] not in keys
+    }
 
 
 def to_json(config: RunConfig) -> str:
@@ -148,13 +186,25 @@ def from_json(text: str) -> RunConfig:
     try:
         plain = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError([Problem("resolved config", f"text that is no JSON ({error})", "what wm_train.launch wrote")]) from error
+        raise ConfigError(
+            [
+                Problem(
+                    "resolved config",
+                    f"text that is no JSON ({error})",
+                    "what wm_train.launch wrote",
+                )
+            ]
+        ) from error
     return build(plain)
 
 
 def public_config(config: RunConfig) -> dict[str, Any]:
-    """The config as it may be stored and shown: user names and passwords are taken out of addresses."""
-    return json.loads(json.dumps(dataclasses.asdict(config)), object_hook=lambda d: {k: without_login(v) for k, v in d.items()})
+    """The config as it may be stored and shown: user names and passwords are taken out of
+    addresses."""
+    return json.loads(
+        json.dumps(dataclasses.asdict(config)),
+        object_hook=lambda d: {k: without_login(v) for k, v in d.items()},
+    )
 
 
 def without_login(value: Any) -> Any:
@@ -165,8 +215,11 @@ def without_login(value: Any) -> Any:
     return value
 
 
-def _read_overrides(overrides: list[str], choices: dict[str, list[str]]) -> tuple[list[str], list[Problem]]:
-    """Check each override by itself; values become `++key=value`, so that unknown keys reach `_convert`, which lists them all."""
+def _read_overrides(
+    overrides: list[str], choices: dict[str, list[str]]
+) -> tuple[list[str], list[Problem]]:
+    """Check each override by itself; values become `++key=value`, so that unknown keys reach
+    `_convert`, which lists them all."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -178,21 +231,44 @@ def _read_overrides(overrides: list[str], choices: dict[str, list[str]]) -> tupl
         try:
             override = parser.parse_override(text)
         except HydraException:
-            problems.append(Problem(repr(text), "an argument that cannot be read", "key=value", "see --help"))
+            problems.append(
+                Problem(repr(text), "an argument that cannot be read", "key=value", "see --help")
+            )
             continue
         key = override.key_or_group
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-            problems.append(Problem(key, repr(text), "a key of wm_train; Hydra itself has no settings here", "leave it out"))
+            problems.append(
+                Problem(
+                    key,
+                    repr(text),
+                    "a key of wm_train; Hydra itself has no settings here",
+                    "leave it out",
+                )
+            )
         elif override.is_sweep_override():
-            problems.append(Problem(key, repr(text), "one value; a command runs one configuration", "start one command per value"))
+            problems.append(
+                Problem(
+                    key,
+                    repr(text),
+                    "one value; a command runs one configuration",
+                    "start one command per value",
+                )
+            )
         elif override.type == OverrideType.DEL:
             if key in choices:
                 problems.append(
-                    Problem(key, repr(text), f"one of {', '.join(choices[key])}; a group cannot be left out", f"{key}=<choice>")
+                    Problem(
+                        key,
+                        repr(text),
+                        f"one of {', '.join(choices[key])}; a group cannot be left out",
+                        f"{key}=<choice>",
+                    )
                 )
             lines.append(text)
         elif "@" in text.split("=")[0]:
-            problems.append(Problem(key, repr(text), "a group without a package", f"{key}=<choice>"))
+            problems.append(
+                Problem(key, repr(text), "a group without a package", f"{key}=<choice>")
+            )
         elif key in choices:
             problems.extend(_check_choice(key, override.value(), choices))
             lines.append(text.lstrip("+"))
@@ -217,28 +293,47 @@ def _nearest(name: str, names: Iterable[str], show: Any = str) -> str:
 
 
 def _resolver_calls(value: Any, where: str) -> list[Problem]:
-    """`${name:...}` calls code or reads the environment; only references to other keys are allowed."""
+    """`${name:...}` calls code or reads the environment; only references to other keys are
+    allowed."""
     if isinstance(value, Mapping):
-        return [found for key, item in value.items() for found in _resolver_calls(item, f"{where}.{key}".lstrip("."))]
+        return [
+            found
+            for key, item in value.items()
+            for found in _resolver_calls(item, f"{where}.{key}".lstrip("."))
+        ]
     if isinstance(value, list):
-        return [found for index, item in enumerate(value) for found in _resolver_calls(item, f"{where}.{index}")]
+        return [
+            found
+            for index, item in enumerate(value)
+            for found in _resolver_calls(item, f"{where}.{index}")
+        ]
     if isinstance(value, str) and "${" in value and ":" in value.split("${", 1)[1]:
-        rule = "a plain value or a reference ${other.key}; resolvers would store secrets with the run"
+        rule = (
+            "a plain value or a reference ${other.key}; resolvers would store secrets with the run"
+        )
         return [Problem(where, repr(value), rule, "let the shell fill it in: key=$VALUE")]
     return []
 
 
 def _translate(error: Exception) -> Problem:
-    """Hydra's and OmegaConf's exceptions as a Problem: their first line says what, and where if they know."""
+    """Hydra's and OmegaConf's exceptions as a Problem: their first line says what, and where if
+    they know."""
     where = str(getattr(error, "full_key", "") or "overrides")
-    return Problem(where, str(error).strip().split("\n")[0] or type(error).__name__, "a configuration that composes", "see --help")
+    return Problem(
+        where,
+        str(error).strip().split("\n")[0] or type(error).__name__,
+        "a configuration that composes",
+        "see --help",
+    )
 
 
 def _convert(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     """`value` as type `kind`; a mismatch is noted under its full key and None returned."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(value, str) and value == MISSING:
-        problems.append(Problem(where, "nothing", f"a value: {_describe(kind)}", f"{where}=<value>"))
+        problems.append(
+            Problem(where, "nothing", f"a value: {_describe(kind)}", f"{where}=<value>")
+        )
         return None
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where, problems)
@@ -246,12 +341,21 @@ def _convert(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:
         member = _member_for(arguments, value)
         return None if value is None else _convert(member, value, where, problems)
     if origin is dict and isinstance(value, Mapping):
-        return {str(key): _convert(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
+        return {
+            str(key): _convert(arguments[1], item, f"{where}.{key}", problems)
+            for key, item in value.items()
+        }
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, f"{where}.{index}", problems) for index, item in enumerate(value))
+            return tuple(
+                _convert(arguments[0], item, f"{where}.{index}", problems)
+                for index, item in enumerate(value)
+            )
         if len(arguments) == len(value):
-            return tuple(_convert(inner, item, f"{where}.{index}", problems) for index, (inner, item) in enumerate(zip(arguments, value)))
+            return tuple(
+                _convert(inner, item, f"{where}.{index}", problems)
+                for index, (inner, item) in enumerate(zip(arguments, value))
+            )
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)
@@ -285,7 +389,11 @@ def _member_for(members: Iterable[Any], value: Any) -> Any:
 def _convert_dataclass(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(
-            Problem(where or "config", _show(value), f"a mapping with the keys {', '.join(f.name for f in dataclasses.fields(kind))}")
+            Problem(
+                where or "config",
+                _show(value),
+                f"a mapping with the keys {', '.join(f.name for f in dataclasses.fields(kind))}",
+            )
         )
         return None
     hints = typing.get_type_hints(kind)
@@ -294,18 +402,32 @@ def _convert_dataclass(kind: Any, value: Any, where: str, problems: list[Problem
         if key not in hints:
             nearest = _nearest(str(key), hints, lambda name: f"{prefix}{name}")
             fix = f"did you mean {nearest}?" if nearest else f"keys here: {', '.join(hints)}"
-            problems.append(Problem(f"{prefix}{key}", UNKNOWN, "a key that wm_train/config/schema.py declares", fix))
+            problems.append(
+                Problem(
+                    f"{prefix}{key}", UNKNOWN, "a key that wm_train/config/schema.py declares", fix
+                )
+            )
     before = len(problems)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        has_default = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
         if field.name in value:
-            found[field.name] = _convert(hints[field.name], value[field.name], prefix + field.name, problems)
+            found[field.name] = _convert(
+                hints[field.name], value[field.name], prefix + field.name, problems
+            )
         elif dataclasses.is_dataclass(hints[field.name]) and not has_default:
             found[field.name] = _convert(hints[field.name], {}, prefix + field.name, problems)
         elif not has_default or field.default == MISSING:
             problems.append(
-                Problem(prefix + field.name, "nothing", f"a value: {_describe(hints[field.name])}", f"{prefix}{field.name}=<value>")
+                Problem(
+                    prefix + field.name,
+                    "nothing",
+                    f"a value: {_describe(hints[field.name])}",
+                    f"{prefix}{field.name}=<value>",
+                )
             )
     return kind(**found) if len(problems) == before else None
 
@@ -319,11 +441,16 @@ def _describe(kind: Any) -> str:
     """A type in a user's words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if argument is type(None) else _describe(argument) for argument in arguments)
+        return " or ".join(
+            "null" if argument is type(None) else _describe(argument) for argument in arguments
+        )
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list of {_describe(arguments[0])}"
     if origin is tuple:
-        return f"a list of {len(arguments)}: [{', '.join(_describe(argument) for argument in arguments)}]"
+        return (
+            f"a list of {len(arguments)}:"
+            f" [{', '.join(_describe(argument) for argument in arguments)}]"
+        )
     if origin is dict or dataclasses.is_dataclass(kind):
         return "a mapping"
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[kind]

@@ -1,4 +1,5 @@
-"""Recipe -> ordered stages, and whose weights each one starts from. Stages hand weights on by name."""
+"""Recipe -> ordered stages, and whose weights each one starts from. Stages hand weights on by
+name."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ from wm_train.config.schema import ModelConfig, RecipeConfig, RunConfig, StageCo
 from wm_train.storage import Place, place
 
 PREVIOUS = "previous"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no separators, no leading dot or dash
+NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+)  # becomes a folder; no separators, no leading dot or dash
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a stage's first weights come from: `stage` of the same run, or a checkpoint directory given by hand (`stage` None)."""
+    """Where a stage's first weights come from: `stage` of the same run, or a checkpoint directory
+    given by hand (`stage` None)."""
 
     checkpoints: Place
     stage: str | None
@@ -41,7 +45,8 @@ def ordered(recipe: RecipeConfig) -> tuple[str, ...]:
 
 
 def select(recipe: RecipeConfig, stage: str) -> tuple[str, ...]:
-    """`2`, `long`, `1-2`, `short-long` or `all` -> stage names in order. Raises ValueError that lists the stages."""
+    """`2`, `long`, `1-2`, `short-long` or `all` -> stage names in order. Raises ValueError that
+    lists the stages."""
     names = ordered(recipe)
     if stage == "all":
         return names
@@ -54,7 +59,10 @@ def select(recipe: RecipeConfig, stage: str) -> tuple[str, ...]:
         if first and last and names.index(first) <= names.index(last):
             return names[names.index(first) : names.index(last) + 1]
     known = ", ".join(f"{recipe.stages[name].index} {name}" for name in names)
-    raise ValueError(f"stage of recipe {recipe.name}: got {stage!r}, expected one of {known}, a range such as 1-2, or all. Fix: stage=all")
+    raise ValueError(
+        f"stage of recipe {recipe.name}: got {stage!r}, expected one of {known}, a range such as"
+        " 1-2, or all. Fix: stage=all"
+    )
 
 
 def stage_directory(config: RunConfig, stage: str) -> Path:
@@ -63,7 +71,8 @@ def stage_directory(config: RunConfig, stage: str) -> Path:
 
 
 def checkpoints_of(config: RunConfig, stage: str) -> Place:
-    """Where a stage saves: <out>/<run name>/<stage name>/checkpoints, or <trainer.checkpoint_to>/<run name>/<stage name>."""
+    """Where a stage saves: <out>/<run name>/<stage name>/checkpoints, or
+    <trainer.checkpoint_to>/<run name>/<stage name>."""
     given = config.trainer.checkpoint_to
     if given is None:
         return stage_directory(config, stage) / "checkpoints"
@@ -74,7 +83,10 @@ def stage_run(config: RunConfig, stage: str) -> RunConfig:
     """The run as this stage sees it: `model` and `parallel` with the stage's changes in them."""
     own = config.recipe.stages[stage]
     return replace(
-        config, stage=stage, model=changed_model(config.model, own.model), parallel=replace(config.parallel, **_given(own.parallel))
+        config,
+        stage=stage,
+        model=changed_model(config.model, own.model),
+        parallel=replace(config.parallel, **_given(own.parallel)),
     )
 
 
@@ -88,13 +100,17 @@ def _given(changes: Any) -> dict[str, Any]:
 
 
 def matching(patterns: Iterable[str], names: Collection[str], where: str) -> set[str]:
-    """The names that any of the patterns covers. Raises ValueError for a pattern that covers none: it is a slip."""
+    """The names that any of the patterns covers. Raises ValueError for a pattern that covers none:
+    it is a slip."""
     found = set()
     for pattern in patterns:
         covered = {name for name in names if fnmatchcase(name, pattern)}
         if not covered:
             like = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{where}: got {pattern!r}, expected a pattern of parameter names such as {like}. Fix: correct it")
+            raise ValueError(
+                f"{where}: got {pattern!r}, expected a pattern of parameter names such as {like}."
+                " Fix: correct it"
+            )
         found |= covered
     return found
 
@@ -108,22 +124,43 @@ class Handover:
     left: frozenset[str]  # the source's own, which this stage has no use for
 
 
-def handover(stage: StageConfig, name: str, mine: Collection[str], theirs: Collection[str], parts: Callable[..., list[str]]) -> Handover:
-    """Who gets what. `parts` picks the names that a stage's own changes of the model may add or drop.
+def handover(
+    stage: StageConfig,
+    name: str,
+    mine: Collection[str],
+    theirs: Collection[str],
+    parts: Callable[..., list[str]],
+) -> Handover:
+    """Who gets what. `parts` picks the names that a stage's own changes of the model may add or
+    drop.
 
-    Raises ValueError when a name on one side has no counterpart and nothing says that this is meant.
+    Raises ValueError when a name on one side has no counterpart and nothing says that this is
+    meant.
     """
-    where, added, dropped = f"recipe.stages.{name}", set(mine) - set(theirs), set(theirs) - set(mine)
+    where, added, dropped = (
+        f"recipe.stages.{name}",
+        set(mine) - set(theirs),
+        set(theirs) - set(mine),
+    )
     declared = matching(stage.new, mine, f"{where}.new")
     if declared & set(theirs):
         known = sorted(declared & set(theirs))[0]
-        raise ValueError(f"{where}.new: got {known}, expected names that the source lacks. Fix: {where}.reinitialise")
+        raise ValueError(
+            f"{where}.new: got {known}, expected names that the source lacks. Fix:"
+            f" {where}.reinitialise"
+        )
     unexplained = sorted(added - declared - set(parts(added)))
     if unexplained:
-        raise ValueError(f"{where}: got parameters that its source lacks, {_few(unexplained)}, expected them in {where}.new. Fix: add them")
+        raise ValueError(
+            f"{where}: got parameters that its source lacks, {_few(unexplained)}, expected them in"
+            f" {where}.new. Fix: add them"
+        )
     unknown = sorted(dropped - set(parts(dropped)))
     if unknown:
-        raise ValueError(f"{where}: got a source with parameters that its model lacks, {_few(unknown)}. Fix: use the model that wrote it")
+        raise ValueError(
+            f"{where}: got a source with parameters that its model lacks, {_few(unknown)}. Fix: use"
+            " the model that wrote it"
+        )
     fresh = added | matching(stage.reinitialise, mine, f"{where}.reinitialise")
     return Handover(frozenset(set(mine) - fresh), frozenset(fresh), frozenset(dropped))
 
@@ -133,7 +170,8 @@ def _few(names: list[str]) -> str:
 
 
 def source_of(config: RunConfig, stage: str) -> Source | None:
-    """Whose weights `stage` starts from. Raises ValueError if it asks for the previous stage and is the first."""
+    """Whose weights `stage` starts from. Raises ValueError if it asks for the previous stage and is
+    the first."""
     inherit = config.recipe.stages[stage].inherit
     if inherit is None:
         return None
@@ -143,15 +181,23 @@ def source_of(config: RunConfig, stage: str) -> Source | None:
     index = names.index(stage)
     if index == 0:
         raise ValueError(
-            f"recipe.stages.{stage}.inherit: got previous, expected null or a checkpoint directory, as it is the first stage. Fix: null"
+            f"recipe.stages.{stage}.inherit: got previous, expected null or a checkpoint directory,"
+            " as it is the first stage. Fix: null"
         )
     return Source(checkpoints_of(config, names[index - 1]), names[index - 1])
 
 
 def plan(config: RunConfig) -> tuple[PlannedStage, ...]:
-    """The stages that `config.stage` selects, in order. Raises ValueError as `select` and `source_of` do."""
+    """The stages that `config.stage` selects, in order. Raises ValueError as `select` and
+    `source_of` do."""
     return tuple(
-        PlannedStage(name, config.recipe.stages[name], stage_directory(config, name), checkpoints_of(config, name), source_of(config, name))
+        PlannedStage(
+            name,
+            config.recipe.stages[name],
+            stage_directory(config, name),
+            checkpoints_of(config, name),
+            source_of(config, name),
+        )
         for name in select(config.recipe, config.stage)
     )
 

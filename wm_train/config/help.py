@@ -1,4 +1,5 @@
-"""The text of `python -m wm_train.launch --help`: usage, the choices of every group, every key with its default."""
+"""The text of `python -m wm_train.launch --help`: usage, the choices of every group, every key with
+its default."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ def help_text(extra: Path | None) -> str:
     folders = [config_directory(), *([extra] if extra else [])]
     lines = [USAGE, "groups:"]
     lines += [f"  {name}= {', '.join(choices)}" for name, choices in groups(folders).items()]
-    lines += ["", "keys and their defaults (the chosen files may set others; --dry-run shows the result):"]
+    lines += [
+        "",
+        "keys and their defaults (the chosen files may set others; --dry-run shows the result):",
+    ]
     lines += [f"  {key} = {value}" for key, value in _keys(RunConfig, "")]
     return "\n".join(lines)
 
@@ -40,9 +44,14 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
             found += _keys(inner, f"{prefix}{field.name}.")
-        elif typing.get_origin(inner) is dict and dataclasses.is_dataclass(typing.get_args(inner)[1]):
+        elif typing.get_origin(inner) is dict and dataclasses.is_dataclass(
+            typing.get_args(inner)[1]
+        ):
             kind_of_item = typing.get_args(inner)[1]
-            found += _keys(kind_of_item, f"{prefix}{field.name}.<{kind_of_item.__name__.removesuffix('Config').lower()}>.")
+            found += _keys(
+                kind_of_item,
+                f"{prefix}{field.name}.<{kind_of_item.__name__.removesuffix('Config').lower()}>.",
+            )
         else:
             found.append((prefix + field.name, _default(field)))
     return found

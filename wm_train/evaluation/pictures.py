@@ -1,4 +1,5 @@
-"""Pictures of samples for people: MP4 videos and a PNG contact sheet with the truth above the sample."""
+"""Pictures of samples for people: MP4 videos and a PNG contact sheet with the truth above the
+sample."""
 
 from __future__ import annotations
 
@@ -15,10 +16,16 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"}
+        )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
 
 
@@ -36,14 +43,20 @@ def _even(frames: np.ndarray) -> np.ndarray:
 def contact_sheet(clips: list[tuple[np.ndarray, np.ndarray]], columns: int = 8) -> np.ndarray:
     """[(truth, sample)] with [F, H, W, 3] each -> one [rows, columns, 3] picture.
 
-    Two rows of `columns` frames per clip, evenly spaced in time from the first to the last: truth above, sample below.
+    Two rows of `columns` frames per clip, evenly spaced in time from the first to the last: truth
+    above, sample below.
     """
     bands = []
     for truth, sample in clips:
         picks = np.linspace(0, len(truth) - 1, min(columns, len(truth))).round().astype(int)
         bands += [_row(truth[picks]), _row(sample[picks]), None]
     width = max(band.shape[1] for band in bands if band is not None)
-    rows = [np.full((GAP * (3 if band is None else 1), width, 3), 255, np.uint8) if band is None else band for band in bands]
+    rows = [
+        np.full((GAP * (3 if band is None else 1), width, 3), 255, np.uint8)
+        if band is None
+        else band
+        for band in bands
+    ]
     return np.concatenate(rows[:-1], axis=0)
 
 

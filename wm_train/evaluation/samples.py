@@ -1,4 +1,5 @@
-"""What a stage has learned, for people to look at: rollouts of held-out clips from their first frame and camera path."""
+"""What a stage has learned, for people to look at: rollouts of held-out clips from their first
+frame and camera path."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ def show_samples(
     tracker: Tracker | None,
     progress: Progress,
 ) -> None:
-    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each and one contact sheet.
+    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each
+    and one contact sheet.
 
-    Every process takes part (the model is sharded); rank 0 writes `<folder>/samples/`. The truth shown is the decoded latents, which is
-    the best any sample can look. state: of one model, or of experts by the noise level from which each is used; one that has learned a
-    part of the noise only makes no samples alone.
+    Every process takes part (the model is sharded); rank 0 writes `<folder>/samples/`. The truth
+    shown is the decoded latents, which is the best any sample can look. state: of one model, or of
+    experts by the noise level from which each is used; one that has learned a part of the noise
+    only makes no samples alone.
     """
     noise = stage.config.objective
     if isinstance(state, TrainState) and (noise.sigma_min, noise.sigma_max) != (0.0, 1.0):
@@ -42,7 +45,11 @@ def show_samples(
     progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
     batch, latents = sample(stage, state, wanted)
     truth, made = whole_clips(stage, batch.latents), whole_clips(stage, latents)
-    keys = [key for row in stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size] for key in row]
+    keys = [
+        key
+        for row in stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size]
+        for key in row
+    ]
     if tracker is None:
         return
     target = folder / "samples"
@@ -107,21 +114,26 @@ def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
 
 
 def uncompiled(stage: Stage) -> AbstractContextManager[object]:
-    """Return a context in which compiled blocks run as they are written: compiling them anew for the
-    shapes of chunks takes longer than the few passes that have them."""
+    """Return a context in which compiled blocks run as they are written: compiling them anew for
+    the shapes of chunks takes longer than the few passes that have them."""
     if not stage.run.parallel.compile:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:
-    """[b, T/P, C, h, w] on every process -> [B, T, C, h, w] on the host, in the order of the global batch."""
+    """[b, T/P, C, h, w] on every process -> [B, T, C, h, w] on the host, in the order of the global
+    batch."""
     parts = stage.world.gather_tensors(local)
     size = stage.mesh.sequence_size
-    return torch.cat([torch.cat(parts[start : start + size], dim=1) for start in range(0, len(parts), size)])
+    return torch.cat(
+        [torch.cat(parts[start : start + size], dim=1) for start in range(0, len(parts), size)]
+    )
 
 
 def decode(stage: Stage, latents: torch.Tensor) -> np.ndarray:
     """Normalised latents [T, C, h, w] -> video [F, H, W, 3] uint8."""
     info = stage.dataset.info
-    return make_codec(info.codec, info.codec_options).decode(denormalise(latents, info).float().numpy())
+    return make_codec(info.codec, info.codec_options).decode(
+        denormalise(latents, info).float().numpy()
+    )

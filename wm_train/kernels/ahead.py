@@ -1,6 +1,8 @@
-"""Compile kernels for GPUs that are not here, and say what they would use: registers, spills, shared memory.
+"""Compile kernels for GPUs that are not here, and say what they would use: registers, spills,
+shared memory.
 
-`python -m wm_train.kernels.ahead` prints the table; it must run without TRITON_INTERPRET. What it compiles is in `builds.py`.
+`python -m wm_train.kernels.ahead` prints the table; it must run without TRITON_INTERPRET. What it
+compiles is in `builds.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may h
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation. arguments: name -> Triton type ("*fp32", "i32"); constants: name -> value, None for absent pointers."""
+    """One specialisation. arguments: name -> Triton type ("*fp32", "i32"); constants: name ->
+    value, None for absent pointers."""
 
     name: str
     kernel: Any
@@ -34,7 +37,8 @@ class Build:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the assembler says. spills in bytes stored and loaded per thread, shared in bytes per program, tensor_cores: instructions."""
+    """What the assembler says. spills in bytes stored and loaded per thread, shared in bytes per
+    program, tensor_cores: instructions."""
 
     name: str
     architecture: int
@@ -45,22 +49,36 @@ class Usage:
 
 
 def compile_for(build: Build, architecture: int) -> Usage:
-    """Compile to PTX and machine code. Errors: whatever Triton or ptxas raise; nothing is caught."""
+    """Compile to PTX and machine code. Errors: whatever Triton or ptxas raise; nothing is
+    caught."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: build.arguments.get(name, "constexpr") for name in build.kernel.arg_names}
-    constants = {(build.kernel.arg_names.index(name),): value for name, value in build.constants.items()}
+    constants = {
+        (build.kernel.arg_names.index(name),): value for name, value in build.constants.items()
+    }
     # what a launch finds out for itself: PyTorch's pointers divide by 16
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(build.kernel.arg_names) if signature[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(build.kernel.arg_names)
+        if signature[name].startswith("*")
+    }
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": build.warps, "num_stages": build.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spills = _assemble(ptx)
     found = [x for x in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if x in ptx]
-    return Usage(build.name, architecture, registers, spills, compiled.metadata.shared, found[0] if found else "none")
+    return Usage(
+        build.name,
+        architecture,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        found[0] if found else "none",
+    )
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
@@ -74,7 +92,14 @@ def _assemble(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={target.group(1)}", str(file), "-o", str(Path(folder) / "kernel.cubin")]
+        command = [
+            tool,
+            "-v",
+            f"--gpu-name={target.group(1)}",
+            str(file),
+            "-o",
+            str(Path(folder) / "kernel.cubin"),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     used = re.search(r"Used (\d+) registers", report)
     assert used is not None, report
@@ -82,8 +107,15 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 
 def table(usages: list[Usage]) -> str:
-    rows = ["| kernel | sm | registers | spilled bytes | shared bytes | tensor cores |", "|---|---|---|---|---|---|"]
-    rows += [f"| {u.name} | {u.architecture} | {u.registers} | {u.spills} | {u.shared} | {u.tensor_cores} |" for u in usages]
+    rows = [
+        "| kernel | sm | registers | spilled bytes | shared bytes | tensor cores |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {u.name} | {u.architecture} | {u.registers} | {u.spills} | {u.shared} |"
+        f" {u.tensor_cores} |"
+        for u in usages
+    ]
     return "\n".join(rows)
 
 
@@ -101,11 +133,17 @@ def compile_named(name: str, architecture: int) -> Usage:
 def main(arguments: list[str]) -> int:
     """python -m wm_train.kernels.ahead [architecture …] [--only kernel …]: a table; on all CPUs."""
     split = arguments.index("--only") if "--only" in arguments else len(arguments)
-    architectures, names = [int(x) for x in arguments[:split]] or list(ARCHITECTURES), arguments[split + 1 :]
+    architectures, names = (
+        [int(x) for x in arguments[:split]] or list(ARCHITECTURES),
+        arguments[split + 1 :],
+    )
     found = [build.name for build in all_builds() if not names or build.name in names]
     unknown = set(names) - set(found)
     if unknown or set(architectures) - set(ARCHITECTURES):
-        print(f"ahead: got kernels {sorted(unknown)} or architectures {architectures}, expected some of {ARCHITECTURES}. Fix: no arguments")
+        print(
+            f"ahead: got kernels {sorted(unknown)} or architectures {architectures}, expected some"
+            f" of {ARCHITECTURES}. Fix: no arguments"
+        )
         return 2
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(compile_named, name, sm) for name in found for sm in architectures]

@@ -1,8 +1,10 @@
-"""What models call. Each function checks its shapes, then runs the Triton kernel or the plain PyTorch of `reference.py`.
+"""What models call. Each function checks its shapes, then runs the Triton kernel or the plain
+PyTorch of `reference.py`.
 
-Shapes: B clips, t local latent frames, S tokens per frame, H heads of D channels. Tokens arrive as projections give them,
-[B, t, S, H·D], un-normalised. Rotary tables are [B or 1, t, S, 1, pairs]. Sums, states and Grams are fp32 (fp64 for fp64 tokens).
-`engine`: auto | triton | reference (see `engine.py`; every choice is logged once). Errors: ValueError for a wrong shape, naming it.
+Shapes: B clips, t local latent frames, S tokens per frame, H heads of D channels. Tokens arrive as
+projections give them, [B, t, S, H·D], un-normalised. Rotary tables are [B or 1, t, S, 1, pairs].
+Sums, states and Grams are fp32 (fp64 for fp64 tokens). `engine`: auto | triton | reference (see
+`engine.py`; every choice is logged once). Errors: ValueError for a wrong shape, naming it.
 """
 
 from __future__ import annotations
@@ -19,19 +21,27 @@ from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
 from wm_train.kernels.gdn import reference
 
 
-def short_convolution(taps: Taps, weight: Tensor, heads: int, norm_eps: float = 1e-5, engine: str = "auto") -> tuple[Tensor, Tensor | None]:
-    """The K short convolution, both ways, on frames with their halo: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}.
+def short_convolution(
+    taps: Taps, weight: Tensor, heads: int, norm_eps: float = 1e-5, engine: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """The K short convolution, both ways, on frames with their halo: y_t = Σ over |d| < K of
+    w[K-1-|d|] x_{t+d}.
 
-    taps: 2K-1 of [B, t, S, H·D], from `SequenceShard.halo`; weight [H·D, 1, K] -> y [B, t, S, H·D], and 1 / RMS of its tokens [B·t·S] for
-    the Gram that follows, where the kernel computed it on the way.
+    taps: 2K-1 of [B, t, S, H·D], from `SequenceShard.halo`; weight [H·D, 1, K] -> y [B, t, S, H·D],
+    and 1 / RMS of its tokens [B·t·S] for the Gram that follows, where the kernel computed it on the
+    way.
     """
     x, kernel = taps.extended, weight.shape[-1]
     if x.dim() != 4 or x.shape[-1] % heads:
-        raise ValueError(f"short_convolution failed: got frames {tuple(x.shape)}, expected [B, t, S, H·D] with H = {heads} (kernels)")
+        raise ValueError(
+            f"short_convolution failed: got frames {tuple(x.shape)}, expected [B, t, S, H·D] with H"
+            f" = {heads} (kernels)"
+        )
     _same("short_convolution", "weight", weight, (x.shape[-1], 1, kernel))
     if len(taps) != 2 * kernel - 1 or taps.before != kernel - 1:
         raise ValueError(
-            f"short_convolution failed: got {len(taps)} taps, {taps.before} before, expected {2 * kernel - 1} and {kernel - 1} (kernels)"
+            f"short_convolution failed: got {len(taps)} taps, {taps.before} before, expected"
+            f" {2 * kernel - 1} and {kernel - 1} (kernels)"
         )
     if not taps.frames or _engine(engine, x, x.shape[-1] // heads) == "reference":
         return reference.short_convolution(taps, weight), None
@@ -52,11 +62,12 @@ def gdn_gram(
     engine: str = "auto",
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Streams of the main branch (SANA-WM eq. 3, 5): k̂ = scale · ReLU(RMSNorm(key)), rotated for the numerator only.
+    """Streams of the main branch (SANA-WM eq. 3, 5): k̂ = scale · ReLU(RMSNorm(key)), rotated for
+    the numerator only.
 
-    key (after its short convolution), value [B, t, S, H·D]; beta [B, t, S, H], 0 at padding; weight [H·D] of the key norm; rstd: what
-    `short_convolution` returned with the key.
-    -> numerator's A, U [B, t, H, D, D], normaliser's A [B, t, H, D, D] and U [B, t, H, 1, D].
+    key (after its short convolution), value [B, t, S, H·D]; beta [B, t, S, H], 0 at padding; weight
+    [H·D] of the key norm; rstd: what `short_convolution` returned with the key. -> numerator's A, U
+    [B, t, H, D, D], normaliser's A [B, t, H, D, D] and U [B, t, H, 1, D].
     """
     d = _check_tokens("gdn_gram", key, beta.shape[-1], weight, cos, sin, 2)
     _same("gdn_gram", "value", value, key.shape)
@@ -81,7 +92,8 @@ def gdn_output(
 ) -> Tensor:
     """O = S q̂_rotated / (z · q̂ + eps) per token.
 
-    query [B, t, S, H·D]; state [B, t, H, D, D]; normaliser [B, t, H, 1, D]; weight [H·D] of the query norm -> [B, t, S, H, D].
+    query [B, t, S, H·D]; state [B, t, H, D, D]; normaliser [B, t, H, 1, D]; weight [H·D] of the
+    query norm -> [B, t, S, H, D].
     """
     d = _check_tokens("gdn_output", query, state.shape[2], weight, cos, sin, 2)
     _same("gdn_output", "state", state, (*query.shape[:2], state.shape[2], d, d))
@@ -106,16 +118,20 @@ def camera_gram(
     engine: str = "auto",
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stream of the camera branch (SANA-WM eq. 6): keys and values encoded by D^-1, held to their RMS, beta discounted.
+    """Stream of the camera branch (SANA-WM eq. 6): keys and values encoded by D^-1, held to their
+    RMS, beta discounted.
 
-    As `gdn_gram`, with ray_to_world [B, t, S, 4, 4] and tables for half the channels -> A, U [B, t, H, D, D].
+    As `gdn_gram`, with ray_to_world [B, t, S, 4, 4] and tables for half the channels -> A, U [B, t,
+    H, D, D].
     """
     d = _check_tokens("camera_gram", key, beta.shape[-1], weight, cos, sin, 4)
     _same("camera_gram", "value", value, key.shape)
     _same("camera_gram", "beta", beta, (*key.shape[:3], beta.shape[-1]))
     _same("camera_gram", "ray_to_world", ray_to_world, (*key.shape[:3], 4, 4))
     if _engine(engine, key, d) == "reference":
-        return reference.camera_gram(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps)
+        return reference.camera_gram(
+            key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps
+        )
     from wm_train.kernels.gdn.camera import CameraGram
 
     return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
@@ -131,8 +147,9 @@ def camera_output(
     norm_eps: float = 1e-5,
     engine: str = "auto",
 ) -> Tensor:
-    """S q̂ with queries encoded by Dᵀ, brought back to the world: query [B, t, S, H·D], state [B, t, H, D, D],
-    world_to_ray [B, t, S, 4, 4] -> [B, t, S, H, D], ready for the branch's output projection.
+    """S q̂ with queries encoded by Dᵀ, brought back to the world: query [B, t, S, H·D], state [B,
+    t, H, D, D], world_to_ray [B, t, S, 4, 4] -> [B, t, S, H, D], ready for the branch's output
+    projection.
     """
     d = _check_tokens("camera_output", query, state.shape[2], weight, cos, sin, 4)
     _same("camera_output", "state", state, (*query.shape[:2], state.shape[2], d, d))
@@ -145,16 +162,26 @@ def camera_output(
 
 
 @lru_cache(maxsize=16)
-def sequence_kernels(device: torch.device, engine: str = "auto", attention: str = "auto") -> Kernels:
-    """The local kernels of `parallel`'s verbs on this device, the same table on every call; for `LocalSequence` and `GroupSequence`.
+def sequence_kernels(
+    device: torch.device, engine: str = "auto", attention: str = "auto"
+) -> Kernels:
+    """The local kernels of `parallel`'s verbs on this device, the same table on every call; for
+    `LocalSequence` and `GroupSequence`.
 
-    engine: of the GDN states; attention: of the softmax blocks (`attention.py`). Keys backend.kernels and backend.attention.
+    engine: of the GDN states; attention: of the softmax blocks (`attention.py`). Keys
+    backend.kernels and backend.attention.
     """
     if engine not in ENGINES:
-        raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (sequence_kernels). Fix: engine='auto'")
+        raise ValueError(
+            f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)}"
+            " (sequence_kernels). Fix: engine='auto'"
+        )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     table = with_attention(device, attention)
-    if resolve(engine, "states", device.type, capability, torch.float32, HEAD_DIMS[1]) == "reference":
+    if (
+        resolve(engine, "states", device.type, capability, torch.float32, HEAD_DIMS[1])
+        == "reference"
+    ):
         return table
     from wm_train.kernels.gdn import scan
 
@@ -172,21 +199,31 @@ def _engine(engine: str, tokens: Tensor, head_dim: int) -> str:
     return "reference" if tokens.numel() == 0 else engine_for(engine, "tokens", tokens, head_dim)
 
 
-def _check_tokens(where: str, x: Tensor, heads: int, weight: Tensor, cos: Tensor, sin: Tensor, per_pair: int) -> int:
-    """Head dim of tokens whose shapes agree. per_pair: channels of a head per rotary pair, 4 where only half are rotated."""
+def _check_tokens(
+    where: str, x: Tensor, heads: int, weight: Tensor, cos: Tensor, sin: Tensor, per_pair: int
+) -> int:
+    """Head dim of tokens whose shapes agree. per_pair: channels of a head per rotary pair, 4 where
+    only half are rotated."""
     if x.dim() != 4 or x.shape[-1] % heads:
-        raise ValueError(f"{where} failed: got tokens {tuple(x.shape)}, expected [B, t, S, H·D] with H = {heads} (wm_train.kernels)")
+        raise ValueError(
+            f"{where} failed: got tokens {tuple(x.shape)}, expected [B, t, S, H·D] with H = {heads}"
+            " (wm_train.kernels)"
+        )
     b, t, s, channels = x.shape
     d = channels // heads
     _same(where, "norm weight", weight, (channels,))
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) not in ((b, t, s, 1, d // per_pair), (1, t, s, 1, d // per_pair)):
             raise ValueError(
-                f"{where} failed: got rotary {name} {tuple(table.shape)}, expected {(b, t, s, 1, d // per_pair)}, or 1 for {b} (kernels)"
+                f"{where} failed: got rotary {name} {tuple(table.shape)}, expected"
+                f" {(b, t, s, 1, d // per_pair)}, or 1 for {b} (kernels)"
             )
     return d
 
 
 def _same(where: str, name: str, x: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
     if tuple(x.shape) != tuple(expected):
-        raise ValueError(f"{where} failed: got {name} {tuple(x.shape)}, expected {tuple(expected)} (wm_train.kernels)")
+        raise ValueError(
+            f"{where} failed: got {name} {tuple(x.shape)}, expected {tuple(expected)}"
+            " (wm_train.kernels)"
+        )

@@ -1,7 +1,8 @@
-"""Which engine computes: Triton kernels where a device has them, plain PyTorch elsewhere, and a log line wherever that was not the plan.
+"""Which engine computes: Triton kernels where a device has them, plain PyTorch elsewhere, and a log
+line wherever that was not the plan.
 
-Engines are named per call, not per process, so that a test can hold both side by side and recomputation in a backward thread cannot
-pick another one than the forward pass did.
+Engines are named per call, not per process, so that a test can hold both side by side and
+recomputation in a backward thread cannot pick another one than the forward pass did.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from functools import lru_cache
 import torch
 
 ENGINES = ("auto", "triton", "reference")
-KINDS = ("tokens", "states")  # of kernels: over tokens, which come in the compute dtype; over states, which are always fp32
+KINDS = (
+    "tokens",
+    "states",
+)  # of kernels: over tokens, which come in the compute dtype; over states, which are always fp32
 FP32_TOKEN_DIM = 64  # largest D for which fp32 operands fit the shared memory
 HEAD_DIMS = (16, 128)  # Triton tiles pad D to a power of two and must fit a multiprocessor
 log = logging.getLogger("wm_train.kernels")
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 before its first import)."""
+    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 before its first
+    import)."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -30,35 +35,57 @@ def interpreted() -> bool:
 
 
 @lru_cache(maxsize=64)
-def resolve(engine: str, kind: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str:
+def resolve(
+    engine: str,
+    kind: str,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> str:
     """`triton` or `reference`; the reason is logged once per distinct answer.
 
-    Errors: ValueError for an unknown engine, or for engine=triton where Triton cannot run. Source: design §4, §8.
+    Errors: ValueError for an unknown engine, or for engine=triton where Triton cannot run. Source:
+    design §4, §8.
     """
     if engine not in ENGINES:
-        raise ValueError(f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)} (wm_train.kernels). Fix: engine='auto'")
+        raise ValueError(
+            f"kernels: got engine {engine!r}, expected one of {', '.join(ENGINES)}"
+            " (wm_train.kernels). Fix: engine='auto'"
+        )
     obstacle = _obstacle(kind, device_type, capability, dtype, head_dim)
     where = f"{kind}, {device_type}, capability {capability}, {dtype}, head dim {head_dim}"
     if engine == "reference":
         log.info("kernels: reference, as asked (%s)", where)
         return "reference"
     if obstacle is None:
-        if engine == "auto" and device_type == "cpu":  # the interpreter is a test bench, hundreds of times slower than PyTorch
+        if (
+            engine == "auto" and device_type == "cpu"
+        ):  # the interpreter is a test bench, hundreds of times slower than PyTorch
             log.info("kernels: reference (%s): the CPU's own engine", where)
             return "reference"
         log.info("kernels: triton (%s)", where)
         return "triton"
     if engine == "triton":
         raise ValueError(
-            f"kernels: got engine 'triton' on {where}, expected a device that has it: {obstacle} (wm_train.kernels). Fix: engine='auto'"
+            f"kernels: got engine 'triton' on {where}, expected a device that has it: {obstacle}"
+            " (wm_train.kernels). Fix: engine='auto'"
         )
-    log.log(logging.INFO if device_type == "cpu" else logging.WARNING, "kernels: reference instead of triton (%s): %s", where, obstacle)
+    log.log(
+        logging.INFO if device_type == "cpu" else logging.WARNING,
+        "kernels: reference instead of triton (%s): %s",
+        where,
+        obstacle,
+    )
     return "reference"
 
 
 def engine_for(engine: str, kind: str, tensor: torch.Tensor, head_dim: int) -> str:
-    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first pass their trial there."""
-    capability = torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
+    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first
+    pass their trial there."""
+    capability = (
+        torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
+    )
     answer = resolve(engine, kind, tensor.device.type, capability, tensor.dtype, head_dim)
     if engine == "auto" and answer == "triton":
         from wm_train.kernels.trial import trusted
@@ -67,7 +94,13 @@ def engine_for(engine: str, kind: str, tensor: torch.Tensor, head_dim: int) -> s
     return answer
 
 
-def _obstacle(kind: str, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
+def _obstacle(
+    kind: str,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> str | None:
     """Why Triton cannot take these inputs; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed in {sys.prefix}"
@@ -75,14 +108,30 @@ def _obstacle(kind: str, device_type: str, capability: tuple[int, int] | None, d
         return f"the kernels compute float32 and bfloat16, not {dtype}"
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1] or head_dim % 8:
         return f"the kernels take head dims {HEAD_DIMS[0]} … {HEAD_DIMS[1]} that divide by 8"
-    if device_type == "cuda" and kind == "tokens" and dtype == torch.float32 and head_dim > FP32_TOKEN_DIM:
-        return f"fp32 tokens with head dims above {FP32_TOKEN_DIM} need more shared memory than a multiprocessor has; bf16 tokens fit"
+    if (
+        device_type == "cuda"
+        and kind == "tokens"
+        and dtype == torch.float32
+        and head_dim > FP32_TOKEN_DIM
+    ):
+        return (
+            f"fp32 tokens with head dims above {FP32_TOKEN_DIM} need more shared memory than a"
+            " multiprocessor has; bf16 tokens fit"
+        )
     if device_type == "cuda":
-        return None if capability is not None and capability >= (8, 0) else "tensor cores with bf16 and TF32 begin at capability 8.0"
+        return (
+            None
+            if capability is not None and capability >= (8, 0)
+            else "tensor cores with bf16 and TF32 begin at capability 8.0"
+        )
     if device_type == "npu":
         if importlib.util.find_spec("triton.backends.ascend") is None:
-            return "the triton that is installed is not triton-ascend, which compiles for this device"
-        return None  # no such device has run these kernels yet: `auto` tries them first, as everywhere
+            return (
+                "the triton that is installed is not triton-ascend, which compiles for this device"
+            )
+        return (
+            None  # no such device has run these kernels yet: `auto` tries them first, as everywhere
+        )
     if device_type == "cpu":
         return None if interpreted() else "triton compiles for accelerators only"
     return f"no kernels for device type {device_type}"

@@ -1,4 +1,5 @@
-"""Which arithmetic the tensor cores do, inside Triton kernels (design §4: fp32 states, A in TF32, never a rounded M).
+"""Which arithmetic the tensor cores do, inside Triton kernels (design §4: fp32 states, A in TF32,
+never a rounded M).
 
 A kernel takes one `MODE`:
 
@@ -6,10 +7,12 @@ A kernel takes one `MODE`:
     tf32x3    three TF32 products per fp32 product: fp32 accuracy on tensor cores. fp32 inputs on a device.
     tf32      operands rounded to nearest TF32 (tensor cores alone truncate, which biases every product towards zero).
     fp16      operands scaled to at most about one (`unit_rows`, `unit_matrix`) and rounded to fp16: TF32's ten mantissa bits at bf16's
-              cost in time and shared memory. What is 2^-24 of the largest entry is lost, as in any fp32 sum with it.
+              cost in time and shared memory. What is 2^-24 of the largest entry is lost, as in any
+              fp32 sum with it.
     bf16      operands rounded to bf16, fp32 sums.
     bf16_emulated, tf32_emulated   the same roundings done with integers and multiplied in fp32: Triton's interpreter keeps bf16 as
-              integers and computes with those, without an error. What the interpreter tests is then what the device computes.
+              integers and computes with those, without an error. What the interpreter tests is then
+              what the device computes.
 """
 
 from __future__ import annotations
@@ -36,15 +39,16 @@ def state_mode() -> str:
 
 
 def token_mode(dtype: torch.dtype) -> str:
-    """The mode of products over tokens of this dtype. bf16 operands would add 1.7e-3 each to the 1.7e-3 of a bf16 result, and miss the
-    3e-3 that results are held to.
+    """The mode of products over tokens of this dtype. bf16 operands would add 1.7e-3 each to the
+    1.7e-3 of a bf16 result, and miss the 3e-3 that results are held to.
     """
     return exact_mode() if dtype == torch.float32 else "fp16"
 
 
 def gram_mode(dtype: torch.dtype, tokens: int) -> str:
-    """The mode of the Gram's forward products over `tokens` per frame: a sum over many averages the operands' rounding, and the result is
-    fp32. Over a few tokens a diagonal of A would keep the error of its operand twice, 3.4e-3 in bf16.
+    """The mode of the Gram's forward products over `tokens` per frame: a sum over many averages the
+    operands' rounding, and the result is fp32. Over a few tokens a diagonal of A would keep the
+    error of its operand twice, 3.4e-3 in bf16.
     """
     if dtype == torch.float32:
         return exact_mode()
@@ -90,7 +94,8 @@ def product(a, b, total, MODE: tl.constexpr):
 
 @triton.jit
 def unit_rows(x):
-    """Rows of x [m, n] scaled to a largest magnitude of one, and what they were scaled by [m]: x = unit · peak."""
+    """Rows of x [m, n] scaled to a largest magnitude of one, and what they were scaled by [m]: x =
+    unit · peak."""
     peak = tl.max(tl.abs(x), axis=1)
     return x * tl.where(peak > 0.0, 1.0 / tl.maximum(peak, TINY), 0.0)[:, None], peak
 
@@ -104,9 +109,11 @@ def unit_matrix(x):
 
 @triton.jit
 def common_scale(peaks, total, largest):
-    """Bring the next tokens' scales `peaks` [m] and a running sum, in units of `largest`, to one unit, the larger of both.
+    """Bring the next tokens' scales `peaks` [m] and a running sum, in units of `largest`, to one
+    unit, the larger of both.
 
-    -> the tokens' weights in that unit [m], the sum in that unit, the unit. A sum over rows cannot be rescaled per row afterwards.
+    -> the tokens' weights in that unit [m], the sum in that unit, the unit. A sum over rows cannot
+    be rescaled per row afterwards.
     """
     unit = tl.maximum(largest, tl.max(peaks, axis=0))
     inverse = tl.where(unit > 0.0, 1.0 / tl.maximum(unit, TINY), 0.0)
@@ -123,7 +130,8 @@ def as_stored(x, pointer):
 
 @triton.jit
 def rounded(x, pointer):
-    """x on its way to memory: the interpreter's store truncates to bf16 where a device rounds to nearest."""
+    """x on its way to memory: the interpreter's store truncates to bf16 where a device rounds to
+    nearest."""
     if EMULATED and pointer.dtype.element_ty == tl.bfloat16:
         return round_bf16(x)
     return x

@@ -1,6 +1,8 @@
-"""A kernel is tried on the device it is to run on, once, before it is trusted: small tensors, forward and backward, against the reference.
+"""A kernel is tried on the device it is to run on, once, before it is trusted: small tensors,
+forward and backward, against the reference.
 
-Compilers and drivers differ between machines more than our tests can cover; a wrong answer there must end in a log line, not in a model.
+Compilers and drivers differ between machines more than our tests can cover; a wrong answer there
+must end in a log line, not in a model.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from torch import Tensor
 from parallel.halo import Taps
 from wm_train.kernels.engine import log
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # RMS ratio to the reference in fp32; states go through TF32
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+}  # RMS ratio to the reference in fp32; states go through TF32
 FRAMES, TOKENS, HEADS = 1, 20, 2
 TokenCase = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
 IN_TOKENS = frozenset({"extended", "key", "value", "query"})
@@ -26,27 +31,49 @@ def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     """Whether kernels of this kind come out right here; if not, the log says what went wrong."""
     reason = defect(kind, device, dtype, head_dim)
     if reason is not None:
-        log.error("kernels: reference instead of triton (%s, %s, %s, head dim %d): %s", kind, device, dtype, head_dim, reason)
+        log.error(
+            "kernels: reference instead of triton (%s, %s, %s, head dim %d): %s",
+            kind,
+            device,
+            dtype,
+            head_dim,
+            reason,
+        )
     return reason is None
 
 
 def defect(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What is wrong with kernels of a kind (`tokens` or `states`) on this device; None if nothing is."""
+    """What is wrong with kernels of a kind (`tokens` or `states`) on this device; None if nothing
+    is."""
     try:
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
-            ratios = _tokens(device, dtype, head_dim) if kind == "tokens" else _states(device, head_dim)
+            ratios = (
+                _tokens(device, dtype, head_dim) if kind == "tokens" else _states(device, head_dim)
+            )
     except Exception as reason:  # whatever the compiler of some vendor raises
-        return f"the trial raised {type(reason).__name__}: {(str(reason).strip() or 'no reason given').splitlines()[0]}"
-    name, worst = max(ratios.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
-    return None if worst <= TOLERANCE[dtype] else f"{name} differs from the reference by {worst:.1e}, more than {TOLERANCE[dtype]}"
+        return (
+            f"the trial raised {type(reason).__name__}:"
+            f" {(str(reason).strip() or 'no reason given').splitlines()[0]}"
+        )
+    name, worst = max(
+        ratios.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf")
+    )
+    return (
+        None
+        if worst <= TOLERANCE[dtype]
+        else f"{name} differs from the reference by {worst:.1e}, more than {TOLERANCE[dtype]}"
+    )
 
 
 def _ratio(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+    return (
+        (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    ).item()
 
 
 def token_cases(d: int) -> dict[str, TokenCase]:
-    """name -> function of the dispatch, what takes gradients, the rest; CPU, fp32. Those in IN_TOKENS come in the compute dtype."""
+    """name -> function of the dispatch, what takes gradients, the rest; CPU, fp32. Those in
+    IN_TOKENS come in the compute dtype."""
     from wm_train.kernels import dispatch
 
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +82,9 @@ def token_cases(d: int) -> dict[str, TokenCase]:
         return torch.randn(shape, generator=generator)
 
     def convolution(extended: Tensor, weight: Tensor, engine: str) -> Tensor:
-        return dispatch.short_convolution(Taps(extended, 3, FRAMES), weight, HEADS, engine=engine)[0]
+        return dispatch.short_convolution(Taps(extended, 3, FRAMES), weight, HEADS, engine=engine)[
+            0
+        ]
 
     lead, scale = (1, FRAMES, TOKENS), (d * TOKENS) ** -0.5
     key, value = (normal(*lead, HEADS * d) for _ in range(2))
@@ -65,10 +94,17 @@ def token_cases(d: int) -> dict[str, TokenCase]:
     pose = torch.eye(4).repeat(*lead, 1, 1)
     pose[..., :3, 3] = normal(*lead, 3)
     tables, rays = ({"cos": x.cos(), "sin": x.sin()} for x in (angle, ray_angle))
-    keys, reads = {"key": key, "value": value, "beta": beta, "weight": weight}, {"query": key, "state": state, "weight": weight}
+    keys, reads = (
+        {"key": key, "value": value, "beta": beta, "weight": weight},
+        {"query": key, "state": state, "weight": weight},
+    )
     frames = normal(1, FRAMES + 6, TOKENS, HEADS * d)
     return {
-        "short_convolution": (convolution, {"extended": frames, "weight": normal(HEADS * d, 1, 4)}, {}),
+        "short_convolution": (
+            convolution,
+            {"extended": frames, "weight": normal(HEADS * d, 1, 4)},
+            {},
+        ),
         "gdn_gram": (dispatch.gdn_gram, keys, {**tables, "scale": scale}),
         "gdn_output": (dispatch.gdn_output, {**reads, "normaliser": normaliser}, tables),
         "camera_gram": (dispatch.camera_gram, keys, {**rays, "scale": scale, "ray_to_world": pose}),
@@ -76,18 +112,36 @@ def token_cases(d: int) -> dict[str, TokenCase]:
     }
 
 
-def run_tokens(case: TokenCase, device: torch.device, low: torch.dtype, high: torch.dtype, engine: str) -> dict[str, Tensor]:
+def run_tokens(
+    case: TokenCase, device: torch.device, low: torch.dtype, high: torch.dtype, engine: str
+) -> dict[str, Tensor]:
     """Outputs and gradients of one case; token tensors in `low`, all others in `high`."""
     function, inputs, rest = case
-    leaves = {k: x.to(device, low if k in IN_TOKENS else high).detach().requires_grad_() for k, x in inputs.items()}
-    out = function(**leaves, **{k: x.to(device, high) if torch.is_tensor(x) else x for k, x in rest.items()}, engine=engine)
+    leaves = {
+        k: x.to(device, low if k in IN_TOKENS else high).detach().requires_grad_()
+        for k, x in inputs.items()
+    }
+    out = function(
+        **leaves,
+        **{k: x.to(device, high) if torch.is_tensor(x) else x for k, x in rest.items()},
+        engine=engine,
+    )
     out = out if isinstance(out, tuple) else (out,)
-    torch.autograd.backward(out, [torch.cos(torch.arange(x.numel(), device=device)).reshape(x.shape).to(x.dtype) for x in out])
-    return {f"out[{i}]": x.detach() for i, x in enumerate(out)} | {f"d {k}": x.grad for k, x in leaves.items() if x.grad is not None}
+    torch.autograd.backward(
+        out,
+        [
+            torch.cos(torch.arange(x.numel(), device=device)).reshape(x.shape).to(x.dtype)
+            for x in out
+        ],
+    )
+    return {f"out[{i}]": x.detach() for i, x in enumerate(out)} | {
+        f"d {k}": x.grad for k, x in leaves.items() if x.grad is not None
+    }
 
 
 def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
-    """RMS ratio of every output and gradient of the token functions to the reference in fp32, on the same device."""
+    """RMS ratio of every output and gradient of the token functions to the reference in fp32, on
+    the same device."""
     ratios: dict[str, float] = {}
     for name, case in token_cases(d).items():
         expected = run_tokens(case, device, torch.float32, torch.float32, "reference")
@@ -106,14 +160,34 @@ def _states(device: torch.device, d: int) -> dict[str, float]:
     frames, settings = 4, scan.ScanSettings(engine="triton", segments=2)
     ratios = {}
     for e in (d, 1):
-        key = torch.randn(1, frames, HEADS, TOKENS, d, generator=generator).relu() * (2 / (TOKENS * d)) ** 0.5
+        key = (
+            torch.randn(1, frames, HEADS, TOKENS, d, generator=generator).relu()
+            * (2 / (TOKENS * d)) ** 0.5
+        )
         update, grads = (torch.randn(1, frames, HEADS, e, d, generator=generator) for _ in range(2))
-        stream = Stream(*(x.to(device) for x in (torch.full((1, frames, HEADS), 0.9), key.transpose(-1, -2) @ key, update)))
-        grads, cuts = grads.to(device), Cuts((False, *(True,) * (frames - 1)), (True, True, False, *(True,) * (frames - 4), False))
+        stream = Stream(
+            *(
+                x.to(device)
+                for x in (torch.full((1, frames, HEADS), 0.9), key.transpose(-1, -2) @ key, update)
+            )
+        )
+        grads, cuts = (
+            grads.to(device),
+            Cuts(
+                (False, *(True,) * (frames - 1)),
+                (True, True, False, *(True,) * (frames - 4), False),
+            ),
+        )
         none = (None, None)
         pairs: list[tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]] = [
-            (scan.local_states(stream, cuts, "exclusive", *none, settings), reference.local_states(stream, cuts, "exclusive", *none)),
-            (scan.local_composites(stream, cuts, "exclusive", settings), reference.local_composites(stream, cuts, "exclusive")),
+            (
+                scan.local_states(stream, cuts, "exclusive", *none, settings),
+                reference.local_states(stream, cuts, "exclusive", *none),
+            ),
+            (
+                scan.local_composites(stream, cuts, "exclusive", settings),
+                reference.local_composites(stream, cuts, "exclusive"),
+            ),
             (
                 scan.local_adjoint(stream, cuts, "exclusive", *none, grads, *none, settings)[0],
                 reference.local_adjoint(stream, cuts, "exclusive", *none, grads, *none)[0],

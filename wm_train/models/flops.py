@@ -1,13 +1,15 @@
-"""Model FLOPs of a forward pass, by what does the work; the basis of MFU. A multiply and an add count as two.
+"""Model FLOPs of a forward pass, by what does the work; the basis of MFU. A multiply and an add
+count as two.
 
 Per token (one of N = T·S) of a block:
   dense layers    2 · (elements of every projection, convolution and MLP weight of the block): each element meets each token once. Key and
                   value projections of text meet the text tokens instead.
   GDN (per head)  Grams and outputs 2 D² each: A, U and O of the numerator, A of the normaliser; with the camera A, U and O of its branch.
-                  Scan, per frame: 2 D³ a direction for the numerator and for the camera, 2 D² for the normaliser.
+                  Scan, per frame: 2 D³ a direction for the numerator and for the camera, 2 D² for
+                  the normaliser.
   softmax         4 · (tokens it sees) · D per head and branch: scores and values; the camera is a second branch.
-A training step is three forward passes (one forward, two backward). What checkpointing computes again is not counted: MFU asks how fast the
-model's own work is done.
+A training step is three forward passes (one forward, two backward). What checkpointing computes
+again is not counted: MFU asks how fast the model's own work is done.
 """
 
 from __future__ import annotations
@@ -43,19 +45,36 @@ class Flops:
 
 @cache
 def frame_pairs(model: ModelConfig, frames: int, chunk_frames: int = 0) -> int:
-    """Pairs (frame, frame it sees) in a clip of T = `frames` latent frames under the model's attention mask; T² without one."""
+    """Pairs (frame, frame it sees) in a clip of T = `frames` latent frames under the model's
+    attention mask; T² without one."""
     starts = chunk_starts(frames, chunk_frames)
     layout, mask = ClipLayout(frames, chunk_starts=starts), attention_mask(model)
-    return sum((stop - start) * len(visible(layout, mask, start)) for start, stop in pairwise((*starts, frames)))
+    return sum(
+        (stop - start) * len(visible(layout, mask, start))
+        for start, stop in pairwise((*starts, frames))
+    )
 
 
-def forward_flops(model: ModelConfig, frames: int, tokens_per_frame: int, text_tokens: int = 0, chunk_frames: int = 0) -> Flops:
-    """FLOPs of one clip of T = `frames` latent frames of S tokens, in chunks of `chunk_frames` (0: one chunk)."""
+def forward_flops(
+    model: ModelConfig,
+    frames: int,
+    tokens_per_frame: int,
+    text_tokens: int = 0,
+    chunk_frames: int = 0,
+) -> Flops:
+    """FLOPs of one clip of T = `frames` latent frames of S tokens, in chunks of `chunk_frames` (0:
+    one chunk)."""
     with torch.device("meta"):
         built = build_model(model)
     tokens, d = frames * tokens_per_frame, model.width // model.heads
-    text = sum(p.numel() for name, p in built.named_parameters() if "cross_attn.kv" in name and p.dim() >= 2)
-    weights = sum(p.numel() for name, p in built.named_parameters() if _meets_tokens(name, p)) - text
+    text = sum(
+        p.numel()
+        for name, p in built.named_parameters()
+        if "cross_attn.kv" in name and p.dim() >= 2
+    )
+    weights = (
+        sum(p.numel() for name, p in built.named_parameters() if _meets_tokens(name, p)) - text
+    )
     softmax_blocks = model.depth // model.softmax_every if model.softmax_every else 0
     branches = 2 if model.camera else 1
     grams = tokens * 2 * d * d * (4 + 3 * (branches - 1))
@@ -64,12 +83,18 @@ def forward_flops(model: ModelConfig, frames: int, tokens_per_frame: int, text_t
     return Flops(
         dense=2 * (tokens * weights + text_tokens * text) + cross,
         gdn=model.heads * (grams + scan) * (model.depth - softmax_blocks),
-        softmax=4 * frame_pairs(model, frames, chunk_frames) * tokens_per_frame**2 * model.width * branches * softmax_blocks,
+        softmax=4
+        * frame_pairs(model, frames, chunk_frames)
+        * tokens_per_frame**2
+        * model.width
+        * branches
+        * softmax_blocks,
     )
 
 
 def _meets_tokens(name: str, parameter: torch.Tensor) -> bool:
-    """Weights that are multiplied with every token: those of blocks, patch embedding and output; not tables and embeddings of time."""
+    """Weights that are multiplied with every token: those of blocks, patch embedding and output;
+    not tables and embeddings of time."""
     if parameter.dim() < 2 or name.endswith("scale_shift_table"):
         return False
     return name.startswith(("blocks.", "x_embedder.", "plucker_embedder.", "final_layer."))
@@ -81,5 +106,6 @@ def step_flops(forward: Flops, clips: int) -> int:
 
 
 def mfu(flops: float, seconds: float, workers: int, peak: float) -> float:
-    """Share of the devices' `peak` (dense FLOP/s of one in the compute type) that the model's own work reached."""
+    """Share of the devices' `peak` (dense FLOP/s of one in the compute type) that the model's own
+    work reached."""
     return flops / seconds / workers / peak

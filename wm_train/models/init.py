@@ -1,7 +1,9 @@
-"""Initial values keyed by the parameter's name (design §5): they depend on (seed, name) and on no order, device or sharding.
+"""Initial values keyed by the parameter's name (design §5): they depend on (seed, name) and on no
+order, device or sharding.
 
-A row (index of the first dimension) of a parameter plays the part of a latent frame in the counter-based generator, so the
-holder of some rows computes just those. Slices of the other dimensions are cut from whole rows.
+A row (index of the first dimension) of a parameter plays the part of a latent frame in the
+counter-based generator, so the holder of some rows computes just those. Slices of the other
+dimensions are cut from whole rows.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from wm_train.noise import PARAMETERS, NoiseKey, normal, random_words, unit_inte
 class Rule:
     """How a parameter starts.
 
-    kind: constant (value `scale`) | normal (mean 0, standard deviation `scale`) | uniform (in [-scale, scale]) |
-    last_tap (a depthwise kernel [C, 1, K] that passes its input through: 1 at the last tap) |
-    log_uniform (log of a number uniform in (0, scale)) | inverse_softplus (softplus of it is log-uniform in [low, scale]).
-    zero_rows: indices of the first dimension that start at zero whatever the kind (gates of a modulation table).
+    kind: constant (value `scale`) | normal (mean 0, standard deviation `scale`) | uniform (in
+    [-scale, scale]) | last_tap (a depthwise kernel [C, 1, K] that passes its input through: 1 at
+    the last tap) | log_uniform (log of a number uniform in (0, scale)) | inverse_softplus (softplus
+    of it is log-uniform in [low, scale]). zero_rows: indices of the first dimension that start at
+    zero whatever the kind (gates of a modulation table).
     """
 
     kind: str
@@ -34,14 +37,18 @@ class Rule:
 
 
 def default_rule(name: str, shape: Sequence[int]) -> Rule:
-    """Biases 0, norm weights 1, matrices and convolutions normal with standard deviation 1/sqrt(fan in)."""
+    """Biases 0, norm weights 1, matrices and convolutions normal with standard deviation 1/sqrt(fan
+    in)."""
     if len(shape) < 2:
         return Rule("constant", 1.0 if name.endswith("weight") else 0.0)
     return Rule("normal", 1.0 / math.sqrt(math.prod(shape[1:])))
 
 
-def parameter_values(seed: int, name: str, shape: Sequence[int], rule: Rule, slices: Sequence[slice] | None = None) -> Tensor:
-    """The initial values of a parameter, or of the part `slices` of it (one slice of step 1 per dimension), fp32 on the CPU.
+def parameter_values(
+    seed: int, name: str, shape: Sequence[int], rule: Rule, slices: Sequence[slice] | None = None
+) -> Tensor:
+    """The initial values of a parameter, or of the part `slices` of it (one slice of step 1 per
+    dimension), fp32 on the CPU.
 
     shape: the parameter's full shape. Raises ValueError for a rule of unknown kind.
     """
@@ -57,7 +64,9 @@ def parameter_values(seed: int, name: str, shape: Sequence[int], rule: Rule, sli
     return values if shape else values[0]
 
 
-def _rows(key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[int, ...], rule: Rule) -> Tensor:
+def _rows(
+    key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[int, ...], rule: Rule
+) -> Tensor:
     """Rows start..stop of a parameter, [stop - start, *row_shape]."""
     shape = (rows[1] - rows[0], *row_shape)
     draw = torch.zeros(1, dtype=torch.int64)
@@ -80,8 +89,9 @@ def _rows(key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[i
         dt = torch.exp(math.log(rule.low) + u * (math.log(rule.scale) - math.log(rule.low)))
         return dt + torch.log(-torch.expm1(-dt))
     raise ValueError(
-        f"parameter initialisation failed: got rule {rule.kind!r}, expected constant, normal, uniform, last_tap, log_uniform or "
-        f"inverse_softplus ({purpose}). Fix: correct the model's initial_rule"
+        f"parameter initialisation failed: got rule {rule.kind!r}, expected constant, normal,"
+        f" uniform, last_tap, log_uniform or inverse_softplus ({purpose}). Fix: correct the model's"
+        " initial_rule"
     )
 
 

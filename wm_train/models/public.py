@@ -1,7 +1,9 @@
-"""Public checkpoints in and out: a diffusers directory, that is config.json and safetensors files with an index.
+"""Public checkpoints in and out: a diffusers directory, that is config.json and safetensors files
+with an index.
 
-Reading is strict and lazy: a missing, extra or mis-shaped tensor is an error that lists names, before any weight changes; then every
-holder reads just the part of each tensor it holds. Only safetensors is read; nothing is ever unpickled.
+Reading is strict and lazy: a missing, extra or mis-shaped tensor is an error that lists names,
+before any weight changes; then every holder reads just the part of each tensor it holds. Only
+safetensors is read; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -47,12 +49,20 @@ class PublicFiles:
 
     def __init__(self, directory: Path) -> None:
         self.config: dict[str, Any] = json.loads(_existing(directory / "config.json").read_text())
-        index, single = directory / f"{STEM}.safetensors.index.json", directory / f"{STEM}.safetensors"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [single.name]
+        index, single = (
+            directory / f"{STEM}.safetensors.index.json",
+            directory / f"{STEM}.safetensors",
+        )
+        names = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.is_file()
+            else [single.name]
+        )
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ValueError(
-                f"public checkpoint cannot be read: got files {outside}, expected plain names ({index}). Fix: use an intact copy"
+                f"public checkpoint cannot be read: got files {outside}, expected plain names"
+                f" ({index}). Fix: use an intact copy"
             )
         self._paths = [_existing(directory / name) for name in names]
         self._open = ExitStack()
@@ -68,26 +78,35 @@ class PublicFiles:
         self._open.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()}
+        return {
+            name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()
+        }
 
     def read(self, name: str, box: Box) -> Tensor:
         """A part of one tensor."""
         part = self._where[name].get_slice(name)
-        return part[tuple(slice(start, start + size) for start, size in zip(*box))] if box.shape else part[...]
+        return (
+            part[tuple(slice(start, start + size) for start, size in zip(*box))]
+            if box.shape
+            else part[...]
+        )
 
 
 def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig:
-    """Our config for a released SANA-WM directory. Raises ValueError if it needs something we do not have."""
+    """Our config for a released SANA-WM directory. Raises ValueError if it needs something we do
+    not have."""
     return config_from_public(json.loads(_existing(directory / "config.json").read_text()), base)
 
 
 @torch.no_grad()
 def load_pretrained_(model: nn.Module, directory: Path) -> Loaded:
-    """Fill the model's parameters and buffers from a SANA-WM or SANA-Video directory, each holder its own part.
+    """Fill the model's parameters and buffers from a SANA-WM or SANA-Video directory, each holder
+    its own part.
 
-    SANA-WM must fit name by name. SANA-Video gives its attention, FFN, text and time weights; patchify and output (another VAE), gates and
-    camera branch stay as initialised, but for output gates, which are opened so that a block starts as SANA-Video's.
-    Raises ValueError that lists missing, extra and mis-shaped tensors; nothing has changed then.
+    SANA-WM must fit name by name. SANA-Video gives its attention, FFN, text and time weights;
+    patchify and output (another VAE), gates and camera branch stay as initialised, but for output
+    gates, which are opened so that a block starts as SANA-Video's. Raises ValueError that lists
+    missing, extra and mis-shaped tensors; nothing has changed then.
     """
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     with PublicFiles(directory) as files:
@@ -107,21 +126,37 @@ def load_pretrained_(model: nn.Module, directory: Path) -> Loaded:
     return Loaded(tuple(sources), fresh)
 
 
-def export_pretrained(weights: Mapping[str, Tensor], config: ModelConfig, directory: Path, *, max_bytes: int = 5 * 10**9) -> list[Path]:
-    """Write whole tensors (name -> value) as a directory that diffusers' `from_pretrained` reads; returns its files.
+def export_pretrained(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    directory: Path,
+    *,
+    max_bytes: int = 5 * 10**9,
+) -> list[Path]:
+    """Write whole tensors (name -> value) as a directory that diffusers' `from_pretrained` reads;
+    returns its files.
 
-    The recall_gate buffers, which nobody reads, are added where `weights` lacks them. Raises ValueError when the directory is not empty,
-    or the model is none that the public class can hold.
+    The recall_gate buffers, which nobody reads, are added where `weights` lacks them. Raises
+    ValueError when the directory is not empty, or the model is none that the public class can hold.
     """
     text = json.dumps(public_from_config(config), indent=2)
     if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"export failed: got {directory}, which is not empty, expected a new or empty directory. Fix: name another one")
+        raise ValueError(
+            f"export failed: got {directory}, which is not empty, expected a new or empty"
+            " directory. Fix: name another one"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     buffers = {f"blocks.{i}.attn.recall_gate": torch.zeros(1) for i in range(config.depth)}
-    whole = {name: value.detach().contiguous().cpu() for name, value in (buffers | dict(weights)).items()}
+    whole = {
+        name: value.detach().contiguous().cpu() for name, value in (buffers | dict(weights)).items()
+    }
     groups = list(_groups(whole, max_bytes))
     count = len(groups)
-    names = [f"{STEM}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [f"{STEM}.safetensors"]
+    names = (
+        [f"{STEM}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if count > 1
+        else [f"{STEM}.safetensors"]
+    )
     files = [directory / name for name in names]
     for path, group in zip(files, groups):
         save_file({name: whole[name] for name in group}, path, metadata={"format": "pt"})
@@ -152,18 +187,22 @@ def _check(
             continue
         rows = sum(shapes[part][0] for part in parts)
         found = (rows, *shapes[parts[0]][1:])
-        if found != tuple(targets[name].shape) or any(shapes[part][1:] != found[1:] for part in parts):
+        if found != tuple(targets[name].shape) or any(
+            shapes[part][1:] != found[1:] for part in parts
+        ):
             misshaped.append(f"{name} {found} instead of {tuple(targets[name].shape)}")
     kinds = {"missing": missing, "extra": extra, "mis-shaped": misshaped}
     problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(
-            f"public checkpoint does not fit the model: got {'; '.join(problems)}, expected equal names and shapes ({directory}). "
-            "Fix: build the model from read_config(directory)"
+            f"public checkpoint does not fit the model: got {'; '.join(problems)}, expected equal"
+            f" names and shapes ({directory}). Fix: build the model from read_config(directory)"
         )
 
 
-def _pieces(parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], box: Box) -> Iterator[tuple[str, Box]]:
+def _pieces(
+    parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], box: Box
+) -> Iterator[tuple[str, Box]]:
     """The boxes of the stacked tensors `parts` that make up `box` of their whole."""
     first = 0
     for part in parts:
@@ -192,12 +231,15 @@ def _size(tensor: Tensor) -> int:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return ", ".join(names[:LISTED]) + (
+        f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    )
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(
-            f"public checkpoint cannot be read: got no file {path}, expected a diffusers directory. Fix: give the folder of the transformer"
+            f"public checkpoint cannot be read: got no file {path}, expected a diffusers directory."
+            " Fix: give the folder of the transformer"
         )
     return path

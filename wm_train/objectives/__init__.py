@@ -1,4 +1,5 @@
-"""Training objectives by name: function (model, batch, key, config, sequence, conditions) -> ObjectiveOutput."""
+"""Training objectives by name: function (model, batch, key, config, sequence, conditions) ->
+ObjectiveOutput."""
 
 from __future__ import annotations
 
@@ -10,4 +11,7 @@ from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
 
 __all__ = ["OBJECTIVES", "ObjectiveOutput", "TrainingBatch"]
 
-OBJECTIVES: dict[str, Callable[..., ObjectiveOutput]] = {"flow_matching": flow_matching, "chunk_mixture": chunk_mixture}
+OBJECTIVES: dict[str, Callable[..., ObjectiveOutput]] = {
+    "flow_matching": flow_matching,
+    "chunk_mixture": chunk_mixture,
+}

@@ -1,13 +1,15 @@
-"""Flow matching with a noise level per chunk, for the chunk-causal stage (SANA-WM §3.2; the public stage-1 chunk-causal configuration).
+"""Flow matching with a noise level per chunk, for the chunk-causal stage (SANA-WM §3.2; the public
+stage-1 chunk-causal configuration).
 
 A clip draws one of four patterns, with the shares `chunk_mixture`:
   same          all chunks at one sigma
   incremental   one chunk, any, at sigma; noise never falls from a chunk to the next
   anchored      the last chunk at sigma; noise never falls from a chunk to the next
   clean past    the last chunk at sigma, all before it clean (teacher forcing)
-Levels that never fall are drawn uniformly among all such sequences through the anchor: sorted uniform numbers below it for the chunks
-before and above it for those after. That is the continuous form of AR-Diffusion's combinatorial sampler, which the public code runs over
-1000 discrete steps. The shift comes after, so the order is that of the shifted levels too.
+Levels that never fall are drawn uniformly among all such sequences through the anchor: sorted
+uniform numbers below it for the chunks before and above it for those after. That is the continuous
+form of AR-Diffusion's combinatorial sampler, which the public code runs over 1000 discrete steps.
+The shift comes after, so the order is that of the shifted levels too.
 """
 
 from __future__ import annotations
@@ -29,23 +31,36 @@ SAME, INCREMENTAL, ANCHORED, CLEAN_PAST = range(4)
 
 
 def chunk_mixture(
-    model: nn.Module, batch: TrainingBatch, key: NoiseKey, config: ObjectiveConfig, sequence: SequenceShard, conditions: Conditions
+    model: nn.Module,
+    batch: TrainingBatch,
+    key: NoiseKey,
+    config: ObjectiveConfig,
+    sequence: SequenceShard,
+    conditions: Conditions,
 ) -> ObjectiveOutput:
-    """Velocity loss with a noise level per chunk of the layout. Metrics: sigma (of the anchor chunk), pattern (0-3), image_condition.
+    """Velocity loss with a noise level per chunk of the layout. Metrics: sigma (of the anchor
+    chunk), pattern (0-3), image_condition.
 
     Raises ValueError for a layout of one chunk.
     """
     chunks = len(sequence.layout.chunk_starts)
     if chunks == 1:
         raise ValueError(
-            f"chunk mixture failed: got {sequence.layout.frames} latent frames in one chunk, expected several (key chunk_frames of the "
-            "stage). Fix: chunk_frames=3 and longer clips, or objective.name=flow_matching"
+            f"chunk mixture failed: got {sequence.layout.frames} latent frames in one chunk,"
+            " expected several (key chunk_frames of the stage). Fix: chunk_frames=3 and longer"
+            " clips, or objective.name=flow_matching"
         )
     draws = batch.draws.to(batch.latents.device)
     pattern = drawn_pattern(key, draws, config)
     sigma = plain_sigma(key, draws, config)
-    levels = shift_sigma(chunk_levels(key, draws, pattern, sigma, chunks, plain_range(config)), config.flow_shift)
-    local = torch.tensor(chunk_index(sequence.layout, sequence.frames.start, sequence.frames.stop), dtype=torch.int64, device=draws.device)
+    levels = shift_sigma(
+        chunk_levels(key, draws, pattern, sigma, chunks, plain_range(config)), config.flow_shift
+    )
+    local = torch.tensor(
+        chunk_index(sequence.layout, sequence.frames.start, sequence.frames.stop),
+        dtype=torch.int64,
+        device=draws.device,
+    )
     metrics = {"sigma": shift_sigma(sigma, config.flow_shift), "pattern": pattern.float()}
     return velocity_loss(model, batch, key, config, sequence, conditions, levels[:, local], metrics)
 
@@ -57,9 +72,15 @@ def drawn_pattern(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tens
 
 
 def chunk_levels(
-    key: NoiseKey, draws: Tensor, pattern: Tensor, sigma: Tensor, chunks: int, ends: tuple[float, float] = (0.0, 1.0)
+    key: NoiseKey,
+    draws: Tensor,
+    pattern: Tensor,
+    sigma: Tensor,
+    chunks: int,
+    ends: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Noise level of every chunk before the shift, fp32 [B, chunks], between `ends`; the anchor chunk has `sigma` [B]."""
+    """Noise level of every chunk before the shift, fp32 [B, chunks], between `ends`; the anchor
+    chunk has `sigma` [B]."""
     b = len(draws)
     any_chunk = (uniform(key, "chunk_anchor", draws) * chunks).long().clamp(max=chunks - 1)
     anchor = torch.where(pattern == INCREMENTAL, any_chunk, chunks - 1)[:, None]
@@ -67,7 +88,8 @@ def chunk_levels(
     free = unit_interval(words).reshape(b, words.shape[2] * 4)[:, :chunks]
     place = torch.arange(chunks, device=draws.device)[None, :]
     before = place < anchor
-    # Sort the numbers of either side on its own: those below the anchor chunk first, moved apart by a whole unit.
+    # Sort the numbers of either side on its own: those below the anchor chunk first, moved apart by
+    # a whole unit.
     side = torch.where(before, 0.0, torch.where(place == anchor, 1.0, 2.0))
     ordered = (free + side).sort(dim=1).values - side
     low, high = ends
@@ -77,7 +99,9 @@ def chunk_levels(
     rising = torch.where(place == anchor, sigma[:, None], rising)
     clean = torch.where(place == anchor, sigma[:, None], 0.0)
     chosen = pattern[:, None]
-    return torch.where(chosen == SAME, sigma[:, None], torch.where(chosen == CLEAN_PAST, clean, rising))
+    return torch.where(
+        chosen == SAME, sigma[:, None], torch.where(chosen == CLEAN_PAST, clean, rising)
+    )
 
 
 def chunk_index(layout: ClipLayout, start: int, stop: int) -> list[int]:

@@ -1,7 +1,9 @@
-"""Rectified-flow matching with one noise level per clip and the first latent frame given (SANA-WM §5.1; Liu et al. 2023; SD3 §3.1).
+"""Rectified-flow matching with one noise level per clip and the first latent frame given (SANA-WM
+§5.1; Liu et al. 2023; SD3 §3.1).
 
-x_sigma = (1 - sigma) x0 + sigma eps, target eps - x0, sigma = shifted sigmoid of a normal. Every random choice is a function of (seed,
-stage, draw, latent frame), so the loss does not depend on how clips and frames are spread over devices (design §5).
+x_sigma = (1 - sigma) x0 + sigma eps, target eps - x0, sigma = shifted sigmoid of a normal. Every
+random choice is a function of (seed, stage, draw, latent frame), so the loss does not depend on how
+clips and frames are spread over devices (design §5).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards 1 as long videos need: sigma -> shift * sigma / (1 + (shift - 1) * sigma)."""
+    """Move noise levels towards 1 as long videos need: sigma -> shift * sigma / (1 + (shift - 1) *
+    sigma)."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
@@ -36,61 +39,90 @@ def unshift_sigma(sigma: float, shift: float) -> float:
 
 
 def plain_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
-    """The logit-normal noise level of each clip before the shift, fp32 [B], from the part of the distribution that the shift moves into
-    sigma_min to sigma_max: by its inverse distribution function, so that nothing piles up at the ends of the range."""
+    """The logit-normal noise level of each clip before the shift, fp32 [B], from the part of the
+    distribution that the shift moves into sigma_min to sigma_max: by its inverse distribution
+    function, so that nothing piles up at the ends of the range."""
     gaussian = normal(key, "sigma", draws, (0, 1), ())[:, 0]
     if config.sigma_min == 0.0 and config.sigma_max == 1.0:
         return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
     ends = torch.tensor(plain_range(config), dtype=torch.float64, device=draws.device)
     low, high = torch.special.ndtr((torch.logit(ends) - config.sigma_mean) / config.sigma_std)
     truncated = torch.special.ndtri(low + (high - low) * torch.special.ndtr(gaussian.double()))
-    return torch.sigmoid(config.sigma_mean + config.sigma_std * truncated).clamp(ends[0], ends[1]).float()  # clamp: rounding only
+    return (
+        torch.sigmoid(config.sigma_mean + config.sigma_std * truncated)
+        .clamp(ends[0], ends[1])
+        .float()
+    )  # clamp: rounding only
 
 
 def plain_range(config: ObjectiveConfig) -> tuple[float, float]:
     """sigma_min and sigma_max as they are before the shift."""
-    return unshift_sigma(config.sigma_min, config.flow_shift), unshift_sigma(config.sigma_max, config.flow_shift)
+    return unshift_sigma(config.sigma_min, config.flow_shift), unshift_sigma(
+        config.sigma_max, config.flow_shift
+    )
 
 
-def dropped_conditions(conditions: Conditions, key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Conditions:
-    """Drop the camera of some clips and replace the text of some by the null text, so that the model also learns without them."""
+def dropped_conditions(
+    conditions: Conditions, key: NoiseKey, draws: Tensor, config: ObjectiveConfig
+) -> Conditions:
+    """Drop the camera of some clips and replace the text of some by the null text, so that the
+    model also learns without them."""
     if config.camera_dropout > 0.0:
         keep = uniform(key, "camera_dropout", draws) >= config.camera_dropout
-        conditions = replace(conditions, camera_keep=keep if conditions.camera_keep is None else keep & conditions.camera_keep)
+        conditions = replace(
+            conditions,
+            camera_keep=keep if conditions.camera_keep is None else keep & conditions.camera_keep,
+        )
     if config.text_dropout > 0.0 and conditions.text is not None:
-        conditions = dropped_text(conditions, uniform(key, "text_dropout", draws) < config.text_dropout)
+        conditions = dropped_text(
+            conditions, uniform(key, "text_dropout", draws) < config.text_dropout
+        )
     return conditions
 
 
 def dropped_text(conditions: Conditions, drop: Tensor) -> Conditions:
-    """Rows where drop [B] holds get the null text, padded or cut to the length L of the batch. Raises ValueError without a null text."""
+    """Rows where drop [B] holds get the null text, padded or cut to the length L of the batch.
+    Raises ValueError without a null text."""
     text, null = conditions.text, conditions.null_text
     assert text is not None
     if null is None:
         raise ValueError(
-            "text dropout failed: got no null text in the conditions, expected the null member of dataset.json (text_dropout). "
-            "Fix: encode the data with a null text, or text_dropout=0"
+            "text dropout failed: got no null text in the conditions, expected the null member of"
+            " dataset.json (text_dropout). Fix: encode the data with a null text, or text_dropout=0"
         )
     length = min(null.shape[0], text.shape[1])
     padded = torch.zeros_like(text[0])
     padded[:length] = null[:length].to(text.dtype)
     real = torch.arange(text.shape[1], device=text.device) < length
     mask = torch.ones_like(text[..., 0]) if conditions.text_mask is None else conditions.text_mask
-    return replace(conditions, text=torch.where(drop[:, None, None], padded, text), text_mask=torch.where(drop[:, None], real, mask.bool()))
+    return replace(
+        conditions,
+        text=torch.where(drop[:, None, None], padded, text),
+        text_mask=torch.where(drop[:, None], real, mask.bool()),
+    )
 
 
 def flow_matching(
-    model: nn.Module, batch: TrainingBatch, key: NoiseKey, config: ObjectiveConfig, sequence: SequenceShard, conditions: Conditions
+    model: nn.Module,
+    batch: TrainingBatch,
+    key: NoiseKey,
+    config: ObjectiveConfig,
+    sequence: SequenceShard,
+    conditions: Conditions,
 ) -> ObjectiveOutput:
-    """Mean squared error of the velocity over all frames that were not given, per clip; one noise level per clip.
+    """Mean squared error of the velocity over all frames that were not given, per clip; one noise
+    level per clip.
 
-    With probability `image_condition` a clip's first latent frame (of each document) is given clean, at sigma 0 and without
-    loss; a document of one frame is never given. Metrics: sigma, image_condition.
+    With probability `image_condition` a clip's first latent frame (of each document) is given
+    clean, at sigma 0 and without loss; a document of one frame is never given. Metrics: sigma,
+    image_condition.
     """
     draws = batch.draws.to(batch.latents.device)
     sigma = clip_sigma(key, draws, config)
     frame_sigma = sigma[:, None].expand(len(draws), len(sequence.frames))
-    return velocity_loss(model, batch, key, config, sequence, conditions, frame_sigma, {"sigma": sigma})
+    return velocity_loss(
+        model, batch, key, config, sequence, conditions, frame_sigma, {"sigma": sigma}
+    )
 
 
 def velocity_loss(
@@ -103,16 +135,21 @@ def velocity_loss(
     frame_sigma: Tensor,
     metrics: Mapping[str, Tensor],
 ) -> ObjectiveOutput:
-    """The rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at sigma 0 are context and weigh nothing."""
+    """The rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at sigma 0
+    are context and weigh nothing."""
     latents, draws = batch.latents, batch.draws.to(batch.latents.device)
     given = uniform(key, "image_condition", draws) < config.image_condition  # [B]
     starts = first_frames(sequence.layout, sequence.frames, latents.device)
     first = given[:, None] & starts[None, :]  # [B, t]
     frame_sigma = torch.where(first, 0.0, frame_sigma)
-    noise = normal(key, "noise", draws, (sequence.frames.start, sequence.frames.stop), latents.shape[2:])
+    noise = normal(
+        key, "noise", draws, (sequence.frames.start, sequence.frames.stop), latents.shape[2:]
+    )
     level = frame_sigma[:, :, None, None, None]
     noisy = (1.0 - level) * latents + level * noise
-    velocity = model(noisy, frame_sigma, dropped_conditions(conditions, key, draws, config), sequence)
+    velocity = model(
+        noisy, frame_sigma, dropped_conditions(conditions, key, draws, config), sequence
+    )
     error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
     loss = sequence.mean(error, (frame_sigma > 0).float())
     return ObjectiveOutput(loss, {**metrics, "image_condition": given.float()})

@@ -18,12 +18,14 @@ class TrainingBatch(Protocol):
 
     @property
     def draws(self) -> Tensor:
-        """Position of each clip in the stage's global sample stream, int64 [B]; all randomness is keyed by it."""
+        """Position of each clip in the stage's global sample stream, int64 [B]; all randomness is
+        keyed by it."""
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """loss: one number per clip, [B], the mean over the whole clip and the same for all holders of it; metrics: name -> [B]."""
+    """loss: one number per clip, [B], the mean over the whole clip and the same for all holders of
+    it; metrics: name -> [B]."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor]

@@ -1,4 +1,5 @@
-"""AdamW with its state made at once, so that a checkpoint always has every name and memory is known before the first step."""
+"""AdamW with its state made at once, so that a checkpoint always has every name and memory is known
+before the first step."""
 
 from __future__ import annotations
 
@@ -25,15 +26,18 @@ class Optimizer(Protocol):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW on what this process holds of each tensor. No element needs another, and sending every operation through DTensor
-    costs more than the update itself."""
+    """torch's AdamW on what this process holds of each tensor. No element needs another, and
+    sending every operation through DTensor costs more than the update itself."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "the trainer evaluates the loss before it steps"
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None]
-            slots = {name: [local_tensor(self.state[p][name]) for p in held] for name in ("exp_avg", "exp_avg_sq", "step")}
+            slots = {
+                name: [local_tensor(self.state[p][name]) for p in held]
+                for name in ("exp_avg", "exp_avg_sq", "step")
+            }
             adamw(
                 [local_tensor(p) for p in held],
                 [local_tensor(p.grad) for p in held],
@@ -52,7 +56,9 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw_groups(
-    parameters: Sequence[Tensor], config: OptimizerConfig, dims: Callable[[Tensor], int] = Tensor.dim
+    parameters: Sequence[Tensor],
+    config: OptimizerConfig,
+    dims: Callable[[Tensor], int] = Tensor.dim,
 ) -> list[dict[str, Any]]:
     """Only weights with two or more dimensions decay; norms, biases and gates do not."""
     groups: list[dict[str, Any]] = [
@@ -88,9 +94,14 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by parameter name: {"<parameter>/<slot>": tensor}, the very tensors the optimizer updates."""
-    strangers = [n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state]
-    assert not strangers, f"parameters that the optimizer does not know (were they gathered?): {strangers[:5]}"
+    """Optimizer state by parameter name: {"<parameter>/<slot>": tensor}, the very tensors the
+    optimizer updates."""
+    strangers = [
+        n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state
+    ]
+    assert not strangers, (
+        f"parameters that the optimizer does not know (were they gathered?): {strangers[:5]}"
+    )
     return {
         f"{name}/{slot}": tensor
         for name, parameter in model.named_parameters()

@@ -17,19 +17,28 @@ def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, t
 
 
 @torch.no_grad()
-def ema_update(ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], decay: float, step: int) -> None:
-    """ema <- d * ema + (1 - d) * weight with d = min(decay, (1 + step) / (10 + step)): the early average forgets the random start."""
+def ema_update(
+    ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], decay: float, step: int
+) -> None:
+    """ema <- d * ema + (1 - d) * weight with d = min(decay, (1 + step) / (10 + step)): the early
+    average forgets the random start."""
     decay = min(decay, (1 + step) / (10 + step))
     # element by element, so on what this process holds: DTensor would cost more than the update
-    torch._foreach_lerp_([local_tensor(average) for average in ema.values()], [local_tensor(weights[name]) for name in ema], 1 - decay)
+    torch._foreach_lerp_(
+        [local_tensor(average) for average in ema.values()],
+        [local_tensor(weights[name]) for name in ema],
+        1 - decay,
+    )
 
 
 @contextmanager
 def ema_weights(
-    ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], publish: Callable[[], None] | None = None
+    ema: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    publish: Callable[[], None] | None = None,
 ) -> Iterator[None]:
-    """The weights hold the average inside this context and get their own values back after, also after an error. publish: called after
-    each change."""
+    """The weights hold the average inside this context and get their own values back after, also
+    after an error. publish: called after each change."""
     own = {name: weights[name].clone() for name in ema}
 
     def become(values: dict[str, torch.Tensor]) -> None:

@@ -1,8 +1,11 @@
-"""NorMuon for weight matrices (Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3), AdamW for everything else.
+"""NorMuon for weight matrices (Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3), AdamW for
+everything else.
 
-The momentum of a matrix is orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by the running mean of its squares, and
-the whole is brought to the root mean square 0.2 of an AdamW update, so that learning rates carry over. This needs the whole matrix: a
-sharded one is gathered, every process computes the same update and applies its own rows, so the result does not depend on sharding.
+The momentum of a matrix is orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by
+the running mean of its squares, and the whole is brought to the root mean square 0.2 of an AdamW
+update, so that learning rates carry over. This needs the whole matrix: a sharded one is gathered,
+every process computes the same update and applies its own rows, so the result does not depend on
+sharding.
 """
 
 from __future__ import annotations
@@ -18,13 +21,18 @@ from wm_train.boxes import Box, local_box, local_tensor, whole_tensor, within
 from wm_train.config.schema import OptimizerConfig
 from wm_train.optim.adamw import AdamW, adamw_groups, start_adamw_state
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values go to about 1 in five steps
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan et al. 2024: singular values go to about 1 in five steps
 SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation
 UPDATE_RMS = 0.2
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """[R, C] -> the nearest matrix with singular values about 1, fp32. Computes in bf16 where that is fast, in fp32 on a CPU."""
+    """[R, C] -> the nearest matrix with singular values about 1, fp32. Computes in bf16 where that
+    is fast, in fp32 on a CPU."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -37,13 +45,27 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class NorMuon(torch.optim.Optimizer):
-    """State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every process."""
+    """State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every
+    process."""
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float, beta2: float, weight_decay: float) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        beta2: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(
+            matrices, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
+        )
         for matrix in chain.from_iterable(group["params"] for group in self.param_groups):
             rows = torch.zeros(matrix.shape[0], dtype=torch.float32, device=matrix.device)
-            self.state[matrix] = {"momentum": torch.zeros_like(matrix), "row_square": rows, "step": torch.zeros(())}
+            self.state[matrix] = {
+                "momentum": torch.zeros_like(matrix),
+                "row_square": rows,
+                "step": torch.zeros(()),
+            }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -73,7 +95,8 @@ class NorMuon(torch.optim.Optimizer):
 
 
 class Joint:
-    """Several optimizers that step together, with the part of the torch.optim.Optimizer interface that the trainer uses."""
+    """Several optimizers that step together, with the part of the torch.optim.Optimizer interface
+    that the trainer uses."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
@@ -90,7 +113,8 @@ class Joint:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether NorMuon takes it: projections and MLP weights of the blocks; not embeddings, gates, tables, norms or depthwise kernels."""
+    """Whether NorMuon takes it: projections and MLP weights of the blocks; not embeddings, gates,
+    tables, norms or depthwise kernels."""
     if not name.startswith("blocks.") or parameter.dim() < 2:
         return False
     return min(parameter.shape[0], parameter[0].numel()) >= SMALLEST_SIDE
@@ -105,4 +129,6 @@ def build_normuon(model: nn.Module, config: OptimizerConfig) -> Joint:
         group["lr_scale"] = config.adamw_lr_scale
     adamw = AdamW(others, lr=config.lr * config.adamw_lr_scale, betas=config.betas, eps=config.eps)
     start_adamw_state(adamw)
-    return Joint(NorMuon(matrices, config.lr, config.momentum, config.betas[1], config.weight_decay), adamw)
+    return Joint(
+        NorMuon(matrices, config.lr, config.momentum, config.betas[1], config.weight_decay), adamw
+    )

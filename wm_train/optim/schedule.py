@@ -1,4 +1,5 @@
-"""Learning-rate schedules: pure functions of the step, so that resuming needs no scheduler state."""
+"""Learning-rate schedules: pure functions of the step, so that resuming needs no scheduler
+state."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0) in a stage of `steps`: linear warm-up, then the schedule."""
+    """Learning rate of step `step` (from 0) in a stage of `steps`: linear warm-up, then the
+    schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

@@ -1,9 +1,11 @@
 """Prove the mesh: `python -m wm_train.parity experiment=demo parallel.ulysses=2 parallel.ring=2`.
 
-Builds the configured model and objective, runs loss, output and every parameter's gradient on one device and over the mesh, and compares.
-The mesh is ring x ulysses virtual ranks in this process (the sequence mesh, real algorithms), or with --processes real gloo processes with
-FSDP2 (launcher.workers of them). Every pool is proven with its own overrides; pool=<name> takes one of them. Exit code 0: equal within the
-tolerance; 1: not equal, or a parameter is not exercised; 2: the arguments are wrong.
+Builds the configured model and objective, runs loss, output and every parameter's gradient on one
+device and over the mesh, and compares. The mesh is ring x ulysses virtual ranks in this process
+(the sequence mesh, real algorithms), or with --processes real gloo processes with FSDP2
+(launcher.workers of them). Every pool is proven with its own overrides; pool=<name> takes one of
+them. Exit code 0: equal within the tolerance; 1: not equal, or a parameter is not exercised; 2: the
+arguments are wrong.
 """
 
 from __future__ import annotations
@@ -23,27 +25,64 @@ from wm_train.config.pools import pool_runs
 from wm_train.config.schema import RunConfig
 from wm_train.models import build_model
 from wm_train.objectives import OBJECTIVES
-from wm_train.parity.case import Comparison, Outcome, ParityCase, TrafficRow, compare, not_exercised, on_one_device, on_virtual_ranks
+from wm_train.parity.case import (
+    Comparison,
+    Outcome,
+    ParityCase,
+    TrafficRow,
+    compare,
+    not_exercised,
+    on_one_device,
+    on_virtual_ranks,
+)
 
 DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wm_train.parity", description=(__doc__ or "").split("\n\n", 2)[1], allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*", help="as for wm_train.launch, e.g. experiment=demo parallel.ulysses=2 parallel.ring=2")
-    parser.add_argument("--processes", action="store_true", help="gloo processes and FSDP2 instead of virtual ranks")
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.parity",
+        description=(__doc__ or "").split("\n\n", 2)[1],
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="as for wm_train.launch, e.g. experiment=demo parallel.ulysses=2 parallel.ring=2",
+    )
+    parser.add_argument(
+        "--processes", action="store_true", help="gloo processes and FSDP2 instead of virtual ranks"
+    )
     parser.add_argument("--double", action="store_true", help="float64 instead of float32")
-    parser.add_argument("--tolerance", type=float, help="largest relative error of any tensor (default 1e-5, with --double 1e-9)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest relative error of any tensor (default 1e-5, with --double 1e-9)",
+    )
     parser.add_argument("--frames", type=int, help="latent frames (default: the stage's)")
     parser.add_argument("--batch", type=int, default=2, help="clips; every second one is shorter")
-    parser.add_argument("--grid", type=grid, default=(4, 4), metavar="4x4", help="latent rows x columns")
-    parser.add_argument("--checkpoint", help="a checkpoint directory (step_N) instead of seeded weights")
+    parser.add_argument(
+        "--grid", type=grid, default=(4, 4), metavar="4x4", help="latent rows x columns"
+    )
+    parser.add_argument(
+        "--checkpoint", help="a checkpoint directory (step_N) instead of seeded weights"
+    )
     parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        pools = {pool: first_stage(run) for pool, run in pool_runs(compose.compose(options.overrides), options.overrides).items()}
+        pools = {
+            pool: first_stage(run)
+            for pool, run in pool_runs(
+                compose.compose(options.overrides), options.overrides
+            ).items()
+        }
         if options.checkpoint and len(pools) > 1:
-            problem = compose.Problem("--checkpoint", f"one for {len(pools)} pools", "the pool that it is of", f"pool={next(iter(pools))}")
+            problem = compose.Problem(
+                "--checkpoint",
+                f"one for {len(pools)} pools",
+                "the pool that it is of",
+                f"pool={next(iter(pools))}",
+            )
             raise compose.ConfigError([problem])
         meshes = {pool: degrees_of(run, options.processes) for pool, run in pools.items()}
         cases = {pool: case_of(run, options, meshes[pool]) for pool, run in pools.items()}
@@ -53,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return max(prove(run, cases[pool], meshes[pool], options) for pool, run in pools.items())
 
 
-def prove(config: RunConfig, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace) -> int:
+def prove(
+    config: RunConfig, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace
+) -> int:
     """One comparison and its tables; 0 if all is well, else 1."""
     tolerance = options.tolerance or (1e-9 if case.double else 1e-5)
     reference = on_one_device(case)
@@ -100,7 +141,10 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
 
         stride = open_dataset(config.data.path).info.temporal_stride
     if stage.objective.name not in OBJECTIVES:
-        raise ValueError(f"objective: got {stage.objective.name!r}, expected one of {', '.join(OBJECTIVES)} (key objective.name)")
+        raise ValueError(
+            f"objective: got {stage.objective.name!r}, expected one of {', '.join(OBJECTIVES)} (key"
+            " objective.name)"
+        )
     with torch.device("meta"):
         build_model(config.model)  # says what is wrong with it before anything runs
     members = degrees.dp_replicate * degrees.dp_shard
@@ -117,7 +161,11 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         checkpoint=options.checkpoint,
         engine=config.backend.kernels,
         attention=config.backend.attention,
-        device="cpu" if options.processes else str(get_backend(config.backend.name, config.backend.threads).device),
+        device=(
+            "cpu"
+            if options.processes
+            else str(get_backend(config.backend.name, config.backend.threads).device)
+        ),
     )
     _ = case.kernels  # says so if an engine that was asked for is not there
     return case
@@ -125,41 +173,63 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
 
 def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: bool) -> str:
     where = (
-        f"{degrees.world} processes (dp_replicate {degrees.dp_replicate} x dp_shard {degrees.dp_shard} x ring {degrees.ring} x ulysses"
-        f" {degrees.ulysses}; sequence mesh and FSDP2)"
+        f"{degrees.world} processes (dp_replicate {degrees.dp_replicate} x dp_shard"
+        f" {degrees.dp_shard} x ring {degrees.ring} x ulysses {degrees.ulysses}; sequence mesh and"
+        " FSDP2)"
         if processes
-        else f"{degrees.cp} virtual ranks (ring {degrees.ring} x ulysses {degrees.ulysses}; the sequence mesh. FSDP: --processes)"
+        else (
+            f"{degrees.cp} virtual ranks (ring {degrees.ring} x ulysses {degrees.ulysses}; the"
+            " sequence mesh. FSDP: --processes)"
+        )
     )
     valid = ", ".join(str(n) for n in case.layout.valid_frames or ())
     name = f"{config.name}, pool {config.pool}" if config.pool else config.name
     return (
-        f"{name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames} latent frames ({valid} valid),"
-        f" {'float64' if case.double else 'float32'} on {case.device}\none device against {where}\n"
+        f"{name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames}"
+        f" latent frames ({valid} valid), {'float64' if case.double else 'float32'} on"
+        f" {case.device}\none device against {where}\n"
     )
 
 
-def report(case: ParityCase, reference: Outcome, found: Outcome, traffic: list[TrafficRow], tolerance: float, worst: int | None) -> int:
+def report(
+    case: ParityCase,
+    reference: Outcome,
+    found: Outcome,
+    traffic: list[TrafficRow],
+    tolerance: float,
+    worst: int | None,
+) -> int:
     """Print the tables; 0 if all is well, else 1."""
     rows = compare(reference, found)
     width = max(len(row.name) for row in rows)
     print(f"{'tensor':{width}}  ‖reference‖  ‖Δ‖/‖reference‖")
-    shown = rows if worst is None else rows[:2] + sorted(rows[2:], key=lambda row: -row.error)[:worst]
+    shown = (
+        rows if worst is None else rows[:2] + sorted(rows[2:], key=lambda row: -row.error)[:worst]
+    )
     for row in shown:
         print(line(row, width, tolerance))
     if traffic:
         print_traffic(traffic)
     unused, silent = not_exercised(case, reference)
-    for title_, names in (("declared unused by the model", unused), ("NOT EXERCISED: zero or no gradient", silent)):
+    for title_, names in (
+        ("declared unused by the model", unused),
+        ("NOT EXERCISED: zero or no gradient", silent),
+    ):
         if names:
             print(f"\n{title_} ({len(names)}): {', '.join(names)}")
     bad = [row for row in rows if not row.error <= tolerance]
     top = max(rows, key=lambda row: row.error)
     odd = [row.label for row in traffic if not row.agree]
-    print(f"\nworst: {top.name} {top.error:.1e} (tolerance {tolerance:.0e}; {len(rows)} tensors compared)")
+    print(
+        f"\nworst: {top.name} {top.error:.1e} (tolerance {tolerance:.0e}; {len(rows)} tensors"
+        " compared)"
+    )
     if bad:
         print(f"FAILED: {len(bad)} tensors differ, first {bad[0].name}")
     if silent:
-        print(f"FAILED: {len(silent)} parameters are not exercised, so nothing is proven about them")
+        print(
+            f"FAILED: {len(silent)} parameters are not exercised, so nothing is proven about them"
+        )
     if odd:
         print(f"FAILED: traffic is not what the formulas say: {', '.join(odd)}")
     print("FAILED" if bad or silent or odd else "OK")
@@ -167,7 +237,10 @@ def report(case: ParityCase, reference: Outcome, found: Outcome, traffic: list[T
 
 
 def line(row: Comparison, width: int, tolerance: float) -> str:
-    return f"{row.name:{width}}  {row.size:11.4e}  {row.error:.1e}{'' if row.error <= tolerance else '  <-- beyond tolerance'}"
+    return (
+        f"{row.name:{width}}  {row.size:11.4e} "
+        f" {row.error:.1e}{'' if row.error <= tolerance else '  <-- beyond tolerance'}"
+    )
 
 
 def print_traffic(rows: list[TrafficRow]) -> None:

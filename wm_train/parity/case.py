@@ -1,7 +1,9 @@
-"""What `python -m wm_train.parity` runs: the user's model and objective on seeded clips, on one device, on virtual ranks or on processes.
+"""What `python -m wm_train.parity` runs: the user's model and objective on seeded clips, on one
+device, on virtual ranks or on processes.
 
-The maths does not depend on the picture's size, so the clips are small pictures of the stage's full length; every second clip is shorter,
-so that padding is covered as well. All data and noise are keyed by (seed, name, clip, frame), as in training.
+The maths does not depend on the picture's size, so the clips are small pictures of the stage's full
+length; every second clip is shorter, so that padding is covered as well. All data and noise are
+keyed by (seed, name, clip, frame), as in training.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ WAKE = 0.1  # standard deviation of the noise that replaces zeros of a fresh mod
 
 @dataclass(frozen=True)
 class ParityCase:
-    """Everything a run depends on. frames: latent; grid: latent rows and columns; device: where it runs, with that device's kernels."""
+    """Everything a run depends on. frames: latent; grid: latent rows and columns; device: where it
+    runs, with that device's kernels."""
 
     model: ModelConfig
     objective: ObjectiveConfig
@@ -61,11 +64,14 @@ class ParityCase:
 
     @property
     def layout(self) -> ClipLayout:
-        """Every second clip is shorter. Chunks are the stage's; a causal model of a stage without any gets 4, 3, 3, … latent frames."""
+        """Every second clip is shorter. Chunks are the stage's; a causal model of a stage without
+        any gets 4, 3, 3, … latent frames."""
         short = max(1, self.frames - max(1, self.frames // 4))
         valid = tuple(self.frames if row % 2 == 0 else short for row in range(self.batch))
         chunk_frames = self.chunk_frames or (3 if self.model.causal else 0)
-        return ClipLayout(self.frames, chunk_starts=chunk_starts(self.frames, chunk_frames), valid_frames=valid)
+        return ClipLayout(
+            self.frames, chunk_starts=chunk_starts(self.frames, chunk_frames), valid_frames=valid
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Outcome:
 
 
 def make_model(case: ParityCase) -> nn.Module:
-    """The model with seeded weights, or those of a checkpoint. Fresh zeros become noise: behind a zero gate nothing would be compared."""
+    """The model with seeded weights, or those of a checkpoint. Fresh zeros become noise: behind a
+    zero gate nothing would be compared."""
     with torch.device("meta"):
         model = build_model(case.model)
     model.to_empty(device="cpu")
@@ -116,49 +123,89 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     manifest = store.check(folder, World(rank=0, size=1))
     targets = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    store.load(folder, manifest, targets, may_ignore=[name for name in manifest.tensors if not name.startswith("model/")])
+    store.load(
+        folder,
+        manifest,
+        targets,
+        may_ignore=[name for name in manifest.tensors if not name.startswith("model/")],
+    )
 
 
 def conditions_of(case: ParityCase) -> Conditions:
-    """A camera that pans and walks on, another one per clip, at raw-frame rate; text where the model reads it."""
+    """A camera that pans and walks on, another one per clip, at raw-frame rate; text where the
+    model reads it."""
     raw = 1 + (case.frames - 1) * case.temporal_stride
     height, width = (side * 16 for side in case.grid)
-    steps = torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(case.batch))[:, None] / raw
+    steps = (
+        torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(case.batch))[:, None] / raw
+    )
     c2w = torch.eye(4).repeat(case.batch, raw, 1, 1)
-    c2w[..., 0, 0], c2w[..., 0, 2], c2w[..., 2, 0], c2w[..., 2, 2] = steps.cos(), steps.sin(), -steps.sin(), steps.cos()
+    c2w[..., 0, 0], c2w[..., 0, 2], c2w[..., 2, 0], c2w[..., 2, 2] = (
+        steps.cos(),
+        steps.sin(),
+        -steps.sin(),
+        steps.cos(),
+    )
     c2w[..., 0, 3], c2w[..., 2, 3] = steps.sin(), steps
-    intrinsics = torch.tensor([0.9 * width, 0.9 * width, width / 2, height / 2]).repeat(case.batch, raw, 1)
+    intrinsics = torch.tensor([0.9 * width, 0.9 * width, width / 2, height / 2]).repeat(
+        case.batch, raw, 1
+    )
     text = mask = None
     if case.model.text_width:
         draws = torch.arange(case.batch)
-        text = normal(NoiseKey(case.seed, PARITY), "text", draws, (0, TEXT_TOKENS), (case.model.text_width,)).to(case.dtype)
+        text = normal(
+            NoiseKey(case.seed, PARITY), "text", draws, (0, TEXT_TOKENS), (case.model.text_width,)
+        ).to(case.dtype)
         mask = torch.arange(TEXT_TOKENS)[None] < TEXT_TOKENS - draws[:, None] % 3
-    return Conditions((height, width), case.temporal_stride, c2w, intrinsics, text=text, text_mask=mask)
+    return Conditions(
+        (height, width), case.temporal_stride, c2w, intrinsics, text=text, text_mask=mask
+    )
 
 
 def latents_of(case: ParityCase) -> Tensor:
     """[B, T, C, h, w]"""
     shape = (case.model.latent_channels, *case.grid)
-    return normal(NoiseKey(case.seed, PARITY), "latents", torch.arange(case.batch), (0, case.frames), shape).to(case.dtype)
+    return normal(
+        NoiseKey(case.seed, PARITY), "latents", torch.arange(case.batch), (0, case.frames), shape
+    ).to(case.dtype)
 
 
-def forward(case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Losses of the rows [b] and their local velocities [b, t, C, h, w]; traffic is told apart by block."""
+def forward(
+    case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Losses of the rows [b] and their local velocities [b, t, C, h, w]; traffic is told apart by
+    block."""
     seen: list[Tensor] = []
-    handles = [model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))]
+    handles = [
+        model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    ]
     for number, block in enumerate(getattr(model, "blocks", [])):
-        handles.append(block.register_forward_pre_hook(lambda module, inputs, scope=f"blocks.{number}": set_scope(sequence, scope)))
-        handles.append(block.register_forward_hook(lambda module, inputs, output: set_scope(sequence, "")))
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda module, inputs, scope=f"blocks.{number}": set_scope(sequence, scope)
+            )
+        )
+        handles.append(
+            block.register_forward_hook(lambda module, inputs, output: set_scope(sequence, ""))
+        )
     conditions = conditions_of(case)
 
     def held(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[rows].to(case.device)
 
     text, mask = held(conditions.text), held(conditions.text_mask)
-    conditions = replace(conditions, c2w=held(conditions.c2w), intrinsics=held(conditions.intrinsics), text=text, text_mask=mask)
+    conditions = replace(
+        conditions,
+        c2w=held(conditions.c2w),
+        intrinsics=held(conditions.intrinsics),
+        text=text,
+        text_mask=mask,
+    )
     latents = latents_of(case)[rows, sequence.frames.start : sequence.frames.stop]
     clips = Clips(latents.to(case.device), torch.arange(case.batch)[rows].to(case.device))
-    output = OBJECTIVES[case.objective.name](model, clips, NoiseKey(case.seed, PARITY), case.objective, sequence, conditions)
+    output = OBJECTIVES[case.objective.name](
+        model, clips, NoiseKey(case.seed, PARITY), case.objective, sequence, conditions
+    )
     for handle in handles:
         handle.remove()
     return output.loss, seen[-1]
@@ -172,7 +219,11 @@ def on_one_device(case: ParityCase) -> Outcome:
     model = make_model(case)
     losses, velocity = forward(case, model, LocalSequence(case.layout, case.kernels))
     (losses.sum() / case.batch).backward()
-    return Outcome(losses.detach(), velocity, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return Outcome(
+        losses.detach(),
+        velocity,
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome, list[TrafficRow]]:
@@ -183,7 +234,9 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
 
     def body(comm: VirtualComm) -> tuple[Tensor, Tensor]:
         comms.append(comm)
-        return forward(case, models[comm.members[0].index], GroupSequence(case.layout, comm, kernels))
+        return forward(
+            case, models[comm.members[0].index], GroupSequence(case.layout, comm, kernels)
+        )
 
     results, _ = run_virtual(body, ring, ulysses)
     torch.stack([losses.sum() / case.batch for losses, _ in results]).sum().backward()
@@ -191,14 +244,19 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
     for model in models:  # in rank order
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                gradients[name] = gradients[name] + parameter.grad if name in gradients else parameter.grad.clone()
+                gradients[name] = (
+                    gradients[name] + parameter.grad
+                    if name in gradients
+                    else parameter.grad.clone()
+                )
     velocity = torch.cat([velocity for _, velocity in results], 1)
     return Outcome(results[0][0].detach(), velocity, gradients), traffic_rows(comms)
 
 
 @dataclass(frozen=True)
 class TrafficRow:
-    """One kind of call in one block: counted and expected (collectives, bytes) of the busiest member; agree: on every member."""
+    """One kind of call in one block: counted and expected (collectives, bytes) of the busiest
+    member; agree: on every member."""
 
     label: str
     counted: tuple[int, int]
@@ -212,13 +270,19 @@ def traffic_rows(comms: list[VirtualComm]) -> list[TrafficRow]:
         expected: dict[str, tuple[int, int]] = {}
         for call in comm.calls:
             for way, cost in expected_cost(call.verb, call.tensors, comm.members[0]).items():
-                label = f"{call.scope}/{call.verb.name} {way}" if call.scope else f"{call.verb.name} {way}"
+                label = (
+                    f"{call.scope}/{call.verb.name} {way}"
+                    if call.scope
+                    else f"{call.verb.name} {way}"
+                )
                 before = expected.get(label, (0, 0))
                 expected[label] = (before[0] + cost.collectives, before[1] + cost.sent)
         for label in expected | comm.traffic.collectives:
             counted = comm.traffic.collectives.get(label, 0), comm.traffic.sent.get(label, 0)
             pairs.setdefault(label, []).append((counted, expected.get(label, (0, 0))))
-    return [TrafficRow(label, *max(both), all(a == b for a, b in both)) for label, both in pairs.items()]
+    return [
+        TrafficRow(label, *max(both), all(a == b for a, b in both)) for label, both in pairs.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -235,9 +299,16 @@ def compare(reference: Outcome, found: Outcome) -> list[Comparison]:
     pairs: list[tuple[str, Tensor, Tensor | None]] = [
         ("loss", reference.losses, found.losses),
         ("velocity", reference.velocity, found.velocity),
-        *((name, gradient, found.gradients.get(name)) for name, gradient in reference.gradients.items()),
+        *(
+            (name, gradient, found.gradients.get(name))
+            for name, gradient in reference.gradients.items()
+        ),
     ]
-    pairs += [(name, torch.zeros_like(gradient), gradient) for name, gradient in found.gradients.items() if name not in reference.gradients]
+    pairs += [
+        (name, torch.zeros_like(gradient), gradient)
+        for name, gradient in found.gradients.items()
+        if name not in reference.gradients
+    ]
     rows = []
     for name, a, b in pairs:
         size = float(a.double().norm())
@@ -251,6 +322,10 @@ def not_exercised(case: ParityCase, reference: Outcome) -> tuple[list[str], list
     with torch.device("meta"):
         model = build_model(case.model)
     declared: Callable[[], Any] = getattr(model, "unused_parameters", frozenset)
-    silent = [n for n, _ in model.named_parameters() if n not in reference.gradients or not bool(reference.gradients[n].any())]
+    silent = [
+        n
+        for n, _ in model.named_parameters()
+        if n not in reference.gradients or not bool(reference.gradients[n].any())
+    ]
     unused = set(declared())
     return [n for n in silent if n in unused], [n for n in silent if n not in unused]

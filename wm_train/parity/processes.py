@@ -1,4 +1,5 @@
-"""The `--processes` half of the parity command: gloo processes on this machine, FSDP2 and the sequence mesh as in training."""
+"""The `--processes` half of the parity command: gloo processes on this machine, FSDP2 and the
+sequence mesh as in training."""
 
 from __future__ import annotations
 
@@ -27,12 +28,16 @@ LIMIT_S = 600.0
 def on_processes(case: ParityCase, degrees: MeshDegrees) -> Outcome:
     """Run the case over `degrees.world` processes; every data-parallel member takes its rows.
 
-    Raises RuntimeError if a process fails or all of them take too long; the others are stopped then.
+    Raises RuntimeError if a process fails or all of them take too long; the others are stopped
+    then.
     """
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         folder = Path(name)
-        workers = [context.Process(target=work, args=(case, degrees, rank, folder), daemon=True) for rank in range(degrees.world)]
+        workers = [
+            context.Process(target=work, args=(case, degrees, rank, folder), daemon=True)
+            for rank in range(degrees.world)
+        ]
         for worker in workers:
             worker.start()
         try:
@@ -52,17 +57,26 @@ def wait(workers: Sequence[BaseProcess]) -> None:
         failed = {rank: worker.exitcode for rank, worker in enumerate(workers) if worker.exitcode}
         if failed or time.monotonic() > deadline:
             reason = f"exit codes {failed}" if failed else f"no end after {LIMIT_S:.0f} s"
-            raise RuntimeError(f"parity processes failed: got {reason}, expected all to finish. Fix: see the tracebacks above")
+            raise RuntimeError(
+                f"parity processes failed: got {reason}, expected all to finish. Fix: see the"
+                " tracebacks above"
+            )
         time.sleep(0.05)
     failed = {rank: worker.exitcode for rank, worker in enumerate(workers) if worker.exitcode}
     if failed:
-        raise RuntimeError(f"parity processes failed: got exit codes {failed}, expected 0. Fix: see the tracebacks above")
+        raise RuntimeError(
+            f"parity processes failed: got exit codes {failed}, expected 0. Fix: see the tracebacks"
+            " above"
+        )
 
 
 def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> None:
-    """One process: shard the model, run its rows and frames, write losses, velocity and (rank 0) whole gradients."""
+    """One process: shard the model, run its rows and frames, write losses, velocity and (rank 0)
+    whole gradients."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=degrees.world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=degrees.world
+    )
     mesh = build_mesh(degrees, "cpu")
     model = make_model(case)
     shard_model(model, model.get_submodule("blocks").children(), mesh.fsdp)
@@ -88,7 +102,11 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
 def assemble(degrees: MeshDegrees, members: list[dict[str, torch.Tensor]]) -> Outcome:
     """Rows by data-parallel member, frames by sequence member."""
     groups = [members[start : start + degrees.cp] for start in range(0, degrees.world, degrees.cp)]
-    gradients = {name.removeprefix("gradient/"): x for name, x in members[0].items() if name.startswith("gradient/")}
+    gradients = {
+        name.removeprefix("gradient/"): x
+        for name, x in members[0].items()
+        if name.startswith("gradient/")
+    }
     return Outcome(
         torch.cat([group[0]["losses"] for group in groups]),
         torch.cat([torch.cat([member["velocity"] for member in group], 1) for group in groups]),

@@ -1,7 +1,9 @@
-"""What one process of a stage will hold, in bytes, by running the real model on tensors without storage.
+"""What one process of a stage will hold, in bytes, by running the real model on tensors without
+storage.
 
-Weights, optimizer and average are counted from the very objects the trainer builds; activations are what autograd keeps of the real forward
-pass. Blocks repeat, so one block of each kind is measured and multiplied. Nothing is allocated and no accelerator is needed.
+Weights, optimizer and average are counted from the very objects the trainer builds; activations are
+what autograd keeps of the real forward pass. Blocks repeat, so one block of each kind is measured
+and multiplied. Nothing is allocated and no accelerator is needed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from wm_train.optim.build import OPTIMIZERS
 
 @dataclass(frozen=True)
 class ClipShape:
-    """The part of a batch that one process holds: `clips` clips of `frames` latent frames (T/P, rounded up), and the sizes of a frame."""
+    """The part of a batch that one process holds: `clips` clips of `frames` latent frames (T/P,
+    rounded up), and the sizes of a frame."""
 
     clips: int
     frames: int
@@ -42,9 +45,11 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process by category. `staging` and the categories named in `offloaded` are host memory, the rest is on the device.
+    """Bytes of one process by category. `staging` and the categories named in `offloaded` are host
+    memory, the rest is on the device.
 
-    `busy`: activations of the one block that is computed or recomputed; `activations`: what all blocks keep for their backward besides.
+    `busy`: activations of the one block that is computed or recomputed; `activations`: what all
+    blocks keep for their backward besides.
     """
 
     parameters: int  # of the whole model, as a number, not bytes
@@ -66,7 +71,9 @@ class Memory:
 
     @property
     def host(self) -> int:
-        return self.staging + sum(size for name, size in self.categories().items() if name in self.offloaded)
+        return self.staging + sum(
+            size for name, size in self.categories().items() if name in self.offloaded
+        )
 
     def categories(self) -> dict[str, int]:
         """Bytes by name, without `staging`."""
@@ -83,12 +90,14 @@ def stage_memory(
     staged: bool,
     frozen: Iterable[str] = (),
 ) -> Memory:
-    """Memory of one process when the model is sharded over `shards` of them. Raises ValueError for a pattern of `frozen` without a match.
+    """Memory of one process when the model is sharded over `shards` of them. Raises ValueError for
+    a pattern of `frozen` without a match.
 
-    Weights, gradients, optimizer and average are fp32 and sharded; `gathered` holds two blocks and what is outside blocks, in the compute
-    type, since the next block is gathered while one runs. Sequence exchange buffers (states, halos) are not counted: they are megabytes.
-    ZeRO-3 keeps what is computed with besides the master weights, each gradient twice, and a bucket of them; with a disk, what a save reads
-    from it.
+    Weights, gradients, optimizer and average are fp32 and sharded; `gathered` holds two blocks and
+    what is outside blocks, in the compute type, since the next block is gathered while one runs.
+    Sequence exchange buffers (states, halos) are not counted: they are megabytes. ZeRO-3 keeps what
+    is computed with besides the master weights, each gradient twice, and a bucket of them; with a
+    disk, what a save reads from it.
     """
     precision = parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -104,7 +113,10 @@ def stage_memory(
             for t in slots.values()
         }
         width = PRECISIONS[precision].itemsize
-        blocks = [sum(p.numel() for p in block.parameters()) for block in whole.get_submodule("blocks").children()]
+        blocks = [
+            sum(p.numel() for p in block.parameters())
+            for block in whole.get_submodule("blocks").children()
+        ]
         gathered = width * (2 * max(blocks) + count - sum(blocks)) if shards > 1 else 0
     weights, optimizer_bytes = 4 * count // shards, sum(state.values()) // shards
     average = 4 * trained // shards if optimizer.ema_decay else 0
@@ -112,7 +124,10 @@ def stage_memory(
     gradients, disk = 4 * trained // shards, 0
     if parallel.sharding == "zero3":
         one_copy = width == 4 and parallel.offload_state == "none"
-        weights, gradients = (width * count + (0 if one_copy else 4 * trained)) // shards, 2 * gradients
+        weights, gradients = (
+            (width * count + (0 if one_copy else 4 * trained)) // shards,
+            2 * gradients,
+        )
         gathered += 4 * BUCKET
     if parallel.offload_state == "nvme":
         disk = 4 * trained // shards + optimizer_bytes
@@ -132,7 +147,11 @@ def stage_memory(
         busy=busy,
         staging=saved * staged + disk,
         offloaded=(
-            *(("weights", "gradients", "optimizer", "average") if parallel.offload_state != "none" else ()),
+            *(
+                ("weights", "gradients", "optimizer", "average")
+                if parallel.offload_state != "none"
+                else ()
+            ),
             *(("activations",) if parallel.offload_activations else ()),
         ),
         disk=disk,
@@ -140,8 +159,8 @@ def stage_memory(
 
 
 def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
-    """What autograd keeps from the forward to the backward pass, and the inside of the one block that is recomputed, which without
-    checkpointing is among what is kept."""
+    """What autograd keeps from the forward to the backward pass, and the inside of the one block
+    that is recomputed, which without checkpointing is among what is kept."""
     period = model.softmax_every
     kinds = [bool(period) and (i + 1) % period == 0 for i in range(model.depth)]  # True: softmax
     kept, inside, outside = dict[bool, int](), dict[bool, int](), 0
@@ -151,7 +170,9 @@ def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tu
         outside = max(outside, around)
         inside[softmax] = kept[softmax]
         if model.activation_checkpointing != "none":
-            inside[softmax], _ = _per_block(replace(alone, activation_checkpointing="none"), shape, precision)
+            inside[softmax], _ = _per_block(
+                replace(alone, activation_checkpointing="none"), shape, precision
+            )
     together = outside + sum(kept[kind] for kind in kinds)
     most = max(inside.values())
     return (together - most, most) if model.activation_checkpointing == "none" else (together, most)
@@ -173,17 +194,24 @@ class _ProductBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
-            self.total += sum(t.numel() * t.element_size() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+            self.total += sum(
+                t.numel() * t.element_size()
+                for t in (out if isinstance(out, tuple) else (out,))
+                if isinstance(t, Tensor)
+            )
         return out
 
 
 def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
-    """Bytes of the distinct storages that the forward pass of `model` leaves for its backward, weights left out."""
+    """Bytes of the distinct storages that the forward pass of `model` leaves for its backward,
+    weights left out."""
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no later storage takes its place in the table
+        kept[storage._cdata] = (
+            storage  # held, so that no later storage takes its place in the table
+        )
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -195,7 +223,9 @@ def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
         with torch.autograd.graph.saved_tensors_hooks(keep, _give_back), counting:
             output = built(latents, sigma, conditions, LocalSequence(ClipLayout(shape.frames)))
         assert output.shape == latents.shape
-        return products.total + sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+        return products.total + sum(
+            storage.nbytes() for key, storage in kept.items() if key not in own
+        )
 
 
 def _give_back(tensor: Tensor) -> Tensor:
@@ -203,7 +233,8 @@ def _give_back(tensor: Tensor) -> Tensor:
 
 
 def _built_in(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The model with parameters of one type. A tensor without storage cannot change its type later."""
+    """The model with parameters of one type. A tensor without storage cannot change its type
+    later."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -227,4 +258,8 @@ def _inputs(model: ModelConfig, shape: ClipShape) -> tuple[Tensor, Tensor, Condi
         intrinsics=torch.empty(b, raw, 4),
         **text,  # type: ignore[arg-type]
     )
-    return torch.empty(b, shape.frames, shape.channels, shape.height, shape.width), torch.empty(b, shape.frames), conditions
+    return (
+        torch.empty(b, shape.frames, shape.channels, shape.height, shape.width),
+        torch.empty(b, shape.frames),
+        conditions,
+    )

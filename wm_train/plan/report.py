@@ -1,8 +1,10 @@
-"""Know before you queue: `python -m wm_train.plan experiment=demo` says what every selected stage will hold, before anything is started.
+"""Know before you queue: `python -m wm_train.plan experiment=demo` says what every selected stage
+will hold, before anything is started.
 
-It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: frame sizes come from the data set, or from
---latent where the data is elsewhere. Shapes, parameters, inheritance, mesh and memory; it says nothing about time yet. Every pool is
-planned with its own overrides; pool=<name> takes one of them.
+It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: frame
+sizes come from the data set, or from --latent where the data is elsewhere. Shapes, parameters,
+inheritance, mesh and memory; it says nothing about time yet. Every pool is planned with its own
+overrides; pool=<name> takes one of them.
 """
 
 from __future__ import annotations
@@ -37,23 +39,45 @@ class Frame:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan; exit code 2 when the configuration is wrong, 3 when a stage does not fit in --memory."""
+    """Print the plan; exit code 2 when the configuration is wrong, 3 when a stage does not fit in
+    --memory."""
     parser = argparse.ArgumentParser(
-        prog="python -m wm_train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m wm_train.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--latent", metavar="CxHxW/R", help="latent channels, height, width and temporal stride when the data is not here: 128x22x40/8"
+        "--latent",
+        metavar="CxHxW/R",
+        help=(
+            "latent channels, height, width and temporal stride when the data is not here:"
+            " 128x22x40/8"
+        ),
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device; says which stages fit")
-    parser.add_argument("--config-dir", type=Path, help="a folder of your own with the groups of configs/")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of one device; says which stages fit"
+    )
+    parser.add_argument(
+        "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for wm_train.launch")
     options = parser.parse_intermixed_args(arguments)
     try:
-        elsewhere = ["data.path=elsewhere"] if options.latent and not any(o.startswith("data.path=") for o in options.overrides) else []
+        elsewhere = (
+            ["data.path=elsewhere"]
+            if options.latent and not any(o.startswith("data.path=") for o in options.overrides)
+            else []
+        )
         overrides = [*options.overrides, *elsewhere]
-        pools = pool_runs(compose.compose(overrides, options.config_dir), overrides, options.config_dir)
+        pools = pool_runs(
+            compose.compose(overrides, options.config_dir), overrides, options.config_dir
+        )
         frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
-        problems = [found for pool, run in pools.items() for found in named(without_data(run, options.latent is None), pool)]
+        problems = [
+            found
+            for pool, run in pools.items()
+            for found in named(without_data(run, options.latent is None), pool)
+        ]
         if problems:
             raise compose.ConfigError(problems)
     except compose.ConfigError as error:
@@ -65,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return shown_pools(pools, frames, options.memory)
 
 
-def shown_pools(pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], device_gib: float | None = None) -> int:
-    """`shown` for every pool under its name, and the workers of all of them: they train at the same time."""
+def shown_pools(
+    pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], device_gib: float | None = None
+) -> int:
+    """`shown` for every pool under its name, and the workers of all of them: they train at the same
+    time."""
     codes = []
     for pool, run in pools.items():
         if pool:
@@ -82,7 +109,8 @@ def shown_pools(pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], dev
 
 
 def shown(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
-    """`show`, with names that do not fit each other reported as mistakes of the configuration: exit code 2."""
+    """`show`, with names that do not fit each other reported as mistakes of the configuration: exit
+    code 2."""
     try:
         return show(run, frame, device_gib)
     except ValueError as error:
@@ -91,11 +119,14 @@ def shown(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
 
 
 def without_data(run: RunConfig, data_is_here: bool) -> list[compose.Problem]:
-    """What `launch` would refuse, but for the data and the earlier stages' checkpoints, which a plan does not need."""
+    """What `launch` would refuse, but for the data and the earlier stages' checkpoints, which a
+    plan does not need."""
     from wm_train.checks.values import problems_of
 
     def counts(problem: compose.Problem) -> bool:
-        return not problem.where.endswith(".inherit") and (data_is_here or not problem.where.startswith("data."))
+        return not problem.where.endswith(".inherit") and (
+            data_is_here or not problem.where.startswith("data.")
+        )
 
     return [problem for problem in problems_of(run) if counts(problem)]
 
@@ -107,7 +138,12 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
 
         found = dataset_info(run.data.path)
         if isinstance(found, compose.Problem):
-            hint = compose.Problem("--latent", "nothing", "the latent's sizes when the data is not here", "--latent 128x22x40/8")
+            hint = compose.Problem(
+                "--latent",
+                "nothing",
+                "the latent's sizes when the data is not here",
+                "--latent 128x22x40/8",
+            )
             raise compose.ConfigError([found, hint])
         return Frame(found.channels, found.latent_height, found.latent_width, found.temporal_stride)
     try:
@@ -116,11 +152,21 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
         frame = Frame(channels, height, width, int(stride))
     except ValueError:
         raise compose.ConfigError(
-            [compose.Problem("--latent", given, "channels x height x width / stride", "--latent 128x22x40/8")]
+            [
+                compose.Problem(
+                    "--latent", given, "channels x height x width / stride", "--latent 128x22x40/8"
+                )
+            ]
         ) from None
     if channels != run.model.latent_channels or min(height, width, frame.temporal_stride) < 1:
         fix = f"--latent {run.model.latent_channels}x{height}x{width}/{frame.temporal_stride}"
-        raise compose.ConfigError([compose.Problem("--latent", given, f"the model's {run.model.latent_channels} channels", fix)])
+        raise compose.ConfigError(
+            [
+                compose.Problem(
+                    "--latent", given, f"the model's {run.model.latent_channels} channels", fix
+                )
+            ]
+        )
     return frame
 
 
@@ -133,15 +179,24 @@ def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
         print("\n".join(describe(own, stage, shape, memory, inheritance(run, stage))))
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
-            verdict = "fits" if fits else "DOES NOT FIT: try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
+            verdict = (
+                "fits"
+                if fits
+                else (
+                    "DOES NOT FIT: try model.activation_checkpointing=block, a larger parallel.cp,"
+                    " or more workers"
+                )
+            )
             print(f"  {memory.device / GIB:.2f} of {device_gib:g} GiB: {verdict}")
             code = code if fits else 3
     return code
 
 
-def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory, tuple[int, int, int]]:
-    """Memory of one process, and (clips, latent frames, latent frames of the whole clip) that it holds at once. `run`: as the stage sees
-    it."""
+def stage_plan(
+    run: RunConfig, stage: StageConfig, frame: Frame
+) -> tuple[Memory, tuple[int, int, int]]:
+    """Memory of one process, and (clips, latent frames, latent frames of the whole clip) that it
+    holds at once. `run`: as the stage sees it."""
     from parallel.layout import split_evenly
     from wm_train.plan.memory import ClipShape, stage_memory
 
@@ -151,12 +206,21 @@ def stage_plan(run: RunConfig, stage: StageConfig, frame: Frame) -> tuple[Memory
     held = len(split_evenly(whole, size)[0])
     shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
     shards = run.launcher.workers // run.parallel.dp_replicate
-    memory = stage_memory(run.model, stage.optimizer, shape, shards, run.parallel, run.trainer.async_checkpoint, stage.frozen)
+    memory = stage_memory(
+        run.model,
+        stage.optimizer,
+        shape,
+        shards,
+        run.parallel,
+        run.trainer.async_checkpoint,
+        stage.frozen,
+    )
     return memory, (clips, held, whole)
 
 
 def inheritance(run: RunConfig, stage: curriculum.PlannedStage) -> str:
-    """Whose weights the stage starts from, and which of its parameters are new. Raises ValueError where names do not fit."""
+    """Whose weights the stage starts from, and which of its parameters are new. Raises ValueError
+    where names do not fit."""
     if stage.source is None:
         return "the seed"
     config = stage.config
@@ -166,9 +230,15 @@ def inheritance(run: RunConfig, stage: curriculum.PlannedStage) -> str:
         return words
     from wm_train.models.sana_wm.public import stage_parts
 
-    mine, theirs = (parameter_names(curriculum.stage_run(run, name)) for name in (stage.name, stage.source.stage))
+    mine, theirs = (
+        parameter_names(curriculum.stage_run(run, name))
+        for name in (stage.name, stage.source.stage)
+    )
     passed = curriculum.handover(config, stage.name, mine, theirs, stage_parts)
-    return f"{words}: {len(passed.taken)} tensors, {len(passed.fresh)} start anew, {len(passed.left)} left behind"
+    return (
+        f"{words}: {len(passed.taken)} tensors, {len(passed.fresh)} start anew, {len(passed.left)}"
+        " left behind"
+    )
 
 
 def parameter_names(run: RunConfig) -> list[str]:
@@ -181,7 +251,13 @@ def parameter_names(run: RunConfig) -> list[str]:
         return [name for name, _ in build_model(run.model).named_parameters()]
 
 
-def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, int, int], memory: Memory, source: str) -> list[str]:
+def describe(
+    run: RunConfig,
+    stage: curriculum.PlannedStage,
+    shape: tuple[int, int, int],
+    memory: Memory,
+    source: str,
+) -> list[str]:
     """The lines of one stage."""
     config, mesh = stage.config, run.parallel
     clips, held, whole = shape
@@ -191,17 +267,32 @@ def describe(run: RunConfig, stage: curriculum.PlannedStage, shape: tuple[int, i
     size = sequence_size(mesh)
     data = run.launcher.workers // size // mesh.dp_replicate
     return [
-        f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
-        f"{config.steps:,} steps{until} of {config.global_batch} clips",
-        f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g}, {config.optimizer.schedule}, {mesh.precision}",
-        f"  {run.launcher.workers} workers = {replicas}{data} data parallel x "
-        f"{size} sequence parallel; "
-        f"each holds {clips} clips x {held} latent frames at once",
+        (
+            f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
+            f"{config.steps:,} steps{until} of {config.global_batch} clips"
+        ),
+        (
+            f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g},"
+            f" {config.optimizer.schedule}, {mesh.precision}"
+        ),
+        (
+            f"  {run.launcher.workers} workers = {replicas}{data} data parallel x "
+            f"{size} sequence parallel; "
+            f"each holds {clips} clips x {held} latent frames at once"
+        ),
         f"  {memory.parameters:,} parameters{trained}; GiB per worker: "
-        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.categories().items() if name not in memory.offloaded)
+        + ", ".join(
+            f"{name} {size / GIB:.2f}"
+            for name, size in memory.categories().items()
+            if name not in memory.offloaded
+        )
         + f"; together {memory.device / GIB:.2f}",
         f"  host memory: staging {memory.staging / GIB:.2f} to save from"
         + "".join(f", {name} {memory.categories()[name] / GIB:.2f}" for name in memory.offloaded)
         + f"; together {memory.host / GIB:.2f}"
-        + (f"; on the disk {memory.disk / GIB:.2f} of master weights and optimizer" if memory.disk else ""),
+        + (
+            f"; on the disk {memory.disk / GIB:.2f} of master weights and optimizer"
+            if memory.disk
+            else ""
+        ),
     ]

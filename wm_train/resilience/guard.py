@@ -1,10 +1,12 @@
 """The step guard: no update is made from a loss or a gradient that cannot be right (design §9).
 
-All processes judge the same gathered figures before clipping, so all of them stop or skip together, with the parameters untouched. One
-NaN that got past would poison every gradient in clipping and both moments of the optimizer after it.
+All processes judge the same gathered figures before clipping, so all of them stop or skip together,
+with the parameters untouched. One NaN that got past would poison every gradient in clipping and
+both moments of the optimizer after it.
 
-Skipping has a budget. When it is spent the trouble began before the first bad step, so the run goes back to the checkpoint before that
-step and leaves out all batches from there to the last bad one (PaLM, §5.1): skipping the bad ones again would end where it began.
+Skipping has a budget. When it is spent the trouble began before the first bad step, so the run goes
+back to the checkpoint before that step and leaves out all batches from there to the last bad one
+(PaLM, §5.1): skipping the bad ones again would end where it began.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class BadStepError(FloatingPointError):
 
 
 class RewindError(Exception):
-    """Too many bad steps: go back before `first` and leave out every batch up to `last`. `earlier`: what rewinds have left out."""
+    """Too many bad steps: go back before `first` and leave out every batch up to `last`. `earlier`:
+    what rewinds have left out."""
 
     def __init__(self, first: int, last: int, text: str, earlier: list[tuple[int, int]]) -> None:
         super().__init__(text)
@@ -33,37 +36,53 @@ class RewindError(Exception):
 
 
 class Guard:
-    """Judges steps. Its `memory` is part of the checkpoint, so a continued run judges as the undisturbed one."""
+    """Judges steps. Its `memory` is part of the checkpoint, so a continued run judges as the
+    undisturbed one."""
 
     def __init__(self, config: TrainerConfig, memory: Mapping[str, Any] | None = None) -> None:
         memory = memory or {}
         self.config = config
         self.recent = deque[float](memory.get("recent", ()), maxlen=WINDOW)
         self.skipped: list[int] = list(memory.get("skipped", ()))  # since the last rewind
-        self.rewound: list[tuple[int, int]] = [(first, last) for first, last in memory.get("rewound", ())]
+        self.rewound: list[tuple[int, int]] = [
+            (first, last) for first, last in memory.get("rewound", ())
+        ]
 
     def memory(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the last losses, the steps skipped, and the ranges of steps left out after a rewind."""
-        return {"recent": list(self.recent), "skipped": list(self.skipped), "rewound": list(self.rewound)}
+        """What a checkpoint keeps: the last losses, the steps skipped, and the ranges of steps left
+        out after a rewind."""
+        return {
+            "recent": list(self.recent),
+            "skipped": list(self.skipped),
+            "rewound": list(self.rewound),
+        }
 
     def leaves_out(self, step: int) -> bool:
-        """Whether the batch of this step is not to be learned from: asked for, or part of what a rewind left behind."""
-        return step in self.config.skip_steps or any(first <= step <= last for first, last in self.rewound)
+        """Whether the batch of this step is not to be learned from: asked for, or part of what a
+        rewind left behind."""
+        return step in self.config.skip_steps or any(
+            first <= step <= last for first, last in self.rewound
+        )
 
     def accepts(self, step: int, loss: float, by_rank: Sequence[tuple[float, float]]) -> bool:
         """Whether to take step `step` (from 1): True, or False under the policy `skip`.
 
-        by_rank: (loss, squared gradient norm) of every process.
-        Errors: BadStepError under the policy `stop`, and when `bad_step_budget` skips and `rewinds` are used up; RewindError when only
-        the skips are.
+        by_rank: (loss, squared gradient norm) of every process. Errors: BadStepError under the
+        policy `stop`, and when `bad_step_budget` skips and `rewinds` are used up; RewindError when
+        only the skips are.
         """
         problem = self._problem(loss, by_rank)
         if problem is None:
             self.recent.append(loss)
             return True
-        hint = "Fix: lower the learning rate, look at that batch, or leave it out with trainer.skip_steps"
+        hint = (
+            "Fix: lower the learning rate, look at that batch, or leave it out with"
+            " trainer.skip_steps"
+        )
         if self.config.on_bad_step == "stop":
-            raise BadStepError(f"step {step}: {problem}. Parameters are as after step {step - 1}. {hint}")
+            raise BadStepError(
+                f"step {step}: {problem}. Parameters are as after step {step - 1}. {hint}"
+            )
         self.skipped.append(step)
         if len(self.skipped) > self.config.bad_step_budget:
             text = f"step {step}: {problem}; steps {self.skipped} exceed trainer.bad_step_budget"
@@ -73,11 +92,21 @@ class Guard:
         return False
 
     def _problem(self, loss: float, by_rank: Sequence[tuple[float, float]]) -> str | None:
-        bad = [rank for rank, figures in enumerate(by_rank) if not all(math.isfinite(x) for x in figures)]
+        bad = [
+            rank
+            for rank, figures in enumerate(by_rank)
+            if not all(math.isfinite(x) for x in figures)
+        ]
         if bad:
-            seen = ", ".join(f"rank {r}: loss {by_rank[r][0]}, squared gradient norm {by_rank[r][1]}" for r in bad[:8])
+            seen = ", ".join(
+                f"rank {r}: loss {by_rank[r][0]}, squared gradient norm {by_rank[r][1]}"
+                for r in bad[:8]
+            )
             return f"got {seen}, expected finite numbers"
         limit = self.config.spike_factor
         if limit and len(self.recent) >= WINDOW // 4 and loss > limit * median(self.recent):
-            return f"got loss {loss}, expected at most {limit} x {median(self.recent):.4g}, the median of the last steps"
+            return (
+                f"got loss {loss}, expected at most {limit} x {median(self.recent):.4g}, the median"
+                " of the last steps"
+            )
         return None

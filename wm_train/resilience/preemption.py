@@ -1,4 +1,5 @@
-"""Being asked to leave: SIGTERM or SIGUSR1 ends a run after the step in hand, with its state saved."""
+"""Being asked to leave: SIGTERM or SIGUSR1 ends a run after the step in hand, with its state
+saved."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ class Preempted(Exception):
 
 
 class StopRequest:
-    """A flag that the signal handler of one process raises; all processes see it in the next step's gathered figures."""
+    """A flag that the signal handler of one process raises; all processes see it in the next step's
+    gathered figures."""
 
     def __init__(self) -> None:
         self.raised = False

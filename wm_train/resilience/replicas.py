@@ -1,8 +1,10 @@
-"""Silent data corruption: processes that must hold the same bits are compared, and whoever differs is named (design §9).
+"""Silent data corruption: processes that must hold the same bits are compared, and whoever differs
+is named (design §9).
 
-With dp_replicate > 1 every shard of weights, moments and average lies on several devices, and the same arithmetic in the same order keeps
-them equal to the bit. A checksum of each, a few bytes, is gathered; a flipped bit changes it. Where nothing is replicated (plain FSDP)
-there is nothing to compare.
+With dp_replicate > 1 every shard of weights, moments and average lies on several devices, and the
+same arithmetic in the same order keeps them equal to the bit. A checksum of each, a few bytes, is
+gathered; a flipped bit changes it. Where nothing is replicated (plain FSDP) there is nothing to
+compare.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class CorruptionError(Exception):
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """A number that any one flipped bit changes: the sum of all words, made on the device that holds them."""
+    """A number that any one flipped bit changes: the sum of all words, made on the device that
+    holds them."""
     flat = tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8)
     words = flat[: flat.numel() // 4 * 4].view(torch.int32)
     return int(words.sum(dtype=torch.int64)) + int(flat[words.numel() * 4 :].sum(dtype=torch.int64))
@@ -32,13 +35,24 @@ def checksum(tensor: torch.Tensor) -> int:
 def check_replicas(step: int, tensors: Mapping[str, torch.Tensor], world: World) -> None:
     """Compare the copies that processes hold of the same boxes.
 
-    Errors: CorruptionError on all processes, with the rank that is alone against a majority, or all that differ, and the tensors.
+    Errors: CorruptionError on all processes, with the rank that is alone against a majority, or all
+    that differ, and the tensors.
     """
-    sums = {name: checksum(local) for name, tensor in tensors.items() if (local := local_tensor(tensor)).numel()}
+    sums = {
+        name: checksum(local)
+        for name, tensor in tensors.items()
+        if (local := local_tensor(tensor)).numel()
+    }
     mine = []
-    for sharded in (False, True):  # what every process holds whole, and its shards: those who hold the same boxes are replicas
+    for sharded in (
+        False,
+        True,
+    ):  # what every process holds whole, and its shards: those who hold the same boxes are replicas
         names = [name for name in sums if isinstance(tensors[name], DTensor) == sharded]
-        mine += [_crc([(name, local_box(tensors[name])) for name in names]), _crc([sums[name] for name in names])]
+        mine += [
+            _crc([(name, local_box(tensors[name])) for name in names]),
+            _crc([sums[name] for name in names]),
+        ]
     groups: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     for rank, found in enumerate(world.gather(mine)):
         for kind in (0, 1):
@@ -46,7 +60,11 @@ def check_replicas(step: int, tensors: Mapping[str, torch.Tensor], world: World)
     if all(len(set(values.values())) == 1 for values in groups.values()):
         return
     everything = world.gather(sums)  # rare, so it may be long
-    raise CorruptionError("; ".join(text for values in groups.values() for text in _differences(step, values, everything)))
+    raise CorruptionError(
+        "; ".join(
+            text for values in groups.values() for text in _differences(step, values, everything)
+        )
+    )
 
 
 def _crc(value: object) -> int:
@@ -58,11 +76,22 @@ def _differences(step: int, values: dict[int, int], everything: list[dict[str, i
         return []
     (common, count), *_ = Counter(values.values()).most_common(1)
     majority = count > len(values) / 2
-    wrong = [rank for rank, value in values.items() if value != common] if majority else list(values)
+    wrong = (
+        [rank for rank, value in values.items() if value != common] if majority else list(values)
+    )
     right = next(rank for rank, value in values.items() if value == common)
-    names = sorted(n for n in everything[right] if any(everything[rank].get(n) != everything[right][n] for rank in values))
-    who = f"rank {', '.join(map(str, wrong))} holds" if majority else f"ranks {', '.join(map(str, wrong))} hold"
+    names = sorted(
+        n
+        for n in everything[right]
+        if any(everything[rank].get(n) != everything[right][n] for rank in values)
+    )
+    who = (
+        f"rank {', '.join(map(str, wrong))} holds"
+        if majority
+        else f"ranks {', '.join(map(str, wrong))} hold"
+    )
     return [
-        f"step {step}: {who} other bits than its replicas in {len(names)} tensors ({', '.join(names[:3])}), expected the same. "
-        f"No checkpoint was made of them. Fix: start again from the last checkpoint, without that device if it happens again"
+        f"step {step}: {who} other bits than its replicas in {len(names)} tensors"
+        f" ({', '.join(names[:3])}), expected the same. No checkpoint was made of them. Fix: start"
+        " again from the last checkpoint, without that device if it happens again"
     ]

@@ -1,8 +1,11 @@
-"""One run per folder: `owner.json` in a stage's folder says which process writes there, and is rewritten every second while it lives.
+"""One run per folder: `owner.json` in a stage's folder says which process writes there, and is
+rewritten every second while it lives.
 
-A second run is refused and told whose folder it is. A dead owner is succeeded: at once when its process is gone from this machine, or
-when it has been silent for STALE_S as seen from another. So a restart by a launcher never waits on one machine. Nothing but exclusive
-creation and rename is asked of the file system, and no clocks are compared. An owner that was thought dead and wakes up ends itself.
+A second run is refused and told whose folder it is. A dead owner is succeeded: at once when its
+process is gone from this machine, or when it has been silent for STALE_S as seen from another. So a
+restart by a launcher never waits on one machine. Nothing but exclusive creation and rename is asked
+of the file system, and no clocks are compared. An owner that was thought dead and wakes up ends
+itself.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class OwnedError(ValueError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes in a folder. `machine` tells whether `pid` means anything here; `born` tells a process from a later one of that number."""
+    """Who writes in a folder. `machine` tells whether `pid` means anything here; `born` tells a
+    process from a later one of that number."""
 
     token: str
     host: str
@@ -50,7 +54,11 @@ class Owner:
 def this_process() -> Owner:
     token = secrets.token_hex(8)
     try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+        machine = (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            + " "
+            + os.readlink("/proc/self/ns/pid")
+        )
         born = born_at(os.getpid())
     except OSError:  # no such facts here: only the beat will tell
         machine, born = token, ""
@@ -67,7 +75,8 @@ def born_at(pid: int) -> str:
 
 
 def read_owner(folder: Path) -> Owner | None:
-    """What `owner.json` says; None: there is none. A file without a whole sentence is an owner of no machine."""
+    """What `owner.json` says; None: there is none. A file without a whole sentence is an owner of
+    no machine."""
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:
@@ -102,8 +111,9 @@ def check_free(folder: Path) -> None:
 
 def _refusal(folder: Path, owner: Owner) -> OwnedError:
     return OwnedError(
-        f"run folder {folder}: got a run that is owned by process {owner.pid} on {owner.host}, expected none. "
-        f"Fix: wait for it or end it, or start this one with another name=... or out=..."
+        f"run folder {folder}: got a run that is owned by process {owner.pid} on {owner.host},"
+        " expected none. Fix: wait for it or end it, or start this one with another name=... or"
+        " out=..."
     )
 
 
@@ -117,7 +127,9 @@ def owned(folder: Path) -> Iterator[Owner]:
     me = this_process()
     file = _take(folder, me)
     ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(folder, me, file, ended), name="owner", daemon=True)
+    thread = threading.Thread(
+        target=_beat, args=(folder, me, file, ended), name="owner", daemon=True
+    )
     thread.start()
     try:
         yield me
@@ -135,22 +147,24 @@ def _text(owner: Owner) -> bytes:
 
 
 def _take(folder: Path, me: Owner) -> int:
-    """Become the owner; returns the open file, which stays ours whatever others put in its place."""
+    """Become the owner; returns the open file, which stays ours whatever others put in its
+    place."""
     path = folder / NAME
     with contextlib.suppress(FileExistsError):
         return _create(path, _text(me))
     before = read_owner(folder)
     if before is not None and lives(folder, before, me):
         raise _refusal(folder, before)
-    # Two successors of one dead owner: whoever makes its claim first replaces it, if it is still the same one then.
+    # Two successors of one dead owner: whoever makes its claim first replaces it, if it is still
+    # the same one then.
     token = before.token if before else "gone"
     claim, draft = folder / f"{NAME}.claim-{token}", folder / f"{NAME}.tmp-{me.token}"
     try:
         os.close(_create(claim, b""))
     except FileExistsError:
         raise OwnedError(
-            f"run folder {folder}: got another command that is taking it over from a dead run, expected none. Fix: wait for it; if "
-            f"nothing else is being started, delete {claim}"
+            f"run folder {folder}: got another command that is taking it over from a dead run,"
+            f" expected none. Fix: wait for it; if nothing else is being started, delete {claim}"
         ) from None
     try:
         now = read_owner(folder)
@@ -177,7 +191,10 @@ def _beat(folder: Path, me: Owner, file: int, ended: threading.Event) -> None:
             there = read_owner(folder)
             if there is None or there.token != me.token:
                 whose = f"process {there.pid} on {there.host}" if there else "nobody"
-                complain(f"run folder {folder}: it belongs to {whose} now; process {me.pid} on {me.host} leaves and writes no more")
+                complain(
+                    f"run folder {folder}: it belongs to {whose} now; process {me.pid} on {me.host}"
+                    " leaves and writes no more"
+                )
                 os._exit(LOST)
             os.pwrite(file, _text(replace(me, beat=beat)), 0)
         except OSError:  # a file system that stutters; silence is what others will see

@@ -1,7 +1,8 @@
-"""Which process makes the others wait: the one whose own work takes longer, waiting taken out (design §9).
+"""Which process makes the others wait: the one whose own work takes longer, waiting taken out
+(design §9).
 
-Every process sends the times of its step before with the figures that are gathered anyway, so this costs no collective of its own and all
-processes come to the same answer.
+Every process sends the times of its step before with the figures that are gathered anyway, so this
+costs no collective of its own and all processes come to the same answer.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-WINDOW = 4  # steps that are summed before anybody is named: one pause of the operating system makes nobody slow
+# steps that are summed before anybody is named: one pause of the operating system makes nobody slow
+WINDOW = 4
 SECTIONS = ("data", "train")
 
 
 class Stragglers:
-    """Compares processes over windows of steps. `factor`: how many times the others' median is slow; 0 = nobody is."""
+    """Compares processes over windows of steps. `factor`: how many times the others' median is
+    slow; 0 = nobody is."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -23,7 +26,8 @@ class Stragglers:
         self._named: tuple[int, str] | None = None
 
     def seen(self, step: int, by_rank: Sequence[Sequence[float]]) -> str | None:
-        """by_rank: seconds of (data wait, own work) of step - 1 of every process -> a sentence when one has become slow, or is no more."""
+        """by_rank: seconds of (data wait, own work) of step - 1 of every process -> a sentence when
+        one has become slow, or is no more."""
         self._count += 1
         if not self.factor or len(by_rank) < 2 or self._count <= 1:
             return None
@@ -44,12 +48,15 @@ class Stragglers:
         if totals[slow] <= self.factor * others:
             was, self._named = self._named, None
             return f"rank {was[0]} keeps up again (step {step})" if was else None
-        usual = [median(times[section] for rank, times in enumerate(sums) if rank != slow) for section in range(len(SECTIONS))]
+        usual = [
+            median(times[section] for rank, times in enumerate(sums) if rank != slow)
+            for section in range(len(SECTIONS))
+        ]
         section = SECTIONS[max(range(len(SECTIONS)), key=lambda s: sums[slow][s] - usual[s])]
         if (slow, section) == self._named:
             return None
         self._named = (slow, section)
         return (
-            f"rank {slow} is slow (step {step}, section {section}): {totals[slow] / WINDOW:.3f} s of its own per step, the others' median "
-            f"is {others / WINDOW:.3f} s; they wait for it"
+            f"rank {slow} is slow (step {step}, section {section}): {totals[slow] / WINDOW:.3f} s"
+            f" of its own per step, the others' median is {others / WINDOW:.3f} s; they wait for it"
         )

@@ -1,7 +1,9 @@
-"""Goodput: the share of a stage's life that went into steps that count, from its first start on, over all restarts.
+"""Goodput: the share of a stage's life that went into steps that count, from its first start on,
+over all restarts.
 
-`life.json` in the stage's folder is written at every start and end. Steps that were done again count once, skipped ones not at all; what is
-left is starting, saving, validating, doing again, and being down. The pause between the end of a stage and an extension of it is no loss.
+`life.json` in the stage's folder is written at every start and end. Steps that were done again
+count once, skipped ones not at all; what is left is starting, saving, validating, doing again, and
+being down. The pause between the end of a stage and an extension of it is no loss.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class Life:
     def __str__(self) -> str:
         again = f", {self.redone_steps} steps done again" if self.redone_steps else ""
         starts = f"{self.starts} start{'s' if self.starts > 1 else ''}"
-        return f"goodput {self.goodput:.1%}: {self.productive_s:.1f} s of steps in {self.wall_s:.1f} s ({starts}{again})"
+        return (
+            f"goodput {self.goodput:.1%}: {self.productive_s:.1f} s of steps in {self.wall_s:.1f} s"
+            f" ({starts}{again})"
+        )
 
 
 def productive(row: Mapping[str, Any]) -> float:
@@ -68,7 +73,12 @@ def begin_life(folder: Path, redone_steps: int) -> Life:
     now = process_started()
     before = read_life(folder) or Life(now)
     pause = now - before.ended if before.status == "FINISHED" else 0.0
-    life = replace(before, starts=before.starts + 1, redone_steps=before.redone_steps + redone_steps, status="RUNNING")
+    life = replace(
+        before,
+        starts=before.starts + 1,
+        redone_steps=before.redone_steps + redone_steps,
+        status="RUNNING",
+    )
     life = replace(life, paused_s=before.paused_s + max(pause, 0.0), ended=now)
     write_life(folder, life)
     return life

@@ -1,7 +1,9 @@
-"""What MLflow is told of a stage: the JSONL record, from where the store has it. A store that was down misses nothing in the end.
+"""What MLflow is told of a stage: the JSONL record, from where the store has it. A store that was
+down misses nothing in the end.
 
-`mlflow.json` in the stage's folder says which run of which store this is and how much of the record it has. Sending is reading on from
-there, so a dead server, a killed trainer and `replay` are one case. Re-done steps are sent again: what counts is what was done last.
+`mlflow.json` in the stage's folder says which run of which store this is and how much of the record
+it has. Sending is reading on from there, so a dead server, a killed trainer and `replay` are one
+case. Re-done steps are sent again: what counts is what was done last.
 """
 
 from __future__ import annotations
@@ -41,8 +43,23 @@ class Sent:
 class MlflowRecord:
     """The MLflow side of one stage's folder. Not for two threads at once."""
 
-    def __init__(self, run: RunConfig, config: dict[str, Any], stage: str, folder: Path, uri: str, shown_uri: str) -> None:
-        self.run, self.config, self.stage, self.folder, self.uri, self.shown_uri = run, config, stage, folder, uri, shown_uri
+    def __init__(
+        self,
+        run: RunConfig,
+        config: dict[str, Any],
+        stage: str,
+        folder: Path,
+        uri: str,
+        shown_uri: str,
+    ) -> None:
+        self.run, self.config, self.stage, self.folder, self.uri, self.shown_uri = (
+            run,
+            config,
+            stage,
+            folder,
+            uri,
+            shown_uri,
+        )
         self._client: Any = None
         self._sent: Sent | None = None
         self._offset = 0  # bytes of the metrics file that are sent
@@ -59,7 +76,8 @@ class MlflowRecord:
         self._back_to = step
 
     def catch_up(self, status: str | None = None) -> int:
-        """Send what the store does not have, then the run's end if `status` says one; returns how many steps were sent.
+        """Send what the store does not have, then the run's end if `status` says one; returns how
+        many steps were sent.
 
         Errors: whatever the store's client raises. What was sent until then is remembered.
         """
@@ -74,7 +92,13 @@ class MlflowRecord:
         if status is not None and status != self._sent.status:
             life = read_life(self.folder)
             if life is not None and life.ended:
-                self._client.log_metric(self._sent.run_id, "goodput", life.goodput, int(life.ended * 1000), self._sent.step)
+                self._client.log_metric(
+                    self._sent.run_id,
+                    "goodput",
+                    life.goodput,
+                    int(life.ended * 1000),
+                    self._sent.step,
+                )
             self._client.set_terminated(self._sent.run_id, status)
             self._keep(replace(self._sent, status=status))
         return steps
@@ -86,7 +110,9 @@ class MlflowRecord:
     def missing(self) -> int:
         """Steps of the record that the store does not have."""
         have = self._sent.step if self._sent else (note.step if (note := self._read_note()) else 0)
-        return sum(json.loads(line)["step"] > have for line in _whole_lines(self.folder / METRICS, 0)[0])
+        return sum(
+            json.loads(line)["step"] > have for line in _whole_lines(self.folder / METRICS, 0)[0]
+        )
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -107,8 +133,16 @@ class MlflowRecord:
 
         name = self.run.tracker.experiment
         found = client.get_experiment_by_name(name)
-        place = (Path(self.run.out).resolve() / "mlartifacts").as_uri() if self.run.tracker.uri is None else None
-        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
+        place = (
+            (Path(self.run.out).resolve() / "mlartifacts").as_uri()
+            if self.run.tracker.uri is None
+            else None
+        )
+        experiment = (
+            found.experiment_id
+            if found
+            else client.create_experiment(name, artifact_location=place)
+        )
         name = "/".join(part for part in (self.run.name, self.run.pool, self.stage) if part)
         tags = {"mlflow.parentRunId": self.run.tracker.parent} if self.run.tracker.parent else {}
         run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
@@ -135,8 +169,14 @@ class MlflowRecord:
                 self._client.log_batch(self._sent.run_id, metrics=metrics[start : start + MOST])
             if (parent := self.run.tracker.parent) and rows:
                 name = f"{self.run.pool}/{self.stage}/"
-                losses = [Metric(name + m.key, m.value, m.timestamp, m.step) for m in metrics if m.key in PARENT_METRICS]
-                self._client.log_batch(parent, metrics=losses)  # at most two of each of a hundred rows
+                losses = [
+                    Metric(name + m.key, m.value, m.timestamp, m.step)
+                    for m in metrics
+                    if m.key in PARENT_METRICS
+                ]
+                self._client.log_batch(
+                    parent, metrics=losses
+                )  # at most two of each of a hundred rows
             if rows:
                 self._keep(replace(self._sent, step=rows[-1]["step"]))
             self._offset, steps = end, steps + len(rows)
@@ -166,7 +206,8 @@ class MlflowRecord:
 
 
 class Forwarder:
-    """A thread that catches up every EVERY_S and tries again after a failure. Nobody waits for it but `close`."""
+    """A thread that catches up every EVERY_S and tries again after a failure. Nobody waits for it
+    but `close`."""
 
     def __init__(self, record: MlflowRecord, report: Callable[[str], None]) -> None:
         self.record, self.report = record, report
@@ -194,9 +235,12 @@ class Forwarder:
             try:
                 steps = self.record.catch_up(self._status if ended else None)
                 if failed:
-                    self.report(f"MLflow at {self.record.shown_uri} answers again; {steps} steps were sent")
+                    self.report(
+                        f"MLflow at {self.record.shown_uri} answers again; {steps} steps were sent"
+                    )
                 pause, failed = EVERY_S, ""
-            except Exception as error:  # any failure of a tracking store, of whatever library, must not stop training
+            # any failure of a tracking store, of whatever library, must not stop training
+            except Exception as error:
                 self.record.forget()
                 pause = min(2 * pause, RETRY_LIMIT_S) if failed else RETRY_S
                 if not failed and not ended:
@@ -228,5 +272,9 @@ def _whole_lines(path: Path, offset: int, most: int | None = None) -> tuple[list
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        return [row for key, inner in value.items() for row in _flat(f"{prefix}.{key}" if prefix else key, inner)]
+        return [
+            row
+            for key, inner in value.items()
+            for row in _flat(f"{prefix}.{key}" if prefix else key, inner)
+        ]
     return [(prefix, value)]

@@ -1,4 +1,5 @@
-"""Profiling on demand: `trainer.profile=10-15` records these steps of rank 0 as a trace for chrome://tracing or Perfetto."""
+"""Profiling on demand: `trainer.profile=10-15` records these steps of rank 0 as a trace for
+chrome://tracing or Perfetto."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The record of a run: JSONL files that are always complete, and MLflow fed from them by a thread that training never waits for.
+"""The record of a run: JSONL files that are always complete, and MLflow fed from them by a thread
+that training never waits for.
 
-`metrics.jsonl` in the stage's folder has one line per step. After a restart the lines of steps that are done again are dropped first, so
-the file always reads like an undisturbed run. If MLflow's store fails, the run goes on and says so once; what the store missed is sent
-when it answers again, at the next start, or by `python -m wm_train.tracking replay <folder>`.
+`metrics.jsonl` in the stage's folder has one line per step. After a restart the lines of steps that
+are done again are dropped first, so the file always reads like an undisturbed run. If MLflow's
+store fails, the run goes on and says so once; what the store missed is sent when it answers again,
+at the next start, or by `python -m wm_train.tracking replay <folder>`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def store_uri(run: RunConfig) -> str:
 
 
 class StepLog:
-    """`metrics.jsonl`: one JSON object per step, in order, each step once. `dropped`: steps after `first_step` that it held."""
+    """`metrics.jsonl`: one JSON object per step, in order, each step once. `dropped`: steps after
+    `first_step` that it held."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         rows = read_steps(path) if path.exists() else []
@@ -43,7 +46,8 @@ class StepLog:
         self._unwritten = b""
 
     def write(self, row: dict[str, Any]) -> OSError | None:
-        """Add a line. What cannot be written now (a full disk) is kept and goes first next time; the reason is returned."""
+        """Add a line. What cannot be written now (a full disk) is kept and goes first next time;
+        the reason is returned."""
         self._unwritten += (json.dumps(row) + "\n").encode()
         self.productive_s += productive(row)
         return self._flush()
@@ -74,9 +78,17 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Steps, artifacts and the end of one stage, written to files that MLflow is fed from. Lives on rank 0 only."""
+    """Steps, artifacts and the end of one stage, written to files that MLflow is fed from. Lives on
+    rank 0 only."""
 
-    def __init__(self, run: RunConfig, stage: str, folder: Path, first_step: int, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        stage: str,
+        folder: Path,
+        first_step: int,
+        report: Callable[[str], None],
+    ) -> None:
         self.folder, self.report = folder, report
         self._steps = StepLog(folder / METRICS, first_step)
         self._life = begin_life(folder, self._steps.dropped)
@@ -88,10 +100,14 @@ class Tracker:
             self._forwarder = Forwarder(record, report)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of finished step `step` (counted from 1). Writes one line; nothing is waited for."""
+        """Figures of finished step `step` (counted from 1). Writes one line; nothing is waited
+        for."""
         problem = self._steps.write({"step": step, "time": time.time(), **figures})
         if problem is not None and not self._full:
-            self.report(f"record: cannot write {self.folder / METRICS} ({problem}). Its lines are kept until it can. Fix: make room")
+            self.report(
+                f"record: cannot write {self.folder / METRICS} ({problem}). Its lines are kept"
+                " until it can. Fix: make room"
+            )
         self._worked, self._full = True, problem is not None
 
     def rewind(self, step: int) -> None:
@@ -111,7 +127,8 @@ class Tracker:
             self.report(f"record: {path} is not noted as an artifact ({error})")
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
-        """End the run as FINISHED, FAILED or KILLED; say and record its goodput; send what is left."""
+        """End the run as FINISHED, FAILED or KILLED; say and record its goodput; send what is
+        left."""
         problem = self._steps.close()
         if self._worked or status != "FINISHED":
             spent = self._steps.productive_s
@@ -134,25 +151,36 @@ def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
     return MlflowRecord(run, public_config(run), stage, folder, uri, without_login(uri))
 
 
-def parent_run(run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None) -> str | None:
-    """The MLflow run that the pools' runs are parts of, remembered in `folder`, ended if `status` says how; None without a tracker or when
-    its store fails."""
+def parent_run(
+    run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None
+) -> str | None:
+    """The MLflow run that the pools' runs are parts of, remembered in `folder`, ended if `status`
+    says how; None without a tracker or when its store fails."""
     if run.tracker.name != "mlflow":
         return None
     record = record_of(run, "", folder)
     try:
         record.catch_up(status)
-    except Exception as error:  # any failure of a tracking store, of whatever library, must not stop training
-        report(f"MLflow at {record.shown_uri} failed, the run of all pools misses what it would have said ({type(error).__name__})")
+    except (
+        Exception
+    ) as error:  # any failure of a tracking store, of whatever library, must not stop training
+        report(
+            f"MLflow at {record.shown_uri} failed, the run of all pools misses what it would have"
+            f" said ({type(error).__name__})"
+        )
         return None
     return record.run_id
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
-    parser = argparse.ArgumentParser(prog="python -m wm_train.tracking", description="The record of a stage.")
+    parser = argparse.ArgumentParser(
+        prog="python -m wm_train.tracking", description="The record of a stage."
+    )
     command = parser.add_subparsers(dest="command", required=True, metavar="command").add_parser(
-        "replay", help="send to MLflow what its store does not have yet", description="Send to MLflow what its store does not have yet."
+        "replay",
+        help="send to MLflow what its store does not have yet",
+        description="Send to MLflow what its store does not have yet.",
     )
     command.add_argument("folder", type=Path, nargs="+", help="<out>/<name>/<stage>, one or more")
     command.add_argument("--uri", help="another store than the run's")
@@ -161,10 +189,14 @@ def main(argv: list[str] | None = None) -> int:
         try:
             run = from_json((folder / "config.json").read_text(encoding="utf-8"))
             uri = arguments.uri or run.tracker.uri
-            record = record_of(replace(run, tracker=replace(run.tracker, uri=uri)), folder.name, folder)
+            record = record_of(
+                replace(run, tracker=replace(run.tracker, uri=uri)), folder.name, folder
+            )
             life = read_life(folder)
             steps = record.catch_up(life.status if life and life.status != "RUNNING" else None)
-        except Exception as error:  # a missing file, or any failure of whatever library the store uses
+        except (
+            Exception
+        ) as error:  # a missing file, or any failure of whatever library the store uses
             print(f"replay of {folder}: {type(error).__name__}: {error}", file=sys.stderr)
             return 1
         print(f"{folder}: {steps} steps sent")

@@ -1,4 +1,5 @@
-"""Where a stage begins: after the steps of its own newest checkpoint, or with what it inherits from another stage."""
+"""Where a stage begins: after the steps of its own newest checkpoint, or with what it inherits from
+another stage."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from wm_train.world import World
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage begins: steps that are done already, what the step guard remembers of them, the held-out loss of the last, and the
-    shards that were left out."""
+    """Where a stage begins: steps that are done already, what the step guard remembers of them, the
+    held-out loss of the last, and the shards that were left out."""
 
     steps_done: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
@@ -31,10 +32,18 @@ class Start:
     quarantined: tuple[str, ...] = ()
 
 
-def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: World, report: Callable[[str], None]) -> Start:
-    """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits; returns where to begin.
+def restore(
+    run: RunConfig,
+    state: TrainState,
+    data_fingerprint: str,
+    world: World,
+    report: Callable[[str], None],
+) -> Start:
+    """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits;
+    returns where to begin.
 
-    Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or when there is nothing to inherit.
+    Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or
+    when there is nothing to inherit.
     """
     root = checkpoints_of(run, run.stage)
     found = store.find_newest(root, world, report) if run.resume else None
@@ -49,12 +58,19 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
             f"got keying 1, expected {KEYING} (by the stage's name). Fix: name=<new run>"
         )
     sides = ((theirs, manifest.facts["config"]), (mine, public_config(run)))
-    before, now = ({**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"} for facts, config in sides)
-    different = [_difference(key, before.get(key), now[key]) for key in mine if theirs.get(key) != _as_json(mine[key])]
+    before, now = (
+        {**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"}
+        for facts, config in sides
+    )
+    different = [
+        _difference(key, before.get(key), now[key])
+        for key in mine
+        if theirs.get(key) != _as_json(mine[key])
+    ]
     if different:
         raise SetupError(
-            f"cannot continue {folder}: {'; '.join(different)}. Fix: restore those values, start a new run with another name=..., or set "
-            f"resume=false with an empty run directory"
+            f"cannot continue {folder}: {'; '.join(different)}. Fix: restore those values, start a"
+            " new run with another name=..., or set resume=false with an empty run directory"
         )
     held = state.tensors()
     store.load(folder, manifest, held)
@@ -62,13 +78,17 @@ def restore(run: RunConfig, state: TrainState, data_fingerprint: str, world: Wor
     report(f"continuing from {folder} after {manifest.step} steps")
     loss = manifest.facts.get("validation_loss")
     left_out = tuple(manifest.facts.get("quarantined", ()))
-    return Start(manifest.step, manifest.facts.get("guard", {}), math.nan if loss is None else loss, left_out)
+    return Start(
+        manifest.step, manifest.facts.get("guard", {}), math.nan if loss is None else loss, left_out
+    )
 
 
 def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[str], None]) -> None:
-    """Take the weights of the source by name, its moments if asked to; the average starts from the weights.
+    """Take the weights of the source by name, its moments if asked to; the average starts from the
+    weights.
 
-    Errors: SetupError when there is no source, or its names do not fit and nothing says that this is meant.
+    Errors: SetupError when there is no source, or its names do not fit and nothing says that this
+    is meant.
     """
     source, stage = source_of(run, run.stage), run.recipe.stages[run.stage]
     if source is None:
@@ -79,41 +99,62 @@ def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[s
     found = store.find_newest(source.checkpoints, world, report)
     if found is None:
         raise SetupError(
-            f"stage {run.stage} inherits weights: got no valid checkpoint in {source.checkpoints}, expected one. "
-            f"Fix: train that stage first, or set recipe.stages.{run.stage}.inherit to a checkpoints directory"
+            f"stage {run.stage} inherits weights: got no valid checkpoint in {source.checkpoints},"
+            f" expected one. Fix: train that stage first, or set recipe.stages.{run.stage}.inherit"
+            " to a checkpoints directory"
         )
     folder, manifest = found
     mine, use_average = state.tensors(), stage.inherit_weights == "ema"
-    weights = {name.removeprefix("model/"): tensor for name, tensor in mine.items() if name.startswith("model/")}
+    weights = {
+        name.removeprefix("model/"): tensor
+        for name, tensor in mine.items()
+        if name.startswith("model/")
+    }
     held = {n.removeprefix("model/") for n in manifest.tensors if n.startswith("model/")}
-    averaged = {n.removeprefix("ema/") for n in manifest.tensors if use_average and n.startswith("ema/")}
+    averaged = {
+        n.removeprefix("ema/") for n in manifest.tensors if use_average and n.startswith("ema/")
+    }
     try:
         passed = handover(stage, run.stage, weights.keys(), held, stage_parts)
     except ValueError as error:
         raise SetupError(f"{error} (source {folder})") from error
-    targets = {("ema/" if name in averaged else "model/") + name: weights[name] for name in passed.taken}
+    targets = {
+        ("ema/" if name in averaged else "model/") + name: weights[name] for name in passed.taken
+    }
     moments = _moments(run.stage, mine, manifest, passed.taken) if stage.inherit_optimizer else {}
     store.load(folder, manifest, targets | moments, may_ignore=manifest.tensors)
     state.put({f"model/{name}": weights[name] for name in passed.taken} | moments)
     _restart_average(state)
-    changes = f", {len(passed.fresh)} start anew, {len(passed.left)} left behind" if passed.fresh or passed.left else ""
+    changes = (
+        f", {len(passed.fresh)} start anew, {len(passed.left)} left behind"
+        if passed.fresh or passed.left
+        else ""
+    )
     with_moments = f", with {len(moments)} tensors of its optimizer" if moments else ""
-    report(f"weights from {folder} ({'averaged' if averaged else 'as trained'}{changes}{with_moments})")
+    report(
+        f"weights from {folder} ({'averaged' if averaged else 'as trained'}{changes}{with_moments})"
+    )
 
 
-def _moments(stage: str, mine: dict[str, Any], manifest: Manifest, taken: frozenset[str]) -> dict[str, Any]:
-    """The optimizer's tensors of the weights that are taken over; those that the source did not train start from zero."""
+def _moments(
+    stage: str, mine: dict[str, Any], manifest: Manifest, taken: frozenset[str]
+) -> dict[str, Any]:
+    """The optimizer's tensors of the weights that are taken over; those that the source did not
+    train start from zero."""
     stored = {name.rpartition("/")[0] for name in manifest.tensors if name.startswith("optimizer/")}
     wanted = {
         name: tensor
         for name, tensor in mine.items()
-        if name.startswith("optimizer/") and (owner := name.rpartition("/")[0]) in stored and owner.removeprefix("optimizer/") in taken
+        if name.startswith("optimizer/")
+        and (owner := name.rpartition("/")[0]) in stored
+        and owner.removeprefix("optimizer/") in taken
     }
     missing = [name for name in wanted if name not in manifest.tensors]
     if missing or not wanted:
         raise SetupError(
-            f"recipe.stages.{stage}.inherit_optimizer: got a source without {missing[0] if missing else 'an optimizer'}, expected one that "
-            f"was trained with the same optimizer. Fix: recipe.stages.{stage}.inherit_optimizer=false"
+            f"recipe.stages.{stage}.inherit_optimizer: got a source without"
+            f" {missing[0] if missing else 'an optimizer'}, expected one that was trained with the"
+            f" same optimizer. Fix: recipe.stages.{stage}.inherit_optimizer=false"
         )
     return wanted
 

@@ -1,4 +1,5 @@
-"""Going back after too many bad steps: the checkpoint before them is taken, and what was learned since is dropped."""
+"""Going back after too many bad steps: the checkpoint before them is taken, and what was learned
+since is dropped."""
 
 from __future__ import annotations
 
@@ -13,15 +14,25 @@ from wm_train.training.state import TrainState
 from wm_train.world import World
 
 
-def rewind(run: RunConfig, state: TrainState, asked: RewindError, world: World, report: Callable[[str], None]) -> Start:
-    """Fill the state from the newest valid checkpoint before the first bad step; later ones will be made again.
+def rewind(
+    run: RunConfig,
+    state: TrainState,
+    asked: RewindError,
+    world: World,
+    report: Callable[[str], None],
+) -> Start:
+    """Fill the state from the newest valid checkpoint before the first bad step; later ones will be
+    made again.
 
     Errors: BadStepError when there is no such checkpoint.
     """
     root = checkpoints_of(run, run.stage)
     found = store.find_newest(root, world, report, before=asked.first)
     if found is None:
-        raise BadStepError(f"{asked.text}, and no checkpoint before step {asked.first} to go back to. Fix: lower the learning rate")
+        raise BadStepError(
+            f"{asked.text}, and no checkpoint before step {asked.first} to go back to. Fix: lower"
+            " the learning rate"
+        )
     folder, manifest = found
     if world.rank == 0:
         for later in store.committed(root):
@@ -32,6 +43,9 @@ def rewind(run: RunConfig, state: TrainState, asked: RewindError, world: World, 
     store.load(folder, manifest, held)
     state.put(held)
     memory = manifest.facts.get("guard", {})
-    report(f"{asked.text}: going back to step {manifest.step}; the batches of steps {manifest.step + 1} to {asked.last} are left out")
+    report(
+        f"{asked.text}: going back to step {manifest.step}; the batches of steps"
+        f" {manifest.step + 1} to {asked.last} are left out"
+    )
     memory = {**memory, "skipped": [], "rewound": [*asked.earlier, (manifest.step + 1, asked.last)]}
     return Start(manifest.step, memory, quarantined=tuple(manifest.facts.get("quarantined", ())))

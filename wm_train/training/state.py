@@ -1,4 +1,5 @@
-"""What training changes: the sharded model, its optimizer and its average; how it is made and what is saved of it."""
+"""What training changes: the sharded model, its optimizer and its average; how it is made and what
+is saved of it."""
 
 from __future__ import annotations
 
@@ -36,10 +37,11 @@ class SetupError(ValueError):
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a checkpoint holds, under the names it holds it by. `ema` is empty when the stage keeps no average.
+    """Everything a checkpoint holds, under the names it holds it by. `ema` is empty when the stage
+    keeps no average.
 
-    With FSDP2 the live tensors are DTensors in rows (plain tensors on one fp32 process). With ZeRO-3 (`zero`) they are flat stretches,
-    and `tensors` are copies in rows.
+    With FSDP2 the live tensors are DTensors in rows (plain tensors on one fp32 process). With
+    ZeRO-3 (`zero`) they are flat stretches, and `tensors` are copies in rows.
     """
 
     model: nn.Module
@@ -48,21 +50,27 @@ class TrainState:
     zero: Zero3 | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or in rows. Every process must call this."""
+        """model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or in rows. Every process must
+        call this."""
         if self.zero is None:
             return self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
         return dict(self.saved())
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
-        """What `tensors` returns, for reading: with ZeRO-3 one by one, as copies in rows lie on the device. Every process must take all."""
+        """What `tensors` returns, for reading: with ZeRO-3 one by one, as copies in rows lie on the
+        device. Every process must take all."""
         if self.zero is None:
             yield from self.tensors().items()
             return
         for key, flat in self._named(self.weights(), self.zero.moments()).items():
-            yield key, self.zero.rows(flat, self.zero.shape(key.split("/")[1])) if flat.dim() else flat
+            yield (
+                key,
+                self.zero.rows(flat, self.zero.shape(key.split("/")[1])) if flat.dim() else flat,
+            )
 
     def put(self, changed: dict[str, Tensor]) -> None:
-        """Make changes of what `tensors` returned those of the state. Every process must call this."""
+        """Make changes of what `tensors` returned those of the state. Every process must call
+        this."""
         if self.zero is None:
             return
         weights, moments = self.weights(), self.zero.moments()
@@ -73,17 +81,27 @@ class TrainState:
         self.zero.write(weights, moments)
 
     def _named(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _prefixed("model/", weights) | _prefixed("ema/", self.ema) | _prefixed("optimizer/", moments)
+        return (
+            _prefixed("model/", weights)
+            | _prefixed("ema/", self.ema)
+            | _prefixed("optimizer/", moments)
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by name: live, or copies of what lies on a disk (ZeRO-3 with nvme)."""
-        return self.zero.weights() if self.zero else {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return (
+            self.zero.weights()
+            if self.zero
+            else {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model runs on its averaged weights inside this context."""
         weights = self.weights()
-        with ema_weights(self.ema, weights, partial(self.zero.write, weights) if self.zero else None):
+        with ema_weights(
+            self.ema, weights, partial(self.zero.write, weights) if self.zero else None
+        ):
             yield
 
     def update_average(self, decay: float, step: int) -> None:
@@ -107,14 +125,21 @@ class TrainState:
         """The parts of all gradients that this process holds and nobody else counts."""
         if self.zero:
             return self.zero.gradients()
-        return [local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None and is_first_copy(p, rank)]
+        return [
+            local_tensor(p.grad)
+            for p in self.model.parameters()
+            if p.grad is not None and is_first_copy(p, rank)
+        ]
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
         if self.zero:
             self.zero.scale_gradients(factor)
         else:
-            torch._foreach_mul_([local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None], factor)
+            torch._foreach_mul_(
+                [local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None],
+                factor,
+            )
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,8 +147,8 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> TrainState:
-    """The model, sharded as it is made, then filled: no process ever holds all of it. Weights come from the seed and each parameter's
-    name."""
+    """The model, sharded as it is made, then filled: no process ever holds all of it. Weights come
+    from the seed and each parameter's name."""
     config = run.recipe.stages[run.stage].optimizer
     if run.parallel.sharding == "zero3":
         return _build_zero3(run, config, mesh)
@@ -153,7 +178,8 @@ class EvaluationState:
     model: nn.Module
 
     def sources(self, stored: Collection[str]) -> dict[str, Tensor]:
-        """Return the weights by their names in `stored`: `ema/<name>` if it is there, else `model/`."""
+        """Return the weights by their names in `stored`: `ema/<name>` if it is there, else
+        `model/`."""
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         averaged = {name for name in weights if f"ema/{name}" in stored}
         return {("ema/" if n in averaged else "model/") + n: value for n, value in weights.items()}
@@ -181,7 +207,8 @@ def build_for_evaluation(run: RunConfig, mesh: DeviceMesh, device: torch.device)
 
 
 def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> TrainState:
-    """The same under DeepSpeed. Raises SetupError when it is not installed or cannot offload as asked."""
+    """The same under DeepSpeed. Raises SetupError when it is not installed or cannot offload as
+    asked."""
     from parallel.zero import Zero3, building, check, zero_config
 
     try:
@@ -192,7 +219,12 @@ def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> T
         prepare(model, run)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = adamw_groups(trained, config, dims=lambda p: len(p.ds_shape))  # type: ignore[attr-defined]
-        zero = Zero3(model, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps), mesh, settings)
+        zero = Zero3(
+            model,
+            torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps),
+            mesh,
+            settings,
+        )
     except (ValueError, RuntimeError) as error:
         raise SetupError(f"sharding with zero3 failed: {error}") from error
     first: dict[str, Tensor] = {name: zero.empty_rows(zero.shape(name)) for name in zero.weights()}
@@ -203,19 +235,24 @@ def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> T
 
 
 def _own_folder(run: RunConfig) -> str | None:
-    """Where this stage of this run keeps its state on a node's disk: other runs may have been given the same `nvme_path`."""
+    """Where this stage of this run keeps its state on a node's disk: other runs may have been given
+    the same `nvme_path`."""
     given = run.parallel.nvme_path
-    return given and str(Path(given) / str(stage_directory(run, run.stage).absolute()).strip("/").replace("/", "-"))
+    return given and str(
+        Path(given) / str(stage_directory(run, run.stage).absolute()).strip("/").replace("/", "-")
+    )
 
 
 def prepare(model: nn.Module, run: RunConfig) -> None:
-    """The kernels that the run asks for, and training of what its stage trains. Errors: those of `freeze`."""
+    """The kernels that the run asks for, and training of what its stage trains. Errors: those of
+    `freeze`."""
     use_engine_(model, run.backend.kernels)
     freeze(model, run)
 
 
 def freeze(model: nn.Module, run: RunConfig) -> None:
-    """Take what the stage does not train out of training. Raises SetupError for a pattern that covers nothing, or if nothing is left."""
+    """Take what the stage does not train out of training. Raises SetupError for a pattern that
+    covers nothing, or if nothing is left."""
     parameters, where = dict(model.named_parameters()), f"recipe.stages.{run.stage}.frozen"
     patterns = run.recipe.stages[run.stage].frozen
     try:
@@ -224,11 +261,15 @@ def freeze(model: nn.Module, run: RunConfig) -> None:
     except ValueError as error:
         raise SetupError(str(error)) from error
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise SetupError(f"{where}: got {list(patterns)}, which covers every parameter, expected some to train. Fix: take one out")
+        raise SetupError(
+            f"{where}: got {list(patterns)}, which covers every parameter, expected some to train."
+            " Fix: take one out"
+        )
 
 
 def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
-    """What must be equal for a run to continue: it decides the samples, their noise and the function that is trained."""
+    """What must be equal for a run to continue: it decides the samples, their noise and the
+    function that is trained."""
     stage, model = run.recipe.stages[run.stage], asdict(run.model)
     del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
     return {
@@ -253,8 +294,9 @@ def facts(
     validation_loss: float | None,
     quarantined: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself besides its tensors. validation_loss: of this very step, None if there was none. The position in the
-    data is the step; the quarantined shards are all else there is to it."""
+    """What a checkpoint says of itself besides its tensors. validation_loss: of this very step,
+    None if there was none. The position in the data is the step; the quarantined shards are all
+    else there is to it."""
     return {
         "validation_loss": validation_loss,
         "identity": identity(run, data_fingerprint),

@@ -1,4 +1,5 @@
-"""Where the time of this process's steps goes: waiting for data, waiting in communication, work of its own; and its host memory."""
+"""Where the time of this process's steps goes: waiting for data, waiting in communication, work of
+its own; and its host memory."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from wm_train.training.state import TrainState
 
 
 class StepClock:
-    """Call `begin`, take the step, call `end`. `last` is (data wait, own work) in seconds of the step before, for the others to see."""
+    """Call `begin`, take the step, call `end`. `last` is (data wait, own work) in seconds of the
+    step before, for the others to see."""
 
     def __init__(self, stage: Stage, state: TrainState) -> None:
         self.comm = CommClock(stage.backend.device)
@@ -27,7 +29,8 @@ class StepClock:
         self._begun = (time.perf_counter(), time.process_time(), self.comm.seconds())
 
     def end(self, data_wait_s: float) -> dict[str, float]:
-        """Figures of the step that began at `begin`, whose device work is done; `data_wait_s` is this process's."""
+        """Figures of the step that began at `begin`, whose device work is done; `data_wait_s` is
+        this process's."""
         started, cpu, comm = self._begun
         seconds, waited = time.perf_counter() - started, self.comm.seconds() - comm
         self.last = (data_wait_s, max(0.0, seconds - data_wait_s - waited))

@@ -1,4 +1,5 @@
-"""The whole backbone on kernels equals the backbone on references, on one device and on virtual ranks: outputs and every gradient."""
+"""The whole backbone on kernels equals the backbone on references, on one device and on virtual
+ranks: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from wm_train.config.schema import ModelConfig
 from wm_train.models import build_model, initialise_, use_engine_
 from wm_train.models.sana_wm import attention
 
-CONFIG = ModelConfig(latent_channels=4, depth=2, width=48, heads=2, softmax_every=2)  # D = 24: a padded head
+CONFIG = ModelConfig(
+    latent_channels=4, depth=2, width=48, heads=2, softmax_every=2
+)  # D = 24: a padded head
 FRAMES, GRID = 4, (2, 3)
 INTERPRETER = threading.Lock()
 
@@ -35,7 +38,8 @@ def awake() -> torch.nn.Module:
 
 
 def one_at_a_time(function: Callable) -> Callable:
-    """Virtual ranks are threads, and Triton's interpreter has one program counter for all of them."""
+    """Virtual ranks are threads, and Triton's interpreter has one program counter for all of
+    them."""
 
     def call(*arguments, **keywords):
         with INTERPRETER:
@@ -50,37 +54,60 @@ def clip():
     raw = (FRAMES - 1) * 8 + 1
     angle = torch.linspace(0, 0.5, raw)
     c2w = torch.eye(4).repeat(1, raw, 1, 1)
-    c2w[0, :, 0, 0], c2w[0, :, 0, 2], c2w[0, :, 2, 0], c2w[0, :, 2, 2] = angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+    c2w[0, :, 0, 0], c2w[0, :, 0, 2], c2w[0, :, 2, 0], c2w[0, :, 2, 2] = (
+        angle.cos(),
+        angle.sin(),
+        -angle.sin(),
+        angle.cos(),
+    )
     c2w[0, :, 2, 3] = torch.linspace(0, 2.0, raw)
     intrinsics = torch.tensor([80.0, 80.0, 48.0, 32.0]).expand(1, raw, 4)
-    return torch.randn(1, FRAMES, 4, *GRID), torch.rand(1, FRAMES), Conditions((64, 96), 8, c2w, intrinsics)
+    return (
+        torch.randn(1, FRAMES, 4, *GRID),
+        torch.rand(1, FRAMES),
+        Conditions((64, 96), 8, c2w, intrinsics),
+    )
 
 
-def on_virtual_ranks(model, clip, layout, table, ranks) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def on_virtual_ranks(
+    model, clip, layout, table, ranks
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     latents, sigma, conditions = clip
     copies = replicate(model, ranks)
 
     def body(comm):
         sequence = GroupSequence(layout, comm, table)
         local = slice(sequence.frames.start, sequence.frames.stop)
-        return copies[comm.members[0].index](latents[:, local], sigma[:, local], conditions, sequence)
+        return copies[comm.members[0].index](
+            latents[:, local], sigma[:, local], conditions, sequence
+        )
 
     results, _ = run_virtual(body, ranks)
     torch.cat(results, 1).square().sum().backward()
     named = [dict(copy.named_parameters()) for copy in copies]
-    grads = {name: torch.stack([own[name].grad for own in named]).sum(0) for name, p in named[0].items() if p.grad is not None}
+    grads = {
+        name: torch.stack([own[name].grad for own in named]).sum(0)
+        for name, p in named[0].items()
+        if p.grad is not None
+    }
     return torch.cat([x.detach() for x in results], 1), grads
 
 
 def on_one_device(model, clip, layout, table) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     out = model(*clip, LocalSequence(layout, table))
     out.square().sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, ClipLayout(FRAMES)), (2, ClipLayout(FRAMES, valid_frames=(3,))), pytest.param(3, ClipLayout(FRAMES), marks=pytest.mark.full)],
+    [
+        (1, ClipLayout(FRAMES)),
+        (2, ClipLayout(FRAMES, valid_frames=(3,))),
+        pytest.param(3, ClipLayout(FRAMES), marks=pytest.mark.full),
+    ],
     ids=["one-device", "two-ranks-padded", "three-ranks"],
 )
 def test_model_on_kernels_equals_model_on_references(ranks, layout, clip, monkeypatch, rms_ratio):
@@ -91,7 +118,9 @@ def test_model_on_kernels_equals_model_on_references(ranks, layout, clip, monkey
         monkeypatch.setattr(attention, name, one_at_a_time(getattr(kernels, name)))
     use_engine_(model, "triton")  # on CPUs `auto` never picks the interpreter
     run = on_one_device if ranks == 1 else partial(on_virtual_ranks, ranks=ranks)
-    actual, grads = run(model, clip, layout, kernels.sequence_kernels(torch.device("cpu"), "triton"))
+    actual, grads = run(
+        model, clip, layout, kernels.sequence_kernels(torch.device("cpu"), "triton")
+    )
     assert rms_ratio(actual, expected) <= 1e-4
     assert grads.keys() == expected_grads.keys()
     total = torch.stack([g.norm() for g in expected_grads.values()]).norm()

@@ -1,4 +1,5 @@
-"""The trial that kernels pass on a device before they are trusted: right ones pass, wrong ones are found out."""
+"""The trial that kernels pass on a device before they are trusted: right ones pass, wrong ones are
+found out."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def test_right_kernels_pass(kind, dtype):
 
 def test_a_kernel_that_is_slightly_wrong_is_not_trusted(monkeypatch, caplog):
     forward = Gram.forward
-    monkeypatch.setattr(Gram, "forward", staticmethod(lambda *a: tuple(x * 1.05 for x in forward(*a))))
+    monkeypatch.setattr(
+        Gram, "forward", staticmethod(lambda *a: tuple(x * 1.05 for x in forward(*a)))
+    )
     with caplog.at_level(logging.ERROR, "wm_train.kernels"):
         assert not trial.trusted("tokens", CPU, torch.bfloat16, 16)
     assert "gdn_gram" in caplog.text

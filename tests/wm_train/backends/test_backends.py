@@ -23,7 +23,16 @@ def test_check_passes_on_the_cpu_and_prints_every_entry_of_the_kernel_table(caps
     assert command.main(["check", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert all(name.removesuffix("_backward") in printed for name in REFERENCE._fields)
-    assert all(name in printed for name in ("short_convolution", "gdn_gram", "camera_output", "stream and event", "profiler"))
+    assert all(
+        name in printed
+        for name in (
+            "short_convolution",
+            "gdn_gram",
+            "camera_output",
+            "stream and event",
+            "profiler",
+        )
+    )
     assert "OK: all 28 agree" in printed
 
 
@@ -36,7 +45,9 @@ def test_check_fails_on_a_kernel_that_is_slightly_wrong_and_on_one_that_raises(m
         raise RuntimeError("no valid execution plan")
 
     table = REFERENCE._replace(local_states=wrong, block_attention=raises)
-    odd = replace(get_backend("cpu"), kernels=lambda *asked: table, memory=lambda: {"allocated": 2, "peak": 1})
+    odd = replace(
+        get_backend("cpu"), kernels=lambda *asked: table, memory=lambda: {"allocated": 2, "peak": 1}
+    )
     failed = {row.what for row in check.check(odd) if not row.ok}
     assert {f"local_states ({name})" for name in ("numerator", "normaliser")} <= failed
     assert {"block_attention (full)", "block_attention (chunk-causal)", "memory"} <= failed
@@ -54,18 +65,31 @@ def test_a_backend_that_is_not_there_is_named(capsys):
 def test_third_parties_register_by_entry_point(monkeypatch):
     mine = replace(get_backend("cpu"), name="mine")
     point = SimpleNamespace(name="mine", load=lambda: lambda threads, local_rank: mine)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == "wm_train.backends" else [])
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda group: [point] if group == "wm_train.backends" else [],
+    )
     assert get_backend("mine") is mine
 
 
-@pytest.mark.parametrize(("key", "choices"), [("kernels", "auto, triton, reference"), ("attention", "auto, cudnn, flash, ")])
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [("kernels", "auto, triton, reference"), ("attention", "auto, cudnn, flash, ")],
+)
 def test_engines_are_config_keys_with_choices(key, choices):
-    found = [p for p in problems_of(compose(["experiment=demo", f"backend.{key}=fast"])) if p.where == f"backend.{key}"]
+    found = [
+        p
+        for p in problems_of(compose(["experiment=demo", f"backend.{key}=fast"]))
+        if p.where == f"backend.{key}"
+    ]
     assert len(found) == 1
     assert choices in found[0].rule
 
 
-def test_an_engine_that_this_device_lacks_is_a_setup_error_before_anything_runs(train_here, tmp_path):
+def test_an_engine_that_this_device_lacks_is_a_setup_error_before_anything_runs(
+    train_here, tmp_path
+):
     with pytest.raises(ValueError, match="got engine 'cudnn' on cpu"):
         train_here(tmp_path, "backend.attention=cudnn")
 
@@ -75,8 +99,9 @@ MOST = 2147483647  # tokens before and after: all
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype, tolerance):
-    """A stand-in with the schemas that torch_npu registers (npu_fusion_attention, npu_fusion_attention_grad) and the dtypes and shapes that
-    its operator asks for; it returns a row's maximum and sum eight times in fp32, as the operator does."""
+    """A stand-in with the schemas that torch_npu registers (npu_fusion_attention,
+    npu_fusion_attention_grad) and the dtypes and shapes that its operator asks for; it returns a
+    row's maximum and sum eight times in fp32, as the operator does."""
 
     def forward(
         query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0, pre_tockens=MOST,
@@ -89,7 +114,15 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         largest = scores.amax(-1, keepdim=True)
         total = (scores - largest).exp().sum(-1, keepdim=True)
         out = ((scores - largest).exp() / total @ value.float()).to(dtype)
-        return out, largest.expand(*largest.shape[:-1], 8), total.expand(*total.shape[:-1], 8), torch.empty(0), 0, 0, 0
+        return (
+            out,
+            largest.expand(*largest.shape[:-1], 8),
+            total.expand(*total.shape[:-1], 8),
+            torch.empty(0),
+            0,
+            0,
+            0,
+        )
 
     def backward(
         query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None, atten_mask=None, softmax_max=None,
@@ -103,10 +136,24 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         assert softmax_max.shape == softmax_sum.shape == (*query.shape[:3], 8)
         assert softmax_max.is_contiguous()
         assert softmax_sum.is_contiguous()
-        query, key, value, dy, attention_in = (x.float() for x in (query, key, value, dy, attention_in))
-        p = (query @ key.transpose(-1, -2) * scale_value - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
-        score = p * (dy @ value.transpose(-1, -2) - (dy * attention_in).sum(-1, keepdim=True)) * scale_value
-        return *(x.to(dtype) for x in (score @ key, score.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dy)), None
+        query, key, value, dy, attention_in = (
+            x.float() for x in (query, key, value, dy, attention_in)
+        )
+        p = (
+            query @ key.transpose(-1, -2) * scale_value - softmax_max[..., :1]
+        ).exp() / softmax_sum[..., :1]
+        score = (
+            p
+            * (dy @ value.transpose(-1, -2) - (dy * attention_in).sum(-1, keepdim=True))
+            * scale_value
+        )
+        return (
+            *(
+                x.to(dtype)
+                for x in (score @ key, score.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dy)
+            ),
+            None,
+        )
 
     module = ModuleType("torch_npu")
     module.npu_fusion_attention, module.npu_fusion_attention_grad = forward, backward
@@ -115,5 +162,12 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
     q, k, v, grad = (torch.randn(2, 3, n, 16).to(dtype) for n in (5, 9, 9, 5))
     out, lse = engines.plain(q, k, v)
     close(engines.npu_fusion(q, k, v), (out, lse))
-    part = (grad.float(), q, k[:, :, :4].contiguous(), v[:, :, :4].contiguous(), out.float(), lse)  # as ring attention hands them over
+    part = (
+        grad.float(),
+        q,
+        k[:, :, :4].contiguous(),
+        v[:, :, :4].contiguous(),
+        out.float(),
+        lse,
+    )  # as ring attention hands them over
     close(engines.npu_fusion_backward(*part), engines.plain_backward(*part))

@@ -1,4 +1,5 @@
-"""One process of the resharding test: `save` writes sharded tensors, `load` reads them back on any number of processes."""
+"""One process of the resharding test: `save` writes sharded tensors, `load` reads them back on any
+number of processes."""
 
 import sys
 from pathlib import Path
@@ -22,11 +23,20 @@ def whole(name: str) -> torch.Tensor:
 
 def main(action: str, root: Path, replicas: int) -> None:
     world = join_world(get_backend("cpu"), 30.0)
-    mesh = init_device_mesh("cpu", (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(
+        "cpu", (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard")
+    )
     placements = [Replicate(), Shard(0)]
     full = {name: whole(name) for name in SHAPES}
-    start = full if action == "save" else {name: torch.full_like(tensor, -1) for name, tensor in full.items()}
-    tensors = {n: distribute_tensor(t.clone(), mesh, placements) if t.dim() else t.clone() for n, t in start.items()}
+    start = (
+        full
+        if action == "save"
+        else {name: torch.full_like(tensor, -1) for name, tensor in full.items()}
+    )
+    tensors = {
+        n: distribute_tensor(t.clone(), mesh, placements) if t.dim() else t.clone()
+        for n, t in start.items()
+    }
     if action == "save":
         store.save(root, 1, "short", tensors, {}, world)
     else:

@@ -1,4 +1,5 @@
-"""Checkpoints are whole or absent: every damage is found before a tensor is used, and the one before is taken."""
+"""Checkpoints are whole or absent: every damage is found before a tensor is used, and the one
+before is taken."""
 
 import hashlib
 import json
@@ -63,7 +64,9 @@ def test_every_flipped_bit_is_found_and_the_previous_checkpoint_taken(tmp_path):
         assert "quarantined" in reports[0]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "empty", "swap", "foreign", "no manifest", "format"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "remove", "empty", "swap", "foreign", "no manifest", "format"]
+)
 def test_damaged_folders_are_refused_with_a_reason(tmp_path, damage):
     good, folder = save(tmp_path, 1), save(tmp_path, 2, seed=2)
     file = folder / "rank_00000.safetensors"
@@ -81,7 +84,9 @@ def test_damaged_folders_are_refused_with_a_reason(tmp_path, damage):
         (folder / manifest.NAME).unlink()
     elif damage == "format":
         read = manifest.read_manifest(folder)
-        (folder / manifest.NAME).write_text(manifest.to_text(manifest.Manifest(**{**vars(read), "format": 99})))
+        (folder / manifest.NAME).write_text(
+            manifest.to_text(manifest.Manifest(**{**vars(read), "format": 99}))
+        )
     found, reports = newest(tmp_path)
     assert found is not None
     assert found[0] == good
@@ -111,8 +116,15 @@ def test_an_unfinished_draft_is_never_found_and_is_cleaned(tmp_path):
 def test_load_lists_every_wrong_name_and_changes_nothing(tmp_path):
     folder = save(tmp_path, 1)
     read = store.check(folder, ALONE)
-    targets = {"model/weight": torch.full((7, 6), 9.0), "model/bias": torch.full((7,), 9.0), "model/new": torch.full((1,), 9.0)}
-    with pytest.raises(manifest.CheckpointError, match=r"missing model/new; extra model/empty.*model/weight has shape \[7, 5\]"):
+    targets = {
+        "model/weight": torch.full((7, 6), 9.0),
+        "model/bias": torch.full((7,), 9.0),
+        "model/new": torch.full((1,), 9.0),
+    }
+    with pytest.raises(
+        manifest.CheckpointError,
+        match=r"missing model/new; extra model/empty.*model/weight has shape \[7, 5\]",
+    ):
         store.load(folder, read, targets)
     assert all(bool((t == 9).all()) for t in targets.values())
 
@@ -132,7 +144,9 @@ def test_a_failed_save_leaves_the_last_one_and_the_next_save_works(tmp_path, mon
     assert save(tmp_path, 2).exists()
 
 
-@pytest.mark.parametrize(("keep_every", "kept"), [(0, [7, 10]), (4, [4, 7, 10]), (1, [1, 2, 4, 7, 10])])
+@pytest.mark.parametrize(
+    ("keep_every", "kept"), [(0, [7, 10]), (4, [4, 7, 10]), (1, [1, 2, 4, 7, 10])]
+)
 def test_retention_keeps_the_newest_and_every_nth(tmp_path, keep_every, kept):
     for step in (1, 2, 4, 7, 10):
         save(tmp_path, step)
@@ -151,7 +165,9 @@ def mutate(value, draws: random.Random):
     if isinstance(value, list) and value and draws.random() < 0.8:
         place = draws.randrange(len(value))
         return [*value[:place], mutate(value[place], draws), *value[place + draws.randrange(2) :]]
-    return draws.choice([None, True, -1, 2**70, 0.5, "x", "../../etc/passwd", [], {}, [value], {"a": value}])
+    return draws.choice(
+        [None, True, -1, 2**70, 0.5, "x", "../../etc/passwd", [], {}, [value], {"a": value}]
+    )
 
 
 def test_mutated_manifests_with_a_right_hash_are_one_clear_error_or_harmless(tmp_path):
@@ -161,7 +177,9 @@ def test_mutated_manifests_with_a_right_hash_are_one_clear_error_or_harmless(tmp
     for _ in range(2000):
         changed = mutate(body, draws)
         text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
-        (folder / manifest.NAME).write_text(f'{{"body":{text},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n')
+        (folder / manifest.NAME).write_text(
+            f'{{"body":{text},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'
+        )
         targets = {name: torch.empty_like(tensor) for name, tensor in tensors(0).items()}
         try:
             store.load(folder, store.check(folder, ALONE), targets)

@@ -1,4 +1,5 @@
-"""`python -m wm_train.checkpoint`: what it says of good and bad checkpoints, and what an export holds."""
+"""`python -m wm_train.checkpoint`: what it says of good and bad checkpoints, and what an export
+holds."""
 
 from dataclasses import asdict, replace
 
@@ -13,14 +14,27 @@ from wm_train.models import build_model
 from wm_train.models.init import initialise_
 from wm_train.world import World
 
-TINY = ModelConfig(latent_channels=6, depth=2, width=48, heads=2, softmax_every=2, text_width=10, causal=True)
+TINY = ModelConfig(
+    latent_channels=6, depth=2, width=48, heads=2, softmax_every=2, text_width=10, causal=True
+)
 
 
 @pytest.fixture
 def stage_folder(tmp_path):
     for step in (1, 2, 3):
-        tensors = {"model/a": torch.full((2, 3), step), "model/frozen": torch.ones(1), "ema/a": torch.full((2, 3), -step)}
-        store.save(tmp_path, step, "short", tensors | {"optimizer/a/step": torch.zeros(())}, {"world": 1}, World(0, 1))
+        tensors = {
+            "model/a": torch.full((2, 3), step),
+            "model/frozen": torch.ones(1),
+            "ema/a": torch.full((2, 3), -step),
+        }
+        store.save(
+            tmp_path,
+            step,
+            "short",
+            tensors | {"optimizer/a/step": torch.zeros(())},
+            {"world": 1},
+            World(0, 1),
+        )
     return tmp_path
 
 
@@ -47,7 +61,9 @@ def test_export_holds_every_weight_under_its_own_name(stage_folder, tmp_path, we
     held = load_file(out)
     assert sorted(held) == ["a", "frozen"]
     assert torch.equal(held["a"], torch.full((2, 3), 3 * sign))
-    assert main(["export", str(stage_folder), str(out)]) == 2, "an existing file must not be written over"
+    assert main(["export", str(stage_folder), str(out)]) == 2, (
+        "an existing file must not be written over"
+    )
 
 
 def saved_model(folder, config: ModelConfig) -> torch.nn.Module:
@@ -55,9 +71,15 @@ def saved_model(folder, config: ModelConfig) -> torch.nn.Module:
     model = build_model(config)
     initialise_(model, 0)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    averages = {f"ema/{name}": weights[name] + 1 for name in weights if name not in model.unused_parameters()}
+    averages = {
+        f"ema/{name}": weights[name] + 1
+        for name in weights
+        if name not in model.unused_parameters()
+    }
     tensors = {f"model/{name}": value for name, value in weights.items()} | averages
-    store.save(folder, 7, "sft", tensors, {"world": 1, "identity": {"model": asdict(config)}}, World(0, 1))
+    store.save(
+        folder, 7, "sft", tensors, {"world": 1, "identity": {"model": asdict(config)}}, World(0, 1)
+    )
     return model
 
 
@@ -67,20 +89,41 @@ def test_diffusers_reads_the_public_layout(tmp_path, weights, added):
 
     model = saved_model(tmp_path / "checkpoints", TINY)
     out = str(tmp_path / "public")
-    command = ["export", str(tmp_path / "checkpoints"), out, "--layout", "diffusers", "--weights", weights]
+    command = [
+        "export",
+        str(tmp_path / "checkpoints"),
+        out,
+        "--layout",
+        "diffusers",
+        "--weights",
+        weights,
+    ]
     assert main(command) == 0
     public, report = SanaWMTransformer3DModel.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
     theirs = dict(public.named_parameters())
     assert theirs.keys() == dict(model.named_parameters()).keys()
     for name, value in model.named_parameters():
-        assert torch.equal(theirs[name], value + (0 if name in model.unused_parameters() else added)), name
+        assert torch.equal(
+            theirs[name], value + (0 if name in model.unused_parameters() else added)
+        ), name
     assert main(command) == 2, "a directory that is not empty must stay as it is"
 
 
 def test_what_the_public_class_cannot_hold_is_one_clear_error(tmp_path, capsys):
     saved_model(tmp_path / "checkpoints", replace(TINY, text_width=0))
-    assert main(["export", str(tmp_path / "checkpoints"), str(tmp_path / "out"), "--layout", "diffusers"]) == 2
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "checkpoints"),
+                str(tmp_path / "out"),
+                "--layout",
+                "diffusers",
+            ]
+        )
+        == 2
+    )
     assert "text_width=0, expected a camera branch and a text branch" in capsys.readouterr().err
 
 

@@ -9,7 +9,13 @@ WORKER = Path(__file__).with_name("reshard_worker.py")
 
 @pytest.mark.parametrize(
     ("writers", "replicas", "readers"),
-    [(4, 2, 1), *(pytest.param(*counts, marks=pytest.mark.full) for counts in ((1, 1, 3), (4, 1, 2), (2, 1, 1)))],
+    [
+        (4, 2, 1),
+        *(
+            pytest.param(*counts, marks=pytest.mark.full)
+            for counts in ((1, 1, 3), (4, 1, 2), (2, 1, 1))
+        ),
+    ],
 )
 def test_any_mesh_reads_what_any_other_wrote(tmp_path, run_ranks, writers, replicas, readers):
     run_ranks(writers, WORKER, "save", tmp_path, replicas)

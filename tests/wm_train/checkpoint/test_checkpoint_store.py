@@ -1,4 +1,5 @@
-"""Checkpoints in a store without rename: whole or absent, verified, kept by the same rules; over a real S3 server and in memory."""
+"""Checkpoints in a store without rename: whole or absent, verified, kept by the same rules; over a
+real S3 server and in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +26,12 @@ def s3():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    settings = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    settings = {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     for name, value in settings.items():
         environment.setenv(name, value)
     fsspec.filesystem("s3", use_listings_cache=False).mkdir("checkpoints")
@@ -46,11 +52,18 @@ def state(step: int) -> dict[str, torch.Tensor]:
     draws = torch.Generator().manual_seed(step)
     weight = torch.randn(SHAPE, generator=draws)
     one = torch.tensor(1.0)
-    return {"model/a": weight, "model/b": weight[0].to(torch.bfloat16), "model/empty": torch.zeros(0, 3), "optimizer/a/step": one}
+    return {
+        "model/a": weight,
+        "model/b": weight[0].to(torch.bfloat16),
+        "model/empty": torch.zeros(0, 3),
+        "optimizer/a/step": one,
+    }
 
 
 def save(root: Remote, step: int, loss: float | None = None) -> Remote:
-    folder = store.save(root, step, "short", state(step), {"validation_loss": loss, "world": 1}, ALONE)
+    folder = store.save(
+        root, step, "short", state(step), {"validation_loss": loss, "world": 1}, ALONE
+    )
     assert isinstance(folder, Remote)
     return folder
 
@@ -82,9 +95,15 @@ def test_only_the_rows_that_are_asked_for_are_read(root, monkeypatch):
     folder = save(root, 1)
     manifest, asked = store.check(folder, ALONE), []
     read = Remote.read
-    monkeypatch.setattr(Remote, "read", lambda file, start, stop: asked.append((start, stop)) or read(file, start, stop))
+    monkeypatch.setattr(
+        Remote,
+        "read",
+        lambda file, start, stop: asked.append((start, stop)) or read(file, start, stop),
+    )
     tensors = store.RemoteTensors(folder / next(iter(manifest.files)))
-    assert torch.equal(tensors.get_slice("model/a")[slice(8, 16), slice(2, 5)], state(1)["model/a"][8:16, 2:5])
+    assert torch.equal(
+        tensors.get_slice("model/a")[slice(8, 16), slice(2, 5)], state(1)["model/a"][8:16, 2:5]
+    )
     assert asked[-1][1] - asked[-1][0] == 8 * SHAPE[1] * 4
 
 
@@ -104,16 +123,22 @@ def test_a_damaged_one_is_found_set_aside_and_the_one_before_taken(root, damage)
     found = store.find_newest(root, ALONE, reports.append)
     assert found is not None
     assert found[0] == good
-    assert len(reports) == (0 if damage == "no manifest" else 1), "without a manifest it was never a checkpoint"
+    assert len(reports) == (0 if damage == "no manifest" else 1), (
+        "without a manifest it was never a checkpoint"
+    )
     store.prune(root, 2, 0, ALONE)
-    assert (bad / "manifest.bad").is_file() == (damage != "no manifest"), "evidence is kept, drafts are not"
+    assert (bad / "manifest.bad").is_file() == (damage != "no manifest"), (
+        "evidence is kept, drafts are not"
+    )
     assert store._step(save(root, 2)) == 2
 
 
 def test_a_save_that_fails_midway_leaves_the_last_one_and_the_next_works(root, monkeypatch):
     good = save(root, 1)
     with monkeypatch.context() as broken:
-        broken.setattr(store, "write_text", lambda *_: (_ for _ in ()).throw(OSError("the store went away")))
+        broken.setattr(
+            store, "write_text", lambda *_: (_ for _ in ()).throw(OSError("the store went away"))
+        )
         with pytest.raises(CheckpointError, match="the store went away"):
             save(root, 2)
     assert store.find_newest(root, ALONE, print)[0] == good  # type: ignore[index]

@@ -1,4 +1,5 @@
-"""What a stage hands to the next: weights by name, moments if asked; what is new, frozen or re-initialised; and when a stage ends."""
+"""What a stage hands to the next: weights by name, moments if asked; what is new, frozen or
+re-initialised; and when a stage ends."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from wm_train.training.state import SetupError
 
 LONG = "recipe.stages.long."
 QUICK = ("recipe.stages.short.steps=4", "trainer.async_checkpoint=false")
-SECOND = ("stage=long", LONG + "frames=41", LONG + "global_batch=2", LONG + "steps=1", LONG + "optimizer.warmup_steps=0")
+SECOND = (
+    "stage=long",
+    LONG + "frames=41",
+    LONG + "global_batch=2",
+    LONG + "steps=1",
+    LONG + "optimizer.warmup_steps=0",
+)
 
 
 def stage(**own) -> StageConfig:
@@ -25,7 +32,13 @@ def stage(**own) -> StageConfig:
 
 
 def meet(mine: set[str], theirs: set[str], **own):
-    return handover(stage(**own), "two", mine, theirs, lambda names: sorted(n for n in names if n.startswith("camera.")))
+    return handover(
+        stage(**own),
+        "two",
+        mine,
+        theirs,
+        lambda names: sorted(n for n in names if n.startswith("camera.")),
+    )
 
 
 def test_names_are_taken_added_and_left_only_where_something_says_so() -> None:
@@ -37,10 +50,20 @@ def test_names_are_taken_added_and_left_only_where_something_says_so() -> None:
 @pytest.mark.parametrize(
     ("mine", "theirs", "own", "words"),
     [
-        ({"a", "head.1"}, {"a"}, {}, r"parameters that its source lacks, head\.1, expected them in recipe\.stages\.two\.new"),
+        (
+            {"a", "head.1"},
+            {"a"},
+            {},
+            r"parameters that its source lacks, head\.1, expected them in recipe\.stages\.two\.new",
+        ),
         ({"a"}, {"a", "b"}, {}, "parameters that its model lacks, b"),
         ({"a"}, {"a"}, {"new": ("a",)}, r"two\.new: got a, expected names that the source lacks"),
-        ({"a"}, {"a"}, {"reinitialise": ("z*",)}, r"two\.reinitialise: got 'z\*', expected a pattern"),
+        (
+            {"a"},
+            {"a"},
+            {"reinitialise": ("z*",)},
+            r"two\.reinitialise: got 'z\*', expected a pattern",
+        ),
     ],
 )
 def test_names_without_a_counterpart_are_refused(mine, theirs, own, words) -> None:
@@ -59,8 +82,19 @@ def stored(folder, name: str) -> dict[str, torch.Tensor]:
 
 def test_frozen_stays_reinitialised_starts_anew_and_moments_go_on(train_here, tmp_path) -> None:
     train_here(tmp_path, *QUICK)
-    names = (LONG + "frozen=['blocks.0.*']", LONG + "reinitialise=['final_layer.linear.*']", LONG + "inherit_optimizer=true")
-    train_here(tmp_path, *SECOND, *names, LONG + "inherit_weights=raw", LONG + "optimizer.lr=1e-9", "trainer.async_checkpoint=false")
+    names = (
+        LONG + "frozen=['blocks.0.*']",
+        LONG + "reinitialise=['final_layer.linear.*']",
+        LONG + "inherit_optimizer=true",
+    )
+    train_here(
+        tmp_path,
+        *SECOND,
+        *names,
+        LONG + "inherit_weights=raw",
+        LONG + "optimizer.lr=1e-9",
+        "trainer.async_checkpoint=false",
+    )
     before, after = stored(tmp_path, "short"), stored(tmp_path, "long")
     frozen = [key for key in before if key.startswith("model/blocks.0.")]
     assert len(frozen) > 5
@@ -68,17 +102,28 @@ def test_frozen_stays_reinitialised_starts_anew_and_moments_go_on(train_here, tm
     assert not any(key.startswith(("optimizer/blocks.0.", "ema/blocks.0.")) for key in after)
     fresh = SanaWM(stage_run(compose(["experiment=demo", "model.width=64"]), "long").model)
     initialise_(fresh, 0)
-    torch.testing.assert_close(after["model/final_layer.linear.weight"], fresh.final_layer.linear.weight.detach(), rtol=0, atol=1e-7)
-    assert not torch.equal(before["model/final_layer.linear.weight"], after["model/final_layer.linear.weight"])
+    torch.testing.assert_close(
+        after["model/final_layer.linear.weight"],
+        fresh.final_layer.linear.weight.detach(),
+        rtol=0,
+        atol=1e-7,
+    )
+    assert not torch.equal(
+        before["model/final_layer.linear.weight"], after["model/final_layer.linear.weight"]
+    )
     steps = {key: float(value) for key, value in after.items() if key.endswith("/step")}
     assert steps["optimizer/final_layer.linear.weight/step"] == 1
     assert steps["optimizer/blocks.1.attn.qkv.weight/step"] == 5, "four steps before and one here"
 
 
-def test_moments_of_another_optimizer_and_patterns_without_a_match_are_refused(train_here, tmp_path) -> None:
+def test_moments_of_another_optimizer_and_patterns_without_a_match_are_refused(
+    train_here, tmp_path
+) -> None:
     train_here(tmp_path, *QUICK)
     with pytest.raises(SetupError, match=r"inherit_optimizer: got a source without .*momentum"):
-        train_here(tmp_path, *SECOND, LONG + "inherit_optimizer=true", LONG + "optimizer.name=normuon")
+        train_here(
+            tmp_path, *SECOND, LONG + "inherit_optimizer=true", LONG + "optimizer.name=normuon"
+        )
     with pytest.raises(SetupError, match=r"long\.frozen: got 'block\.0\.\*'"):
         train_here(tmp_path, *SECOND, LONG + "frozen=['block.0.*']")
     with pytest.raises(SetupError, match="covers every parameter"):
@@ -86,15 +131,25 @@ def test_moments_of_another_optimizer_and_patterns_without_a_match_are_refused(t
 
 
 def test_a_stage_ends_at_its_gate_and_stays_ended(train_here, tmp_path) -> None:
-    gate = ("trainer.validation_clips=2", "trainer.validate_every=2", "trainer.async_checkpoint=false")
+    gate = (
+        "trainer.validation_clips=2",
+        "trainer.validate_every=2",
+        "trainer.async_checkpoint=false",
+    )
     train_here(tmp_path, *gate, "recipe.stages.short.until_loss=100", "recipe.stages.short.steps=6")
     metrics = tmp_path / "demo" / "short" / "metrics.jsonl"
-    assert [row["step"] for row in read_steps(metrics)] == [1, 2], "the first held-out loss is below the gate"
+    assert [row["step"] for row in read_steps(metrics)] == [1, 2], (
+        "the first held-out loss is below the gate"
+    )
     newest = store.committed(tmp_path / "demo" / "short" / "checkpoints")[-1]
-    assert read_manifest(newest).facts["validation_loss"] == read_steps(metrics)[-1]["validation_loss"]
+    assert (
+        read_manifest(newest).facts["validation_loss"] == read_steps(metrics)[-1]["validation_loss"]
+    )
     train_here(tmp_path, *gate, "recipe.stages.short.until_loss=100", "recipe.stages.short.steps=6")
     assert len(read_steps(metrics)) == 2, "started again, it has ended already"
-    train_here(tmp_path, *gate, "recipe.stages.short.until_loss=1e-9", "recipe.stages.short.steps=6")
+    train_here(
+        tmp_path, *gate, "recipe.stages.short.until_loss=1e-9", "recipe.stages.short.steps=6"
+    )
     assert len(read_steps(metrics)) == 6, "a lower gate lets it go on, to its last step at most"
 
 

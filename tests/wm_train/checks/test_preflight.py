@@ -1,4 +1,5 @@
-"""The look at every node: each fault is found and its node named, and sound nodes pass quickly. Faults are made on real processes."""
+"""The look at every node: each fault is found and its node named, and sound nodes pass quickly.
+Faults are made on real processes."""
 
 from __future__ import annotations
 
@@ -17,9 +18,18 @@ FAULTS = {
     "a full device": ({"free_bytes": 20 << 30}, "got 20.0 GiB of free memory, expected about 70.0"),
     "a clock ahead": ({"late_s": 3.5}, "got a clock 3.5 s ahead of rank 0's"),
     "a clock behind": ({"late_s": -90.0}, "got a clock 90.0 s behind rank 0's"),
-    "a folder of its own": ({"folder": "got a folder without rank 0's file"}, "got a folder without rank 0's file"),
-    "no data": ({"data": "data.path: got /x, which does not exist", "fingerprint": ""}, "which does not exist"),
-    "no DeepSpeed": ({"sharding": "sharding: got zero3 (No module named 'deepspeed')"}, "got zero3 (No module named"),
+    "a folder of its own": (
+        {"folder": "got a folder without rank 0's file"},
+        "got a folder without rank 0's file",
+    ),
+    "no data": (
+        {"data": "data.path: got /x, which does not exist", "fingerprint": ""},
+        "which does not exist",
+    ),
+    "no DeepSpeed": (
+        {"sharding": "sharding: got zero3 (No module named 'deepspeed')"},
+        "got zero3 (No module named",
+    ),
     "other data": ({"fingerprint": "xyz"}, "got another data set at that path"),
 }
 
@@ -40,7 +50,9 @@ def test_a_slow_node_is_the_one_with_two_slow_wires() -> None:
         return [replace(SOUND, node=f"n{number}", link_s=s) for number, s in enumerate(seconds)]
 
     assert slow_nodes(ring(0.01, 0.01, 0.01, 0.012, 0.011)) == []
-    (line,) = slow_nodes(ring(0.01, 0.01, 0.09, 0.08, 0.01))  # n2 hears slowly, and n3 hears n2 slowly
+    (line,) = slow_nodes(
+        ring(0.01, 0.01, 0.09, 0.08, 0.01)
+    )  # n2 hears slowly, and n3 hears n2 slowly
     assert line.startswith("node n2: ")
     assert len(slow_nodes(ring(0.09, 0.01, 0.01, 0.01, 0.09))) == 1, "around the corner"
     assert slow_nodes(ring(0.01, 0.09)) == []
@@ -113,7 +125,9 @@ os._exit(0)  # see wm_train.worker.end_process
         ("wire", "sound warning: node node1: got"),
     ],
 )
-def test_three_processes_agree_on_who_is_bad(worker_config, run_ranks, tmp_path: Path, fault: str, said: str) -> None:
+def test_three_processes_agree_on_who_is_bad(
+    worker_config, run_ranks, tmp_path: Path, fault: str, said: str
+) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     run_ranks(3, tmp_path / "rank.py", worker_config(tmp_path / "run"), fault, tmp_path)
     found = [(tmp_path / f"{fault}_{rank}").read_text().split(" ", 1) for rank in range(3)]
@@ -129,7 +143,12 @@ def test_three_processes_agree_on_who_is_bad(worker_config, run_ranks, tmp_path:
 def test_a_worker_that_cannot_reach_its_data_names_its_node(worker_config, tmp_path: Path) -> None:
     config = worker_config(tmp_path)
     config.write_text(config.read_text().replace('"path": "', '"path": "/moved'))
-    done = subprocess.run([sys.executable, "-m", "wm_train.worker", "--config", str(config)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "wm_train.worker", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2
     assert "checking the nodes before training" in done.stderr
     assert "data.path: got /moved" in done.stderr

@@ -1,4 +1,5 @@
-"""Settings that do not go together end in the one report before any worker starts; those that do nothing are named once."""
+"""Settings that do not go together end in the one report before any worker starts; those that do
+nothing are named once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From overrides to dataclasses: types, unknown keys, and the promise that nothing but one report ever comes out of a mistake."""
+"""From overrides to dataclasses: types, unknown keys, and the promise that nothing but one report
+ever comes out of a mistake."""
 
 from __future__ import annotations
 
@@ -26,12 +27,26 @@ def fixes(*overrides: str) -> list[str]:
 
 def test_demo_has_two_stages_and_two_workers() -> None:
     config = compose(["experiment=demo", "stage=2"])
-    assert [(stage.index, stage.frames, stage.inherit) for stage in config.recipe.stages.values()] == [(1, 41, None), (2, 81, "previous")]
-    assert (config.name, config.stage, config.launcher.name, config.launcher.workers) == ("demo", "2", "ray", 2)
+    assert [
+        (stage.index, stage.frames, stage.inherit) for stage in config.recipe.stages.values()
+    ] == [(1, 41, None), (2, 81, "previous")]
+    assert (config.name, config.stage, config.launcher.name, config.launcher.workers) == (
+        "demo",
+        "2",
+        "ray",
+        2,
+    )
 
 
 def test_values_and_nested_stage_keys_are_overridden() -> None:
-    config = compose(["experiment=demo", "recipe.stages.long.optimizer.betas=[0.8,0.9]", "model.ffn_ratio=2", "tracker.uri=http://x/y"])
+    config = compose(
+        [
+            "experiment=demo",
+            "recipe.stages.long.optimizer.betas=[0.8,0.9]",
+            "model.ffn_ratio=2",
+            "tracker.uri=http://x/y",
+        ]
+    )
     assert config.recipe.stages["long"].optimizer.betas == (0.8, 0.9)
     assert config.recipe.stages["long"].optimizer.schedule == "cosine"
     assert config.recipe.stages["short"].optimizer.betas == (0.9, 0.95)
@@ -50,14 +65,29 @@ def test_resolved_config_that_is_damaged_is_reported() -> None:
     with pytest.raises(ConfigError, match="no JSON"):
         from_json("{")
     with pytest.raises(ConfigError, match=r"model\.colour: got an unknown key"):
-        from_json(to_json(compose(["experiment=demo"])).replace('"depth": 4', '"depth": 4, "colour": 1'))
+        from_json(
+            to_json(compose(["experiment=demo"])).replace('"depth": 4', '"depth": 4, "colour": 1')
+        )
 
 
 def test_all_unknown_keys_and_wrong_types_are_reported_together() -> None:
     found = wheres(
-        "experiment=demo", "model.dept=3", "seed=1.5", "recipe.stages.short.lr=1", "resume=2", "launcher.workers=true", "name=12"
+        "experiment=demo",
+        "model.dept=3",
+        "seed=1.5",
+        "recipe.stages.short.lr=1",
+        "resume=2",
+        "launcher.workers=true",
+        "name=12",
     )
-    assert set(found) == {"model.dept", "seed", "recipe.stages.short.lr", "resume", "launcher.workers", "name"}
+    assert set(found) == {
+        "model.dept",
+        "seed",
+        "recipe.stages.short.lr",
+        "resume",
+        "launcher.workers",
+        "name",
+    }
 
 
 def test_near_misses_are_suggested() -> None:
@@ -73,13 +103,21 @@ def test_missing_data_path_is_a_problem() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["+model._target_=os.system", "+x._target_=os.system", "++recipe.stages.short._target_=builtins.eval", "data._target_=x"],
+    [
+        "+model._target_=os.system",
+        "+x._target_=os.system",
+        "++recipe.stages.short._target_=builtins.eval",
+        "data._target_=x",
+    ],
 )
 def test_target_is_an_unknown_key(override: str) -> None:
     assert any("_target_" in where or where == "x" for where in wheres("experiment=demo", override))
 
 
-@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a${oc.env:PATH}b", "${oc.decode:1}", "${now:%Y}", "${hydra:runtime.cwd}"])
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:HOME}", "a${oc.env:PATH}b", "${oc.decode:1}", "${now:%Y}", "${hydra:runtime.cwd}"],
+)
 def test_resolvers_are_refused_and_not_resolved(value: str) -> None:
     found = wheres("experiment=demo", f"'tracker.experiment={value}'".strip("'"))
     assert list(found) == ["tracker.experiment"]
@@ -118,14 +156,83 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path) -> None:
 
 
 KEYS = [
-    *("seed", "name", "out", "resume", "stage", "model.depth", "model.heads", "model.width", "model.camera", "data.path", "data.prefetch"),
-    *("parallel.cp", "parallel.dp_shard", "parallel.ulysses", "launcher.workers", "launcher.name", "tracker.uri", "trainer.samples"),
-    *("recipe.stages", "recipe.stages.short", "recipe.stages.short.steps", "recipe.stages.short.optimizer.lr", "recipe.stages.new.index"),
-    *("recipe.stages.long.optimizer.betas", "recipe.stages.long.inherit", "model", "recipe", "launcher", "experiment", "evil._target_"),
+    *(
+        "seed",
+        "name",
+        "out",
+        "resume",
+        "stage",
+        "model.depth",
+        "model.heads",
+        "model.width",
+        "model.camera",
+        "data.path",
+        "data.prefetch",
+    ),
+    *(
+        "parallel.cp",
+        "parallel.dp_shard",
+        "parallel.ulysses",
+        "launcher.workers",
+        "launcher.name",
+        "tracker.uri",
+        "trainer.samples",
+    ),
+    *(
+        "recipe.stages",
+        "recipe.stages.short",
+        "recipe.stages.short.steps",
+        "recipe.stages.short.optimizer.lr",
+        "recipe.stages.new.index",
+    ),
+    *(
+        "recipe.stages.long.optimizer.betas",
+        "recipe.stages.long.inherit",
+        "model",
+        "recipe",
+        "launcher",
+        "experiment",
+        "evil._target_",
+    ),
 ]
 VALUES = [
-    *("1", "-1", "0", "1.5", "nan", "inf", "-inf", "1e400", "true", "null", "text", "''", "../../etc", "[0.9,0.95]", "[1]", "[]", "{}"),
-    *("10" * 30, "${seed}", "${oc.env:HOME}", "${", "$x", "???", "1,2", "choice(1,2)", "demo", "ray", "a=b", "\\", "(", "all", "1-2", "é"),
+    *(
+        "1",
+        "-1",
+        "0",
+        "1.5",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "true",
+        "null",
+        "text",
+        "''",
+        "../../etc",
+        "[0.9,0.95]",
+        "[1]",
+        "[]",
+        "{}",
+    ),
+    *(
+        "10" * 30,
+        "${seed}",
+        "${oc.env:HOME}",
+        "${",
+        "$x",
+        "???",
+        "1,2",
+        "choice(1,2)",
+        "demo",
+        "ray",
+        "a=b",
+        "\\",
+        "(",
+        "all",
+        "1-2",
+        "é",
+    ),
     *("[[1]]", "range(1,3)", "glob(*)", "{short: {index: 1}}", "[0.9,0.95"),
 ]
 
@@ -137,9 +244,12 @@ def attempt(overrides: list[str]) -> tuple[tuple[Problem, ...], RunConfig | None
         return error.problems, None
 
 
-@pytest.mark.parametrize(("seed", "count"), [(7, 120), pytest.param(8, 2000, marks=pytest.mark.drill)])
+@pytest.mark.parametrize(
+    ("seed", "count"), [(7, 120), pytest.param(8, 2000, marks=pytest.mark.drill)]
+)
 def test_random_overrides_give_a_config_or_one_report(tmp_path, seed: int, count: int) -> None:
-    """Never another exception, and what composes is judged by the rules without an exception either."""
+    """Never another exception, and what composes is judged by the rules without an exception
+    either."""
     chance = random.Random(seed)
     composed = 0
     for _ in range(count):
@@ -149,11 +259,17 @@ def test_random_overrides_give_a_config_or_one_report(tmp_path, seed: int, count
             key = chance.choice(KEYS)
             overrides.append(prefix + key + ("" if prefix == "~" else "=" + chance.choice(VALUES)))
         problems, config = attempt(overrides)
-        assert all(problem.where and problem.got and problem.rule for problem in problems), overrides
+        assert all(problem.where and problem.got and problem.rule for problem in problems), (
+            overrides
+        )
         if config is not None:
             composed += 1
-            assert problems_of(config), overrides  # the data folder is empty, so there is always one
+            assert problems_of(config), (
+                overrides
+            )  # the data folder is empty, so there is always one
         else:
             assert problems, overrides
-    print(f"{count} random overrides: {composed} configs, all judged, and {count - composed} reports")
+    print(
+        f"{count} random overrides: {composed} configs, all judged, and {count - composed} reports"
+    )
     assert 0.08 * count < composed < 0.92 * count

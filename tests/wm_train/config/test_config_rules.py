@@ -1,4 +1,5 @@
-"""The value rules: each mistake is found under its key, with what would be right; a sound config has no problems."""
+"""The value rules: each mistake is found under its key, with what would be right; a sound config
+has no problems."""
 
 from __future__ import annotations
 
@@ -100,10 +101,26 @@ BAD_VALUES: dict[str, list[Any]] = {
 
 def write(folder: Path, **changes: object) -> None:
     """A dataset.json: 10 clips of 81 frames, unless `changes` say otherwise."""
-    values: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(DatasetInfo) if field.default is dataclasses.MISSING}
+    values: dict[str, Any] = {
+        field.name: 1
+        for field in dataclasses.fields(DatasetInfo)
+        if field.default is dataclasses.MISSING
+    }
     statistics = ((0.5,) * CHANNELS,) * 2
-    values |= {"codec": "dct", "codec_options": {}, "channels": CHANNELS, "temporal_stride": 8, "mean": statistics, "std": statistics}
-    values |= {"clips": {"train": 8, "validation": 2}, "raw_frames": 810, "null_text": None, "control_names": ()}
+    values |= {
+        "codec": "dct",
+        "codec_options": {},
+        "channels": CHANNELS,
+        "temporal_stride": 8,
+        "mean": statistics,
+        "std": statistics,
+    }
+    values |= {
+        "clips": {"train": 8, "validation": 2},
+        "raw_frames": 810,
+        "null_text": None,
+        "control_names": (),
+    }
     values["schema_version"] = SCHEMA_VERSION
     values |= {"latent_height": 8, "latent_width": 12, **changes}
     (folder / "dataset.json").write_text(info_to_json(DatasetInfo(**values)))
@@ -120,17 +137,23 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def demo() -> str:
-    """The demo's resolved config; composing takes longer than all rules together, so it is done once."""
+    """The demo's resolved config; composing takes longer than all rules together, so it is done
+    once."""
     return to_json(compose(["experiment=demo"]))
 
 
 @pytest.fixture
 def found(demo: str, shards: Path) -> Find:
-    """found({key: value, ...}, data=folder) -> the problems of the demo with these values, by key."""
+    """found({key: value, ...}, data=folder) -> the problems of the demo with these values, by
+    key."""
 
     def find(changes: dict[str, Any] | None = None, data: Path = shards) -> dict[str, Problem]:
         plain = json.loads(demo)
-        for key, value in {"data.path": str(data), "out": str(shards.parent / "runs"), **(changes or {})}.items():
+        for key, value in {
+            "data.path": str(data),
+            "out": str(shards.parent / "runs"),
+            **(changes or {}),
+        }.items():
             *parents, last = key.split(".")
             section = plain
             for parent in parents:
@@ -142,7 +165,10 @@ def found(demo: str, shards: Path) -> Find:
 
 
 def mesh(workers: int, cp: int = 1, **degrees: int) -> dict[str, Any]:
-    return {"launcher.workers": workers, **{f"parallel.{key}": value for key, value in {"cp": cp, **degrees}.items()}}
+    return {
+        "launcher.workers": workers,
+        **{f"parallel.{key}": value for key, value in {"cp": cp, **degrees}.items()},
+    }
 
 
 def test_the_demo_is_sound(found: Find) -> None:
@@ -167,7 +193,14 @@ def test_a_bad_value_is_found_under_its_key(found: Find, key: str) -> None:
 
 
 def test_all_problems_come_at_once(found: Find) -> None:
-    changes = {"seed": -1, "parallel.cp": 3, "stage": "7", SHORT + "optimizer.lr": NAN, "model.latent_channels": 4, "data.prefetch": 0}
+    changes = {
+        "seed": -1,
+        "parallel.cp": 3,
+        "stage": "7",
+        SHORT + "optimizer.lr": NAN,
+        "model.latent_channels": 4,
+        "data.prefetch": 0,
+    }
     assert set(found(changes)) == set(changes)
 
 
@@ -182,26 +215,80 @@ def test_all_problems_come_at_once(found: Find) -> None:
         ({"launcher.name": "inline"}, "launcher.workers", "1 with launcher=inline"),
         ({"launcher.nodes": 2}, "launcher.nodes", "1 with launcher=ray"),
         ({"launcher.name": "torchrun", "launcher.nodes": 2}, "launcher.endpoint", "host:port"),
-        ({"launcher.name": "slurm", "launcher.nodes": 2, **mesh(3, 3)}, "launcher.workers", "a multiple of the 2 nodes"),
-        ({"launcher.slurm.chain": "array", "launcher.slurm.requeue": False}, "launcher.slurm.requeue", "true with"),
-        ({"launcher.slurm.setup": ["module load x\nrm -rf /"]}, "launcher.slurm.setup", "on one line"),
+        (
+            {"launcher.name": "slurm", "launcher.nodes": 2, **mesh(3, 3)},
+            "launcher.workers",
+            "a multiple of the 2 nodes",
+        ),
+        (
+            {"launcher.slurm.chain": "array", "launcher.slurm.requeue": False},
+            "launcher.slurm.requeue",
+            "true with",
+        ),
+        (
+            {"launcher.slurm.setup": ["module load x\nrm -rf /"]},
+            "launcher.slurm.setup",
+            "on one line",
+        ),
         ({"launcher.name": "kubernetes"}, "launcher.kubernetes.claim", "a name"),
-        ({"launcher.name": "kubernetes", "launcher.kubernetes.mount": "/shared"}, "out", "a folder below /shared"),
-        ({"launcher.name": "kubernetes", "launcher.kubernetes.devices": "8"}, "launcher.kubernetes.devices", "resource:count"),
+        (
+            {"launcher.name": "kubernetes", "launcher.kubernetes.mount": "/shared"},
+            "out",
+            "a folder below /shared",
+        ),
+        (
+            {"launcher.name": "kubernetes", "launcher.kubernetes.devices": "8"},
+            "launcher.kubernetes.devices",
+            "resource:count",
+        ),
         ({"launcher.min_workers": 3}, "launcher.min_workers", "1 to launcher.workers"),
-        ({"launcher.min_workers": 1, "parallel.dp_shard": 2}, "launcher.min_workers", "parallel.dp_shard=null"),
-        ({"launcher.workers": 8, "stage": "1"}, SHORT + "global_batch", "a multiple of the 8 data-parallel members"),
-        ({"parallel.compile": True, "model.activation_checkpointing": "selective"}, "model.activation_checkpointing", "none or block"),
-        ({"parallel.sharding": "zero3", "model.activation_checkpointing": "selective"}, "model.activation_checkpointing", "none or block"),
-        ({"parallel.compile": True, "parallel.sharding": "zero3"}, "parallel.compile", "false with zero3"),
-        ({"parallel.dp_replicate": 2, "parallel.sharding": "zero3"}, "parallel.dp_replicate", "1 with zero3"),
+        (
+            {"launcher.min_workers": 1, "parallel.dp_shard": 2},
+            "launcher.min_workers",
+            "parallel.dp_shard=null",
+        ),
+        (
+            {"launcher.workers": 8, "stage": "1"},
+            SHORT + "global_batch",
+            "a multiple of the 8 data-parallel members",
+        ),
+        (
+            {"parallel.compile": True, "model.activation_checkpointing": "selective"},
+            "model.activation_checkpointing",
+            "none or block",
+        ),
+        (
+            {"parallel.sharding": "zero3", "model.activation_checkpointing": "selective"},
+            "model.activation_checkpointing",
+            "none or block",
+        ),
+        (
+            {"parallel.compile": True, "parallel.sharding": "zero3"},
+            "parallel.compile",
+            "false with zero3",
+        ),
+        (
+            {"parallel.dp_replicate": 2, "parallel.sharding": "zero3"},
+            "parallel.dp_replicate",
+            "1 with zero3",
+        ),
         ({"parallel.offload_state": "nvme"}, "parallel.offload_state", "one of none, cpu"),
-        ({"parallel.offload_state": "nvme", "parallel.sharding": "zero3"}, "parallel.nvme_path", "a folder on a local disk"),
+        (
+            {"parallel.offload_state": "nvme", "parallel.sharding": "zero3"},
+            "parallel.nvme_path",
+            "a folder on a local disk",
+        ),
         ({"parallel.nvme_path": "/x"}, "parallel.nvme_path", "null otherwise"),
-        ({"parallel.offload_state": "cpu", SHORT + "optimizer.name": "normuon"}, SHORT + "optimizer.name", "normuon gathers"),
+        (
+            {"parallel.offload_state": "cpu", SHORT + "optimizer.name": "normuon"},
+            SHORT + "optimizer.name",
+            "normuon gathers",
+        ),
     ],
 )
-def test_impossible_meshes_say_what_is_possible(found: Find, changes: dict[str, Any], where: str, rule: str) -> None:
+def test_impossible_meshes_say_what_is_possible(
+    found: Find, changes: dict[str, Any], where: str, rule: str
+) -> None:
     assert rule in found(changes)[where].rule
 
 
@@ -247,7 +334,12 @@ def test_workers_that_do_not_share_the_batch_evenly_are_told_how_many_do(found: 
         mesh(8, 2, dp_replicate=2, dp_shard=2),
         mesh(3, 3),  # 4 heads: all ring
         mesh(3, 3, ulysses=3),  # 4 heads dealt 2, 1, 1
-        {"launcher.name": "slurm", "launcher.slurm.runner": "ray", "launcher.nodes": 2, **mesh(3, 3)},  # Ray fills nodes unevenly
+        {
+            "launcher.name": "slurm",
+            "launcher.slurm.runner": "ray",
+            "launcher.nodes": 2,
+            **mesh(3, 3),
+        },  # Ray fills nodes unevenly
     ],
 )
 def test_possible_meshes_pass(found: Find, changes: dict[str, Any]) -> None:
@@ -264,7 +356,10 @@ def test_which_smaller_worlds_train_the_same() -> None:
     assert worlds(12, "launcher.workers=8", "launcher.min_workers=1") == (6, 4, 3, 2, 1)
     assert worlds(4, "launcher.workers=8", "launcher.min_workers=1", "parallel.cp=2") == (4, 2)
     assert worlds(4, "launcher.workers=8", "launcher.min_workers=3", "parallel.cp=2") == (4,)
-    assert worlds(8, "launcher.workers=8", "launcher.min_workers=1", "parallel.dp_replicate=2") == (4, 2)
+    assert worlds(8, "launcher.workers=8", "launcher.min_workers=1", "parallel.dp_replicate=2") == (
+        4,
+        2,
+    )
 
 
 def test_the_data_folder(found: Find, shards: Path, tmp_path: Path) -> None:
@@ -310,17 +405,25 @@ def test_data_sets_that_are_mixed_must_be_alike(found: Find, shards: Path, tmp_p
     mixture = {str(shards): 3.0, str(other): 1.0}
     assert found({"data.mixture": mixture}) == {}
     for weight in (0.0, -1.0, NAN, INF):
-        assert "finite weight above 0" in found({"data.mixture": {str(shards): weight}})["data.mixture"].rule
+        assert (
+            "finite weight above 0"
+            in found({"data.mixture": {str(shards): weight}})["data.mixture"].rule
+        )
     write(other, control_names=("jump",))
     assert "control_names ('jump',)" in found({"data.mixture": mixture})["data.mixture"].got
     write(other, clips={"train": 0, "validation": 10})
     assert "no training clips" in found({"data.mixture": mixture})["data.mixture"].got
     write(other, latent_height=16)
     assert found({"data.mixture": mixture}) == {}
-    assert "pictures of several sizes" in found({"data.mixture": mixture, "data.pack": True})["data.pack"].rule
+    assert (
+        "pictures of several sizes"
+        in found({"data.mixture": mixture, "data.pack": True})["data.pack"].rule
+    )
 
 
-def test_a_selection_must_be_of_these_data_sets_and_keep_something(found: Find, shards: Path, tmp_path: Path) -> None:
+def test_a_selection_must_be_of_these_data_sets_and_keep_something(
+    found: Find, shards: Path, tmp_path: Path
+) -> None:
     write(shards, fingerprint="here")
     file = tmp_path / "selection.json"
     for content, said in (
@@ -340,9 +443,15 @@ def test_waiting_for_a_store_must_end_before_the_others_give_up(found: Find, sha
     from fsspec.implementations.memory import MemoryFileSystem
 
     MemoryFileSystem().pipe_file("/set/dataset.json", (shards / "dataset.json").read_bytes())
-    far, waiting = {"data.path": "memory://set"}, {"data.retry_s": 120.0, "backend.collective_timeout_s": 60.0}
+    far, waiting = (
+        {"data.path": "memory://set"},
+        {"data.retry_s": 120.0, "backend.collective_timeout_s": 60.0},
+    )
     assert found(far) == found(waiting) == {}
-    assert found({**far, **waiting})["data.retry_s"].fix == "data.retry_s=30, or backend.collective_timeout_s=240"
+    assert (
+        found({**far, **waiting})["data.retry_s"].fix
+        == "data.retry_s=30, or backend.collective_timeout_s=240"
+    )
     assert "holds no dataset.json" in found({"data.path": "memory://nowhere"})["data.path"].got
     assert "expected a folder or a URL" in found({"data.path": "s4://x"})["data.path"].got
 
@@ -353,4 +462,7 @@ def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
     assert "81 frames each" in found(stage)[SHORT + "frames"].rule
     assert found({**stage, "data.buckets": [41]}) == {}
     assert found({**stage, "data.pack": True}) == {}
-    assert "none with data.pack" in found({"data.buckets": [41], "data.pack": True})["data.buckets"].rule
+    assert (
+        "none with data.pack"
+        in found({"data.buckets": [41], "data.pack": True})["data.buckets"].rule
+    )

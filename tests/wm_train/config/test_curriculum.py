@@ -12,7 +12,10 @@ from wm_train.config.schema import RecipeConfig, StageConfig
 
 
 def recipe(**indices: int) -> RecipeConfig:
-    stages = {name.replace("_", "-"): StageConfig(index=index, frames=9, steps=1, global_batch=1) for name, index in indices.items()}
+    stages = {
+        name.replace("_", "-"): StageConfig(index=index, frames=9, steps=1, global_batch=1)
+        for name, index in indices.items()
+    }
     return RecipeConfig("test", stages)
 
 
@@ -37,7 +40,9 @@ def test_selection(stage: str, names: tuple[str, ...]) -> None:
     assert select(recipe(one=1, two_b=2, three=3), stage) == names
 
 
-@pytest.mark.parametrize("stage", ["4", "0", "", "-", "2-1", "1-", "-1", "one,two-b", "All", "1-2-3"])
+@pytest.mark.parametrize(
+    "stage", ["4", "0", "", "-", "2-1", "1-", "-1", "one,two-b", "All", "1-2-3"]
+)
 def test_what_is_no_stage_lists_the_stages(stage: str) -> None:
     with pytest.raises(ValueError, match="1 one, 2 two-b, 3 three"):
         select(recipe(one=1, two_b=2, three=3), stage)
@@ -45,7 +50,11 @@ def test_what_is_no_stage_lists_the_stages(stage: str) -> None:
 
 def test_weights_come_from_the_stage_before_or_from_a_folder() -> None:
     short, long = plan(compose(["experiment=demo", "out=o", "name=n"]))
-    assert (short.name, short.source, short.checkpoints) == ("short", None, Path("o/n/short/checkpoints"))
+    assert (short.name, short.source, short.checkpoints) == (
+        "short",
+        None,
+        Path("o/n/short/checkpoints"),
+    )
     assert long.source is not None
     assert (long.source.stage, long.source.checkpoints) == ("short", short.checkpoints)
     (alone,) = plan(compose(["experiment=demo", "stage=long", "recipe.stages.long.inherit=/w"]))

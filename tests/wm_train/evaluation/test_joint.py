@@ -1,4 +1,5 @@
-"""Judging experts: only their weights are loaded, in the type they compute in, and the losses stay what they were."""
+"""Judging experts: only their weights are loaded, in the type they compute in, and the losses stay
+what they were."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def loss_of_training_state(stage) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_expert_is_its_averaged_weights_and_nothing_else(trained, stage_of, monkeypatch, precision):
+def test_an_expert_is_its_averaged_weights_and_nothing_else(
+    trained, stage_of, monkeypatch, precision
+):
     stage = stage_of(f"out={trained}", HELD_OUT, f"parallel.precision={precision}")
     expected = loss_of_training_state(stage)
     names, load = [], store.load
@@ -56,7 +59,9 @@ def test_an_expert_is_its_averaged_weights_and_nothing_else(trained, stage_of, m
     assert held_out_loss(stage, expert) == expected
     parameters = dict(expert.model.named_parameters())
     unused = expert.model.unused_parameters()
-    assert sorted(names) == sorted(("model/" if name in unused else "ema/") + name for name in parameters)
+    assert sorted(names) == sorted(
+        ("model/" if name in unused else "ema/") + name for name in parameters
+    )
     kept = {local_tensor(parameter).dtype for parameter in parameters.values()}
     assert kept == {torch.float32 if precision == "fp32" else torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in parameters.values())
@@ -77,7 +82,9 @@ def test_a_checkpoint_with_more_parameters_than_the_model_is_refused(trained, st
 
 
 @pytest.mark.full
-def test_experts_are_judged_alike_on_one_process_and_sharded_over_two(trained, demo_run, run_ranks, tmp_path):
+def test_experts_are_judged_alike_on_one_process_and_sharded_over_two(
+    trained, demo_run, run_ranks, tmp_path
+):
     for pool in ("high", "low"):
         shutil.copytree(trained / "demo" / "short", tmp_path / "demo" / pool / "short")
         run = demo_run(tmp_path, HELD_OUT, *POOLS)
@@ -86,8 +93,12 @@ def test_experts_are_judged_alike_on_one_process_and_sharded_over_two(trained, d
     found = []
     for workers in (1, 2):
         file = tmp_path / f"{workers}.json"
-        file.write_text(to_json(demo_run(tmp_path, HELD_OUT, *POOLS, f"launcher.workers={workers}")))
+        file.write_text(
+            to_json(demo_run(tmp_path, HELD_OUT, *POOLS, f"launcher.workers={workers}"))
+        )
         run_ranks(workers, "-m", "wm_train.joint", "--config", file)
-        found.append(json.loads((tmp_path / "demo" / "joint" / "short" / "losses.json").read_text()))
+        found.append(
+            json.loads((tmp_path / "demo" / "joint" / "short" / "losses.json").read_text())
+        )
     assert len(found[0]) == 6
     assert found[1] == pytest.approx(found[0], rel=1e-6)

@@ -1,4 +1,5 @@
-"""The launch command with real training: a killed worker changes nothing, and a job on a cluster ends as its command does."""
+"""The launch command with real training: a killed worker changes nothing, and a job on a cluster
+ends as its command does."""
 
 from __future__ import annotations
 
@@ -31,9 +32,27 @@ def arguments(gameplay: Path) -> Callable[..., list[str]]:
     """arguments(folder, *overrides): the launch command of a small demo run on two Ray workers."""
 
     def make(folder: Path, *overrides: str) -> list[str]:
-        small = ["model.width=64", "recipe.stages.short.global_batch=2", "recipe.stages.short.optimizer.warmup_steps=5"]
-        quick = [f"recipe.stages.short.steps={STEPS}", "trainer.checkpoint_every=5", "trainer.samples=0", "tracker=none"]
-        return ["wm_train.launch", "experiment=demo", "stage=1", f"data.path={gameplay}", f"out={folder}", *small, *quick, *overrides]
+        small = [
+            "model.width=64",
+            "recipe.stages.short.global_batch=2",
+            "recipe.stages.short.optimizer.warmup_steps=5",
+        ]
+        quick = [
+            f"recipe.stages.short.steps={STEPS}",
+            "trainer.checkpoint_every=5",
+            "trainer.samples=0",
+            "tracker=none",
+        ]
+        return [
+            "wm_train.launch",
+            "experiment=demo",
+            "stage=1",
+            f"data.path={gameplay}",
+            f"out={folder}",
+            *small,
+            *quick,
+            *overrides,
+        ]
 
     return make
 
@@ -51,7 +70,8 @@ def losses(folder: Path, steps: int = STEPS) -> list[float]:
 
 
 def outcome(folder: Path) -> tuple[list[tuple[float, float]], dict]:
-    """Losses and gradient norms of all steps, and the hashes of the final weights, moments and average."""
+    """Losses and gradient norms of all steps, and the hashes of the final weights, moments and
+    average."""
     assert losses(folder)
     rows = read_steps(folder / "demo" / "short" / "metrics.jsonl")
     last = store.committed(folder / "demo" / "short" / "checkpoints")[-1]
@@ -60,9 +80,17 @@ def outcome(folder: Path) -> tuple[list[tuple[float, float]], dict]:
 
 @pytest.mark.drill
 def test_killing_a_worker_changes_nothing(arguments, environment, tmp_path: Path) -> None:
-    """kill -9 of rank 1 after the first checkpoint: restarted by itself, and the curve is that of the undisturbed run, bit for bit."""
+    """kill -9 of rank 1 after the first checkpoint: restarted by itself, and the curve is that of
+    the undisturbed run, bit for bit."""
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    subprocess.run([sys.executable, "-m", *arguments(calm)], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+    subprocess.run(
+        [sys.executable, "-m", *arguments(calm)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
     run = subprocess.Popen(
         [sys.executable, "-m", *arguments(disturbed)],
         cwd=ROOT,
@@ -101,28 +129,48 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_after_a_lost_node_the_run_goes_on_alone_grows_again_and_has_the_losses_of_the_undisturbed_one(
     arguments, environment, token, tmp_path: Path
 ) -> None:
-    """Two simulated nodes of one CPU each. One goes away, the run goes on on the other; it comes back, and the run grows."""
+    """Two simulated nodes of one CPU each. One goes away, the run goes on on the other; it comes
+    back, and the run grows."""
     calm, disturbed, steps = tmp_path / "calm", tmp_path / "disturbed", 60
-    longer = [f"recipe.stages.short.steps={steps}", "recipe.stages.short.global_batch=16", "trainer.keep_last=100"]
-    # At the demo's own rate the last bits, in which a world of another size differs, grew a thousandfold in 40 steps.
+    longer = [
+        f"recipe.stages.short.steps={steps}",
+        "recipe.stages.short.global_batch=16",
+        "trainer.keep_last=100",
+    ]
+    # At the demo's own rate the last bits, in which a world of another size differs, grew a
+    # thousandfold in 40 steps.
     longer += ["recipe.stages.short.optimizer.lr=4e-4"]
     command = [sys.executable, "-m", *arguments(calm, *longer)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
     from ray.cluster_utils import Cluster
 
     checkpoints = disturbed / "demo" / "short" / "checkpoints"
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     try:
         second = nodes.add_node(num_cpus=1)
-        elastic = ["launcher.min_workers=1", "launcher.place_s=5", "launcher.grow_s=3", f"launcher.address={nodes.address}"]
+        elastic = [
+            "launcher.min_workers=1",
+            "launcher.place_s=5",
+            "launcher.grow_s=3",
+            f"launcher.address={nodes.address}",
+        ]
         with (tmp_path / "log").open("w") as log:
-            run = subprocess.Popen([sys.executable, "-m", *arguments(disturbed, *longer, *elastic)], cwd=ROOT, stdout=log, stderr=log)
+            run = subprocess.Popen(
+                [sys.executable, "-m", *arguments(disturbed, *longer, *elastic)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
 
             def wait(happened: Callable[[], object], what: str) -> None:
                 until = time.monotonic() + 200
                 while not happened():
                     assert run.poll() is None, (tmp_path / "log").read_text()
-                    assert time.monotonic() < until, f"waited for {what}: " + (tmp_path / "log").read_text()
+                    assert time.monotonic() < until, (
+                        f"waited for {what}: " + (tmp_path / "log").read_text()
+                    )
                     time.sleep(0.05)
 
             wait(lambda: store.committed(checkpoints), "the first checkpoint")
@@ -143,24 +191,51 @@ def test_after_a_lost_node_the_run_goes_on_alone_grows_again_and_has_the_losses_
 
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [2, 4])
-def test_torchrun_gives_the_losses_of_ray_bit_for_bit(arguments, environment, tmp_path: Path, workers: int) -> None:
+def test_torchrun_gives_the_losses_of_ray_bit_for_bit(
+    arguments, environment, tmp_path: Path, workers: int
+) -> None:
     for launcher in ("ray", "torchrun"):
-        size = [f"launcher={launcher}", f"launcher.workers={workers}", "recipe.stages.short.global_batch=4", "parallel.cp=2"]
+        size = [
+            f"launcher={launcher}",
+            f"launcher.workers={workers}",
+            "recipe.stages.short.global_batch=4",
+            "parallel.cp=2",
+        ]
         command = [sys.executable, "-m", *arguments(tmp_path / launcher, *size)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
+        subprocess.run(
+            command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400
+        )
     assert losses(tmp_path / "torchrun") == losses(tmp_path / "ray")
 
 
 @pytest.mark.full
-def test_a_killed_worker_of_one_pool_costs_the_other_nothing(arguments, environment, tmp_path: Path) -> None:
-    """Two experts under one driver; `kill -9` of the low one's worker. The high one's steps go on meanwhile, the low one resumes, both end,
-    they are judged together, and one MLflow run shows both curves."""
+def test_a_killed_worker_of_one_pool_costs_the_other_nothing(
+    arguments, environment, tmp_path: Path
+) -> None:
+    """Two experts under one driver; `kill -9` of the low one's worker. The high one's steps go on
+    meanwhile, the low one resumes, both end, they are judged together, and one MLflow run shows
+    both curves."""
     from mlflow import MlflowClient
 
-    line = [argument for argument in arguments(tmp_path) if not argument.startswith(("experiment=", "tracker="))]
-    longer = ["experiment=demo_pools", "recipe.stages.short.steps=80", "trainer.samples=1", "trainer.sample_steps=4", "name=demo"]
+    line = [
+        argument
+        for argument in arguments(tmp_path)
+        if not argument.startswith(("experiment=", "tracker="))
+    ]
+    longer = [
+        "experiment=demo_pools",
+        "recipe.stages.short.steps=80",
+        "trainer.samples=1",
+        "trainer.sample_steps=4",
+        "name=demo",
+    ]
     run = subprocess.Popen(
-        [sys.executable, "-m", *line, *longer], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", *line, *longer],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     said: list[str] = []
     victim, died, back, steps = 0, 0, 0, {}
@@ -186,12 +261,18 @@ def test_a_killed_worker_of_one_pool_costs_the_other_nothing(arguments, environm
     assert steps["back"] > steps["killed"], "its steps go on"
     assert "joint validation_loss" in output
     assert (tmp_path / "demo" / "joint" / "short" / "samples" / "contact_sheet.png").exists()
-    assert rows(tmp_path / "demo" / "high" / "short") == rows(tmp_path / "demo" / "low" / "short") == 80
+    assert (
+        rows(tmp_path / "demo" / "high" / "short")
+        == rows(tmp_path / "demo" / "low" / "short")
+        == 80
+    )
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     parent = client.get_run(json.loads((tmp_path / "demo" / "mlflow.json").read_text())["run_id"])
     assert parent.info.status == "FINISHED"
     for pool in ("high", "low"):
-        assert {m.step for m in client.get_metric_history(parent.info.run_id, f"{pool}/short/loss")} == set(range(1, 81))
+        assert {
+            m.step for m in client.get_metric_history(parent.info.run_id, f"{pool}/short/loss")
+        } == set(range(1, 81))
 
 
 def rows(folder: Path) -> int:
@@ -200,15 +281,29 @@ def rows(folder: Path) -> int:
 
 @pytest.fixture
 def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Address of the job server of a Ray head on loopback, and the environment to talk to it with."""
+    """Address of the job server of a Ray head on loopback, and the environment to talk to it
+    with."""
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     gcs, dashboard, agent = (free_port("127.0.0.1") for _ in range(3))
     ray = Path(sys.executable).with_name("ray")
-    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    places = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
+    ports = [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+    ]
+    places = [
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
             [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *places, *ports],
@@ -240,7 +335,9 @@ def test_a_job_ends_as_its_command_does(arguments, head, tmp_path: Path) -> None
     def submit(*command: str) -> subprocess.CompletedProcess[str]:
         call = [ray, "job", "submit", "--address", address, "--", sys.executable, "-m", *command]
         for _ in range(20):  # the job agent comes up after the server
-            done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+            done = subprocess.run(
+                call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+            )
             if "No available agent" not in done.stdout + done.stderr:
                 return done
             time.sleep(2)

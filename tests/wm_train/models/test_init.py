@@ -23,7 +23,11 @@ RULES = [
 def test_a_part_is_the_part_of_the_whole(rule):
     whole = parameter_values(1, "blocks.0.w", (7, 5, 3), rule)
     assert whole.shape == (7, 5, 3)
-    for rows, columns in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(1, 2)), (slice(7, 7), slice(0, 5))):
+    for rows, columns in (
+        (slice(0, 3), slice(0, 5)),
+        (slice(3, 7), slice(1, 2)),
+        (slice(7, 7), slice(0, 5)),
+    ):
         part = parameter_values(1, "blocks.0.w", (7, 5, 3), rule, (rows, columns, slice(0, 3)))
         assert torch.equal(part, whole[rows, columns])
 
@@ -54,7 +58,8 @@ def test_building_on_meta_or_in_another_order_gives_the_same_model():
 
 
 def test_sharded_parameters_get_their_own_part():
-    """DTensors as the third of four members holds them, also where the last member has a smaller part."""
+    """DTensors as the third of four members holds them, also where the last member has a smaller
+    part."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -84,7 +89,9 @@ def test_the_fresh_model_predicts_nothing_and_its_gates_are_shut():
     assert not model.final_layer.linear.weight.any()
     assert not any(block.scale_shift_table[[2, 5]].any() for block in model.blocks)
     assert all(block.scale_shift_table[[0, 1, 3, 4]].std() > 0.05 for block in model.blocks)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if n in model.unused_parameters())
+    assert not any(
+        p.requires_grad for n, p in model.named_parameters() if n in model.unused_parameters()
+    )
 
 
 def test_an_unknown_rule_is_refused():

@@ -21,10 +21,10 @@ from wm_train.models.sana_wm.model import attention_mask
 CONFIG = ModelConfig(latent_channels=4, depth=2, width=32, heads=2, softmax_every=2, text_width=6)
 GRID = (3, 5)
 CHUNKS = (0, 4, 7, 10)
-# Between meshes, or with padding, only the order of sums differs. In fp64 (1e-16 an operation) that is
-# below 1e-13, and a fault in the mathematics is far above 1e-11. fp32 (6e-8 an operation) is what training
-# computes in: sums of thousands of terms that partly cancel are off by 4e-6 here, on some processors by
-# more; its bound is some thousand operations' rounding.
+# Between meshes, or with padding, only the order of sums differs. In fp64 (1e-16 an operation) that
+# is below 1e-13, and a fault in the mathematics is far above 1e-11. fp32 (6e-8 an operation) is
+# what training computes in: sums of thousands of terms that partly cancel are off by 4e-6 here, on
+# some processors by more; its bound is some thousand operations' rounding.
 EXACTNESS = [(torch.float64, 1e-11), (torch.float32, 1e-4)]
 
 
@@ -54,25 +54,35 @@ class Clip:
         generator = torch.Generator().manual_seed(frames)
         self.latents = torch.randn(batch, frames, 4, *GRID, generator=generator)
         self.sigma = torch.rand(batch, frames, generator=generator)
-        c2w, intrinsics = camera_path(batch, (frames - 1) * 8 + 1 if raw is None else raw, generator)
-        text, mask = torch.randn(batch, 3, 6, generator=generator), torch.tensor([[True, True, False]]).expand(batch, 3)
+        c2w, intrinsics = camera_path(
+            batch, (frames - 1) * 8 + 1 if raw is None else raw, generator
+        )
+        text, mask = (
+            torch.randn(batch, 3, 6, generator=generator),
+            torch.tensor([[True, True, False]]).expand(batch, 3),
+        )
         self.conditions = Conditions((96, 160), 8, c2w, intrinsics, text=text, text_mask=mask)
 
     def to(self, dtype: torch.dtype) -> Clip:
         """Convert all floating-point inputs."""
         self.latents, self.sigma = self.latents.to(dtype), self.sigma.to(dtype)
-        inputs = {name: getattr(self.conditions, name).to(dtype) for name in ("c2w", "intrinsics", "text")}
+        inputs = {
+            name: getattr(self.conditions, name).to(dtype) for name in ("c2w", "intrinsics", "text")
+        }
         self.conditions = replace(self.conditions, **inputs)
         return self
 
-    def run(self, model: torch.nn.Module, sequence, latents: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self, model: torch.nn.Module, sequence, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         frames = slice(sequence.frames.start, sequence.frames.stop)
         latents = self.latents if latents is None else latents
         return model(latents[:, frames], self.sigma[:, frames], self.conditions, sequence)
 
 
 def test_gated_delta_net_is_the_recurrence_of_the_paper():
-    """fp64, main branch, against loops over frames, heads and tokens written from eq. 3 and 5 (two directions, exclusive reverse)."""
+    """fp64, main branch, against loops over frames, heads and tokens written from eq. 3 and 5 (two
+    directions, exclusive reverse)."""
     torch.manual_seed(0)
     width, heads, frames, tokens = 16, 2, 5, 6
     dim = width // heads
@@ -83,13 +93,18 @@ def test_gated_delta_net_is_the_recurrence_of_the_paper():
     rotary = rotary_tables(torch.arange(frames)[None], (2, 3), dim)
     config = ModelConfig(latent_channels=4, depth=1, width=width, heads=heads, camera=False)
     context = replace(
-        build_model(config).context((2, 3), Conditions((96, 160), 8), LocalSequence(ClipLayout(frames)), x.device), rotary=rotary
+        build_model(config).context(
+            (2, 3), Conditions((96, 160), 8), LocalSequence(ClipLayout(frames)), x.device
+        ),
+        rotary=rotary,
     )
     actual = block(x, context)[0]
 
     def rotated(vector, frame, token):
         pairs = torch.view_as_complex(vector.reshape(dim // 2, 2).contiguous())
-        angle = torch.complex(rotary.cos[0, frame, token, 0].double(), rotary.sin[0, frame, token, 0].double())
+        angle = torch.complex(
+            rotary.cos[0, frame, token, 0].double(), rotary.sin[0, frame, token, 0].double()
+        )
         return torch.view_as_real(pairs * angle).reshape(dim)
 
     def normed(row, norm):
@@ -105,8 +120,17 @@ def test_gated_delta_net_is_the_recurrence_of_the_paper():
     out = torch.zeros(frames, tokens, width, dtype=torch.float64)
     for h in range(heads):
         part = slice(h * dim, (h + 1) * dim)
-        query = [[normed(q[t, s], block.q_norm)[part].relu() for s in range(tokens)] for t in range(frames)]
-        key = [[normed(convolved[t, s], block.k_norm)[part].relu() / (dim * tokens) ** 0.5 for s in range(tokens)] for t in range(frames)]
+        query = [
+            [normed(q[t, s], block.q_norm)[part].relu() for s in range(tokens)]
+            for t in range(frames)
+        ]
+        key = [
+            [
+                normed(convolved[t, s], block.k_norm)[part].relu() / (dim * tokens) ** 0.5
+                for s in range(tokens)
+            ]
+            for t in range(frames)
+        ]
         beta = torch.sigmoid(x[0] @ block.beta_proj.weight.T + block.beta_proj.bias)[..., h]
         gate = x[0].mean(1) @ block.gate_proj.weight[h] + block.gate_proj.bias[h] + block.dt_bias[h]
         decay = torch.exp(-block.A_log[h].exp() * torch.nn.functional.softplus(gate))
@@ -120,10 +144,23 @@ def test_gated_delta_net_is_the_recurrence_of_the_paper():
 
         sums = []
         for turn in (True, False):
-            states = [torch.zeros(dim, dim, dtype=torch.float64) if turn else torch.zeros(1, dim, dtype=torch.float64)]
+            states = [
+                torch.zeros(dim, dim, dtype=torch.float64)
+                if turn
+                else torch.zeros(1, dim, dtype=torch.float64)
+            ]
             backward = [states[0]]
-            values = [[v[t, s, part] if turn else torch.ones(1, dtype=torch.float64) for s in range(tokens)] for t in range(frames)]
-            keys = [[rotated(key[t][s], t, s) if turn else key[t][s] for s in range(tokens)] for t in range(frames)]
+            values = [
+                [
+                    v[t, s, part] if turn else torch.ones(1, dtype=torch.float64)
+                    for s in range(tokens)
+                ]
+                for t in range(frames)
+            ]
+            keys = [
+                [rotated(key[t][s], t, s) if turn else key[t][s] for s in range(tokens)]
+                for t in range(frames)
+            ]
             for t in range(frames):
                 states.append(update(states[-1], keys[t], values[t], t))
             for t in reversed(range(1, frames)):
@@ -131,7 +168,9 @@ def test_gated_delta_net_is_the_recurrence_of_the_paper():
             sums.append([states[t + 1] + backward[frames - 1 - t] for t in range(frames)])
         for t in range(frames):
             for s in range(tokens):
-                out[t, s, part] = (sums[0][t] @ rotated(query[t][s], t, s)) / (sums[1][t] @ query[t][s] + 1e-8)
+                out[t, s, part] = (sums[0][t] @ rotated(query[t][s], t, s)) / (
+                    sums[1][t] @ query[t][s] + 1e-8
+                )
     gate = torch.nn.functional.silu(x[0] @ block.output_gate.weight.T + block.output_gate.bias)
     expected = (out * gate) @ block.proj.weight.T + block.proj.bias
     assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
@@ -139,7 +178,8 @@ def test_gated_delta_net_is_the_recurrence_of_the_paper():
 
 @pytest.mark.parametrize("window", [0, 2])
 def test_chunk_causal_never_sees_a_later_chunk(camera_path, window):
-    """Bitwise: what is put into frame j changes no frame of an earlier chunk, and does change its own chunk."""
+    """Bitwise: what is put into frame j changes no frame of an earlier chunk, and does change its
+    own chunk."""
     config = replace(CONFIG, causal=True, depth=3, softmax_every=3, window_chunks=window)
     model, clip = awake(config), Clip(camera_path, 11)
     sequence = LocalSequence(ClipLayout(11, chunk_starts=CHUNKS))
@@ -155,14 +195,21 @@ def test_chunk_causal_never_sees_a_later_chunk(camera_path, window):
 
 def test_documents_packed_into_one_clip_do_not_see_each_other(camera_path):
     """Bitwise under perturbation; and each equals itself alone."""
-    model, clip = awake(CONFIG), Clip(camera_path, 9, raw=33 + 25)  # documents of 5 and 4 latent frames
+    model, clip = (
+        awake(CONFIG),
+        Clip(camera_path, 9, raw=33 + 25),
+    )  # documents of 5 and 4 latent frames
     packed = LocalSequence(ClipLayout(9, document_starts=(0, 5)))
     with torch.no_grad():
         before = clip.run(model, packed)
         changed = clip.latents.clone()
         changed[:, 5:] += 1.0
         assert torch.equal(clip.run(model, packed, changed)[:, :5], before[:, :5])
-        second = replace(clip.conditions, c2w=clip.conditions.c2w[:, 33:], intrinsics=clip.conditions.intrinsics[:, 33:])
+        second = replace(
+            clip.conditions,
+            c2w=clip.conditions.c2w[:, 33:],
+            intrinsics=clip.conditions.intrinsics[:, 33:],
+        )
         alone = model(clip.latents[:, 5:], clip.sigma[:, 5:], second, LocalSequence(ClipLayout(4)))
     assert (alone - before[:, 5:]).abs().max() <= 1e-5 * before.abs().max()
 
@@ -175,11 +222,14 @@ def test_every_frame_sees_every_other_when_bidirectional(camera_path):
         for frame in (0, 5):
             changed = clip.latents.clone()
             changed[:, frame] += 1.0
-            assert ((clip.run(model, sequence, changed) - before).abs().amax(dim=(0, 2, 3, 4)) > 0).all()
+            assert (
+                (clip.run(model, sequence, changed) - before).abs().amax(dim=(0, 2, 3, 4)) > 0
+            ).all()
 
 
 def test_keys_scaled_by_frame_size_keep_the_recurrence_from_growing(camera_path):
-    """SANA-WM §3.2: with 1/sqrt(D S) the trace of A is at most 1, so ||M|| <= 1; with 1/sqrt(D), or none, M expands."""
+    """SANA-WM §3.2: with 1/sqrt(D S) the trace of A is at most 1, so ||M|| <= 1; with 1/sqrt(D), or
+    none, M expands."""
     torch.manual_seed(0)
     tokens, dim = 60, 16
     block = GatedDeltaNet(dim, 1, camera=False, conv_kernel=0)
@@ -193,7 +243,9 @@ def test_keys_scaled_by_frame_size_keep_the_recurrence_from_growing(camera_path)
         product = torch.eye(dim)
         for transition in transitions:
             product = product @ transition
-        return float(torch.linalg.matrix_norm(transitions, 2).max()), float(torch.linalg.matrix_norm(product, 2))
+        return float(torch.linalg.matrix_norm(transitions, 2).max()), float(
+            torch.linalg.matrix_norm(product, 2)
+        )
 
     largest, after = growth(block.key_scale(tokens))
     assert largest <= 1.0
@@ -204,9 +256,14 @@ def test_keys_scaled_by_frame_size_keep_the_recurrence_from_growing(camera_path)
 
 @pytest.mark.parametrize(("dtype", "bound"), EXACTNESS)
 def test_padding_changes_no_real_frame(camera_path, dtype, bound):
-    """A clip of 5 frames alone equals itself padded to 8, even when the padding holds infinities."""
+    """A clip of 5 frames alone equals itself padded to 8, even when the padding holds
+    infinities."""
     model, clip = awake(CONFIG).to(dtype), Clip(camera_path, 8).to(dtype)
-    short = replace(clip.conditions, c2w=clip.conditions.c2w[:, :33], intrinsics=clip.conditions.intrinsics[:, :33])
+    short = replace(
+        clip.conditions,
+        c2w=clip.conditions.c2w[:, :33],
+        intrinsics=clip.conditions.intrinsics[:, :33],
+    )
     padded = clip.latents.clone()
     padded[:, 5:] = float("inf")
     with torch.no_grad():
@@ -220,8 +277,12 @@ def test_a_dropped_camera_is_no_camera(camera_path):
     sequence = LocalSequence(ClipLayout(3))
     keep = torch.tensor([True, False])
     with torch.no_grad():
-        mixed = model(clip.latents, clip.sigma, replace(clip.conditions, camera_keep=keep), sequence)
-        without = model(clip.latents, clip.sigma, replace(clip.conditions, c2w=None, intrinsics=None), sequence)
+        mixed = model(
+            clip.latents, clip.sigma, replace(clip.conditions, camera_keep=keep), sequence
+        )
+        without = model(
+            clip.latents, clip.sigma, replace(clip.conditions, c2w=None, intrinsics=None), sequence
+        )
         kept = clip.run(model, sequence)
     assert torch.equal(mixed[0], kept[0])
     assert torch.equal(mixed[1], without[1])
@@ -235,11 +296,14 @@ def test_a_dropped_camera_is_no_camera(camera_path):
 def test_any_mesh_gives_the_outputs_and_gradients_of_one_device(
     camera_path, frames, causal, ring, ulysses, dtype, bound
 ):
-    """T = 11 splits unevenly; T = 3 over four members leaves one without frames, whose gradients are zeros, not missing."""
+    """T = 11 splits unevenly; T = 3 over four members leaves one without frames, whose gradients
+    are zeros, not missing."""
     members = ring * ulysses
     model = awake(replace(CONFIG, causal=causal)).to(dtype)
     clip = Clip(camera_path, frames).to(dtype)
-    layout = ClipLayout(frames, chunk_starts=chunk_starts(frames, 3) if causal and frames > 4 else (0,))
+    layout = ClipLayout(
+        frames, chunk_starts=chunk_starts(frames, 3) if causal and frames > 4 else (0,)
+    )
     weight = torch.randn(clip.latents.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     expected = clip.run(model, LocalSequence(layout))
     (expected * weight).sum().backward()
@@ -296,7 +360,12 @@ def test_impossible_shapes_are_refused_with_a_fix(change, message):
 def test_wrong_number_of_poses_and_indivisible_latents_are_refused(camera_path):
     model, clip = awake(CONFIG), Clip(camera_path, 3)
     with pytest.raises(ValueError, match="17 for 3 latent frames"):
-        model(clip.latents, clip.sigma, replace(clip.conditions, c2w=clip.conditions.c2w[:, 1:]), LocalSequence(ClipLayout(3)))
+        model(
+            clip.latents,
+            clip.sigma,
+            replace(clip.conditions, c2w=clip.conditions.c2w[:, 1:]),
+            LocalSequence(ClipLayout(3)),
+        )
     with pytest.raises(ValueError, match="patch_size"):
         clip.run(build_model(replace(CONFIG, patch_size=2)), LocalSequence(ClipLayout(3)))
 

@@ -1,4 +1,5 @@
-"""Stages that change the model: what a stage may add or drop is exactly what its change adds and drops."""
+"""Stages that change the model: what a stage may add or drop is exactly what its change adds and
+drops."""
 
 from __future__ import annotations
 
@@ -28,7 +29,13 @@ def names(config: ModelConfig) -> set[str]:
 
 
 def test_only_named_parts_come_and_go_between_stages():
-    assert (GDN.softmax_every, GDN.camera, HYBRID.softmax_every, CAUSAL.causal, CAUSAL.camera) == (0, False, 4, True, True)
+    assert (GDN.softmax_every, GDN.camera, HYBRID.softmax_every, CAUSAL.causal, CAUSAL.camera) == (
+        0,
+        False,
+        4,
+        True,
+        True,
+    )
     dropped, added = names(GDN) - names(HYBRID), names(HYBRID) - names(GDN)
     assert dropped == {"blocks.3.attn.conv_k.weight"}
     assert not added
@@ -40,20 +47,28 @@ def test_only_named_parts_come_and_go_between_stages():
 
 
 def test_a_new_camera_branch_changes_nothing_at_first(camera_path):
-    """The paper's zero-initialised camera projection and Plücker embedder preserve the model they are added to (§3.3)."""
+    """The paper's zero-initialised camera projection and Plücker embedder preserve the model they
+    are added to (§3.3)."""
     before, after = build_model(HYBRID), build_model(FULL)
     initialise_(before, 0)
     with torch.no_grad():
         for parameter in before.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+            )
     initialise_(after, 1)
     result = after.load_state_dict(before.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert sorted(result.missing_keys) == stage_parts(result.missing_keys)
     generator = torch.Generator().manual_seed(2)
     c2w, intrinsics = camera_path(2, 17, generator)
-    conditions = Conditions((96, 160), 8, c2w, intrinsics, text=torch.randn(2, 3, 6, generator=generator))
-    latents, sigma = torch.randn(2, 3, 4, 2, 3, generator=generator), torch.rand(2, 3, generator=generator)
+    conditions = Conditions(
+        (96, 160), 8, c2w, intrinsics, text=torch.randn(2, 3, 6, generator=generator)
+    )
+    latents, sigma = (
+        torch.randn(2, 3, 4, 2, 3, generator=generator),
+        torch.rand(2, 3, generator=generator),
+    )
     sequence = LocalSequence(ClipLayout(3))
     with torch.no_grad():
         old, new = (model(latents, sigma, conditions, sequence) for model in (before, after))
@@ -67,9 +82,17 @@ def test_the_recipe_has_the_values_of_table_7():
     stages = run.recipe.stages
     assert ordered(run.recipe) == ("gdn", "hybrid", "minute_camera", "sft", "chunk_causal")
     table = [(s.steps, s.global_batch, s.optimizer.lr, s.frames) for s in stages.values()][:4]
-    assert table == [(30_000, 64, 5e-5, 81), (30_000, 64, 5e-5, 81), (31_000, 32, 1e-5, 961), (10_000, 32, 1e-5, 961)]
+    assert table == [
+        (30_000, 64, 5e-5, 81),
+        (30_000, 64, 5e-5, 81),
+        (31_000, 32, 1e-5, 961),
+        (10_000, 32, 1e-5, 961),
+    ]
     assert all(s.optimizer.clip_norm == 0.5 and s.optimizer.eps == 1e-10 for s in stages.values())
-    assert all(s.objective.flow_shift == 9.95 and s.objective.image_condition == 0.9 for s in stages.values())
+    assert all(
+        s.objective.flow_shift == 9.95 and s.objective.image_condition == 0.9
+        for s in stages.values()
+    )
     assert stages["chunk_causal"].objective.chunk_mixture == (0.1, 0.4, 0.4, 0.1)
     assert [s.inherit for s in stages.values()] == [None, *["previous"] * 4]
     models = {name: stage_run(run, name).model for name in stages}
@@ -84,11 +107,18 @@ def test_the_recipe_has_the_values_of_table_7():
 
 
 def test_the_demo_takes_the_papers_recipe_at_toy_size():
-    """Same stages, model changes, inheritance, chunks and dropout as Tab. 7; only lengths, steps, batches and learning rates differ."""
-    paper, toy = compose(["recipe=sana_wm", "data.path=x"]), compose(["experiment=demo", "recipe=sana_wm", "stage=all"])
+    """Same stages, model changes, inheritance, chunks and dropout as Tab. 7; only lengths, steps,
+    batches and learning rates differ."""
+    paper, toy = (
+        compose(["recipe=sana_wm", "data.path=x"]),
+        compose(["experiment=demo", "recipe=sana_wm", "stage=all"]),
+    )
     small = {"frames", "steps", "global_batch", "objective", "optimizer"}
     assert ordered(toy.recipe) == ordered(paper.recipe)
-    assert (toy.model, toy.data) == (compose(["experiment=demo"]).model, compose(["experiment=demo"]).data)
+    assert (toy.model, toy.data) == (
+        compose(["experiment=demo"]).model,
+        compose(["experiment=demo"]).data,
+    )
     for name, stage in toy.recipe.stages.items():
         theirs = paper.recipe.stages[name]
         assert {key: value for key, value in vars(stage).items() if key not in small} == {
@@ -97,5 +127,10 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
         assert replace(stage.objective, flow_shift=9.95) == theirs.objective
         assert stage.frames <= 81, "the demo records clips of 81 frames"
         assert stage.steps * stage.frames * stage.global_batch < 10**5, "a laptop's minutes"
-    assert compose(["experiment=demo", "recipe=sana_wm", "recipe.stages.gdn.steps=7"]).recipe.stages["gdn"].steps == 7
+    assert (
+        compose(["experiment=demo", "recipe=sana_wm", "recipe.stages.gdn.steps=7"])
+        .recipe.stages["gdn"]
+        .steps
+        == 7
+    )
     assert "gdn" not in compose(["experiment=demo"]).recipe.stages

@@ -32,22 +32,30 @@ def filled(config: ModelConfig = CONFIG, seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize("max_bytes", [10**9, 60_000])
 def test_export_is_read_by_diffusers_and_back_again(tmp_path, max_bytes):
     model = filled()
-    files = export_pretrained(dict(model.named_parameters()), CONFIG, tmp_path / "out", max_bytes=max_bytes)
+    files = export_pretrained(
+        dict(model.named_parameters()), CONFIG, tmp_path / "out", max_bytes=max_bytes
+    )
     assert (len(files) > 2) == (max_bytes < 10**9)
-    public, report = diffusers.SanaWMTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    public, report = diffusers.SanaWMTransformer3DModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(report.values())
     theirs = public.state_dict()
     assert theirs.keys() == model.state_dict().keys()
     assert all(torch.equal(theirs[name], value) for name, value in model.state_dict().items())
 
     public.save_pretrained(tmp_path / "back")
-    assert read_config(tmp_path / "back", replace(CONFIG, causal=True)) == replace(CONFIG, causal=True)
+    assert read_config(tmp_path / "back", replace(CONFIG, causal=True)) == replace(
+        CONFIG, causal=True
+    )
     with torch.device("meta"):
         ours = build_model(read_config(tmp_path / "back"))
     ours.to_empty(device="cpu")
     loaded = load_pretrained_(ours, tmp_path / "back")
     assert loaded.fresh == ()
-    assert all(torch.equal(ours.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(ours.state_dict()[name], value) for name, value in model.state_dict().items()
+    )
 
 
 def test_all_problems_are_listed_and_nothing_changes(tmp_path):
@@ -60,7 +68,10 @@ def test_all_problems_are_listed_and_nothing_changes(tmp_path):
     save_file(tensors, tmp_path / FILE)
     other = filled(seed=1)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    expected = r"1 missing: x_embedder.proj.bias; 1 extra: nonesuch; 1 mis-shaped: final_layer.linear.weight \(6, 47\)"
+    expected = (
+        r"1 missing: x_embedder.proj.bias; 1 extra: nonesuch; 1 mis-shaped:"
+        r" final_layer.linear.weight \(6, 47\)"
+    )
     with pytest.raises(ValueError, match=expected):
         load_pretrained_(other, tmp_path)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
@@ -96,7 +107,8 @@ def test_every_holder_reads_its_own_part(tmp_path):
 
 
 def test_sana_video_gives_what_it_has(tmp_path):
-    """Every tensor of a random SANA-Video model but patchify and output is used; what is new stays as initialised, gates are open."""
+    """Every tensor of a random SANA-Video model but patchify and output is used; what is new stays
+    as initialised, gates are open."""
     torch.manual_seed(0)
     source = diffusers.SanaVideoTransformer3DModel(
         num_layers=4, num_attention_heads=2, attention_head_dim=24, num_cross_attention_heads=2, cross_attention_head_dim=24,
@@ -109,20 +121,44 @@ def test_sana_video_gives_what_it_has(tmp_path):
     block, their_block = "blocks.2", "transformer_blocks.2"
     stacked = torch.cat([theirs[f"{their_block}.attn1.to_{part}.weight"] for part in "qkv"])
     assert torch.equal(ours[f"{block}.attn.qkv.weight"], stacked)
-    assert torch.equal(ours[f"{block}.mlp.t_conv.weight"], theirs[f"{their_block}.ff.conv_temp.weight"])
-    assert torch.equal(ours[f"{block}.cross_attn.kv_linear.bias"][48:], theirs[f"{their_block}.attn2.to_v.bias"])
+    assert torch.equal(
+        ours[f"{block}.mlp.t_conv.weight"], theirs[f"{their_block}.ff.conv_temp.weight"]
+    )
+    assert torch.equal(
+        ours[f"{block}.cross_attn.kv_linear.bias"][48:], theirs[f"{their_block}.attn2.to_v.bias"]
+    )
     assert torch.equal(ours["t_block.1.weight"], theirs["time_embed.linear.weight"])
     gates = [name for name in loaded.fresh if "output_gate" in name]
     assert len(gates) == 8
-    assert torch.allclose(torch.nn.functional.silu(ours["blocks.0.attn.output_gate.bias"]), torch.ones(48))
+    assert torch.allclose(
+        torch.nn.functional.silu(ours["blocks.0.attn.output_gate.bias"]), torch.ones(48)
+    )
     assert all(torch.equal(ours[name], before[name]) for name in loaded.fresh if name not in gates)
-    new = ("x_embedder", "final_layer.linear", "plucker", "raymap", "cam", "conv_k", "beta_proj", "gate_proj", "A_log", "dt_bias", "recall")
+    new = (
+        "x_embedder",
+        "final_layer.linear",
+        "plucker",
+        "raymap",
+        "cam",
+        "conv_k",
+        "beta_proj",
+        "gate_proj",
+        "A_log",
+        "dt_bias",
+        "recall",
+    )
     assert all(any(word in name for word in new) for name in loaded.fresh if name not in gates)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("pred_sigma", True), ("t_kernel_size", 5), ("num_attention_heads", 4), ("chunk_plucker_post_attn_blocks", 1), ("_class_name", "X")],
+    [
+        ("pred_sigma", True),
+        ("t_kernel_size", 5),
+        ("num_attention_heads", 4),
+        ("chunk_plucker_post_attn_blocks", 1),
+        ("_class_name", "X"),
+    ],
 )
 def test_variants_we_do_not_have_are_refused(tmp_path, key, value):
     export_pretrained(dict(filled().named_parameters()), CONFIG, tmp_path)

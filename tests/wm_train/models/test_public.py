@@ -1,4 +1,5 @@
-"""The backbone against the public class `diffusers.SanaWMTransformer3DModel`: same weights by name, same outputs, same gradients."""
+"""The backbone against the public class `diffusers.SanaWMTransformer3DModel`: same weights by name,
+same outputs, same gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ STRIDE = 8
 
 @pytest.fixture(autouse=True)
 def softmax_in_full_precision(monkeypatch):
-    """The public softmax blocks cast fp32 to bf16 before attention. Make that cast do nothing, for the comparison only."""
+    """The public softmax blocks cast fp32 to bf16 before attention. Make that cast do nothing, for
+    the comparison only."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
 
 
@@ -47,14 +49,22 @@ def public_model(config: ModelConfig) -> torch.nn.Module:
     return model.eval()
 
 
-def public_camera(c2w: torch.Tensor, intrinsics: torch.Tensor, size: tuple[int, int], stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T, 20] camera conditions and [B, 48, T, h, w] raymaps by the public pipeline's own functions."""
+def public_camera(
+    c2w: torch.Tensor, intrinsics: torch.Tensor, size: tuple[int, int], stride: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T, 20] camera conditions and [B, 48, T, h, w] raymaps by the public pipeline's own
+    functions."""
     from diffusers.pipelines.sana_wm.cam_utils import prepare_camera
 
     rows = [
-        prepare_camera(np.asarray(c), np.asarray(i), target_size=size, vae_stride=(STRIDE, stride, stride)) for c, i in zip(c2w, intrinsics)
+        prepare_camera(
+            np.asarray(c), np.asarray(i), target_size=size, vae_stride=(STRIDE, stride, stride)
+        )
+        for c, i in zip(c2w, intrinsics)
     ]
-    return torch.stack([row["raymap"] for row in rows]), torch.stack([row["chunk_plucker"] for row in rows])
+    return torch.stack([row["raymap"] for row in rows]), torch.stack(
+        [row["chunk_plucker"] for row in rows]
+    )
 
 
 SMALL = ModelConfig(latent_channels=6, depth=2, width=48, heads=2, text_width=10, softmax_every=2)
@@ -97,7 +107,12 @@ def test_forward_and_every_gradient_equal_the_public_model(case, camera_path):
         chunk_plucker=plucker if camera and config.plucker else None,
     ).sample.transpose(1, 2)
     conditions = Conditions(
-        (h * 16, w * 16), STRIDE, c2w if camera else None, intrinsics if camera else None, text=text, text_mask=mask.bool()
+        (h * 16, w * 16),
+        STRIDE,
+        c2w if camera else None,
+        intrinsics if camera else None,
+        text=text,
+        text_mask=mask.bool(),
     )
     actual = ours(latents, timestep / 1000.0, conditions, LocalSequence(ClipLayout(frames)))
     assert relative(actual, expected) < 1e-5
@@ -127,5 +142,7 @@ def test_full_size_has_the_public_parameters():
     config = ModelConfig(latent_channels=128, depth=20, width=2240, heads=20, text_width=2304)
     with torch.device("meta"):
         ours, public = build_model(config), diffusers.SanaWMTransformer3DModel()
-    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in public.state_dict().items()}
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {
+        n: p.shape for n, p in public.state_dict().items()
+    }
     assert sum(p.numel() for p in ours.parameters()) == 2_661_800_448

@@ -23,7 +23,11 @@ KEY = NoiseKey(seed=7, stage="first")
 VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
@@ -76,7 +80,9 @@ def test_uniforms_stay_inside_the_open_interval_and_are_uniform():
     u = uniform(KEY, "camera_dropout", torch.arange(20_000)).double()
     assert u.shape == (20_000,)
     assert 0 < u.min() < u.max() < 1
-    assert (u.sort().values - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 1.95 / math.sqrt(20_000)
+    assert (u.sort().values - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 1.95 / math.sqrt(
+        20_000
+    )
 
 
 def test_no_stage_can_have_the_name_of_a_reserved_key():

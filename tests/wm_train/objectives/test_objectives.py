@@ -1,4 +1,5 @@
-"""Flow matching: the formula, the given first frame, the keyed choices, independence of the mesh."""
+"""Flow matching: the formula, the given first frame, the keyed choices, independence of the
+mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from wm_train.config.schema import ModelConfig, ObjectiveConfig
 from wm_train.models import build_model, initialise_
 from wm_train.noise import NoiseKey, normal
 from wm_train.objectives import OBJECTIVES
-from wm_train.objectives.chunk_mixture import ANCHORED, CLEAN_PAST, INCREMENTAL, SAME, chunk_levels, drawn_pattern
+from wm_train.objectives.chunk_mixture import (
+    ANCHORED,
+    CLEAN_PAST,
+    INCREMENTAL,
+    SAME,
+    chunk_levels,
+    drawn_pattern,
+)
 from wm_train.objectives.flow_matching import clip_sigma, shift_sigma
 
 KEY = NoiseKey(3, "first")
@@ -40,7 +48,10 @@ class Recorder(torch.nn.Module):
 
 
 def batch(clips: int, frames: int) -> Batch:
-    return Batch(torch.randn(clips, frames, 3, 2, 4, generator=torch.Generator().manual_seed(0)), torch.arange(clips) + 40)
+    return Batch(
+        torch.randn(clips, frames, 3, 2, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(clips) + 40,
+    )
 
 
 def test_noisy_input_target_and_loss_are_those_of_the_formula():
@@ -61,12 +72,22 @@ def test_noisy_input_target_and_loss_are_those_of_the_formula():
     assert torch.allclose(out.loss, expected, rtol=1e-5)
     assert 16 < int(seen.camera_keep.sum()) < 48
     model.answer = noise - data.latents
-    assert OBJECTIVES["flow_matching"](model, data, KEY, CONFIG, sequence, conditions).loss.abs().max() == 0
+    assert (
+        OBJECTIVES["flow_matching"](model, data, KEY, CONFIG, sequence, conditions).loss.abs().max()
+        == 0
+    )
 
 
 def test_a_single_frame_is_never_given():
     model = Recorder()
-    out = OBJECTIVES["flow_matching"](model, batch(8, 1), KEY, ObjectiveConfig(), LocalSequence(ClipLayout(1)), Conditions((96, 160), 8))
+    out = OBJECTIVES["flow_matching"](
+        model,
+        batch(8, 1),
+        KEY,
+        ObjectiveConfig(),
+        LocalSequence(ClipLayout(1)),
+        Conditions((96, 160), 8),
+    )
     assert (model.seen[1] > 0).all()
     assert (out.loss > 0).all()
 
@@ -75,8 +96,12 @@ def test_padding_has_no_weight():
     data = batch(2, 4)
     args = (Recorder(), data, KEY, ObjectiveConfig())
     conditions, cut = Conditions((96, 160), 8), Batch(data.latents[:, :2], data.draws)
-    whole = OBJECTIVES["flow_matching"](*args, LocalSequence(ClipLayout(4, valid_frames=(2, 4))), conditions).loss
-    short = OBJECTIVES["flow_matching"](args[0], cut, *args[2:], LocalSequence(ClipLayout(2)), conditions).loss
+    whole = OBJECTIVES["flow_matching"](
+        *args, LocalSequence(ClipLayout(4, valid_frames=(2, 4))), conditions
+    ).loss
+    short = OBJECTIVES["flow_matching"](
+        args[0], cut, *args[2:], LocalSequence(ClipLayout(2)), conditions
+    ).loss
     assert torch.allclose(whole[0], short[0])
 
 
@@ -90,18 +115,29 @@ def test_noise_levels_are_logit_normal_and_shifted():
     assert shift_sigma(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.75, 1.0]
 
 
-# Between meshes only the order of sums differs. In fp64 (2e-16 per operation) that is 1e-14; any fault in
-# the mathematics is far above 1e-11. fp32 (6e-8 per operation) is the arithmetic of training: there a
-# gradient, a sum of thousands of terms that partly cancel, is off by up to 1.1e-5 of its largest element,
-# depending on the processor's instructions, so its bound is a thousand operations' rounding.
+# Between meshes only the order of sums differs. In fp64 (2e-16 per operation) that is 1e-14; any
+# fault in the mathematics is far above 1e-11. fp32 (6e-8 per operation) is the arithmetic of
+# training: there a gradient, a sum of thousands of terms that partly cancel, is off by up to 1.1e-5
+# of its largest element, depending on the processor's instructions, so its bound is a thousand
+# operations' rounding.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 @pytest.mark.parametrize(
     ("objective", "ring", "ulysses"),
     [("flow_matching", 1, 2), ("flow_matching", 3, 1), ("chunk_mixture", 1, 3)],
 )
-def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, objective, ring, ulysses, dtype, bound):
-    """Rows shared out over data-parallel members and frames over a sequence group: same loss per clip, same summed gradients."""
-    config = ModelConfig(latent_channels=3, depth=2, width=16, heads=2, softmax_every=2, causal=objective == "chunk_mixture")
+def test_loss_and_gradients_do_not_depend_on_the_mesh(
+    camera_path, objective, ring, ulysses, dtype, bound
+):
+    """Rows shared out over data-parallel members and frames over a sequence group: same loss per
+    clip, same summed gradients."""
+    config = ModelConfig(
+        latent_channels=3,
+        depth=2,
+        width=16,
+        heads=2,
+        softmax_every=2,
+        causal=objective == "chunk_mixture",
+    )
     model = build_model(config)
     initialise_(model, 0)
     model.to(dtype)
@@ -111,7 +147,10 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, objective, ri
     data = batch(4, 7)
     data = replace(data, latents=data.latents.to(dtype))
     c2w, intrinsics = (x.to(dtype) for x in camera_path(4, 49, torch.Generator().manual_seed(1)))
-    conditions, layout = Conditions((96, 160), 8, c2w, intrinsics), ClipLayout(7, chunk_starts=(0, 4) if config.causal else (0,))
+    conditions, layout = (
+        Conditions((96, 160), 8, c2w, intrinsics),
+        ClipLayout(7, chunk_starts=(0, 4) if config.causal else (0,)),
+    )
     whole = OBJECTIVES[objective](model, data, KEY, CONFIG, LocalSequence(layout), conditions)
     whole.loss.sum().backward()
     losses, grads = [], {}
@@ -120,9 +159,13 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, objective, ri
 
         def body(comm, rows=rows, copies=copies):
             sequence = GroupSequence(layout, comm)
-            part = Batch(data.latents[rows, sequence.frames.start : sequence.frames.stop], data.draws[rows])
+            part = Batch(
+                data.latents[rows, sequence.frames.start : sequence.frames.stop], data.draws[rows]
+            )
             seen = replace(conditions, c2w=c2w[rows], intrinsics=intrinsics[rows])
-            return OBJECTIVES[objective](copies[comm.members[0].index], part, KEY, CONFIG, sequence, seen).loss
+            return OBJECTIVES[objective](
+                copies[comm.members[0].index], part, KEY, CONFIG, sequence, seen
+            ).loss
 
         results, _ = run_virtual(body, ring, ulysses)
         sum(loss.sum() for loss in results).backward()
@@ -139,7 +182,9 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(camera_path, objective, ri
 def test_dropped_text_is_the_null_text():
     data, model = batch(64, 2), Recorder()
     text, null = torch.randn(64, 5, 6), torch.randn(3, 6)
-    seen = Conditions((96, 160), 8, text=text, text_mask=torch.ones(64, 5, dtype=torch.bool), null_text=null)
+    seen = Conditions(
+        (96, 160), 8, text=text, text_mask=torch.ones(64, 5, dtype=torch.bool), null_text=null
+    )
     config = ObjectiveConfig(text_dropout=0.3)
     OBJECTIVES["flow_matching"](model, data, KEY, config, LocalSequence(ClipLayout(2)), seen)
     given = model.seen[2]
@@ -149,13 +194,18 @@ def test_dropped_text_is_the_null_text():
     assert torch.equal(given.text[dropped][:, :3], null.expand(int(dropped.sum()), 3, 6))
     assert given.text_mask[dropped].sum(1).tolist() == [3] * int(dropped.sum())
     with pytest.raises(ValueError, match="null text"):
-        OBJECTIVES["flow_matching"](model, data, KEY, config, LocalSequence(ClipLayout(2)), replace(seen, null_text=None))
+        OBJECTIVES["flow_matching"](
+            model, data, KEY, config, LocalSequence(ClipLayout(2)), replace(seen, null_text=None)
+        )
 
 
 def test_chunk_levels_follow_their_pattern():
     draws, chunks = torch.arange(4000), 5
     sigma = torch.full((4000,), 0.4)
-    levels = {p: chunk_levels(KEY, draws, torch.full((4000,), p), sigma, chunks) for p in (SAME, INCREMENTAL, ANCHORED, CLEAN_PAST)}
+    levels = {
+        p: chunk_levels(KEY, draws, torch.full((4000,), p), sigma, chunks)
+        for p in (SAME, INCREMENTAL, ANCHORED, CLEAN_PAST)
+    }
     assert (levels[SAME] == 0.4).all()
     assert torch.equal(levels[CLEAN_PAST], torch.tensor([0.0, 0.0, 0.0, 0.0, 0.4]).expand(4000, 5))
     for pattern in (INCREMENTAL, ANCHORED):
@@ -171,23 +221,39 @@ def test_chunk_levels_follow_their_pattern():
 
 
 def test_patterns_come_in_their_shares():
-    pattern = drawn_pattern(KEY, torch.arange(20_000), ObjectiveConfig(chunk_mixture=(1.0, 4.0, 4.0, 1.0)))
+    pattern = drawn_pattern(
+        KEY, torch.arange(20_000), ObjectiveConfig(chunk_mixture=(1.0, 4.0, 4.0, 1.0))
+    )
     shares = torch.bincount(pattern, minlength=4) / 20_000
     assert (shares - torch.tensor([0.1, 0.4, 0.4, 0.1])).abs().max() < 0.015
 
 
 def test_chunk_mixture_gives_every_frame_its_chunks_level_and_weighs_no_clean_frame():
     data, model = batch(32, 8), Recorder()
-    sequence, conditions = LocalSequence(ClipLayout(8, chunk_starts=(0, 4, 7))), Conditions((96, 160), 8)
-    out = OBJECTIVES["chunk_mixture"](model, data, KEY, replace(CONFIG, chunk_mixture=(0.0, 0.0, 0.0, 1.0)), sequence, conditions)
+    sequence, conditions = (
+        LocalSequence(ClipLayout(8, chunk_starts=(0, 4, 7))),
+        Conditions((96, 160), 8),
+    )
+    out = OBJECTIVES["chunk_mixture"](
+        model, data, KEY, replace(CONFIG, chunk_mixture=(0.0, 0.0, 0.0, 1.0)), sequence, conditions
+    )
     noisy, sigma, _ = model.seen
     assert torch.equal(noisy[:, :7], data.latents[:, :7])
     assert torch.equal(sigma[:, 7], out.metrics["sigma"])
     noise = normal(KEY, "noise", data.draws, (7, 8), (3, 2, 4))[:, 0]
-    assert torch.allclose(out.loss, (noise - data.latents[:, 7]).square().mean((1, 2, 3)), rtol=1e-5)
-    OBJECTIVES["chunk_mixture"](model, data, KEY, replace(CONFIG, image_condition=0.0), sequence, conditions)
+    assert torch.allclose(
+        out.loss, (noise - data.latents[:, 7]).square().mean((1, 2, 3)), rtol=1e-5
+    )
+    OBJECTIVES["chunk_mixture"](
+        model, data, KEY, replace(CONFIG, image_condition=0.0), sequence, conditions
+    )
     sigma = model.seen[1]
-    assert all(torch.equal(sigma[:, a:b], sigma[:, a : a + 1].expand(32, b - a)) for a, b in ((0, 4), (4, 7), (7, 8)))
+    assert all(
+        torch.equal(sigma[:, a:b], sigma[:, a : a + 1].expand(32, b - a))
+        for a, b in ((0, 4), (4, 7), (7, 8))
+    )
     assert len(sigma[:, 0].unique()) > 20
     with pytest.raises(ValueError, match="one chunk"):
-        OBJECTIVES["chunk_mixture"](model, data, KEY, CONFIG, LocalSequence(ClipLayout(8)), conditions)
+        OBJECTIVES["chunk_mixture"](
+            model, data, KEY, CONFIG, LocalSequence(ClipLayout(8)), conditions
+        )

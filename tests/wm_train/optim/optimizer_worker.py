@@ -1,4 +1,5 @@
-"""Two steps of an optimizer on sharded weights; rank 0 writes the weights and the state that result."""
+"""Two steps of an optimizer on sharded weights; rank 0 writes the weights and the state that
+result."""
 
 import sys
 from pathlib import Path
@@ -16,13 +17,22 @@ from wm_train.world import join_world, leave_world
 
 
 class Toy(torch.nn.Module):
-    """Names and shapes as in a backbone: a wide, a tall and a 1 x 1 convolution matrix, a gate table and a norm."""
+    """Names and shapes as in a backbone: a wide, a tall and a 1 x 1 convolution matrix, a gate
+    table and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
-        shapes = {"wide": (17, 40), "tall": (50, 18), "conv": (20, 24, 1, 1), "gate": (4, 20), "norm": (20,)}
+        shapes = {
+            "wide": (17, 40),
+            "tall": (50, 18),
+            "conv": (20, 24, 1, 1),
+            "gate": (4, 20),
+            "norm": (20,),
+        }
         draws = torch.Generator().manual_seed(0)
-        self.blocks = torch.nn.ParameterDict({n: torch.nn.Parameter(torch.randn(s, generator=draws)) for n, s in shapes.items()})
+        self.blocks = torch.nn.ParameterDict(
+            {n: torch.nn.Parameter(torch.randn(s, generator=draws)) for n, s in shapes.items()}
+        )
 
 
 def main(name: str, out: Path) -> None:
@@ -35,7 +45,9 @@ def main(name: str, out: Path) -> None:
     draws = torch.Generator().manual_seed(1)
     for _ in range(2):
         for parameter in toy.parameters():
-            parameter.grad = distribute_tensor(torch.randn(parameter.shape, generator=draws), mesh, [Shard(0)])
+            parameter.grad = distribute_tensor(
+                torch.randn(parameter.shape, generator=draws), mesh, [Shard(0)]
+            )
         optimizer.step()
     result = {n: p.detach() for n, p in toy.named_parameters()} | optimizer_tensors(toy, optimizer)
     whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in result.items()}

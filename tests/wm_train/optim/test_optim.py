@@ -1,4 +1,5 @@
-"""Optimizers: the same step however weights are sharded, updates of the promised size, schedules that are functions of the step."""
+"""Optimizers: the same step however weights are sharded, updates of the promised size, schedules
+that are functions of the step."""
 
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from wm_train.optim.schedule import learning_rate
 WORKER = Path(__file__).with_name("optimizer_worker.py")
 
 
-@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.full), "normuon"])  # which steps vectors with AdamW
+@pytest.mark.parametrize(
+    "name", [pytest.param("adamw", marks=pytest.mark.full), "normuon"]
+)  # which steps vectors with AdamW
 def test_sharded_steps_equal_the_whole_one(tmp_path, run_ranks, name):
     for count in (1, 3):
         run_ranks(count, WORKER, name, tmp_path / f"{count}.pt")
-    one, three = torch.load(tmp_path / "1.pt", weights_only=True), torch.load(tmp_path / "3.pt", weights_only=True)
+    one, three = (
+        torch.load(tmp_path / "1.pt", weights_only=True),
+        torch.load(tmp_path / "3.pt", weights_only=True),
+    )
     assert one.keys() == three.keys()
     for key in one:
         torch.testing.assert_close(three[key], one[key], rtol=1e-6, atol=1e-7, msg=key)
@@ -89,13 +95,20 @@ def test_the_average_follows_the_weights_and_gives_them_back():
 def test_adamw_is_that_of_torch():
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7)) for _ in range(2))
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7)) for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
     groups = adamw_groups(list(theirs.parameters()), config)
-    optimizers = build_adamw(ours, config), torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizers = (
+        build_adamw(ours, config),
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps),
+    )
     for _ in range(3):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
             model(torch.arange(10.0).view(2, 5)).square().sum().backward()
             optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )

@@ -28,7 +28,10 @@ def really_kept(config: ModelConfig) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    inputs = [torch.rand_like(x) if isinstance(x, torch.Tensor) else x for x in memory._inputs(config, SHAPE)]
+    inputs = [
+        torch.rand_like(x) if isinstance(x, torch.Tensor) else x
+        for x in memory._inputs(config, SHAPE)
+    ]
     poses = torch.eye(4).expand(2, 17, 4, 4).contiguous()
     inputs[2] = replace(inputs[2], c2w=poses, intrinsics=torch.ones(2, 17, 4))
     with torch.autograd.graph.saved_tensors_hooks(keep, memory._give_back):
@@ -61,11 +64,20 @@ def test_checkpointing_keeps_less_and_frames_cost_in_proportion():
 
 def test_what_is_frozen_or_offloaded_is_counted_where_it_is():
     plain = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True)
-    frozen = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("blocks.*",))
+    frozen = memory.stage_memory(
+        SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("blocks.*",)
+    )
     assert frozen.parameters == plain.parameters
     assert frozen.gradients < 0.2 * plain.gradients
     assert frozen.optimizer < 0.2 * plain.optimizer
-    away = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(offload_state="cpu", offload_activations=True), True)
+    away = memory.stage_memory(
+        SMALL,
+        OptimizerConfig(),
+        SHAPE,
+        2,
+        ParallelConfig(offload_state="cpu", offload_activations=True),
+        True,
+    )
     assert away.device == plain.gathered + plain.busy
     assert away.device + away.host == plain.device + plain.host
     zero3 = ParallelConfig(sharding="zero3", offload_state="nvme", nvme_path="/x", precision="bf16")
@@ -74,7 +86,9 @@ def test_what_is_frozen_or_offloaded_is_counted_where_it_is():
     assert swapped.weights == pytest.approx(2 * plain.parameters / 2, rel=1e-3)
     assert swapped.staging == plain.staging + swapped.disk
     with pytest.raises(ValueError, match=r"frozen: got 'block\.\*'"):
-        memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("block.*",))
+        memory.stage_memory(
+            SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("block.*",)
+        )
 
 
 @pytest.mark.parametrize("name", ["adamw", "normuon"])
@@ -96,7 +110,9 @@ def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
     assert main([*stages, "--memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "stage 1 short: 41 frames = 6 latent frames" in out
-    assert re.search(r"starts from short \(ema weights\): \d+ tensors, 0 start anew, 0 left behind", out)
+    assert re.search(
+        r"starts from short \(ema weights\): \d+ tensors, 0 start anew, 0 left behind", out
+    )
     assert out.count(": fits") == 2
     assert main([*stages, "--memory", "0.001"]) == 3
     assert "DOES NOT FIT" in capsys.readouterr().out
@@ -104,8 +120,13 @@ def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
 
 def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(capsys):
     own = ["cp=2", "precision=bf16"]
-    long = [f"recipe.stages.long.parallel.{setting}" for setting in own] + ["recipe.stages.long.until_loss=0.5"]
-    names = ["recipe.stages.long.frozen=['blocks.0.*']", "recipe.stages.long.reinitialise=['final_layer.*']"]
+    long = [f"recipe.stages.long.parallel.{setting}" for setting in own] + [
+        "recipe.stages.long.until_loss=0.5"
+    ]
+    names = [
+        "recipe.stages.long.frozen=['blocks.0.*']",
+        "recipe.stages.long.reinitialise=['final_layer.*']",
+    ]
     assert main(["experiment=demo", "--latent", "16x7x10/8", *long, *names]) == 0
     short, long = capsys.readouterr().out.split("stage 2 long: ")
     assert "2 workers = 2 data parallel x 1 sequence parallel" in short
@@ -115,23 +136,38 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
     assert "40 steps or a held-out loss of 0.5" in long
     assert "3 start anew" in long
     assert " trained; GiB" in long
-    assert main(["experiment=demo", "--latent", "16x7x10/8", "recipe.stages.long.new=['blocks.9.*']"]) == 2
+    assert (
+        main(["experiment=demo", "--latent", "16x7x10/8", "recipe.stages.long.new=['blocks.9.*']"])
+        == 2
+    )
     assert "recipe.stages.long.new: got 'blocks.9.*'" in capsys.readouterr().err
 
 
-POOLS = ["experiment=demo_pools", "stage=1", 'pools.high.overrides=["launcher.workers=4","parallel.cp=2","model.depth=8"]']
+POOLS = [
+    "experiment=demo_pools",
+    "stage=1",
+    'pools.high.overrides=["launcher.workers=4","parallel.cp=2","model.depth=8"]',
+]
 
 
 def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "activation_bytes", lambda model, shape, precision: (shape.clips * shape.frames << 26, 0))
-    assert main([*POOLS, "--latent", "16x7x10/8", "--memory", "1"]) == 3, "one of the pools does not fit"
+    monkeypatch.setattr(
+        memory,
+        "activation_bytes",
+        lambda model, shape, precision: (shape.clips * shape.frames << 26, 0),
+    )
+    assert main([*POOLS, "--latent", "16x7x10/8", "--memory", "1"]) == 3, (
+        "one of the pools does not fit"
+    )
     out = capsys.readouterr().out
     _, high, low = re.split(r"^pool ", out, flags=re.MULTILINE)
     assert high.startswith("high: noise levels 0.6 to 1, 4 workers\n")
     assert low.startswith("low: noise levels 0 to 0.6, 1 workers\n")
     assert "4 workers = 2 data parallel x 2 sequence parallel" in high
     assert "1 workers = 1 data parallel x 1 sequence parallel" in low
-    large, small = (int(re.search(r"([\d,]+) parameters", text)[1].replace(",", "")) for text in (high, low))
+    large, small = (
+        int(re.search(r"([\d,]+) parameters", text)[1].replace(",", "")) for text in (high, low)
+    )
     assert large > 1.5 * small
     assert ": fits" in high
     assert "DOES NOT FIT" in low
@@ -152,7 +188,10 @@ def test_a_mistake_in_a_pool_is_one_report_that_names_it(capsys):
     assert "pools.low: parallel.cp: got 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]],
+)
 def test_bad_input_is_one_report(capsys, arguments):
     assert main(["experiment=demo", *arguments]) == 2
     captured = capsys.readouterr()

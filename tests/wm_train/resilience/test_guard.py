@@ -10,11 +10,19 @@ from wm_train.resilience.guard import WINDOW, BadStepError, Guard, RewindError
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("by_rank", [[(1.0, 2.0), (NAN, 2.0)], [(1.0, INF), (1.0, 1.0)], [(INF, NAN)]])
+@pytest.mark.parametrize(
+    "by_rank", [[(1.0, 2.0), (NAN, 2.0)], [(1.0, INF), (1.0, 1.0)], [(INF, NAN)]]
+)
 def test_stop_names_the_step_and_the_rank(by_rank):
     guard = Guard(TrainerConfig())
-    bad = next(rank for rank, row in enumerate(by_rank) if NAN in row or INF in row or any(x != x for x in row))
-    with pytest.raises(BadStepError, match=rf"step 7: got rank {bad}.*Parameters are as after step 6"):
+    bad = next(
+        rank
+        for rank, row in enumerate(by_rank)
+        if NAN in row or INF in row or any(x != x for x in row)
+    )
+    with pytest.raises(
+        BadStepError, match=rf"step 7: got rank {bad}.*Parameters are as after step 6"
+    ):
         guard.accepts(7, by_rank[0][0], by_rank)
 
 
@@ -24,14 +32,19 @@ def test_skip_has_a_budget_and_bad_losses_are_not_remembered():
     assert not guard.accepts(2, NAN, [(NAN, 1.0)])
     assert not guard.accepts(3, 1.0, [(1.0, NAN)])
     assert list(guard.recent) == [1.0]
-    with pytest.raises(BadStepError, match=r"steps \[2, 3, 4\] exceed trainer.bad_step_budget.*skip_steps=\[2, 3, 4\]"):
+    with pytest.raises(
+        BadStepError,
+        match=r"steps \[2, 3, 4\] exceed trainer.bad_step_budget.*skip_steps=\[2, 3, 4\]",
+    ):
         guard.accepts(4, NAN, [(NAN, 1.0)])
 
 
 def test_a_spike_is_measured_against_the_median_and_does_not_raise_it():
     guard = Guard(TrainerConfig(on_bad_step="skip", spike_factor=10.0))
     for step in range(WINDOW // 4):
-        assert guard.accepts(step, 1000.0 if step == 0 else 1.0, [(1.0, 1.0)]), "too few steps to judge by"
+        assert guard.accepts(step, 1000.0 if step == 0 else 1.0, [(1.0, 1.0)]), (
+            "too few steps to judge by"
+        )
     assert guard.accepts(20, 9.0, [(9.0, 1.0)])
     assert not guard.accepts(21, 1000.0, [(1000.0, 1.0)])
     assert not guard.accepts(22, 1000.0, [(1000.0, 1.0)])

@@ -23,7 +23,11 @@ def test_whoever_reads_finds_a_whole_sentence(tmp_path, monkeypatch):
             time.sleep(0.001)
         for step in range(3000):
             pulse.at(step, "train" if step % 2 else "record, validate, save")
-            assert json.loads(path.read_text())["section"] in ("start", "train", "record, validate, save")
+            assert json.loads(path.read_text())["section"] in (
+                "start",
+                "train",
+                "record, validate, save",
+            )
 
 
 def test_only_the_silent_and_the_absent_are_named(tmp_path):
@@ -44,7 +48,14 @@ def test_a_save_that_waits_for_a_lost_process_ends_and_names_it(tmp_path, monkey
     """The thread hangs in a collective that has half an hour; the run must not."""
     never = threading.Event()
     monkeypatch.setattr(store, "commit", lambda *_: never.wait(60))
-    saver = Saver(tmp_path, "short", TrainerConfig(), World(0, 1), print, lambda: ["rank 1 has been silent for 9 s"])
+    saver = Saver(
+        tmp_path,
+        "short",
+        TrainerConfig(),
+        World(0, 1),
+        print,
+        lambda: ["rank 1 has been silent for 9 s"],
+    )
     saver.save(1, {}, {})
     with pytest.raises(RuntimeError, match="waiting for a save: rank 1 has been silent"):
         saver.wait()

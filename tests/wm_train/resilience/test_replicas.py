@@ -1,4 +1,5 @@
-"""Replicated tensors are compared by checksum: any flipped bit changes it, and the rank that is alone is named."""
+"""Replicated tensors are compared by checksum: any flipped bit changes it, and the rank that is
+alone is named."""
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ class Others(World):
 
     def gather(self, value):
         if isinstance(value, dict):
-            return [{name: checksum(tensor) for name, tensor in state.items()} for state in self.states]
+            return [
+                {name: checksum(tensor) for name, tensor in state.items()} for state in self.states
+            ]
         rows = []
         for state in self.states:
             seen = []
@@ -30,7 +33,10 @@ class Others(World):
 
 def states(count):
     g = torch.Generator().manual_seed(0)
-    one = {"model/a": torch.randn(5, 3, generator=g), "model/b": torch.randn(3, generator=g).to(torch.bfloat16)}
+    one = {
+        "model/a": torch.randn(5, 3, generator=g),
+        "model/b": torch.randn(3, generator=g).to(torch.bfloat16),
+    }
     one["model/none"] = torch.zeros(0)
     return [{name: tensor.clone() for name, tensor in one.items()} for _ in range(count)]
 
@@ -55,7 +61,9 @@ def test_a_majority_names_the_one_and_two_are_both_named():
     three, two = states(3), states(2)
     for group in (three, two):
         group[1]["model/a"].view(torch.int32)[2, 1] ^= 1 << 3
-    with pytest.raises(CorruptionError, match=r"step 5: rank 1 holds other bits.* in 1 tensors \(model/a\)"):
+    with pytest.raises(
+        CorruptionError, match=r"step 5: rank 1 holds other bits.* in 1 tensors \(model/a\)"
+    ):
         check_replicas(5, three[0], Others(three))
     with pytest.raises(CorruptionError, match=r"step 5: ranks 0, 1 hold other bits.*model/a"):
         check_replicas(5, two[0], Others(two))

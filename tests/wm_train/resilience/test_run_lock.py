@@ -1,4 +1,5 @@
-"""Who writes in a run's folder: a second run is refused, a dead one is succeeded, and one thought dead ends itself."""
+"""Who writes in a run's folder: a second run is refused, a dead one is succeeded, and one thought
+dead ends itself."""
 
 import dataclasses
 import json
@@ -16,7 +17,14 @@ from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan
 from wm_train.launch import run_groups, spec_of
 from wm_train.resilience import run_lock
-from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned, read_owner, this_process
+from wm_train.resilience.run_lock import (
+    NAME,
+    OwnedError,
+    check_free,
+    owned,
+    read_owner,
+    this_process,
+)
 from wm_train.world import World
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,7 +42,9 @@ with owned(Path(sys.argv[1])):
 def rival(tmp_path):
     """A process that owns tmp_path."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "mine\n"
     yield process
@@ -49,9 +59,13 @@ def elsewhere(folder: Path, **changes) -> run_lock.Owner:
     return there
 
 
-def test_a_second_run_is_refused_and_told_whose_it_is_and_a_killed_one_is_succeeded_at_once(tmp_path, rival):
+def test_a_second_run_is_refused_and_told_whose_it_is_and_a_killed_one_is_succeeded_at_once(
+    tmp_path, rival
+):
     for taking in (lambda: check_free(tmp_path), lambda: owned(tmp_path).__enter__()):
-        with pytest.raises(OwnedError, match=rf"owned by process {rival.pid} on \S+, expected none.*Fix:"):
+        with pytest.raises(
+            OwnedError, match=rf"owned by process {rival.pid} on \S+, expected none.*Fix:"
+        ):
             taking()
     rival.send_signal(signal.SIGSTOP)  # stopped is not dead: it may wake up
     with pytest.raises(OwnedError):

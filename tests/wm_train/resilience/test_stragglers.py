@@ -1,4 +1,5 @@
-"""Who is named slow: the rank whose own work takes longer, within ten steps; nobody for one pause or for waiting."""
+"""Who is named slow: the rank whose own work takes longer, within ten steps; nobody for one pause
+or for waiting."""
 
 from wm_train.resilience.stragglers import WINDOW, Stragglers
 
@@ -16,7 +17,12 @@ def test_a_slow_rank_is_named_once_with_its_section_within_ten_steps():
 
             def times(step, slow=slow, section=section, begins=begins):
                 extra = (1.0, 0.0) if section == "data" else (0.0, 1.0)
-                return [(0.1 + extra[0], 0.5 + extra[1]) if step >= begins and rank == slow else (0.1, 0.5) for rank in range(3)]
+                return [
+                    (0.1 + extra[0], 0.5 + extra[1])
+                    if step >= begins and rank == slow
+                    else (0.1, 0.5)
+                    for rank in range(3)
+                ]
 
             ((step, text),) = watch(times)
             assert f"rank {slow} is slow" in text

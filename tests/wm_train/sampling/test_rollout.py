@@ -16,7 +16,8 @@ KEY, CONDITIONS = NoiseKey(0, "first"), Conditions((96, 160), 8)
 
 
 class StraightFlow(torch.nn.Module):
-    """The exact velocity of a flow whose data is one known clip: (x - target) / sigma; remembers the noise levels it was asked at."""
+    """The exact velocity of a flow whose data is one known clip: (x - target) / sigma; remembers
+    the noise levels it was asked at."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -61,10 +62,18 @@ def test_guidance_pushes_away_from_the_prediction_without_a_camera():
             with_camera = conditions.camera_keep is None or bool(conditions.camera_keep.all())
             return torch.full_like(latents, 1.0 if with_camera else 0.25)
 
-    first, draws, sequence = torch.zeros(1, 1, 1, 1), torch.tensor([0]), LocalSequence(ClipLayout(3))
+    first, draws, sequence = (
+        torch.zeros(1, 1, 1, 1),
+        torch.tensor([0]),
+        LocalSequence(ClipLayout(3)),
+    )
     args = (Camera(), first, CONDITIONS, sampling_levels(4), KEY, draws, sequence)
     plain, guided = rollout(*args), rollout(*args, guidance={"camera": 3.0})
-    assert torch.allclose(plain[:, 1:] - guided[:, 1:], torch.full((1, 2, 1, 1, 1), 0.25 + 3.0 * 0.75 - 1.0), atol=1e-6)
+    assert torch.allclose(
+        plain[:, 1:] - guided[:, 1:],
+        torch.full((1, 2, 1, 1, 1), 0.25 + 3.0 * 0.75 - 1.0),
+        atol=1e-6,
+    )
 
 
 def test_no_steps_is_refused():

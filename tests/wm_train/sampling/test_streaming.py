@@ -18,7 +18,9 @@ from wm_train.models import build_model, initialise_
 from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.rollout import Experts, euler, sampling_levels, stream_rollout
 
-CONFIG = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, softmax_every=2, text_width=6, causal=True)
+CONFIG = ModelConfig(
+    latent_channels=4, depth=4, width=32, heads=2, softmax_every=2, text_width=6, causal=True
+)
 GRID = (2, 3)
 
 
@@ -37,7 +39,11 @@ def clip(camera_path, frames: int) -> tuple[torch.Tensor, torch.Tensor, Conditio
     c2w, intrinsics = camera_path(2, (frames - 1) * 8 + 1, generator)
     text = torch.randn(2, 3, 6, generator=generator)
     sigma = torch.rand(2, frames, generator=generator)
-    return torch.randn(2, frames, 4, *GRID, generator=generator), sigma, Conditions((96, 160), 8, c2w, intrinsics, text=text)
+    return (
+        torch.randn(2, frames, 4, *GRID, generator=generator),
+        sigma,
+        Conditions((96, 160), 8, c2w, intrinsics, text=text),
+    )
 
 
 def test_chunk_layout_is_the_public_one():
@@ -67,7 +73,9 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
         attention = [past for past in state.calls if past.window or past.sink]
         assert all(sum(k.shape[1] for k, _ in past.sink) == sink for past in attention)
         sinks = [x for past in attention for pair in past.sink for x in pair]
-        assert all(x.untyped_storage().nbytes() == x.nbytes for x in sinks), "a sink frame must not hold its chunk in memory"
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in sinks), (
+            "a sink frame must not hold its chunk in memory"
+        )
         assert len(set(sizes[window + 1 :])) == 1
         assert window == 1 or sizes[0] != sizes[window + 1]
     else:
@@ -86,7 +94,11 @@ def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
     with torch.no_grad():  # tame the random flow, so that errors do not grow along it
         for model in models:
             model.final_layer.linear.weight.mul_(0.2)
-    layout, key, draws = ClipLayout(11, chunk_starts=chunk_starts(11, 3)), NoiseKey(0, "first"), torch.tensor([3, 5])
+    layout, key, draws = (
+        ClipLayout(11, chunk_starts=chunk_starts(11, 3)),
+        NoiseKey(0, "first"),
+        torch.tensor([3, 5]),
+    )
     levels = sampling_levels(3, 2.0)
     experts = Experts((0.7, 0.0)[-expert_count:], tuple(models))
     assert len({experts.at(level) for level in levels[:-1]}) == expert_count
@@ -98,9 +110,13 @@ def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
     for start in layout.chunk_starts:
         stop = layout.chunk_of(start).stop
         raw = (stop - 1) * 8 + 1
-        seen = replace(conditions, c2w=conditions.c2w[:, :raw], intrinsics=conditions.intrinsics[:, :raw])
+        seen = replace(
+            conditions, c2w=conditions.c2w[:, :raw], intrinsics=conditions.intrinsics[:, :raw]
+        )
         blind = replace(seen, camera_keep=torch.zeros(2, dtype=torch.bool))
-        known = LocalSequence(ClipLayout(stop, chunk_starts=tuple(s for s in layout.chunk_starts if s < stop)))
+        known = LocalSequence(
+            ClipLayout(stop, chunk_starts=tuple(s for s in layout.chunk_starts if s < stop))
+        )
 
         def velocity(x, level, sigma, done=done, seen=seen, blind=blind, known=known):
             past = torch.zeros(2, done.shape[1])
@@ -141,7 +157,9 @@ def test_attention_of_a_stream_runs_on_the_kernels_that_it_is_given():
 def test_what_cannot_be_streamed_is_refused(camera_path):
     latents, sigma, conditions = clip(camera_path, 4)
     with pytest.raises(ValueError, match=r"model\.causal"):
-        awake(replace(CONFIG, causal=False))(latents, sigma, conditions, StreamingSequence(ClipLayout(4), StreamState()))
+        awake(replace(CONFIG, causal=False))(
+            latents, sigma, conditions, StreamingSequence(ClipLayout(4), StreamState())
+        )
     with pytest.raises(ValueError, match="chunk start"):
         StreamingSequence(ClipLayout(11, chunk_starts=(0, 4, 7, 10)), StreamState(frames=5))
     with pytest.raises(ValueError, match="one document"):

@@ -1,4 +1,5 @@
-"""The record of a run: each step once, also after a restart; MLflow gets the same; a store that fails costs nothing."""
+"""The record of a run: each step once, also after a restart; MLflow gets the same; a store that
+fails costs nothing."""
 
 import json
 import os
@@ -14,7 +15,9 @@ from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps
 
 
 def make_run(folder, *overrides):
-    return compose(["experiment=demo", "data.path=/data", f"out={folder}", "stage=short", *overrides])
+    return compose(
+        ["experiment=demo", "data.path=/data", f"out={folder}", "stage=short", *overrides]
+    )
 
 
 def test_steps_that_are_done_again_are_dropped_first(tmp_path):
@@ -28,7 +31,14 @@ def test_steps_that_are_done_again_are_dropped_first(tmp_path):
     again = StepLog(path, 5)
     again.write({"step": 6, "loss": 60.0})
     again.close()
-    assert [(row["step"], row["loss"]) for row in read_steps(path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 60)]
+    assert [(row["step"], row["loss"]) for row in read_steps(path)] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 4),
+        (5, 5),
+        (6, 60),
+    ]
 
 
 def test_mlflow_has_every_step_and_one_run_across_a_restart(tmp_path):
@@ -54,7 +64,8 @@ def test_mlflow_has_every_step_and_one_run_across_a_restart(tmp_path):
 
 
 def test_what_a_store_missed_is_replayed(tmp_path, capsys):
-    """Down for a whole run: said once, with the command that makes up for it. The command, and the next start, send what is missing."""
+    """Down for a whole run: said once, with the command that makes up for it. The command, and the
+    next start, send what is missing."""
     from mlflow import MlflowClient
 
     blocked = tmp_path / "store"
@@ -86,7 +97,8 @@ def test_what_a_store_missed_is_replayed(tmp_path, capsys):
 
 
 def test_no_step_waits_for_a_store_that_hangs(tmp_path, monkeypatch):
-    """A server that takes the call and never answers: the thread is stuck in its first call, and every step is recorded meanwhile."""
+    """A server that takes the call and never answers: the thread is stuck in its first call, and
+    every step is recorded meanwhile."""
     calls, answer = [], threading.Event()
     monkeypatch.setattr(mlflow_record, "EVERY_S", 0.01)
 
@@ -115,17 +127,22 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path, monkeypatch):
     said: list[str] = []
     tracker = Tracker(make_run(tmp_path, "tracker=none"), "short", tmp_path, 0, said.append)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         for step in (1, 2):
             tracker.step(step, {"loss": 1.0})
-    assert [line for line in said if "No space left" in line and "Fix: make room" in line] == said[:1]
+    assert [line for line in said if "No space left" in line and "Fix: make room" in line] == said[
+        :1
+    ]
     tracker.step(3, {"loss": 1.0})
     tracker.close()
     assert [row["step"] for row in read_steps(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_goodput_is_over_the_whole_life(tmp_path, monkeypatch):
-    """Three starts in 100 s, 30 of them in steps that count; a day later an extension, of which only its own 20 s are added."""
+    """Three starts in 100 s, 30 of them in steps that count; a day later an extension, of which
+    only its own 20 s are added."""
     clock = {"now": 1000.0}
     monkeypatch.setattr(goodput, "process_started", lambda: clock["now"])
     monkeypatch.setattr(tracking.time, "time", lambda: clock["now"])
@@ -150,7 +167,9 @@ def test_goodput_is_over_the_whole_life(tmp_path, monkeypatch):
     assert "40.0 s of steps in 120.0 s" in said[-1]
 
 
-@pytest.mark.parametrize("address", ["http://zoe9:secret@host:5000/x", "postgresql://zoe9:secret@db/mlflow"])
+@pytest.mark.parametrize(
+    "address", ["http://zoe9:secret@host:5000/x", "postgresql://zoe9:secret@db/mlflow"]
+)
 def test_logins_never_reach_what_is_stored(tmp_path, address):
     stored = json.dumps(public_config(make_run(tmp_path, f"'tracker.uri={address}'".strip("'"))))
     assert "secret" not in stored

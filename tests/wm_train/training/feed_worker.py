@@ -51,15 +51,22 @@ def look(run: RunConfig, world: World, folder: Path) -> None:
         batches = [on_device(stage, next(feed)) for _ in range(3)]
         seen = CountingFileSystem.reads.copy()
     kept = [{f.name: getattr(b, f.name) for f in dataclasses.fields(b)} for b in batches]
-    stage = open_stage(stage_run(on_own_copy(run, world, folder), run.stage), get_backend("cpu"), world)
+    stage = open_stage(
+        stage_run(on_own_copy(run, world, folder), run.stage), get_backend("cpu"), world
+    )
     said: list[str] = []
     with open_loader(stage, "train", stage.config.global_batch, report=said.append) as feed:
         keys = [(next(feed).keys, feed.quarantined) for _ in range(12)]
-    torch.save({"batches": kept, "reads": seen, "keys": keys, "said": said}, folder / f"rank{world.rank}.pt")
+    torch.save(
+        {"batches": kept, "reads": seen, "keys": keys, "said": said},
+        folder / f"rank{world.rank}.pt",
+    )
 
 
 def on_own_copy(run: RunConfig, world: World, folder: Path) -> RunConfig:
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, path=str(folder / f"node{world.rank}")))
+    return dataclasses.replace(
+        run, data=dataclasses.replace(run.data, path=str(folder / f"node{world.rank}"))
+    )
 
 
 def main(action: str, config: Path, folder: Path) -> None:
@@ -68,7 +75,13 @@ def main(action: str, config: Path, folder: Path) -> None:
     if action == "look":
         look(run, world, folder)
     else:
-        train_stage(on_own_copy(run, world, folder), get_backend("cpu"), world, Progress(speaks=world.rank == 0), StopRequest())
+        train_stage(
+            on_own_copy(run, world, folder),
+            get_backend("cpu"),
+            world,
+            Progress(speaks=world.rank == 0),
+            StopRequest(),
+        )
     leave_world()
 
 

@@ -1,7 +1,9 @@
-"""`wm_train.worker` that measures itself: `python memory_worker.py HOW -- --config run.json` writes `peak_R.json` beside the config.
+"""`wm_train.worker` that measures itself: `python memory_worker.py HOW -- --config run.json` writes
+`peak_R.json` beside the config.
 
-Counted is anonymous memory (files that are mapped are not held) that training takes beyond what the process had before. HOW=whole makes the
-mistake that the measurement must see: the model is built with its weights on every process and sharded after.
+Counted is anonymous memory (files that are mapped are not held) that training takes beyond what the
+process had before. HOW=whole makes the mistake that the measurement must see: the model is built
+with its weights on every process and sharded after.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The whole pipeline on recorded gameplay: the mesh never changes the losses, and a killed run ends like an undisturbed one."""
+"""The whole pipeline on recorded gameplay: the mesh never changes the losses, and a killed run ends
+like an undisturbed one."""
 
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from wm_train.checkpoint import store
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_same_seed_gives_bit_identical_losses(alone, worker_config, losses, tmp_path, run_ranks):
+def test_the_same_seed_gives_bit_identical_losses(
+    alone, worker_config, losses, tmp_path, run_ranks
+):
     run_ranks(1, "-m", "wm_train.worker", "--config", worker_config(tmp_path))
     assert losses(tmp_path) == alone
 
@@ -24,12 +27,16 @@ def test_another_seed_gives_other_losses(alone, train_here, losses, tmp_path):
 
 
 @pytest.mark.parametrize("mesh", ["parallel.cp=2", "parallel.cp=1"], ids=["cp2", "dp2"])
-def test_two_processes_give_the_losses_of_one(alone, worker_config, losses, tmp_path, run_ranks, mesh):
+def test_two_processes_give_the_losses_of_one(
+    alone, worker_config, losses, tmp_path, run_ranks, mesh
+):
     run_ranks(2, "-m", "wm_train.worker", "--config", worker_config(tmp_path, mesh))
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5, abs=0)
 
 
-def test_a_killed_run_ends_with_the_curve_of_the_undisturbed_one(alone, worker_config, losses, tmp_path):
+def test_a_killed_run_ends_with_the_curve_of_the_undisturbed_one(
+    alone, worker_config, losses, tmp_path
+):
     command = [sys.executable, "-m", "wm_train.worker", "--config", str(worker_config(tmp_path))]
     root = tmp_path / "demo" / "short" / "checkpoints"
     victim = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -42,15 +49,27 @@ def test_a_killed_run_ends_with_the_curve_of_the_undisturbed_one(alone, worker_c
         victim.wait()
     assert store.committed(root), "killed before the first checkpoint"
     assert not (root / "step_00000020").exists(), "killed too late to test anything"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing from" in done.stdout
     assert losses(tmp_path) == alone
 
 
-def test_sigterm_saves_leaves_with_its_own_exit_code_and_the_run_goes_on(alone, worker_config, losses, tmp_path):
-    command = [sys.executable, "-m", "wm_train.worker", "--config", str(worker_config(tmp_path, "trainer.checkpoint_every=1000"))]
-    asked = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_sigterm_saves_leaves_with_its_own_exit_code_and_the_run_goes_on(
+    alone, worker_config, losses, tmp_path
+):
+    command = [
+        sys.executable,
+        "-m",
+        "wm_train.worker",
+        "--config",
+        str(worker_config(tmp_path, "trainer.checkpoint_every=1000")),
+    ]
+    asked = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert asked.stdout is not None
     while "@progress" not in (line := asked.stdout.readline()):
         assert line, "the worker ended before its first step"
@@ -59,5 +78,8 @@ def test_sigterm_saves_leaves_with_its_own_exit_code_and_the_run_goes_on(alone, 
     assert asked.returncode == 75, errors
     assert "asked to stop: saved after step" in errors
     assert len(store.committed(tmp_path / "demo" / "short" / "checkpoints")) == 1
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode == 0
+    assert (
+        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode
+        == 0
+    )
     assert losses(tmp_path) == alone

@@ -27,7 +27,10 @@ def tensors(folder):
     found = newest(folder)
     manifest = read_manifest(found)
     kinds = {"F32": torch.float32}
-    targets = {name: torch.empty(entry.shape, dtype=kinds[entry.dtype]) for name, entry in manifest.tensors.items()}
+    targets = {
+        name: torch.empty(entry.shape, dtype=kinds[entry.dtype])
+        for name, entry in manifest.tensors.items()
+    }
     store.load(found, manifest, targets)
     return targets
 
@@ -38,7 +41,9 @@ def poison(monkeypatch, step: int, factor: float, until: int | None = None) -> N
 
     def poisoned(model, batch, *rest):
         out = true(model, batch, *rest)
-        scale = torch.where((batch.draws // 2 >= step - 1) & (batch.draws // 2 < (until or step)), factor, 1.0)
+        scale = torch.where(
+            (batch.draws // 2 >= step - 1) & (batch.draws // 2 < (until or step)), factor, 1.0
+        )
         return dataclasses.replace(out, loss=out.loss * scale)
 
     monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", poisoned)
@@ -58,18 +63,32 @@ def five_steps(train_here, tmp_path_factory):
 STAGE = "recipe.stages.short."
 
 
-@pytest.mark.parametrize("change", ["seed=7", "model.width=32", STAGE + "global_batch=4", STAGE + "frames=33", STAGE + "chunk_frames=2"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=7",
+        "model.width=32",
+        STAGE + "global_batch=4",
+        STAGE + "frames=33",
+        STAGE + "chunk_frames=2",
+    ],
+)
 def test_continuing_another_run_is_refused_with_what_differs(train_here, five_steps, change):
     key, value = change.split("=")
     with pytest.raises(SetupError, match=rf"{key.rpartition('.')[2]} was .* and is now {value}"):
         train_here(five_steps, *FIVE, change)
 
 
-def test_continuing_on_another_data_set_is_refused_and_both_are_named(train_here, five_steps, gameplay, tmp_path):
+def test_continuing_on_another_data_set_is_refused_and_both_are_named(
+    train_here, five_steps, gameplay, tmp_path
+):
     other = shutil.copytree(gameplay, tmp_path / "other")
     facts = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(facts | {"fingerprint": "0" * 64}))
-    with pytest.raises(SetupError, match=rf"data was '{gameplay} \(\w{{12}}\)' and is now '{other} \(000000000000\)'"):
+    with pytest.raises(
+        SetupError,
+        match=rf"data was '{gameplay} \(\w{{12}}\)' and is now '{other} \(000000000000\)'",
+    ):
         train_here(five_steps, *FIVE, f"data.path={other}")
 
 
@@ -78,7 +97,9 @@ def test_continuing_with_another_optimizer_is_refused(train_here, five_steps):
         train_here(five_steps, *FIVE, STAGE + "optimizer.name=normuon")
 
 
-def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(alone, train_here, losses, tmp_path):
+def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(
+    alone, train_here, losses, tmp_path
+):
     train_here(tmp_path / "sync", "trainer.async_checkpoint=false")
     assert losses(tmp_path / "sync") == alone
     train_here(tmp_path / "sync", "trainer.async_checkpoint=false")  # all steps are done already
@@ -105,7 +126,9 @@ def test_a_bad_step_stops_the_run_before_its_update(train_here, tmp_path, monkey
     train_here(tmp_path / "reference", "recipe.stages.short.steps=7", "trainer.checkpoint_every=7")
     poison(monkeypatch, 8, factor)
     with pytest.raises(BadStepError, match="step 8: got rank 0"):
-        train_here(tmp_path / "poisoned", "trainer.checkpoint_every=7", "recipe.stages.short.steps=20")
+        train_here(
+            tmp_path / "poisoned", "trainer.checkpoint_every=7", "recipe.stages.short.steps=20"
+        )
     before, after = tensors(tmp_path / "reference"), tensors(tmp_path / "poisoned")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -129,8 +152,11 @@ def test_a_spike_is_skipped_when_asked(train_here, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_when_skipping_does_not_help_the_run_goes_back_and_leaves_out_what_led_there(train_here, tmp_path, monkeypatch):
-    """Steps 12 to 14 are bad and two may be skipped: back to the checkpoint of step 10, without the batches 11 to 14."""
+def test_when_skipping_does_not_help_the_run_goes_back_and_leaves_out_what_led_there(
+    train_here, tmp_path, monkeypatch
+):
+    """Steps 12 to 14 are bad and two may be skipped: back to the checkpoint of step 10, without the
+    batches 11 to 14."""
     train_here(tmp_path / "without", "trainer.skip_steps=[11,12,13,14]")
     poison(monkeypatch, 12, float("nan"), until=14)
     train_here(tmp_path / "rewound", "trainer.on_bad_step=skip", "trainer.bad_step_budget=2")
@@ -143,7 +169,9 @@ def test_when_skipping_does_not_help_the_run_goes_back_and_leaves_out_what_led_t
 
 
 @pytest.mark.full
-def test_without_a_checkpoint_before_the_bad_steps_there_is_nothing_to_go_back_to(train_here, tmp_path, monkeypatch):
+def test_without_a_checkpoint_before_the_bad_steps_there_is_nothing_to_go_back_to(
+    train_here, tmp_path, monkeypatch
+):
     poison(monkeypatch, 2, float("nan"), until=4)
     with pytest.raises(BadStepError, match="no checkpoint before step 2"):
         train_here(tmp_path, "trainer.on_bad_step=skip", "trainer.bad_step_budget=1")
@@ -152,11 +180,15 @@ def test_without_a_checkpoint_before_the_bad_steps_there_is_nothing_to_go_back_t
 @pytest.mark.full
 def test_profiled_steps_become_a_trace_and_change_nothing(alone, train_here, tmp_path):
     train_here(tmp_path, "trainer.profile=3-4", "recipe.stages.short.steps=5")
-    assert [row["loss"] for row in read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")] == alone[:5]
+    assert [
+        row["loss"] for row in read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")
+    ] == alone[:5]
     with gzip.open(tmp_path / "demo" / "short" / "profile" / "steps_3-4.json.gz") as file:
         events = json.load(file)["traceEvents"]
     assert any(event.get("name") == "aten::mm" for event in events)
-    assert "profile/steps_3-4.json.gz" in (tmp_path / "demo" / "short" / "artifacts.jsonl").read_text()
+    assert (
+        "profile/steps_3-4.json.gz" in (tmp_path / "demo" / "short" / "artifacts.jsonl").read_text()
+    )
     row = read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")[-1]
     assert 0 <= row["comm_share"] < 1
     assert row["cpu_cores"] > 0
@@ -166,22 +198,46 @@ def test_profiled_steps_become_a_trace_and_change_nothing(alone, train_here, tmp
 def test_the_second_stage_starts_from_the_averaged_weights_of_the_first(train_here, tmp_path):
     train_here(tmp_path, "recipe.stages.short.steps=5")
     averaged = {n: t for n, t in tensors(tmp_path).items() if n.startswith("ema/")}
-    second = ("stage=long", "recipe.stages.long.frames=41", "recipe.stages.long.global_batch=2", "recipe.stages.long.steps=1")
-    train_here(tmp_path, *second, "recipe.stages.long.optimizer.lr=1e-9", "recipe.stages.long.optimizer.warmup_steps=0")
+    second = (
+        "stage=long",
+        "recipe.stages.long.frames=41",
+        "recipe.stages.long.global_batch=2",
+        "recipe.stages.long.steps=1",
+    )
+    train_here(
+        tmp_path,
+        *second,
+        "recipe.stages.long.optimizer.lr=1e-9",
+        "recipe.stages.long.optimizer.warmup_steps=0",
+    )
     manifest = read_manifest(newest(tmp_path, "long"))
     weights = {n.replace("ema/", "model/"): torch.empty_like(t) for n, t in averaged.items()}
     store.load(newest(tmp_path, "long"), manifest, weights, may_ignore=manifest.tensors)
     for name, tensor in averaged.items():
-        torch.testing.assert_close(weights[name.replace("ema/", "model/")], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            weights[name.replace("ema/", "model/")], tensor, rtol=0, atol=1e-6
+        )
 
 
 def test_a_stage_without_its_source_says_which_to_train_first(train_here, tmp_path):
     with pytest.raises(SetupError, match="Fix: train that stage first"):
-        train_here(tmp_path, "stage=long", "recipe.stages.long.frames=41", "recipe.stages.long.global_batch=2")
+        train_here(
+            tmp_path,
+            "stage=long",
+            "recipe.stages.long.frames=41",
+            "recipe.stages.long.global_batch=2",
+        )
 
 
-def test_looking_at_held_out_clips_changes_neither_training_nor_what_is_saved(alone, train_here, losses, tmp_path):
-    looking = ("trainer.validation_clips=2", "trainer.validate_every=5", "trainer.samples=1", "trainer.sample_steps=2")
+def test_looking_at_held_out_clips_changes_neither_training_nor_what_is_saved(
+    alone, train_here, losses, tmp_path
+):
+    looking = (
+        "trainer.validation_clips=2",
+        "trainer.validate_every=5",
+        "trainer.samples=1",
+        "trainer.sample_steps=2",
+    )
     train_here(tmp_path, *looking, "recipe.stages.short.steps=10")
     assert any(name.startswith("optimizer/x_embedder.proj.weight/") for name in tensors(tmp_path))
     train_here(tmp_path, *looking)
@@ -189,7 +245,9 @@ def test_looking_at_held_out_clips_changes_neither_training_nor_what_is_saved(al
 
 
 def test_held_out_loss_falls(train_here, tmp_path):
-    optimizer = [f"recipe.stages.short.optimizer.{setting}" for setting in ("ema_decay=0", "lr=5e-3")]
+    optimizer = [
+        f"recipe.stages.short.optimizer.{setting}" for setting in ("ema_decay=0", "lr=5e-3")
+    ]
     train_here(tmp_path, "trainer.validation_clips=4", "trainer.validate_every=10", *optimizer)
     rows = read_steps(tmp_path / "demo" / "short" / "metrics.jsonl")
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]

@@ -1,9 +1,11 @@
-"""Which softmax attention a device gets: chosen once per device, dtype and head dim by the table below, tried, and logged.
+"""Which softmax attention a device gets: chosen once per device, dtype and head dim by the table
+below, tried, and logged.
 
-Masks never reach a dense engine: `parallel.masks` has cut them into tiles of whole frames. `flex` takes all tiles of a masked block in one
-kernel, and leaves unmasked blocks to the dense engine; it is used on request, as no device has shown yet that it pays. An engine is
-tried forward and backward, with a foreign log-sum-exp as ring attention needs it, against plain products. One that is absent, fails or
-differs is not used, and the log says why. Key backend.attention.
+Masks never reach a dense engine: `parallel.masks` has cut them into tiles of whole frames. `flex`
+takes all tiles of a masked block in one kernel, and leaves unmasked blocks to the dense engine; it
+is used on request, as no device has shown yet that it pays. An engine is tried forward and
+backward, with a foreign log-sum-exp as ring attention needs it, against plain products. One that is
+absent, fails or differs is not used, and the log says why. Key backend.attention.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.local_attention import block_attention, block_attention_backward, dense_attention, dense_attention_backward
+from parallel.local_attention import (
+    block_attention,
+    block_attention_backward,
+    dense_attention,
+    dense_attention_backward,
+)
 from parallel.masks import Tile
 from parallel.reference import REFERENCE, Kernels
 from wm_train.kernels.attention import engines
@@ -28,7 +35,8 @@ TOLERANCE = 2e-2  # RMS ratio to plain products in fp32, for bf16 and fp16 opera
 
 
 class Engine(NamedTuple):
-    """What an engine needs. capability: from … up to, on CUDA; widest: head dim, a multiple of 8; module: package; auto: tried unasked."""
+    """What an engine needs. capability: from … up to, on CUDA; widest: head dim, a multiple of 8;
+    module: package; auto: tried unasked."""
 
     device: str
     capability: tuple[tuple[int, int], tuple[int, int]]
@@ -47,14 +55,21 @@ TABLE = {  # dense engines for halves, best first
 }
 
 
-def attention_candidates(engine: str, device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
-    """Dense engines to try on a device type, best first. Raises ValueError for an unknown name, or one of another device."""
+def attention_candidates(
+    engine: str, device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int
+) -> tuple[str, ...]:
+    """Dense engines to try on a device type, best first. Raises ValueError for an unknown name, or
+    one of another device."""
     if engine not in ATTENTION:
-        raise ValueError(f"attention: got engine {engine!r}, expected one of {', '.join(ATTENTION)} (key backend.attention). Fix: auto")
+        raise ValueError(
+            f"attention: got engine {engine!r}, expected one of {', '.join(ATTENTION)} (key"
+            " backend.attention). Fix: auto"
+        )
     if engine in TABLE:
         if TABLE[engine].device != device:
             raise ValueError(
-                f"attention: got engine {engine!r} on {device}, expected one for that device (key backend.attention). Fix: engine='auto'"
+                f"attention: got engine {engine!r} on {device}, expected one for that device (key"
+                " backend.attention). Fix: engine='auto'"
             )
         return (engine,)
     if engine == "plain" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
@@ -62,12 +77,17 @@ def attention_candidates(engine: str, device: str, capability: tuple[int, int], 
     fitting = [
         name
         for name, e in TABLE.items()
-        if e.auto and e.device == device and e.capability[0] <= capability <= e.capability[1] and head_dim <= e.widest
+        if e.auto
+        and e.device == device
+        and e.capability[0] <= capability <= e.capability[1]
+        and head_dim <= e.widest
     ]
     return (*fitting, "plain")
 
 
-def functions(engine: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+def functions(
+    engine: str,
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
     """Forward and backward of one dense engine."""
     table = {
         "cudnn": (engines.cudnn_attention, engines.cudnn_attention_backward),
@@ -81,12 +101,15 @@ def functions(engine: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callab
 
 
 def defect(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why an engine must not be used here; None if 40 queries against two blocks of keys come out right, forward and backward."""
+    """Why an engine must not be used here; None if 40 queries against two blocks of keys come out
+    right, forward and backward."""
     module = TABLE[engine].module if engine in TABLE else None
     if module is not None and find_spec(module) is None:
         return f"the package {module} is not installed"
     generator = torch.Generator().manual_seed(0)
-    q, first, second, v_first, v_second, grad = (torch.randn(1, 2, 40, head_dim, generator=generator).to(device, dtype) for _ in range(6))
+    q, first, second, v_first, v_second, grad = (
+        torch.randn(1, 2, 40, head_dim, generator=generator).to(device, dtype) for _ in range(6)
+    )
     forward, backward = functions(engine)
     expected, sums = plain(q, torch.cat((first, second), 2), torch.cat((v_first, v_second), 2))
     wanted = plain_backward(grad, q, first, v_first, expected, sums)
@@ -99,12 +122,17 @@ def defect(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         return f"it raised {type(reason).__name__}: {str(reason).splitlines()[0]}"
     pairs = ((out, expected), (lse, sums), (lse_first, sums_first), *zip(got, wanted))
     worst = max(((a.float() - e.float()).norm() / e.float().norm()).item() for a, e in pairs)
-    return None if worst <= TOLERANCE else f"its results differ from plain products by {worst:.1e}, more than {TOLERANCE}"
+    return (
+        None
+        if worst <= TOLERANCE
+        else f"its results differ from plain products by {worst:.1e}, more than {TOLERANCE}"
+    )
 
 
 @lru_cache(maxsize=32)
 def attention_engine(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The dense engine for these inputs: tried, chosen once, logged. Raises ValueError if the one asked for does not work."""
+    """The dense engine for these inputs: tried, chosen once, logged. Raises ValueError if the one
+    asked for does not work."""
     where = f"{device}, {dtype}, head dim {head_dim}"
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     for name in attention_candidates(engine, device.type, capability, dtype, head_dim):
@@ -113,7 +141,10 @@ def attention_engine(engine: str, device: torch.device, dtype: torch.dtype, head
             log.info("attention: %s (%s)", name, where)
             return name
         if engine == name:
-            raise ValueError(f"attention: got engine {engine!r} on {where}, expected one that works: {reason}. Fix: engine='auto'")
+            raise ValueError(
+                f"attention: got engine {engine!r} on {where}, expected one that works: {reason}."
+                " Fix: engine='auto'"
+            )
         log.warning("attention: not %s (%s): %s", name, where, reason)
     raise AssertionError("plain comes last and needs no trial")
 
@@ -127,33 +158,50 @@ def attend_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, engine: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward; signature of `dense_attention_backward`."""
-    return functions(attention_engine(engine, q.device, q.dtype, q.shape[-1]))[1](grad, q, k, v, out, lse)
+    return functions(attention_engine(engine, q.device, q.dtype, q.shape[-1]))[1](
+        grad, q, k, v, out, lse
+    )
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable) -> tuple[Tensor, Tensor]:
-    """`block_attention`: masked blocks by FlexAttention, the others by `dense`. Its gradients are `flex_attention_backward`'s."""
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable
+) -> tuple[Tensor, Tensor]:
+    """`block_attention`: masked blocks by FlexAttention, the others by `dense`. Its gradients are
+    `flex_attention_backward`'s."""
     if len(tiles) > 1:
         return engines.flex_block(q.detach(), k.detach(), v.detach(), tiles)
     return block_attention(q, k, v, tiles, dense)
 
 
 def flex_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...], dense: Callable
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: tuple[Tile, ...],
+    dense: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`block_attention_backward` likewise; on CPUs, where FlexAttention has no backward, tile by tile."""
+    """`block_attention_backward` likewise; on CPUs, where FlexAttention has no backward, tile by
+    tile."""
     if len(tiles) > 1 and q.device.type != "cpu":
         return engines.flex_block_backward(grad, q, k, v, out, lse, tiles)
     return block_attention_backward(grad, q, k, v, out, lse, tiles, dense)
 
 
 def with_attention(device: torch.device, engine: str, table: Kernels = REFERENCE) -> Kernels:
-    """The table with this device's softmax attention. Raises ValueError for an engine that is unknown or another device's."""
+    """The table with this device's softmax attention. Raises ValueError for an engine that is
+    unknown or another device's."""
     attention_candidates(engine, device.type, ANY[1], torch.bfloat16, 128)
     forward: Callable = dense_attention
     backward: Callable = dense_attention_backward
     if device.type != "cpu":
         dense = "auto" if engine == "flex" else engine
-        forward, backward = partial(attend_tile, engine=dense), partial(attend_tile_backward, engine=dense)
+        forward, backward = (
+            partial(attend_tile, engine=dense),
+            partial(attend_tile_backward, engine=dense),
+        )
     elif engine in ("auto", "plain"):
         return table  # the CPU's own kernels are the reference
     if engine == "flex":
@@ -163,5 +211,6 @@ def with_attention(device: torch.device, engine: str, table: Kernels = REFERENCE
             block_attention_backward=partial(flex_attention_backward, dense=backward),
         )
     return table._replace(
-        block_attention=partial(block_attention, dense=forward), block_attention_backward=partial(block_attention_backward, dense=backward)
+        block_attention=partial(block_attention, dense=forward),
+        block_attention_backward=partial(block_attention_backward, dense=backward),
     )

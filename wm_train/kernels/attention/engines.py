@@ -1,9 +1,11 @@
-"""Softmax attention by the libraries of device vendors, each under the signatures of `parallel.local_attention`.
+"""Softmax attention by the libraries of device vendors, each under the signatures of
+`parallel.local_attention`.
 
-A tile: q [B, H, n, D], k, v [B, H, m, D] -> out [B, H, n, D], natural-log LSE [B, H, n]; backward with the out and LSE of a softmax over
-more keys than these, as ring attention has it. A block (flex): q [B, n, S, H, D] under tiles. Libraries are imported where they are used.
-What has run where: flex on CPU; the ATen operators as shapes only; flash_attn, flash_attn_3 and npu_fusion nowhere, so `attention.defect`
-tries them on the device before they are used.
+A tile: q [B, H, n, D], k, v [B, H, m, D] -> out [B, H, n, D], natural-log LSE [B, H, n]; backward
+with the out and LSE of a softmax over more keys than these, as ring attention has it. A block
+(flex): q [B, n, S, H, D] under tiles. Libraries are imported where they are used. What has run
+where: flex on CPU; the ATen operators as shapes only; flash_attn, flash_attn_3 and npu_fusion
+nowhere, so `attention.defect` tries them on the device before they are used.
 """
 
 from __future__ import annotations
@@ -21,29 +23,50 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """cuDNN's fused attention through ATen. Head dims that are no power of two (112) are padded inside."""
+    """cuDNN's fused attention through ATen. Head dims that are no power of two (112) are padded
+    inside."""
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
     return out, lse.squeeze(-1)
 
 
-def cudnn_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
+def cudnn_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
     state = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))  # no dropout
     sizes = (None, None, q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad.to(q.dtype).contiguous(), q, k, v, out, lse.contiguous().unsqueeze(-1), *state, None, *sizes, 0.0, False
+        grad.to(q.dtype).contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous().unsqueeze(-1),
+        *state,
+        None,
+        *sizes,
+        0.0,
+        False,
     )
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Flash attention 2 as PyTorch ships it. Its kernels are built for head dims up to 128 in one, so 112 is padded inside."""
+    """Flash attention 2 as PyTorch ships it. Its kernels are built for head dims up to 128 in one,
+    so 112 is padded inside."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out, lse
 
 
-def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)  # no dropout
+def flash_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
+    state = (
+        torch.zeros(2, dtype=torch.uint64, device=q.device),
+        torch.zeros((), dtype=torch.uint64, device=q.device),
+    )  # no dropout
     sizes = (None, None, q.shape[2], k.shape[2])
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state)
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state
+    )
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Pair:
@@ -64,7 +87,9 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Pair:
     return out.transpose(1, 2), lse
 
 
-def flash_attn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
+def flash_attn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     tokens = [x.transpose(1, 2).contiguous() for x in (grad.to(q.dtype), q, k, v, out.to(q.dtype))]
@@ -87,12 +112,15 @@ def flash_attn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 
 
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Flash attention 3 (Hopper) under ATen's flash operator, as `torch.nn.attention` installs it. Not run anywhere yet."""
+    """Flash attention 3 (Hopper) under ATen's flash operator, as `torch.nn.attention` installs it.
+    Not run anywhere yet."""
     _install_flash_3()
     return flash_attention(q, k, v)
 
 
-def flash_attn_3_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
+def flash_attn_3_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
     _install_flash_3()
     return flash_attention_backward(grad, q, k, v, out, lse)
 
@@ -105,14 +133,19 @@ def _install_flash_3() -> None:
 
 
 def npu_fusion(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """torch_npu's fused attention; it returns each row's maximum and sum, eight times. Not run anywhere yet."""
+    """torch_npu's fused attention; it returns each row's maximum and sum, eight times. Not run
+    anywhere yet."""
     import torch_npu
 
-    out, largest, total = torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=q.shape[-1] ** -0.5)[:3]
+    out, largest, total = torch_npu.npu_fusion_attention(
+        q, k, v, q.shape[1], "BNSD", scale=q.shape[-1] ** -0.5
+    )[:3]
     return out, (largest + total.log())[..., 0]
 
 
-def npu_fusion_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
+def npu_fusion_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
     """A maximum of LSE and a sum of one are the same row."""
     import torch_npu
 
@@ -125,20 +158,26 @@ def npu_fusion_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Products in fp32 (fp64 for fp64): the library kernels of `dense_attention` take halves only."""
+    """Products in fp32 (fp64 for fp64): the library kernels of `dense_attention` take halves
+    only."""
     wide = accumulation_dtype(q.dtype)
     out, lse = dense_attention(q.to(wide), k.to(wide), v.to(wide))
     return out.to(q.dtype), lse
 
 
-def plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Triple:
+def plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
     wide = accumulation_dtype(q.dtype)
-    grads = dense_attention_backward(grad.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide), lse)
+    grads = dense_attention_backward(
+        grad.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide), lse
+    )
     return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
 
 
 def flex_block(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Pair:
-    """FlexAttention over all tiles of a block in one kernel: as `parallel.local_attention.block_attention`."""
+    """FlexAttention over all tiles of a block in one kernel: as
+    `parallel.local_attention.block_attention`."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     batch, n, s, heads, d = q.shape
@@ -153,16 +192,23 @@ def flex_block(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Pair
         return seen[b, i // s, j // s]
 
     mask = create_block_mask(visible, batch, None, n * s, k.shape[1] * s, device=str(q.device))
-    call: Any = flex_attention if q.device.type == "cpu" else torch.compile(flex_attention, dynamic=False)
+    call: Any = (
+        flex_attention if q.device.type == "cpu" else torch.compile(flex_attention, dynamic=False)
+    )
     tokens = (x.reshape(batch, x.shape[1] * s, heads, d).transpose(1, 2) for x in (q, k, v))
     out, aux = call(*tokens, block_mask=mask, return_aux=AuxRequest(lse=True))
     nothing = ~seen.any(-1)[:, :, None, None].expand(batch, n, s, heads)
     out, lse = (x.transpose(1, 2).reshape(batch, n, s, heads, *x.shape[3:]) for x in (out, aux.lse))
-    return out.masked_fill(nothing[..., None], 0.0), lse.to(accumulation_dtype(q.dtype)).masked_fill(nothing, -torch.inf)
+    return out.masked_fill(nothing[..., None], 0.0), lse.to(
+        accumulation_dtype(q.dtype)
+    ).masked_fill(nothing, -torch.inf)
 
 
-def flex_block_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]) -> Triple:
-    """This block's share: with w = exp(own LSE − LSE), out gets w · own out, and own LSE the gradient w · ⟨grad, own out − out⟩.
+def flex_block_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
+) -> Triple:
+    """This block's share: with w = exp(own LSE − LSE), out gets w · own out, and own LSE the
+    gradient w · ⟨grad, own out − out⟩.
 
     FlexAttention keeps its own LSE, so its forward runs once more.
     """
@@ -172,5 +218,7 @@ def flex_block_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
         share = torch.where(sums == -torch.inf, 0.0, (sums.detach() - lse).exp())
         wide = grad.to(share.dtype)
         to_sums = share * (wide * (own.detach().to(share.dtype) - out.to(share.dtype))).sum(-1)
-        dq, dk, dv = torch.autograd.grad((own, sums), leaves, ((wide * share[..., None]).to(own.dtype), to_sums))
+        dq, dk, dv = torch.autograd.grad(
+            (own, sums), leaves, ((wide * share[..., None]).to(own.dtype), to_sums)
+        )
     return dq, dk, dv

@@ -1,4 +1,5 @@
-"""The camera branch's Gram and output from raw tokens and per-token ray transforms, each one autograd node. Geometry takes no gradient."""
+"""The camera branch's Gram and output from raw tokens and per-token ray transforms, each one
+autograd node. Geometry takes no gradient."""
 
 from __future__ import annotations
 
@@ -16,12 +17,17 @@ from wm_train.kernels.gdn.camera_kernels import (
 from wm_train.kernels.gdn.launching import by_token, fp32, norm_finish, norm_pre_pass, sizes
 from wm_train.kernels.numerics import gram_mode, token_mode
 
-GRAM_TOKENS, READ_TOKENS, BACKWARD_TOKENS = 16, 32, 16  # per step of a program; with more, registers spill
+GRAM_TOKENS, READ_TOKENS, BACKWARD_TOKENS = (
+    16,
+    32,
+    16,
+)  # per step of a program; with more, registers spill
 WARPS = 8
 
 
 class CameraGram(torch.autograd.Function):
-    """key, value [B, t, S, H·D], beta [B, t, S, H], matrix [B, t, S, 4, 4] -> A and U [B, t, H, D, D], fp32."""
+    """key, value [B, t, S, H·D], beta [B, t, S, H], matrix [B, t, S, 4, 4] -> A and U [B, t, H, D,
+    D], fp32."""
 
     @staticmethod
     def forward(
@@ -42,7 +48,9 @@ class CameraGram(torch.autograd.Function):
         beta, matrix, cos, sin = fp32(beta), fp32(matrix), fp32(cos), fp32(sin)
         rstd = norm_pre_pass(key, key_stride, norm_eps) if rstd is None else rstd
         lead = (*key.shape[:2], n.heads)
-        gram, update = (torch.empty(*lead, n.d, n.d, dtype=torch.float32, device=key.device) for _ in range(2))
+        gram, update = (
+            torch.empty(*lead, n.d, n.d, dtype=torch.float32, device=key.device) for _ in range(2)
+        )
         inflation = torch.empty(lead, dtype=torch.float32, device=key.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         camera_gram_kernel[(n.grid,)](
@@ -50,16 +58,25 @@ class CameraGram(torch.autograd.Function):
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
             D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype, n.tokens), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
-        ctx.save_for_backward(key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation)
+        ctx.save_for_backward(
+            key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation
+        )
         ctx.scale, ctx.key_stride, ctx.value_stride = scale, key_stride, value_stride
         return gram, update
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation = ctx.saved_tensors
+        key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation = (
+            ctx.saved_tensors
+        )
         n = sizes(key, beta.shape[-1])
-        d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-        d_beta, share = torch.empty_like(beta), torch.empty(len(rstd), n.heads, dtype=torch.float32, device=key.device)
+        d_key, d_value = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value)
+        )
+        d_beta, share = (
+            torch.empty_like(beta),
+            torch.empty(len(rstd), n.heads, dtype=torch.float32, device=key.device),
+        )
         d_weight = torch.empty(n.frames, weight.shape[0], dtype=torch.float32, device=key.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         camera_gram_backward_kernel[(n.grid,)](
@@ -68,15 +85,34 @@ class CameraGram(torch.autograd.Function):
             D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
-        return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None, None, None
+        return (
+            d_key,
+            d_value,
+            d_beta,
+            d_weight.sum(0).to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class CameraOutput(torch.autograd.Function):
-    """query [B, t, S, H·D], state [B, t, H, D, D], matrix [B, t, S, 4, 4] -> world-frame values [B, t, S, H, D] in the query's dtype."""
+    """query [B, t, S, H·D], state [B, t, H, D, D], matrix [B, t, S, 4, 4] -> world-frame values [B,
+    t, S, H, D] in the query's dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, state: Tensor, weight: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, norm_eps: float
+        ctx: Any,
+        query: Tensor,
+        state: Tensor,
+        weight: Tensor,
+        matrix: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norm_eps: float,
     ) -> Tensor:
         n = sizes(query, state.shape[2])
         query, stride = by_token(query)

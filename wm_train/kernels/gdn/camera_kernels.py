@@ -1,4 +1,5 @@
-"""Triton kernels of the camera branch (numerator only): Gram, output, and their backward. `camera.py` launches them.
+"""Triton kernels of the camera branch (numerator only): Gram, output, and their backward.
+`camera.py` launches them.
 
 Lanes are interleaved halves (rays.py); matrices in memory keep the channels' own order.
 """
@@ -49,7 +50,8 @@ def camera_gram_kernel(
     tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """A and U of one frame-head on encoded keys and values; β is discounted by the frame's mean energy gain, stored in `inflation`."""
+    """A and U of one frame-head on encoded keys and values; β is discounted by the frame's mean
+    energy gain, stored in `inflation`."""
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -96,8 +98,9 @@ def camera_gram_backward_kernel(
     d_key, d_value, d_beta, share, d_weight, tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """As the main branch's, then back through limit, encoding and discount. The discount's own gradient, −(⟨dA, A⟩ + ⟨dU, U⟩) / inflation,
-    exists only where the encoding adds energy, and only there A and U are read.
+    """As the main branch's, then back through limit, encoding and discount. The discount's own
+    gradient, −(⟨dA, A⟩ + ⟨dU, U⟩) / inflation, exists only where the encoding adds energy, and only
+    there A and U are read.
     """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
@@ -158,11 +161,19 @@ def camera_gram_backward_kernel(
         after = tl.sum(unit_k * unit_k, axis=1) * peak_k * peak_k
         per_token = 2.0 * d_gain / tokens_per_frame / tl.maximum(before, EPS * EPS)
         from_after = tl.where(after >= EPS * EPS, per_token, 0.0)
-        from_before = tl.where(before >= EPS * EPS, per_token * tl.maximum(after, EPS * EPS) / tl.maximum(before, EPS * EPS), 0.0)
+        from_before = tl.where(
+            before >= EPS * EPS,
+            per_token * tl.maximum(after, EPS * EPS) / tl.maximum(before, EPS * EPS),
+            0.0,
+        )
         grad = (half + through) * b[:, None] + unit_k * (peak_k * from_after)[:, None]
         grad, direct = limit_backward(grad, k, encoded, D)
         first, second = parted(grad, BS, HP)
-        grad = direct - k * from_before[:, None] + encode(first, second, matrix, n, inside, c, -turn, BS, HP, True)
+        grad = (
+            direct
+            - k * from_before[:, None]
+            + encode(first, second, matrix, n, inside, c, -turn, BS, HP, True)
+        )
         direct, part, d_piece = norm_backward(grad * scale, raw, r, w, k > 0.0)
         store_joined(d_key, rounded(direct, d_key), n, inside, heads * D, head * D, D, HP)
         tl.store(share + n * heads + head, part, mask=inside)
@@ -176,7 +187,8 @@ def camera_output_kernel(
     query, state, weight, rstd, matrix, cos, sin, out, tokens_per_frame, heads, query_stride, rotary_tokens,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head: queries by the transposed matrix, limited; S q; the result by the matrix and turned back."""
+    """One frame-head: queries by the transposed matrix, limited; S q; the result by the matrix and
+    turned back."""
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -194,7 +206,10 @@ def camera_output_kernel(
         encoded = encode(first, second, matrix, n, inside, c, turn, BS, HP, True)
         factor, _, _ = limit(q, encoded, D)
         encoded, peak_q = unit_rows(encoded * factor[:, None])
-        read = product(encoded, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE) * (peak_q * peak)[:, None]
+        read = (
+            product(encoded, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE)
+            * (peak_q * peak)[:, None]
+        )
         first, second = parted(read, BS, HP)
         world = encode(first, second, matrix, n, inside, c, -turn, BS, HP, False)
         store_joined(out, rounded(world, out), n, inside, heads * D, head * D, D, HP)
@@ -232,7 +247,10 @@ def camera_output_backward_kernel(
         unit_q, peak_q = unit_rows(encoded * factor[:, None])
         weight_of_token, d_square, largest = common_scale(peak_d * peak_q, d_square, largest)
         d_square = product(tl.trans(d_read), unit_q * weight_of_token[:, None], d_square, MODE)
-        grad = product(d_read, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE) * (peak_d * peak)[:, None]
+        grad = (
+            product(d_read, square, tl.zeros([BS, 2 * HP], dtype=tl.float32), MODE)
+            * (peak_d * peak)[:, None]
+        )
         grad, direct = limit_backward(grad, q, encoded, D)
         first, second = parted(grad, BS, HP)
         grad = direct + encode(first, second, matrix, n, inside, c, -turn, BS, HP, False)

@@ -1,4 +1,5 @@
-"""The K short convolution and the RMS of what comes out of it, as one autograd node on frames with their halo."""
+"""The K short convolution and the RMS of what comes out of it, as one autograd node on frames with
+their halo."""
 
 from __future__ import annotations
 
@@ -17,14 +18,19 @@ BACKWARD_ROWS, BACKWARD_BLOCK = 16, 128
 
 
 class Convolution(torch.autograd.Function):
-    """extended [B, t + 2K-2, S, C], weight [C, 1, K] -> y [B, t, S, C] in extended's dtype, 1 / RMS of its tokens fp32 [B·t·S].
+    """extended [B, t + 2K-2, S, C], weight [C, 1, K] -> y [B, t, S, C] in extended's dtype, 1 / RMS
+    of its tokens fp32 [B·t·S].
 
     The second output carries no gradient: whoever normalises with it accounts for it in y's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, extended: Tensor, weight: Tensor, seen: tuple[tuple[int, int], ...] | None, norm_eps: float
+        ctx: Any,
+        extended: Tensor,
+        weight: Tensor,
+        seen: tuple[tuple[int, int], ...] | None,
+        norm_eps: float,
     ) -> tuple[Tensor, Tensor]:
         extended, weight = extended.contiguous(), weight.detach().contiguous()
         b, total, s, c = extended.shape

@@ -1,7 +1,9 @@
-"""Triton kernels of the K short convolution, fused with the norm that follows it. `convolution.py` launches them.
+"""Triton kernels of the K short convolution, fused with the norm that follows it. `convolution.py`
+launches them.
 
-y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. Tap j of frame i is frame i + j of `x`, the local frames extended by K-1 on both sides; `seen`
-[t, 2] holds the first tap of a frame that no edge hides, and the one after the last.
+y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. Tap j of frame i is frame i + j of `x`, the local frames
+extended by K-1 on both sides; `seen` [t, 2] holds the first tap of a frame that no edge hides, and
+the one after the last.
 """
 
 import triton
@@ -12,7 +14,8 @@ from wm_train.kernels.numerics import as_stored, rounded
 
 @triton.jit
 def _tap(x, frame, inside, first, stop, j, s, mask, c, tokens_per_frame, C: tl.constexpr):
-    """Tokens s of `frame` of x as fp32 [ROWS, BLOCK], zero if the frame is not there or tap j is hidden."""
+    """Tokens s of `frame` of x as fp32 [ROWS, BLOCK], zero if the frame is not there or tap j is
+    hidden."""
     at = x + (frame.to(tl.int64) * tokens_per_frame + s)[:, None] * C + c[None, :]
     return tl.load(at, mask=mask & (inside & (first <= j) & (j < stop)), other=0.0).to(tl.float32)
 
@@ -22,7 +25,8 @@ def convolution_kernel(
     x, weight, seen, out, rstd, frames, tokens_per_frame, eps,
     C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one frame, all channels: y, and 1 / RMS of y as it is stored. Frames vary fastest: their taps are in the cache."""
+    """ROWS tokens of one frame, all channels: y, and 1 / RMS of y as it is stored. Frames vary
+    fastest: their taps are in the cache."""
     frame = tl.program_id(0) % frames
     blocks = tl.cdiv(tokens_per_frame, ROWS)
     block = tl.program_id(0) // frames % blocks
@@ -39,10 +43,29 @@ def convolution_kernel(
         mask = inside[:, None] & (c < C)[None, :]
         y = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
         for d in tl.static_range(K):
-            pair = _tap(x, source + K - 1 + d, True, first, stop, K - 1 + d, s, mask, c, tokens_per_frame, C)
+            pair = _tap(
+                x, source + K - 1 + d, True, first, stop, K - 1 + d, s, mask, c, tokens_per_frame, C
+            )
             if d > 0:
-                pair += _tap(x, source + K - 1 - d, True, first, stop, K - 1 - d, s, mask, c, tokens_per_frame, C)
-            y += pair * tl.load(weight + c * K + (K - 1 - d), mask=c < C, other=0.0).to(tl.float32)[None, :]
+                pair += _tap(
+                    x,
+                    source + K - 1 - d,
+                    True,
+                    first,
+                    stop,
+                    K - 1 - d,
+                    s,
+                    mask,
+                    c,
+                    tokens_per_frame,
+                    C,
+                )
+            y += (
+                pair
+                * tl.load(weight + c * K + (K - 1 - d), mask=c < C, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            )
         y = as_stored(y, out)
         tl.store(out + n[:, None] * C + c[None, :], y, mask=mask)
         total += tl.sum(y * y, axis=1)
@@ -54,7 +77,8 @@ def convolution_backward_kernel(
     x, weight, seen, grad, d_x, d_weight, frames, tokens_per_frame,
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One frame of the extended x and BLOCK channels: its gradient, from the frames whose taps it was, and its share of the weight's.
+    """One frame of the extended x and BLOCK channels: its gradient, from the frames whose taps it
+    was, and its share of the weight's.
 
     d_x like x; d_weight [B · extended frames, K, C], to be summed over the first.
     """
@@ -80,9 +104,28 @@ def convolution_backward_kernel(
                     local = (i >= 0) & (i < frames)
                     first = tl.load(seen + 2 * i, mask=local, other=0)
                     stop = tl.load(seen + 2 * i + 1, mask=local, other=0)
-                    g += _tap(grad, clip * frames + i, local, first, stop, j, s, mask, c, tokens_per_frame, C)
-            d_value += g * tl.load(weight + c * K + (K - 1 - d), mask=c < C, other=0.0).to(tl.float32)[None, :]
-            d_w += tl.where(row == K - 1 - d, 1.0, 0.0)[:, None] * tl.sum(g * value, axis=0)[None, :]
+                    g += _tap(
+                        grad,
+                        clip * frames + i,
+                        local,
+                        first,
+                        stop,
+                        j,
+                        s,
+                        mask,
+                        c,
+                        tokens_per_frame,
+                        C,
+                    )
+            d_value += (
+                g
+                * tl.load(weight + c * K + (K - 1 - d), mask=c < C, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            )
+            d_w += (
+                tl.where(row == K - 1 - d, 1.0, 0.0)[:, None] * tl.sum(g * value, axis=0)[None, :]
+            )
         tl.store(d_x + at, rounded(d_value, d_x), mask=mask)
     to = d_weight + (cell.to(tl.int64) * K + row)[:, None] * C + c[None, :]
     tl.store(to, d_w, mask=(row < K)[:, None] & (c < C)[None, :])

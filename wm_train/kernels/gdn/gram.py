@@ -1,4 +1,5 @@
-"""A and U of the main branch from raw tokens, as one autograd node. Keeps k, v and token scalars; prepares all again backward."""
+"""A and U of the main branch from raw tokens, as one autograd node. Keeps k, v and token scalars;
+prepares all again backward."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ WARPS = 8
 
 
 class Gram(torch.autograd.Function):
-    """key, value [B, t, S, H·D], beta [B, t, S, H] -> A [B, t, H, D, D], U [B, t, H, D, D], A_z, U_z [B, t, H, 1, D], fp32."""
+    """key, value [B, t, S, H·D], beta [B, t, S, H] -> A [B, t, H, D, D], U [B, t, H, D, D], A_z,
+    U_z [B, t, H, 1, D], fp32."""
 
     @staticmethod
     def forward(
@@ -36,7 +38,9 @@ class Gram(torch.autograd.Function):
         beta, cos, sin = fp32(beta), fp32(cos), fp32(sin)
         rstd = norm_pre_pass(key, key_stride, norm_eps) if rstd is None else rstd
         lead = (*key.shape[:2], n.heads)
-        gram, update, gram_z = (torch.empty(*lead, n.d, n.d, dtype=torch.float32, device=key.device) for _ in range(3))
+        gram, update, gram_z = (
+            torch.empty(*lead, n.d, n.d, dtype=torch.float32, device=key.device) for _ in range(3)
+        )
         update_z = torch.empty(*lead, 1, n.d, dtype=torch.float32, device=key.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         gram_kernel[(2 * n.grid,)](
@@ -52,8 +56,13 @@ class Gram(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         key, value, beta, weight, rstd, cos, sin = ctx.saved_tensors
         n = sizes(key, beta.shape[-1])
-        d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-        d_beta, share = torch.empty_like(beta), torch.empty(len(rstd), n.heads, dtype=torch.float32, device=key.device)
+        d_key, d_value = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value)
+        )
+        d_beta, share = (
+            torch.empty_like(beta),
+            torch.empty(len(rstd), n.heads, dtype=torch.float32, device=key.device),
+        )
         d_weight = torch.empty(n.frames, weight.shape[0], dtype=torch.float32, device=key.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         gram_backward_kernel[(n.grid,)](
@@ -62,4 +71,14 @@ class Gram(torch.autograd.Function):
             D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
-        return d_key, d_value, d_beta, d_weight.sum(0).to(weight.dtype), None, None, None, None, None
+        return (
+            d_key,
+            d_value,
+            d_beta,
+            d_weight.sum(0).to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,13 +1,21 @@
-"""Triton kernels of A = K̂ β K̂ᵀ and U = V β K̂ᵀ from raw keys and values, and their backward. `gram.py` launches them.
+"""Triton kernels of A = K̂ β K̂ᵀ and U = V β K̂ᵀ from raw keys and values, and their backward.
+`gram.py` launches them.
 
-One program per frame and head: normalise, ReLU, scale, rotate in registers; no prepared copy is ever written. √β goes onto both operands,
-so that A is a product of one rounded matrix with itself: symmetric and positive semi-definite whatever the rounding.
+One program per frame and head: normalise, ReLU, scale, rotate in registers; no prepared copy is
+ever written. √β goes onto both operands, so that A is a product of one rounded matrix with itself:
+symmetric and positive semi-definite whatever the rounding.
 """
 
 import triton
 import triton.language as tl
 
-from wm_train.kernels.gdn.tokens import load_channels, load_vector, norm_backward, rotate, store_channels
+from wm_train.kernels.gdn.tokens import (
+    load_channels,
+    load_vector,
+    norm_backward,
+    rotate,
+    store_channels,
+)
 from wm_train.kernels.numerics import common_scale, product, rounded, unit_matrix, unit_rows
 
 
@@ -17,7 +25,8 @@ def gram_kernel(
     tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Even programs: the numerator's pair, keys rotated. Odd programs: the normaliser's pair, keys as they are, U = Σ β k."""
+    """Even programs: the numerator's pair, keys rotated. Odd programs: the normaliser's pair, keys
+    as they are, U = Σ β k."""
     cell = (tl.program_id(0) // 2).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -35,7 +44,12 @@ def gram_kernel(
             n = frame * tokens_per_frame + s
             root = tl.sqrt(tl.load(beta + n * heads + head, mask=inside, other=0.0))
             r = tl.load(rstd + n, mask=inside, other=0.0) * root
-            k = tl.maximum(load_channels(key, n, inside, key_stride, head * D, D, DP) * r[:, None] * w[None, :], 0.0)
+            k = tl.maximum(
+                load_channels(key, n, inside, key_stride, head * D, D, DP)
+                * r[:, None]
+                * w[None, :],
+                0.0,
+            )
             angle = n % rotary_tokens
             c = load_channels(cos, angle, inside, D // 2, 0, D // 2, DP // 2)
             k = rotate(k, c, load_channels(sin, angle, inside, D // 2, 0, D // 2, DP // 2), BS, DP)
@@ -56,7 +70,12 @@ def gram_kernel(
             n = frame * tokens_per_frame + s
             root = tl.sqrt(tl.load(beta + n * heads + head, mask=inside, other=0.0))
             r = tl.load(rstd + n, mask=inside, other=0.0) * root
-            k = tl.maximum(load_channels(key, n, inside, key_stride, head * D, D, DP) * r[:, None] * w[None, :], 0.0)
+            k = tl.maximum(
+                load_channels(key, n, inside, key_stride, head * D, D, DP)
+                * r[:, None]
+                * w[None, :],
+                0.0,
+            )
             a = product(tl.trans(k), k, a, MODE)
             total += tl.sum(k * root[:, None], axis=0)
         tl.store(gram_z + cell * (D * D) + row * D + column, a * (scale * scale), mask=mask)
@@ -78,7 +97,9 @@ def load_symmetric(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
 def load_square(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
-    return tl.load(pointer + cell * (D * D) + row * D + column, mask=(row < D) & (column < D), other=0.0)
+    return tl.load(
+        pointer + cell * (D * D) + row * D + column, mask=(row < D) & (column < D), other=0.0
+    )
 
 
 @triton.jit
@@ -89,7 +110,8 @@ def gram_backward_kernel(
 ):  # fmt: skip
     """One frame-head. With G = dA + dAᵀ:  dk̂ = β (G k̂ + dUᵀ v), dv = β dU k̂, dβ = ½ k̂ᵀ G k̂ + vᵀ dU k̂; the same for the normaliser.
 
-    d_key lacks the cross-head term of the norm, whose share per head goes to `share` [tokens, H]; d_weight [frames, H·D].
+    d_key lacks the cross-head term of the norm, whose share per head goes to `share` [tokens, H];
+    d_weight [frames, H·D].
     """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads

@@ -1,4 +1,5 @@
-"""What the token kernels' launchers share: token strides, the norm's pre-pass and its finish, block sizes."""
+"""What the token kernels' launchers share: token strides, the norm's pre-pass and its finish, block
+sizes."""
 
 from __future__ import annotations
 
@@ -47,10 +48,15 @@ def sizes(x: Tensor, heads: int) -> Sizes:
 
 
 def by_token(x: Tensor) -> tuple[Tensor, int]:
-    """[B, t, S, C] and the elements between two tokens; a slice of a fused projection stays a view, anything else is made contiguous."""
+    """[B, t, S, C] and the elements between two tokens; a slice of a fused projection stays a view,
+    anything else is made contiguous."""
     b, t, s, _ = x.shape
     step = x.stride(2)
-    regular = x.stride(3) == 1 and (t == 1 or x.stride(1) == s * step) and (b == 1 or x.stride(0) == t * s * step)
+    regular = (
+        x.stride(3) == 1
+        and (t == 1 or x.stride(1) == s * step)
+        and (b == 1 or x.stride(0) == t * s * step)
+    )
     return (x, step) if regular and s > 1 else (x.contiguous(), x.shape[3])
 
 
@@ -59,12 +65,22 @@ def norm_pre_pass(x: Tensor, stride: int, eps: float) -> Tensor:
     b, t, s, c = x.shape
     rstd = torch.empty(b * t * s, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(len(rstd), NORM_ROWS),)
-    rstd_kernel[grid](x, rstd, len(rstd), stride, eps, C=c, BLOCK=min(NORM_BLOCK, triton.next_power_of_2(c)), ROWS=NORM_ROWS)
+    rstd_kernel[grid](
+        x,
+        rstd,
+        len(rstd),
+        stride,
+        eps,
+        C=c,
+        BLOCK=min(NORM_BLOCK, triton.next_power_of_2(c)),
+        ROWS=NORM_ROWS,
+    )
     return rstd
 
 
 def norm_finish(grad: Tensor, x: Tensor, stride: int, rstd: Tensor, share: Tensor) -> None:
-    """Add the cross-head term of RMSNorm's backward to grad [B, t, S, C], in place; share [B·t·S, H]."""
+    """Add the cross-head term of RMSNorm's backward to grad [B, t, S, C], in place; share [B·t·S,
+    H]."""
     c, heads = x.shape[-1], share.shape[-1]
     block = min(NORM_BLOCK, triton.next_power_of_2(c))
     norm_finish_kernel[(triton.cdiv(len(rstd), NORM_ROWS),)](

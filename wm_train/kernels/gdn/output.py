@@ -1,4 +1,5 @@
-"""O = (S q̂) / (z · q̂ + ε) of the main branch from raw queries, as one autograd node. Keeps q and the states, computes O again backward."""
+"""O = (S q̂) / (z · q̂ + ε) of the main branch from raw queries, as one autograd node. Keeps q and
+the states, computes O again backward."""
 
 from __future__ import annotations
 
@@ -16,11 +17,20 @@ WARPS = 8
 
 
 class Output(torch.autograd.Function):
-    """query [B, t, S, H·D], state [B, t, H, D, D], normaliser [B, t, H, 1, D] -> [B, t, S, H, D] in the query's dtype."""
+    """query [B, t, S, H·D], state [B, t, H, D, D], normaliser [B, t, H, 1, D] -> [B, t, S, H, D] in
+    the query's dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, state: Tensor, normaliser: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, norm_eps: float, eps: float
+        ctx: Any,
+        query: Tensor,
+        state: Tensor,
+        normaliser: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norm_eps: float,
+        eps: float,
     ) -> Tensor:
         n = sizes(query, state.shape[2])
         query, stride = by_token(query)
@@ -52,4 +62,13 @@ class Output(torch.autograd.Function):
             D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
-        return d_query, d_state, d_normaliser, d_weight.sum(0).to(weight.dtype), None, None, None, None
+        return (
+            d_query,
+            d_state,
+            d_normaliser,
+            d_weight.sum(0).to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

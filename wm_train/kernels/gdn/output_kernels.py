@@ -1,10 +1,17 @@
-"""Triton kernels of O = (S q̂) / (z · q̂ + ε) from raw queries and summed states, and their backward. `output.py` launches them."""
+"""Triton kernels of O = (S q̂) / (z · q̂ + ε) from raw queries and summed states, and their
+backward. `output.py` launches them."""
 
 import triton
 import triton.language as tl
 
 from wm_train.kernels.gdn.gram_kernels import load_square
-from wm_train.kernels.gdn.tokens import load_channels, load_vector, norm_backward, rotate, store_channels
+from wm_train.kernels.gdn.tokens import (
+    load_channels,
+    load_vector,
+    norm_backward,
+    rotate,
+    store_channels,
+)
 from wm_train.kernels.numerics import common_scale, product, rounded, unit_matrix, unit_rows
 
 
@@ -13,7 +20,8 @@ def output_kernel(
     query, state, normaliser, weight, rstd, cos, sin, out, tokens_per_frame, heads, query_stride, rotary_tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head: rotated queries read the numerator's state, un-rotated ones the normaliser's."""
+    """One frame-head: rotated queries read the numerator's state, un-rotated ones the
+    normaliser's."""
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -25,12 +33,20 @@ def output_kernel(
         inside = s < tokens_per_frame
         n = frame * tokens_per_frame + s
         r = tl.load(rstd + n, mask=inside, other=0.0)
-        q = tl.maximum(load_channels(query, n, inside, query_stride, head * D, D, DP) * r[:, None] * w[None, :], 0.0)
+        q = tl.maximum(
+            load_channels(query, n, inside, query_stride, head * D, D, DP)
+            * r[:, None]
+            * w[None, :],
+            0.0,
+        )
         below = tl.sum(q * z[None, :], axis=1) + eps
         angle = n % rotary_tokens
         c = load_channels(cos, angle, inside, D // 2, 0, D // 2, DP // 2)
         q = rotate(q, c, load_channels(sin, angle, inside, D // 2, 0, D // 2, DP // 2), BS, DP)
-        above = product(q, tl.trans(matrix), tl.zeros([BS, DP], dtype=tl.float32), MODE) * (peak / below)[:, None]
+        above = (
+            product(q, tl.trans(matrix), tl.zeros([BS, DP], dtype=tl.float32), MODE)
+            * (peak / below)[:, None]
+        )
         store_channels(out, rounded(above, out), n, inside, heads * D, head * D, D, DP)
 
 
@@ -40,7 +56,8 @@ def output_backward_kernel(
     tokens_per_frame, heads, query_stride, grad_stride, rotary_tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head; O is computed again. d_query lacks the norm's cross-head term (`share`), as in the Gram's backward."""
+    """One frame-head; O is computed again. d_query lacks the norm's cross-head term (`share`), as
+    in the Gram's backward."""
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -79,7 +96,11 @@ def output_backward_kernel(
         d_w += d_piece
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
-    tl.store(d_state + cell * (D * D) + row * D + column, d_matrix * largest, mask=(row < D) & (column < D))
+    tl.store(
+        d_state + cell * (D * D) + row * D + column,
+        d_matrix * largest,
+        mask=(row < D) & (column < D),
+    )
     d = tl.arange(0, DP)
     tl.store(d_normaliser + cell * D + d, d_z, mask=d < D)
     tl.store(d_weight + cell * D + d, d_w, mask=d < D)

@@ -1,7 +1,9 @@
-"""The camera branch's encoding inside kernels: groups of four channels times a 4x4 matrix, the other half rotated, held to its own RMS.
+"""The camera branch's encoding inside kernels: groups of four channels times a 4x4 matrix, the
+other half rotated, held to its own RMS.
 
-A head's D channels are two halves of D/2, each padded to HP lanes: `geometric` and `turning`. For matrix products the halves interleave
-(lane 2j + half), which costs no data movement between threads; `channel` says which channel a lane holds. Device functions only.
+A head's D channels are two halves of D/2, each padded to HP lanes: `geometric` and `turning`. For
+matrix products the halves interleave (lane 2j + half), which costs no data movement between
+threads; `channel` says which channel a lane holds. Device functions only.
 """
 
 import triton
@@ -32,13 +34,19 @@ def parted(x, BS: tl.constexpr, HP: tl.constexpr):
 @triton.jit
 def load_halves(pointer, n, inside, stride, first, D: tl.constexpr, HP: tl.constexpr):
     half: tl.constexpr = D // 2
-    return load_channels(pointer, n, inside, stride, first, half, HP), load_channels(pointer, n, inside, stride, first + half, half, HP)
+    return load_channels(pointer, n, inside, stride, first, half, HP), load_channels(
+        pointer, n, inside, stride, first + half, half, HP
+    )
 
 
 @triton.jit
 def store_joined(pointer, x, n, inside, stride, first, D: tl.constexpr, HP: tl.constexpr):
     c, real = channel(D, HP)
-    tl.store(pointer + n[:, None] * stride + (first + c)[None, :], x, mask=inside[:, None] & real[None, :])
+    tl.store(
+        pointer + n[:, None] * stride + (first + c)[None, :],
+        x,
+        mask=inside[:, None] & real[None, :],
+    )
 
 
 @triton.jit
@@ -53,7 +61,11 @@ def load_joined_matrix(pointer, cell, D: tl.constexpr, HP: tl.constexpr, TRANSPO
 @triton.jit
 def store_joined_matrix(pointer, x, cell, D: tl.constexpr, HP: tl.constexpr):
     c, real = channel(D, HP)
-    tl.store(pointer + cell * (D * D) + c[:, None] * D + c[None, :], x, mask=real[:, None] & real[None, :])
+    tl.store(
+        pointer + cell * (D * D) + c[:, None] * D + c[None, :],
+        x,
+        mask=real[:, None] & real[None, :],
+    )
 
 
 @triton.jit
@@ -70,7 +82,8 @@ def _row(matrix, n, inside, i: tl.constexpr, x0, x1, x2, x3, TRANSPOSED: tl.cons
 
 @triton.jit
 def transform(x, matrix, n, inside, BS: tl.constexpr, HP: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Groups of four lanes of x [BS, HP] times each token's 4x4 matrix (its transpose if TRANSPOSED)."""
+    """Groups of four lanes of x [BS, HP] times each token's 4x4 matrix (its transpose if
+    TRANSPOSED)."""
     first, second = tl.split(tl.reshape(x, [BS, HP // 4, 2, 2]))
     x0, x2 = tl.split(first)
     x1, x3 = tl.split(second)
@@ -82,14 +95,32 @@ def transform(x, matrix, n, inside, BS: tl.constexpr, HP: tl.constexpr, TRANSPOS
 
 
 @triton.jit
-def encode(geometric, turning, matrix, n, inside, cos, sin, BS: tl.constexpr, HP: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(matrix ⊕ rotation) of both halves, interleaved [BS, 2·HP]; with TRANSPOSED flipped and -sin it is the gradient's way back."""
-    return joined(transform(geometric, matrix, n, inside, BS, HP, TRANSPOSED), rotate(turning, cos, sin, BS, HP), BS, HP)
+def encode(
+    geometric,
+    turning,
+    matrix,
+    n,
+    inside,
+    cos,
+    sin,
+    BS: tl.constexpr,
+    HP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """(matrix ⊕ rotation) of both halves, interleaved [BS, 2·HP]; with TRANSPOSED flipped and -sin
+    it is the gradient's way back."""
+    return joined(
+        transform(geometric, matrix, n, inside, BS, HP, TRANSPOSED),
+        rotate(turning, cos, sin, BS, HP),
+        BS,
+        HP,
+    )
 
 
 @triton.jit
 def limit(original, encoded, D: tl.constexpr):
-    """How much to scale `encoded` down to the RMS of `original`: factor, both root mean squares [BS] each."""
+    """How much to scale `encoded` down to the RMS of `original`: factor, both root mean squares
+    [BS] each."""
     wanted = tl.sqrt(tl.sum(original * original, axis=1) / D + EPS)
     actual = tl.sqrt(tl.sum(encoded * encoded, axis=1) / D + EPS)
     return tl.minimum(wanted / actual, 1.0), wanted, actual
@@ -97,8 +128,11 @@ def limit(original, encoded, D: tl.constexpr):
 
 @triton.jit
 def limit_backward(grad, original, encoded, D: tl.constexpr):
-    """Gradients of limited = encoded · factor: of `encoded`, and of `original` through the factor."""
+    """Gradients of limited = encoded · factor: of `encoded`, and of `original` through the
+    factor."""
     factor, wanted, actual = limit(original, encoded, D)
     d_factor = tl.where(factor < 1.0, tl.sum(grad * encoded, axis=1), 0.0)
-    from_encoded = grad * factor[:, None] - encoded * (d_factor * factor / (actual * actual * D))[:, None]
+    from_encoded = (
+        grad * factor[:, None] - encoded * (d_factor * factor / (actual * actual * D))[:, None]
+    )
     return from_encoded, original * (d_factor / (actual * wanted * D))[:, None]

@@ -1,6 +1,8 @@
-"""The GDN layer's token work in plain PyTorch: what the kernels must equal, and what runs where there are none.
+"""The GDN layer's token work in plain PyTorch: what the kernels must equal, and what runs where
+there are none.
 
-Source: SANA-WM §3.2 (eq. 3-5), §3.3 (eq. 6), App. C.1. Products and sums are fp32 (fp64 for fp64 tokens); norms are in the tokens' dtype.
+Source: SANA-WM §3.2 (eq. 3-5), §3.3 (eq. 6), App. C.1. Products and sums are fp32 (fp64 for fp64
+tokens); norms are in the tokens' dtype.
 """
 
 from __future__ import annotations
@@ -21,27 +23,38 @@ def wide(x: Tensor) -> Tensor:
 
 def normalised(x: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
     """RMSNorm over all heads' channels and ReLU: [B, t, S, H·D] -> [B, t, S, H, D]."""
-    return F.relu(F.rms_norm(x, weight.shape, weight, eps)).unflatten(-1, (heads, x.shape[-1] // heads))
+    return F.relu(F.rms_norm(x, weight.shape, weight, eps)).unflatten(
+        -1, (heads, x.shape[-1] // heads)
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel pairs (2i, 2i+1) of x [B, t, S, H, 2·pairs] turned by angles [B or 1, t, S, 1, pairs], in fp32, returned in x's dtype."""
+    """Channel pairs (2i, 2i+1) of x [B, t, S, H, 2·pairs] turned by angles [B or 1, t, S, 1,
+    pairs], in fp32, returned in x's dtype."""
     even, odd = wide(x).unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    return (
+        torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        .flatten(-2)
+        .to(x.dtype)
+    )
 
 
 def short_convolution(taps: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Temporal taps of width K, both ways: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. 2K-1 taps [B, t, S, C], weight [C, 1, K]."""
+    """Temporal taps of width K, both ways: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. 2K-1 taps
+    [B, t, S, C], weight [C, 1, K]."""
     by_distance = weight[:, 0].unbind(-1)
     centre = len(by_distance) - 1
     y = taps[centre] * by_distance[centre]
     for distance in range(1, len(by_distance)):
-        y = torch.addcmul(y, taps[centre - distance] + taps[centre + distance], by_distance[centre - distance])
+        y = torch.addcmul(
+            y, taps[centre - distance] + taps[centre + distance], by_distance[centre - distance]
+        )
     return y
 
 
 def encode(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(matrix ⊕ RoPE) x: groups of four of the first D/2 channels times a per-token 4x4 matrix [B, t, S, 4, 4], the rest rotated."""
+    """(matrix ⊕ RoPE) x: groups of four of the first D/2 channels times a per-token 4x4 matrix [B,
+    t, S, 4, 4], the rest rotated."""
     half = x.shape[-1] // 2
     geometric, rotated = x.split(half, dim=-1)
     groups = geometric.unflatten(-1, (half // 4, 4)).flatten(-3, -2)  # [B, t, S, H·D/8, 4]
@@ -50,21 +63,24 @@ def encode(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def limit_rms(reference: Tensor, transformed: Tensor) -> Tensor:
-    """Scale `transformed` down, never up, to the channel RMS of `reference` per token and head; both [B, t, S, H, D]."""
+    """Scale `transformed` down, never up, to the channel RMS of `reference` per token and head;
+    both [B, t, S, H, D]."""
     wanted = reference.square().mean(dim=-1, keepdim=True).add(EPS).sqrt()
     actual = transformed.square().mean(dim=-1, keepdim=True).add(EPS).sqrt()
     return transformed * (wanted / actual.clamp_min(EPS)).clamp(max=1.0)
 
 
 def discounted_beta(beta: Tensor, key: Tensor, encoded_key: Tensor) -> Tensor:
-    """beta [B, t, S, H] divided by the energy the encoding added to a frame's keys [B, t, S, H, D] (at least 1, mean over S)."""
+    """beta [B, t, S, H] divided by the energy the encoding added to a frame's keys [B, t, S, H, D]
+    (at least 1, mean over S)."""
     before = torch.linalg.vector_norm(key, dim=-1).clamp_min(EPS)
     after = torch.linalg.vector_norm(encoded_key, dim=-1).clamp_min(EPS)
     return beta / (after / before).square().mean(dim=2, keepdim=True).clamp_min(1.0)
 
 
 def frame_gram(beta: Tensor, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A = K β Kᵀ [B, t, H, D, D] and U = V β Kᵀ [B, t, H, E, D] of every frame; without values U = Σ β k, E = 1."""
+    """A = K β Kᵀ [B, t, H, D, D] and U = V β Kᵀ [B, t, H, E, D] of every frame; without values U =
+    Σ β k, E = 1."""
     with torch.autocast(device_type=key.device.type, enabled=False):
         key = wide(key).transpose(2, 3)  # [B, t, H, S, D]
         weighted = key * beta.transpose(2, 3).unsqueeze(-1)
@@ -81,25 +97,51 @@ def read_state(state: Tensor, query: Tensor) -> Tensor:
 
 
 def gdn_gram(
-    key: Tensor, value: Tensor, beta: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, scale: float, norm_eps: float
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `wm_train.kernels.dispatch.gdn_gram`."""
     heads = beta.shape[-1]
     k = normalised(key, weight, norm_eps, heads) * scale
-    numerator = frame_gram(beta, rotate(k, cos, sin), value.unflatten(-1, (heads, value.shape[-1] // heads)))
+    numerator = frame_gram(
+        beta, rotate(k, cos, sin), value.unflatten(-1, (heads, value.shape[-1] // heads))
+    )
     return *numerator, *frame_gram(beta, k, None)
 
 
 def gdn_output(
-    query: Tensor, state: Tensor, normaliser: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, norm_eps: float, eps: float
+    query: Tensor,
+    state: Tensor,
+    normaliser: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_eps: float,
+    eps: float,
 ) -> Tensor:
     """See `wm_train.kernels.dispatch.gdn_output`."""
     q = normalised(query, weight, norm_eps, state.shape[2])
-    return (read_state(state, rotate(q, cos, sin)) / (read_state(normaliser, q) + eps)).to(query.dtype)
+    return (read_state(state, rotate(q, cos, sin)) / (read_state(normaliser, q) + eps)).to(
+        query.dtype
+    )
 
 
 def camera_gram(
-    key: Tensor, value: Tensor, beta: Tensor, weight: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, scale: float, norm_eps: float
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `wm_train.kernels.dispatch.camera_gram`."""
     heads = beta.shape[-1]
@@ -110,7 +152,15 @@ def camera_gram(
     return frame_gram(discounted_beta(beta, k, encoded_key), encoded_key, encoded_value)
 
 
-def camera_output(query: Tensor, state: Tensor, weight: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor, norm_eps: float) -> Tensor:
+def camera_output(
+    query: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_eps: float,
+) -> Tensor:
     """See `wm_train.kernels.dispatch.camera_output`."""
     q = normalised(query, weight, norm_eps, state.shape[2])
     encoded = limit_rms(q, encode(q, matrix.transpose(-1, -2), cos, sin))

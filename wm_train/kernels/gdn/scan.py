@@ -1,8 +1,10 @@
-"""The GDN recurrences of `parallel` on Triton: the same four functions as `parallel/reference.py`, in fp32.
+"""The GDN recurrences of `parallel` on Triton: the same four functions as `parallel/reference.py`,
+in fp32.
 
-Two levels. With `segments` > 1 the local frames are walked in that many pieces at once: composites per piece, their composition, then the
-pieces again from the states that enter them. That trades three walks of T/segments frames for one of T. The default depends on how many
-programs one walk has, and `benchmarks/gdn_kernels.py` measures it.
+Two levels. With `segments` > 1 the local frames are walked in that many pieces at once: composites
+per piece, their composition, then the pieces again from the states that enter them. That trades
+three walks of T/segments frames for one of T. The default depends on how many programs one walk
+has, and `benchmarks/gdn_kernels.py` measures it.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from wm_train.kernels.engine import engine_for
 from wm_train.kernels.gdn import scan_kernels
 from wm_train.kernels.numerics import exact_mode, state_mode
 
-COMPOSITE_ROWS, COMPOSE_ROWS = 32, 16  # three TF32 products per product need the registers of more rows
+COMPOSITE_ROWS, COMPOSE_ROWS = (
+    32,
+    16,
+)  # three TF32 products per product need the registers of more rows
 SHORTEST_SEGMENT = 8  # frames; below this a second level costs more walks than it saves
 
 
 class ScanSettings(NamedTuple):
-    """engine: auto | triton | reference.  segments: None picks.  mode: of A (None: TF32 on a device).  rows: of a state per program."""
+    """engine: auto | triton | reference.  segments: None picks.  mode: of A (None: TF32 on a device).  rows: of a state per
+    program."""
 
     engine: str = "auto"
     segments: int | None = None
@@ -40,7 +46,8 @@ DEFAULTS = ScanSettings()
 
 
 class _Plan(NamedTuple):
-    """The sizes of one call. E rows and D columns of a state, padded DP; frames are walked in `parts` pieces of `segment`."""
+    """The sizes of one call. E rows and D columns of a state, padded DP; frames are walked in
+    `parts` pieces of `segment`."""
 
     batch: int
     frames: int
@@ -76,14 +83,28 @@ def _plan(stream: Stream, settings: ScanSettings) -> _Plan:
     for name, x in (("decay", stream.decay), ("gram", stream.gram)):
         if tuple(x.shape) != expected[name]:
             raise ValueError(
-                f"scan failed: got {name} {tuple(x.shape)}, expected {expected[name]} beside update {tuple(stream.update.shape)} (scan)"
+                f"scan failed: got {name} {tuple(x.shape)}, expected {expected[name]} beside update"
+                f" {tuple(stream.update.shape)} (scan)"
             )
     padded = max(16, triton.next_power_of_2(d))
     rows = 16 if e == 1 else min(settings.rows, padded)
-    parts = settings.segments or _segments(batch * heads * -(-e // rows), frames, stream.update.device)
+    parts = settings.segments or _segments(
+        batch * heads * -(-e // rows), frames, stream.update.device
+    )
     parts = max(1, min(parts, frames))
     segment = -(-frames // parts)
-    return _Plan(batch, frames, heads, e, d, padded, rows, -(-frames // segment), segment, settings.mode or state_mode())
+    return _Plan(
+        batch,
+        frames,
+        heads,
+        e,
+        d,
+        padded,
+        rows,
+        -(-frames // segment),
+        segment,
+        settings.mode or state_mode(),
+    )
 
 
 def _segments(programs: int, frames: int, device: torch.device) -> int:
@@ -97,12 +118,15 @@ def _segments(programs: int, frames: int, device: torch.device) -> int:
 @lru_cache(maxsize=256)
 def _edge_table(cuts: Cuts, device: torch.device) -> Tensor:
     """int8 [3, t]: open edges forward, reverse, and everywhere."""
-    return torch.tensor([cuts.forward, cuts.reverse, (True,) * len(cuts.forward)], dtype=torch.int8, device=device)
+    return torch.tensor(
+        [cuts.forward, cuts.reverse, (True,) * len(cuts.forward)], dtype=torch.int8, device=device
+    )
 
 
 @lru_cache(maxsize=256)
 def _pass_table(cuts: Cuts, segment: int, adjoint: bool, device: torch.device) -> Tensor:
-    """int8 [2, parts]: which segments pass a value on, walking ahead and walking back. Adjoints walk each direction the other way."""
+    """int8 [2, parts]: which segments pass a value on, walking ahead and walking back. Adjoints
+    walk each direction the other way."""
     rows = [[all(x[i : i + segment]) for i in range(0, len(x), segment)] for x in cuts]
     return torch.tensor(rows[::-1] if adjoint else rows, dtype=torch.int8, device=device)
 
@@ -115,7 +139,9 @@ def _flags(first: Tensor | None, second: Tensor | None) -> int:
     return (first is not None) + 2 * (second is not None)
 
 
-def _composites(stream: Stream, cuts: Cuts, reverse: str | None, plan: _Plan, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _composites(
+    stream: Stream, cuts: Cuts, reverse: str | None, plan: _Plan, edges: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """C [parts, B, H, D, D], H_fwd and H_rev [parts, B, H, E, D]"""
     lead = (plan.parts, plan.batch, plan.heads)
     composite = stream.update.new_empty(*lead, plan.d, plan.d)
@@ -123,13 +149,28 @@ def _composites(stream: Stream, cuts: Cuts, reverse: str | None, plan: _Plan, ed
     plan = plan._replace(rows=min(COMPOSITE_ROWS, plan.padded))
     tiles = plan.tiles * (1 if reverse is None else 2) + -(-plan.d // plan.rows)
     scan_kernels.composites_kernel[(plan.batch * plan.heads, tiles, plan.parts)](
-        *stream, edges, composite, ends[0], ends[1], plan.frames, plan.heads, plan.segment, plan.tiles, **plan.constants(reverse)
+        *stream,
+        edges,
+        composite,
+        ends[0],
+        ends[1],
+        plan.frames,
+        plan.heads,
+        plan.segment,
+        plan.tiles,
+        **plan.constants(reverse),
     )
     return composite, ends[0], ends[1]
 
 
 def _compose(
-    composite: Tensor, ahead: Tensor, back: Tensor, first_ahead: Tensor | None, first_back: Tensor | None, passes: Tensor, plan: _Plan
+    composite: Tensor,
+    ahead: Tensor,
+    back: Tensor,
+    first_ahead: Tensor | None,
+    first_back: Tensor | None,
+    passes: Tensor,
+    plan: _Plan,
 ) -> tuple[Tensor, Tensor]:
     """What enters each segment from the left and from the right, [parts, B, H, E, D] each."""
     starts = torch.empty_like(ahead), torch.empty_like(back)
@@ -137,16 +178,33 @@ def _compose(
     constants = plan.constants(None)
     del constants["REVERSE"]
     scan_kernels.compose_kernel[(plan.batch * plan.heads, plan.tiles, 2)](
-        composite, ahead, back, *starts, first_ahead, first_back, passes, plan.parts, FIRSTS=_flags(first_ahead, first_back), **constants
+        composite,
+        ahead,
+        back,
+        *starts,
+        first_ahead,
+        first_back,
+        passes,
+        plan.parts,
+        FIRSTS=_flags(first_ahead, first_back),
+        **constants,
     )
     return starts
 
 
 def _enter(
-    stream: Stream, cuts: Cuts, reverse: str | None, plan: _Plan, start: Tensor | None, start_back: Tensor | None, edges: Tensor
+    stream: Stream,
+    cuts: Cuts,
+    reverse: str | None,
+    plan: _Plan,
+    start: Tensor | None,
+    start_back: Tensor | None,
+    edges: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Starts of every segment, and the composites C if there are several segments."""
-    start, start_back = (None if x is None else x.detach().float().contiguous() for x in (start, start_back))
+    start, start_back = (
+        None if x is None else x.detach().float().contiguous() for x in (start, start_back)
+    )
     if plan.parts == 1:
         return start, start_back, None
     composite, ahead, back = _composites(stream, cuts, reverse, plan, edges)
@@ -155,7 +213,13 @@ def _enter(
 
 
 def _states(
-    stream: Stream, edges: Tensor, reverse: str | None, plan: _Plan, start: Tensor | None, start_back: Tensor | None, seen: bool
+    stream: Stream,
+    edges: Tensor,
+    reverse: str | None,
+    plan: _Plan,
+    start: Tensor | None,
+    start_back: Tensor | None,
+    seen: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     ahead = torch.empty_like(stream.update)
     behind = torch.empty_like(stream.update) if seen and reverse is not None else None
@@ -168,9 +232,17 @@ def _states(
 
 
 def _adjoint(
-    stream: Stream, grads: Tensor, edges: Tensor, reverse: str | None, plan: _Plan, right: Tensor | None, left: Tensor | None, keep: bool
+    stream: Stream,
+    grads: Tensor,
+    edges: Tensor,
+    reverse: str | None,
+    plan: _Plan,
+    right: Tensor | None,
+    left: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """λ and μ if kept [B, t, H, E, D], and what leaves each segment to the left and to the right [parts, B, H, E, D]."""
+    """λ and μ if kept [B, t, H, E, D], and what leaves each segment to the left and to the right
+    [parts, B, H, E, D]."""
     toward = torch.empty_like(stream.update) if keep else None
     back = torch.empty_like(stream.update) if keep and reverse is not None else None
     leaving = stream.update.new_zeros(2, plan.parts, plan.batch, plan.heads, plan.e, plan.d)
@@ -183,7 +255,11 @@ def _adjoint(
 
 def _by_reference(stream: Stream, settings: ScanSettings) -> bool:
     """No frames: nothing to launch, and the reference knows the empty answers."""
-    return stream.update.shape[1] == 0 or engine_for(settings.engine, "states", stream.update, stream.update.shape[-1]) == "reference"
+    return (
+        stream.update.shape[1] == 0
+        or engine_for(settings.engine, "states", stream.update, stream.update.shape[-1])
+        == "reference"
+    )
 
 
 def local_states(
@@ -194,7 +270,8 @@ def local_states(
     start_reverse: Tensor | None,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor]:
-    """States [B, t, H, E, D] and F after the last frame [B, H, E, D]; as `parallel.reference.local_states`."""
+    """States [B, t, H, E, D] and F after the last frame [B, H, E, D]; as
+    `parallel.reference.local_states`."""
     if _by_reference(stream, settings):
         return reference_states(stream, cuts, reverse, start_forward, start_reverse)
     plan, stream = _plan(stream, settings), _contiguous(stream)
@@ -211,19 +288,28 @@ def local_composites(
     if _by_reference(stream, settings):
         return reference_composites(stream, cuts, reverse)
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
-    composite, ahead, back = _composites(stream, cuts, reverse, plan, _edge_table(cuts, stream.update.device))
+    composite, ahead, back = _composites(
+        stream, cuts, reverse, plan, _edge_table(cuts, stream.update.device)
+    )
     return composite[0], ahead[0], None if reverse is None else back[0]
 
 
 def local_adjoint_composites(
-    stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor, settings: ScanSettings = DEFAULTS
+    stream: Stream,
+    cuts: Cuts,
+    reverse: str | None,
+    grads: Tensor,
+    settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """What leaves the local frames when nothing enters [B, H, E, D]; as `parallel.reference.local_adjoint_composites`."""
+    """What leaves the local frames when nothing enters [B, H, E, D]; as
+    `parallel.reference.local_adjoint_composites`."""
     if _by_reference(stream, settings):
         return reference_adjoint_composites(stream, cuts, reverse, grads)
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
-    _, _, left, right = _adjoint(stream, grads.float().contiguous(), edges, reverse, plan, None, None, keep=False)
+    _, _, left, right = _adjoint(
+        stream, grads.float().contiguous(), edges, reverse, plan, None, None, keep=False
+    )
     return left[0], None if reverse is None else right[0]
 
 
@@ -238,18 +324,27 @@ def local_adjoint(
     from_left: Tensor | None,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Stream, Tensor | None]:
-    """Gradients of decay, gram, update and start_forward; as `parallel.reference.local_adjoint`. The states are walked again."""
+    """Gradients of decay, gram, update and start_forward; as `parallel.reference.local_adjoint`.
+    The states are walked again."""
     if _by_reference(stream, settings):
-        return reference_adjoint(stream, cuts, reverse, start_forward, start_reverse, grads, from_right, from_left)
+        return reference_adjoint(
+            stream, cuts, reverse, start_forward, start_reverse, grads, from_right, from_left
+        )
     plan, stream = _plan(stream, settings), _contiguous(stream)
     grads = grads.float().contiguous()
     edges = _edge_table(cuts, stream.update.device)
-    start, start_back, composite = _enter(stream, cuts, reverse, plan, start_forward, start_reverse, edges)
+    start, start_back, composite = _enter(
+        stream, cuts, reverse, plan, start_forward, start_reverse, edges
+    )
     ahead, behind, _ = _states(stream, edges, reverse, plan, start, start_back, seen=True)
 
-    right, left = (None if x is None else x.detach().float().contiguous() for x in (from_right, from_left))
+    right, left = (
+        None if x is None else x.detach().float().contiguous() for x in (from_right, from_left)
+    )
     if composite is not None:
-        _, _, to_left, to_right = _adjoint(stream, grads, edges, reverse, plan, None, None, keep=False)
+        _, _, to_left, to_right = _adjoint(
+            stream, grads, edges, reverse, plan, None, None, keep=False
+        )
         passes = _pass_table(cuts, plan.segment, True, edges.device)
         left, right = _compose(composite, to_right, to_left, left, right, passes, plan)
     toward, back, to_left, _ = _adjoint(stream, grads, edges, reverse, plan, right, left, keep=True)

@@ -1,12 +1,15 @@
-"""Triton kernels of the frame-wise GDN recurrences. Each equals a function of `parallel/reference.py`; `scan.py` launches them.
+"""Triton kernels of the frame-wise GDN recurrences. Each equals a function of
+`parallel/reference.py`; `scan.py` launches them.
 
-A program holds ROWS rows of one head's state, because row r of S_t needs row r of S_{t-1} and all of A_t, and nothing else. It walks its
-frames one after the other; segments of frames are walked by different programs at once and joined by `compose`, which is the composition of
-context parallelism on one device.
+A program holds ROWS rows of one head's state, because row r of S_t needs row r of S_{t-1} and all
+of A_t, and nothing else. It walks its frames one after the other; segments of frames are walked by
+different programs at once and joined by `compose`, which is the composition of context parallelism
+on one device.
 
-Memory order: decay [B, t, H], gram [B, t, H, D, D], states and updates [B, t, H, E, D], starts [segments, B, H, E, D], all contiguous
-fp32. `open_edges` int8 [3, t]: may frame i know i-1; may frame i know i+1; ones. A is read transposed: it is symmetric, and the tensor
-cores want the second operand with its summed axis contiguous.
+Memory order: decay [B, t, H], gram [B, t, H, D, D], states and updates [B, t, H, E, D], starts
+[segments, B, H, E, D], all contiguous fp32. `open_edges` int8 [3, t]: may frame i know i-1; may
+frame i know i+1; ones. A is read transposed: it is symmetric, and the tensor cores want the second
+operand with its summed axis contiguous.
 """
 
 import triton
@@ -45,8 +48,9 @@ def states_kernel(
     E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, STARTS: tl.constexpr,
     SEEN: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """States of a segment, forward then reverse. SEEN: `ahead`, `behind` get what enters each frame from either side; else `ahead` gets
-    the forward state plus the reverse one (inclusive or exclusive). STARTS: 0 none, 1 forward, 2 reverse, 3 both.
+    """States of a segment, forward then reverse. SEEN: `ahead`, `behind` get what enters each frame
+    from either side; else `ahead` gets the forward state plus the reverse one (inclusive or
+    exclusive). STARTS: 0 none, 1 forward, 2 reverse, 3 both.
     """
     pair = tl.program_id(0)
     part = tl.program_id(2)
@@ -65,7 +69,9 @@ def states_kernel(
         state = tl.where(tl.load(open_edges + i) != 0, state, 0.0)
         if SEEN:
             tl.store(ahead + cell * (E * D) + tile, state, mask=mask)
-        state = _through(state, decay, gram, cell, D, DP, MODE) + tl.load(update + cell * (E * D) + tile, mask=mask, other=0.0)
+        state = _through(state, decay, gram, cell, D, DP, MODE) + tl.load(
+            update + cell * (E * D) + tile, mask=mask, other=0.0
+        )
         if not SEEN:
             tl.store(ahead + cell * (E * D) + tile, state, mask=mask)
     if last == frames:
@@ -83,10 +89,16 @@ def states_kernel(
             seen = state
             if SEEN:
                 tl.store(behind + cell * (E * D) + tile, seen, mask=mask)
-            state = _through(state, decay, gram, cell, D, DP, MODE) + tl.load(update + cell * (E * D) + tile, mask=mask, other=0.0)
+            state = _through(state, decay, gram, cell, D, DP, MODE) + tl.load(
+                update + cell * (E * D) + tile, mask=mask, other=0.0
+            )
             if not SEEN:
                 other = tl.load(ahead + cell * (E * D) + tile, mask=mask, other=0.0)
-                tl.store(ahead + cell * (E * D) + tile, other + (seen if REVERSE == "exclusive" else state), mask=mask)
+                tl.store(
+                    ahead + cell * (E * D) + tile,
+                    other + (seen if REVERSE == "exclusive" else state),
+                    mask=mask,
+                )
 
 
 @triton.jit
@@ -94,7 +106,8 @@ def composites_kernel(
     decay, gram, update, open_edges, composite, end_forward, end_reverse, frames, heads, segment, state_tiles,
     E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Per segment H_fwd, H_rev (with cuts, from zero) and raw C (rows of the identity, without cuts or updates)."""
+    """Per segment H_fwd, H_rev (with cuts, from zero) and raw C (rows of the identity, without cuts
+    or updates)."""
     pair = tl.program_id(0)
     tile_index = tl.program_id(1)
     part = tl.program_id(2)
@@ -103,7 +116,9 @@ def composites_kernel(
     first = part * segment
     last = tl.minimum(first + segment, frames)
     directions = 1 if REVERSE == "none" else 2
-    kind = tl.minimum(tile_index // state_tiles, directions)  # 0 … directions - 1: H_fwd, H_rev; directions: C
+    kind = tl.minimum(
+        tile_index // state_tiles, directions
+    )  # 0 … directions - 1: H_fwd, H_rev; directions: C
     row = (tile_index - kind * state_tiles) * ROWS
     is_composite = kind == directions
     rows = tl.where(is_composite, D, E)
@@ -135,8 +150,9 @@ def adjoint_kernel(
     E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, STARTS: tl.constexpr,
     KEEP: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """λ_t = dL/dF_t, walking back, and μ_t = dL/dI_t, walking ahead, of a segment. KEEP stores them in `toward` and `back`; what leaves the
-    segment goes to `to_left` and `to_right` [segments, B, H, E, D]. STARTS: 0 none enters, 1 from the right, 2 from the left, 3 both.
+    """λ_t = dL/dF_t, walking back, and μ_t = dL/dI_t, walking ahead, of a segment. KEEP stores them
+    in `toward` and `back`; what leaves the segment goes to `to_left` and `to_right` [segments, B,
+    H, E, D]. STARTS: 0 none enters, 1 from the right, 2 from the left, 3 both.
     """
     pair = tl.program_id(0)
     part = tl.program_id(2)
@@ -156,7 +172,9 @@ def adjoint_kernel(
         carried += tl.load(grads + cell * (E * D) + tile, mask=mask, other=0.0)
         if KEEP:
             tl.store(toward + cell * (E * D) + tile, carried, mask=mask)
-        carried = tl.where(tl.load(open_edges + i) != 0, _through(carried, decay, gram, cell, D, DP, MODE), 0.0)
+        carried = tl.where(
+            tl.load(open_edges + i) != 0, _through(carried, decay, gram, cell, D, DP, MODE), 0.0
+        )
     tl.store(to_left + start_at, carried, mask=mask)
 
     if REVERSE != "none":
@@ -182,7 +200,8 @@ def outer_kernel(
     decay, gram, ahead, behind, toward, back, d_decay, d_gram, d_update,
     E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head: G = F_{t-1}ᵀ λ + I_{t+1}ᵀ μ, then dA = −γ G, dγ = tr G − ⟨G, A⟩ and dU = λ + μ."""
+    """One frame-head: G = F_{t-1}ᵀ λ + I_{t+1}ᵀ μ, then dA = −γ G, dγ = tr G − ⟨G, A⟩ and dU = λ +
+    μ."""
     cell = tl.program_id(0).to(tl.int64)
     outer = tl.zeros([DP, DP], dtype=tl.float32)
     for row in range(0, E, ROWS):
@@ -192,7 +211,9 @@ def outer_kernel(
         outer = product(tl.trans(tl.load(ahead + at, mask=mask, other=0.0)), adjoint, outer, MODE)
         if REVERSE != "none":
             other = tl.load(back + at, mask=mask, other=0.0)
-            outer = product(tl.trans(tl.load(behind + at, mask=mask, other=0.0)), other, outer, MODE)
+            outer = product(
+                tl.trans(tl.load(behind + at, mask=mask, other=0.0)), other, outer, MODE
+            )
             adjoint += other
         tl.store(d_update + at, adjoint, mask=mask)
     tile, mask = _tile(0, D, D, DP, DP)
@@ -209,10 +230,12 @@ def compose_kernel(
     composite, end_ahead, end_back, start_ahead, start_back, first_ahead, first_back, passes, parts,
     E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRSTS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """What enters each segment: value_{g+1} = end_g + value_g C_g, or end_g where segment g passes nothing on.
+    """What enters each segment: value_{g+1} = end_g + value_g C_g, or end_g where segment g passes
+    nothing on.
 
-    program axis 2: 0 walks ahead with C, 1 walks back with Cᵀ. passes int8 [2, parts]. FIRSTS: 0 nothing enters the clip, 1 ahead, 2 back,
-    3 both. C is near the identity, so MODE must not round it.
+    program axis 2: 0 walks ahead with C, 1 walks back with Cᵀ. passes int8 [2, parts]. FIRSTS: 0
+    nothing enters the clip, 1 ahead, 2 back, 3 both. C is near the identity, so MODE must not round
+    it.
     """
     pair = tl.program_id(0)
     backwards = tl.program_id(2) == 1
@@ -238,4 +261,6 @@ def compose_kernel(
         c = tl.load(composite + here * (D * D) + offsets, mask=(k < D) & (n < D), other=0.0)
         passed = product(value, c, tl.zeros_like(value), MODE)
         is_open = tl.load(passes + tl.where(backwards, parts, 0) + g) != 0
-        value = tl.where(is_open, passed, 0.0) + tl.load(end + here * (E * D) + tile, mask=mask, other=0.0)
+        value = tl.where(is_open, passed, 0.0) + tl.load(
+            end + here * (E * D) + tile, mask=mask, other=0.0
+        )

@@ -1,7 +1,8 @@
-"""What every token kernel does to a block of BS tokens of one head: load, normalise, rotate, and the way back. Device functions only.
+"""What every token kernel does to a block of BS tokens of one head: load, normalise, rotate, and
+the way back. Device functions only.
 
-Tokens are numbered n = (b·t + i)·S + s. Raw tokens are read from [B·t·S, H·D] with any row stride, so slices of a fused projection need no
-copy. D channels are padded to DP lanes that hold zeros.
+Tokens are numbered n = (b·t + i)·S + s. Raw tokens are read from [B·t·S, H·D] with any row stride,
+so slices of a fused projection need no copy. D channels are padded to DP lanes that hold zeros.
 """
 
 import triton
@@ -15,7 +16,9 @@ def load_channels(pointer, n, inside, stride, first, COUNT: tl.constexpr, LANES:
     """Channels first … first + COUNT of tokens n as fp32 [BS, LANES]; zeros outside."""
     c = tl.arange(0, LANES)
     mask = inside[:, None] & (c < COUNT)[None, :]
-    return tl.load(pointer + n[:, None] * stride + (first + c)[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointer + n[:, None] * stride + (first + c)[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -33,7 +36,8 @@ def load_vector(pointer, first, COUNT: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def rotate(x, cos, sin, BS: tl.constexpr, LANES: tl.constexpr):
-    """Lane pairs (2i, 2i+1) of x [BS, LANES] turned by angles [BS, LANES/2]; with -sin it turns back."""
+    """Lane pairs (2i, 2i+1) of x [BS, LANES] turned by angles [BS, LANES/2]; with -sin it turns
+    back."""
     even, odd = tl.split(tl.reshape(x, [BS, LANES // 2, 2]))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BS, LANES])
 
@@ -42,22 +46,31 @@ def rotate(x, cos, sin, BS: tl.constexpr, LANES: tl.constexpr):
 def norm_backward(grad, raw, rstd, weight, positive):
     """Backward of relu(raw · rstd · weight) up to the cross-head term.
 
-    -> the direct gradient of raw [BS, LANES], each token's share of Σ grad · weight · raw [BS], the gradient of weight [LANES].
+    -> the direct gradient of raw [BS, LANES], each token's share of Σ grad · weight · raw [BS], the
+    gradient of weight [LANES].
     """
     grad = tl.where(positive, grad, 0.0)
     direct = grad * weight[None, :]
-    return direct * rstd[:, None], tl.sum(direct * raw, axis=1), tl.sum(grad * raw * rstd[:, None], axis=0)
+    return (
+        direct * rstd[:, None],
+        tl.sum(direct * raw, axis=1),
+        tl.sum(grad * raw * rstd[:, None], axis=0),
+    )
 
 
 @triton.jit
-def rstd_kernel(x, rstd, tokens, stride, eps, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def rstd_kernel(
+    x, rstd, tokens, stride, eps, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """1 / sqrt(mean over C channels of x² + eps) per token."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = n < tokens
     total = tl.zeros([ROWS], dtype=tl.float32)
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        piece = tl.load(x + n[:, None] * stride + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        piece = tl.load(
+            x + n[:, None] * stride + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0
+        ).to(tl.float32)
         total += tl.sum(piece * piece, axis=1)
     tl.store(rstd + n, 1.0 / tl.sqrt(total / C + eps), mask=inside)
 
@@ -67,11 +80,16 @@ def norm_finish_kernel(
     grad, x, rstd, share, tokens, stride, heads,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The cross-head term of RMSNorm's backward: grad -= x · rstd³ / C · Σ over heads of share; grad [tokens, C], share [tokens, H]."""
+    """The cross-head term of RMSNorm's backward: grad -= x · rstd³ / C · Σ over heads of share;
+    grad [tokens, C], share [tokens, H]."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = n < tokens
     h = tl.arange(0, HEADS)
-    shares = tl.load(share + n[:, None] * heads + h[None, :], mask=inside[:, None] & (h < heads)[None, :], other=0.0)
+    shares = tl.load(
+        share + n[:, None] * heads + h[None, :],
+        mask=inside[:, None] & (h < heads)[None, :],
+        other=0.0,
+    )
     r = tl.load(rstd + n, mask=inside, other=0.0)
     factor = r * r * r * tl.sum(shares, axis=1) / C
     for first in range(0, C, BLOCK):

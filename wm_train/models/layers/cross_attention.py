@@ -1,4 +1,5 @@
-"""Cross-attention from video tokens to text, with a padding mask and RMSNorm on q and k (SANA-Video's text branch)."""
+"""Cross-attention from video tokens to text, with a padding mask and RMSNorm on q and k
+(SANA-Video's text branch)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 
 
 class CrossAttention(nn.Module):
-    """x [B, t, S, C], text [B, L, C] -> [B, t, S, C]; text is the same for all frames, so no frame sees another here."""
+    """x [B, t, S, C], text [B, L, C] -> [B, t, S, C]; text is the same for all frames, so no frame
+    sees another here."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -23,7 +25,11 @@ class CrossAttention(nn.Module):
         b, t, s, c = x.shape
         length = text.shape[1]
         k, v = self.kv_linear(text).chunk(2, dim=-1)
-        q = self.q_norm(self.q_linear(x)).reshape(b, t * s, self.heads, self.head_dim).transpose(1, 2)
+        q = (
+            self.q_norm(self.q_linear(x))
+            .reshape(b, t * s, self.heads, self.head_dim)
+            .transpose(1, 2)
+        )
         k = self.k_norm(k).reshape(b, length, self.heads, self.head_dim).transpose(1, 2)
         v = v.reshape(b, length, self.heads, self.head_dim).transpose(1, 2)
         mask = None if text_mask is None else text_mask.bool()[:, None, None, :]

@@ -1,4 +1,5 @@
-"""Patch, timestep and caption embedders. Parameter names are those of the public checkpoint layout."""
+"""Patch, timestep and caption embedders. Parameter names are those of the public checkpoint
+layout."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv3d(channels, width, kernel_size=(1, patch, patch), stride=(1, patch, patch))
+        self.proj = nn.Conv3d(
+            channels, width, kernel_size=(1, patch, patch), stride=(1, patch, patch)
+        )
 
     def forward(self, maps: Tensor) -> Tensor:
         b, t, c, h, w = maps.shape
         p = self.patch
         cells = maps.reshape(b, t, c, h // p, p, w // p, p).permute(0, 1, 3, 5, 2, 4, 6)
         cells = cells.reshape(b, t, (h // p) * (w // p), c * p * p)
-        return F.linear(cells.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(
+            cells.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias
+        )
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -36,7 +41,8 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 
 class TimestepEmbed(nn.Module):
-    """Per-frame timesteps [B, t] (sigma * 1000, any float) -> [B, t, width]: cosines then sines, and a two-layer MLP."""
+    """Per-frame timesteps [B, t] (sigma * 1000, any float) -> [B, t, width]: cosines then sines,
+    and a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,7 +51,11 @@ class TimestepEmbed(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         half = TIME_CHANNELS // 2
-        exponent = -math.log(10000.0) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+        exponent = (
+            -math.log(10000.0)
+            * torch.arange(half, device=timestep.device, dtype=torch.float32)
+            / half
+        )
         angle = timestep.float()[..., None] * exponent.exp()
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(features)))

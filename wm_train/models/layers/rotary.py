@@ -1,7 +1,9 @@
-"""Rotary position embedding over (time, height, width), as cosines and sines per interleaved pair of channels.
+"""Rotary position embedding over (time, height, width), as cosines and sines per interleaved pair
+of channels.
 
-Source: Wan2.1's three-axis split as the public SANA-WM uses it. Of D/2 pairs, height and width take D//6 each, time the rest.
-The camera branch rotates only the second half of its channels and takes the leading frequencies of each axis.
+Source: Wan2.1's three-axis split as the public SANA-WM uses it. Of D/2 pairs, height and width take
+D//6 each, time the rest. The camera branch rotates only the second half of its channels and takes
+the leading frequencies of each axis.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ def axis_pairs(dim: int) -> tuple[int, int, int]:
     return dim // 2 - 2 * space, space, space
 
 
-def rotary_tables(positions: Tensor, grid: tuple[int, int], head_dim: int, used_dim: int | None = None) -> Rotary:
+def rotary_tables(
+    positions: Tensor, grid: tuple[int, int], head_dim: int, used_dim: int | None = None
+) -> Rotary:
     """Angles of every token: positions [B, t] -> cos and sin [B, t, S, 1, used_dim // 2].
 
-    used_dim < head_dim keeps the leading frequencies of each axis of the head_dim table (camera branch).
+    used_dim < head_dim keeps the leading frequencies of each axis of the head_dim table (camera
+    branch).
     """
     height, width = grid
     b, t = positions.shape
@@ -40,9 +45,15 @@ def rotary_tables(positions: Tensor, grid: tuple[int, int], head_dim: int, used_
         torch.arange(width, device=positions.device, dtype=torch.float32)[None, None, None, :],
     ]
     angles = []
-    for axis, (pairs, used) in enumerate(zip(axis_pairs(head_dim), axis_pairs(used_dim or head_dim))):
-        exponent = torch.arange(0, 2 * pairs, 2, device=positions.device, dtype=torch.float32) / (2 * pairs)
+    for axis, (pairs, used) in enumerate(
+        zip(axis_pairs(head_dim), axis_pairs(used_dim or head_dim))
+    ):
+        exponent = torch.arange(0, 2 * pairs, 2, device=positions.device, dtype=torch.float32) / (
+            2 * pairs
+        )
         frequency = (1.0 / THETA**exponent)[:used]
         angles.append((index[axis][..., None] * frequency).expand(b, t, height, width, used))
-    angle = torch.cat(angles, dim=-1).reshape(b, t, height * width, 1, sum(axis_pairs(used_dim or head_dim)))
+    angle = torch.cat(angles, dim=-1).reshape(
+        b, t, height * width, 1, sum(axis_pairs(used_dim or head_dim))
+    )
     return Rotary(angle.cos(), angle.sin())

@@ -1,9 +1,12 @@
-"""The two self-attentions of SANA-WM, each with its camera branch: frame-wise gated DeltaNet, and softmax.
+"""The two self-attentions of SANA-WM, each with its camera branch: frame-wise gated DeltaNet, and
+softmax.
 
-Source: SANA-WM §3.2 (eq. 3-5) and §3.3 (eq. 6). Facts of the released model that the paper leaves out: a normaliser recurrence on
-un-rotated keys beside the numerator, an exclusive reverse pass, a short convolution on K in both directions, RMSNorm over all
-heads' channels at once, a numerator-only camera branch. Parameter names are those of the public checkpoint; a softmax block
-carries the gates of a GDN block unused, so that either kind inherits from the other by name (SANA-WM §3.2, hybrid).
+Source: SANA-WM §3.2 (eq. 3-5) and §3.3 (eq. 6). Facts of the released model that the paper leaves
+out: a normaliser recurrence on un-rotated keys beside the numerator, an exclusive reverse pass, a
+short convolution on K in both directions, RMSNorm over all heads' channels at once, a
+numerator-only camera branch. Parameter names are those of the public checkpoint; a softmax block
+carries the gates of a GDN block unused, so that either kind inherits from the other by name
+(SANA-WM §3.2, hybrid).
 """
 
 from __future__ import annotations
@@ -22,17 +25,25 @@ from wm_train.kernels.gdn.reference import rotate, wide
 from wm_train.models.layers.rotary import Rotary
 from wm_train.models.sana_wm.ucpe import RayEncoding, decoded, encoded
 
-UNUSED_IN_SOFTMAX = ("beta_proj.weight", "beta_proj.bias", "gate_proj.weight", "gate_proj.bias", "A_log", "dt_bias")
+UNUSED_IN_SOFTMAX = (
+    "beta_proj.weight",
+    "beta_proj.bias",
+    "gate_proj.weight",
+    "gate_proj.bias",
+    "A_log",
+    "dt_bias",
+)
 
 
 @dataclass(frozen=True)
 class BlockContext:
     """What all blocks share in one pass; nothing here takes gradients.
 
-    grid: token rows and columns of a frame; rotary: table of the main branch; rays: None without a camera; camera_keep:
-    [B, 1, 1, 1] 0/1 or None; edges: the cuts convolutions respect; attention: which frames a softmax block sees;
-    text_mask: bool [B, L] or None. Padding frames need no mask
-    here: the verbs of the sequence keep them from all others, and everything else stays inside a frame.
+    grid: token rows and columns of a frame; rotary: table of the main branch; rays: None without a
+    camera; camera_keep: [B, 1, 1, 1] 0/1 or None; edges: the cuts convolutions respect; attention:
+    which frames a softmax block sees; text_mask: bool [B, L] or None. Padding frames need no mask
+    here: the verbs of the sequence keep them from all others, and everything else stays inside a
+    frame.
     """
 
     sequence: SequenceShard
@@ -46,19 +57,22 @@ class BlockContext:
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise temporal taps of width K, the same both ways: y_t = sum over |d| < K of w[K-1-|d|] x_{t+d}."""
+    """Depthwise temporal taps of width K, the same both ways: y_t = sum over |d| < K of w[K-1-|d|]
+    x_{t+d}."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel))
 
     def forward(self, taps: Taps, heads: int, engine: str) -> tuple[Tensor, Tensor | None]:
-        """taps: 2K-1 of [B, t, S, C], K-1 before to K-1 after -> y [B, t, S, C], and its tokens' 1 / RMS where a kernel has them."""
+        """taps: 2K-1 of [B, t, S, C], K-1 before to K-1 after -> y [B, t, S, C], and its tokens' 1
+        / RMS where a kernel has them."""
         return short_convolution(taps, self.weight, heads, engine=engine)
 
 
 class CameraAttention(nn.Module):
-    """Parameters both attentions share: fused QKV, norms, gates, output; and the camera branch's own projections."""
+    """Parameters both attentions share: fused QKV, norms, gates, output; and the camera branch's
+    own projections."""
 
     recall_gate: Tensor
 
@@ -92,17 +106,25 @@ class CameraAttention(nn.Module):
         """[B, t, S, H * D] -> [B, t, S, H, D]."""
         return x.unflatten(-1, (self.heads, self.head_dim))
 
-    def output(self, x: Tensor, main: Tensor, camera: Tensor | None, context: BlockContext) -> Tensor:
-        """Join the branches, gate and project: x [B, t, S, C] is the block input, main and camera (in the world) [B, t, S, H, D]."""
+    def output(
+        self, x: Tensor, main: Tensor, camera: Tensor | None, context: BlockContext
+    ) -> Tensor:
+        """Join the branches, gate and project: x [B, t, S, C] is the block input, main and camera
+        (in the world) [B, t, S, H, D]."""
         joined = main.flatten(-2)
         if camera is not None:
             branch = self.out_proj_cam(camera.flatten(-2))
-            joined = joined + (branch if context.camera_keep is None else branch * context.camera_keep.to(branch.dtype))
+            joined = joined + (
+                branch
+                if context.camera_keep is None
+                else branch * context.camera_keep.to(branch.dtype)
+            )
         return self.proj(joined * F.silu(self.output_gate(x)))
 
 
 class GatedDeltaNet(CameraAttention):
-    """Frame-wise gated DeltaNet, both directions (SANA-WM eq. 3): x [B, t, S, C] -> [B, t, S, C]."""
+    """Frame-wise gated DeltaNet, both directions (SANA-WM eq. 3): x [B, t, S, C] -> [B, t, S,
+    C]."""
 
     def __init__(self, width: int, heads: int, camera: bool, conv_kernel: int) -> None:
         super().__init__(width, heads, camera)
@@ -128,29 +150,41 @@ class GatedDeltaNet(CameraAttention):
         if rays is not None:
             key, rstd = keys[1]
             tokens = (key, self.v_proj_cam(x), beta, self.k_norm_cam.weight)
-            products = camera_gram(*tokens, rays.ray_to_world, *rays.rotary, scale, engine=engine, rstd=rstd)
-            streams.append(Stream(decay, *products))  # not in one line: a graph that ends in between would be compiled for this list alone
+            products = camera_gram(
+                *tokens, rays.ray_to_world, *rays.rotary, scale, engine=engine, rstd=rstd
+            )
+            streams.append(
+                Stream(decay, *products)
+            )  # not in one line: a graph that ends in between would be compiled for this list alone
 
         states = context.sequence.scan(streams, reverse="exclusive").states
         main = gdn_output(q, states[0], states[1], self.q_norm.weight, *tables, engine=engine)
         camera = None
         if rays is not None:
             q_cam, weight = self.q_proj_cam(x), self.q_norm_cam.weight
-            camera = camera_output(q_cam, states[2], weight, rays.world_to_ray, *rays.rotary, engine=engine)
+            camera = camera_output(
+                q_cam, states[2], weight, rays.world_to_ray, *rays.rotary, engine=engine
+            )
         return self.output(x, main, camera, context)
 
     def key_scale(self, tokens: int) -> float:
         """Eq. 5: S tokens enter a state at once, so keys shrink with S as well as with D."""
         return float((self.head_dim * tokens) ** -0.5)
 
-    def convolved(self, keys: list[Tensor], context: BlockContext) -> list[tuple[Tensor, Tensor | None]]:
-        """The short convolution of the main and the camera keys, one exchange for both; with 1 / RMS where a kernel has it already."""
+    def convolved(
+        self, keys: list[Tensor], context: BlockContext
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The short convolution of the main and the camera keys, one exchange for both; with 1 /
+        RMS where a kernel has it already."""
         if self.conv_kernel == 0:
             return [(key, None) for key in keys]
         reach = self.conv_kernel - 1
         taps = context.sequence.halo(keys, reach, reach, edges=context.edges)
         convolutions = (self.conv_k, *([self.conv_k_cam] if len(keys) > 1 else []))
-        return [convolution(tap, self.heads, self.engine) for convolution, tap in zip(convolutions, taps)]
+        return [
+            convolution(tap, self.heads, self.engine)
+            for convolution, tap in zip(convolutions, taps)
+        ]
 
     def decay(self, x: Tensor) -> Tensor:
         """Frame-level decay gamma in (0, 1], fp32 [B, t, H], from the mean token of the frame."""
@@ -159,7 +193,8 @@ class GatedDeltaNet(CameraAttention):
 
 
 class SoftmaxAttention(CameraAttention):
-    """Softmax attention over all tokens of the clip, both branches in one call: x [B, t, S, C] -> [B, t, S, C]."""
+    """Softmax attention over all tokens of the clip, both branches in one call: x [B, t, S, C] ->
+    [B, t, S, C]."""
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -183,8 +218,8 @@ class SoftmaxAttention(CameraAttention):
 def camera_softmax_scale(head_dim: int) -> float:
     """What the camera queries of a softmax block are multiplied by, on top of 1/sqrt(D).
 
-    The public model pads camera heads with zeros to a size its attention kernel knows and divides by the square root of the padded size:
-    112 becomes 128. The trained weights know no other scale.
+    The public model pads camera heads with zeros to a size its attention kernel knows and divides
+    by the square root of the padded size: 112 becomes 128. The trained weights know no other scale.
     """
     if head_dim in (32, 64, 128, 256) or head_dim > 256:
         return 1.0

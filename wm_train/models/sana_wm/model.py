@@ -1,7 +1,9 @@
-"""SANA-WM's backbone: frame-wise GDN blocks with softmax at every n-th, camera conditioned (SANA-WM §3.2, §3.3, §5.1).
+"""SANA-WM's backbone: frame-wise GDN blocks with softmax at every n-th, camera conditioned (SANA-WM
+§3.2, §3.3, §5.1).
 
-Module and parameter names are those of the public checkpoint (diffusers' SanaWMTransformer3DModel), so weights pass both ways by
-name. Everything that crosses frames goes through the four verbs of `SequenceShard`; the rest is per frame or per token.
+Module and parameter names are those of the public checkpoint (diffusers' SanaWMTransformer3DModel),
+so weights pass both ways by name. Everything that crosses frames goes through the four verbs of
+`SequenceShard`; the rest is per frame or per token.
 """
 
 from __future__ import annotations
@@ -32,7 +34,12 @@ from wm_train.models.init import Rule
 from wm_train.models.layers.cross_attention import CrossAttention
 from wm_train.models.layers.embed import CaptionEmbed, PatchEmbed, TimestepEmbed, unpatchify
 from wm_train.models.layers.rotary import rotary_tables
-from wm_train.models.sana_wm.attention import UNUSED_IN_SOFTMAX, BlockContext, GatedDeltaNet, SoftmaxAttention
+from wm_train.models.sana_wm.attention import (
+    UNUSED_IN_SOFTMAX,
+    BlockContext,
+    GatedDeltaNet,
+    SoftmaxAttention,
+)
 from wm_train.models.sana_wm.ffn import GatedConvFeedForward
 from wm_train.models.sana_wm.ucpe import RayEncoding
 
@@ -41,7 +48,8 @@ PLUCKER_FRAMES = 8  # raw frames behind a latent frame, six coordinates each
 
 
 class Block(nn.Module):
-    """One transformer block: attention, Plücker injection, cross-attention, convolutional FFN, all under per-frame AdaLN."""
+    """One transformer block: attention, Plücker injection, cross-attention, convolutional FFN, all
+    under per-frame AdaLN."""
 
     PARTS = ("attention", "feed_forward")  # recomputed, and compiled, one by one
 
@@ -61,27 +69,57 @@ class Block(nn.Module):
             self.cross_attn = CrossAttention(width, config.heads)
         self.mlp = GatedConvFeedForward(width, int(width * config.ffn_ratio))
 
-    def forward(self, x: Tensor, modulation: Tensor, plucker: Tensor | None, text: Tensor | None, context: BlockContext) -> Tensor:
-        """x [B, t, S, C], modulation [B, t, 6, C], plucker [B, t, S, C], text [B, L, C] -> [B, t, S, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        plucker: Tensor | None,
+        text: Tensor | None,
+        context: BlockContext,
+    ) -> Tensor:
+        """x [B, t, S, C], modulation [B, t, 6, C], plucker [B, t, S, C], text [B, L, C] -> [B, t,
+        S, C]."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.feed_forward(self.attention(x, modulation, plucker, text, context), modulation, context)
+            return self.feed_forward(
+                self.attention(x, modulation, plucker, text, context), modulation, context
+            )
         # Two halves: while one is recomputed in backward, nothing of the other is in memory.
-        again = partial(checkpoint, sequence=context.sequence, keep_products=self.recompute == "selective")
-        return again(self.feed_forward, again(self.attention, x, modulation, plucker, text, context), modulation, context)
+        again = partial(
+            checkpoint, sequence=context.sequence, keep_products=self.recompute == "selective"
+        )
+        return again(
+            self.feed_forward,
+            again(self.attention, x, modulation, plucker, text, context),
+            modulation,
+            context,
+        )
 
-    def attention(self, x: Tensor, modulation: Tensor, plucker: Tensor | None, text: Tensor | None, context: BlockContext) -> Tensor:
+    def attention(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        plucker: Tensor | None,
+        text: Tensor | None,
+        context: BlockContext,
+    ) -> Tensor:
         """The first half: self-attention, Plücker injection, cross-attention."""
         shift, scale, gate = self.modulation_rows(modulation, slice(0, 3))
         x = x + gate * self.attn(modulated(x, shift, scale), context)
         if plucker is not None:
             injected = self.plucker_proj(plucker)
-            x = x + (injected if context.camera_keep is None else injected * context.camera_keep.to(x.dtype))
+            x = x + (
+                injected
+                if context.camera_keep is None
+                else injected * context.camera_keep.to(x.dtype)
+            )
         return x if text is None else x + self.cross_attn(x, text, context.text_mask)
 
     def feed_forward(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
         """The second half: the convolutional FFN."""
         shift, scale, gate = self.modulation_rows(modulation, slice(3, 6))
-        return x + gate * self.mlp(modulated(x, shift, scale), context.grid, context.sequence, context.edges)
+        return x + gate * self.mlp(
+            modulated(x, shift, scale), context.grid, context.sequence, context.edges
+        )
 
     def modulation_rows(self, modulation: Tensor, rows: slice) -> tuple[Tensor, ...]:
         """Shift, scale and gate of one half, [B, t, 1, C] each."""
@@ -129,7 +167,8 @@ class SanaWM(nn.Module):
         return every > 0 and (block + 1) % every == 0
 
     def unused_parameters(self) -> frozenset[str]:
-        """Parameters the checkpoint layout has and no forward reads: kept on export, never trained."""
+        """Parameters the checkpoint layout has and no forward reads: kept on export, never
+        trained."""
         softmax = [i for i in range(self.config.depth) if self.is_softmax(i)]
         unused = {f"blocks.{i}.attn.{name}" for i in softmax for name in UNUSED_IN_SOFTMAX}
         if self.config.camera and self.config.plucker:
@@ -137,7 +176,8 @@ class SanaWM(nn.Module):
         return frozenset(unused)
 
     def initial_rule(self, name: str, shape: Sequence[int]) -> Rule | None:
-        """Zero output head and gates as DiTs do; zero camera injections so that a pretrained model starts unchanged (§3.3)."""
+        """Zero output head and gates as DiTs do; zero camera injections so that a pretrained model
+        starts unchanged (§3.3)."""
         if name.endswith("A_log"):
             return Rule("log_uniform", 16.0)
         if name.endswith("dt_bias"):
@@ -148,14 +188,27 @@ class SanaWM(nn.Module):
             return Rule("normal", self.config.width**-0.5, zero_rows=(2, 5))
         if name.startswith(("t_embedder", "t_block")) and len(shape) == 2:
             return Rule("normal", 0.02)
-        zero = ("final_layer.linear", "plucker_embedder.proj", "out_proj_cam", "t_conv", "cross_attn.proj")
-        return Rule("constant", 0.0) if name.endswith(tuple(f"{layer}.weight" for layer in zero)) else None
+        zero = (
+            "final_layer.linear",
+            "plucker_embedder.proj",
+            "out_proj_cam",
+            "t_conv",
+            "cross_attn.proj",
+        )
+        return (
+            Rule("constant", 0.0)
+            if name.endswith(tuple(f"{layer}.weight" for layer in zero))
+            else None
+        )
 
-    def forward(self, latents: Tensor, sigma: Tensor, conditions: Conditions, sequence: SequenceShard) -> Tensor:
+    def forward(
+        self, latents: Tensor, sigma: Tensor, conditions: Conditions, sequence: SequenceShard
+    ) -> Tensor:
         """Local frames of a batch of clips -> velocity eps - x0 of the same shape.
 
-        latents [B, t, C, h, w]; sigma fp32 [B, t] in [0, 1], 0 for frames given clean; conditions of the whole clip.
-        Raises ValueError if h or w does not divide by the patch, or the poses do not fit the clip.
+        latents [B, t, C, h, w]; sigma fp32 [B, t] in [0, 1], 0 for frames given clean; conditions
+        of the whole clip. Raises ValueError if h or w does not divide by the patch, or the poses do
+        not fit the clip.
         """
         grid = self.token_grid(latents)
         x = self.x_embedder(latents)
@@ -165,8 +218,16 @@ class SanaWM(nn.Module):
         plucker = self.plucker(latents, conditions, sequence)
         if self.config.camera and not self.config.plucker and conditions.c2w is not None:
             absolute = self.raymap_embedder(self.absolute_map(latents, conditions, sequence))
-            x = x + (absolute if context.camera_keep is None else absolute * context.camera_keep.to(x.dtype))
-        text = self.attention_y_norm(self.y_embedder(conditions.text)) if self.config.text_width and conditions.text is not None else None
+            x = x + (
+                absolute
+                if context.camera_keep is None
+                else absolute * context.camera_keep.to(x.dtype)
+            )
+        text = (
+            self.attention_y_norm(self.y_embedder(conditions.text))
+            if self.config.text_width and conditions.text is not None
+            else None
+        )
         for block in self.blocks:
             x = block(x, modulation, plucker, text, context)
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size).contiguous()
@@ -177,19 +238,28 @@ class SanaWM(nn.Module):
         patch = self.config.patch_size
         if h % patch or w % patch:
             raise ValueError(
-                f"patch embedding failed: got latents of {h}x{w}, expected multiples of patch_size {patch} (key model.patch_size). "
-                "Fix: choose a patch_size that divides both, or crop the data"
+                f"patch embedding failed: got latents of {h}x{w}, expected multiples of patch_size"
+                f" {patch} (key model.patch_size). Fix: choose a patch_size that divides both, or"
+                " crop the data"
             )
         return h // patch, w // patch
 
-    def context(self, grid: tuple[int, int], conditions: Conditions, sequence: SequenceShard, device: torch.device) -> BlockContext:
+    def context(
+        self,
+        grid: tuple[int, int],
+        conditions: Conditions,
+        sequence: SequenceShard,
+        device: torch.device,
+    ) -> BlockContext:
         """What all blocks share: rotary tables, ray frames, masks."""
         positions = sequence.positions.to(device)
         head_dim = self.config.width // self.config.heads
         rays = None
         if self.config.camera and conditions.c2w is not None:
             rotary = rotary_tables(positions, grid, head_dim, head_dim // 2)
-            world_to_ray = ray_frames(*self.latent_camera(grid, conditions, sequence), grid).flatten(2, 3)
+            world_to_ray = ray_frames(
+                *self.latent_camera(grid, conditions, sequence), grid
+            ).flatten(2, 3)
             rays = RayEncoding(world_to_ray, invert_pose(world_to_ray), rotary)
         keep = conditions.camera_keep
         return BlockContext(
@@ -203,25 +273,41 @@ class SanaWM(nn.Module):
             text_mask=conditions.text_mask,
         )
 
-    def latent_camera(self, grid: tuple[int, int], conditions: Conditions, sequence: SequenceShard) -> tuple[Tensor, Tensor]:
-        """Poses [B, t, 4, 4] and intrinsics [B, t, 4] in grid units of the local latent frames; the world is a document's first camera."""
+    def latent_camera(
+        self, grid: tuple[int, int], conditions: Conditions, sequence: SequenceShard
+    ) -> tuple[Tensor, Tensor]:
+        """Poses [B, t, 4, 4] and intrinsics [B, t, 4] in grid units of the local latent frames; the
+        world is a document's first camera."""
         assert conditions.c2w is not None
         assert conditions.intrinsics is not None
         layout, local = sequence.layout, sequence.frames
         anchor, _, origin, total = raw_frame_index(
-            layout.document_starts, layout.frames, local.start, local.stop, conditions.temporal_stride
+            layout.document_starts,
+            layout.frames,
+            local.start,
+            local.stop,
+            conditions.temporal_stride,
         )
         check_raw_frames(conditions.c2w, total, layout.frames)
         pose = relative_poses(conditions.c2w, anchor, origin)
-        return pose, scaled_intrinsics(conditions.intrinsics[:, anchor], conditions.image_size, grid)
+        return pose, scaled_intrinsics(
+            conditions.intrinsics[:, anchor], conditions.image_size, grid
+        )
 
-    def absolute_map(self, latents: Tensor, conditions: Conditions, sequence: SequenceShard) -> Tensor:
+    def absolute_map(
+        self, latents: Tensor, conditions: Conditions, sequence: SequenceShard
+    ) -> Tensor:
         """Up direction and latitude of every latent pixel, fp32 [B, t, 3, h, w]."""
         grid = (latents.shape[-2], latents.shape[-1])
-        return up_latitude_map(*self.latent_camera(grid, conditions, sequence), grid).permute(0, 1, 4, 2, 3)
+        return up_latitude_map(*self.latent_camera(grid, conditions, sequence), grid).permute(
+            0, 1, 4, 2, 3
+        )
 
-    def plucker(self, latents: Tensor, conditions: Conditions, sequence: SequenceShard) -> Tensor | None:
-        """Embedding of the raw-frame raymaps of the local frames, [B, t, S, C]; None without a camera."""
+    def plucker(
+        self, latents: Tensor, conditions: Conditions, sequence: SequenceShard
+    ) -> Tensor | None:
+        """Embedding of the raw-frame raymaps of the local frames, [B, t, S, C]; None without a
+        camera."""
         if not (self.config.camera and self.config.plucker) or conditions.c2w is None:
             return None
         assert conditions.intrinsics is not None
@@ -240,7 +326,8 @@ class SanaWM(nn.Module):
 
 
 def attention_mask(config: ModelConfig) -> AttentionMask:
-    """Full attention, or chunk-causal with the first frame as sink and a window over the last chunks (SANA-WM §5.4, deployment)."""
+    """Full attention, or chunk-causal with the first frame as sink and a window over the last
+    chunks (SANA-WM §5.4, deployment)."""
     if not config.causal:
         return FULL
     if config.window_chunks == 0:
@@ -249,5 +336,6 @@ def attention_mask(config: ModelConfig) -> AttentionMask:
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then scale and shift per frame: x [B, t, S, C], shift and scale [B, t, 1, C]."""
+    """LayerNorm without parameters, then scale and shift per frame: x [B, t, S, C], shift and scale
+    [B, t, 1, C]."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

@@ -1,4 +1,5 @@
-"""What the public checkpoints are called: config keys and parameter names of diffusers' SANA-WM and SANA-Video classes."""
+"""What the public checkpoints are called: config keys and parameter names of diffusers' SANA-WM and
+SANA-Video classes."""
 
 from __future__ import annotations
 
@@ -29,29 +30,42 @@ FIXED: dict[str, Any] = {
 
 
 def config_from_public(public: Mapping[str, Any], base: ModelConfig | None = None) -> ModelConfig:
-    """The public SANA-WM config.json as ours; `base` gives what it does not speak of (causal, window, checkpointing).
+    """The public SANA-WM config.json as ours; `base` gives what it does not speak of (causal,
+    window, checkpointing).
 
     Raises ValueError that lists every key whose value we cannot honour.
     """
     problems = [
         f"{key}={public[key]!r}, expected {value!r}"
         for key, value in FIXED.items()
-        if key in public and (list(public[key]) if isinstance(public[key], tuple) else public[key]) != value
+        if key in public
+        and (list(public[key]) if isinstance(public[key], tuple) else public[key]) != value
     ]
     if public.get("_class_name", SANA_WM) != SANA_WM:
         problems.append(f"_class_name={public['_class_name']!r}, expected {SANA_WM!r}")
     width, head_dim = int(public.get("hidden_size", 2240)), int(public.get("linear_head_dim", 112))
     heads, depth = int(public.get("num_attention_heads", 20)), int(public.get("num_layers", 20))
     patch = tuple(public.get("patch_size", (1, 1, 1)))
-    plucker, plucker_blocks = bool(public.get("use_chunk_plucker_post_attn", True)), int(public.get("chunk_plucker_post_attn_blocks", 20))
+    plucker, plucker_blocks = (
+        bool(public.get("use_chunk_plucker_post_attn", True)),
+        int(public.get("chunk_plucker_post_attn_blocks", 20)),
+    )
     if heads * head_dim != width:
-        problems.append(f"num_attention_heads={heads} and linear_head_dim={head_dim}, expected a product equal to hidden_size={width}")
+        problems.append(
+            f"num_attention_heads={heads} and linear_head_dim={head_dim}, expected a product equal"
+            f" to hidden_size={width}"
+        )
     if patch[0] != 1 or patch[1] != patch[2]:
         problems.append(f"patch_size={patch}, expected (1, p, p)")
     if plucker and 0 <= plucker_blocks < depth:
-        problems.append(f"chunk_plucker_post_attn_blocks={plucker_blocks}, expected all {depth} blocks")
+        problems.append(
+            f"chunk_plucker_post_attn_blocks={plucker_blocks}, expected all {depth} blocks"
+        )
     if problems:
-        raise ValueError(f"public checkpoint cannot be read: got {'; '.join(problems)} (config.json). Fix: use another checkpoint")
+        raise ValueError(
+            f"public checkpoint cannot be read: got {'; '.join(problems)} (config.json). Fix: use"
+            " another checkpoint"
+        )
     return replace(
         base or ModelConfig(),
         name="sana_wm",
@@ -70,11 +84,13 @@ def config_from_public(public: Mapping[str, Any], base: ModelConfig | None = Non
 
 
 def public_from_config(config: ModelConfig) -> dict[str, Any]:
-    """Our config as the public config.json. Raises ValueError for a model the public class cannot hold."""
+    """Our config as the public config.json. Raises ValueError for a model the public class cannot
+    hold."""
     if not config.camera or not config.text_width:
         raise ValueError(
-            f"export failed: got camera={config.camera} and text_width={config.text_width}, expected a camera branch and a text branch, "
-            "which the public class always has. Fix: model.camera=true model.text_width=2304"
+            f"export failed: got camera={config.camera} and text_width={config.text_width},"
+            " expected a camera branch and a text branch, which the public class always has. Fix:"
+            " model.camera=true model.text_width=2304"
         )
     return {
         "_class_name": SANA_WM,
@@ -100,7 +116,8 @@ def sana_wm_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def sana_video_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Which SANA-Video tensors, stacked along the first dimension, make each of our parameters; the others are new (SANA-WM Tab. 7)."""
+    """Which SANA-Video tensors, stacked along the first dimension, make each of our parameters; the
+    others are new (SANA-WM Tab. 7)."""
     fixed = {
         "attention_y_norm.weight": "caption_norm.weight",
         "final_layer.scale_shift_table": "scale_shift_table",
@@ -145,15 +162,23 @@ def sana_video_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         elif name.startswith("blocks."):
             _, block, rest = name.split(".", 2)
             if rest in inside:
-                found[name] = tuple(f"transformer_blocks.{block}.{source}" for source in inside[rest])
+                found[name] = tuple(
+                    f"transformer_blocks.{block}.{source}" for source in inside[rest]
+                )
     return found
 
 
 def stage_parts(names: Iterable[str]) -> list[str]:
-    """Those of our parameters that a stage may add or drop: the camera branch, and the short convolution that only GDN blocks have."""
+    """Those of our parameters that a stage may add or drop: the camera branch, and the short
+    convolution that only GDN blocks have."""
     words = ("plucker", "raymap_embedder.", "_cam.", ".conv_k.")
     return sorted(name for name in names if any(word in name for word in words))
 
 
 # Of SANA-Video: sized for another VAE, so SANA-WM starts them anew.
-REPLACED_IN_SANA_VIDEO = ("patch_embedding.weight", "patch_embedding.bias", "proj_out.weight", "proj_out.bias")
+REPLACED_IN_SANA_VIDEO = (
+    "patch_embedding.weight",
+    "patch_embedding.bias",
+    "proj_out.weight",
+    "proj_out.bias",
+)

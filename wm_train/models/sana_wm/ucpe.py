@@ -1,6 +1,8 @@
-"""Ray-local positional encoding of the camera branch (UCPE; SANA-WM §3.3, eq. 6), as softmax blocks use it.
+"""Ray-local positional encoding of the camera branch (UCPE; SANA-WM §3.3, eq. 6), as softmax blocks
+use it.
 
-GDN blocks have it inside `wm_train.kernels.camera_gram` and `camera_output`; the pieces are the same.
+GDN blocks have it inside `wm_train.kernels.camera_gram` and `camera_output`; the pieces are the
+same.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from wm_train.models.layers.rotary import Rotary
 class RayEncoding(NamedTuple):
     """What the camera branch needs of the geometry.
 
-    world_to_ray, ray_to_world: rigid transforms D and D^-1 per token, fp32 [B, t, S, 4, 4]; rotary: table for the second half of
-    a head's channels.
+    world_to_ray, ray_to_world: rigid transforms D and D^-1 per token, fp32 [B, t, S, 4, 4]; rotary:
+    table for the second half of a head's channels.
     """
 
     world_to_ray: Tensor
