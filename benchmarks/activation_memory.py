@@ -17,8 +17,9 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model, initialise_
+from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
-    config = ModelConfig(
+    config = SanaWMConfig(
         latent_channels=options.channels,
         depth=options.depth,
         width=options.width,

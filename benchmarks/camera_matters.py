@@ -25,21 +25,20 @@ from parallel.sequence import LocalSequence
 from parallel.streaming import chunk_starts
 from wm_train.checkpoint import store
 from wm_train.conditioning import Conditions
-from wm_train.config.compose import from_json
-from wm_train.config.curriculum import stage_run
-from wm_train.config.schema import RunConfig
-from wm_train.evaluation.held_out import at_sigma
-from wm_train.models import build_model
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.typed import from_json
+from wm_train.models.spec import build_model
 from wm_train.noise import VALIDATION, NoiseKey
-from wm_train.objectives import OBJECTIVES
+from wm_train.objectives.clips import Clips
+from wm_train.objectives.flow_matching import flow_matching
 from wm_train.world import World
 
 SIGMAS = (0.3, 0.5, 0.7, 0.9, 0.97)
 
 
-def trained_model(run: RunConfig, folder: Path) -> torch.nn.Module:
+def trained_model(config: ModelConfig, folder: Path) -> torch.nn.Module:
     """The stage's model with the averaged weights of its newest checkpoint."""
-    model = build_model(run.model)
+    model = build_model(config)
     found = store.find_newest(folder / "checkpoints", World(0, 1), print)
     assert found is not None, f"no checkpoint in {folder}"
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -103,9 +102,9 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=3, help="other paths per clip")
     options = parser.parse_args()
     run = from_json((options.folder / "config.json").read_text())
-    run = stage_run(run, run.stage)
     stage = run.recipe.stages[run.stage]
-    model, dataset = trained_model(run, options.folder), open_dataset(options.data or run.data.path)
+    model = trained_model(stage.model, options.folder)
+    dataset = open_dataset(options.data or stage.data.path)
     frames = (stage.frames - 1) // dataset.info.temporal_stride + 1
     sequence = LocalSequence(
         ClipLayout(frames, chunk_starts=chunk_starts(frames, stage.chunk_frames))
@@ -127,13 +126,13 @@ def main() -> None:
     @torch.no_grad()
     def losses(seen: Conditions, sigma: float) -> Tensor:
         """Loss of each clip, mean over the draws, [clips]."""
-        config = replace(at_sigma(stage.objective, sigma), name="flow_matching")
+        config = stage.objective.held_out(sigma)
         total = torch.zeros(options.clips)
         for draw in range(options.draws):
             part = replace(batch, draws=torch.arange(options.clips) + draw * options.clips)
-            total += OBJECTIVES["flow_matching"](
-                model, part, NoiseKey(1, VALIDATION), config, sequence, seen
-            ).loss
+            key = NoiseKey(1, VALIDATION)
+            clips = Clips(part.latents, part.draws, seen, sequence, key)
+            total += flow_matching(model, clips, config).loss
         return total / options.draws
 
     print(

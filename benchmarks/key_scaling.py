@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import argparse
 import math
-from types import SimpleNamespace
 
 import torch
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig, ObjectiveConfig
-from wm_train.models import build_model, initialise_
+from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.attention import GatedDeltaNet
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey
-from wm_train.objectives import OBJECTIVES
+from wm_train.objectives.clips import Clips
+from wm_train.objectives.config import FlowMatchingConfig
+from wm_train.objectives.flow_matching import flow_matching
 
 FRAMES, GRID, CHANNELS, BATCH = 64, (6, 10), 8, 1
 SCALES = {
@@ -41,7 +43,7 @@ def drifting_latents(step: int) -> torch.Tensor:
 def train(name: str, steps: int, lr: float) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of one scaling."""
     model = build_model(
-        ModelConfig(
+        SanaWMConfig(
             latent_channels=CHANNELS, depth=3, width=48, heads=2, softmax_every=0, camera=False
         )
     )
@@ -53,17 +55,9 @@ def train(name: str, steps: int, lr: float) -> tuple[list[float], list[float]]:
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     sequence, losses, norms = LocalSequence(ClipLayout(FRAMES)), [], []
     for step in range(steps):
-        batch = SimpleNamespace(
-            latents=drifting_latents(step), draws=torch.arange(BATCH) + step * BATCH
-        )
-        output = OBJECTIVES["flow_matching"](
-            model,
-            batch,
-            NoiseKey(0, "first"),
-            ObjectiveConfig(),
-            sequence,
-            Conditions((96, 160), 8),
-        )
+        draws, seen = torch.arange(BATCH) + step * BATCH, Conditions((96, 160), 8)
+        clips = Clips(drifting_latents(step), draws, seen, sequence, NoiseKey(0, "first"))
+        output = flow_matching(model, clips, FlowMatchingConfig())
         optimizer.zero_grad()
         output.loss.mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))

@@ -22,18 +22,20 @@ import torch
 from data_shards.loading.load import Batch
 from wm_train.backends import get_backend
 from wm_train.config.compose import compose
-from wm_train.config.schema import RunConfig
-from wm_train.models import build_model
+from wm_train.config.curriculum import plan_stage
+from wm_train.config.registry import builder
 from wm_train.models.init import initialise_
-from wm_train.objectives import OBJECTIVES
+from wm_train.models.spec import build_model
 from wm_train.optim.schedule import learning_rate
 from wm_train.resilience.guard import Guard
 from wm_train.resilience.preemption import StopRequest
 from wm_train.resilience.stragglers import Stragglers
 from wm_train.tracking.tracker import Tracker
-from wm_train.trainer import speed, train_step
-from wm_train.training.stage import Stage, conditions_of, open_loader, open_stage, sequence_of
+from wm_train.trainer import speed
+from wm_train.training.data import clips_of, open_loader
+from wm_train.training.stage import Stage, open_stage
 from wm_train.training.state import build_state
+from wm_train.training.step import train_step
 from wm_train.training.step_clock import StepClock
 from wm_train.world import join_world, leave_world
 
@@ -46,33 +48,33 @@ class Ours:
     def __init__(self, stage: Stage, tracker: Tracker) -> None:
         self.stage, self.tracker = stage, tracker
         self.state, self.guard = (
-            build_state(stage.run, stage.mesh.fsdp, stage.backend.device),
-            Guard(stage.run.trainer),
+            build_state(stage.plan, stage.mesh.fsdp, stage.backend.device),
+            Guard(stage.plan.trainer),
         )
         self.clock, self.stragglers = (
             StepClock(stage, self.state),
-            Stragglers(stage.run.trainer.straggler_factor),
+            Stragglers(stage.plan.trainer.straggler_factor),
         )
 
     def step(self, batch: Batch, step: int) -> float:
         started = time.perf_counter()
         self.clock.begin()
-        figures, work, times = train_step(
+        report = train_step(
             self.stage, self.state, batch, step, self.guard, StopRequest(), self.clock
         )
-        figures |= self.clock.end(batch.data_wait_s)
-        self.tracker.step(step, figures | speed(self.stage, figures["step_s"], work))
-        self.stragglers.seen(step, times)
+        figures = report.figures | self.clock.end(batch.data_wait_s)
+        self.tracker.step(step, figures | speed(self.stage, figures["step_s"], report.work))
+        self.stragglers.seen(step, report.times)
         return time.perf_counter() - started
 
 
 class Bare:
     """The notebook loop."""
 
-    def __init__(self, stage: Stage, run: RunConfig) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.stage, self.config = stage, stage.config.optimizer
-        self.model = build_model(run.model)
-        initialise_(self.model, run.seed)
+        self.model = build_model(stage.config.model)
+        initialise_(self.model, stage.plan.seed)
         decay = [p for p in self.model.parameters() if p.dim() >= 2]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [
@@ -89,15 +91,8 @@ class Bare:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step - 1, stage.config.steps)
         self.optimizer.zero_grad()
-        objective = OBJECTIVES[stage.config.objective.name]
-        output = objective(
-            self.model,
-            batch,
-            stage.noise,
-            stage.config.objective,
-            sequence_of(stage, batch),
-            conditions_of(stage, batch),
-        )
+        objective = stage.config.objective
+        output = builder(objective)(self.model, clips_of(stage, batch), objective)
         loss = output.loss.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -135,12 +130,12 @@ def main() -> None:
     )
     backend = get_backend("cpu")
     world = join_world(backend, 60.0)
-    stage = open_stage(run, backend, world)
+    stage = open_stage(plan_stage(run, run.stage), backend, world)
     with open_loader(stage, "train", stage.config.global_batch) as loader:
         batches = [next(loader) for _ in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        tracker = Tracker(run, run.stage, Path(folder), 0, print)
-        contestants = [Ours(stage, tracker), Bare(stage, run)]
+        tracker = Tracker(stage.plan, Path(folder), 0, print)
+        contestants = [Ours(stage, tracker), Bare(stage)]
         pairs = []
         for number in range(-WARM_UP, options.pairs):
             seconds = [0.0, 0.0]

@@ -26,10 +26,12 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig
 from wm_train.kernels import sequence_kernels
-from wm_train.models import build_model, initialise_
-from wm_train.models.flops import forward_flops, mfu, step_flops
+from wm_train.models.examples import ExampleShape
+from wm_train.models.flops import FORWARDS_PER_STEP, forward_flops, mfu
+from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 
 STRIDE, PIXELS, TEXT_TOKENS, FPS = 8, 32, 64, 16
 
@@ -51,7 +53,7 @@ def make_conditions(
 
 
 def seconds_per_step(
-    config: ModelConfig,
+    config: SanaWMConfig,
     frames: int,
     grid: tuple[int, int],
     device: torch.device,
@@ -94,7 +96,7 @@ def seconds_per_step(
 
 
 def profile(
-    config: ModelConfig, frames: int, grid: tuple[int, int], device: torch.device, trace: str
+    config: SanaWMConfig, frames: int, grid: tuple[int, int], device: torch.device, trace: str
 ) -> None:
     """Print the operators of one step by their own time, and write a trace for chrome://tracing."""
     activities = [
@@ -112,7 +114,7 @@ def profile(
 
 
 def row(
-    config: ModelConfig,
+    config: SanaWMConfig,
     frames: int,
     grid: tuple[int, int],
     device: torch.device,
@@ -128,7 +130,8 @@ def row(
         torch.cuda.empty_cache()
         print(f"{name} | does not fit |", flush=True)
         return False
-    flops = step_flops(forward_flops(config, frames, grid[0] * grid[1], TEXT_TOKENS), 1)
+    shape = ExampleShape(1, frames, *grid, 8, TEXT_TOKENS)
+    flops = FORWARDS_PER_STEP * forward_flops(config, shape)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     share = mfu(flops, seconds, 1, peak)
     print(
@@ -164,7 +167,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     device, grid = torch.device(arguments.device), (arguments.grid[0], arguments.grid[1])
-    config = ModelConfig(
+    config = SanaWMConfig(
         latent_channels=128,
         depth=arguments.depth,
         width=arguments.width,

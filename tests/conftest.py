@@ -114,7 +114,7 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
 def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
     """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker
     --config`."""
-    from wm_train.config.compose import to_json
+    from wm_train.config.typed import to_json
 
     def write(folder: Path, *overrides: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,19 +12,20 @@ import json
 import sys
 from dataclasses import replace
 
-from wm_train.backends import Backend
+from wm_train.backends.protocol import Backend
 from wm_train.checkpoint import store
-from wm_train.config.compose import from_json
-from wm_train.config.curriculum import checkpoints_of, stage_directory, stage_run
+from wm_train.config.curriculum import StagePlan, plan_stage, stage_directory
 from wm_train.config.pools import JOINT, boundaries
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import from_json
 from wm_train.console import Progress
+from wm_train.errors import SetupError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.samples import show_samples
 from wm_train.resilience.preemption import StopRequest
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.stage import Stage, open_stage
-from wm_train.training.state import EvaluationState, SetupError, build_for_evaluation
+from wm_train.training.state import EvaluationState, build_for_evaluation
 from wm_train.worker import main as worker_main
 from wm_train.world import World
 
@@ -37,15 +38,15 @@ def judge(
 
     Errors: SetupError when a pool has no checkpoint.
     """
-    joint = replace(run, pool=JOINT)
-    folder = stage_directory(joint, run.stage)
+    joint = plan_stage(replace(run, pool=JOINT), run.stage)
+    folder = joint.directory
     states: dict[float, EvaluationState] = {}
     losses: dict[str, float] = {}
     stage: Stage | None = None
     steps = 0
     pools = {pool: pool_run(run, pool) for pool in run.pools}
     for pool, lowest in boundaries(pools, run.stage).items():
-        own = pools[pool]
+        own = plan_stage(pools[pool], run.stage)
         stage = open_stage(own, backend, world)
         states[lowest], done = load_state(own, stage, world)
         steps = max(steps, done)
@@ -54,12 +55,12 @@ def judge(
     by_level = {name: loss for name, loss in losses.items() if name != "validation_loss"}
     if by_level:
         losses["validation_loss"] = sum(by_level.values()) / len(by_level)
-    whole = replace(stage, run=stage_run(joint, run.stage))
+    whole = replace(stage, plan=joint)
     tracker = None
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
-        tracker = Tracker(joint, run.stage, folder, 0, progress.say)
+        tracker = Tracker(joint, folder, 0, progress.say)
         tracker.step(steps, losses)
         progress.say("joint " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     try:
@@ -70,8 +71,8 @@ def judge(
 
 
 def pool_run(run: RunConfig, pool: str) -> RunConfig:
-    """The run of `pool` as it was started, on the mesh of `run`. Raises SetupError when it never
-    was."""
+    """Return the run of `pool` as it was started, its stage on the mesh of `run`. Raises SetupError
+    when it never was."""
     file = stage_directory(replace(run, pool=pool), run.stage) / "config.json"
     try:
         own = from_json(file.read_text(encoding="utf-8"))
@@ -80,17 +81,19 @@ def pool_run(run: RunConfig, pool: str) -> RunConfig:
             f"joint evaluation: got {error}, expected the config of pool {pool}. Fix: train the"
             " pool first"
         ) from error
-    return stage_run(replace(own, parallel=run.parallel), run.stage)
+    mesh = run.recipe.stages[run.stage].parallel
+    stages = {**own.recipe.stages}
+    stages[run.stage] = replace(stages[run.stage], parallel=mesh)
+    return replace(own, recipe=replace(own.recipe, stages=stages))
 
 
-def load_state(own: RunConfig, stage: Stage, world: World) -> tuple[EvaluationState, int]:
+def load_state(own: StagePlan, stage: Stage, world: World) -> tuple[EvaluationState, int]:
     """Return the weights of a pool's newest checkpoint, averaged if it can be, and its step."""
-    root = checkpoints_of(own, own.stage)
-    found = store.find_newest(root, world, lambda line: None)
+    found = store.find_newest(own.checkpoints, world, lambda line: None)
     if found is None:
         raise SetupError(
-            f"joint evaluation: got no valid checkpoint in {root}, expected one of pool {own.pool}."
-            " Fix: train the pool first"
+            f"joint evaluation: got no valid checkpoint in {own.checkpoints}, expected one of pool"
+            f" {own.pool}. Fix: train the pool first"
         )
     folder, manifest = found
     state = build_for_evaluation(own, stage.mesh.fsdp, stage.backend.device)

@@ -42,10 +42,13 @@ from launch.spec import (
 from parallel.degrees import sequence_size
 from wm_train.checkpoint.manifest import committed
 from wm_train.checks.mesh import smaller_worlds
-from wm_train.config import compose, curriculum
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import StagePlan, ordered, plan_stage, plan_stages, stage_directory
 from wm_train.config.help import help_text
 from wm_train.config.pools import JOINT, boundaries, named, pool_runs
+from wm_train.config.problems import ConfigError, Problem, report
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import public_config, to_json, without_login
 from wm_train.resilience.run_lock import OwnedError, check_free
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
@@ -64,74 +67,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    from wm_train.plan import report
+    from wm_train.plan.report import latent_frame, shown_pools
 
     try:
         if options.help:
             print(help_text(options.config_dir))
             return 0
-        config = compose.compose(options.overrides, options.config_dir)
+        config = compose(options.overrides, options.config_dir)
         pools = pool_runs(config, options.overrides, options.config_dir)
         plans = {pool: checked(run, pool) for pool, run in pools.items()}
-    except compose.ConfigError as error:
+    except ConfigError as error:
         print(
-            compose.report([*error.problems, *(problems_in(error.rest) if error.rest else ())]),
+            report([*error.problems, *(problems_in(error.rest) if error.rest else ())]),
             file=sys.stderr,
         )
         return USER_ERROR
-    for pool, run in pools.items():
-        for idle in named(warnings_in(run), pool):
+    for pool, stages in plans.items():
+        for idle in named(warnings_in(stages), pool):
             print(f"warning: {idle}", file=sys.stderr)
     if options.dry_run:
-        print(json.dumps(compose.public_config(config), indent=1))
+        print(json.dumps(public_config(config), indent=1))
         for pool, run in pools.items():
             for stage in plans[pool]:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
-                name = f"pool {pool}, stage {stage.name}" if pool else f"stage {stage.name}"
+                name = f"pool {pool}, stage {stage.stage}" if pool else f"stage {stage.stage}"
                 print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
-        return report.shown_pools(
-            pools, {pool: report.latent_frame(run, None) for pool, run in pools.items()}
-        )
+        return shown_pools(pools, {pool: latent_frame(run, None) for pool, run in pools.items()})
     code = run_stages(config, pools, plans)
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
     for pool, run in pools.items():
         print(summary(run, plans[pool]))
-    print(what_next(config, next(iter(plans.values()))[-1].name, arguments))
+    print(what_next(config, next(iter(plans.values()))[-1].stage, arguments))
     return 0
 
 
-def checked(config: RunConfig, pool: str = "") -> tuple[curriculum.PlannedStage, ...]:
-    """The stages to run. Raises ConfigError with everything that `validate` finds."""
+def checked(config: RunConfig, pool: str = "") -> tuple[StagePlan, ...]:
+    """Return the stages to run. Raises ConfigError with everything that is wrong."""
     problems = problems_in(config)
     if problems:
-        raise compose.ConfigError(named(problems, pool))
-    return curriculum.plan(config)
+        raise ConfigError(named(problems, pool))
+    return plan_stages(config)
 
 
-def problems_in(config: RunConfig) -> list[compose.Problem]:
-    """What is wrong with the values. `validate` reads the tables of the whole package, so it waits
-    until there is a config."""
+def problems_in(config: RunConfig) -> list[Problem]:
+    """Return everything that is wrong with the configuration."""
     from wm_train.checks.values import problems_of
 
     return problems_of(config)
 
 
-def warnings_in(config: RunConfig) -> list[compose.Problem]:
+def warnings_in(stages: Sequence[StagePlan]) -> list[Problem]:
     """Return the settings that do nothing, of a config without problems."""
     from wm_train.checks.stages import warnings_of
 
-    return warnings_of(config)
+    return warnings_of(stages)
 
 
-Plans = Mapping[str, Sequence[curriculum.PlannedStage]]
+Plans = Mapping[str, Sequence[StagePlan]]
 
 
 def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) -> int:
     """The selected stages one after the other, each with all pools at once; returns the exit
     code."""
     together = dataclasses.replace(config, pool=None)
-    folder = curriculum.stage_directory(together, "")
+    folder = stage_directory(together, "")
     parent = None
     if config.pools:
         from wm_train.tracking.tracker import parent_run
@@ -148,7 +148,7 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
             {pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()}
         )
         stage = next(iter(plans.values()))[place]
-        if len(pools) > 1 and boundaries(pools, stage.name):
+        if len(pools) > 1 and boundaries(pools, stage.stage):
             groups.append({"": judge_spec(next(iter(pools.values())), config, stage)})
     code = run_groups(groups, config.launcher.name)
     if parent and config.launcher.name not in launch.LATER:
@@ -161,36 +161,33 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
     return code
 
 
-def judge_spec(pool: RunConfig, config: RunConfig, stage: curriculum.PlannedStage) -> LaunchSpec:
-    """What judges all pools of a stage together when they have ended, on the run's own mesh."""
-    joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
+def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSpec:
+    """Return the evaluation of all pools of a stage together when they have ended, on the run's own
+    mesh."""
     after = stage.directory.absolute() / JOB_ID
-    stage = dataclasses.replace(
-        stage, source=None, directory=curriculum.stage_directory(joint, stage.name)
-    )
-    title = f"all pools of stage {stage.name} as one model -> {stage.directory}"
-    spec = spec_of(joint, stage, [stage])
+    joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
+    own = dataclasses.replace(plan_stage(joint, stage.stage), source=None)
+    title = f"all pools of stage {stage.stage} as one model -> {own.directory}"
+    spec = spec_of(joint, own, [own])
     batch = dataclasses.replace(spec.batch, after=after) if spec.batch else None
     return dataclasses.replace(spec, command=JUDGE, fewer=(), title=title, batch=batch)
 
 
-def spec_of(
-    config: RunConfig, stage: curriculum.PlannedStage, stages: Sequence[curriculum.PlannedStage]
-) -> LaunchSpec:
-    """What the launcher is asked for; the worker finds its one stage in `stage` of its config. In a
-    queue, `stages` wait for each other."""
-    place, own = stages.index(stage), curriculum.stage_run(config, stage.name)
+def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) -> LaunchSpec:
+    """Return what the launcher is asked for; the worker finds its one stage in `stage` of its
+    config. In a queue, `stages` wait for each other."""
+    place = stages.index(stage)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return LaunchSpec(
         title=(
-            f"stage {stage.name} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
+            f"stage {stage.stage} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
             f" {stage.directory}"
         ),
         command=WORKER,
         workers=config.launcher.workers,
         config_path=(stage.directory / "config.json").absolute(),
-        config_text=compose.to_json(dataclasses.replace(config, stage=stage.name)),
+        config_text=to_json(dataclasses.replace(config, stage=stage.stage)),
         logs=(stage.directory / "logs").absolute(),
         environment={
             **passed,
@@ -200,13 +197,13 @@ def spec_of(
             "RAY_USAGE_STATS_ENABLED": "0",
         },
         cpus_per_worker=config.launcher.cpus_per_worker,
-        together=sequence_size(own.parallel),
+        together=sequence_size(stage.config.parallel),
         accelerators=config.backend.name != "cpu",
         address=config.launcher.address,
         nodes=config.launcher.nodes,
         endpoint=config.launcher.endpoint,
         batch=BatchJob(
-            "-".join(part for part in (config.name, config.pool, stage.name) if part),
+            "-".join(part for part in (config.name, config.pool, stage.stage) if part),
             after,
             **vars(config.launcher.slurm),
         ),
@@ -217,7 +214,7 @@ def spec_of(
         ),
         max_restarts=config.launcher.max_restarts,
         place_s=config.launcher.place_s,
-        fewer=smaller_worlds(own, stage.config.global_batch),
+        fewer=smaller_worlds(stage),
         grow_s=config.launcher.grow_s,
     )
 
@@ -258,13 +255,13 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
     return 0
 
 
-def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str:
+def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
     """Where the results are."""
     last = stages[-1]
     saved = committed(last.checkpoints)
     lines = [
         "done:"
-        f" {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.name for stage in stages)}"
+        f" {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.stage for stage in stages)}"
     ]
     if saved:
         lines.append(f"  checkpoint  {saved[-1]}")
@@ -274,10 +271,7 @@ def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str
         for sheet in sorted((stage.directory / "samples").glob("*.png"))
     ]
     if config.tracker.name == "mlflow":
-        store = (
-            compose.without_login(config.tracker.uri)
-            or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
-        )
+        store = without_login(config.tracker.uri) or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
         lines.append(
             f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1"
             f" --backend-store-uri {store})"
@@ -287,10 +281,10 @@ def summary(config: RunConfig, stages: Sequence[curriculum.PlannedStage]) -> str
 
 def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
     """What to type after stage `last`; passwords in addresses are not repeated."""
-    names = curriculum.ordered(config.recipe)
+    names = ordered(config.recipe)
     place = names.index(last) + 1
     parts = [argument.partition("=") for argument in arguments if not argument.startswith("stage=")]
-    others = [key + sign + compose.without_login(value) for key, sign, value in parts]
+    others = [key + sign + without_login(value) for key, sign, value in parts]
     if place < len(names):
         index = config.recipe.stages[names[place]].index
         return (

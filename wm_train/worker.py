@@ -19,12 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-DONE, FAILED, USER_ERROR, NO_STORAGE = 0, 1, 2, 74  # and preemption.EXIT_CODE
+from wm_train.errors import DONE, FAILED, NO_STORAGE, PREEMPTED, USER_ERROR, SetupError
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
-    """Run one stage as one rank of it: train it, or do other `work` on it, called as
-    `trainer.train_stage` is."""
+    """Run one stage as one rank of it: train it, or do other `work` on it.
+
+    work: called as `trainer.train_stage` is, but with the whole run.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m wm_train.worker", description="One rank of one stage; launchers start this."
     )
@@ -36,18 +38,20 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
     from wm_train.checks.nodes import preflight
-    from wm_train.config.compose import ConfigError, from_json
-    from wm_train.config.curriculum import stage_directory
+    from wm_train.config.curriculum import plan_stage
+    from wm_train.config.problems import ConfigError
+    from wm_train.config.typed import from_json
     from wm_train.console import Progress, complain
-    from wm_train.resilience.preemption import EXIT_CODE, Preempted, StopRequest
+    from wm_train.resilience.preemption import Preempted, StopRequest
     from wm_train.resilience.run_lock import OwnedError, only_run
-    from wm_train.trainer import SetupError, train_stage
+    from wm_train.trainer import train_stage
     from wm_train.world import join_world, leave_world
 
     rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest().listen()
     try:
         run = from_json(config_path.read_text(encoding="utf-8"))
+        plan = plan_stage(run, run.stage)
         try:
             backend = get_backend(
                 run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0"))
@@ -61,11 +65,14 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
         progress.mark("imports")
         world = join_world(backend, run.backend.collective_timeout_s)
         progress.mark("rendezvous")
-        with only_run(stage_directory(run, run.stage), world):
+        with only_run(plan.directory, world):
             if run.launcher.preflight:
-                preflight(run, backend, world, progress)
+                preflight(plan, backend, world, progress)
                 progress.mark("checks")
-            (work or train_stage)(run, backend, world, progress, stop)
+            if work is None:
+                train_stage(plan, backend, world, progress, stop)
+            else:
+                work(run, backend, world, progress, stop)
     except (ConfigError, SetupError, OwnedError) as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return USER_ERROR
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     except Preempted as reason:
         if rank == 0:
             complain(str(reason))
-        return EXIT_CODE
+        return PREEMPTED
     # the last frame of the process: say which rank it was and give the code that launchers act on
     except Exception:
         complain(f"rank {rank} failed:\n{traceback.format_exc()}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from wm_train.backends import Backend
+from wm_train.backends.protocol import Backend
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class World:
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine, group=self.group)
         return torch.stack(rows)
+
+    def gather_named(self, values: Mapping[str, float]) -> dict[str, list[float]]:
+        """Return name -> the value of every rank, in rank order; all ranks give the same names."""
+        columns = self.gather_numbers(list(values.values())).T.tolist()
+        return dict(zip(values, columns, strict=True))
 
     def gather_tensors(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """One tensor per process, of one dtype and number of dimensions but any shapes, on the host

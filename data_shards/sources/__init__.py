@@ -94,12 +94,11 @@ class Place:
 
     def resolved(self) -> Place:
         """The same with absolute paths, for workers that start elsewhere."""
-        return Place(
-            *(
-                None if path is None else str(Path(path).resolve())
-                for path in (self.path, self.latents, self.captions)
-            )
-        )  # type: ignore[arg-type]
+        latents, captions = (
+            None if path is None else str(Path(path).resolve())
+            for path in (self.latents, self.captions)
+        )
+        return Place(str(Path(self.path).resolve()), latents, captions)
 
 
 class Captioned:

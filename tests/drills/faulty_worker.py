@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from wm_train import objectives, trainer, worker
+from wm_train import trainer, worker
 from wm_train.boxes import local_tensor
+from wm_train.objectives import flow_matching
 from wm_train.resilience.guard import BadStepError
 
 SIGNALS = {"segfault": signal.SIGSEGV, "die": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -20,7 +21,7 @@ SIGNALS = {"segfault": signal.SIGSEGV, "die": signal.SIGKILL, "stop": signal.SIG
 def poison(kind: str, at: int) -> None:
     """The loss of step `at` becomes NaN or a thousand times itself, or its gradient infinite; or
     every step from it on is slow."""
-    true, calls = objectives.OBJECTIVES["flow_matching"], [0]
+    true, calls = flow_matching.flow_matching, [0]
 
     def poisoned(*arguments):
         calls[0] += 1
@@ -36,7 +37,7 @@ def poison(kind: str, at: int) -> None:
             out, loss=out.loss * {"nan": float("nan"), "x1000": 1000.0}[kind]
         )
 
-    objectives.OBJECTIVES["flow_matching"] = poisoned
+    flow_matching.flow_matching = poisoned
 
 
 def after_step(kind: str, at: int) -> None:
@@ -67,7 +68,7 @@ def keep_state_of_a_bad_step() -> None:
             return true(stage, state, *rest)
         except BadStepError:
             held = {name: local_tensor(tensor).clone() for name, tensor in state.tensors().items()}
-            path = Path(stage.run.out) / f"state_of_rank_{stage.world.rank}.pt"
+            path = Path(stage.plan.out) / f"state_of_rank_{stage.world.rank}.pt"
             torch.save({name: tensor for name, tensor in held.items() if tensor.numel()}, path)
             raise
 

@@ -21,7 +21,9 @@ from data_shards.storage.read import open_dataset
 from wm_train.checkpoint import manifest, store
 from wm_train.checkpoint.manifest import CheckpointError
 from wm_train.checks.values import problems_of
-from wm_train.config.compose import ConfigError, compose, from_json, to_json
+from wm_train.config.compose import compose
+from wm_train.config.problems import ConfigError
+from wm_train.config.typed import from_json, to_json
 from wm_train.models.public import load_pretrained_
 from wm_train.world import World
 

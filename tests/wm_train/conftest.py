@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wm_train.backends import get_backend
-from wm_train.config.curriculum import stage_run
+from wm_train.config.curriculum import plan_stage
 from wm_train.config.schema import RunConfig
 from wm_train.console import Progress
 from wm_train.resilience.preemption import StopRequest
@@ -107,7 +107,8 @@ def train_here(demo_run: Callable[..., RunConfig]) -> Callable[..., None]:
         backend = get_backend("cpu")
         world = join_world(backend, 60.0)
         try:
-            train_stage(run, backend, world, Progress(speaks=False), stop or StopRequest())
+            plan = plan_stage(run, run.stage)
+            train_stage(plan, backend, world, Progress(speaks=False), stop or StopRequest())
         finally:
             leave_world()
             torch.set_num_threads(threads)
@@ -123,7 +124,7 @@ def stage_of(demo_run: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Cal
         leave_world()
         run = demo_run(tmp_path, *overrides)
         return open_stage(
-            stage_run(run, run.stage), get_backend("cpu"), join_world(get_backend("cpu"), 60.0)
+            plan_stage(run, run.stage), get_backend("cpu"), join_world(get_backend("cpu"), 60.0)
         )
 
     yield make

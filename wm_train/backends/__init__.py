@@ -8,9 +8,11 @@ they are. Third parties register a `Backend` factory through the entry point gro
 
 from __future__ import annotations
 
-from wm_train.backends.protocol import Backend
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-__all__ = ["BACKENDS", "Backend", "get_backend"]
+if TYPE_CHECKING:
+    from wm_train.backends.protocol import Backend
 
 BACKENDS = ("auto", "cpu", "cuda", "npu")  # built in; entry points may add more
 
@@ -34,7 +36,10 @@ def get_backend(name: str, threads: int = 1, local_rank: int = 0) -> Backend:
     return makers[name](threads, local_rank)
 
 
-def _registered() -> dict:
-    from importlib.metadata import entry_points
+def names() -> tuple[str, ...]:
+    """Return the built-in backends and those that installed packages add; imports no torch."""
+    return (*BACKENDS, *(point.name for point in entry_points(group="wm_train.backends")))
 
+
+def _registered() -> dict:
     return {point.name: point.load() for point in entry_points(group="wm_train.backends")}

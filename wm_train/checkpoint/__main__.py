@@ -10,7 +10,8 @@ from pathlib import Path
 
 from wm_train.checkpoint import store
 from wm_train.checkpoint.manifest import CheckpointError, Manifest, read_manifest
-from wm_train.config.schema import ModelConfig
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.registry import config_class
 from wm_train.storage import Place, place
 from wm_train.world import World
 
@@ -149,10 +150,12 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def model_config(manifest: Manifest) -> ModelConfig:
-    """The model that a checkpoint holds, as its stage trained it."""
+    """Return the model that a checkpoint holds, as its stage trained it."""
     held = manifest.facts["identity"]["model"]
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{key: value for key, value in held.items() if key in known})
+    kind = config_class("models", held["name"])
+    known = {field.name for field in dataclasses.fields(kind)}
+    model: ModelConfig = kind(**{key: value for key, value in held.items() if key in known})
+    return model
 
 
 def prune(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,8 @@
-"""Does the data set exist, and does it fit the model and the stages? Reads dataset.json only, so it
-costs milliseconds."""
+"""Judge whether the data sets exist and fit the model and the stage, from dataset.json alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,41 +16,48 @@ from data_shards.schema import (
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
-from wm_train.config.compose import Problem, without_login
-from wm_train.config.curriculum import PlannedStage, stage_run
-from wm_train.config.schema import RunConfig
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.problems import AT, Problem
+from wm_train.config.typed import without_login
 
 PATIENCE_S = 5.0  # with a store that does not answer, before anything has started
 MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for others"
+PATH, MIXTURE = "data.path", "data.mixture"
 
 
-def data_problems(config: RunConfig, stages: Iterable[PlannedStage]) -> list[Problem]:
-    """Problems of `data.path` itself, else of how it fits the model and the selected stages."""
-    info = dataset_info(config.data.path)
+def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> list[Problem]:
+    """Return problems of `data.path` itself, else of how it fits the stage; keys relative to it.
+
+    infos: what is known of data sets by path, filled in as they are read.
+    """
+    data = plan.config.data
+    for path in (data.path, *data.mixture):
+        if path not in infos:
+            infos[path] = dataset_info(path)
+    info = infos[data.path]
     if isinstance(info, Problem):
         return [info]
-    mixed = {path: dataset_info(path, "data.mixture") for path in config.data.mixture}
-    wrong = [found for found in mixed.values() if isinstance(found, Problem)]
-    infos = [found for found in mixed.values() if not isinstance(found, Problem)] or [info]
-    stages = list(stages)
+    mixed = {path: infos[path] for path in data.mixture}
+    wrong = [
+        replace(found, where=MIXTURE, fix=found.fix.replace(f"{PATH}=", f"{MIXTURE}="))
+        for found in mixed.values()
+        if isinstance(found, Problem)
+    ]
+    read = {path: found for path, found in mixed.items() if not isinstance(found, Problem)}
+    drawn = list(read.values()) or [info]
     problems = [
         *wrong,
-        *_model_problems(config, info),
-        *_selection_problems(config, [info, *infos]),
-        *_storage_problems(config),
-        *_mixture_problems(
-            config,
-            info,
-            {path: found for path, found in mixed.items() if not isinstance(found, Problem)},
-        ),
-        *(problem for found in infos for problem in _stage_problems(config, found, stages)),
+        *_model_problems(plan, info),
+        *_selection_problems(plan, [info, *drawn]),
+        *_storage_problems(plan),
+        *_mixture_problems(plan, info, read),
+        *(problem for found in drawn for problem in _length_problems(plan, found)),
     ]
     return list(dict.fromkeys(problems))  # data sets of one stride say the same
 
 
-def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
-    """The facts of the data set at `path`, or what is wrong with it; `key` is where the path
-    stands."""
+def dataset_info(path: str) -> DatasetInfo | Problem:
+    """Return the facts of the data set at `path`, or what is wrong with it (key data.path)."""
     if "://" in path:
         from data_shards.storage.remote import RetryPolicy, read_info
 
@@ -59,286 +65,170 @@ def dataset_info(path: str, key: str = "data.path") -> DatasetInfo | Problem:
             return read_info(path, RetryPolicy(budget_s=PATIENCE_S))[2]
         except (DataError, TypeError, AttributeError) as error:
             got = f"{without_login(path)} ({str(error).splitlines()[0]})"
-            return Problem(
-                key,
-                got,
-                "a reachable folder with dataset.json",
-                "check the address and your credentials",
-            )
+            rule = "a reachable folder with dataset.json"
+            return Problem(PATH, got, rule, "check the address and your credentials")
     text = _dataset_json(path)
     if isinstance(text, Problem):
-        return replace(text, where=key, fix=text.fix.replace("data.path=", f"{key}="))
+        return text
     try:
         return info_from_json(text, f"{path}/dataset.json")
     except (DataError, TypeError, AttributeError) as error:
-        return Problem(key, f"{path}: {error}", "a data set of this version", "encode it again")
+        return Problem(PATH, f"{path}: {error}", "a data set of this version", "encode it again")
+
+
+def _dataset_json(path: str) -> str | Problem:
+    folder = Path(path)
+    shards = "a folder of latent shards"
+    if not folder.exists():
+        fix = f"data.path=<folder>; {MADE_BY}"
+        return Problem(PATH, f"{path}, which does not exist", shards, fix)
+    if not folder.is_dir():
+        return Problem(PATH, f"{path}, which is a file", shards, f"data.path={folder.parent}")
+    file = folder / "dataset.json"
+    if not file.is_file():
+        empty = not any(folder.iterdir())
+        found = "an empty folder" if empty else "a folder without dataset.json"
+        rule = "a folder that `encode` has finished (dataset.json comes last)"
+        return Problem(PATH, f"{path}, {found}", rule, MADE_BY)
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
+    """Yield sizes of the model that are not the data set's, and splits without clips."""
+    stage, needs = plan.config, plan.config.model.needs()
+    if needs.latent_channels != info.channels:
+        key, rule = "model.latent_channels", f"the data set's {info.channels} ({info.codec})"
+        yield Problem(key, str(needs.latent_channels), rule, f"{AT}{key}={info.channels}")
+    height, width, patch = info.latent_height, info.latent_width, needs.patch
+    if patch > 0 and (height % patch or width % patch):
+        rule = f"a divisor of the latents' {height} x {width}"
+        yield Problem("model.patch_size", str(patch), rule, f"{AT}model.patch_size=1")
+    if needs.text_width and needs.text_width != info.text_width:
+        key, fix = "model.text_width", f"{AT}model.text_width={info.text_width}"
+        rule = f"the data set's {info.text_width} ({info.text_encoder})"
+        if not info.text_width:
+            fix += ", or encode with text=<encoder>"
+            rule = "0, as the data set has no text"
+        yield Problem(key, str(needs.text_width), rule, fix)
+    more = "record or encode more clips"
+    if not info.clips.get("train") and not stage.data.mixture:
+        got = f"{stage.data.path}, no training clips"
+        yield Problem(PATH, got, "at least one", more)
+    if stage.trainer.samples and not info.clips.get("validation"):
+        key, rule = "trainer.samples", "0, as the data set has no validation clips"
+        fix = f"{AT}{key}=0, or encode more episodes"
+        yield Problem(key, str(stage.trainer.samples), rule, fix)
 
 
 def _mixture_problems(
-    config: RunConfig, info: DatasetInfo, mixed: Mapping[str, DatasetInfo]
-) -> list[Problem]:
-    """What is mixed must be one model's input: the loader checks the same when it opens the data
-    sets."""
-    found, pack = [], config.data.pack
+    plan: StagePlan, info: DatasetInfo, mixed: Mapping[str, DatasetInfo]
+) -> Iterator[Problem]:
+    """Yield data sets that are not one model's input: the loader checks the same when it opens
+    them."""
+    data = plan.config.data
     for path, other in mixed.items():
-        different = [
-            name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)
-        ]
-        if different:
-            got = (
-                f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in different)}"
-            )
-            rule = (
-                f"as in {config.data.path}:"
-                f" {', '.join(repr(getattr(info, name)) for name in different)}"
-            )
-            found.append(Problem("data.mixture", got, rule, "encode both alike, or leave one out"))
+        unlike = [name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)]
+        if unlike:
+            got = f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in unlike)}"
+            rule = f"as in {data.path}: {', '.join(repr(getattr(info, name)) for name in unlike)}"
+            yield Problem(MIXTURE, got, rule, "encode both alike, or leave one out")
         if not other.clips.get("train"):
-            found.append(
-                Problem(
-                    "data.mixture",
-                    f"{path}, no training clips",
-                    "at least one",
-                    "record or encode more clips",
-                )
-            )
-    if (
-        pack
-        and len(
-            {(other.latent_height, other.latent_width) for other in (mixed or {"": info}).values()}
-        )
-        > 1
-    ):
-        found.append(
-            Problem(
-                "data.pack",
-                "true",
-                "false, as the data sets have pictures of several sizes",
-                "data.pack=false",
-            )
-        )
-    if pack and config.model.text_width:
-        found.append(
-            Problem(
-                "data.pack",
-                "true",
-                "false, as a row of several clips cannot have one text",
-                "data.pack=false",
-            )
-        )
-    if pack and config.data.buckets:
-        found.append(
-            Problem(
-                "data.buckets",
-                f"{list(config.data.buckets)}",
-                "none with data.pack",
-                "data.buckets=[]",
-            )
-        )
-    return found
+            got = f"{path}, no training clips"
+            yield Problem(MIXTURE, got, "at least one", "record or encode more clips")
+    if not data.pack:
+        return
+    off = f"{AT}data.pack=false"
+    sizes = {(one.latent_height, one.latent_width) for one in (mixed or {"": info}).values()}
+    if len(sizes) > 1:
+        rule = "false, as the data sets have pictures of several sizes"
+        yield Problem("data.pack", "true", rule, off)
+    if plan.config.model.needs().text_width:
+        rule = "false, as a row of several clips cannot have one text"
+        yield Problem("data.pack", "true", rule, off)
+    if data.buckets:
+        rule = "none with data.pack"
+        yield Problem("data.buckets", f"{list(data.buckets)}", rule, f"{AT}data.buckets=[]")
 
 
-def _selection_problems(config: RunConfig, infos: Sequence[DatasetInfo]) -> list[Problem]:
-    """Each selection must be of one of the data sets that training draws from, or of the held-out
-    clips' own."""
-    found = []
-    for path in config.data.selection:
+def _selection_problems(plan: StagePlan, infos: Sequence[DatasetInfo]) -> Iterator[Problem]:
+    """Yield selections that are of none of the data sets, or keep nothing."""
+    key = "data.selection"
+    for path in plan.config.data.selection:
         from data_shards.storage.files import read_selection
 
         try:
             fingerprint, kept = read_selection(path)
         except DataError as error:
-            found.append(
-                Problem(
-                    "data.selection",
-                    f"{path} ({error})",
-                    "a file that `data_shards.filter` wrote",
-                    "filter again",
-                )
-            )
+            rule = "a file that `data_shards.filter` wrote"
+            yield Problem(key, f"{path} ({error})", rule, "filter again")
             continue
         if fingerprint not in {info.fingerprint for info in infos}:
             rule = "one made for a data set of data.path or data.mixture as it is now"
-            found.append(
-                Problem(
-                    "data.selection", f"{path}, made for another data set", rule, "filter again"
-                )
-            )
+            yield Problem(key, f"{path}, made for another data set", rule, "filter again")
         elif not kept:
-            found.append(
-                Problem(
-                    "data.selection",
-                    f"{path}, which keeps no clip",
-                    "one that keeps some",
-                    "filter by wider thresholds",
-                )
-            )
-    return found
+            got, fix = f"{path}, which keeps no clip", "filter by wider thresholds"
+            yield Problem(key, got, "one that keeps some", fix)
 
 
-def _storage_problems(config: RunConfig) -> list[Problem]:
-    """While one process waits for a store, the others wait for it."""
-    limit, wanted = config.backend.collective_timeout_s, config.data.retry_s
-    if wanted < limit or not any(
-        "://" in path for path in (config.data.path, *config.data.mixture)
-    ):
-        return []
-    rule = (
-        f"less than backend.collective_timeout_s = {limit:g}, after which the other processes"
-        " give up"
-    )
-    return [
-        Problem(
-            "data.retry_s",
-            f"{wanted:g}",
-            rule,
-            f"data.retry_s={limit / 2:g}, or backend.collective_timeout_s={2 * wanted:g}",
-        )
-    ]
-
-
-def _dataset_json(path: str) -> str | Problem:
-    folder = Path(path)
-    if not folder.exists():
-        return Problem(
-            "data.path",
-            f"{path}, which does not exist",
-            "a folder of latent shards",
-            f"data.path=<folder>; {MADE_BY}",
-        )
-    if not folder.is_dir():
-        return Problem(
-            "data.path",
-            f"{path}, which is a file",
-            "a folder of latent shards",
-            f"data.path={folder.parent}",
-        )
-    file = folder / "dataset.json"
-    if not file.is_file():
-        found = "an empty folder" if not any(folder.iterdir()) else "a folder without dataset.json"
-        return Problem(
-            "data.path",
-            f"{path}, {found}",
-            "a folder that `encode` has finished (dataset.json comes last)",
-            MADE_BY,
-        )
-    return file.read_text(encoding="utf-8", errors="replace")
-
-
-def _model_problems(config: RunConfig, info: DatasetInfo) -> list[Problem]:
-    model = config.model
-    found = []
-    if model.latent_channels != info.channels:
-        fix = f"model.latent_channels={info.channels}"
-        found.append(
-            Problem(
-                "model.latent_channels",
-                str(model.latent_channels),
-                f"the data set's {info.channels} ({info.codec})",
-                fix,
-            )
-        )
-    if model.patch_size > 0 and (
-        info.latent_height % model.patch_size or info.latent_width % model.patch_size
-    ):
-        rule = f"a divisor of the latents' {info.latent_height} x {info.latent_width}"
-        found.append(Problem("model.patch_size", str(model.patch_size), rule, "model.patch_size=1"))
-    if model.text_width and model.text_width != info.text_width:
-        fix = f"model.text_width={info.text_width}" + (
-            "" if info.text_width else ", or encode with text=<encoder>"
-        )
+def _storage_problems(plan: StagePlan) -> Iterator[Problem]:
+    """Yield a patience with a store that is longer than that of the processes that wait."""
+    limit, data = plan.backend.collective_timeout_s, plan.config.data
+    remote = any("://" in path for path in (data.path, *data.mixture))
+    if remote and data.retry_s >= limit:
         rule = (
-            f"the data set's {info.text_width} ({info.text_encoder})"
-            if info.text_width
-            else "0, as the data set has no text"
+            f"less than backend.collective_timeout_s = {limit:g}, after which the other processes"
+            " give up"
         )
-        found.append(Problem("model.text_width", str(model.text_width), rule, fix))
-    if not info.clips.get("train") and not config.data.mixture:
-        found.append(
-            Problem(
-                "data.path",
-                f"{config.data.path}, no training clips",
-                "at least one",
-                "record or encode more clips",
-            )
+        fix = (
+            f"{AT}data.retry_s={limit / 2:g}, or backend.collective_timeout_s={2 * data.retry_s:g}"
         )
-    if config.trainer.samples and not info.clips.get("validation"):
-        fix = "trainer.samples=0, or encode more episodes"
-        found.append(
-            Problem(
-                "trainer.samples",
-                str(config.trainer.samples),
-                "0, as the data set has no validation clips",
-                fix,
-            )
-        )
-    return found
+        yield Problem("data.retry_s", f"{data.retry_s:g}", rule, fix)
 
 
-def _stage_problems(
-    config: RunConfig, info: DatasetInfo, stages: Iterable[PlannedStage]
-) -> list[Problem]:
-    found = []
-    stride, data = info.temporal_stride, config.data
+def _length_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
+    """Yield clip lengths that the codec, the objective, an attention engine or the clips refuse."""
+    stage, data, stride = plan.config, plan.config.data, info.temporal_stride
+    rule = f"plus 1, as {info.codec} has that stride"
     for frames in data.buckets:
         if frames > 0 and (frames - 1) % stride:
             nearest = round((frames - 1) / stride) * stride + 1
-            rule = f"multiples of {stride} plus 1, as {info.codec} has that stride"
-            found.append(Problem("data.buckets", str(frames), rule, f"{nearest} in its place"))
-    for stage in stages:
-        frames, where = stage.config.frames, f"recipe.stages.{stage.name}.frames"
-        if frames < 1:
-            continue  # reported as a value already
-        if (frames - 1) % stride:
-            nearest = round((frames - 1) / stride) * stride + 1
-            found.append(
-                Problem(
-                    where,
-                    str(frames),
-                    f"a multiple of {stride} plus 1, as {info.codec} has that stride",
-                    f"{where}={nearest}",
-                )
-            )
-        shorter = [n for n in data.buckets if 0 < n < frames and not data.pack]
-        lengths = [
-            (key, n, latent_frame_count(n, stride))
-            for key, n in ((where, frames), *(("data.buckets", n) for n in shorter))
-            if (n - 1) % stride == 0
-        ]
-        found += few_chunks(stage.name, stage.config, lengths)
-        found += _engine_problems(config, stage.name, lengths)
-        clips = sum(info.clips.values())
-        shortest = 1 if data.pack else min(frames, *data.buckets) if data.buckets else frames
-        if clips and info.raw_frames < shortest * clips:
-            longest = info.raw_frames // clips
-            rule = f"at most what the clips hold: {longest} frames each on average"
-            found.append(
-                Problem(
-                    where,
-                    str(frames),
-                    rule,
-                    f"{where}={max(0, (longest - 1) // stride) * stride + 1}, or longer clips",
-                )
-            )
-    return found
+            fix = f"{nearest} in its place"
+            yield Problem("data.buckets", str(frames), f"multiples of {stride} {rule}", fix)
+    frames = stage.frames
+    if frames < 1:
+        return  # reported as a value already
+    if (frames - 1) % stride:
+        nearest = round((frames - 1) / stride) * stride + 1
+        fix = f"{AT}frames={nearest}"
+        yield Problem("frames", str(frames), f"a multiple of {stride} {rule}", fix)
+    lengths = _lengths(plan, stride)
+    yield from few_chunks(plan, lengths)
+    yield from _engine_problems(plan, lengths)
+    clips = sum(info.clips.values())
+    shortest = 1 if data.pack else min(frames, *data.buckets, frames)
+    if clips and info.raw_frames < shortest * clips:
+        longest = info.raw_frames // clips
+        got_rule = f"at most what the clips hold: {longest} frames each on average"
+        fits = max(0, (longest - 1) // stride) * stride + 1
+        yield Problem("frames", str(frames), got_rule, f"{AT}frames={fits}, or longer clips")
 
 
-def _engine_problems(
-    config: RunConfig, stage: str, lengths: Iterable[tuple[str, int, int]]
-) -> list[Problem]:
-    """Return the clips that an attention engine of others cannot share out evenly.
+def _lengths(plan: StagePlan, stride: int) -> list[tuple[str, int, int]]:
+    """Return key, raw frames and latent frames of the clip lengths that a stage trains on."""
+    frames, data = plan.config.frames, plan.config.data
+    shorter = [("data.buckets", n) for n in data.buckets if 0 < n < frames and not data.pack]
+    whole = [(key, n) for key, n in (("frames", frames), *shorter) if (n - 1) % stride == 0]
+    return [(key, n, latent_frame_count(n, stride)) for key, n in whole]
 
-    lengths: key, raw frames and latent frames of each.
-    """
-    run = stage_run(config, stage)
-    engine, model = run.parallel.attention, run.model
-    members = max(sequence_size(run.parallel), 1)
-    if engine not in FOREIGN_ENGINES or not 0 < model.softmax_every <= model.depth:
-        return []
-    rule = f"a multiple of the {members} processes of a clip, for parallel.attention={engine}"
-    fix = "parallel.attention=native, or clips of another length"
-    return [
-        Problem(key, f"{raw}, which is {latent} latent frames", rule, fix)
-        for key, raw, latent in lengths
-        if latent % members
-    ]
+
+def _engine_problems(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:
+    """Yield the clips that an attention engine of others cannot share out evenly."""
+    engine = plan.config.parallel.attention
+    ranks = max(sequence_size(plan.config.parallel), 1)
+    if engine not in FOREIGN_ENGINES or not plan.config.model.needs().softmax:
+        return
+    rule = f"a multiple of the {ranks} processes of a clip, for parallel.attention={engine}"
+    fix = f"{AT}parallel.attention=native, or clips of another length"
+    for key, raw, latent in lengths:
+        if latent % ranks:
+            yield Problem(key, f"{raw}, which is {latent} latent frames", rule, fix)

@@ -24,11 +24,10 @@ import torch.distributed as dist
 
 from data_shards.schema import DataError
 from data_shards.storage.remote import RetryPolicy, read_info
-from wm_train.backends import Backend
+from wm_train.backends.protocol import Backend
 from wm_train.checks.data import dataset_info
-from wm_train.config.compose import Problem
-from wm_train.config.curriculum import stage_directory
-from wm_train.config.schema import RunConfig
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.problems import Problem
 from wm_train.console import Progress
 from wm_train.training.state import SetupError
 from wm_train.world import World
@@ -58,7 +57,7 @@ class Facts:
 
 
 def preflight(
-    run: RunConfig,
+    plan: StagePlan,
     backend: Backend,
     world: World,
     progress: Progress,
@@ -68,8 +67,8 @@ def preflight(
     the bad nodes and what to do."""
     started = time.perf_counter()
     node = socket.gethostname()
-    folder = stage_directory(run, run.stage)
-    data, fingerprint = data_fact(run.data.path, run.data.retry_s)
+    folder = plan.directory
+    data, fingerprint = data_fact(plan.config.data.path, plan.config.data.retry_s)
     here = folder_fact(folder, world)
     facts = Facts(
         node,
@@ -78,7 +77,7 @@ def preflight(
         here,
         data,
         fingerprint,
-        sharding_fact(run),
+        sharding_fact(plan),
     )
     late = lateness(world, clock)
     nodes = list(dict.fromkeys(world.gather(node)))
@@ -196,14 +195,14 @@ def data_fact(path: str, patience_s: float) -> tuple[str, str]:
     return (str(info), "") if isinstance(info, Problem) else ("", info.fingerprint)
 
 
-def sharding_fact(run: RunConfig) -> str:
+def sharding_fact(plan: StagePlan) -> str:
     """What is missing here for `parallel.sharding` and its offload."""
-    if run.parallel.sharding != "zero3":
+    if plan.config.parallel.sharding != "zero3":
         return ""
     from parallel.zero import check
 
     try:
-        check(run.parallel.offload_state, run.parallel.nvme_path)
+        check(plan.config.parallel.offload_state, plan.config.parallel.nvme_path)
     except ValueError as error:
         return str(error)
     return ""

@@ -1,116 +1,151 @@
-"""Judge what a stage's objective, model and chunks ask of each other: what cannot work, and what
-would do nothing."""
+"""Judge what a stage's model, objective, sampler, optimizer and sharding ask of each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from wm_train.config import curriculum
-from wm_train.config.compose import Problem
-from wm_train.config.pools import LEAST_SHARE, range_share
-from wm_train.config.schema import RunConfig, StageConfig
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.problems import AT, OWN, Problem
+from wm_train.config.schema import StageConfig
 
-
-def chunk_problems(config: RunConfig, stages: Iterable[str]) -> list[Problem]:
-    """Return the stages whose model, objective and chunk_frames do not make one chunk-causal
-    stage."""
-    problems = []
-    for name in stages:
-        stage, where = config.recipe.stages[name], f"recipe.stages.{name}."
-        causal = curriculum.stage_run(config, name).model.causal
-        key = where + "chunk_frames"
-        if causal and stage.chunk_frames == 0:
-            rule = (
-                "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
-            )
-            fix = f"{key}=3, or {_not_causal(config, name)}"
-            problems.append(Problem(key, "0 with model.causal=true", rule, fix))
-        elif not causal and stage.chunk_frames > 0:
-            rule = "0, as without model.causal softmax and convolutions still see later chunks"
-            fix = f"{where}model.causal=true, or {key}=0"
-            problems.append(
-                Problem(key, f"{stage.chunk_frames} with model.causal=false", rule, fix)
-            )
-        elif stage.objective.name == "chunk_mixture" and stage.chunk_frames == 0:
-            rule = "latent frames of a chunk, from 1, as chunk_mixture draws a noise level for each"
-            fix = f"{key}=3 {where}model.causal=true, or {where}objective.name=flow_matching"
-            problems.append(Problem(key, "0 with objective chunk_mixture", rule, fix))
-    return problems
+CHUNKS = "chunk_frames"
+GUIDED = ("camera",)  # conditions that the samplers can leave out
 
 
-def _not_causal(config: RunConfig, name: str) -> str:
-    """Return the setting that turns model.causal off where it was turned on."""
-    own = config.recipe.stages[name].model.causal
-    return "model.causal=false" if own is None else f"recipe.stages.{name}.model.causal=false"
+def stage_problems(plan: StagePlan) -> list[Problem]:
+    """Return what does not go together in one stage; keys relative to the stage."""
+    stage = plan.config
+    return [
+        *_chunk_problems(stage),
+        *_sampler_problems(stage),
+        *_sharding_problems(stage),
+        *_held_out_problems(stage),
+    ]
 
 
-def few_chunks(
-    name: str, stage: StageConfig, lengths: Iterable[tuple[str, int, int]]
-) -> list[Problem]:
-    """Return the clip lengths that hold one chunk only, which chunk_mixture cannot train.
+def _chunk_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield a model, an objective and chunks that do not make one chunk-causal stage."""
+    causal = stage.model.needs().causal
+    if causal and stage.chunk_frames == 0:
+        rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
+        fix = f"{AT}chunk_frames=3, or {AT}model.causal=false"
+        yield Problem(CHUNKS, "0 with model.causal=true", rule, fix)
+    elif not causal and stage.chunk_frames > 0:
+        rule = "0, as without model.causal softmax and convolutions still see later chunks"
+        fix = f"{OWN}model.causal=true, or {AT}chunk_frames=0"
+        yield Problem(CHUNKS, f"{stage.chunk_frames} with model.causal=false", rule, fix)
+    elif stage.objective.needs_chunks() and stage.chunk_frames == 0:
+        name = stage.objective.name
+        rule = f"latent frames of a chunk, from 1, as {name} draws a noise level for each"
+        fix = f"{AT}chunk_frames=3 {OWN}model.causal=true, or {AT}objective.name=flow_matching"
+        yield Problem(CHUNKS, f"0 with objective {name}", rule, fix)
+
+
+def few_chunks(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:
+    """Yield the clip lengths that hold one chunk only, where the objective needs several.
 
     lengths: the key of each, its raw frames, its latent frames. The first chunk holds one latent
     frame more.
     """
-    size = stage.chunk_frames
-    if stage.objective.name != "chunk_mixture" or size < 1:
-        return []
-    rule = f"at least two chunks, {size + 2} latent frames, for chunk_mixture in stage {name}"
-    return [
-        Problem(
-            key,
-            f"{raw}, which is {latent} latent frames in one chunk",
-            rule,
-            "longer clips"
-            + (f", or recipe.stages.{name}.chunk_frames={latent - 2}" if latent > 2 else ""),
+    stage, size = plan.config, plan.config.chunk_frames
+    if not stage.objective.needs_chunks() or size < 1:
+        return
+    name = stage.objective.name
+    rule = f"at least two chunks, {size + 2} latent frames, for {name} in stage {plan.stage}"
+    for key, raw, latent in lengths:
+        if latent <= size + 1:
+            smaller = f", or {AT}chunk_frames={latent - 2}" if latent > 2 else ""
+            got = f"{raw}, which is {latent} latent frames in one chunk"
+            yield Problem(key, got, rule, f"longer clips{smaller}")
+
+
+def _sampler_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield a sampler that does not fit the model.
+
+    A whole-clip sampler would denoise all chunks of a causal model at one common level: not what it
+    is deployed as, and hardly what it was trained on. The default must not do that silently.
+    """
+    needs, sampler = stage.model.needs(), stage.sampler
+    if needs.causal and not sampler.chunked():
+        rule = "stream with model.causal=true, whose chunks are made one after the other"
+        yield Problem("sampler.name", repr(sampler.name), rule, f"{AT}sampler.name=stream")
+    elif sampler.chunked() and not (needs.causal and stage.chunk_frames > 0):
+        got = f"{sampler.name!r} with causal={needs.causal} and chunk_frames={stage.chunk_frames}"
+        rule = "euler, or model.causal=true and chunk_frames above 0, so that there are chunks"
+        yield Problem("sampler.name", got, rule, f"{AT}sampler.name=euler")
+    for condition, weight in sampler.guidance.items():
+        if condition not in GUIDED:
+            rule = f"one of {', '.join(GUIDED)}"
+            key = f"sampler.guidance.{condition}"
+            yield Problem(key, "an unknown condition", rule, "leave it out")
+        elif condition not in needs.fields:
+            rule = f"no such weight, as the stage's model has no {condition}"
+            fix = f"leave it out, or {AT}model.{condition}=true"
+            yield Problem(f"sampler.guidance.{condition}", f"{weight:g}", rule, fix)
+
+
+def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield ways to save memory or time that do not go with the model or the optimizer."""
+    parallel, zero3 = stage.parallel, stage.parallel.sharding == "zero3"
+    key, fix = "model.activation_checkpointing", f"{AT}model.activation_checkpointing=block"
+    selective = stage.model.activation_checkpointing == "selective"
+    if parallel.compile and selective:
+        rule = (
+            "none or block with parallel.compile=true: the operations inside a compiled graph"
+            " cannot be picked from"
         )
-        for key, raw, latent in lengths
-        if latent <= size + 1
-    ]
+        yield Problem(key, "selective", rule, fix)
+    if zero3 and selective:
+        rule = (
+            "none or block with zero3: what it gathers inside a block is not the same when the"
+            " block runs again"
+        )
+        yield Problem(key, "selective", rule, fix)
+    if (parallel.offload_state != "none" or zero3) and stage.optimizer.whole_matrices():
+        name = stage.optimizer.name
+        rule = f"adamw with parallel.offload_state or zero3: {name} gathers whole matrices on the device"
+        fix = f"{AT}parallel.sharding=fsdp {AT}parallel.offload_state=none"
+        yield Problem("optimizer.name", name, rule, fix)
 
 
-def range_problems(name: str, stage: StageConfig) -> list[Problem]:
-    """A range of noise levels that the distribution never, or hardly ever, reaches."""
-    noise, share = stage.objective, range_share(stage.objective)
-    whole = (noise.sigma_min, noise.sigma_max) == (0.0, 1.0)
-    if share >= LEAST_SHARE or whole or not (0 <= noise.sigma_min <= 1 >= noise.sigma_max >= 0):
-        return []  # the last is reported as a value
-    got = f"{noise.sigma_min} to {noise.sigma_max}, which holds {share:.2g} of the noise levels"
-    rule = (
-        f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and"
-        " flow_shift"
+def _held_out_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield gates and retention that ask for held-out losses which nobody would measure."""
+    trainer, measured = stage.trainer, "trainer.validate_every and trainer.validation_clips above 0"
+    off = trainer.validate_every < 1 or trainer.validation_clips < 1
+    got = (
+        f"with validate_every {trainer.validate_every}, validation_clips {trainer.validation_clips}"
     )
-    fix = "sigma_min=0 sigma_max=1, or pools.<pool>.sigma_min"
-    return [Problem(f"recipe.stages.{name}.objective.sigma_min", got, rule, fix)]
+    if stage.until_loss and off:
+        fix = f"{AT}trainer.validate_every=50"
+        yield Problem("until_loss", f"{stage.until_loss} {got}", measured, fix)
+    if trainer.keep_best > 0 and (off or trainer.checkpoint_every % trainer.validate_every):
+        rule = (
+            f"{measured}, and trainer.checkpoint_every a multiple of validate_every, so that each"
+            " checkpoint has its loss"
+        )
+        fix = f"{AT}trainer.validate_every={trainer.checkpoint_every}"
+        yield Problem("trainer.keep_best", f"{trainer.keep_best} {got}", rule, fix)
 
 
-def warnings_of(config: RunConfig) -> list[Problem]:
-    """Return the settings of the selected stages that do nothing: one warning per key, with its
-    stages.
+def warnings_of(plans: Sequence[StagePlan]) -> list[Problem]:
+    """Return the settings of the stages that do nothing: one warning per key, with its stages.
 
     The configuration has no problems.
     """
-    stages = [stage.name for stage in curriculum.plan(config)]
-    runs = [curriculum.stage_run(config, name) for name in stages]
-    seen = {run.stage: run.recipe.stages[run.stage].objective for run in runs}
-    cameras = [run.stage for run in runs if seen[run.stage].camera_dropout and not run.model.camera]
-    texts = [run.stage for run in runs if seen[run.stage].text_dropout and not run.model.text_width]
-    return [
-        *_idle(
-            "camera_dropout",
-            cameras,
-            [seen[name].camera_dropout for name in cameras],
-            "model.camera=false",
-        ),
-        *_idle(
-            "text_dropout", texts, [seen[name].text_dropout for name in texts], "model.text_width=0"
-        ),
-    ]
+    idle: dict[str, list[StagePlan]] = {}
+    for plan in plans:
+        for condition, share in plan.config.objective.dropped().items():
+            if share and condition not in plan.config.model.needs().fields:
+                idle.setdefault(condition, []).append(plan)
+    return [_idle(condition, stages) for condition, stages in idle.items()]
 
 
-def _idle(key: str, stages: Sequence[str], values: Sequence[float], why: str) -> list[Problem]:
-    if not stages:
-        return []
-    got = f"{', '.join(f'{value:g}' for value in dict.fromkeys(values))} in {', '.join(stages)}"
-    where = f"recipe.stages.{stages[0] if len(stages) == 1 else '<stage>'}.objective.{key}"
-    return [Problem(where, got, f"0 with {why}, where it does nothing", f"{where}=0")]
+def _idle(condition: str, plans: Sequence[StagePlan]) -> Problem:
+    values = [plan.config.objective.dropped()[condition] for plan in plans]
+    names = [plan.stage for plan in plans]
+    got = f"{', '.join(f'{value:g}' for value in dict.fromkeys(values))} in {', '.join(names)}"
+    where = (
+        f"recipe.stages.{names[0] if len(names) == 1 else '<stage>'}.objective.{condition}_dropout"
+    )
+    rule = f"0 where the model takes no {condition}, as it does nothing there"
+    return Problem(where, got, rule, f"{where}=0")

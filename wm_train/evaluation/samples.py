@@ -16,7 +16,8 @@ from wm_train.console import Progress
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.sampling.rollout import Experts, rollout, sampling_levels, stream_rollout
 from wm_train.tracking.tracker import Tracker
-from wm_train.training.stage import Stage, conditions_of, on_device, open_loader, sequence_of
+from wm_train.training.data import conditions_of, on_device, open_loader, sequence_of
+from wm_train.training.stage import Stage
 from wm_train.training.state import EvaluationState, TrainState
 
 
@@ -35,10 +36,10 @@ def show_samples(
     experts by the noise level from which each is used; one that has learned a part of the noise
     only makes no samples alone.
     """
-    noise = stage.config.objective
-    if isinstance(state, TrainState) and (noise.sigma_min, noise.sigma_max) != (0.0, 1.0):
+    noise = stage.config.objective.noise_range()
+    if isinstance(state, TrainState) and noise != (0.0, 1.0):
         return
-    wanted = min(stage.run.trainer.samples, len(stage.dataset.clips("validation")))
+    wanted = min(stage.config.trainer.samples, len(stage.dataset.clips("validation")))
     if not wanted:
         return
     steps = f"{len(levels_of(stage)) - 1} steps, {stage.config.sampler.name}"
@@ -87,7 +88,7 @@ def sample(
     with ExitStack() as contexts, torch.no_grad():
         for one in states.values():
             contexts.enter_context(one.averaged())
-        if sampler.name == "euler":
+        if not sampler.chunked():
             return batch, rollout(*common, sequence, guidance=sampler.guidance)
         contexts.enter_context(uncompiled(stage))
         guidance, kernels = sampler.guidance, stage.kernels
@@ -99,8 +100,8 @@ def sample(
 def levels_of(stage: Stage) -> list[float]:
     """Return the sigmas of the stage's sampler, the 0 at the end included."""
     levels = stage.config.sampler.levels
-    levels = stage.run.trainer.sample_steps if levels is None else levels
-    return sampling_levels(levels, stage.config.objective.flow_shift)
+    levels = stage.config.trainer.sample_steps if levels is None else levels
+    return sampling_levels(levels, stage.config.objective.sampling_shift())
 
 
 def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
@@ -116,7 +117,7 @@ def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
 def uncompiled(stage: Stage) -> AbstractContextManager[object]:
     """Return a context in which compiled blocks run as they are written: compiling them anew for
     the shapes of chunks takes longer than the few passes that have them."""
-    if not stage.run.parallel.compile:
+    if not stage.config.parallel.compile:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 

@@ -1,111 +1,81 @@
-"""Model FLOPs of a forward pass, by what does the work; the basis of MFU. A multiply and an add
-count as two.
+"""Count the FLOPs of a forward pass of any model; the basis of MFU. A multiply-add counts as two.
 
-Per token (one of N = T·S) of a block:
-  dense layers    2 · (elements of every projection, convolution and MLP weight of the block): each element meets each token once. Key and
-                  value projections of text meet the text tokens instead.
-  GDN (per head)  Grams and outputs 2 D² each: A, U and O of the numerator, A of the normaliser; with the camera A, U and O of its branch.
-                  Scan, per frame: 2 D³ a direction for the numerator and for the camera, 2 D² for
-                  the normaliser.
-  softmax         4 · (tokens it sees) · D per head and branch: scores and values; the camera is a second branch.
-A training step is three forward passes (one forward, two backward). What checkpointing computes
-again is not counted: MFU asks how fast the model's own work is done.
+The model runs on tensors without storage while torch's counter sees its operators: products,
+convolutions and attention, which computes visible tiles only. A training step is three forward
+passes (one forward, two backward). Recomputed activations are not counted: MFU asks how fast the
+model's own work is done.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from parallel.layout import ClipLayout
-from parallel.masks import visible
+from parallel.sequence import LocalSequence
 from parallel.streaming import chunk_starts
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model
-from wm_train.models.sana_wm.model import attention_mask
+from wm_train.compat import FakeTensorMode
+from wm_train.config.kinds import ModelConfig
+from wm_train.models.examples import ExampleShape, example_conditions
+from wm_train.models.spec import build_model
 
 FORWARDS_PER_STEP = 3
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Forward FLOPs of one clip."""
+def _cpu_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Count attention on the host, which torch's table leaves out; shapes come in place of
+    tensors."""
+    count: int = sdpa_flop_count(q, k, v)
+    return count
 
-    dense: int
-    gdn: int
-    softmax: int
 
-    @property
-    def total(self) -> int:
-        return self.dense + self.gdn + self.softmax
+OPERATORS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
 
 
 @cache
-def frame_pairs(model: ModelConfig, frames: int, chunk_frames: int = 0) -> int:
-    """Pairs (frame, frame it sees) in a clip of T = `frames` latent frames under the model's
-    attention mask; T² without one."""
-    starts = chunk_starts(frames, chunk_frames)
-    layout, mask = ClipLayout(frames, chunk_starts=starts), attention_mask(model)
-    return sum(
-        (stop - start) * len(visible(layout, mask, start))
-        for start, stop in pairwise((*starts, frames))
-    )
-
-
-def forward_flops(
-    model: ModelConfig,
-    frames: int,
-    tokens_per_frame: int,
-    text_tokens: int = 0,
-    chunk_frames: int = 0,
-) -> Flops:
-    """FLOPs of one clip of T = `frames` latent frames of S tokens, in chunks of `chunk_frames` (0:
-    one chunk)."""
-    with torch.device("meta"):
+def forward_flops(model: ModelConfig, shape: ExampleShape, chunk_frames: int = 0) -> int:
+    """Return the FLOPs of one forward pass over `shape.batch` clips of T latent frames, in chunks
+    of `chunk_frames` (0: one chunk)."""
+    layout = ClipLayout(shape.frames, chunk_starts=chunk_starts(shape.frames, chunk_frames))
+    counter = FlopCounterMode(display=False, custom_mapping=OPERATORS)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         built = build_model(model)
-    tokens, d = frames * tokens_per_frame, model.width // model.heads
-    text = sum(
-        p.numel()
-        for name, p in built.named_parameters()
-        if "cross_attn.kv" in name and p.dim() >= 2
-    )
-    weights = (
-        sum(p.numel() for name, p in built.named_parameters() if _meets_tokens(name, p)) - text
-    )
-    softmax_blocks = model.depth // model.softmax_every if model.softmax_every else 0
-    branches = 2 if model.camera else 1
-    grams = tokens * 2 * d * d * (4 + 3 * (branches - 1))
-    scan = frames * 2 * (2 * d**3 * branches + 2 * d**2)
-    cross = 4 * tokens * text_tokens * model.width * model.depth if model.text_width else 0
-    return Flops(
-        dense=2 * (tokens * weights + text_tokens * text) + cross,
-        gdn=model.heads * (grams + scan) * (model.depth - softmax_blocks),
-        softmax=4
-        * frame_pairs(model, frames, chunk_frames)
-        * tokens_per_frame**2
-        * model.width
-        * branches
-        * softmax_blocks,
-    )
+        built.use_kernels("reference")
+        sizes = (shape.batch, shape.frames, model.latent_channels, shape.height, shape.width)
+        latents, sigma = torch.empty(sizes), torch.empty(sizes[:2])
+        conditions = example_conditions(model.needs(), shape, seed=0)
+        with counter:
+            built(latents, sigma, conditions, LocalSequence(layout))
+    return int(counter.get_total_flops())
 
 
-def _meets_tokens(name: str, parameter: torch.Tensor) -> bool:
-    """Weights that are multiplied with every token: those of blocks, patch embedding and output;
-    not tables and embeddings of time."""
-    if parameter.dim() < 2 or name.endswith("scale_shift_table"):
-        return False
-    return name.startswith(("blocks.", "x_embedder.", "plucker_embedder.", "final_layer."))
+def clip_flops(
+    model: ModelConfig, longest: ExampleShape, frames: int, chunk_frames: int = 0
+) -> float:
+    """Return the forward FLOPs of one clip of `frames` latent frames, at most `longest.frames`.
 
-
-def step_flops(forward: Flops, clips: int) -> int:
-    """FLOPs of one training step on `clips` clips, over all processes."""
-    return FORWARDS_PER_STEP * forward.total * clips
+    Exact at the longest clip, its half and one frame; between them, of packed rows, by the parabola
+    through these three: linear layers grow with T, attention with its square.
+    """
+    whole = longest.frames
+    points = sorted({1, (whole + 1) // 2, whole})
+    counts = [forward_flops(model, replace(longest, frames=n), chunk_frames) for n in points]
+    if frames in points:
+        return float(counts[points.index(frames)])
+    total = 0.0
+    for i, x in enumerate(points):  # Lagrange
+        weight = 1.0
+        for j, other in enumerate(points):
+            weight *= (frames - other) / (x - other) if i != j else 1.0
+        total += weight * counts[i]
+    return total
 
 
 def mfu(flops: float, seconds: float, workers: int, peak: float) -> float:
-    """Share of the devices' `peak` (dense FLOP/s of one in the compute type) that the model's own
-    work reached."""
+    """Return the share of the devices' `peak` (dense FLOP/s of one in the compute type) that the
+    model's own work reached."""
     return flops / seconds / workers / peak

@@ -9,9 +9,9 @@ safetensors is read; nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,41 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wm_train.boxes import Box, local_box, local_tensor
-from wm_train.config.schema import ModelConfig
-from wm_train.models.sana_wm.public import (
-    REPLACED_IN_SANA_VIDEO,
-    SANA_VIDEO,
-    config_from_public,
-    public_from_config,
-    sana_video_sources,
-    sana_wm_sources,
-)
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.registry import config_class, load, names
 
 STEM = "diffusion_pytorch_model"
-GATE_OPEN = 1.2784645  # silu(x) = 1: an output gate that changes nothing
 LISTED = 20  # names shown per kind of error
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The public tensors, stacked along the first dimension, that make each of our parameters.
+
+    ignored: public tensors that nothing of ours takes; opened: values that parameters without a
+    source get instead of their initial ones, by the ending of their name.
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    ignored: tuple[str, ...] = ()
+    opened: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PublicLayout:
+    """How a model's public checkpoints are called; a model's configuration names one by `public`.
+
+    class_names: `_class_name` of the directories it reads, the one it writes first; to_public:
+    configuration -> config.json; from_public: config.json and a configuration for what it does not
+    speak of -> configuration; sources: `_class_name` and our names -> `Sources`; buffers: tensors
+    that an export adds. to_public and from_public raise ValueError for what cannot be honoured.
+    """
+
+    class_names: tuple[str, ...]
+    to_public: Callable[[Any], dict[str, Any]]
+    from_public: Callable[[Mapping[str, Any], Any], ModelConfig]
+    sources: Callable[[str, Iterable[str]], Sources]
+    buffers: Callable[[Any], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -93,37 +115,58 @@ class PublicFiles:
 
 
 def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig:
-    """Our config for a released SANA-WM directory. Raises ValueError if it needs something we do
-    not have."""
-    return config_from_public(json.loads(_existing(directory / "config.json").read_text()), base)
+    """Return our configuration of a released model's directory.
+
+    base: gives the keys that config.json does not speak of. Raises ValueError if it needs something
+    we do not have.
+    """
+    public = json.loads(_existing(directory / "config.json").read_text())
+    return layout_of(public, directory).from_public(public, base)
+
+
+def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
+    """Return the layout of a config.json, among those of all models. Raises ValueError for a class
+    that none of them reads."""
+    known: dict[str, PublicLayout] = {}
+    for name in names("models"):
+        where = config_class("models", name).public  # type: ignore[attr-defined]
+        if where:
+            layout = load(where)
+            known |= dict.fromkeys(layout.class_names, layout)
+    found = public.get("_class_name")
+    if found not in known:
+        raise ValueError(
+            f"public checkpoint cannot be read: got _class_name {found!r}, expected one of"
+            f" {', '.join(known)} ({directory}). Fix: use another checkpoint"
+        )
+    return known[found]
 
 
 @torch.no_grad()
 def load_pretrained_(model: nn.Module, directory: Path) -> Loaded:
-    """Fill the model's parameters and buffers from a SANA-WM or SANA-Video directory, each holder
-    its own part.
+    """Fill the model's parameters and buffers from a public directory, each rank its own part.
 
-    SANA-WM must fit name by name. SANA-Video gives its attention, FFN, text and time weights;
-    patchify and output (another VAE), gates and camera branch stay as initialised, but for output
-    gates, which are opened so that a block starts as SANA-Video's. Raises ValueError that lists
-    missing, extra and mis-shaped tensors; nothing has changed then.
+    Every name must fit, but for those that the layout ignores or leaves as initialised (SANA-Video
+    as a start of SANA-WM). Raises ValueError that lists missing, extra and mis-shaped tensors;
+    nothing has changed then.
     """
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     with PublicFiles(directory) as files:
-        from_video = files.config.get("_class_name") == SANA_VIDEO
-        sources = sana_video_sources(targets) if from_video else sana_wm_sources(targets)
+        layout = layout_of(files.config, directory)
+        sources = layout.sources(files.config["_class_name"], targets)
         shapes = files.shapes()
-        _check(targets, sources, shapes, REPLACED_IN_SANA_VIDEO if from_video else (), directory)
-        for name, parts in sources.items():
+        _check(targets, sources.parts, shapes, sources.ignored, directory)
+        for name, parts in sources.parts.items():
             local, box = local_tensor(targets[name]), local_box(targets[name])
             if not box.empty:
                 pieces = [files.read(part, piece) for part, piece in _pieces(parts, shapes, box)]
                 local.copy_((torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(local.dtype))
-    fresh = tuple(name for name in targets if name not in sources)
-    for name in fresh if from_video else ():
-        if name.endswith(("output_gate.weight", "output_gate.bias")):
-            local_tensor(targets[name]).fill_(GATE_OPEN if name.endswith("bias") else 0.0)
-    return Loaded(tuple(sources), fresh)
+    fresh = tuple(name for name in targets if name not in sources.parts)
+    for name in fresh:
+        for ending, value in sources.opened.items():
+            if name.endswith(ending):
+                local_tensor(targets[name]).fill_(value)
+    return Loaded(tuple(sources.parts), fresh)
 
 
 def export_pretrained(
@@ -134,19 +177,25 @@ def export_pretrained(
     max_bytes: int = 5 * 10**9,
 ) -> list[Path]:
     """Write whole tensors (name -> value) as a directory that diffusers' `from_pretrained` reads;
-    returns its files.
+    return its files.
 
-    The recall_gate buffers, which nobody reads, are added where `weights` lacks them. Raises
-    ValueError when the directory is not empty, or the model is none that the public class can hold.
+    Buffers of the layout are added where `weights` lacks them. Raises ValueError when the directory
+    is not empty, or the model has no public class that can hold it.
     """
-    text = json.dumps(public_from_config(config), indent=2)
+    if not config.public:
+        raise ValueError(
+            f"export failed: got model {config.name}, which has no public layout, expected one that"
+            " has. Fix: --layout file"
+        )
+    layout: PublicLayout = load(config.public)
+    text = json.dumps(layout.to_public(config), indent=2)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(
             f"export failed: got {directory}, which is not empty, expected a new or empty"
             " directory. Fix: name another one"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    buffers = {f"blocks.{i}.attn.recall_gate": torch.zeros(1) for i in range(config.depth)}
+    buffers = layout.buffers(config)
     whole = {
         name: value.detach().contiguous().cpu() for name, value in (buffers | dict(weights)).items()
     }

@@ -14,58 +14,40 @@ The shift comes after, so the order is that of the shifted levels too.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.layout import ClipLayout
-from parallel.sequence import SequenceShard
-from wm_train.conditioning import Conditions
-from wm_train.config.schema import ObjectiveConfig
+from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey, random_words, uniform, unit_interval
+from wm_train.objectives.clips import Clips, ObjectiveOutput
+from wm_train.objectives.config import ChunkMixtureConfig
 from wm_train.objectives.flow_matching import plain_range, plain_sigma, shift_sigma, velocity_loss
-from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
 
 SAME, INCREMENTAL, ANCHORED, CLEAN_PAST = range(4)
 
 
-def chunk_mixture(
-    model: nn.Module,
-    batch: TrainingBatch,
-    key: NoiseKey,
-    config: ObjectiveConfig,
-    sequence: SequenceShard,
-    conditions: Conditions,
-) -> ObjectiveOutput:
-    """Velocity loss with a noise level per chunk of the layout. Metrics: sigma (of the anchor
-    chunk), pattern (0-3), image_condition.
+def chunk_mixture(model: WorldModel, clips: Clips, config: ChunkMixtureConfig) -> ObjectiveOutput:
+    """Return the velocity loss with a noise level per chunk of the layout. Metrics: sigma (of the
+    anchor chunk), pattern (0-3), image_condition.
 
     Raises ValueError for a layout of one chunk.
     """
-    chunks = len(sequence.layout.chunk_starts)
+    layout, key, draws = clips.sequence.layout, clips.key, clips.draws
+    chunks = len(layout.chunk_starts)
     if chunks == 1:
         raise ValueError(
-            f"chunk mixture failed: got {sequence.layout.frames} latent frames in one chunk,"
-            " expected several (key chunk_frames of the stage). Fix: chunk_frames=3 and longer"
-            " clips, or objective.name=flow_matching"
+            f"chunk mixture failed: got {layout.frames} latent frames in one chunk, expected"
+            " several (key chunk_frames of the stage). Fix: chunk_frames=3 and longer clips, or"
+            " objective.name=flow_matching"
         )
-    draws = batch.draws.to(batch.latents.device)
-    pattern = drawn_pattern(key, draws, config)
-    sigma = plain_sigma(key, draws, config)
-    levels = shift_sigma(
-        chunk_levels(key, draws, pattern, sigma, chunks, plain_range(config)), config.flow_shift
-    )
-    local = torch.tensor(
-        chunk_index(sequence.layout, sequence.frames.start, sequence.frames.stop),
-        dtype=torch.int64,
-        device=draws.device,
-    )
+    pattern, sigma = drawn_pattern(key, draws, config), plain_sigma(key, draws, config)
+    plain = chunk_levels(key, draws, pattern, sigma, chunks, plain_range(config))
+    levels = shift_sigma(plain, config.flow_shift)
     metrics = {"sigma": shift_sigma(sigma, config.flow_shift), "pattern": pattern.float()}
-    return velocity_loss(model, batch, key, config, sequence, conditions, levels[:, local], metrics)
+    return velocity_loss(model, clips, config, levels[:, clips.chunk_index()], metrics)
 
 
-def drawn_pattern(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
+def drawn_pattern(key: NoiseKey, draws: Tensor, config: ChunkMixtureConfig) -> Tensor:
     """Which pattern each clip gets, int64 [B], in the shares of `config.chunk_mixture`."""
     shares = torch.tensor(config.chunk_mixture, dtype=torch.float32, device=draws.device).cumsum(0)
     return (uniform(key, "chunk_pattern", draws)[:, None] * shares[-1] >= shares[:-1]).sum(1)
@@ -102,8 +84,3 @@ def chunk_levels(
     return torch.where(
         chosen == SAME, sigma[:, None], torch.where(chosen == CLEAN_PAST, clean, rising)
     )
-
-
-def chunk_index(layout: ClipLayout, start: int, stop: int) -> list[int]:
-    """Number of the chunk of each frame start..stop."""
-    return [bisect_right(layout.chunk_starts, frame) - 1 for frame in range(start, stop)]

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.layout import ClipLayout, FrameRange
-from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ObjectiveConfig
+from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey, normal, uniform
-from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
+from wm_train.objectives.clips import Clips, ObjectiveOutput
+from wm_train.objectives.config import FlowMatchingConfig
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -28,7 +28,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
-def clip_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
+def clip_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Tensor:
     """One noise level per clip, fp32 [B]: logit-normal, then shifted."""
     return shift_sigma(plain_sigma(key, draws, config), config.flow_shift)
 
@@ -38,7 +38,7 @@ def unshift_sigma(sigma: float, shift: float) -> float:
     return sigma / (shift - (shift - 1.0) * sigma)
 
 
-def plain_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor:
+def plain_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Tensor:
     """The logit-normal noise level of each clip before the shift, fp32 [B], from the part of the
     distribution that the shift moves into sigma_min to sigma_max: by its inverse distribution
     function, so that nothing piles up at the ends of the range."""
@@ -55,7 +55,7 @@ def plain_sigma(key: NoiseKey, draws: Tensor, config: ObjectiveConfig) -> Tensor
     )  # clamp: rounding only
 
 
-def plain_range(config: ObjectiveConfig) -> tuple[float, float]:
+def plain_range(config: FlowMatchingConfig) -> tuple[float, float]:
     """sigma_min and sigma_max as they are before the shift."""
     return unshift_sigma(config.sigma_min, config.flow_shift), unshift_sigma(
         config.sigma_max, config.flow_shift
@@ -63,7 +63,7 @@ def plain_range(config: ObjectiveConfig) -> tuple[float, float]:
 
 
 def dropped_conditions(
-    conditions: Conditions, key: NoiseKey, draws: Tensor, config: ObjectiveConfig
+    conditions: Conditions, key: NoiseKey, draws: Tensor, config: FlowMatchingConfig
 ) -> Conditions:
     """Drop the camera of some clips and replace the text of some by the null text, so that the
     model also learns without them."""
@@ -102,54 +102,36 @@ def dropped_text(conditions: Conditions, drop: Tensor) -> Conditions:
     )
 
 
-def flow_matching(
-    model: nn.Module,
-    batch: TrainingBatch,
-    key: NoiseKey,
-    config: ObjectiveConfig,
-    sequence: SequenceShard,
-    conditions: Conditions,
-) -> ObjectiveOutput:
-    """Mean squared error of the velocity over all frames that were not given, per clip; one noise
-    level per clip.
+def flow_matching(model: WorldModel, clips: Clips, config: FlowMatchingConfig) -> ObjectiveOutput:
+    """Return the mean squared error of the velocity over all frames that were not given, per clip;
+    one noise level per clip.
 
     With probability `image_condition` a clip's first latent frame (of each document) is given
     clean, at sigma 0 and without loss; a document of one frame is never given. Metrics: sigma,
     image_condition.
     """
-    draws = batch.draws.to(batch.latents.device)
-    sigma = clip_sigma(key, draws, config)
-    frame_sigma = sigma[:, None].expand(len(draws), len(sequence.frames))
-    return velocity_loss(
-        model, batch, key, config, sequence, conditions, frame_sigma, {"sigma": sigma}
-    )
+    sigma = clip_sigma(clips.key, clips.draws, config)
+    frame_sigma = sigma[:, None].expand(len(clips.draws), len(clips.sequence.frames))
+    return velocity_loss(model, clips, config, frame_sigma, {"sigma": sigma})
 
 
 def velocity_loss(
-    model: nn.Module,
-    batch: TrainingBatch,
-    key: NoiseKey,
-    config: ObjectiveConfig,
-    sequence: SequenceShard,
-    conditions: Conditions,
+    model: WorldModel,
+    clips: Clips,
+    config: FlowMatchingConfig,
     frame_sigma: Tensor,
     metrics: Mapping[str, Tensor],
 ) -> ObjectiveOutput:
-    """The rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at sigma 0
-    are context and weigh nothing."""
-    latents, draws = batch.latents, batch.draws.to(batch.latents.device)
-    given = uniform(key, "image_condition", draws) < config.image_condition  # [B]
-    starts = first_frames(sequence.layout, sequence.frames, latents.device)
-    first = given[:, None] & starts[None, :]  # [B, t]
-    frame_sigma = torch.where(first, 0.0, frame_sigma)
-    noise = normal(
-        key, "noise", draws, (sequence.frames.start, sequence.frames.stop), latents.shape[2:]
-    )
-    level = frame_sigma[:, :, None, None, None]
+    """Return the rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at
+    sigma 0 are context and weigh nothing."""
+    latents, sequence = clips.latents, clips.sequence
+    given = clips.uniform("image_condition") < config.image_condition  # [B]
+    first = first_frames(sequence.layout, sequence.frames, latents.device)
+    frame_sigma = torch.where(given[:, None] & first[None, :], 0.0, frame_sigma)
+    noise, level = clips.normal("noise"), frame_sigma[:, :, None, None, None]
     noisy = (1.0 - level) * latents + level * noise
-    velocity = model(
-        noisy, frame_sigma, dropped_conditions(conditions, key, draws, config), sequence
-    )
+    seen = dropped_conditions(clips.conditions, clips.key, clips.draws, config)
+    velocity = model(noisy, frame_sigma, seen, sequence)
     error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
     loss = sequence.mean(error, (frame_sigma > 0).float())
     return ObjectiveOutput(loss, {**metrics, "image_condition": given.float()})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from wm_train.boxes import local_tensor
-from wm_train.config.schema import OptimizerConfig
+from wm_train.optim.config import AdamWConfig
 
 
 class Optimizer(Protocol):
@@ -56,9 +56,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw_groups(
-    parameters: Sequence[Tensor],
-    config: OptimizerConfig,
-    dims: Callable[[Tensor], int] = Tensor.dim,
+    parameters: Sequence[Tensor], config: AdamWConfig, dims: Callable[[Tensor], int] = Tensor.dim
 ) -> list[dict[str, Any]]:
     """Only weights with two or more dimensions decay; norms, biases and gates do not."""
     groups: list[dict[str, Any]] = [
@@ -79,7 +77,7 @@ def start_adamw_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_adamw(model: nn.Module, config: AdamWConfig) -> Optimizer:
     """AdamW over all trainable parameters."""
     groups = adamw_groups([p for p in model.parameters() if p.requires_grad], config)
     optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)

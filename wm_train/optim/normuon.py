@@ -15,18 +15,18 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wm_train.boxes import Box, local_box, local_tensor, whole_tensor, within
-from wm_train.config.schema import OptimizerConfig
+from wm_train.models.spec import WorldModel
 from wm_train.optim.adamw import AdamW, adamw_groups, start_adamw_state
+from wm_train.optim.config import NorMuonConfig
 
 NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
     2.0315,
 )  # Jordan et al. 2024: singular values go to about 1 in five steps
-SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation
 UPDATE_RMS = 0.2
 
 
@@ -112,19 +112,12 @@ class Joint:
             optimizer.step()
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether NorMuon takes it: projections and MLP weights of the blocks; not embeddings, gates,
-    tables, norms or depthwise kernels."""
-    if not name.startswith("blocks.") or parameter.dim() < 2:
-        return False
-    return min(parameter.shape[0], parameter[0].numel()) >= SMALLEST_SIDE
-
-
-def build_normuon(model: nn.Module, config: OptimizerConfig) -> Joint:
+def build_normuon(model: WorldModel, config: NorMuonConfig) -> Joint:
     """NorMuon at `lr` for the blocks' matrices, AdamW at `lr * adamw_lr_scale` for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if is_matrix(name, p)]
-    others = adamw_groups([p for name, p in named if not is_matrix(name, p)], config)
+    chosen = model.matrix_parameters()
+    matrices = [p for name, p in named if name in chosen]
+    others = adamw_groups([p for name, p in named if name not in chosen], config)
     for group in others:
         group["lr_scale"] = config.adamw_lr_scale
     adamw = AdamW(others, lr=config.lr * config.adamw_lr_scale, betas=config.betas, eps=config.eps)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from wm_train.config.schema import OptimizerConfig
+from wm_train.config.kinds import OptimizerConfig
 
 
 def constant(progress: float) -> float:

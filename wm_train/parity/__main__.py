@@ -20,21 +20,15 @@ import torch
 
 from parallel.degrees import MeshDegrees, sequence_size
 from wm_train.backends import get_backend
-from wm_train.config import compose, curriculum
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import StagePlan, plan_stage, select
 from wm_train.config.pools import pool_runs
+from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
-from wm_train.models import build_model
-from wm_train.objectives import OBJECTIVES
-from wm_train.parity.case import (
-    Comparison,
-    Outcome,
-    ParityCase,
-    TrafficRow,
-    compare,
-    not_exercised,
-    on_one_device,
-    on_virtual_ranks,
-)
+from wm_train.models.spec import build_model
+from wm_train.parity.case import ParityCase, not_exercised, on_one_device, on_virtual_ranks
+from wm_train.parity.compare import Comparison, Outcome, compare
+from wm_train.parity.traffic import TrafficRow
 
 DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to ask
 
@@ -72,18 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         pools = {
             pool: first_stage(run)
-            for pool, run in pool_runs(
-                compose.compose(options.overrides), options.overrides
-            ).items()
+            for pool, run in pool_runs(compose(options.overrides), options.overrides).items()
         }
         if options.checkpoint and len(pools) > 1:
-            problem = compose.Problem(
+            problem = Problem(
                 "--checkpoint",
                 f"one for {len(pools)} pools",
                 "the pool that it is of",
                 f"pool={next(iter(pools))}",
             )
-            raise compose.ConfigError([problem])
+            raise ConfigError([problem])
         meshes = {pool: degrees_of(run, options.processes) for pool, run in pools.items()}
         cases = {pool: case_of(run, options, meshes[pool]) for pool, run in pools.items()}
     except ValueError as error:
@@ -93,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prove(
-    config: RunConfig, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace
+    plan: StagePlan, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace
 ) -> int:
     """One comparison and its tables; 0 if all is well, else 1."""
     tolerance = options.tolerance or (1e-9 if case.double else 1e-5)
@@ -105,13 +97,13 @@ def prove(
         found = on_processes(case, degrees)
     else:
         found, rows = on_virtual_ranks(case, degrees.ring, degrees.ulysses)
-    print(title(config, case, degrees, options.processes))
+    print(title(plan, case, degrees, options.processes))
     return report(case, reference, found, rows, tolerance, options.worst)
 
 
-def first_stage(config: RunConfig) -> RunConfig:
-    """The run as its first selected stage sees it, with that stage's own mesh and model."""
-    return curriculum.stage_run(config, curriculum.select(config.recipe, config.stage)[0])
+def first_stage(config: RunConfig) -> StagePlan:
+    """Return the first selected stage, with its own mesh and model."""
+    return plan_stage(config, select(config.recipe, config.stage)[0])
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -120,38 +112,33 @@ def grid(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def degrees_of(config: RunConfig, processes: bool) -> MeshDegrees:
+def degrees_of(plan: StagePlan, processes: bool) -> MeshDegrees:
     """Return the mesh to prove: that of all processes, or one sequence group of virtual ranks.
 
     Raises ValueError for a mesh that launch would refuse.
     """
-    wanted, heads = config.parallel, config.model.heads
+    wanted, heads = plan.config.parallel, plan.config.model.needs().heads
     if processes:
-        return MeshDegrees.from_config(wanted, config.launcher.workers, heads)
+        return MeshDegrees.from_config(wanted, plan.launcher.workers, heads)
     alone = replace(wanted, dp_replicate=1, dp_shard=1)
     return MeshDegrees.from_config(alone, sequence_size(wanted), heads)
 
 
-def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
-    """The stage that `config` is a view of, at its full length."""
-    stage = config.recipe.stages[config.stage]
+def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
+    """Return the stage as a case, at its full length."""
+    stage = plan.config
     stride = DEFAULT_STRIDE
-    if Path(config.data.path).is_dir():
+    if Path(stage.data.path).is_dir():
         from data_shards.storage.read import open_dataset
 
-        stride = open_dataset(config.data.path).info.temporal_stride
-    if stage.objective.name not in OBJECTIVES:
-        raise ValueError(
-            f"objective: got {stage.objective.name!r}, expected one of {', '.join(OBJECTIVES)} (key"
-            " objective.name)"
-        )
+        stride = open_dataset(stage.data.path).info.temporal_stride
     with torch.device("meta"):
-        build_model(config.model)  # says what is wrong with it before anything runs
+        build_model(stage.model)  # says what is wrong with it before anything runs
     members = degrees.dp_replicate * degrees.dp_shard
     case = ParityCase(
-        model=config.model,
+        model=stage.model,
         objective=stage.objective,
-        seed=config.seed,
+        seed=plan.seed,
         chunk_frames=stage.chunk_frames,
         frames=options.frames or (stage.frames - 1) // stride + 1,
         temporal_stride=stride,
@@ -159,19 +146,19 @@ def case_of(config: RunConfig, options: argparse.Namespace, degrees: MeshDegrees
         grid=options.grid,
         double=options.double,
         checkpoint=options.checkpoint,
-        engine=config.backend.kernels,
-        attention=config.backend.attention,
+        engine=plan.backend.kernels,
+        attention=plan.backend.attention,
         device=(
             "cpu"
             if options.processes
-            else str(get_backend(config.backend.name, config.backend.threads).device)
+            else str(get_backend(plan.backend.name, plan.backend.threads).device)
         ),
     )
     _ = case.kernels  # says so if an engine that was asked for is not there
     return case
 
 
-def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: bool) -> str:
+def title(plan: StagePlan, case: ParityCase, degrees: MeshDegrees, processes: bool) -> str:
     where = (
         f"{degrees.world} processes (dp_replicate {degrees.dp_replicate} x dp_shard"
         f" {degrees.dp_shard} x ring {degrees.ring} x ulysses {degrees.ulysses}; sequence mesh and"
@@ -183,7 +170,7 @@ def title(config: RunConfig, case: ParityCase, degrees: MeshDegrees, processes: 
         )
     )
     valid = ", ".join(str(n) for n in case.layout.valid_frames or ())
-    name = f"{config.name}, pool {config.pool}" if config.pool else config.name
+    name = f"{plan.run}, pool {plan.pool}" if plan.pool else plan.run
     return (
         f"{name}: {case.model.name}, {case.objective.name}, {case.batch} clips of {case.frames}"
         f" latent frames ({valid} valid), {'float64' if case.double else 'float32'} on"

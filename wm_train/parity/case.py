@@ -8,11 +8,8 @@ keyed by (seed, name, clip, frame), as in training.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +18,18 @@ from parallel.layout import ClipLayout
 from parallel.reference import Kernels
 from parallel.sequence import GroupSequence, LocalSequence, SequenceShard
 from parallel.streaming import chunk_starts
-from parallel.traffic import expected_cost
 from parallel.virtual import VirtualComm, replicate, run_virtual
-from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig, ObjectiveConfig
+from wm_train.config.kinds import ModelConfig, ObjectiveConfig
+from wm_train.config.registry import builder
 from wm_train.kernels.dispatch import sequence_kernels
-from wm_train.models import build_model, use_engine_
+from wm_train.models.examples import ExampleShape, example_conditions, example_latents
 from wm_train.models.init import initialise_
+from wm_train.models.spec import WorldModel, build_model
 from wm_train.noise import PARITY, NoiseKey, normal
-from wm_train.objectives import OBJECTIVES
+from wm_train.objectives.clips import Clips
+from wm_train.parity.compare import Outcome
+from wm_train.parity.traffic import TrafficRow, traffic_rows
 
-TEXT_TOKENS = 6
 WAKE = 0.1  # standard deviation of the noise that replaces zeros of a fresh model
 
 
@@ -63,35 +61,22 @@ class ParityCase:
         return sequence_kernels(torch.device(self.device), self.engine, self.attention)
 
     @property
+    def shape(self) -> ExampleShape:
+        return ExampleShape(self.batch, self.frames, *self.grid, self.temporal_stride)
+
+    @property
     def layout(self) -> ClipLayout:
         """Every second clip is shorter. Chunks are the stage's; a causal model of a stage without
         any gets 4, 3, 3, … latent frames."""
         short = max(1, self.frames - max(1, self.frames // 4))
         valid = tuple(self.frames if row % 2 == 0 else short for row in range(self.batch))
-        chunk_frames = self.chunk_frames or (3 if self.model.causal else 0)
+        chunk_frames = self.chunk_frames or (3 if self.model.needs().causal else 0)
         return ClipLayout(
             self.frames, chunk_starts=chunk_starts(self.frames, chunk_frames), valid_frames=valid
         )
 
 
-@dataclass(frozen=True)
-class Clips:
-    """A batch for the objective: local latents [B, t, C, h, w], draws [B]."""
-
-    latents: Tensor
-    draws: Tensor
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """losses [B]; velocity [B, T, C, h, w]; the summed gradient of every parameter that has one."""
-
-    losses: Tensor
-    velocity: Tensor
-    gradients: dict[str, Tensor]
-
-
-def make_model(case: ParityCase) -> nn.Module:
+def make_model(case: ParityCase) -> WorldModel:
     """The model with seeded weights, or those of a checkpoint. Fresh zeros become noise: behind a
     zero gate nothing would be compared."""
     with torch.device("meta"):
@@ -102,7 +87,7 @@ def make_model(case: ParityCase) -> nn.Module:
         load_weights(model, Path(case.checkpoint))
     else:
         wake_(model, case.seed)
-    use_engine_(model, case.engine)
+    model.use_kernels(case.engine)
     return model.to(case.device, case.dtype)
 
 
@@ -131,47 +116,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     )
 
 
-def conditions_of(case: ParityCase) -> Conditions:
-    """A camera that pans and walks on, another one per clip, at raw-frame rate; text where the
-    model reads it."""
-    raw = 1 + (case.frames - 1) * case.temporal_stride
-    height, width = (side * 16 for side in case.grid)
-    steps = (
-        torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(case.batch))[:, None] / raw
-    )
-    c2w = torch.eye(4).repeat(case.batch, raw, 1, 1)
-    c2w[..., 0, 0], c2w[..., 0, 2], c2w[..., 2, 0], c2w[..., 2, 2] = (
-        steps.cos(),
-        steps.sin(),
-        -steps.sin(),
-        steps.cos(),
-    )
-    c2w[..., 0, 3], c2w[..., 2, 3] = steps.sin(), steps
-    intrinsics = torch.tensor([0.9 * width, 0.9 * width, width / 2, height / 2]).repeat(
-        case.batch, raw, 1
-    )
-    text = mask = None
-    if case.model.text_width:
-        draws = torch.arange(case.batch)
-        text = normal(
-            NoiseKey(case.seed, PARITY), "text", draws, (0, TEXT_TOKENS), (case.model.text_width,)
-        ).to(case.dtype)
-        mask = torch.arange(TEXT_TOKENS)[None] < TEXT_TOKENS - draws[:, None] % 3
-    return Conditions(
-        (height, width), case.temporal_stride, c2w, intrinsics, text=text, text_mask=mask
-    )
-
-
-def latents_of(case: ParityCase) -> Tensor:
-    """[B, T, C, h, w]"""
-    shape = (case.model.latent_channels, *case.grid)
-    return normal(
-        NoiseKey(case.seed, PARITY), "latents", torch.arange(case.batch), (0, case.frames), shape
-    ).to(case.dtype)
-
-
 def forward(
-    case: ParityCase, model: nn.Module, sequence: SequenceShard, rows: slice = slice(None)
+    case: ParityCase, model: WorldModel, sequence: SequenceShard, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Losses of the rows [b] and their local velocities [b, t, C, h, w]; traffic is told apart by
     block."""
@@ -179,21 +125,22 @@ def forward(
     handles = [
         model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     ]
-    for number, block in enumerate(getattr(model, "blocks", [])):
+    for number, unit in enumerate(model.units()):
         handles.append(
-            block.register_forward_pre_hook(
+            unit.register_forward_pre_hook(
                 lambda module, inputs, scope=f"blocks.{number}": set_scope(sequence, scope)
             )
         )
         handles.append(
-            block.register_forward_hook(lambda module, inputs, output: set_scope(sequence, ""))
+            unit.register_forward_hook(lambda module, inputs, output: set_scope(sequence, ""))
         )
-    conditions = conditions_of(case)
+    conditions = example_conditions(case.model.needs(), case.shape, case.seed)
 
     def held(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[rows].to(case.device)
 
-    text, mask = held(conditions.text), held(conditions.text_mask)
+    text = None if conditions.text is None else conditions.text.to(case.dtype)
+    text, mask = held(text), held(conditions.text_mask)
     conditions = replace(
         conditions,
         c2w=held(conditions.c2w),
@@ -201,11 +148,12 @@ def forward(
         text=text,
         text_mask=mask,
     )
-    latents = latents_of(case)[rows, sequence.frames.start : sequence.frames.stop]
-    clips = Clips(latents.to(case.device), torch.arange(case.batch)[rows].to(case.device))
-    output = OBJECTIVES[case.objective.name](
-        model, clips, NoiseKey(case.seed, PARITY), case.objective, sequence, conditions
-    )
+    latents = example_latents(case.model.needs(), case.shape, case.seed).to(case.dtype)
+    latents = latents[rows, sequence.frames.start : sequence.frames.stop]
+    draws = torch.arange(case.batch)[rows].to(case.device)
+    key = NoiseKey(case.seed, PARITY)
+    clips = Clips(latents.to(case.device), draws, conditions, sequence, key)
+    output = builder(case.objective)(model, clips, case.objective)
     for handle in handles:
         handle.remove()
     return output.loss, seen[-1]
@@ -228,7 +176,7 @@ def on_one_device(case: ParityCase) -> Outcome:
 
 def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome, list[TrafficRow]]:
     """The same over ring x ulysses members in this process, and what they sent."""
-    models = replicate(make_model(case), ring * ulysses)
+    models: list[WorldModel] = replicate(make_model(case), ring * ulysses)  # type: ignore[assignment]
     comms: list[VirtualComm] = []
     kernels = case.kernels
 
@@ -253,79 +201,14 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
     return Outcome(results[0][0].detach(), velocity, gradients), traffic_rows(comms)
 
 
-@dataclass(frozen=True)
-class TrafficRow:
-    """One kind of call in one block: counted and expected (collectives, bytes) of the busiest
-    member; agree: on every member."""
-
-    label: str
-    counted: tuple[int, int]
-    expected: tuple[int, int]
-    agree: bool
-
-
-def traffic_rows(comms: list[VirtualComm]) -> list[TrafficRow]:
-    pairs: dict[str, list[tuple[tuple[int, int], tuple[int, int]]]] = {}
-    for comm in comms:
-        expected: dict[str, tuple[int, int]] = {}
-        for call in comm.calls:
-            for way, cost in expected_cost(call.verb, call.tensors, comm.members[0]).items():
-                label = (
-                    f"{call.scope}/{call.verb.name} {way}"
-                    if call.scope
-                    else f"{call.verb.name} {way}"
-                )
-                before = expected.get(label, (0, 0))
-                expected[label] = (before[0] + cost.collectives, before[1] + cost.sent)
-        for label in expected | comm.traffic.collectives:
-            counted = comm.traffic.collectives.get(label, 0), comm.traffic.sent.get(label, 0)
-            pairs.setdefault(label, []).append((counted, expected.get(label, (0, 0))))
-    return [
-        TrafficRow(label, *max(both), all(a == b for a, b in both)) for label, both in pairs.items()
-    ]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """‖found − reference‖ / ‖reference‖ of one tensor; absolute when the reference is zero."""
-
-    name: str
-    size: float
-    error: float
-
-
-def compare(reference: Outcome, found: Outcome) -> list[Comparison]:
-    """Loss, velocity and every gradient, in the model's order."""
-    pairs: list[tuple[str, Tensor, Tensor | None]] = [
-        ("loss", reference.losses, found.losses),
-        ("velocity", reference.velocity, found.velocity),
-        *(
-            (name, gradient, found.gradients.get(name))
-            for name, gradient in reference.gradients.items()
-        ),
-    ]
-    pairs += [
-        (name, torch.zeros_like(gradient), gradient)
-        for name, gradient in found.gradients.items()
-        if name not in reference.gradients
-    ]
-    rows = []
-    for name, a, b in pairs:
-        size = float(a.double().norm())
-        error = math.inf if b is None else float((a.double() - b.double()).norm())
-        rows.append(Comparison(name, size, error / size if size > 0 else error))
-    return rows
-
-
 def not_exercised(case: ParityCase, reference: Outcome) -> tuple[list[str], list[str]]:
     """Parameters without any gradient: (those that the model declares unused, the others)."""
     with torch.device("meta"):
         model = build_model(case.model)
-    declared: Callable[[], Any] = getattr(model, "unused_parameters", frozenset)
     silent = [
         n
         for n, _ in model.named_parameters()
         if n not in reference.gradients or not bool(reference.gradients[n].any())
     ]
-    unused = set(declared())
+    unused = model.unused_parameters()
     return [n for n in silent if n in unused], [n for n in silent if n not in unused]

@@ -19,7 +19,8 @@ from parallel.mesh import build_mesh
 from parallel.sequence import make_sequence
 from parallel.sharding import shard_model
 from wm_train.boxes import whole_tensor
-from wm_train.parity.case import Outcome, ParityCase, forward, make_model
+from wm_train.parity.case import ParityCase, forward, make_model
+from wm_train.parity.compare import Outcome
 from wm_train.worker import end_process
 
 LIMIT_S = 600.0
@@ -79,7 +80,7 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
     )
     mesh = build_mesh(degrees, "cpu")
     model = make_model(case)
-    shard_model(model, model.get_submodule("blocks").children(), mesh.fsdp)
+    shard_model(model, model.units(), mesh.fsdp)
     each = case.batch // mesh.data_size
     rows = slice(mesh.data_index * each, (mesh.data_index + 1) * each)
     valid = case.layout.valid_frames

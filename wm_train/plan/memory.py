@@ -8,25 +8,27 @@ and multiplied. Nothing is allocated and no accelerator is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.checkpointing import PRODUCTS
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
 from parallel.zero import BUCKET, SWAP_BUFFERS, SWAP_GROUP
+from wm_train.checkpoint.handover import matching
 from wm_train.compat import FakeTensorMode, TorchDispatchMode
 from wm_train.conditioning import Conditions
-from wm_train.config.curriculum import matching
-from wm_train.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from wm_train.models import build_model
-from wm_train.optim.build import OPTIMIZERS
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.registry import builder
+from wm_train.config.schema import StageConfig
+from wm_train.models.examples import ExampleShape, example_conditions
+from wm_train.models.spec import WorldModel, build_model
 
 
 @dataclass(frozen=True)
@@ -81,43 +83,33 @@ class Memory:
         return {name: getattr(self, name) for name in names}
 
 
-def stage_memory(
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    shape: ClipShape,
-    shards: int,
-    parallel: ParallelConfig,
-    staged: bool,
-    frozen: Iterable[str] = (),
-) -> Memory:
-    """Memory of one process when the model is sharded over `shards` of them. Raises ValueError for
-    a pattern of `frozen` without a match.
+def stage_memory(stage: StageConfig, shape: ClipShape, shards: int) -> Memory:
+    """Return the memory of one process when the stage's model is sharded over `shards` of them.
 
-    Weights, gradients, optimizer and average are fp32 and sharded; `gathered` holds two blocks and
-    what is outside blocks, in the compute type, since the next block is gathered while one runs.
-    Sequence exchange buffers (states, halos) are not counted: they are megabytes. ZeRO-3 keeps what
-    is computed with besides the master weights, each gradient twice, and a bucket of them; with a
-    disk, what a save reads from it.
+    Raises ValueError for a pattern of `frozen` without a match. Weights, gradients, optimizer and
+    average are fp32 and sharded; `gathered` holds two units and what is outside units, in the
+    compute type, since the next unit is gathered while one runs. Sequence exchange buffers (states,
+    halos) are not counted: they are megabytes. ZeRO-3 keeps what is computed with besides the
+    master weights, each gradient twice, and a bucket of them; with a disk, what a save reads from
+    it.
     """
-    precision = parallel.precision
+    model, optimizer, parallel = stage.model, stage.optimizer, stage.parallel
+    staged, precision = stage.trainer.async_checkpoint, parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole = build_model(model)
         parameters = dict(whole.named_parameters())
-        for name in matching(frozen, parameters, "frozen"):
+        for name in matching(stage.frozen, parameters, "frozen"):
             parameters[name].requires_grad_(False)
         count = sum(p.numel() for p in whole.parameters())
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         state = {
             id(t): t.numel() * t.element_size()
-            for slots in OPTIMIZERS[optimizer.name](whole, optimizer).state.values()
+            for slots in builder(optimizer)(whole, optimizer).state.values()
             for t in slots.values()
         }
         width = PRECISIONS[precision].itemsize
-        blocks = [
-            sum(p.numel() for p in block.parameters())
-            for block in whole.get_submodule("blocks").children()
-        ]
-        gathered = width * (2 * max(blocks) + count - sum(blocks)) if shards > 1 else 0
+        units = [sum(p.numel() for p in unit.parameters()) for unit in whole.units()]
+        gathered = width * (2 * max(units) + count - sum(units)) if shards > 1 else 0
     weights, optimizer_bytes = 4 * count // shards, sum(state.values()) // shards
     average = 4 * trained // shards if optimizer.ema_decay else 0
     saved = weights + optimizer_bytes + average
@@ -158,30 +150,16 @@ def stage_memory(
     )
 
 
+@cache
 def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
-    """What autograd keeps from the forward to the backward pass, and the inside of the one block
-    that is recomputed, which without checkpointing is among what is kept."""
-    period = model.softmax_every
-    kinds = [bool(period) and (i + 1) % period == 0 for i in range(model.depth)]  # True: softmax
-    kept, inside, outside = dict[bool, int](), dict[bool, int](), 0
-    for softmax in sorted(set(kinds)):
-        alone = replace(model, depth=1, softmax_every=1 if softmax else 0)
-        kept[softmax], around = _per_block(alone, shape, precision)
-        outside = max(outside, around)
-        inside[softmax] = kept[softmax]
-        if model.activation_checkpointing != "none":
-            inside[softmax], _ = _per_block(
-                replace(alone, activation_checkpointing="none"), shape, precision
-            )
-    together = outside + sum(kept[kind] for kind in kinds)
-    most = max(inside.values())
-    return (together - most, most) if model.activation_checkpointing == "none" else (together, most)
-
-
-def _per_block(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
-    """Bytes kept by one block, and by what is around the blocks."""
-    one, two = (kept_bytes(replace(model, depth=depth), shape, precision) for depth in (1, 2))
-    return two - one, 2 * one - two
+    """Return the bytes that autograd keeps from the forward to the backward pass, and those inside
+    the one unit that is recomputed, which without checkpointing is among what is kept."""
+    plain = replace(model, activation_checkpointing="none")
+    kept, inside = kept_bytes(plain, shape, precision)
+    most = max(inside)
+    if model.activation_checkpointing == "none":
+        return kept - most, most
+    return kept_bytes(model, shape, precision)[0], most
 
 
 class _ProductBytes(TorchDispatchMode):
@@ -202,9 +180,9 @@ class _ProductBytes(TorchDispatchMode):
         return out
 
 
-def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
-    """Bytes of the distinct storages that the forward pass of `model` leaves for its backward,
-    weights left out."""
+def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, list[int]]:
+    """Return the bytes of the distinct storages that a forward pass leaves for its backward,
+    weights left out, and those that each unit adds to them."""
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -217,22 +195,27 @@ def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         built = _built_in(model, PRECISIONS[precision])
         own = {p.untyped_storage()._cdata for p in built.parameters()}
+        products, before, inside = _ProductBytes(), list[int](), list[int]()
+
+        def total() -> int:
+            return products.total + sum(s.nbytes() for key, s in kept.items() if key not in own)
+
+        for unit in built.units():
+            unit.register_forward_pre_hook(lambda *_: before.append(total()))
+            unit.register_forward_hook(lambda *_: inside.append(total() - before.pop()))
         latents, sigma, conditions = _inputs(model, shape)
-        products = _ProductBytes()
         counting = products if model.activation_checkpointing == "selective" else nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(keep, _give_back), counting:
             output = built(latents, sigma, conditions, LocalSequence(ClipLayout(shape.frames)))
         assert output.shape == latents.shape
-        return products.total + sum(
-            storage.nbytes() for key, storage in kept.items() if key not in own
-        )
+        return total(), inside
 
 
 def _give_back(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _built_in(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def _built_in(model: ModelConfig, dtype: torch.dtype) -> WorldModel:
     """The model with parameters of one type. A tensor without storage cannot change its type
     later."""
     before = torch.get_default_dtype()
@@ -244,22 +227,9 @@ def _built_in(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def _inputs(model: ModelConfig, shape: ClipShape) -> tuple[Tensor, Tensor, Conditions]:
-    b, raw = shape.clips, shape.temporal_stride * (shape.frames - 1) + 1
-    text = {}
-    if model.text_width:
-        text = {
-            "text": torch.empty(b, shape.text_tokens, model.text_width),
-            "text_mask": torch.ones(b, shape.text_tokens, dtype=torch.bool),
-        }
-    conditions = Conditions(
-        image_size=(shape.height * 32, shape.width * 32),
-        temporal_stride=shape.temporal_stride,
-        c2w=torch.empty(b, raw, 4, 4),
-        intrinsics=torch.empty(b, raw, 4),
-        **text,  # type: ignore[arg-type]
-    )
-    return (
-        torch.empty(b, shape.frames, shape.channels, shape.height, shape.width),
-        torch.empty(b, shape.frames),
-        conditions,
-    )
+    """Return latents, noise levels and conditions of these sizes."""
+    sizes = (shape.clips, shape.frames, shape.height, shape.width)
+    example = ExampleShape(*sizes, shape.temporal_stride, shape.text_tokens)
+    latents = torch.empty(shape.clips, shape.frames, shape.channels, shape.height, shape.width)
+    conditions = example_conditions(model.needs(), example, seed=0)
+    return latents, torch.empty(shape.clips, shape.frames), conditions

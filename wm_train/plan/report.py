@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING
 
 from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
-from wm_train.config import compose, curriculum
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import StagePlan, plan_stage, plan_stages
 from wm_train.config.pools import named, pool_runs
-from wm_train.config.schema import RunConfig, StageConfig
+from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.schema import RunConfig
+from wm_train.config.typed import run_level
 
 if TYPE_CHECKING:
     from wm_train.plan.memory import Memory
@@ -69,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else []
         )
         overrides = [*options.overrides, *elsewhere]
-        pools = pool_runs(
-            compose.compose(overrides, options.config_dir), overrides, options.config_dir
-        )
+        pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
         problems = [
             found
@@ -79,12 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for found in named(without_data(run, options.latent is None), pool)
         ]
         if problems:
-            raise compose.ConfigError(problems)
-    except compose.ConfigError as error:
+            raise ConfigError(problems)
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     for pool, run in pools.items():
-        for idle in named(warnings_of(run), pool):
+        for idle in named(warnings_of(plan_stages(run)), pool):
             print(f"warning: {idle}", file=sys.stderr)
     return shown_pools(pools, frames, options.memory)
 
@@ -97,10 +98,8 @@ def shown_pools(
     codes = []
     for pool, run in pools.items():
         if pool:
-            selected = [stage.config.objective for stage in curriculum.plan(run)]
-            ranges = ", ".join(
-                dict.fromkeys(f"{noise.sigma_min:g} to {noise.sigma_max:g}" for noise in selected)
-            )
+            selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
+            ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
         codes.append(shown(run, frames[pool], device_gib))
     if len(pools) > 1:
@@ -118,15 +117,14 @@ def shown(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
         return 2
 
 
-def without_data(run: RunConfig, data_is_here: bool) -> list[compose.Problem]:
+def without_data(run: RunConfig, data_is_here: bool) -> list[Problem]:
     """What `launch` would refuse, but for the data and the earlier stages' checkpoints, which a
     plan does not need."""
     from wm_train.checks.values import problems_of
 
-    def counts(problem: compose.Problem) -> bool:
-        return not problem.where.endswith(".inherit") and (
-            data_is_here or not problem.where.startswith("data.")
-        )
+    def counts(problem: Problem) -> bool:
+        of_data = "data." in (problem.where[:5], run_level(problem.where)[:5])
+        return not problem.where.endswith(".inherit") and (data_is_here or not of_data)
 
     return [problem for problem in problems_of(run) if counts(problem)]
 
@@ -137,46 +135,41 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
         from wm_train.checks.data import dataset_info
 
         found = dataset_info(run.data.path)
-        if isinstance(found, compose.Problem):
-            hint = compose.Problem(
+        if isinstance(found, Problem):
+            hint = Problem(
                 "--latent",
                 "nothing",
                 "the latent's sizes when the data is not here",
                 "--latent 128x22x40/8",
             )
-            raise compose.ConfigError([found, hint])
+            raise ConfigError([found, hint])
         return Frame(found.channels, found.latent_height, found.latent_width, found.temporal_stride)
     try:
         sizes, stride = given.split("/")
         channels, height, width = (int(size) for size in sizes.split("x"))
         frame = Frame(channels, height, width, int(stride))
     except ValueError:
-        raise compose.ConfigError(
+        raise ConfigError(
             [
-                compose.Problem(
+                Problem(
                     "--latent", given, "channels x height x width / stride", "--latent 128x22x40/8"
                 )
             ]
         ) from None
-    if channels != run.model.latent_channels or min(height, width, frame.temporal_stride) < 1:
-        fix = f"--latent {run.model.latent_channels}x{height}x{width}/{frame.temporal_stride}"
-        raise compose.ConfigError(
-            [
-                compose.Problem(
-                    "--latent", given, f"the model's {run.model.latent_channels} channels", fix
-                )
-            ]
-        )
+    expected = run.model.latent_channels
+    if channels != expected or min(height, width, frame.temporal_stride) < 1:
+        fix = f"--latent {expected}x{height}x{width}/{frame.temporal_stride}"
+        rule = f"the model's {expected} channels"
+        raise ConfigError([Problem("--latent", given, rule, fix)])
     return frame
 
 
 def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
     """One block per selected stage; 3 if one of them needs more than `device_gib`."""
     code = 0
-    for stage in curriculum.plan(run):
-        own = curriculum.stage_run(run, stage.name)
-        memory, shape = stage_plan(own, stage.config, frame)
-        print("\n".join(describe(own, stage, shape, memory, inheritance(run, stage))))
+    for plan in plan_stages(run):
+        memory, shape = stage_memory_of(plan, frame)
+        print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
             verdict = (
@@ -192,83 +185,61 @@ def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
     return code
 
 
-def stage_plan(
-    run: RunConfig, stage: StageConfig, frame: Frame
-) -> tuple[Memory, tuple[int, int, int]]:
-    """Memory of one process, and (clips, latent frames, latent frames of the whole clip) that it
-    holds at once. `run`: as the stage sees it."""
+def stage_memory_of(plan: StagePlan, frame: Frame) -> tuple[Memory, tuple[int, int, int]]:
+    """Return the memory of one process, and (clips, latent frames, latent frames of the whole clip)
+    that it holds at once."""
     from parallel.layout import split_evenly
     from wm_train.plan.memory import ClipShape, stage_memory
 
+    stage, workers = plan.config, plan.launcher.workers
     whole = (stage.frames - 1) // frame.temporal_stride + 1
-    size = sequence_size(run.parallel)
-    clips = -(-stage.global_batch * size // (run.launcher.workers * run.trainer.accumulate))
+    size = sequence_size(stage.parallel)
+    clips = -(-stage.global_batch * size // (workers * stage.trainer.accumulate))
     held = len(split_evenly(whole, size)[0])
     shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
-    shards = run.launcher.workers // run.parallel.dp_replicate
-    memory = stage_memory(
-        run.model,
-        stage.optimizer,
-        shape,
-        shards,
-        run.parallel,
-        run.trainer.async_checkpoint,
-        stage.frozen,
-    )
-    return memory, (clips, held, whole)
+    return stage_memory(stage, shape, workers // stage.parallel.dp_replicate), (clips, held, whole)
 
 
-def inheritance(run: RunConfig, stage: curriculum.PlannedStage) -> str:
-    """Whose weights the stage starts from, and which of its parameters are new. Raises ValueError
-    where names do not fit."""
-    if stage.source is None:
+def inheritance(run: RunConfig, plan: StagePlan) -> str:
+    """Return whose weights the stage starts from, and which of its parameters are new. Raises
+    ValueError where names do not fit."""
+    if plan.source is None:
         return "the seed"
-    config = stage.config
-    words = f"{stage.source.stage or stage.source.checkpoints} ({config.inherit_weights} weights"
-    words += ", with its optimizer)" if config.inherit_optimizer else ")"
-    if stage.source.stage is None:
-        return words
-    from wm_train.models.sana_wm.public import stage_parts
+    import torch
 
-    mine, theirs = (
-        parameter_names(curriculum.stage_run(run, name))
-        for name in (stage.name, stage.source.stage)
-    )
-    passed = curriculum.handover(config, stage.name, mine, theirs, stage_parts)
+    from wm_train.checkpoint.handover import handover
+    from wm_train.models.spec import build_model
+
+    config = plan.config
+    words = f"{plan.source.stage or plan.source.checkpoints} ({config.inherit_weights} weights"
+    words += ", with its optimizer)" if config.inherit_optimizer else ")"
+    if plan.source.stage is None:
+        return words
+    source = plan_stage(run, plan.source.stage).config
+    with torch.device("meta"):
+        mine, theirs = build_model(config.model), build_model(source.model)
+    own, others = (dict(model.named_parameters()).keys() for model in (mine, theirs))
+    passed = handover(config, plan.stage, own, others, mine.switched_parameters)
     return (
         f"{words}: {len(passed.taken)} tensors, {len(passed.fresh)} start anew, {len(passed.left)}"
         " left behind"
     )
 
 
-def parameter_names(run: RunConfig) -> list[str]:
-    """Of the stage's model, built without storage."""
-    import torch
-
-    from wm_train.models import build_model
-
-    with torch.device("meta"):
-        return [name for name, _ in build_model(run.model).named_parameters()]
-
-
 def describe(
-    run: RunConfig,
-    stage: curriculum.PlannedStage,
-    shape: tuple[int, int, int],
-    memory: Memory,
-    source: str,
+    plan: StagePlan, shape: tuple[int, int, int], memory: Memory, source: str
 ) -> list[str]:
-    """The lines of one stage."""
-    config, mesh = stage.config, run.parallel
+    """Return the lines of one stage."""
+    config, mesh, workers = plan.config, plan.config.parallel, plan.launcher.workers
     clips, held, whole = shape
     until = f" or a held-out loss of {config.until_loss:g}" if config.until_loss else ""
     trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained"
     replicas = f"{mesh.dp_replicate} replicas x " if mesh.dp_replicate > 1 else ""
     size = sequence_size(mesh)
-    data = run.launcher.workers // size // mesh.dp_replicate
+    data = workers // size // mesh.dp_replicate
     return [
         (
-            f"stage {config.index} {stage.name}: {config.frames} frames = {whole} latent frames, "
+            f"stage {config.index} {plan.stage}: {config.frames} frames = {whole} latent frames, "
             f"{config.steps:,} steps{until} of {config.global_batch} clips"
         ),
         (
@@ -276,7 +247,7 @@ def describe(
             f" {config.optimizer.schedule}, {mesh.precision}"
         ),
         (
-            f"  {run.launcher.workers} workers = {replicas}{data} data parallel x "
+            f"  {workers} workers = {replicas}{data} data parallel x "
             f"{size} sequence parallel; "
             f"each holds {clips} clips x {held} latent frames at once"
         ),

@@ -6,8 +6,6 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not an error; start the same command again to go on
-
 
 class Preempted(Exception):
     """The run was asked to stop and has saved its state."""

@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wm_train.config.schema import RunConfig
+from wm_train.config.schema import TrackerConfig
+from wm_train.config.typed import without_login
 from wm_train.tracking.goodput import read_life
 
 NOTE = "mlflow.json"
@@ -40,26 +41,39 @@ class Sent:
     status: str = "RUNNING"
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The stage that a record is about, or with stage "" the run of all pools.
+
+    config: the whole run's configuration without logins.
+    """
+
+    run: str
+    pool: str | None
+    stage: str
+    tracker: TrackerConfig
+    out: Path
+    config: Mapping[str, Any]
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the configuration without the recipe's other stages."""
+        recipe = self.config["recipe"]
+        stages = {k: v for k, v in recipe["stages"].items() if self.stage in ("", k)}
+        return {**self.config, "recipe": {**recipe, "stages": stages}}
+
+    @property
+    def uri(self) -> str:
+        """Return where MLflow keeps this run: `tracker.uri`, or a SQLite file in the output
+        folder."""
+        return self.tracker.uri or f"sqlite:///{self.out.resolve() / 'mlflow.db'}"
+
+
 class MlflowRecord:
     """The MLflow side of one stage's folder. Not for two threads at once."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        config: dict[str, Any],
-        stage: str,
-        folder: Path,
-        uri: str,
-        shown_uri: str,
-    ) -> None:
-        self.run, self.config, self.stage, self.folder, self.uri, self.shown_uri = (
-            run,
-            config,
-            stage,
-            folder,
-            uri,
-            shown_uri,
-        )
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        self.subject, self.folder, self.uri = subject, folder, subject.uri
+        self.shown_uri = without_login(subject.uri)
         self._client: Any = None
         self._sent: Sent | None = None
         self._offset = 0  # bytes of the metrics file that are sent
@@ -131,11 +145,11 @@ class MlflowRecord:
     def _create(self, client: Any) -> Sent:
         from mlflow.entities import Param
 
-        name = self.run.tracker.experiment
+        name = self.subject.tracker.experiment
         found = client.get_experiment_by_name(name)
         place = (
-            (Path(self.run.out).resolve() / "mlartifacts").as_uri()
-            if self.run.tracker.uri is None
+            (self.subject.out.resolve() / "mlartifacts").as_uri()
+            if self.subject.tracker.uri is None
             else None
         )
         experiment = (
@@ -143,10 +157,18 @@ class MlflowRecord:
             if found
             else client.create_experiment(name, artifact_location=place)
         )
-        name = "/".join(part for part in (self.run.name, self.run.pool, self.stage) if part)
-        tags = {"mlflow.parentRunId": self.run.tracker.parent} if self.run.tracker.parent else {}
+        name = "/".join(
+            part for part in (self.subject.run, self.subject.pool, self.subject.stage) if part
+        )
+        tags = (
+            {"mlflow.parentRunId": self.subject.tracker.parent}
+            if self.subject.tracker.parent
+            else {}
+        )
         run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        params = [Param(key, str(value)[:500]) for key, value in _flat("", self.config)]
+        params = [
+            Param(key, str(value)[:500]) for key, value in _flat("", self.subject.parameters())
+        ]
         for start in range(0, len(params), 100):  # MLflow's limit per call
             client.log_batch(run_id, params=params[start : start + 100])
         return Sent(self.shown_uri, run_id)
@@ -167,8 +189,8 @@ class MlflowRecord:
             ]
             for start in range(0, len(metrics), MOST):
                 self._client.log_batch(self._sent.run_id, metrics=metrics[start : start + MOST])
-            if (parent := self.run.tracker.parent) and rows:
-                name = f"{self.run.pool}/{self.stage}/"
+            if (parent := self.subject.tracker.parent) and rows:
+                name = f"{self.subject.pool}/{self.subject.stage}/"
                 losses = [
                     Metric(name + m.key, m.value, m.timestamp, m.step)
                     for m in metrics

@@ -19,15 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wm_train.config.compose import from_json, public_config, without_login
+from wm_train.config.curriculum import StagePlan
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import from_json, public_config
 from wm_train.tracking.goodput import begin_life, productive, read_life, write_life
-from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord
-
-
-def store_uri(run: RunConfig) -> str:
-    """Where MLflow keeps this run: `tracker.uri`, or a SQLite file in the output folder."""
-    return run.tracker.uri or f"sqlite:///{Path(run.out).resolve() / 'mlflow.db'}"
+from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord, Subject
 
 
 class StepLog:
@@ -82,20 +78,16 @@ class Tracker:
     rank 0 only."""
 
     def __init__(
-        self,
-        run: RunConfig,
-        stage: str,
-        folder: Path,
-        first_step: int,
-        report: Callable[[str], None],
+        self, plan: StagePlan, folder: Path, first_step: int, report: Callable[[str], None]
     ) -> None:
         self.folder, self.report = folder, report
         self._steps = StepLog(folder / METRICS, first_step)
         self._life = begin_life(folder, self._steps.dropped)
         self._worked = self._full = False
         self._forwarder: Forwarder | None = None
-        if run.tracker.name == "mlflow":
-            record = record_of(run, stage, folder)
+        if plan.tracker.name == "mlflow":
+            names = (plan.run, plan.pool, plan.stage)
+            record = MlflowRecord(Subject(*names, plan.tracker, plan.out, plan.record), folder)
             record.rewind(first_step)
             self._forwarder = Forwarder(record, report)
 
@@ -146,24 +138,22 @@ class Tracker:
             self._forwarder.close(status, timeout_s)
 
 
-def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
-    uri = store_uri(run)
-    return MlflowRecord(run, public_config(run), stage, folder, uri, without_login(uri))
+def subject_of(run: RunConfig, stage: str) -> Subject:
+    """Return a stage of a run as its record calls it; "" for the run of all pools."""
+    return Subject(run.name, run.pool, stage, run.tracker, Path(run.out), public_config(run))
 
 
 def parent_run(
     run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None
 ) -> str | None:
-    """The MLflow run that the pools' runs are parts of, remembered in `folder`, ended if `status`
-    says how; None without a tracker or when its store fails."""
+    """Return the MLflow run that the pools' runs are parts of, remembered in `folder`; end it if
+    `status` says how. None without a tracker or when its store fails."""
     if run.tracker.name != "mlflow":
         return None
-    record = record_of(run, "", folder)
+    record = MlflowRecord(subject_of(run, ""), folder)
     try:
         record.catch_up(status)
-    except (
-        Exception
-    ) as error:  # any failure of a tracking store, of whatever library, must not stop training
+    except Exception as error:  # of whatever library: a tracking store must not stop training
         report(
             f"MLflow at {record.shown_uri} failed, the run of all pools misses what it would have"
             f" said ({type(error).__name__})"
@@ -188,10 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     for folder in arguments.folder:
         try:
             run = from_json((folder / "config.json").read_text(encoding="utf-8"))
-            uri = arguments.uri or run.tracker.uri
-            record = record_of(
-                replace(run, tracker=replace(run.tracker, uri=uri)), folder.name, folder
-            )
+            subject = subject_of(run, folder.name)
+            uri = arguments.uri or subject.tracker.uri
+            moved = replace(subject, tracker=replace(subject.tracker, uri=uri))
+            record = MlflowRecord(moved, folder)
             life = read_life(folder)
             steps = record.catch_up(life.status if life and life.status != "RUNNING" else None)
         except (

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from wm_train.checkpoint import store
+from wm_train.checkpoint.handover import handover
 from wm_train.checkpoint.manifest import Manifest
-from wm_train.config.curriculum import checkpoints_of, handover, source_of
-from wm_train.config.schema import RunConfig
+from wm_train.config.curriculum import StagePlan
+from wm_train.errors import SetupError
 from wm_train.models.public import load_pretrained_
-from wm_train.models.sana_wm.public import stage_parts
 from wm_train.noise import KEYING
-from wm_train.tracking.tracker import public_config
-from wm_train.training.state import SetupError, TrainState, identity
+from wm_train.training.state import TrainState, identity
 from wm_train.world import World
 
 
@@ -33,7 +32,7 @@ class Start:
 
 
 def restore(
-    run: RunConfig,
+    plan: StagePlan,
     state: TrainState,
     data_fingerprint: str,
     world: World,
@@ -45,19 +44,19 @@ def restore(
     Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or
     when there is nothing to inherit.
     """
-    root = checkpoints_of(run, run.stage)
-    found = store.find_newest(root, world, report) if run.resume else None
+    root = plan.checkpoints
+    found = store.find_newest(root, world, report) if plan.resume else None
     if found is None:
-        inherit(run, state, world, report)
+        inherit(plan, state, world, report)
         return Start()
     folder, manifest = found
-    mine, theirs = identity(run, data_fingerprint), manifest.facts["identity"]
+    mine, theirs = identity(plan, data_fingerprint), manifest.facts["identity"]
     if "noise" not in theirs:
         raise SetupError(
             f"cannot continue {folder}: it was trained with noise keyed by the stage's position, "
             f"got keying 1, expected {KEYING} (by the stage's name). Fix: name=<new run>"
         )
-    sides = ((theirs, manifest.facts["config"]), (mine, public_config(run)))
+    sides = ((theirs, manifest.facts["config"]), (mine, plan.record))
     before, now = (
         {**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"}
         for facts, config in sides
@@ -83,14 +82,16 @@ def restore(
     )
 
 
-def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[str], None]) -> None:
+def inherit(
+    plan: StagePlan, state: TrainState, world: World, report: Callable[[str], None]
+) -> None:
     """Take the weights of the source by name, its moments if asked to; the average starts from the
     weights.
 
     Errors: SetupError when there is no source, or its names do not fit and nothing says that this
     is meant.
     """
-    source, stage = source_of(run, run.stage), run.recipe.stages[run.stage]
+    source, stage = plan.source, plan.config
     if source is None:
         return
     if isinstance(source.checkpoints, Path) and (source.checkpoints / "config.json").is_file():
@@ -99,8 +100,8 @@ def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[s
     found = store.find_newest(source.checkpoints, world, report)
     if found is None:
         raise SetupError(
-            f"stage {run.stage} inherits weights: got no valid checkpoint in {source.checkpoints},"
-            f" expected one. Fix: train that stage first, or set recipe.stages.{run.stage}.inherit"
+            f"stage {plan.stage} inherits weights: got no valid checkpoint in {source.checkpoints},"
+            f" expected one. Fix: train that stage first, or set recipe.stages.{plan.stage}.inherit"
             " to a checkpoints directory"
         )
     folder, manifest = found
@@ -114,14 +115,15 @@ def inherit(run: RunConfig, state: TrainState, world: World, report: Callable[[s
     averaged = {
         n.removeprefix("ema/") for n in manifest.tensors if use_average and n.startswith("ema/")
     }
+    switched = state.model.switched_parameters
     try:
-        passed = handover(stage, run.stage, weights.keys(), held, stage_parts)
+        passed = handover(stage, plan.stage, weights.keys(), held, switched)
     except ValueError as error:
         raise SetupError(f"{error} (source {folder})") from error
     targets = {
         ("ema/" if name in averaged else "model/") + name: weights[name] for name in passed.taken
     }
-    moments = _moments(run.stage, mine, manifest, passed.taken) if stage.inherit_optimizer else {}
+    moments = _moments(plan.stage, mine, manifest, passed.taken) if stage.inherit_optimizer else {}
     store.load(folder, manifest, targets | moments, may_ignore=manifest.tensors)
     state.put({f"model/{name}": weights[name] for name in passed.taken} | moments)
     _restart_average(state)

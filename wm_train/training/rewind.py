@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wm_train.checkpoint import store
-from wm_train.config.curriculum import checkpoints_of
-from wm_train.config.schema import RunConfig
+from wm_train.config.curriculum import StagePlan
 from wm_train.resilience.guard import BadStepError, RewindError
 from wm_train.training.resume import Start
 from wm_train.training.state import TrainState
@@ -15,7 +14,7 @@ from wm_train.world import World
 
 
 def rewind(
-    run: RunConfig,
+    plan: StagePlan,
     state: TrainState,
     asked: RewindError,
     world: World,
@@ -26,7 +25,7 @@ def rewind(
 
     Errors: BadStepError when there is no such checkpoint.
     """
-    root = checkpoints_of(run, run.stage)
+    root = plan.checkpoints
     found = store.find_newest(root, world, report, before=asked.first)
     if found is None:
         raise BadStepError(

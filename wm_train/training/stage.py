@@ -5,35 +5,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_shards.loading.load import REPLICATED, Batch, ClipLoader
+from data_shards.loading.load import Batch
 from data_shards.schema import latent_frame_count
 from data_shards.storage.read import ClipDataset, open_dataset, select_clips
 from data_shards.storage.remote import RangeCache, RetryPolicy
 from parallel.degrees import MeshDegrees
 from parallel.engines import AttentionEngine, make_engine
-from parallel.layout import ClipLayout
 from parallel.mesh import Mesh, build_mesh
 from parallel.reference import Kernels
-from parallel.sequence import SequenceShard, make_sequence
-from parallel.streaming import chunk_starts
-from wm_train.backends import Backend
+from wm_train.backends.protocol import Backend
 from wm_train.checks.mesh import valid_worlds
-from wm_train.conditioning import Conditions
-from wm_train.config.schema import DataConfig, RunConfig, StageConfig
-from wm_train.models.flops import FORWARDS_PER_STEP, Flops, forward_flops, frame_pairs
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.schema import DataConfig, StageConfig
+from wm_train.errors import SetupError
+from wm_train.models.examples import ExampleShape
+from wm_train.models.flops import FORWARDS_PER_STEP, clip_flops
 from wm_train.noise import NoiseKey
-from wm_train.training.feed import Feed
-from wm_train.training.state import SetupError
 from wm_train.world import World
 
 
@@ -41,8 +37,7 @@ from wm_train.world import World
 class Stage:
     """One stage on this process: what does not change from step to step."""
 
-    run: RunConfig
-    config: StageConfig
+    plan: StagePlan
     backend: Backend
     world: World
     mesh: Mesh
@@ -55,13 +50,17 @@ class Stage:
     attention: (
         tuple[str, AttentionEngine] | None
     )  # an engine of others for the softmax blocks; None: ours
-    flops: dict[int, Flops]  # tokens of a latent frame -> forward, of one clip of T latent frames
+
+    @property
+    def config(self) -> StageConfig:
+        """Return the stage's own configuration, whole."""
+        return self.plan.config
 
     @property
     def data_fingerprint(self) -> str:
         """Of everything that decides which samples training sees in which order, besides seed and
         batch."""
-        data = self.run.data
+        data = self.config.data
         if list(self.mixture) == [self.dataset] and not data.buckets and not data.pack:
             return self.dataset.fingerprint
         parts = [[dataset.fingerprint, weight] for dataset, weight in self.mixture.items()]
@@ -69,15 +68,12 @@ class Stage:
             json.dumps([self.dataset.fingerprint, parts, data.buckets, data.pack]).encode()
         ).hexdigest()
 
-    def clip_flops(self, latent_frames: int, tokens_per_frame: int) -> float:
-        """Forward FLOPs of a clip: attention grows with the pairs of frames that see each other,
-        the rest with its length."""
-        share, whole = latent_frames / self.latent_frames, self.flops[tokens_per_frame]
-        pairs, all_pairs = (
-            frame_pairs(self.run.model, n, self.config.chunk_frames)
-            for n in (latent_frames, self.latent_frames)
-        )
-        return (whole.dense + whole.gdn) * share + whole.softmax * pairs / all_pairs
+    def clip_flops(self, latent_frames: int, height: int, width: int) -> float:
+        """Return the forward FLOPs of a clip of latents of this size."""
+        info = self.dataset.info
+        sizes = (self.latent_frames, height, width, info.temporal_stride, info.text_length)
+        longest, chunk_frames = ExampleShape(1, *sizes), self.config.chunk_frames
+        return clip_flops(self.config.model, longest, latent_frames, chunk_frames)
 
     def work(self, batch: Batch) -> dict[str, float]:
         """What a training step does for the clips of this batch, padding left out: `frames` (raw),
@@ -88,77 +84,57 @@ class Stage:
             self.mesh.sequence_size,
             batch.latents.shape[-2:],
         )
-        size = tokens_per_frame(self.run, height, width)
+        size = tokens_per_frame(self.config.model, height, width)
         rows = zip(batch.document_starts, batch.valid_frames.tolist(), strict=True)
         clips = [end - start for starts, last in rows for start, end in pairwise((*starts, last))]
         whole = {
             "frames": sum((length - 1) * stride + 1 for length in clips),
             "latent_frames": sum(clips),
             "tokens": sum(clips) * size,
-            "flops": FORWARDS_PER_STEP * sum(self.clip_flops(length, size) for length in clips),
+            "flops": FORWARDS_PER_STEP * sum(self.clip_flops(n, height, width) for n in clips),
         }
         return {name: amount / members for name, amount in whole.items()}
 
 
-def open_stage(run: RunConfig, backend: Backend, world: World) -> Stage:
+def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
     """The data set, the mesh and the shapes of this stage, checked against each other."""
-    config = run.recipe.stages[run.stage]
+    config = plan.config
     try:
-        kernels = backend.kernels(backend.device, run.backend.kernels, run.backend.attention)
+        kernels = backend.kernels(backend.device, plan.backend.kernels, plan.backend.attention)
     except ValueError as error:
         raise SetupError(str(error)) from error
-    dataset, mixture = open_data(run.data)
-    degrees = MeshDegrees.from_config(run.parallel, world.size, run.model.heads)
+    dataset, mixture = open_data(config.data)
+    degrees = MeshDegrees.from_config(config.parallel, world.size, config.model.needs().heads)
     mesh = build_mesh(
-        degrees, backend.device.type, timedelta(seconds=run.backend.collective_timeout_s)
+        degrees, backend.device.type, timedelta(seconds=plan.backend.collective_timeout_s)
     )
     if config.global_batch % mesh.data_size:
         nearest = mesh.data_size * max(1, config.global_batch // mesh.data_size)
         raise SetupError(
             f"batch: got global_batch {config.global_batch}, expected a multiple of the"
-            f" {mesh.data_size} data-parallel members (key recipe.stages.{run.stage}.global_batch)."
-            f" Fix: global_batch={nearest}, or one of {valid_worlds(run, config.global_batch)}"
+            f" {mesh.data_size} data-parallel members (key recipe.stages.{plan.stage}.global_batch)."
+            f" Fix: global_batch={nearest}, or one of {valid_worlds(config.parallel, config.global_batch)}"
             " workers"
         )
     share = config.global_batch // mesh.data_size
-    if run.trainer.accumulate > share:
+    if config.trainer.accumulate > share:
         raise SetupError(
-            f"batch: got trainer.accumulate {run.trainer.accumulate}, expected at most the {share}"
+            f"batch: got trainer.accumulate {config.trainer.accumulate}, expected at most the {share}"
             f" clips of one process. Fix: trainer.accumulate={share}"
         )
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
-    sizes = {
-        tokens_per_frame(run, other.info.latent_height, other.info.latent_width)
-        for other in (dataset, *mixture)
-    }
-    text = dataset.info.text_length if run.model.text_width else 0
-    flops = {
-        size: forward_flops(run.model, frames, size, text, config.chunk_frames) for size in sizes
-    }
-    engine = make_engine(run.parallel.attention, mesh.comm)
-    null = dataset.null_text() if run.model.text_width else None
+    engine = make_engine(config.parallel.attention, mesh.comm)
+    null = dataset.null_text() if config.model.needs().text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
-    noise = NoiseKey(run.seed, run.stage)
+    noise = NoiseKey(plan.seed, plan.stage)
     return Stage(
-        run,
-        config,
-        backend,
-        world,
-        mesh,
-        dataset,
-        mixture,
-        frames,
-        noise,
-        null_text,
-        kernels,
-        engine,
-        flops,
+        plan, backend, world, mesh, dataset, mixture, frames, noise, null_text, kernels, engine
     )
 
 
-def tokens_per_frame(run: RunConfig, latent_height: int, latent_width: int) -> int:
-    """S of latents of this size."""
-    return latent_height * latent_width // run.model.patch_size**2
+def tokens_per_frame(model: ModelConfig, latent_height: int, latent_width: int) -> int:
+    """Return S of latents of this size."""
+    return latent_height * latent_width // model.needs().patch ** 2
 
 
 def open_data(data: DataConfig) -> tuple[ClipDataset, dict[ClipDataset, float]]:
@@ -174,133 +150,3 @@ def open_data(data: DataConfig) -> tuple[ClipDataset, dict[ClipDataset, float]]:
     return found[data.path], {
         found[path]: weight for path, weight in (data.mixture or {data.path: 1.0}).items()
     }
-
-
-def open_loader(
-    stage: Stage,
-    split: str,
-    global_batch: int,
-    first_step: int = 0,
-    quarantined: tuple[str, ...] = (),
-    report: Callable[[str], None] = lambda line: None,
-) -> Feed:
-    """This process's rows and frames of the global batches from `first_step` on; of the held-out
-    split always whole cuts of `data.path`."""
-    each, data, training = global_batch // stage.mesh.data_size, stage.run.data, split == "train"
-    info, pack = stage.dataset.info, stage.run.data.pack and split == "train"
-    packed = next(iter(stage.mixture)).info
-    packed_size = tokens_per_frame(stage.run, packed.latent_height, packed.latent_width)
-
-    def frames(length: int) -> tuple[int, int]:
-        share = stage.mesh.frames(length)
-        return share.start, share.stop
-
-    def loader(step: int, names: frozenset[str]) -> ClipLoader:
-        return ClipLoader(
-            stage.dataset,
-            split=split,
-            seed=stage.run.seed,
-            stage=stage.noise.stage,
-            global_batch=global_batch,
-            rows=range(stage.mesh.data_index * each, (stage.mesh.data_index + 1) * each),
-            frames=frames,
-            clip_frames=stage.latent_frames,
-            shorter=(
-                [
-                    latent_frame_count(n, info.temporal_stride)
-                    for n in data.buckets
-                    if n < stage.config.frames
-                ]
-                if training
-                else []
-            ),
-            mixture=stage.mixture if training else None,
-            pack=pack,
-            cost=lambda length: stage.clip_flops(
-                length, packed_size
-            ),  # with packing there is one size only
-            start_step=step,
-            prefetch=data.prefetch,
-            readers=data.readers,
-            quarantined=names,
-            replicated=stage.mesh.sequence_index == 0,
-            pin="pinned" in stage.backend.capabilities,
-        )
-
-    return Feed(loader, data, stage.world, first_step, quarantined, report)
-
-
-def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
-    """The seam of this batch: its layout and this process's share of the frames."""
-    starts = batch.document_starts[0] if batch.document_starts else (0,)
-    assert all(row == starts for row in batch.document_starts), (
-        "rows that are packed differently go through the model one by one"
-    )
-    ends = (*starts[1:], batch.frames)
-    chunks = tuple(
-        s + chunk
-        for s, end in zip(starts, ends, strict=True)
-        for chunk in chunk_starts(end - s, stage.config.chunk_frames)
-    )
-    layout = ClipLayout(batch.frames, starts, chunks, tuple(batch.valid_frames.tolist()))
-    return make_sequence(
-        layout, stage.mesh, stage.kernels, stage.attention, compiled=stage.run.parallel.compile
-    )
-
-
-def conditions_of(stage: Stage, batch: Batch) -> Conditions:
-    """What the model sees of this batch besides its latents; text only if the model takes text."""
-    takes_text = stage.run.model.text_width > 0
-    stride, starts = stage.dataset.info.temporal_stride, batch.document_starts
-    raw = batch.frames * stride - (stride - 1) * (
-        len(starts[0]) if starts else 1
-    )  # beyond, a packed row repeats its end
-    return Conditions(
-        image_size=batch.image_size,
-        temporal_stride=stride,
-        c2w=None if batch.c2w is None else batch.c2w[:, :raw],
-        intrinsics=None if batch.intrinsics is None else batch.intrinsics[:, :raw],
-        controls=batch.controls,
-        text=batch.text if takes_text else None,
-        text_mask=batch.text_mask if takes_text else None,
-        null_text=stage.null_text,
-    )
-
-
-def on_device(stage: Stage, batch: Batch) -> Batch:
-    """The batch with its tensors where the model is, and what one member of each sequence group
-    read given to the others."""
-    names = ("latents", "draws", *REPLICATED)
-    batch = batch.each_tensor(
-        lambda tensor: tensor.to(stage.backend.device, non_blocking=True), names
-    )
-    if stage.mesh.comm is not None:
-        stage.mesh.comm.share(
-            [tensor for name in REPLICATED if (tensor := getattr(batch, name)) is not None]
-        )
-    return batch
-
-
-def micro_batches(stage: Stage, batch: Batch) -> Iterator[Batch]:
-    """The parts of a training batch that go through the model one by one: packed rows each, as each
-    has its own documents."""
-    return batch_parts(
-        batch, len(batch.keys) if stage.run.data.pack else stage.run.trainer.accumulate
-    )
-
-
-def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:
-    """The batch in `count` parts of whole rows, in order; the first ones are larger when it does
-    not divide."""
-    if count == 1:
-        yield batch
-        return
-    bounds = [len(batch.keys) * part // count for part in range(count + 1)]
-    sizes = sorted((b - a for a, b in pairwise(bounds)), reverse=True)
-    start = 0
-    for size in sizes:
-        if size:
-            rows = slice(start, start + size)
-            part = batch.each_tensor(itemgetter(rows))
-            yield replace(part, keys=batch.keys[rows], document_starts=batch.document_starts[rows])
-        start += size

@@ -16,23 +16,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.sharding import PRECISIONS, compile_blocks, shard_model
 from wm_train.boxes import is_first_copy, local_tensor
-from wm_train.config.compose import public_config
-from wm_train.config.curriculum import matching, stage_directory
-from wm_train.config.schema import OptimizerConfig, RunConfig
-from wm_train.models import build_model, use_engine_
+from wm_train.checkpoint.handover import matching
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.registry import builder
+from wm_train.errors import SetupError
 from wm_train.models.init import initialise_, reset_buffers_
+from wm_train.models.spec import WorldModel, build_model
 from wm_train.noise import KEYING
 from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
-from wm_train.optim.build import OPTIMIZERS
+from wm_train.optim.config import AdamWConfig
 from wm_train.optim.ema import ema_start, ema_update, ema_weights
 from wm_train.world import World
 
 if TYPE_CHECKING:
     from parallel.zero import Zero3
-
-
-class SetupError(ValueError):
-    """The user's mistake, found before or in the first step. Nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class TrainState:
     ZeRO-3 (`zero`) they are flat stretches, and `tensors` are copies in rows.
     """
 
-    model: nn.Module
+    model: WorldModel
     optimizer: Optimizer
     ema: dict[str, Tensor]
     zero: Zero3 | None = None
@@ -146,28 +143,31 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def build_state(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> TrainState:
+def build_state(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> TrainState:
     """The model, sharded as it is made, then filled: no process ever holds all of it. Weights come
     from the seed and each parameter's name."""
-    config = run.recipe.stages[run.stage].optimizer
-    if run.parallel.sharding == "zero3":
-        return _build_zero3(run, config, mesh)
+    config = plan.config.optimizer
+    if plan.config.parallel.sharding == "zero3":
+        assert isinstance(config, AdamWConfig), "checked before the start: whole_matrices()"
+        return _build_zero3(plan, config, mesh)
     with torch.device("meta"):
-        model = build_model(run.model)
-    prepare(model, run)
-    _shard_empty(model, run, mesh, device)
-    initialise_(model, run.seed)
-    state = TrainState(model, OPTIMIZERS[config.name](model, config), {})
+        model = build_model(plan.config.model)
+    prepare(model, plan)
+    _shard_empty(model, plan, mesh, device)
+    initialise_(model, plan.seed)
+    state = TrainState(model, builder(config)(model, config), {})
     return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
 
 
-def _shard_empty(model: nn.Module, run: RunConfig, mesh: DeviceMesh, device: torch.device) -> None:
+def _shard_empty(
+    model: WorldModel, plan: StagePlan, mesh: DeviceMesh, device: torch.device
+) -> None:
     """Shard a model on meta and give this process's parts empty storage, on the host to offload."""
-    blocks = list(model.get_submodule("blocks").children())
-    offload = run.parallel.offload_state != "none"
-    if run.parallel.compile:
-        compile_blocks(blocks)
-    shard_model(model, blocks, mesh, run.parallel.precision, offload)
+    units = list(model.units())
+    offload = plan.config.parallel.offload_state != "none"
+    if plan.config.parallel.compile:
+        compile_blocks(units)
+    shard_model(model, units, mesh, plan.config.parallel.precision, offload)
     model.to_empty(device=torch.device("cpu") if offload else device)
 
 
@@ -175,7 +175,7 @@ def _shard_empty(model: nn.Module, run: RunConfig, mesh: DeviceMesh, device: tor
 class EvaluationState:
     """A sharded model for evaluation: no optimizer, moments or average beside its weights."""
 
-    model: nn.Module
+    model: WorldModel
 
     def sources(self, stored: Collection[str]) -> dict[str, Tensor]:
         """Return the weights by their names in `stored`: `ema/<name>` if it is there, else
@@ -189,34 +189,38 @@ class EvaluationState:
         return nullcontext()
 
 
-def build_for_evaluation(run: RunConfig, mesh: DeviceMesh, device: torch.device) -> EvaluationState:
+def build_for_evaluation(
+    plan: StagePlan, mesh: DeviceMesh, device: torch.device
+) -> EvaluationState:
     """Return a run's model with empty weights, sharded by FSDP2, also of a ZeRO-3 run.
 
     Weights are stored in `parallel.precision`, to which FSDP2 would round them before each use.
     Errors: those of `reset_buffers_`.
     """
     with torch.device("meta"):
-        model = build_model(run.model)
-    use_engine_(model, run.backend.kernels)
+        model = build_model(plan.config.model)
+    model.use_kernels(plan.backend.kernels)
     model.requires_grad_(False)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(PRECISIONS[run.parallel.precision])
-    _shard_empty(model, run, mesh, device)
+        parameter.data = parameter.data.to(PRECISIONS[plan.config.parallel.precision])
+    _shard_empty(model, plan, mesh, device)
     reset_buffers_(model)
     return EvaluationState(model)
 
 
-def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> TrainState:
+def _build_zero3(plan: StagePlan, config: AdamWConfig, mesh: DeviceMesh) -> TrainState:
     """The same under DeepSpeed. Raises SetupError when it is not installed or cannot offload as
     asked."""
     from parallel.zero import Zero3, building, check, zero_config
 
     try:
-        check(run.parallel.offload_state, run.parallel.nvme_path)
-        settings = zero_config(run.parallel.precision, run.parallel.offload_state, _own_folder(run))
+        check(plan.config.parallel.offload_state, plan.config.parallel.nvme_path)
+        settings = zero_config(
+            plan.config.parallel.precision, plan.config.parallel.offload_state, _own_folder(plan)
+        )
         with building(settings):
-            model = build_model(run.model)
-        prepare(model, run)
+            model = build_model(plan.config.model)
+        prepare(model, plan)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = adamw_groups(trained, config, dims=lambda p: len(p.ds_shape))  # type: ignore[attr-defined]
         zero = Zero3(
@@ -228,33 +232,31 @@ def _build_zero3(run: RunConfig, config: OptimizerConfig, mesh: DeviceMesh) -> T
     except (ValueError, RuntimeError) as error:
         raise SetupError(f"sharding with zero3 failed: {error}") from error
     first: dict[str, Tensor] = {name: zero.empty_rows(zero.shape(name)) for name in zero.weights()}
-    initialise_(model, run.seed, first)
+    initialise_(model, plan.seed, first)
     state = TrainState(model, zero, {}, zero)
     state.put(_prefixed("model/", first))
     return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
 
 
-def _own_folder(run: RunConfig) -> str | None:
+def _own_folder(plan: StagePlan) -> str | None:
     """Where this stage of this run keeps its state on a node's disk: other runs may have been given
     the same `nvme_path`."""
-    given = run.parallel.nvme_path
-    return given and str(
-        Path(given) / str(stage_directory(run, run.stage).absolute()).strip("/").replace("/", "-")
-    )
+    given = plan.config.parallel.nvme_path
+    return given and str(Path(given) / str(plan.directory.absolute()).strip("/").replace("/", "-"))
 
 
-def prepare(model: nn.Module, run: RunConfig) -> None:
+def prepare(model: WorldModel, plan: StagePlan) -> None:
     """The kernels that the run asks for, and training of what its stage trains. Errors: those of
     `freeze`."""
-    use_engine_(model, run.backend.kernels)
-    freeze(model, run)
+    model.use_kernels(plan.backend.kernels)
+    freeze(model, plan)
 
 
-def freeze(model: nn.Module, run: RunConfig) -> None:
+def freeze(model: nn.Module, plan: StagePlan) -> None:
     """Take what the stage does not train out of training. Raises SetupError for a pattern that
     covers nothing, or if nothing is left."""
-    parameters, where = dict(model.named_parameters()), f"recipe.stages.{run.stage}.frozen"
-    patterns = run.recipe.stages[run.stage].frozen
+    parameters, where = dict(model.named_parameters()), f"recipe.stages.{plan.stage}.frozen"
+    patterns = plan.config.frozen
     try:
         for name in matching(patterns, parameters.keys(), where):
             parameters[name].requires_grad_(False)
@@ -267,15 +269,15 @@ def freeze(model: nn.Module, run: RunConfig) -> None:
         )
 
 
-def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+def identity(plan: StagePlan, data_fingerprint: str) -> dict[str, Any]:
     """What must be equal for a run to continue: it decides the samples, their noise and the
     function that is trained."""
-    stage, model = run.recipe.stages[run.stage], asdict(run.model)
+    stage, model = plan.config, asdict(plan.config.model)
     del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
     return {
-        "stage": run.stage,
-        "noise": {"stage": run.stage, "keying": KEYING},
-        "seed": run.seed,
+        "stage": plan.stage,
+        "noise": {"stage": plan.stage, "keying": KEYING},
+        "seed": plan.seed,
         "frames": stage.frames,
         "global_batch": stage.global_batch,
         "chunk_frames": stage.chunk_frames,
@@ -287,7 +289,7 @@ def identity(run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
 
 
 def facts(
-    run: RunConfig,
+    plan: StagePlan,
     data_fingerprint: str,
     world: World,
     guard: dict[str, Any],
@@ -299,8 +301,8 @@ def facts(
     else there is to it."""
     return {
         "validation_loss": validation_loss,
-        "identity": identity(run, data_fingerprint),
-        "config": public_config(run),
+        "identity": identity(plan, data_fingerprint),
+        "config": plan.record,
         "world": world.size,
         "guard": guard,
         "quarantined": list(quarantined),

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from wm_train.checkpoint import store
 from wm_train.checkpoint.__main__ import main
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model
 from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 from wm_train.world import World
 
-TINY = ModelConfig(
+TINY = SanaWMConfig(
     latent_channels=6, depth=2, width=48, heads=2, softmax_every=2, text_width=10, causal=True
 )
 
@@ -66,7 +66,7 @@ def test_export_holds_every_weight_under_its_own_name(stage_folder, tmp_path, we
     )
 
 
-def saved_model(folder, config: ModelConfig) -> torch.nn.Module:
+def saved_model(folder, config: SanaWMConfig) -> torch.nn.Module:
     """A checkpoint of a tiny model, its average other than its weights."""
     model = build_model(config)
     initialise_(model, 0)

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from wm_train.checkpoint import store
+from wm_train.checkpoint.handover import handover
 from wm_train.checkpoint.manifest import read_manifest
 from wm_train.config.compose import compose
-from wm_train.config.curriculum import handover, stage_run
+from wm_train.config.curriculum import plan_stage
 from wm_train.config.schema import StageConfig
+from wm_train.errors import SetupError
 from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.model import SanaWM
 from wm_train.tracking.tracker import read_steps
-from wm_train.training.state import SetupError
 
 LONG = "recipe.stages.long."
 QUICK = ("recipe.stages.short.steps=4", "trainer.async_checkpoint=false")
@@ -100,7 +101,7 @@ def test_frozen_stays_reinitialised_starts_anew_and_moments_go_on(train_here, tm
     assert len(frozen) > 5
     assert all(torch.equal(before[key], after[key]) for key in frozen)
     assert not any(key.startswith(("optimizer/blocks.0.", "ema/blocks.0.")) for key in after)
-    fresh = SanaWM(stage_run(compose(["experiment=demo", "model.width=64"]), "long").model)
+    fresh = SanaWM(plan_stage(compose(["experiment=demo", "model.width=64"]), "long").model)
     initialise_(fresh, 0)
     torch.testing.assert_close(
         after["model/final_layer.linear.weight"],

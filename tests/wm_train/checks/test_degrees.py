@@ -12,6 +12,7 @@ from parallel.degrees import MeshDegrees
 from wm_train import launch as command
 from wm_train.checks.values import problems_of
 from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stage
 from wm_train.parity import __main__ as parity
 from wm_train.plan.report import without_data
 
@@ -52,10 +53,11 @@ def test_what_one_accepts_all_accept_and_resolve_alike(degrees: str, data: Path)
     run = run_of(degrees, workers, data)
     assert problems_of(run) == []
     assert without_data(run, data_is_here=False) == []
-    trainer = MeshDegrees.from_config(run.parallel, workers, run.model.heads)
+    trainer = MeshDegrees.from_config(run.parallel, workers, run.model.needs().heads)
     assert (trainer.ring, trainer.ulysses) == sequence
-    assert parity.degrees_of(run, processes=True) == trainer
-    virtual = parity.degrees_of(run, processes=False)
+    plan = plan_stage(run, "short")
+    assert parity.degrees_of(plan, processes=True) == trainer
+    virtual = parity.degrees_of(plan, processes=False)
     assert (virtual.ring, virtual.ulysses) == sequence
 
 
@@ -67,8 +69,8 @@ def test_what_one_refuses_all_refuse_in_the_same_words(degrees: str, data: Path)
     assert problem.where == where
     assert without_data(run, data_is_here=False) == [problem]
     for refuse in (
-        lambda: MeshDegrees.from_config(run.parallel, workers, run.model.heads),
-        lambda: parity.degrees_of(run, processes=True),
+        lambda: MeshDegrees.from_config(run.parallel, workers, run.model.needs().heads),
+        lambda: parity.degrees_of(plan_stage(run, "short"), processes=True),
     ):
         with pytest.raises(ValueError) as error:
             refuse()

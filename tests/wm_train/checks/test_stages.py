@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from wm_train import launch as command
-from wm_train import objectives
 from wm_train.checks.stages import warnings_of
 from wm_train.checks.values import problems_of
 from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stages
 from wm_train.config.pools import pool_runs
+from wm_train.config.problems import Problem
+from wm_train.errors import SetupError
+from wm_train.objectives import flow_matching
 from wm_train.plan.report import main as plan
 from wm_train.plan.report import without_data
-from wm_train.training.state import SetupError
 
 SHORT, LONG = "recipe.stages.short.", "recipe.stages.long."
 MIXTURE, CAUSAL = SHORT + "objective.name=chunk_mixture", SHORT + "model.causal=true"
@@ -158,22 +160,26 @@ def test_what_is_shipped_has_no_problem_and_no_setting_without_effect(line: list
     line = [*line, "data.path=/shared/demo"]
     for run in pool_runs(compose(line), line).values():
         assert without_data(run, data_is_here=False) == []
-        assert warnings_of(run) == []
+        assert warnings_of(plan_stages(run)) == []
 
 
 DROPOUT = ["model.camera=false", SHORT + "objective.camera_dropout=0.1"]
 TEXT = [SHORT + "objective.text_dropout=0.1", LONG + "objective.text_dropout=0.2"]
 
 
+def warned(data: Path, *overrides: str) -> list[Problem]:
+    return warnings_of(plan_stages(demo(data, *overrides)))
+
+
 def test_dropout_of_what_a_model_does_not_take_is_named_once(data: Path) -> None:
-    camera, text = warnings_of(demo(data, *DROPOUT, *TEXT, "stage=all"))
+    camera, text = warned(data, *DROPOUT, *TEXT, "stage=all")
     assert str(camera) == (
-        f"{SHORT}objective.camera_dropout: got 0.1 in short, expected 0 with model.camera=false, "
-        f"where it does nothing. Fix: {SHORT}objective.camera_dropout=0"
+        f"{SHORT}objective.camera_dropout: got 0.1 in short, expected 0 where the model "
+        f"takes no camera, as it does nothing there. Fix: {SHORT}objective.camera_dropout=0"
     )
     assert text.got == "0.1, 0.2 in short, long"
-    assert len(warnings_of(demo(data, *DROPOUT, *TEXT))) == 2
-    assert warnings_of(demo(data, *DROPOUT, SHORT + "model.camera=true")) == []
+    assert len(warned(data, *DROPOUT, *TEXT)) == 2
+    assert warned(data, *DROPOUT, SHORT + "model.camera=true") == []
 
 
 def test_the_warning_is_shown_before_the_start_and_by_the_plan(
@@ -204,14 +210,14 @@ def test_the_warning_is_shown_before_the_start_and_by_the_plan(
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The objective raises ValueError for the clips of one step."""
-    true = objectives.OBJECTIVES["flow_matching"]
+    true = flow_matching.flow_matching
 
-    def failing(model, batch, *rest):
-        if bool((batch.draws // 2 == step - 1).any()):
+    def failing(model, clips, config):
+        if bool((clips.draws // 2 == step - 1).any()):
             raise ValueError("objective failed: got that, expected this")
-        return true(model, batch, *rest)
+        return true(model, clips, config)
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", failing)
+    monkeypatch.setattr(flow_matching, "flow_matching", failing)
 
 
 def test_a_value_error_of_the_first_step_is_a_mistake_of_the_setup_and_later_ones_are_failures(

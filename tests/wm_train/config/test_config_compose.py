@@ -8,8 +8,10 @@ import random
 import pytest
 
 from wm_train.checks.values import problems_of
-from wm_train.config.compose import ConfigError, Problem, compose, from_json, groups, to_json
+from wm_train.config.compose import compose, groups
+from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import from_json, to_json
 
 
 def wheres(*overrides: str) -> dict[str, str]:

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 
 from data_shards.schema import SCHEMA_VERSION, DatasetInfo, info_to_json
+from parallel.sharding import PRECISIONS
 from wm_train.checks.mesh import smaller_worlds
-from wm_train.checks.values import problems_of, table
-from wm_train.config.compose import Problem, build, compose, to_json
-from wm_train.models import MODELS
-from wm_train.objectives import OBJECTIVES
-from wm_train.optim.build import OPTIMIZERS
+from wm_train.checks.values import problems_of
+from wm_train.config import registry
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stage
+from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.schema import PER_STAGE
+from wm_train.config.typed import build, to_json
+from wm_train.kernels.names import ENGINES
 from wm_train.optim.schedule import SCHEDULES
 
 Find = Callable[..., dict[str, Problem]]
@@ -137,9 +141,14 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def demo() -> str:
-    """The demo's resolved config; composing takes longer than all rules together, so it is done
-    once."""
-    return to_json(compose(["experiment=demo"]))
+    """The demo's config, each stage with what it changes only; composing takes longer than all
+    rules together, so it is done once."""
+    plain = json.loads(to_json(compose(["experiment=demo"])))
+    for stage in plain["recipe"]["stages"].values():
+        for section in PER_STAGE:
+            own, run = stage[section], plain[section]
+            stage[section] = {key: value for key, value in own.items() if value != run[key]}
+    return json.dumps(plain)
 
 
 @pytest.fixture
@@ -159,7 +168,12 @@ def found(demo: str, shards: Path) -> Find:
             for parent in parents:
                 section = section[parent]
             section[last] = value
-        return {problem.where: problem for problem in problems_of(build(plain))}
+        try:
+            problems = problems_of(build(plain))
+        except ConfigError as error:
+            rest = problems_of(error.rest) if error.rest else []
+            problems = [*error.problems, *rest]
+        return {problem.where: problem for problem in problems}
 
     return find
 
@@ -177,11 +191,21 @@ def test_the_demo_is_sound(found: Find) -> None:
     assert found({"launcher.name": "inline", "launcher.workers": 1}) == {}
 
 
-def test_tables_are_those_of_the_builders() -> None:
-    assert table("objectives/__init__.py", "OBJECTIVES") == tuple(OBJECTIVES)
-    assert table("models/__init__.py", "MODELS") == tuple(MODELS)
-    assert table("optim/build.py", "OPTIMIZERS") == tuple(OPTIMIZERS)
-    assert table("optim/schedule.py", "SCHEDULES") == tuple(SCHEDULES)
+@pytest.mark.parametrize("kind", registry.TABLES)
+def test_every_row_leads_to_a_configuration_and_to_what_it_builds(kind: str) -> None:
+    for name in registry.names(kind):
+        config = registry.config_class(kind, name)()
+        assert config.name == name
+        assert callable(registry.builder(config))
+
+
+def test_choices_in_rules_are_those_of_the_tables(found: Find) -> None:
+    schedules = found({SHORT + "optimizer.schedule": "x"})[SHORT + "optimizer.schedule"].rule
+    assert schedules == f"one of {', '.join(SCHEDULES)}"
+    kernels = found({"backend.kernels": "x"})["backend.kernels"].rule
+    assert kernels == f"one of {', '.join(ENGINES)}"
+    precisions = found({"parallel.precision": "x"})["parallel.precision"].rule
+    assert precisions == f"one of {', '.join(PRECISIONS)}"
 
 
 @pytest.mark.parametrize("key", BAD_VALUES)
@@ -350,7 +374,8 @@ def test_which_smaller_worlds_train_the_same() -> None:
     """cp x divisors of the global batch; none unless asked for."""
 
     def worlds(batch: int, *overrides: str) -> tuple[int, ...]:
-        return smaller_worlds(compose(["experiment=demo", *overrides]), batch)
+        own = f"{SHORT}global_batch={batch}"
+        return smaller_worlds(plan_stage(compose(["experiment=demo", own, *overrides]), "short"))
 
     assert worlds(12, "launcher.workers=8") == ()
     assert worlds(12, "launcher.workers=8", "launcher.min_workers=1") == (6, 4, 3, 2, 1)

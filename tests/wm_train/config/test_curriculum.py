@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wm_train.config.compose import compose
-from wm_train.config.curriculum import ordered, plan, select
+from wm_train.config.curriculum import ordered, plan_stages, select
 from wm_train.config.schema import RecipeConfig, StageConfig
 
 
@@ -49,19 +49,21 @@ def test_what_is_no_stage_lists_the_stages(stage: str) -> None:
 
 
 def test_weights_come_from_the_stage_before_or_from_a_folder() -> None:
-    short, long = plan(compose(["experiment=demo", "out=o", "name=n"]))
-    assert (short.name, short.source, short.checkpoints) == (
+    short, long = plan_stages(compose(["experiment=demo", "out=o", "name=n"]))
+    assert (short.stage, short.source, short.checkpoints) == (
         "short",
         None,
         Path("o/n/short/checkpoints"),
     )
     assert long.source is not None
     assert (long.source.stage, long.source.checkpoints) == ("short", short.checkpoints)
-    (alone,) = plan(compose(["experiment=demo", "stage=long", "recipe.stages.long.inherit=/w"]))
+    (alone,) = plan_stages(
+        compose(["experiment=demo", "stage=long", "recipe.stages.long.inherit=/w"])
+    )
     assert alone.source is not None
     assert (alone.source.stage, alone.source.checkpoints) == (None, Path("/w"))
 
 
 def test_the_first_stage_has_nothing_to_inherit() -> None:
     with pytest.raises(ValueError, match=r"recipe\.stages\.short\.inherit: got previous"):
-        plan(compose(["experiment=demo", "recipe.stages.short.inherit=previous"]))
+        plan_stages(compose(["experiment=demo", "recipe.stages.short.inherit=previous"]))

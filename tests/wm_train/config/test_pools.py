@@ -16,12 +16,14 @@ from parallel.layout import ClipLayout
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
 from wm_train.conditioning import Conditions
-from wm_train.config.compose import ConfigError, compose, from_json
-from wm_train.config.pools import boundaries, pool_runs, range_share
-from wm_train.config.schema import ObjectiveConfig
-from wm_train.evaluation.held_out import at_sigma, levels_of
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stage
+from wm_train.config.pools import boundaries, pool_runs
+from wm_train.config.problems import ConfigError
+from wm_train.config.typed import from_json
 from wm_train.noise import NoiseKey
 from wm_train.objectives.chunk_mixture import CLEAN_PAST, chunk_levels
+from wm_train.objectives.config import FlowMatchingConfig, range_share
 from wm_train.objectives.flow_matching import clip_sigma, plain_range, plain_sigma
 from wm_train.sampling.rollout import Experts, rollout, sampling_levels
 
@@ -35,7 +37,7 @@ def test_noise_of_a_range_is_distributed_as_the_part_of_all_noise_that_falls_ins
 ) -> None:
     """Against the definition: draw without a range, keep what falls inside; Kolmogorov-Smirnov
     distance of the two samples."""
-    whole = ObjectiveConfig(sigma_mean=0.3, sigma_std=1.2, flow_shift=2.5)
+    whole = FlowMatchingConfig(sigma_mean=0.3, sigma_std=1.2, flow_shift=2.5)
     ranged = clip_sigma(KEY, DRAWS, replace(whole, sigma_min=low, sigma_max=high))
     assert float(ranged.min()) >= low
     assert float(ranged.max()) <= high
@@ -66,20 +68,20 @@ def test_noise_of_a_range_is_distributed_as_the_part_of_all_noise_that_falls_ins
 
 
 def test_without_a_range_the_noise_is_what_it_was() -> None:
-    config = ObjectiveConfig()
+    config = FlowMatchingConfig()
     gaussian = torch.special.ndtri(
         torch.special.ndtr(torch.logit(plain_sigma(KEY, DRAWS, config).double()))
     )
     nearly = plain_sigma(KEY, DRAWS, replace(config, sigma_max=1.0 - 1e-9))
     assert torch.allclose(torch.logit(nearly.double()), gaussian, atol=1e-3)
     assert torch.equal(
-        plain_sigma(KEY, DRAWS, at_sigma(replace(config, sigma_min=0.6), 0.1)),
+        plain_sigma(KEY, DRAWS, replace(config, sigma_min=0.6).held_out(0.1)),
         torch.full((4096,), 0.1),
     )
 
 
 def test_chunks_stay_in_the_range_too() -> None:
-    config = ObjectiveConfig(sigma_min=0.4, sigma_max=0.7, flow_shift=3.0)
+    config = FlowMatchingConfig(sigma_min=0.4, sigma_max=0.7, flow_shift=3.0)
     sigma, ends = plain_sigma(KEY, DRAWS, config), plain_range(config)
     for pattern in range(CLEAN_PAST):
         levels = chunk_levels(KEY, DRAWS, torch.full_like(DRAWS, pattern), sigma, 5, ends)
@@ -88,7 +90,7 @@ def test_chunks_stay_in_the_range_too() -> None:
 
 
 def test_the_share_of_a_range_is_how_often_it_is_hit() -> None:
-    config = ObjectiveConfig(sigma_mean=-0.5, sigma_std=0.8, flow_shift=4.0)
+    config = FlowMatchingConfig(sigma_mean=-0.5, sigma_std=0.8, flow_shift=4.0)
     drawn = clip_sigma(KEY, torch.arange(100_000), config)
     for low, high in ((0.0, 1.0), (0.2, 0.5), (0.8, 1.0)):
         hit = float(((drawn >= low) & (drawn <= high)).float().mean())
@@ -99,12 +101,12 @@ def test_the_share_of_a_range_is_how_often_it_is_hit() -> None:
 
 
 def test_held_out_levels_are_those_that_a_pool_learns() -> None:
-    assert levels_of(ObjectiveConfig()) == (0.1, 0.3, 0.5, 0.7, 0.9)
-    assert levels_of(ObjectiveConfig(sigma_min=0.6)) == (0.7, 0.9)
-    assert levels_of(ObjectiveConfig(sigma_min=0.5, sigma_max=0.6)) == (0.55,)
-    assert levels_of(ObjectiveConfig(sigma_max=0.5)) + levels_of(
-        ObjectiveConfig(sigma_min=0.5)
-    ) == (0.1, 0.3, 0.5, 0.7, 0.9)
+    assert FlowMatchingConfig().held_out_levels() == (0.1, 0.3, 0.5, 0.7, 0.9)
+    assert FlowMatchingConfig(sigma_min=0.6).held_out_levels() == (0.7, 0.9)
+    assert FlowMatchingConfig(sigma_min=0.5, sigma_max=0.6).held_out_levels() == (0.55,)
+    assert FlowMatchingConfig(sigma_max=0.5).held_out_levels() + FlowMatchingConfig(
+        sigma_min=0.5
+    ).held_out_levels() == (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 LINE = ["experiment=demo_pools", "data.path=/data", "model.depth=8"]
@@ -320,13 +322,8 @@ def test_mlflow_shows_the_curves_of_all_pools_in_one_parent_run(tmp_path: Path) 
     for offset, (pool, run) in enumerate(pool_runs(config, line).items()):
         folder = tmp_path / pool
         folder.mkdir()
-        tracker = Tracker(
-            replace(run, tracker=replace(run.tracker, parent=parent)),
-            "short",
-            folder,
-            0,
-            said.append,
-        )
+        part = replace(run, tracker=replace(run.tracker, parent=parent))
+        tracker = Tracker(plan_stage(part, "short"), folder, 0, said.append)
         for step in (1, 2, 3):
             tracker.step(step, {"loss": offset + 1 / step, "lr": 0.1})
         tracker.close()

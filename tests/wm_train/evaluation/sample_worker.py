@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from wm_train.backends import get_backend
-from wm_train.config.compose import from_json
-from wm_train.config.curriculum import stage_run
+from wm_train.config.curriculum import plan_stage
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import from_json
 from wm_train.evaluation.samples import sample
 from wm_train.models.init import Rule
 from wm_train.models.sana_wm.model import SanaWM
@@ -36,7 +36,7 @@ def open_awake(run: RunConfig, world: World) -> tuple[Stage, TrainState]:
     """Return the stage `run.stage` and its state before the first step, awake."""
     from wm_train.training import state
 
-    own, before = stage_run(run, run.stage), state.build_model
+    own, before = plan_stage(run, run.stage), state.build_model
     stage = open_stage(own, get_backend("cpu"), world)
     state.build_model = Awake
     try:

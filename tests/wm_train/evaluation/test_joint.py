@@ -14,8 +14,8 @@ import torch
 from wm_train import joint
 from wm_train.boxes import local_tensor
 from wm_train.checkpoint import store
-from wm_train.config.compose import to_json
 from wm_train.config.pools import with_range
+from wm_train.config.typed import to_json
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.training import state
 
@@ -33,9 +33,9 @@ def trained(train_here, tmp_path_factory) -> Path:
 
 def loss_of_training_state(stage) -> dict[str, float]:
     """The held-out loss of everything that training keeps, on its average."""
-    root = stage.run.out + "/demo/short/checkpoints"
+    root = stage.plan.out + "/demo/short/checkpoints"
     folder, manifest = store.find_newest(Path(root), stage.world, print)
-    whole = state.build_state(stage.run, stage.mesh.fsdp, stage.backend.device)
+    whole = state.build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
     store.load(folder, manifest, whole.tensors())
     return held_out_loss(stage, whole)
 
@@ -53,8 +53,8 @@ def test_an_expert_is_its_averaged_weights_and_nothing_else(
         load(folder, manifest, targets, *rest, **more)
 
     monkeypatch.setattr(store, "load", spy)
-    monkeypatch.setattr(state, "OPTIMIZERS", {})  # whoever makes an optimizer now fails
-    expert, steps = joint.load_state(stage.run, stage, stage.world)
+    monkeypatch.delattr("wm_train.optim.adamw.build_adamw")  # making an optimizer now fails
+    expert, steps = joint.load_state(stage.plan, stage, stage.world)
     assert steps == 2
     assert held_out_loss(stage, expert) == expected
     parameters = dict(expert.model.named_parameters())
@@ -71,14 +71,14 @@ def test_without_an_average_an_expert_is_its_weights_as_trained(train_here, stag
     settings = ("recipe.stages.short.optimizer.ema_decay=0", "recipe.stages.short.steps=2")
     train_here(tmp_path, *settings)
     stage = stage_of(f"out={tmp_path}", HELD_OUT, *settings)
-    expert, _ = joint.load_state(stage.run, stage, stage.world)
+    expert, _ = joint.load_state(stage.plan, stage, stage.world)
     assert held_out_loss(stage, expert) == loss_of_training_state(stage)
 
 
 def test_a_checkpoint_with_more_parameters_than_the_model_is_refused(trained, stage_of):
     stage = stage_of(f"out={trained}", "model.depth=2")
     with pytest.raises(store.CheckpointError, match=r"extra ema/blocks\.2"):
-        joint.load_state(stage.run, stage, stage.world)
+        joint.load_state(stage.plan, stage, stage.world)
 
 
 @pytest.mark.full

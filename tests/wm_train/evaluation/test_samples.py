@@ -13,8 +13,9 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.backends import get_backend
-from wm_train.config.compose import compose, to_json
+from wm_train.config.compose import compose
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import to_json
 from wm_train.evaluation import samples
 from wm_train.noise import normal
 from wm_train.sampling.rollout import euler, sampling_levels

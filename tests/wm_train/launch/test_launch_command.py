@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wm_train import launch as command
-from wm_train.config.compose import from_json
+from wm_train.config.typed import from_json
 
 ROOT = Path(__file__).resolve().parents[3]
 PROBE = """

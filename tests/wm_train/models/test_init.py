@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model, initialise_, parameter_values
-from wm_train.models.init import Rule
+from wm_train.models.init import Rule, initialise_, parameter_values
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 
-CONFIG = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
+CONFIG = SanaWMConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
 RULES = [
     Rule("constant", 2.0), Rule("normal", 0.5), Rule("uniform", 0.5), Rule("last_tap"), Rule("log_uniform", 16.0),
     Rule("inverse_softplus", 0.1, low=0.001), Rule("normal", 1.0, zero_rows=(0, 5)),

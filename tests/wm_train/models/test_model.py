@@ -12,13 +12,14 @@ from parallel.sequence import GroupSequence, LocalSequence
 from parallel.streaming import chunk_starts
 from parallel.virtual import replicate, run_virtual
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model, initialise_
+from wm_train.models.init import initialise_
 from wm_train.models.layers.rotary import rotary_tables
 from wm_train.models.sana_wm.attention import GatedDeltaNet
+from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.sana_wm.model import attention_mask
+from wm_train.models.spec import build_model
 
-CONFIG = ModelConfig(latent_channels=4, depth=2, width=32, heads=2, softmax_every=2, text_width=6)
+CONFIG = SanaWMConfig(latent_channels=4, depth=2, width=32, heads=2, softmax_every=2, text_width=6)
 GRID = (3, 5)
 CHUNKS = (0, 4, 7, 10)
 # Between meshes, or with padding, only the order of sums differs. In fp64 (1e-16 an operation) that
@@ -36,7 +37,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def awake(config: ModelConfig, seed: int = 0) -> torch.nn.Module:
+def awake(config: SanaWMConfig, seed: int = 0) -> torch.nn.Module:
     """A model whose zero-initialised parts are not zero."""
     model = build_model(config)
     initialise_(model, seed)
@@ -91,7 +92,7 @@ def test_gated_delta_net_is_the_recurrence_of_the_paper():
         torch.nn.init.normal_(parameter, std=0.4)
     x = torch.randn(1, frames, tokens, width, dtype=torch.float64)
     rotary = rotary_tables(torch.arange(frames)[None], (2, 3), dim)
-    config = ModelConfig(latent_channels=4, depth=1, width=width, heads=heads, camera=False)
+    config = SanaWMConfig(latent_channels=4, depth=1, width=width, heads=heads, camera=False)
     context = replace(
         build_model(config).context(
             (2, 3), Conditions((96, 160), 8), LocalSequence(ClipLayout(frames)), x.device

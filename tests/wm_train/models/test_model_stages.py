@@ -10,21 +10,23 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.streaming import chunk_starts
-from wm_train.checks.samplers import sampler_problems
+from wm_train.checks.stages import stage_problems
 from wm_train.conditioning import Conditions
 from wm_train.config.compose import compose
-from wm_train.config.curriculum import changed_model, ordered, stage_run
-from wm_train.config.schema import ModelConfig, StageModel
-from wm_train.models import build_model, initialise_
+from wm_train.config.curriculum import ordered, plan_stage
+from wm_train.config.schema import PER_STAGE
+from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.sana_wm.public import stage_parts
+from wm_train.models.spec import build_model
 
-FULL = ModelConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
-GDN = changed_model(FULL, StageModel(softmax_every=0, camera=False))
-HYBRID = changed_model(FULL, StageModel(camera=False))
-CAUSAL = changed_model(FULL, StageModel(causal=True))
+FULL = SanaWMConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
+GDN = replace(FULL, softmax_every=0, camera=False)
+HYBRID = replace(FULL, camera=False)
+CAUSAL = replace(FULL, causal=True)
 
 
-def names(config: ModelConfig) -> set[str]:
+def names(config: SanaWMConfig) -> set[str]:
     return {name for name, _ in build_model(config).named_parameters()}
 
 
@@ -95,13 +97,13 @@ def test_the_recipe_has_the_values_of_table_7():
     )
     assert stages["chunk_causal"].objective.chunk_mixture == (0.1, 0.4, 0.4, 0.1)
     assert [s.inherit for s in stages.values()] == [None, *["previous"] * 4]
-    models = {name: stage_run(run, name).model for name in stages}
+    models = {name: stage.model for name, stage in stages.items()}
     assert [(m.softmax_every, m.camera, m.causal) for m in models.values()] == [
         (0, False, False), (4, False, False), (4, True, False), (4, True, False), (4, True, True),
     ]  # fmt: skip
     assert chunk_starts(121, stages["chunk_causal"].chunk_frames)[:3] == (0, 4, 7)
     assert [s.sampler.name for s in stages.values()] == [*["euler"] * 4, "stream"]
-    assert sampler_problems(run) == []
+    assert [p for name in stages for p in stage_problems(plan_stage(run, name))] == []
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model(models["sft"]).parameters()) == 2_661_800_448
 
@@ -113,7 +115,7 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
         compose(["recipe=sana_wm", "data.path=x"]),
         compose(["experiment=demo", "recipe=sana_wm", "stage=all"]),
     )
-    small = {"frames", "steps", "global_batch", "objective", "optimizer"}
+    small = {"frames", "steps", "global_batch", "objective", "optimizer", *PER_STAGE}
     assert ordered(toy.recipe) == ordered(paper.recipe)
     assert (toy.model, toy.data) == (
         compose(["experiment=demo"]).model,
@@ -124,7 +126,8 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
         assert {key: value for key, value in vars(stage).items() if key not in small} == {
             key: value for key, value in vars(theirs).items() if key not in small
         }
-        assert replace(stage.objective, flow_shift=9.95) == theirs.objective
+        assert replace(stage.model, latent_channels=48) == theirs.model
+        assert replace(stage.objective, flow_shift=9.95, text_dropout=0.1) == theirs.objective
         assert stage.frames <= 81, "the demo records clips of 81 frames"
         assert stage.steps * stage.frames * stage.global_batch < 10**5, "a laptop's minutes"
     assert (

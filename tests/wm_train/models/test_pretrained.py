@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model, initialise_
+from wm_train.models.init import initialise_
 from wm_train.models.public import export_pretrained, load_pretrained_, read_config
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 
-CONFIG = ModelConfig(latent_channels=6, depth=4, width=48, heads=2, text_width=10)
+CONFIG = SanaWMConfig(latent_channels=6, depth=4, width=48, heads=2, text_width=10)
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-def filled(config: ModelConfig = CONFIG, seed: int = 0) -> nn.Module:
+def filled(config: SanaWMConfig = CONFIG, seed: int = 0) -> nn.Module:
     model = build_model(config)
     initialise_(model, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -13,8 +13,8 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 
 STRIDE = 8
 
@@ -26,7 +26,7 @@ def softmax_in_full_precision(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
 
 
-def public_model(config: ModelConfig) -> torch.nn.Module:
+def public_model(config: SanaWMConfig) -> torch.nn.Module:
     torch.manual_seed(0)
     model = diffusers.SanaWMTransformer3DModel(
         in_channels=config.latent_channels,
@@ -67,7 +67,7 @@ def public_camera(
     )
 
 
-SMALL = ModelConfig(latent_channels=6, depth=2, width=48, heads=2, text_width=10, softmax_every=2)
+SMALL = SanaWMConfig(latent_channels=6, depth=2, width=48, heads=2, text_width=10, softmax_every=2)
 CASES = {  # name: (shape, latent frames, camera given, text masked)
     "released shape": (replace(SMALL, depth=4, softmax_every=4), 5, True, False),
     "odd heads, one frame": (replace(SMALL, width=72, heads=3), 1, True, True),
@@ -139,7 +139,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_full_size_has_the_public_parameters():
     """2.66 B parameters, on the meta device: names and shapes are the public ones."""
-    config = ModelConfig(latent_channels=128, depth=20, width=2240, heads=20, text_width=2304)
+    config = SanaWMConfig(latent_channels=128, depth=20, width=2240, heads=20, text_width=2304)
     with torch.device("meta"):
         ours, public = build_model(config), diffusers.SanaWMTransformer3DModel()
     assert {n: p.shape for n, p in ours.state_dict().items()} == {

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wm_train.config.curriculum import NAME
+from wm_train.config.schema import NAME
 from wm_train.noise import (
     PARAMETERS,
     PARITY,

@@ -13,10 +13,11 @@ from parallel.layout import ClipLayout
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import replicate, run_virtual
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig, ObjectiveConfig
-from wm_train.models import build_model, initialise_
+from wm_train.config.registry import builder
+from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey, normal
-from wm_train.objectives import OBJECTIVES
 from wm_train.objectives.chunk_mixture import (
     ANCHORED,
     CLEAN_PAST,
@@ -25,10 +26,14 @@ from wm_train.objectives.chunk_mixture import (
     chunk_levels,
     drawn_pattern,
 )
+from wm_train.objectives.clips import Clips
+from wm_train.objectives.config import ChunkMixtureConfig, FlowMatchingConfig
 from wm_train.objectives.flow_matching import clip_sigma, shift_sigma
 
 KEY = NoiseKey(3, "first")
-CONFIG = ObjectiveConfig(image_condition=0.5, camera_dropout=0.5, flow_shift=3.0)
+SETTINGS = {"image_condition": 0.5, "camera_dropout": 0.5, "flow_shift": 3.0}
+CONFIG, MIXTURE = FlowMatchingConfig(**SETTINGS), ChunkMixtureConfig(**SETTINGS)
+CONFIGS = {config.name: config for config in (CONFIG, MIXTURE)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Recorder(torch.nn.Module):
     answer = None
 
 
+def run_objective(model, data, key, config, sequence, conditions):
+    """Call the configuration's objective as the trainer does."""
+    clips = Clips(data.latents, data.draws, conditions, sequence, key)
+    return builder(config)(model, clips, config)
+
+
 def batch(clips: int, frames: int) -> Batch:
     return Batch(
         torch.randn(clips, frames, 3, 2, 4, generator=torch.Generator().manual_seed(0)),
@@ -57,7 +68,7 @@ def batch(clips: int, frames: int) -> Batch:
 def test_noisy_input_target_and_loss_are_those_of_the_formula():
     data, model = batch(64, 5), Recorder()
     sequence, conditions = LocalSequence(ClipLayout(5)), Conditions((96, 160), 8)
-    out = OBJECTIVES["flow_matching"](model, data, KEY, CONFIG, sequence, conditions)
+    out = run_objective(model, data, KEY, CONFIG, sequence, conditions)
     noisy, sigma, seen = model.seen
     noise = normal(KEY, "noise", data.draws, (0, 5), (3, 2, 4))
     given = out.metrics["image_condition"].bool()
@@ -72,19 +83,16 @@ def test_noisy_input_target_and_loss_are_those_of_the_formula():
     assert torch.allclose(out.loss, expected, rtol=1e-5)
     assert 16 < int(seen.camera_keep.sum()) < 48
     model.answer = noise - data.latents
-    assert (
-        OBJECTIVES["flow_matching"](model, data, KEY, CONFIG, sequence, conditions).loss.abs().max()
-        == 0
-    )
+    assert run_objective(model, data, KEY, CONFIG, sequence, conditions).loss.abs().max() == 0
 
 
 def test_a_single_frame_is_never_given():
     model = Recorder()
-    out = OBJECTIVES["flow_matching"](
+    out = run_objective(
         model,
         batch(8, 1),
         KEY,
-        ObjectiveConfig(),
+        FlowMatchingConfig(),
         LocalSequence(ClipLayout(1)),
         Conditions((96, 160), 8),
     )
@@ -94,19 +102,15 @@ def test_a_single_frame_is_never_given():
 
 def test_padding_has_no_weight():
     data = batch(2, 4)
-    args = (Recorder(), data, KEY, ObjectiveConfig())
+    args = (Recorder(), data, KEY, FlowMatchingConfig())
     conditions, cut = Conditions((96, 160), 8), Batch(data.latents[:, :2], data.draws)
-    whole = OBJECTIVES["flow_matching"](
-        *args, LocalSequence(ClipLayout(4, valid_frames=(2, 4))), conditions
-    ).loss
-    short = OBJECTIVES["flow_matching"](
-        args[0], cut, *args[2:], LocalSequence(ClipLayout(2)), conditions
-    ).loss
+    whole = run_objective(*args, LocalSequence(ClipLayout(4, valid_frames=(2, 4))), conditions).loss
+    short = run_objective(args[0], cut, *args[2:], LocalSequence(ClipLayout(2)), conditions).loss
     assert torch.allclose(whole[0], short[0])
 
 
 def test_noise_levels_are_logit_normal_and_shifted():
-    config = ObjectiveConfig(sigma_mean=0.3, sigma_std=0.8, flow_shift=9.95)
+    config = FlowMatchingConfig(sigma_mean=0.3, sigma_std=0.8, flow_shift=9.95)
     sigma = clip_sigma(KEY, torch.arange(20_000), config).double()
     plain = sigma / (9.95 - 8.95 * sigma)
     logits = torch.logit(plain)
@@ -130,7 +134,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
 ):
     """Rows shared out over data-parallel members and frames over a sequence group: same loss per
     clip, same summed gradients."""
-    config = ModelConfig(
+    config = SanaWMConfig(
         latent_channels=3,
         depth=2,
         width=16,
@@ -151,7 +155,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
         Conditions((96, 160), 8, c2w, intrinsics),
         ClipLayout(7, chunk_starts=(0, 4) if config.causal else (0,)),
     )
-    whole = OBJECTIVES[objective](model, data, KEY, CONFIG, LocalSequence(layout), conditions)
+    whole = run_objective(model, data, KEY, CONFIGS[objective], LocalSequence(layout), conditions)
     whole.loss.sum().backward()
     losses, grads = [], {}
     for rows in (slice(0, 3), slice(3, 4)):
@@ -163,8 +167,8 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
                 data.latents[rows, sequence.frames.start : sequence.frames.stop], data.draws[rows]
             )
             seen = replace(conditions, c2w=c2w[rows], intrinsics=intrinsics[rows])
-            return OBJECTIVES[objective](
-                copies[comm.members[0].index], part, KEY, CONFIG, sequence, seen
+            return run_objective(
+                copies[comm.members[0].index], part, KEY, CONFIGS[objective], sequence, seen
             ).loss
 
         results, _ = run_virtual(body, ring, ulysses)
@@ -185,8 +189,8 @@ def test_dropped_text_is_the_null_text():
     seen = Conditions(
         (96, 160), 8, text=text, text_mask=torch.ones(64, 5, dtype=torch.bool), null_text=null
     )
-    config = ObjectiveConfig(text_dropout=0.3)
-    OBJECTIVES["flow_matching"](model, data, KEY, config, LocalSequence(ClipLayout(2)), seen)
+    config = FlowMatchingConfig(text_dropout=0.3)
+    run_objective(model, data, KEY, config, LocalSequence(ClipLayout(2)), seen)
     given = model.seen[2]
     dropped = ~given.text_mask.all(1)
     assert 8 < int(dropped.sum()) < 32
@@ -194,7 +198,7 @@ def test_dropped_text_is_the_null_text():
     assert torch.equal(given.text[dropped][:, :3], null.expand(int(dropped.sum()), 3, 6))
     assert given.text_mask[dropped].sum(1).tolist() == [3] * int(dropped.sum())
     with pytest.raises(ValueError, match="null text"):
-        OBJECTIVES["flow_matching"](
+        run_objective(
             model, data, KEY, config, LocalSequence(ClipLayout(2)), replace(seen, null_text=None)
         )
 
@@ -222,7 +226,7 @@ def test_chunk_levels_follow_their_pattern():
 
 def test_patterns_come_in_their_shares():
     pattern = drawn_pattern(
-        KEY, torch.arange(20_000), ObjectiveConfig(chunk_mixture=(1.0, 4.0, 4.0, 1.0))
+        KEY, torch.arange(20_000), ChunkMixtureConfig(chunk_mixture=(1.0, 4.0, 4.0, 1.0))
     )
     shares = torch.bincount(pattern, minlength=4) / 20_000
     assert (shares - torch.tensor([0.1, 0.4, 0.4, 0.1])).abs().max() < 0.015
@@ -234,8 +238,8 @@ def test_chunk_mixture_gives_every_frame_its_chunks_level_and_weighs_no_clean_fr
         LocalSequence(ClipLayout(8, chunk_starts=(0, 4, 7))),
         Conditions((96, 160), 8),
     )
-    out = OBJECTIVES["chunk_mixture"](
-        model, data, KEY, replace(CONFIG, chunk_mixture=(0.0, 0.0, 0.0, 1.0)), sequence, conditions
+    out = run_objective(
+        model, data, KEY, replace(MIXTURE, chunk_mixture=(0.0, 0.0, 0.0, 1.0)), sequence, conditions
     )
     noisy, sigma, _ = model.seen
     assert torch.equal(noisy[:, :7], data.latents[:, :7])
@@ -244,9 +248,7 @@ def test_chunk_mixture_gives_every_frame_its_chunks_level_and_weighs_no_clean_fr
     assert torch.allclose(
         out.loss, (noise - data.latents[:, 7]).square().mean((1, 2, 3)), rtol=1e-5
     )
-    OBJECTIVES["chunk_mixture"](
-        model, data, KEY, replace(CONFIG, image_condition=0.0), sequence, conditions
-    )
+    run_objective(model, data, KEY, replace(MIXTURE, image_condition=0.0), sequence, conditions)
     sigma = model.seen[1]
     assert all(
         torch.equal(sigma[:, a:b], sigma[:, a : a + 1].expand(32, b - a))
@@ -254,6 +256,4 @@ def test_chunk_mixture_gives_every_frame_its_chunks_level_and_weighs_no_clean_fr
     )
     assert len(sigma[:, 0].unique()) > 20
     with pytest.raises(ValueError, match="one chunk"):
-        OBJECTIVES["chunk_mixture"](
-            model, data, KEY, CONFIG, LocalSequence(ClipLayout(8)), conditions
-        )
+        run_objective(model, data, KEY, MIXTURE, LocalSequence(ClipLayout(8)), conditions)

@@ -9,14 +9,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from wm_train.backends import get_backend
-from wm_train.config.schema import OptimizerConfig
+from wm_train.config.registry import builder, config_class
+from wm_train.models.spec import WorldModel
 from wm_train.optim.adamw import optimizer_tensors
-from wm_train.optim.build import OPTIMIZERS
 from wm_train.worker import end_process
 from wm_train.world import join_world, leave_world
 
 
-class Toy(torch.nn.Module):
+class Toy(WorldModel):
     """Names and shapes as in a backbone: a wide, a tall and a 1 x 1 convolution matrix, a gate
     table and a norm."""
 
@@ -34,6 +34,9 @@ class Toy(torch.nn.Module):
             {n: torch.nn.Parameter(torch.randn(s, generator=draws)) for n, s in shapes.items()}
         )
 
+    def units(self) -> list[torch.nn.Module]:
+        return [self.blocks]
+
 
 def main(name: str, out: Path) -> None:
     world = join_world(get_backend("cpu"), 30.0)
@@ -41,7 +44,8 @@ def main(name: str, out: Path) -> None:
     toy = Toy()
     for key, parameter in toy.blocks.items():
         toy.blocks[key] = torch.nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)]))
-    optimizer = OPTIMIZERS[name](toy, OptimizerConfig(name=name, lr=0.1))
+    config = config_class("optimizers", name)(lr=0.1)
+    optimizer = builder(config)(toy, config)
     draws = torch.Generator().manual_seed(1)
     for _ in range(2):
         for parameter in toy.parameters():

@@ -8,17 +8,19 @@ import torch
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
-from wm_train.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from wm_train.models import build_model
-from wm_train.optim.build import OPTIMIZERS
+from wm_train.config import registry
+from wm_train.config.schema import ParallelConfig, StageConfig
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
+from wm_train.optim.config import AdamWConfig
 from wm_train.plan import memory
 from wm_train.plan.report import main
 
-SMALL = ModelConfig(width=32, heads=2, depth=4, latent_channels=8)
+SMALL = SanaWMConfig(width=32, heads=2, depth=4, latent_channels=8)
 SHAPE = memory.ClipShape(clips=2, frames=3, channels=8, height=4, width=6, temporal_stride=8)
 
 
-def really_kept(config: ModelConfig) -> int:
+def really_kept(config: SanaWMConfig) -> int:
     """The same count on real tensors."""
     kept = {}
     model = build_model(config)
@@ -41,66 +43,62 @@ def really_kept(config: ModelConfig) -> int:
 
 
 def test_activations_are_those_of_a_real_forward_pass():
-    assert memory.kept_bytes(SMALL, SHAPE, "fp32") == pytest.approx(really_kept(SMALL), rel=0.02)
+    assert memory.kept_bytes(SMALL, SHAPE, "fp32")[0] == pytest.approx(really_kept(SMALL), rel=0.02)
 
 
 @pytest.mark.full
-def test_blocks_measured_one_by_one_add_up():
+def test_what_is_kept_and_what_is_busy_make_the_whole():
     for mode in ("none", "block", "selective"):
         config = replace(SMALL, activation_checkpointing=mode)
         kept, busy = memory.activation_bytes(config, SHAPE, "fp32")
         whole = kept + busy if mode == "none" else kept
-        assert whole == pytest.approx(memory.kept_bytes(config, SHAPE, "fp32"), rel=0.02)
+        assert whole == pytest.approx(memory.kept_bytes(config, SHAPE, "fp32")[0], rel=0.02)
         assert busy > 0
 
 
 def test_checkpointing_keeps_less_and_frames_cost_in_proportion():
     def kept(mode="none", shape=SHAPE):
-        return memory.kept_bytes(replace(SMALL, activation_checkpointing=mode), shape, "fp32")
+        return memory.kept_bytes(replace(SMALL, activation_checkpointing=mode), shape, "fp32")[0]
 
     assert 2 * kept("block") < kept("selective") < 0.8 * kept()
     assert kept(shape=replace(SHAPE, clips=4)) == pytest.approx(2 * kept(), rel=0.1)
 
 
+def planned(shards=2, frozen=(), optimizer=AdamWConfig(), **parallel):  # noqa: B008
+    """The memory of one process of a stage with this optimizer and these keys of `parallel`."""
+    own = ParallelConfig(**parallel)
+    stage = StageConfig(1, 17, 10, 2, model=SMALL, parallel=own, optimizer=optimizer, frozen=frozen)
+    return memory.stage_memory(stage, SHAPE, shards)
+
+
 def test_what_is_frozen_or_offloaded_is_counted_where_it_is():
-    plain = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True)
-    frozen = memory.stage_memory(
-        SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("blocks.*",)
-    )
+    plain, frozen = planned(), planned(frozen=("blocks.*",))
     assert frozen.parameters == plain.parameters
     assert frozen.gradients < 0.2 * plain.gradients
     assert frozen.optimizer < 0.2 * plain.optimizer
-    away = memory.stage_memory(
-        SMALL,
-        OptimizerConfig(),
-        SHAPE,
-        2,
-        ParallelConfig(offload_state="cpu", offload_activations=True),
-        True,
-    )
+    away = planned(offload_state="cpu", offload_activations=True)
     assert away.device == plain.gathered + plain.busy
     assert away.device + away.host == plain.device + plain.host
-    zero3 = ParallelConfig(sharding="zero3", offload_state="nvme", nvme_path="/x", precision="bf16")
-    swapped = memory.stage_memory(SMALL, OptimizerConfig(), SHAPE, 2, zero3, True)
+    zero3 = {"sharding": "zero3", "offload_state": "nvme", "nvme_path": "/x"}
+    swapped = planned(precision="bf16", **zero3)
     assert swapped.disk == pytest.approx(12 * plain.trained / 2, rel=1e-3)
     assert swapped.weights == pytest.approx(2 * plain.parameters / 2, rel=1e-3)
     assert swapped.staging == plain.staging + swapped.disk
     with pytest.raises(ValueError, match=r"frozen: got 'block\.\*'"):
-        memory.stage_memory(
-            SMALL, OptimizerConfig(), SHAPE, 2, ParallelConfig(), True, ("block.*",)
-        )
+        planned(frozen=("block.*",))
 
 
 @pytest.mark.parametrize("name", ["adamw", "normuon"])
 def test_states_are_counted_from_the_objects_that_training_builds(name):
-    config = OptimizerConfig(name=name)
+    config = registry.config_class("optimizers", name)()
     model = build_model(SMALL)
-    slots = [t for state in OPTIMIZERS[name](model, config).state.values() for t in state.values()]
-    counted = memory.stage_memory(SMALL, config, SHAPE, 1, ParallelConfig(), staged=True)
+    states = registry.builder(config)(model, config).state.values()
+    slots = [t for state in states for t in state.values()]
+    counted = planned(1, optimizer=config)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
     assert counted.optimizer == sum(t.numel() * t.element_size() for t in slots)
     assert counted.staging == counted.weights + counted.optimizer + counted.average
-    quarter = memory.stage_memory(SMALL, config, SHAPE, 4, ParallelConfig(), staged=True)
+    quarter = planned(4, optimizer=config)
     assert quarter.weights == counted.weights // 4
     assert quarter.gathered > 0 == counted.gathered
 

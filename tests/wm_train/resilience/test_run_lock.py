@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from wm_train.config.compose import compose
-from wm_train.config.curriculum import plan
+from wm_train.config.curriculum import plan_stages
 from wm_train.launch import run_groups, spec_of
 from wm_train.resilience import run_lock
 from wm_train.resilience.run_lock import (
@@ -173,7 +173,7 @@ def test_every_process_of_the_run_is_refused(tmp_path, rival):
 
 def test_the_command_is_refused_before_it_touches_the_folder(tmp_path, capsys):
     config = compose(["experiment=demo", "stage=short", "data.path=/data", f"out={tmp_path}"])
-    stages = plan(config)
+    stages = plan_stages(config)
     folder = stages[0].directory
     with owned(folder):
         assert run_groups([{"": spec_of(config, stages[0], stages)}], "inline") == 2

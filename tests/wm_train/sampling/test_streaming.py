@@ -13,18 +13,19 @@ from parallel.reference import REFERENCE
 from parallel.sequence import LocalSequence
 from parallel.streaming import StreamingSequence, StreamState, chunk_starts
 from wm_train.conditioning import Conditions
-from wm_train.config.schema import ModelConfig
-from wm_train.models import build_model, initialise_
+from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.rollout import Experts, euler, sampling_levels, stream_rollout
 
-CONFIG = ModelConfig(
+CONFIG = SanaWMConfig(
     latent_channels=4, depth=4, width=32, heads=2, softmax_every=2, text_width=6, causal=True
 )
 GRID = (2, 3)
 
 
-def awake(config: ModelConfig, seed: int = 0) -> torch.nn.Module:
+def awake(config: SanaWMConfig, seed: int = 0) -> torch.nn.Module:
     model = build_model(config)
     initialise_(model, seed)
     generator = torch.Generator().manual_seed(seed)

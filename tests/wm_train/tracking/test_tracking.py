@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from wm_train.config.compose import compose, public_config, to_json
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stage
+from wm_train.config.typed import public_config, to_json
 from wm_train.tracking import goodput, mlflow_record
 from wm_train.tracking import tracker as tracking
 from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps
@@ -46,7 +48,7 @@ def test_mlflow_has_every_step_and_one_run_across_a_restart(tmp_path):
 
     said: list[str] = []
     for first, last in ((0, 3), (3, 5)):
-        tracker = Tracker(make_run(tmp_path), "short", tmp_path, first, said.append)
+        tracker = Tracker(plan_stage(make_run(tmp_path), "short"), tmp_path, first, said.append)
         for step in range(first + 1, last + 1):
             tracker.step(step, {"loss": 1.0 / step})
         picture = tmp_path / "sheet.png"
@@ -73,7 +75,7 @@ def test_what_a_store_missed_is_replayed(tmp_path, capsys):
     said: list[str] = []
     run = make_run(tmp_path, f"tracker.uri=sqlite:///{blocked / 'mlflow.db'}")
     (tmp_path / "config.json").write_text(to_json(run))
-    tracker = Tracker(run, "short", tmp_path, 0, said.append)
+    tracker = Tracker(plan_stage(run, "short"), tmp_path, 0, said.append)
     for step in range(1, 251):
         tracker.step(step, {"loss": 1.0 / step, "step_s": 0.01})
     tracker.close()
@@ -109,7 +111,7 @@ def test_no_step_waits_for_a_store_that_hangs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mlflow_record.MlflowRecord, "catch_up", hang)
     said: list[str] = []
-    tracker = Tracker(make_run(tmp_path), "short", tmp_path, 0, said.append)
+    tracker = Tracker(plan_stage(make_run(tmp_path), "short"), tmp_path, 0, said.append)
     while not calls:
         time.sleep(0.01)
     threads = threading.active_count()
@@ -125,7 +127,9 @@ def test_no_step_waits_for_a_store_that_hangs(tmp_path, monkeypatch):
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path, monkeypatch):
     said: list[str] = []
-    tracker = Tracker(make_run(tmp_path, "tracker=none"), "short", tmp_path, 0, said.append)
+    tracker = Tracker(
+        plan_stage(make_run(tmp_path, "tracker=none"), "short"), tmp_path, 0, said.append
+    )
     with monkeypatch.context() as patch:
         patch.setattr(
             os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -149,7 +153,7 @@ def test_goodput_is_over_the_whole_life(tmp_path, monkeypatch):
     run, said = make_run(tmp_path, "tracker=none"), []
 
     def attempt(first: int, last: int, ends: float, status: str) -> None:
-        tracker = Tracker(run, "short", tmp_path, first, said.append)
+        tracker = Tracker(plan_stage(run, "short"), tmp_path, first, said.append)
         for step in range(first + 1, last + 1):
             tracker.step(step, {"step_s": 1.0, "skipped": float(step == 30)})
         clock["now"] = ends

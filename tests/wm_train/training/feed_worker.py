@@ -14,13 +14,14 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from wm_train.backends import get_backend
-from wm_train.config.compose import from_json
-from wm_train.config.curriculum import stage_run
+from wm_train.config.curriculum import plan_stage
 from wm_train.config.schema import RunConfig
+from wm_train.config.typed import from_json
 from wm_train.console import Progress
 from wm_train.resilience.preemption import StopRequest
 from wm_train.trainer import train_stage
-from wm_train.training.stage import on_device, open_loader, open_stage
+from wm_train.training.data import on_device, open_loader
+from wm_train.training.stage import open_stage
 from wm_train.worker import end_process
 from wm_train.world import World, join_world, leave_world
 
@@ -46,13 +47,13 @@ def look(run: RunConfig, world: World, folder: Path) -> None:
     fsspec.register_implementation("counting", CountingFileSystem)
     data = dataclasses.replace(run.data, path=f"counting://{run.data.path}", prefetch=1)
     split = dataclasses.replace(run, data=data, parallel=dataclasses.replace(run.parallel, cp=2))
-    stage = open_stage(stage_run(split, run.stage), get_backend("cpu"), world)
+    stage = open_stage(plan_stage(split, run.stage), get_backend("cpu"), world)
     with open_loader(stage, "train", stage.config.global_batch) as feed:
         batches = [on_device(stage, next(feed)) for _ in range(3)]
         seen = CountingFileSystem.reads.copy()
     kept = [{f.name: getattr(b, f.name) for f in dataclasses.fields(b)} for b in batches]
     stage = open_stage(
-        stage_run(on_own_copy(run, world, folder), run.stage), get_backend("cpu"), world
+        plan_stage(on_own_copy(run, world, folder), run.stage), get_backend("cpu"), world
     )
     said: list[str] = []
     with open_loader(stage, "train", stage.config.global_batch, report=said.append) as feed:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from wm_train import worker
+from wm_train.config.curriculum import plan_stage
 from wm_train.trainer import train_stage
 from wm_train.training import state
 
@@ -44,7 +45,7 @@ def measured(run, *rest) -> None:
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        train_stage(run, *rest)
+        train_stage(plan_stage(run, run.stage), *rest)
     finally:
         over.set()
         watching.join()

@@ -98,36 +98,37 @@ def main(config: Path) -> None:
     )
 
     from wm_train.backends import get_backend
-    from wm_train.config.compose import from_json
-    from wm_train.config.curriculum import stage_run
+    from wm_train.config.curriculum import plan_stage
+    from wm_train.config.typed import from_json
     from wm_train.resilience.guard import Guard
     from wm_train.resilience.preemption import StopRequest
-    from wm_train.trainer import train_step
-    from wm_train.training.stage import on_device, open_loader, open_stage
+    from wm_train.training.data import on_device, open_loader
+    from wm_train.training.stage import open_stage
     from wm_train.training.state import build_state
+    from wm_train.training.step import train_step
     from wm_train.training.step_clock import StepClock
     from wm_train.world import World
 
     run = from_json(config.read_text())
-    run = stage_run(run, run.stage)
+    plan = plan_stage(run, run.stage)
     backend = get_backend("auto")
     assert (backend.name, backend.device.type, backend.collectives) == ("npu", "npu", "hccl")
     backend = replace(
         backend, capabilities=backend.capabilities - {"pinned"}
     )  # there is no allocator to pin with
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    stage = open_stage(run, backend, World(0, 1))
+    stage = open_stage(plan, backend, World(0, 1))
     with open_loader(stage, "train", stage.config.global_batch) as loader:
         batches = [next(loader) for _ in range(2)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, HostReads(mode), Literals():
-        state = build_state(run, stage.mesh.fsdp, backend.device)
-        guard, clock = Guard(run.trainer, ()), StepClock(stage, state)
+        state = build_state(plan, stage.mesh.fsdp, backend.device)
+        guard, clock = Guard(plan.config.trainer, ()), StepClock(stage, state)
         for step, batch in enumerate(batches, 1):
             clock.begin()
-            figures, *_ = train_step(
+            taken = train_step(
                 stage, state, on_device(stage, batch), step, guard, StopRequest(), clock
             )
-            figures |= clock.end(batch.data_wait_s)
+            figures = taken.figures | clock.end(batch.data_wait_s)
         assert {
             x.device.type
             for name, x in state.tensors().items()

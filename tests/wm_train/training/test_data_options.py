@@ -19,11 +19,12 @@ import torch
 from data_shards.schema import DataError, ShardError
 from data_shards.storage.read import open_dataset
 from wm_train import worker
-from wm_train.config.compose import to_json
+from wm_train.config.typed import to_json
+from wm_train.errors import SetupError
 from wm_train.models.flops import forward_flops
 from wm_train.resilience.preemption import StopRequest
-from wm_train.training.stage import Stage, open_data, open_loader
-from wm_train.training.state import SetupError
+from wm_train.training.data import open_loader
+from wm_train.training.stage import Stage, open_data
 from wm_train.world import leave_world
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,7 +89,7 @@ def test_flops_are_those_of_the_picture_that_a_clip_has(stage_of, gameplay, tmp_
     for tokens in (size, 2 * size):
         for length in (2, 6):
             assert stage.clip_flops(length, tokens) == pytest.approx(
-                forward_flops(stage.run.model, length, tokens).total
+                forward_flops(stage.plan.model, length, tokens).total
             )
 
 

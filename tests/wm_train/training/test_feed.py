@@ -16,10 +16,10 @@ from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
 from wm_train.checkpoint import store
 from wm_train.checkpoint.manifest import read_manifest
-from wm_train.config.compose import to_json
+from wm_train.config.typed import to_json
 from wm_train.models.flops import forward_flops
 from wm_train.tracking.tracker import read_steps
-from wm_train.training.stage import open_loader
+from wm_train.training.data import open_loader
 
 WORKER = Path(__file__).with_name("feed_worker.py")
 SHORT = "recipe.stages.short."
@@ -249,7 +249,7 @@ def expected_work(stage):
 
     def of(step):
         lengths = [take.frames for row in schedule.rows(step, range(batch)) for take in row.takes]
-        flops = 3 * sum(forward_flops(stage.run.model, length, tokens).total for length in lengths)
+        flops = 3 * sum(forward_flops(stage.plan.model, length, tokens).total for length in lengths)
         return (
             sum(8 * (length - 1) + 1 for length in lengths),
             tokens * sum(lengths),
@@ -271,7 +271,7 @@ def check_work(stage, folder):
             for name in ("frames_per_s", "tokens_per_s", "model_tflops_per_s")
         ]
         assert found == pytest.approx([frames, tokens, flops / 1e12], rel=1e-9)
-        if stage.run.data.pack:
+        if stage.plan.data.pack:
             assert row["packed_share"] == pytest.approx(filled / stage.latent_frames)
     assert min(expected(step)[3] for step in range(len(rows))) < stage.latent_frames, (
         "a step that is not full"
@@ -374,7 +374,7 @@ def test_with_bad_shards_they_resume_and_do_not_depend_on_the_mesh(
 
 @pytest.mark.full
 def test_another_mixture_is_another_run(train_here, many_shards, gameplay, tmp_path):
-    from wm_train.training.state import SetupError
+    from wm_train.errors import SetupError
 
     few = [f"data.path={gameplay}", SHORT + "steps=2", "trainer.checkpoint_every=1"]
     train_here(tmp_path, *few)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wm_train import objectives
+from wm_train.config.registry import builder
 from wm_train.evaluation.held_out import held_out_loss
-from wm_train.trainer import gradients, squared_norm
-from wm_train.training.stage import conditions_of, micro_batches, open_loader, sequence_of
+from wm_train.training.data import clips_of, micro_batches, open_loader
 from wm_train.training.state import build_state
+from wm_train.training.step import gradients, squared_norm
 
 
 class HostReads(TorchDispatchMode):
@@ -43,9 +43,8 @@ def metrics(stage, state, batch):
     sums: dict[str, float] = {}
     for part in micro_batches(stage, batch):
         with torch.no_grad():
-            noise, config = stage.noise, stage.config.objective
-            seen = (sequence_of(stage, part), conditions_of(stage, part))
-            output = objectives.OBJECTIVES[config.name](state.model, part, noise, config, *seen)
+            config = stage.config.objective
+            output = builder(config)(state.model, clips_of(stage, part), config)
         for name, value in {"loss": output.loss, **output.metrics}.items():
             sums[name] = sums.get(name, 0.0) + math.fsum(value.tolist())
     return sums
@@ -53,7 +52,7 @@ def metrics(stage, state, batch):
 
 def test_the_metrics_of_a_step_are_read_once(stage_of, monkeypatch):
     stage = stage_of("trainer.accumulate=2", "recipe.stages.short.global_batch=4")
-    state = build_state(stage.run, stage.mesh.fsdp, stage.backend.device)
+    state = build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
     with open_loader(stage, "train", 4) as loader:
         batch = next(loader)
     assert len(list(micro_batches(stage, batch))) == 2
@@ -67,7 +66,7 @@ def test_the_metrics_of_a_step_are_read_once(stage_of, monkeypatch):
 
 def test_the_norm_of_the_gradients_is_read_once(stage_of, monkeypatch):
     stage = stage_of()
-    state = build_state(stage.run, stage.mesh.fsdp, stage.backend.device)
+    state = build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
     for parameter in state.model.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
     norm = 0.25 * sum(parameter.numel() for parameter in state.model.parameters())
@@ -78,7 +77,7 @@ def test_the_norm_of_the_gradients_is_read_once(stage_of, monkeypatch):
 
 def test_the_held_out_loss_asks_no_fp64_of_the_device(stage_of, monkeypatch):
     stage = stage_of("trainer.validation_clips=2")
-    state = build_state(stage.run, stage.mesh.fsdp, stage.backend.device)
+    state = build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
     with HostReads(monkeypatch) as reads:
         losses = held_out_loss(stage, state)
     assert math.isfinite(losses["validation_loss"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_train.config.compose import from_json
-from wm_train.models import build_model
+from wm_train.config.typed import from_json
+from wm_train.models.spec import build_model
 
 pytestmark = pytest.mark.full
 WORKER = Path(__file__).with_name("memory_worker.py")

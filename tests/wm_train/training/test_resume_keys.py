@@ -10,10 +10,11 @@ import torch
 from data_shards.loading.order import SampleOrder
 from wm_train.checkpoint import store
 from wm_train.checkpoint.manifest import read_manifest, to_text
+from wm_train.errors import SetupError
 from wm_train.noise import normal
 from wm_train.tracking.tracker import read_steps
-from wm_train.training.stage import open_loader
-from wm_train.training.state import SetupError, identity
+from wm_train.training.data import open_loader
+from wm_train.training.state import identity
 
 BEFORE = "+recipe.stages.before={index: 0, frames: 41, global_batch: 2, steps: 1}"
 STEPS = "recipe.stages.short.steps="
@@ -24,7 +25,7 @@ def draws_of(stage):
     with open_loader(stage, "train", stage.config.global_batch) as loader:
         batches = [next(loader) for _ in range(3)]
     noise = normal(stage.noise, "noise", torch.arange(4), (0, 2), (3,))
-    return [batch.keys for batch in batches], noise, identity(stage.run, stage.data_fingerprint)
+    return [batch.keys for batch in batches], noise, identity(stage.plan, stage.data_fingerprint)
 
 
 def test_a_stage_inserted_before_another_changes_neither_its_data_nor_its_noise(stage_of):

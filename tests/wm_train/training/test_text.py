@@ -15,8 +15,9 @@ from wm_train import trainer
 from wm_train.backends import get_backend
 from wm_train.boxes import local_tensor, whole_tensor
 from wm_train.checks.values import problems_of
-from wm_train.config.curriculum import stage_run
-from wm_train.training.stage import conditions_of, open_loader, open_stage
+from wm_train.config.curriculum import plan_stage
+from wm_train.training.data import conditions_of, open_loader
+from wm_train.training.stage import open_stage
 from wm_train.training.state import build_state
 from wm_train.world import join_world, leave_world
 
@@ -79,7 +80,7 @@ def opened(demo_run, captioned, tmp_path):
 
     def open_it(*overrides):
         run = demo_run(tmp_path, f"data.path={captioned[0]}", *SMALL, *overrides)
-        return open_stage(stage_run(run, run.stage), backend, world)
+        return open_stage(plan_stage(run, run.stage), backend, world)
 
     backend = get_backend("cpu")
     world = join_world(backend, 60.0)
@@ -90,7 +91,7 @@ def opened(demo_run, captioned, tmp_path):
 @torch.no_grad()
 def awake(stage):
     """The stage's model with a text branch and an output that are not zero, as they start."""
-    state = build_state(stage.run, stage.mesh.fsdp, stage.backend.device)
+    state = build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
     random = torch.Generator().manual_seed(0)
     for layer in [
         *(block.cross_attn.proj for block in state.model.blocks),

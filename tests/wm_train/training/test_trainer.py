@@ -9,13 +9,13 @@ import signal
 import pytest
 import torch
 
-from wm_train import objectives
 from wm_train.checkpoint import store
 from wm_train.checkpoint.manifest import read_manifest
+from wm_train.errors import SetupError
+from wm_train.objectives import flow_matching
 from wm_train.resilience.guard import BadStepError
 from wm_train.resilience.preemption import StopRequest
 from wm_train.tracking.tracker import read_steps
-from wm_train.training.state import SetupError
 
 
 def newest(folder, stage="short"):
@@ -37,16 +37,16 @@ def tensors(folder):
 
 def poison(monkeypatch, step: int, factor: float, until: int | None = None) -> None:
     """Multiply the loss of one global batch of two clips, or of all `until` another."""
-    true = objectives.OBJECTIVES["flow_matching"]
+    true = flow_matching.flow_matching
 
-    def poisoned(model, batch, *rest):
-        out = true(model, batch, *rest)
+    def poisoned(model, clips, config):
+        out = true(model, clips, config)
         scale = torch.where(
-            (batch.draws // 2 >= step - 1) & (batch.draws // 2 < (until or step)), factor, 1.0
+            (clips.draws // 2 >= step - 1) & (clips.draws // 2 < (until or step)), factor, 1.0
         )
         return dataclasses.replace(out, loss=out.loss * scale)
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", poisoned)
+    monkeypatch.setattr(flow_matching, "flow_matching", poisoned)
 
 
 FIVE = ("recipe.stages.short.steps=5", "trainer.async_checkpoint=false")

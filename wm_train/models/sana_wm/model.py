@@ -8,7 +8,7 @@ so weights pass both ways by name. Everything that crosses frames goes through t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -29,7 +29,6 @@ from wm_train.conditioning.camera import (
     scaled_intrinsics,
     up_latitude_map,
 )
-from wm_train.config.schema import ModelConfig
 from wm_train.models.init import Rule
 from wm_train.models.layers.cross_attention import CrossAttention
 from wm_train.models.layers.embed import CaptionEmbed, PatchEmbed, TimestepEmbed, unpatchify
@@ -37,11 +36,15 @@ from wm_train.models.layers.rotary import rotary_tables
 from wm_train.models.sana_wm.attention import (
     UNUSED_IN_SOFTMAX,
     BlockContext,
+    CameraAttention,
     GatedDeltaNet,
     SoftmaxAttention,
 )
+from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.sana_wm.ffn import GatedConvFeedForward
+from wm_train.models.sana_wm.public import stage_parts
 from wm_train.models.sana_wm.ucpe import RayEncoding
+from wm_train.models.spec import WorldModel
 
 TIMESTEPS = 1000.0  # sigma 1 is timestep 1000
 PLUCKER_FRAMES = 8  # raw frames behind a latent frame, six coordinates each
@@ -53,7 +56,7 @@ class Block(nn.Module):
 
     PARTS = ("attention", "feed_forward")  # recomputed, and compiled, one by one
 
-    def __init__(self, config: ModelConfig, softmax: bool) -> None:
+    def __init__(self, config: SanaWMConfig, softmax: bool) -> None:
         super().__init__()
         width = config.width
         self.recompute = config.activation_checkpointing
@@ -140,10 +143,10 @@ class FinalLayer(nn.Module):
         return self.linear(modulated(x, shift, scale))
 
 
-class SanaWM(nn.Module):
+class SanaWM(WorldModel):
     """Velocity of a noisy latent video, per-frame noise levels (SANA-WM §3)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: SanaWMConfig) -> None:
         super().__init__()
         self.config = config
         width, patch = config.width, config.patch_size
@@ -165,6 +168,17 @@ class SanaWM(nn.Module):
     def is_softmax(self, block: int) -> bool:
         every = self.config.softmax_every
         return every > 0 and (block + 1) % every == 0
+
+    def units(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    def switched_parameters(self, names: Iterable[str]) -> list[str]:
+        return stage_parts(names)
+
+    def use_kernels(self, engine: str) -> None:
+        for module in self.modules():
+            if isinstance(module, CameraAttention):
+                module.engine = engine
 
     def unused_parameters(self) -> frozenset[str]:
         """Parameters the checkpoint layout has and no forward reads: kept on export, never
@@ -325,7 +339,7 @@ class SanaWM(nn.Module):
         return self.plucker_embedder(rays)
 
 
-def attention_mask(config: ModelConfig) -> AttentionMask:
+def attention_mask(config: SanaWMConfig) -> AttentionMask:
     """Full attention, or chunk-causal with the first frame as sink and a window over the last
     chunks (SANA-WM §5.4, deployment)."""
     if not config.causal:

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from wm_train.config.schema import ModelConfig
+import torch
+from torch import Tensor
 
+from wm_train.models.public import PublicLayout, Sources
+from wm_train.models.sana_wm.config import SanaWMConfig
+
+GATE_OPEN = 1.2784645  # silu(x) = 1: an output gate that changes nothing
 SANA_WM, SANA_VIDEO = "SanaWMTransformer3DModel", "SanaVideoTransformer3DModel"
 
 # Keys of the SANA-WM config that select variants we do not have, and the one value we do.
@@ -29,7 +34,7 @@ FIXED: dict[str, Any] = {
 }
 
 
-def config_from_public(public: Mapping[str, Any], base: ModelConfig | None = None) -> ModelConfig:
+def config_from_public(public: Mapping[str, Any], base: SanaWMConfig | None = None) -> SanaWMConfig:
     """The public SANA-WM config.json as ours; `base` gives what it does not speak of (causal,
     window, checkpointing).
 
@@ -67,7 +72,7 @@ def config_from_public(public: Mapping[str, Any], base: ModelConfig | None = Non
             " another checkpoint"
         )
     return replace(
-        base or ModelConfig(),
+        base or SanaWMConfig(),
         name="sana_wm",
         latent_channels=int(public.get("in_channels", 128)),
         depth=depth,
@@ -83,7 +88,7 @@ def config_from_public(public: Mapping[str, Any], base: ModelConfig | None = Non
     )
 
 
-def public_from_config(config: ModelConfig) -> dict[str, Any]:
+def public_from_config(config: SanaWMConfig) -> dict[str, Any]:
     """Our config as the public config.json. Raises ValueError for a model the public class cannot
     hold."""
     if not config.camera or not config.text_width:
@@ -181,4 +186,27 @@ REPLACED_IN_SANA_VIDEO = (
     "patch_embedding.bias",
     "proj_out.weight",
     "proj_out.bias",
+)
+
+
+def public_sources(class_name: str, names: Iterable[str]) -> Sources:
+    """Return which public tensors make each of our parameters.
+
+    SANA-Video gives its attention, FFN, text and time weights; patchify and output (another VAE),
+    gates and camera branch stay as initialised, but for output gates, which are opened so that a
+    block starts as SANA-Video's.
+    """
+    if class_name != SANA_VIDEO:
+        return Sources(sana_wm_sources(names))
+    gates = {"output_gate.bias": GATE_OPEN, "output_gate.weight": 0.0}
+    return Sources(sana_video_sources(names), REPLACED_IN_SANA_VIDEO, gates)
+
+
+def unread_buffers(config: SanaWMConfig) -> dict[str, Tensor]:
+    """Return the recall_gate buffers, which the public class has and nobody reads."""
+    return {f"blocks.{i}.attn.recall_gate": torch.zeros(1) for i in range(config.depth)}
+
+
+LAYOUT = PublicLayout(
+    (SANA_WM, SANA_VIDEO), public_from_config, config_from_public, public_sources, unread_buffers
 )

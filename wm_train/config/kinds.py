@@ -1,0 +1,180 @@
+"""Base classes of what is chosen by name: models, objectives, optimizers, samplers.
+
+Each choice is a frozen dataclass of its own: its keys, their rules, and `builds`, the import string
+of what is made from it (`wm_train.config.registry`). Nobody outside a choice's own folder reads its
+keys; everybody else asks the methods declared here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, ClassVar, Self
+
+from wm_train.config.problems import AT, Problem
+from wm_train.config.rules import Below1, Count, CountOrZero, Positive, Rule, one_of
+
+MOST_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Named:
+    """A configuration that `name` chooses among the rows of `kind` in the registry."""
+
+    kind: ClassVar[str]
+    builds: ClassVar[str]  # "package.module:function or class"
+
+    name: str
+
+    def problems(self) -> Iterable[Problem]:
+        """Return what is wrong with several keys together, keys relative to this section."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Facts about a model that checks, mesh, plan and parity ask for.
+
+    heads: query heads H of its softmax and recurrent layers; key_heads: key and value heads, fewer
+    with grouped queries; latent_channels: C of its input; patch: side of a token in latent pixels;
+    fields: names of the per-clip members it reads besides latents ("camera", "text", "controls");
+    text_width, control_width: E and A of those, 0 without; causal: frames see no later chunk;
+    softmax: some layer attends over the clip, so an engine of `parallel.attention` is asked.
+    """
+
+    heads: int
+    key_heads: int
+    latent_channels: int
+    patch: int
+    fields: frozenset[str]
+    text_width: int = 0
+    control_width: int = 0
+    causal: bool = False
+    softmax: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig(Named):
+    """Base of every model's configuration."""
+
+    kind: ClassVar[str] = "models"
+    public: ClassVar[str] = ""  # import string of its `PublicLayout`, where one exists
+
+    name: str = ""
+    latent_channels: Count = 48  # must equal the data set's
+    # none | block (recompute blocks in backward) | selective (all but products and attention)
+    activation_checkpointing: Annotated[str, one_of("none", "block", "selective")] = "none"
+
+    def needs(self) -> Needs:
+        """Return what others must know of the model."""
+        raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Named):
+    """Base of every objective's configuration."""
+
+    kind: ClassVar[str] = "objectives"
+
+    name: str = ""
+
+    def noise_range(self) -> tuple[float, float]:
+        """Return the lowest and highest noise level it trains."""
+        return 0.0, 1.0
+
+    def narrowed(self, low: float | None, high: float | None) -> Self:
+        """Return the objective on the part of its noise levels between two bounds (None: as it is).
+
+        Raises ValueError where the objective has no range to narrow.
+        """
+        if low is None and high is None:
+            return self
+        raise ValueError(
+            f"noise range: got {low} to {high} for objective {self.name}, expected none, as it has "
+            "no range (key pools.<pool>.sigma_min). Fix: leave sigma_min and sigma_max out"
+        )
+
+    def held_out_levels(self) -> tuple[float, ...]:
+        """Return the noise levels at which a held-out loss is measured; () for one plain loss."""
+        return ()
+
+    def held_out(self, sigma: float) -> Self:
+        """Return the objective at one noise level, with nothing dropped from the conditions."""
+        return self
+
+    def sampling_shift(self) -> float:
+        """Return the flow shift that spaces a sampler's levels as in training."""
+        return 1.0
+
+    def dropped(self) -> dict[str, float]:
+        """Return the share of clips from which it drops a field ("camera", "text", "controls"), as
+        its key <field>_dropout says."""
+        return {}
+
+    def needs_chunks(self) -> bool:
+        """Return whether it needs a stage with several chunks."""
+        return False
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Named):
+    """Base of every optimizer's configuration; every schedule is a pure function of the step."""
+
+    kind: ClassVar[str] = "optimizers"
+
+    name: str = ""
+    lr: Annotated[float, Rule(lambda lr: 0 < lr <= 10, "more than 0 and at most 10")] = 1e-3
+    warmup_steps: CountOrZero = 10
+    # constant | cosine (to 10 % of lr at the stage's last step)
+    schedule: Annotated[str, one_of("constant", "cosine")] = "constant"
+    clip_norm: Positive = 1.0
+    ema_decay: Below1 = 0.99  # 0 = no average
+
+    def whole_matrices(self) -> bool:
+        """Return whether a step needs whole weights on the device, which sharding must gather."""
+        return False
+
+
+@dataclass(frozen=True)
+class SamplerConfig(Named):
+    """Base of every sampler's configuration. Levels reach the model as they are, sigma 1 to 0."""
+
+    kind: ClassVar[str] = "samplers"
+
+    name: str = ""
+    # how many steps, spaced by the objective's flow shift; or the sigmas where they start, falling
+    # from 1, the last step going to 0; null: trainer.sample_steps
+    levels: int | tuple[float, ...] | None = None
+    # condition -> weight: plain + weight * (with the condition - plain), at twice the cost; 1 = off
+    guidance: dict[str, float] = field(default_factory=dict)
+
+    def chunked(self) -> bool:
+        """Return whether it makes a clip chunk by chunk, as chunk-causal models are deployed."""
+        return False
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield levels that do not fall from 1 to above 0, and weights that are none."""
+        if isinstance(self.levels, int):
+            if not 1 <= self.levels <= MOST_STEPS:
+                rule = (
+                    f"1 to {MOST_STEPS:,} steps, a list of sigmas, or null for trainer.sample_steps"
+                )
+                yield Problem("levels", str(self.levels), rule, f"{AT}levels=20")
+        elif self.levels is not None and not falls_from_one(self.levels):
+            rule = "noise levels that fall from 1 to above 0, as the last step goes to 0 by itself"
+            got = str(list(self.levels))
+            yield Problem("levels", got, rule, f"{AT}levels=[1,0.75,0.5,0.25]")
+        for condition, weight in self.guidance.items():
+            if not 0 <= weight < math.inf:
+                key = f"guidance.{condition}"
+                yield Problem(
+                    key, f"{weight:g}", "a finite weight from 0; 1 is off", f"{AT}{key}=1"
+                )
+
+
+def falls_from_one(levels: tuple[float, ...]) -> bool:
+    """Return whether the levels start at 1 and fall, all above 0."""
+    falling = all(above > below for above, below in pairwise(levels))
+    return levels[:1] == (1.0,) and levels[-1] > 0 and falling

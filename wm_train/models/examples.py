@@ -1,0 +1,64 @@
+"""Make clips for a model that nobody recorded: for the parity proof, the planner and FLOP counts.
+
+The maths does not depend on the picture's size, so pictures may be small. All numbers are keyed by
+(seed, name, clip, frame), as in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wm_train.conditioning import Conditions
+from wm_train.config.kinds import Needs
+from wm_train.noise import PARITY, NoiseKey, normal
+
+PIXELS = 16  # of a latent's side
+
+
+@dataclass(frozen=True)
+class ExampleShape:
+    """Sizes of a batch of example clips: B, T, latent rows and columns, raw frames per latent."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    temporal_stride: int
+    text_tokens: int = 6
+
+
+def example_latents(needs: Needs, shape: ExampleShape, seed: int) -> Tensor:
+    """Return latents [B, T, C, h, w], fp32."""
+    draws, frames = torch.arange(shape.batch), (0, shape.frames)
+    sizes = (needs.latent_channels, shape.height, shape.width)
+    return normal(NoiseKey(seed, PARITY), "latents", draws, frames, sizes)
+
+
+def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditions:
+    """Return what the model reads: a camera that pans and walks on, another one per clip, at
+    raw-frame rate; text where the model takes it."""
+    batch, raw = shape.batch, 1 + (shape.frames - 1) * shape.temporal_stride
+    height, width = shape.height * PIXELS, shape.width * PIXELS
+    steps = torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(batch))[:, None] / raw
+    c2w = torch.eye(4).repeat(batch, raw, 1, 1)
+    c2w[..., 0, 0], c2w[..., 0, 2] = steps.cos(), steps.sin()
+    c2w[..., 2, 0], c2w[..., 2, 2] = -steps.sin(), steps.cos()
+    c2w[..., 0, 3], c2w[..., 2, 3] = steps.sin(), steps
+    pinhole = torch.tensor([0.9 * width, 0.9 * width, width / 2, height / 2])
+    text = mask = None
+    if needs.text_width:
+        draws, tokens = torch.arange(batch), shape.text_tokens
+        sizes = (needs.text_width,)
+        text = normal(NoiseKey(seed, PARITY), "text", draws, (0, tokens), sizes)
+        mask = torch.arange(tokens)[None] < tokens - draws[:, None] % 3
+    return Conditions(
+        (height, width),
+        shape.temporal_stride,
+        c2w,
+        pinhole.repeat(batch, raw, 1),
+        text=text,
+        text_mask=mask,
+    )

@@ -1,0 +1,61 @@
+"""Configure SANA-WM: every key of its backbone, its rules, and what others may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from wm_train.config.kinds import ModelConfig, Needs
+from wm_train.config.problems import AT, Problem
+from wm_train.config.rules import Count, CountOrZero, Positive
+
+
+@dataclass(frozen=True)
+class SanaWMConfig(ModelConfig):
+    """Shape of the hybrid GDN/softmax backbone (SANA-WM §3.2, §3.3)."""
+
+    builds: ClassVar[str] = "wm_train.models.sana_wm.model:SanaWM"
+    public: ClassVar[str] = "wm_train.models.sana_wm.public:LAYOUT"
+
+    name: str = "sana_wm"
+    depth: Count = 4
+    width: Count = 128
+    heads: Count = 4
+    # block i is softmax when (i + 1) % softmax_every == 0, else frame-wise GDN; 0 = none is
+    softmax_every: CountOrZero = 4
+    ffn_ratio: Positive = 3.0
+    conv_kernel: CountOrZero = 4  # K short convolution of a GDN block, in latent frames
+    patch_size: Count = 1
+    camera: bool = True
+    # raymaps of all raw frames after each attention; False: only an up/latitude map at the input
+    plucker: bool = True
+    text_width: CountOrZero = 0  # 0 = no text conditioning
+    causal: bool = False  # chunk-causal variant
+    # chunk-causal softmax looks this many chunks back, its own included; 0 = the whole past
+    window_chunks: CountOrZero = 0
+    sink_frames: CountOrZero = 1  # first latent frames that stay visible when the window moved on
+
+    def needs(self) -> Needs:
+        """Return what others must know of the model."""
+        reads = {"camera": self.camera, "text": self.text_width > 0}
+        return Needs(
+            heads=self.heads,
+            key_heads=self.heads,
+            latent_channels=self.latent_channels,
+            patch=self.patch_size,
+            fields=frozenset(name for name, read in reads.items() if read),
+            text_width=self.text_width,
+            causal=self.causal,
+            softmax=0 < self.softmax_every <= self.depth,
+        )
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a width that does not split into heads: UCPE rotates a head in groups of eight,
+        time in pairs."""
+        step = 8 if self.camera else 2
+        whole = self.heads * step
+        if self.width % whole:
+            nearest = whole * max(1, round(self.width / whole))
+            rule = f"a multiple of heads x {step} = {whole}, so that each head has a multiple of {step}"
+            yield Problem("width", str(self.width), rule, f"{AT}width={nearest}")

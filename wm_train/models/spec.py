@@ -1,0 +1,70 @@
+"""Say what the trainer, the samplers, the planner and the parity proof ask of a model, and build one.
+
+A new model is a folder with a configuration (`config.py`, no torch) and a subclass of `WorldModel`,
+and one row in `wm_train/config/registry.py`, or an entry point of another package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.registry import builder
+from wm_train.config.rules import broken_rules
+from wm_train.models.init import Rule
+
+SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation
+
+
+class WorldModel(nn.Module):
+    """A network that predicts the velocity of noisy latents.
+
+    forward(latents [B, t, C, h, w], sigma [B, t] fp32 in [0, 1], conditions, sequence) -> velocity
+    [B, t, C, h, w]: latents of the local frames, conditions of the whole clip. Everything that
+    crosses frames goes through `sequence` (parallel/sequence.py).
+    """
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the modules that are sharded, compiled and recomputed one by one, in order."""
+        raise TypeError(f"{type(self).__name__} has no units(), expected every model to name them")
+
+    def initial_rule(self, name: str, shape: Sequence[int]) -> Rule | None:
+        """Return how a parameter starts; None: as `init.default_rule` says."""
+        return None
+
+    def unused_parameters(self) -> frozenset[str]:
+        """Return parameters that the layout has and no forward reads: never trained."""
+        return frozenset()
+
+    def matrix_parameters(self) -> frozenset[str]:
+        """Return the weights that a matrix optimizer takes: those of units with two wide sides."""
+        inside = {id(p) for unit in self.units() for p in unit.parameters()}
+        return frozenset(
+            name
+            for name, p in self.named_parameters()
+            if id(p) in inside
+            and p.dim() >= 2
+            and min(p.shape[0], math.prod(p.shape[1:])) >= SMALLEST_SIDE
+        )
+
+    def switched_parameters(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names that a stage's own switches of the model may add or drop."""
+        return []
+
+    def use_kernels(self, engine: str) -> None:
+        """Ask for these kernels from now on: auto | triton | reference (key backend.kernels)."""
+
+
+def build_model(config: ModelConfig) -> WorldModel:
+    """Return the model `config.name`, parameters uninitialised, also under torch.device("meta").
+
+    Raises ValueError with every broken rule of its configuration.
+    """
+    problems = [str(problem.under("model.")) for problem in broken_rules(config)]
+    if problems:
+        raise ValueError(f"model failed to build: {'; '.join(problems)}")
+    model: WorldModel = builder(config)(config)
+    return model

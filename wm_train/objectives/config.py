@@ -1,0 +1,114 @@
+"""Configure the objectives: their keys and rules, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Self
+
+from wm_train.config.kinds import ObjectiveConfig
+from wm_train.config.problems import AT, Problem
+from wm_train.config.rules import Finite, Positive, Rule, Share
+
+HELD_OUT_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+LEAST_SHARE = 1e-3  # of the noise distribution, below which a range is taken for a mistake
+SHARES = Rule(
+    lambda shares: all(x >= 0 for x in shares) and 0 < sum(shares) < math.inf,
+    "four shares, not all 0",
+)
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig(ObjectiveConfig):
+    """Rectified-flow matching: the noise levels that are drawn, and what is dropped."""
+
+    builds: ClassVar[str] = "wm_train.objectives.flow_matching:flow_matching"
+
+    name: str = "flow_matching"
+    sigma_mean: Finite = 0.0  # logit-normal: sigma = sigmoid(mean + std * normal), then shifted
+    sigma_std: Positive = 1.0
+    flow_shift: Positive = 1.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
+    # only noise levels of this range, after the shift, are drawn: as the untruncated ones fall
+    # inside it
+    sigma_min: Share = 0.0
+    sigma_max: Share = 1.0
+    # share of clips that see their first latent frame clean (sigma 0, no loss)
+    image_condition: Share = 1.0
+    camera_dropout: Share = 0.0
+    text_dropout: Share = 0.0
+
+    def noise_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def narrowed(self, low: float | None, high: float | None) -> Self:
+        low = self.sigma_min if low is None else max(low, self.sigma_min)
+        high = self.sigma_max if high is None else min(high, self.sigma_max)
+        return replace(self, sigma_min=low, sigma_max=high)
+
+    def held_out_levels(self) -> tuple[float, ...]:
+        """Return the levels of the grid that it trains, the lower end not counted; of a range
+        between two of them the middle."""
+        low, high = self.noise_range()
+        inside = tuple(sigma for sigma in HELD_OUT_LEVELS if low < sigma <= high)
+        return inside or ((low + high) / 2,)
+
+    def held_out(self, sigma: float) -> Self:
+        return replace(
+            self,
+            sigma_mean=math.log(sigma / (1 - sigma)),
+            sigma_std=0.0,
+            flow_shift=1.0,
+            sigma_min=0.0,
+            sigma_max=1.0,
+            image_condition=1.0,
+            camera_dropout=0.0,
+            text_dropout=0.0,
+        )
+
+    def sampling_shift(self) -> float:
+        return self.flow_shift
+
+    def dropped(self) -> dict[str, float]:
+        return {"camera": self.camera_dropout, "text": self.text_dropout}
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a range of noise levels that the distribution never, or hardly ever, reaches."""
+        share = range_share(self)
+        if share < LEAST_SHARE:
+            got = (
+                f"{self.sigma_min} to {self.sigma_max}, which holds {share:.2g} of the noise levels"
+            )
+            rule = f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and flow_shift"
+            fix = f"{AT}sigma_min=0 {AT}sigma_max=1, or pools.<pool>.sigma_min"
+            yield Problem("sigma_min", got, rule, fix)
+
+
+@dataclass(frozen=True)
+class ChunkMixtureConfig(FlowMatchingConfig):
+    """Flow matching with a noise level per chunk (SANA-WM §3.2)."""
+
+    builds: ClassVar[str] = "wm_train.objectives.chunk_mixture:chunk_mixture"
+
+    name: str = "chunk_mixture"
+    # shares of: one sigma, rising from any chunk, rising to the last chunk, clean past
+    chunk_mixture: Annotated[tuple[float, float, float, float], SHARES] = (0.1, 0.4, 0.4, 0.1)
+
+    def needs_chunks(self) -> bool:
+        return True
+
+
+def range_share(noise: FlowMatchingConfig) -> float:
+    """Return how much of the noise distribution lies between sigma_min and sigma_max, 0 to 1; 0
+    for a range that is none."""
+    if not 0 <= noise.sigma_min < noise.sigma_max <= 1:
+        return 0.0
+
+    def below(sigma: float) -> float:
+        plain = sigma / (noise.flow_shift - (noise.flow_shift - 1) * sigma)
+        if plain <= 0 or plain >= 1:
+            return float(plain >= 1)
+        logit = math.log(plain / (1 - plain))
+        return 0.5 * (1 + math.erf((logit - noise.sigma_mean) / (noise.sigma_std * math.sqrt(2))))
+
+    return below(noise.sigma_max) - below(noise.sigma_min)

@@ -1,0 +1,37 @@
+"""Configure the optimizers: their keys and rules, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from wm_train.config.kinds import OptimizerConfig
+from wm_train.config.rules import AtLeastZero, Below1, Positive, Rule
+
+BETAS = Rule(lambda pair: all(0 <= beta < 1 for beta in pair), "both at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov & Hutter 2019) on all parameters."""
+
+    builds: ClassVar[str] = "wm_train.optim.adamw:build_adamw"
+
+    name: str = "adamw"
+    betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: AtLeastZero = 0.01  # on weights with two or more dimensions only
+
+
+@dataclass(frozen=True)
+class NorMuonConfig(AdamWConfig):
+    """NorMuon at `lr` on the model's matrices, AdamW at lr * adamw_lr_scale on the rest."""
+
+    builds: ClassVar[str] = "wm_train.optim.normuon:build_normuon"
+
+    name: str = "normuon"
+    momentum: Below1 = 0.95
+    adamw_lr_scale: Positive = 0.1  # Waypoint-1.5 uses 1e-3 for matrices and 1e-4 for the rest
+
+    def whole_matrices(self) -> bool:
+        return True

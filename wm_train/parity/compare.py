@@ -1,0 +1,50 @@
+"""Compare losses, output and gradients of two runs of one case."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """losses [B]; velocity [B, T, C, h, w]; the summed gradient of every parameter that has one."""
+
+    losses: Tensor
+    velocity: Tensor
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """‖found − reference‖ / ‖reference‖ of one tensor; absolute when the reference is zero."""
+
+    name: str
+    size: float
+    error: float
+
+
+def compare(reference: Outcome, found: Outcome) -> list[Comparison]:
+    """Loss, velocity and every gradient, in the model's order."""
+    pairs: list[tuple[str, Tensor, Tensor | None]] = [
+        ("loss", reference.losses, found.losses),
+        ("velocity", reference.velocity, found.velocity),
+        *(
+            (name, gradient, found.gradients.get(name))
+            for name, gradient in reference.gradients.items()
+        ),
+    ]
+    pairs += [
+        (name, torch.zeros_like(gradient), gradient)
+        for name, gradient in found.gradients.items()
+        if name not in reference.gradients
+    ]
+    rows = []
+    for name, a, b in pairs:
+        size = float(a.double().norm())
+        error = math.inf if b is None else float((a.double() - b.double()).norm())
+        rows.append(Comparison(name, size, error / size if size > 0 else error))
+    return rows

@@ -1,0 +1,152 @@
+"""Read the batches of a stage, and hand them to model and objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
+
+from data_shards.loading.load import REPLICATED, Batch, ClipLoader
+from data_shards.schema import latent_frame_count
+from parallel.layout import ClipLayout
+from parallel.sequence import SequenceShard, make_sequence
+from parallel.streaming import chunk_starts
+from wm_train.conditioning import Conditions
+from wm_train.objectives.clips import Clips
+from wm_train.training.feed import Feed
+from wm_train.training.stage import Stage
+
+
+def open_loader(
+    stage: Stage,
+    split: str,
+    global_batch: int,
+    first_step: int = 0,
+    quarantined: tuple[str, ...] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> Feed:
+    """This process's rows and frames of the global batches from `first_step` on; of the held-out
+    split always whole cuts of `data.path`."""
+    each, data, training = global_batch // stage.mesh.data_size, stage.config.data, split == "train"
+    info, pack = stage.dataset.info, stage.config.data.pack and split == "train"
+    packed = next(iter(stage.mixture)).info
+    size = (packed.latent_height, packed.latent_width)
+
+    def frames(length: int) -> tuple[int, int]:
+        share = stage.mesh.frames(length)
+        return share.start, share.stop
+
+    def loader(step: int, names: frozenset[str]) -> ClipLoader:
+        return ClipLoader(
+            stage.dataset,
+            split=split,
+            seed=stage.plan.seed,
+            stage=stage.noise.stage,
+            global_batch=global_batch,
+            rows=range(stage.mesh.data_index * each, (stage.mesh.data_index + 1) * each),
+            frames=frames,
+            clip_frames=stage.latent_frames,
+            shorter=(
+                [
+                    latent_frame_count(n, info.temporal_stride)
+                    for n in data.buckets
+                    if n < stage.config.frames
+                ]
+                if training
+                else []
+            ),
+            mixture=stage.mixture if training else None,
+            pack=pack,
+            cost=lambda length: stage.clip_flops(length, *size),  # packed rows have one size
+            start_step=step,
+            prefetch=data.prefetch,
+            readers=data.readers,
+            quarantined=names,
+            replicated=stage.mesh.sequence_index == 0,
+            pin="pinned" in stage.backend.capabilities,
+        )
+
+    return Feed(loader, data, stage.world, first_step, quarantined, report)
+
+
+def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
+    """The seam of this batch: its layout and this process's share of the frames."""
+    starts = batch.document_starts[0] if batch.document_starts else (0,)
+    assert all(row == starts for row in batch.document_starts), (
+        "rows that are packed differently go through the model one by one"
+    )
+    ends = (*starts[1:], batch.frames)
+    chunks = tuple(
+        s + chunk
+        for s, end in zip(starts, ends, strict=True)
+        for chunk in chunk_starts(end - s, stage.config.chunk_frames)
+    )
+    layout = ClipLayout(batch.frames, starts, chunks, tuple(batch.valid_frames.tolist()))
+    return make_sequence(
+        layout, stage.mesh, stage.kernels, stage.attention, compiled=stage.config.parallel.compile
+    )
+
+
+def conditions_of(stage: Stage, batch: Batch) -> Conditions:
+    """What the model sees of this batch besides its latents; text only if the model takes text."""
+    takes_text = "text" in stage.config.model.needs().fields
+    stride, starts = stage.dataset.info.temporal_stride, batch.document_starts
+    raw = batch.frames * stride - (stride - 1) * (
+        len(starts[0]) if starts else 1
+    )  # beyond, a packed row repeats its end
+    return Conditions(
+        image_size=batch.image_size,
+        temporal_stride=stride,
+        c2w=None if batch.c2w is None else batch.c2w[:, :raw],
+        intrinsics=None if batch.intrinsics is None else batch.intrinsics[:, :raw],
+        controls=batch.controls,
+        text=batch.text if takes_text else None,
+        text_mask=batch.text_mask if takes_text else None,
+        null_text=stage.null_text,
+    )
+
+
+def clips_of(stage: Stage, batch: Batch) -> Clips:
+    """Return this batch as an objective takes it."""
+    conditions, sequence = conditions_of(stage, batch), sequence_of(stage, batch)
+    return Clips(batch.latents, batch.draws, conditions, sequence, stage.noise)
+
+
+def on_device(stage: Stage, batch: Batch) -> Batch:
+    """The batch with its tensors where the model is, and what one member of each sequence group
+    read given to the others."""
+    names = ("latents", "draws", *REPLICATED)
+    batch = batch.each_tensor(
+        lambda tensor: tensor.to(stage.backend.device, non_blocking=True), names
+    )
+    if stage.mesh.comm is not None:
+        stage.mesh.comm.share(
+            [tensor for name in REPLICATED if (tensor := getattr(batch, name)) is not None]
+        )
+    return batch
+
+
+def micro_batches(stage: Stage, batch: Batch) -> Iterator[Batch]:
+    """The parts of a training batch that go through the model one by one: packed rows each, as each
+    has its own documents."""
+    return batch_parts(
+        batch, len(batch.keys) if stage.config.data.pack else stage.config.trainer.accumulate
+    )
+
+
+def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in `count` parts of whole rows, in order; the first ones are larger when it does
+    not divide."""
+    if count == 1:
+        yield batch
+        return
+    bounds = [len(batch.keys) * part // count for part in range(count + 1)]
+    sizes = sorted((b - a for a, b in pairwise(bounds)), reverse=True)
+    start = 0
+    for size in sizes:
+        if size:
+            rows = slice(start, start + size)
+            part = batch.each_tensor(itemgetter(rows))
+            yield replace(part, keys=batch.keys[rows], document_starts=batch.document_starts[rows])
+        start += size
