@@ -31,7 +31,7 @@ from parallel.halo import Taps
 from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE, Kernels, Stream
 from parallel.sequence import LocalSequence
-from wm_train.kernels import (
+from wm_train.kernels.dispatch import (
     camera_gram,
     camera_output,
     gdn_gram,

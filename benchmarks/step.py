@@ -27,7 +27,7 @@ from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
 from wm_train.config.schema import ModelConfig
-from wm_train.kernels import sequence_kernels
+from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.models import build_model, initialise_
 from wm_train.models.flops import forward_flops, mfu, step_flops
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from parallel.reference import REFERENCE
-from wm_train import kernels
-from wm_train.kernels import engine, trial
+from wm_train.kernels import dispatch, engine, trial
 
 B, T, S, H, D = 2, 3, 5, 2, 16
 
@@ -18,7 +17,7 @@ B, T, S, H, D = 2, 3, 5, 2, 16
 def forget_choices():
     """Choices are logged once; every test starts without any."""
     engine.resolve.cache_clear()
-    kernels.sequence_kernels.cache_clear()
+    dispatch.sequence_kernels.cache_clear()
 
 
 @pytest.fixture
@@ -111,8 +110,8 @@ def test_without_triton_the_reference_runs_and_the_log_says_why(caplog, monkeypa
 
 
 def test_cpu_runs_the_reference_and_its_table_is_one_object(arguments):
-    assert kernels.sequence_kernels(torch.device("cpu")) is REFERENCE
-    gram, update, gram_z, update_z = kernels.gdn_gram(**arguments)
+    assert dispatch.sequence_kernels(torch.device("cpu")) is REFERENCE
+    gram, update, gram_z, update_z = dispatch.gdn_gram(**arguments)
     assert gram.shape == update.shape == gram_z.shape == (B, T, H, D, D)
     assert update_z.shape == (B, T, H, 1, D)
 
@@ -121,7 +120,7 @@ def test_an_unknown_engine_is_an_error(arguments):
     with pytest.raises(
         ValueError, match="got engine 'fast', expected one of auto, triton, reference"
     ):
-        kernels.gdn_gram(**arguments, engine="fast")
+        dispatch.gdn_gram(**arguments, engine="fast")
 
 
 @pytest.mark.parametrize(
@@ -141,14 +140,14 @@ def test_an_unknown_engine_is_an_error(arguments):
 def test_a_wrong_shape_is_an_error_that_names_it(arguments, name, shape, message):
     arguments[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
-        kernels.gdn_gram(**arguments)
+        dispatch.gdn_gram(**arguments)
 
 
 def test_no_tokens_keep_the_graph(arguments):
     """A rank may hold no frames: shapes come out empty and gradients still flow."""
     empty = {k: x[:, :0] if torch.is_tensor(x) and x.dim() > 1 else x for k, x in arguments.items()}
     empty["key"] = empty["key"].requires_grad_()
-    out = kernels.gdn_gram(**empty)
+    out = dispatch.gdn_gram(**empty)
     assert out[0].shape == (B, 0, H, D, D)
     sum(x.sum() for x in out).backward()
     assert empty["key"].grad.shape == (B, 0, S, H * D)

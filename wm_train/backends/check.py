@@ -16,7 +16,8 @@ from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import CHUNK_CAUSAL, FULL, tiles
 from parallel.reference import REFERENCE, Cuts, Kernels, Stream
 from wm_train.backends.protocol import Backend
-from wm_train.kernels.trial import IN_TOKENS, TokenCase, run_tokens, token_cases
+from wm_train.kernels import dispatch
+from wm_train.kernels.trial import IN_TOKENS, TokenCase, of_extended, run_tokens, token_cases
 
 BOUNDS = {
     torch.float32: 1e-4,
@@ -50,7 +51,7 @@ def check(backend: Backend, engine: str = "auto", attention: str = "auto") -> li
     dtypes = [torch.float32, backend.autocast_dtype]
     for name, case in token_cases(HEAD_DIM).items():
         rows += [
-            _row(name, dtype, partial(_tokens, case, backend.device, dtype, engine))
+            _row(name, dtype, partial(_tokens, name, case, backend.device, dtype, engine))
             for dtype in dtypes
         ]
     for name, e in (("numerator", HEAD_DIM), ("normaliser", 1)):
@@ -102,12 +103,19 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
 
 
 def _tokens(
-    case: TokenCase, device: torch.device, dtype: torch.dtype, engine: str
+    name: str, case: TokenCase, device: torch.device, dtype: torch.dtype, engine: str
 ) -> Iterator[tuple[str, float]]:
-    function, inputs, rest = case
-    exact = (function, {k: x.to(dtype) if k in IN_TOKENS else x for k, x in inputs.items()}, rest)
-    expected = run_tokens(exact, torch.device("cpu"), torch.float64, torch.float64, "reference")
-    actual = run_tokens(exact, device, dtype, torch.float32, engine)
+    inputs = {k: x.to(dtype) if k in IN_TOKENS else x for k, x in case.inputs.items()}
+    exact = case._replace(inputs=inputs)
+
+    def function(engine: str) -> Callable[..., Any]:
+        if name == "short_convolution":
+            return of_extended(partial(dispatch.short_convolution, heads=HEADS, engine=engine))
+        return partial(getattr(dispatch, name), engine=engine)
+
+    host, double = torch.device("cpu"), torch.float64
+    expected = run_tokens(function("reference"), exact, host, double, double)
+    actual = run_tokens(function(engine), exact, device, dtype, torch.float32)
     return ((name, _ratio(actual[name], x)) for name, x in expected.items())
 
 

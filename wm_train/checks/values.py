@@ -283,8 +283,8 @@ def backends() -> tuple[str, ...]:
 def engines() -> tuple[Rule, ...]:
     """Where and with what to compute."""
     kernels, attention = (
-        table("kernels/engine.py", "ENGINES"),
-        table("kernels/attention/choose.py", "ATTENTION"),
+        table("kernels/names.py", "ENGINES"),
+        table("kernels/names.py", "ATTENTION"),
     )
     return _one_of("name", backends()), _one_of("kernels", kernels), _one_of("attention", attention)
 

@@ -14,7 +14,10 @@ from data_shards.codecs.linear import make_codec
 from data_shards.loading.load import Batch, denormalise
 from wm_train.console import Progress
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
-from wm_train.sampling.rollout import Experts, rollout, sampling_levels, stream_rollout
+from wm_train.sampling.experts import Experts
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.rollout import rollout
+from wm_train.sampling.stream import stream_rollout
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.stage import Stage, conditions_of, on_device, open_loader, sequence_of
 from wm_train.training.state import EvaluationState, TrainState

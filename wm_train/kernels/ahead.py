@@ -16,23 +16,11 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from wm_train.kernels.gdn.builds import Build, scan_builds, token_builds
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have
-
-
-@dataclass(frozen=True)
-class Build:
-    """One specialisation. arguments: name -> Triton type ("*fp32", "i32"); constants: name ->
-    value, None for absent pointers."""
-
-    name: str
-    kernel: Any
-    arguments: dict[str, str]
-    constants: dict[str, Any]
-    warps: int = 8
-    stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -120,8 +108,6 @@ def table(usages: list[Usage]) -> str:
 
 
 def all_builds() -> list[Build]:
-    from wm_train.kernels.gdn.builds import scan_builds, token_builds
-
     return [*scan_builds(), *token_builds()]
 
 

@@ -9,16 +9,23 @@ Sums, states and Grams are fp32 (fp64 for fp64 tokens). `engine`: auto | triton 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from parallel.halo import Taps
-from parallel.reference import Kernels
+from parallel.reference import REFERENCE, Kernels, Stream
 from wm_train.kernels.attention.choose import with_attention
-from wm_train.kernels.engine import ENGINES, HEAD_DIMS, engine_for, resolve
+from wm_train.kernels.engine import HEAD_DIMS, resolve
 from wm_train.kernels.gdn import reference
+from wm_train.kernels.names import ENGINES
+from wm_train.kernels.trial import trusted
+
+if TYPE_CHECKING:
+    from wm_train.kernels.gdn.scan import ScanSettings
 
 
 def short_convolution(
@@ -74,9 +81,9 @@ def gdn_gram(
     _same("gdn_gram", "beta", beta, (*key.shape[:3], beta.shape[-1]))
     if _engine(engine, key, d) == "reference":
         return reference.gdn_gram(key, value, beta, weight, cos, sin, scale, norm_eps)
-    from wm_train.kernels.gdn.gram import Gram
+    from wm_train.kernels.gdn.gram import gdn_gram as fused
 
-    return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps, rstd)
+    return fused(key, value, beta, weight, cos, sin, scale, norm_eps, rstd)
 
 
 def gdn_output(
@@ -100,9 +107,9 @@ def gdn_output(
     _same("gdn_output", "normaliser", normaliser, (*query.shape[:2], state.shape[2], 1, d))
     if _engine(engine, query, d) == "reference":
         return reference.gdn_output(query, state, normaliser, weight, cos, sin, norm_eps, eps)
-    from wm_train.kernels.gdn.output import Output
+    from wm_train.kernels.gdn.output import gdn_output as fused
 
-    return Output.apply(query, state, normaliser, weight, cos, sin, norm_eps, eps)
+    return fused(query, state, normaliser, weight, cos, sin, norm_eps, eps)
 
 
 def camera_gram(
@@ -132,9 +139,9 @@ def camera_gram(
         return reference.camera_gram(
             key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps
         )
-    from wm_train.kernels.gdn.camera import CameraGram
+    from wm_train.kernels.gdn.camera import camera_gram as fused
 
-    return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
+    return fused(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
 
 
 def camera_output(
@@ -156,9 +163,9 @@ def camera_output(
     _same("camera_output", "world_to_ray", world_to_ray, (*query.shape[:3], 4, 4))
     if _engine(engine, query, d) == "reference":
         return reference.camera_output(query, state, weight, world_to_ray, cos, sin, norm_eps)
-    from wm_train.kernels.gdn.camera import CameraOutput
+    from wm_train.kernels.gdn.camera import camera_output as fused
 
-    return CameraOutput.apply(query, state, weight, world_to_ray, cos, sin, norm_eps)
+    return fused(query, state, weight, world_to_ray, cos, sin, norm_eps)
 
 
 @lru_cache(maxsize=16)
@@ -183,15 +190,43 @@ def sequence_kernels(
         == "reference"
     ):
         return table
+    return table._replace(**recurrences(engine))
+
+
+def recurrences(engine: str, settings: ScanSettings | None = None) -> dict[str, Callable[..., Any]]:
+    """Return the four functions of the GDN states by name: the kernels, each with the reference for
+    streams that they cannot take."""
     from wm_train.kernels.gdn import scan
 
-    settings = scan.ScanSettings(engine=engine)
-    return table._replace(
-        local_composites=partial(scan.local_composites, settings=settings),
-        local_states=partial(scan.local_states, settings=settings),
-        local_adjoint_composites=partial(scan.local_adjoint_composites, settings=settings),
-        local_adjoint=partial(scan.local_adjoint, settings=settings),
-    )
+    names = ("local_composites", "local_states", "local_adjoint_composites", "local_adjoint")
+    given = scan.ScanSettings() if settings is None else settings
+    return {
+        name: partial(
+            _scan, engine, partial(getattr(scan, name), settings=given), getattr(REFERENCE, name)
+        )
+        for name in names
+    }
+
+
+def _scan(
+    engine: str, fused: Callable[..., Any], plain: Callable[..., Any], stream: Stream, *rest: Any
+) -> Any:
+    """No frames: nothing to launch, and the reference knows the empty answers."""
+    update = stream.update
+    if update.shape[1] == 0 or engine_for(engine, "states", update, update.shape[-1]) != "triton":
+        return plain(stream, *rest)
+    return fused(stream, *rest)
+
+
+def engine_for(engine: str, kind: str, tensor: Tensor, head_dim: int) -> str:
+    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first
+    pass their trial there."""
+    device = tensor.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    answer = resolve(engine, kind, device.type, capability, tensor.dtype, head_dim)
+    if engine == "auto" and answer == "triton":
+        return "triton" if trusted(kind, device, tensor.dtype, head_dim) else "reference"
+    return answer
 
 
 def _engine(engine: str, tokens: Tensor, head_dim: int) -> str:

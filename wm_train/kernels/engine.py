@@ -14,7 +14,8 @@ from functools import lru_cache
 
 import torch
 
-ENGINES = ("auto", "triton", "reference")
+from wm_train.kernels.names import ENGINES
+
 KINDS = (
     "tokens",
     "states",
@@ -78,20 +79,6 @@ def resolve(
         obstacle,
     )
     return "reference"
-
-
-def engine_for(engine: str, kind: str, tensor: torch.Tensor, head_dim: int) -> str:
-    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first
-    pass their trial there."""
-    capability = (
-        torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
-    )
-    answer = resolve(engine, kind, tensor.device.type, capability, tensor.dtype, head_dim)
-    if engine == "auto" and answer == "triton":
-        from wm_train.kernels.trial import trusted
-
-        return "triton" if trusted(kind, tensor.device, tensor.dtype, head_dim) else "reference"
-    return answer
 
 
 def _obstacle(

@@ -9,21 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from parallel import reference as recurrences
 from parallel.halo import Taps
+from parallel.reference import Cuts, Stream
 from wm_train.kernels.engine import log
+from wm_train.kernels.gdn import reference
 
 TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 2e-2,
 }  # RMS ratio to the reference in fp32; states go through TF32
 FRAMES, TOKENS, HEADS = 1, 20, 2
-TokenCase = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
 IN_TOKENS = frozenset({"extended", "key", "value", "query"})
+NORM_EPS, EPS = 1e-5, 1e-8
+
+
+class TokenCase(NamedTuple):
+    """What one function over tokens is called with: tensors that take gradients, and the rest."""
+
+    inputs: dict[str, Tensor]
+    rest: dict[str, Any]
 
 
 @lru_cache(maxsize=32)
@@ -72,19 +82,12 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
 
 
 def token_cases(d: int) -> dict[str, TokenCase]:
-    """name -> function of the dispatch, what takes gradients, the rest; CPU, fp32. Those in
-    IN_TOKENS come in the compute dtype."""
-    from wm_train.kernels import dispatch
-
+    """Return the cases by the name of their function; CPU, fp32. Inputs in IN_TOKENS come in the
+    compute dtype; `extended` stands for the `Taps` of the convolution, see `of_extended`."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
-
-    def convolution(extended: Tensor, weight: Tensor, engine: str) -> Tensor:
-        return dispatch.short_convolution(Taps(extended, 3, FRAMES), weight, HEADS, engine=engine)[
-            0
-        ]
 
     lead, scale = (1, FRAMES, TOKENS), (d * TOKENS) ** -0.5
     key, value = (normal(*lead, HEADS * d) for _ in range(2))
@@ -99,33 +102,42 @@ def token_cases(d: int) -> dict[str, TokenCase]:
         {"query": key, "state": state, "weight": weight},
     )
     frames = normal(1, FRAMES + 6, TOKENS, HEADS * d)
+    norm = {"norm_eps": NORM_EPS}
+    taps = {"extended": frames, "weight": normal(HEADS * d, 1, 4)}
     return {
-        "short_convolution": (
-            convolution,
-            {"extended": frames, "weight": normal(HEADS * d, 1, 4)},
-            {},
+        "short_convolution": TokenCase(taps, {**norm}),
+        "gdn_gram": TokenCase(keys, {**tables, **norm, "scale": scale}),
+        "gdn_output": TokenCase(
+            {**reads, "normaliser": normaliser}, {**tables, **norm, "eps": EPS}
         ),
-        "gdn_gram": (dispatch.gdn_gram, keys, {**tables, "scale": scale}),
-        "gdn_output": (dispatch.gdn_output, {**reads, "normaliser": normaliser}, tables),
-        "camera_gram": (dispatch.camera_gram, keys, {**rays, "scale": scale, "ray_to_world": pose}),
-        "camera_output": (dispatch.camera_output, reads, {**rays, "world_to_ray": pose}),
+        "camera_gram": TokenCase(keys, {**rays, **norm, "scale": scale, "ray_to_world": pose}),
+        "camera_output": TokenCase(reads, {**rays, **norm, "world_to_ray": pose}),
     }
+
+
+def of_extended(short_convolution: Callable[..., tuple[Tensor, Any]]) -> Callable[..., Tensor]:
+    """Return the convolution as a function of tensors alone, as cases hold them, -> its y."""
+
+    def call(extended: Tensor, **rest: Any) -> Tensor:
+        return short_convolution(Taps(extended, 3, FRAMES), **rest)[0]
+
+    return call
 
 
 def run_tokens(
-    case: TokenCase, device: torch.device, low: torch.dtype, high: torch.dtype, engine: str
+    function: Callable[..., Any],
+    case: TokenCase,
+    device: torch.device,
+    low: torch.dtype,
+    high: torch.dtype,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of one case; token tensors in `low`, all others in `high`."""
-    function, inputs, rest = case
     leaves = {
         k: x.to(device, low if k in IN_TOKENS else high).detach().requires_grad_()
-        for k, x in inputs.items()
+        for k, x in case.inputs.items()
     }
-    out = function(
-        **leaves,
-        **{k: x.to(device, high) if torch.is_tensor(x) else x for k, x in rest.items()},
-        engine=engine,
-    )
+    rest = {k: x.to(device, high) if torch.is_tensor(x) else x for k, x in case.rest.items()}
+    out = function(**leaves, **rest)
     out = out if isinstance(out, tuple) else (out,)
     torch.autograd.backward(
         out,
@@ -139,25 +151,42 @@ def run_tokens(
     }
 
 
+def _convolution(extended: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
+    return reference.short_convolution(Taps(extended, 3, FRAMES), weight)
+
+
+def _kernels() -> dict[str, Callable[..., Any]]:
+    """Return the Triton functions over tokens by name, those below the dispatch."""
+    from wm_train.kernels.gdn import camera, convolution, gram, output
+
+    return {
+        "short_convolution": of_extended(convolution.short_convolution),
+        "gdn_gram": gram.gdn_gram,
+        "gdn_output": output.gdn_output,
+        "camera_gram": camera.camera_gram,
+        "camera_output": camera.camera_output,
+    }
+
+
 def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
     """RMS ratio of every output and gradient of the token functions to the reference in fp32, on
     the same device."""
     ratios: dict[str, float] = {}
+    kernels = _kernels()
     for name, case in token_cases(d).items():
-        expected = run_tokens(case, device, torch.float32, torch.float32, "reference")
-        actual = run_tokens(case, device, dtype, torch.float32, "triton")
+        plain = _convolution if name == "short_convolution" else getattr(reference, name)
+        expected = run_tokens(plain, case, device, torch.float32, torch.float32)
+        actual = run_tokens(kernels[name], case, device, dtype, torch.float32)
         ratios |= {f"{name} {k}": _ratio(actual[k], x) for k, x in expected.items()}
     return ratios
 
 
 def _states(device: torch.device, d: int) -> dict[str, float]:
     """RMS ratio of states, composites and gradients, in two segments with a cut."""
-    from parallel import reference
-    from parallel.reference import Cuts, Stream
     from wm_train.kernels.gdn import scan
 
     generator = torch.Generator().manual_seed(0)
-    frames, settings = 4, scan.ScanSettings(engine="triton", segments=2)
+    frames, settings = 4, scan.ScanSettings(segments=2)
     ratios = {}
     for e in (d, 1):
         key = (
@@ -182,15 +211,15 @@ def _states(device: torch.device, d: int) -> dict[str, float]:
         pairs: list[tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]] = [
             (
                 scan.local_states(stream, cuts, "exclusive", *none, settings),
-                reference.local_states(stream, cuts, "exclusive", *none),
+                recurrences.local_states(stream, cuts, "exclusive", *none),
             ),
             (
                 scan.local_composites(stream, cuts, "exclusive", settings),
-                reference.local_composites(stream, cuts, "exclusive"),
+                recurrences.local_composites(stream, cuts, "exclusive"),
             ),
             (
                 scan.local_adjoint(stream, cuts, "exclusive", *none, grads, *none, settings)[0],
-                reference.local_adjoint(stream, cuts, "exclusive", *none, grads, *none)[0],
+                recurrences.local_adjoint(stream, cuts, "exclusive", *none, grads, *none)[0],
             ),
         ]
         for i, (actual, expected) in enumerate(pairs):

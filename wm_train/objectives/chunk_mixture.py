@@ -24,8 +24,9 @@ from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.config.schema import ObjectiveConfig
 from wm_train.noise import NoiseKey, random_words, uniform, unit_interval
-from wm_train.objectives.flow_matching import plain_range, plain_sigma, shift_sigma, velocity_loss
+from wm_train.objectives.flow_matching import plain_range, plain_sigma, velocity_loss
 from wm_train.objectives.output import ObjectiveOutput, TrainingBatch
+from wm_train.sampling.levels import shift_sigma
 
 SAME, INCREMENTAL, ANCHORED, CLEAN_PAST = range(4)
 

@@ -14,9 +14,9 @@ from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import replicate, run_virtual
-from wm_train import kernels
 from wm_train.conditioning import Conditions
 from wm_train.config.schema import ModelConfig
+from wm_train.kernels import dispatch
 from wm_train.models import build_model, initialise_, use_engine_
 from wm_train.models.sana_wm import attention
 
@@ -115,11 +115,11 @@ def test_model_on_kernels_equals_model_on_references(ranks, layout, clip, monkey
     expected, expected_grads = on_one_device(model, clip, layout, REFERENCE)
     model.zero_grad()
     for name in ("short_convolution", "gdn_gram", "gdn_output", "camera_gram", "camera_output"):
-        monkeypatch.setattr(attention, name, one_at_a_time(getattr(kernels, name)))
+        monkeypatch.setattr(attention, name, one_at_a_time(getattr(dispatch, name)))
     use_engine_(model, "triton")  # on CPUs `auto` never picks the interpreter
     run = on_one_device if ranks == 1 else partial(on_virtual_ranks, ranks=ranks)
     actual, grads = run(
-        model, clip, layout, kernels.sequence_kernels(torch.device("cpu"), "triton")
+        model, clip, layout, dispatch.sequence_kernels(torch.device("cpu"), "triton")
     )
     assert rms_ratio(actual, expected) <= 1e-4
     assert grads.keys() == expected_grads.keys()

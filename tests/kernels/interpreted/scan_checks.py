@@ -3,8 +3,6 @@ gradients; on virtual ranks too."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -12,15 +10,12 @@ from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE, Stream
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
+from wm_train.kernels.dispatch import recurrences
 from wm_train.kernels.gdn import scan
 
 
 def table(**settings):
-    settings = scan.ScanSettings(engine="triton", **settings)
-    names = ("local_composites", "local_states", "local_adjoint_composites", "local_adjoint")
-    return REFERENCE._replace(
-        **{name: partial(getattr(scan, name), settings=settings) for name in names}
-    )
+    return REFERENCE._replace(**recurrences("triton", scan.ScanSettings(**settings)))
 
 
 def layout(kind: str, frames: int) -> ClipLayout:
@@ -167,11 +162,4 @@ def test_shapes_that_do_not_fit_are_errors():
     with pytest.raises(
         ValueError, match=r"scan failed: got gram \(1, 2, 1, 8, 16\), expected \(1, 2, 1, 16, 16\)"
     ):
-        scan.local_states(
-            s._replace(gram=s.gram[..., :8, :]),
-            None,
-            None,
-            None,
-            None,
-            scan.ScanSettings(engine="triton"),
-        )
+        scan.local_states(s._replace(gram=s.gram[..., :8, :]), None, None, None, None)

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from parallel.halo import Taps
-from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output, short_convolution
+from wm_train.kernels.dispatch import (
+    camera_gram,
+    camera_output,
+    gdn_gram,
+    gdn_output,
+    short_convolution,
+)
 from wm_train.kernels.gdn import reference
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-3}

@@ -25,7 +25,8 @@ from wm_train.objectives.chunk_mixture import (
     chunk_levels,
     drawn_pattern,
 )
-from wm_train.objectives.flow_matching import clip_sigma, shift_sigma
+from wm_train.objectives.flow_matching import clip_sigma
+from wm_train.sampling.levels import shift_sigma
 
 KEY = NoiseKey(3, "first")
 CONFIG = ObjectiveConfig(image_condition=0.5, camera_dropout=0.5, flow_shift=3.0)

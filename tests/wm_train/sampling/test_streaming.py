@@ -16,7 +16,10 @@ from wm_train.conditioning import Conditions
 from wm_train.config.schema import ModelConfig
 from wm_train.models import build_model, initialise_
 from wm_train.noise import NoiseKey, normal
-from wm_train.sampling.rollout import Experts, euler, sampling_levels, stream_rollout
+from wm_train.sampling.experts import Experts
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.rollout import euler
+from wm_train.sampling.stream import stream_rollout
 
 CONFIG = ModelConfig(
     latent_channels=4, depth=4, width=32, heads=2, softmax_every=2, text_width=6, causal=True

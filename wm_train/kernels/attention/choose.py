@@ -29,8 +29,8 @@ from parallel.reference import REFERENCE, Kernels
 from wm_train.kernels.attention import engines
 from wm_train.kernels.attention.engines import plain, plain_backward
 from wm_train.kernels.engine import log
+from wm_train.kernels.names import ATTENTION
 
-ATTENTION = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_3", "npu_fusion", "flex", "plain")
 TOLERANCE = 2e-2  # RMS ratio to plain products in fp32, for bf16 and fp16 operands
 
 

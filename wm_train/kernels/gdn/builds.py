@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from wm_train.kernels.ahead import Build
-
 F, I8, I = "*fp32", "*i8", "i32"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialisation. arguments: name -> Triton type ("*fp32", "i32"); constants: name ->
+    value, None for absent pointers."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 8
+    stages: int = 2
 
 
 def scan_builds(mode: str = "tf32", d: int = 112, rows: int = 32) -> list[Build]:

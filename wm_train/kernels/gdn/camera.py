@@ -145,3 +145,32 @@ class CameraOutput(torch.autograd.Function):
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return d_query, d_state, d_weight.sum(0).to(weight.dtype), None, None, None, None
+
+
+def camera_gram(
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    ray_to_world: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    norm_eps: float,
+    rstd: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `wm_train.kernels.dispatch.camera_gram`."""
+    return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
+
+
+def camera_output(
+    query: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    world_to_ray: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_eps: float,
+) -> Tensor:
+    """See `wm_train.kernels.dispatch.camera_output`."""
+    return CameraOutput.apply(query, state, weight, world_to_ray, cos, sin, norm_eps)

@@ -82,3 +82,18 @@ class Gram(torch.autograd.Function):
             None,
             None,
         )
+
+
+def gdn_gram(
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    norm_eps: float,
+    rstd: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `wm_train.kernels.dispatch.gdn_gram`."""
+    return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps, rstd)

@@ -72,3 +72,17 @@ class Output(torch.autograd.Function):
             None,
             None,
         )
+
+
+def gdn_output(
+    query: Tensor,
+    state: Tensor,
+    normaliser: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_eps: float,
+    eps: float,
+) -> Tensor:
+    """See `wm_train.kernels.dispatch.gdn_output`."""
+    return Output.apply(query, state, normaliser, weight, cos, sin, norm_eps, eps)

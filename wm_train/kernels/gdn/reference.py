@@ -137,7 +137,7 @@ def camera_gram(
     value: Tensor,
     beta: Tensor,
     weight: Tensor,
-    matrix: Tensor,
+    ray_to_world: Tensor,
     cos: Tensor,
     sin: Tensor,
     scale: float,
@@ -147,8 +147,8 @@ def camera_gram(
     heads = beta.shape[-1]
     k = normalised(key, weight, norm_eps, heads) * scale
     v = value.unflatten(-1, (heads, value.shape[-1] // heads))
-    encoded_key = limit_rms(k, encode(k, matrix, cos, sin))
-    encoded_value = limit_rms(v, encode(v, matrix, cos, sin))
+    encoded_key = limit_rms(k, encode(k, ray_to_world, cos, sin))
+    encoded_value = limit_rms(v, encode(v, ray_to_world, cos, sin))
     return frame_gram(discounted_beta(beta, k, encoded_key), encoded_key, encoded_value)
 
 
@@ -156,12 +156,12 @@ def camera_output(
     query: Tensor,
     state: Tensor,
     weight: Tensor,
-    matrix: Tensor,
+    world_to_ray: Tensor,
     cos: Tensor,
     sin: Tensor,
     norm_eps: float,
 ) -> Tensor:
     """See `wm_train.kernels.dispatch.camera_output`."""
     q = normalised(query, weight, norm_eps, state.shape[2])
-    encoded = limit_rms(q, encode(q, matrix.transpose(-1, -2), cos, sin))
-    return encode(read_state(state, encoded).to(query.dtype), matrix, cos, -sin)
+    encoded = limit_rms(q, encode(q, world_to_ray.transpose(-1, -2), cos, sin))
+    return encode(read_state(state, encoded).to(query.dtype), world_to_ray, cos, -sin)

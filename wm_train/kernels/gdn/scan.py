@@ -1,5 +1,5 @@
 """The GDN recurrences of `parallel` on Triton: the same four functions as `parallel/reference.py`,
-in fp32.
+in fp32, of at least one frame.
 
 Two levels. With `segments` > 1 the local frames are walked in that many pieces at once: composites
 per piece, their composition, then the pieces again from the states that enter them. That trades
@@ -17,11 +17,6 @@ import triton
 from torch import Tensor
 
 from parallel.reference import Cuts, Stream
-from parallel.reference import local_adjoint as reference_adjoint
-from parallel.reference import local_adjoint_composites as reference_adjoint_composites
-from parallel.reference import local_composites as reference_composites
-from parallel.reference import local_states as reference_states
-from wm_train.kernels.engine import engine_for
 from wm_train.kernels.gdn import scan_kernels
 from wm_train.kernels.numerics import exact_mode, state_mode
 
@@ -33,10 +28,8 @@ SHORTEST_SEGMENT = 8  # frames; below this a second level costs more walks than 
 
 
 class ScanSettings(NamedTuple):
-    """engine: auto | triton | reference.  segments: None picks.  mode: of A (None: TF32 on a device).  rows: of a state per
-    program."""
+    """segments: None picks.  mode: of A (None: TF32 on a device).  rows: of a state per program."""
 
-    engine: str = "auto"
     segments: int | None = None
     mode: str | None = None
     rows: int = 32
@@ -253,15 +246,6 @@ def _adjoint(
     return toward, back, leaving[0], leaving[1]
 
 
-def _by_reference(stream: Stream, settings: ScanSettings) -> bool:
-    """No frames: nothing to launch, and the reference knows the empty answers."""
-    return (
-        stream.update.shape[1] == 0
-        or engine_for(settings.engine, "states", stream.update, stream.update.shape[-1])
-        == "reference"
-    )
-
-
 def local_states(
     stream: Stream,
     cuts: Cuts,
@@ -272,8 +256,6 @@ def local_states(
 ) -> tuple[Tensor, Tensor]:
     """States [B, t, H, E, D] and F after the last frame [B, H, E, D]; as
     `parallel.reference.local_states`."""
-    if _by_reference(stream, settings):
-        return reference_states(stream, cuts, reverse, start_forward, start_reverse)
     plan, stream = _plan(stream, settings), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
     start, start_back, _ = _enter(stream, cuts, reverse, plan, start_forward, start_reverse, edges)
@@ -285,8 +267,6 @@ def local_composites(
     stream: Stream, cuts: Cuts, reverse: str | None, settings: ScanSettings = DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """C [B, H, D, D], H_fwd and H_rev [B, H, E, D]; as `parallel.reference.local_composites`."""
-    if _by_reference(stream, settings):
-        return reference_composites(stream, cuts, reverse)
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     composite, ahead, back = _composites(
         stream, cuts, reverse, plan, _edge_table(cuts, stream.update.device)
@@ -303,8 +283,6 @@ def local_adjoint_composites(
 ) -> tuple[Tensor, Tensor | None]:
     """What leaves the local frames when nothing enters [B, H, E, D]; as
     `parallel.reference.local_adjoint_composites`."""
-    if _by_reference(stream, settings):
-        return reference_adjoint_composites(stream, cuts, reverse, grads)
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
     _, _, left, right = _adjoint(
@@ -326,10 +304,6 @@ def local_adjoint(
 ) -> tuple[Stream, Tensor | None]:
     """Gradients of decay, gram, update and start_forward; as `parallel.reference.local_adjoint`.
     The states are walked again."""
-    if _by_reference(stream, settings):
-        return reference_adjoint(
-            stream, cuts, reverse, start_forward, start_reverse, grads, from_right, from_left
-        )
     plan, stream = _plan(stream, settings), _contiguous(stream)
     grads = grads.float().contiguous()
     edges = _edge_table(cuts, stream.update.device)

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from parallel.halo import Taps
 from parallel.masks import AttentionMask
 from parallel.sequence import HaloEdges, SequenceShard, Stream
-from wm_train.kernels import camera_gram, camera_output, gdn_gram, gdn_output, short_convolution
+from wm_train.kernels.dispatch import (
+    camera_gram,
+    camera_output,
+    gdn_gram,
+    gdn_output,
+    short_convolution,
+)
 from wm_train.kernels.gdn.reference import rotate, wide
 from wm_train.models.layers.rotary import Rotary
 from wm_train.models.sana_wm.ucpe import RayEncoding, decoded, encoded

@@ -1,0 +1,14 @@
+"""Names of the engines that a configuration may choose. No torch, so that rules can be checked
+before it is imported."""
+
+ENGINES = ("auto", "triton", "reference")  # of the GDN kernels, key backend.kernels
+ATTENTION = (  # of the softmax blocks, key backend.attention
+    "auto",
+    "cudnn",
+    "flash",
+    "flash_attn",
+    "flash_attn_3",
+    "npu_fusion",
+    "flex",
+    "plain",
+)
