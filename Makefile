@@ -40,6 +40,7 @@ kernels: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
 types: $(VENV)/.dev
 	@$(PY) -m mypy

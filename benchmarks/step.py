@@ -26,7 +26,7 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
-from wm_train.kernels import sequence_kernels
+from wm_train.kernels.dispatch import sequence_kernels
 from wm_train.models.examples import ExampleShape
 from wm_train.models.flops import FORWARDS_PER_STEP, forward_flops, mfu
 from wm_train.models.init import initialise_

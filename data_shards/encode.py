@@ -19,13 +19,16 @@ from typing import Any
 
 from data_shards.arguments import Option, choice, number, run, text, whole
 from data_shards.codecs.linear import CODECS, LatentCodec
+from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.finish import finish
-from data_shards.encoding.job import Job, Settings, crop_size, encode_shard, left_to_do, plan_jobs
+from data_shards.encoding.job import Job, encode_shard, left_to_do, plan_jobs
 from data_shards.encoding.runners import RUNNERS
+from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
 from data_shards.schema import PLAN, DataError
-from data_shards.sources import ClipSource, Place, open_source
+from data_shards.sources import Place, open_source
+from data_shards.sources.clips import ClipSource
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {

@@ -1,10 +1,8 @@
 """`python -m data_shards.verify path=…`: every byte of a data set against its index. Exit code 0 if
 all is well, 1 if not.
 
-A shard is fully determined by its index rows: canonical tar headers, npy headers, payloads with
-known checksums, zero padding, two zero blocks, end; or the files of a Zarr group, alike. So each
-byte is either right or reported, with shard, key and field; nothing a damaged header *says* is ever
-followed. The files beside the shards have their checksums in SHA256SUMS.
+Shards are checked by `storage/verify_shard.py`. The files beside the shards have their checksums in
+SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -12,28 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 from data_shards.arguments import Option, run, text, whole
-from data_shards.schema import (
-    FACTS,
-    INDEX,
-    ITEM_BYTES,
-    READ_BY_ROW,
-    SPLITS,
-    SUMS,
-    ClipEntry,
-    DatasetInfo,
-    MemberEntry,
-)
-from data_shards.storage.files import all_finite, array_from_bytes, crc32c, npy_header
+from data_shards.schema import FACTS, INDEX, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
 from data_shards.storage.read import ClipDataset, open_dataset
 from data_shards.storage.remote import RetryPolicy, connect
-from data_shards.storage.write import BLOCK, fingerprint, shard_size, sums_text, tar_header
-from data_shards.storage.zarr_store import pieces, shard_files
+from data_shards.storage.verify_shard import CHUNK, Problem, Rows, verify_shard, verify_zarr
+from data_shards.storage.write import fingerprint, sums_text
 
 ABOUT = "Check every byte of a data set against its index. Exit code 1 when something is wrong."
 OPTIONS = {
@@ -43,27 +28,6 @@ OPTIONS = {
 }
 POLICY = RetryPolicy()
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+[.][a-z]+")
-CHUNK = 4 * 2**20  # bytes in memory at a time
-TAR_KINDS = {
-    tarfile.LNKTYPE: "a hard link",
-    tarfile.SYMTYPE: "a symbolic link",
-    tarfile.DIRTYPE: "a directory",
-    tarfile.FIFOTYPE: "a fifo",
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    shard: str
-    key: str
-    field: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.what} (shard {self.shard}, key {self.key}, field {self.field})"
-
-
-Rows = Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 
 def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEntry, ...]]]:
@@ -73,205 +37,6 @@ def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEn
     )
     for entry in entries:
         yield entry, tuple(dataset.members(entry).values())
-
-
-def describe_header(block: bytes, expected: bytes) -> str:
-    """What is wrong with a 512-byte tar header, for the report only."""
-    name = expected[:100].rstrip(b"\0").decode()
-    if len(block) < BLOCK:
-        return f"tar header: the shard ends inside it, expected member {name!r}"
-    try:
-        found = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-    except tarfile.HeaderError as error:
-        return f"tar header: got a damaged one ({error}), expected member {name!r}"
-    if found.type in TAR_KINDS:
-        return f"tar header: got {TAR_KINDS[found.type]} {found.name!r}, expected the file {name!r}"
-    if found.name != name:
-        return f"tar header: got member {found.name!r}, expected {name!r}"
-    return (
-        f"tar header: got size {found.size} or other facts than were written, expected those of"
-        f" {name!r}"
-    )
-
-
-def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -> str:
-    """Read a member of a tar and return what is wrong with it, or ''."""
-    header = file.read(len(expected_header))
-    problem = (
-        ""
-        if header == expected_header
-        else f"npy header: got another one than {member.dtype} {member.shape}"
-    )
-    total, wrong = check_rows(file, member, 0, member.length - len(expected_header), crc32c(header))
-    return (
-        problem
-        or wrong
-        or ("" if total == member.crc32c else "checksum: got other bytes than were written")
-    )
-
-
-def check_rows(
-    file: BinaryIO, member: MemberEntry, row: int, length: int, total: int
-) -> tuple[int, str]:
-    """Read `length` bytes, the rows from `row` on: (checksum of all bytes up to here, given that of
-    those before, what is wrong or '').
-
-    At most CHUNK bytes are in memory, whatever the index claims.
-    """
-    problem, by_row = "", member.field in READ_BY_ROW
-    size = member.row_bytes if by_row else length
-    while length:
-        place, row_crc, left = f", latent frame {row}" if by_row else "", 0, size
-        while left:
-            data = file.read(min(CHUNK, left))
-            if not data:
-                return total, f"member: the shard ends {length - size + left} bytes before it does"
-            left -= len(data)
-            total, row_crc = crc32c(data, total), crc32c(data, row_crc)
-            problem = problem or not_finite(data, member, place)
-        if by_row and row_crc != member.row_crc32c[row]:
-            problem = problem or f"checksum: got other bytes than were written{place}"
-        row, length = row + 1, length - size
-    return total, problem
-
-
-def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
-    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are
-    cut."""
-    count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
-    if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
-        return ""
-    return f"values: got NaN or infinite ones{place}"
-
-
-def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Problem]:
-    """Read a shard once, from start to end, and list what differs from the index."""
-    problems = []
-    members = sorted(
-        ((m.offset, entry.key, m) for entry, group in rows for m in group), key=lambda item: item[0]
-    )
-    expected_size = shard_size(m for _, _, m in members)
-    if size != expected_size:
-        problems.append(
-            Problem(shard, "-", "-", f"shard size: got {size} bytes, expected {expected_size}")
-        )
-    position = 0
-    for offset, key, member in members:
-        if offset - BLOCK != position:
-            problems.append(
-                Problem(
-                    shard,
-                    key,
-                    member.field,
-                    f"index: got offset {offset}, expected {position + BLOCK}",
-                )
-            )
-            return problems
-        expected = tar_header(f"{key}.{member.field}", member.length)
-        block = file.read(BLOCK)
-        if block != expected:
-            problems.append(Problem(shard, key, member.field, describe_header(block, expected)))
-        npy = b"" if member.field == "json" else npy_header(member.dtype, member.shape)
-        problem = check_payload(file, member, npy)
-        if problem:
-            problems.append(Problem(shard, key, member.field, problem))
-        padding = -member.length % BLOCK
-        if file.read(padding) != b"\0" * padding and not problem:
-            problems.append(
-                Problem(
-                    shard,
-                    key,
-                    member.field,
-                    "padding: got bytes after the member that are not zero",
-                )
-            )
-        position = offset + member.length + padding
-    if file.read(2 * BLOCK) != b"\0" * (2 * BLOCK) or file.read(1):
-        problems.append(
-            Problem(
-                shard, "-", "-", "end of shard: got something else than two zero blocks and the end"
-            )
-        )
-    return problems
-
-
-def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Problem]:
-    """Every file of a Zarr shard: each has one right content, which the index gives, and there are
-    no others."""
-    problems, expected = (
-        [],
-        shard_files((entry.key, member) for entry, members in rows for member in members),
-    )
-    found = {name[len(folder) + 1 :] for name in filesystem.find(folder)}
-    problems += [
-        Problem(shard, "-", "-", f"file: got {name}, which `encode` does not write")
-        for name in sorted(found - set(expected))
-    ]
-    for name, (length, content) in expected.items():
-        if not length and (what := differs(filesystem, f"{folder}/{name}", content)):
-            key, _, field = name.removesuffix("zarr.json").rstrip("/").partition("/")
-            problems.append(Problem(shard, key or "-", field or "-", f"zarr.json: {what}"))
-    for entry, members in rows:
-        for member in members:
-            total, row, problem = 0, 0, ""
-            for piece in pieces(entry.key, member, 0, member.shape[0]):
-                total, wrong = check_piece(
-                    filesystem, f"{folder}/{piece.name}", expected[piece.name], member, row, total
-                )
-                row, problem = row + piece.length // max(1, member.row_bytes), problem or wrong
-            if problem or total != member.crc32c:
-                problems.append(
-                    Problem(
-                        shard,
-                        entry.key,
-                        member.field,
-                        problem or "checksum: got other bytes than were written",
-                    )
-                )
-    return problems
-
-
-def check_piece(
-    filesystem: Any,
-    path: str,
-    expected: tuple[int, bytes],
-    member: MemberEntry,
-    row: int,
-    total: int,
-) -> tuple[int, str]:
-    """As `check_rows`, for one file of an array and what follows the rows in it."""
-    length, rest = expected
-    try:
-        with filesystem.open(path, "rb") as file:
-            size = filesystem.size(path)
-            if size != length + len(rest):
-                return (
-                    total,
-                    (
-                        f"file: got {size} bytes, expected {length + len(rest)} in"
-                        f" {path.rsplit('/', 1)[1]}"
-                    ),
-                )
-            total, wrong = check_rows(file, member, row, length, total)
-            return total, wrong or (
-                ""
-                if file.read() == rest
-                else "checksum: got other bytes than were written behind the rows"
-            )
-    except OSError as error:
-        return total, f"file: cannot read it ({type(error).__name__}: {error})"
-
-
-def differs(filesystem: Any, path: str, content: bytes) -> str:
-    """What is wrong with a file whose content is known; '' if nothing is."""
-    try:
-        return (
-            ""
-            if filesystem.cat_file(path) == content
-            else "got other bytes than `encode` writes for what the index says"
-        )
-    except OSError as error:
-        return f"cannot read it ({type(error).__name__}: {error})"
 
 
 def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:

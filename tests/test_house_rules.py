@@ -4,6 +4,8 @@ that fit in a head."""
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,57 @@ MAY_IMPORT = {
     "data_shards": {"data_shards"},
     "launch": {"launch"},
 }
+# Rooms (folders, and files beside them) of each package, from the top: a room imports from floors
+# below its own. "__init__" is what the package's own __init__.py offers.
+FLOORS = {
+    "wm_train": (
+        "launch joint parity",
+        "worker",
+        "plan",
+        "trainer",
+        "checks",
+        "evaluation",
+        "training",
+        "tracking resilience checkpoint",
+        "objectives",
+        "sampling",
+        "optim",
+        "world",
+        "backends",
+        "models",
+        "conditioning kernels",
+        "config",
+        "errors console noise boxes storage",
+        "compat __init__",
+    ),
+    "parallel": (
+        "streaming checkpointing",
+        "sequence traffic",
+        "attend",
+        "ulysses",
+        "ring gdn_scan clip_mean halo engines mesh",
+        "reference process_group",
+        "local_attention timing",
+        "masks virtual zero",
+        "layout comm compat degrees sharding __init__",
+    ),
+    "data_shards": (
+        "record encode verify inspect stats filter",
+        "encoding",
+        "sources loading",
+        "codecs storage",
+        "arguments controls metrics",
+        "schema __init__",
+    ),
+    "launch": (
+        "on_kubernetes on_ray on_slurm on_torchrun",
+        "attempt",
+        "rank_actor",
+        "child inline frozen pools restart",
+        "progress signals spec leash compat token __init__",
+    ),
+}
+MOST_FILES = 15  # of a room; kernels have one file per operation and direction
 SILENT_ABOUT_RANKS = ("wm_train/models", "wm_train/objectives", "wm_train/conditioning")
 FORBIDDEN = re.compile(
     r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE
@@ -50,6 +103,83 @@ def test_imports_point_one_way(package):
         if (found := imported(p) & set(OURS) - MAY_IMPORT[package])
     }
     assert not wrong
+
+
+def modules(package: str) -> dict[str, Path]:
+    """name -> file of all modules of a package; a folder's name stands for its __init__.py."""
+    named = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources(package)}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+def run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below one, also inside functions, but for what stands under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from run_nodes(child)
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """module -> the modules of the same package that it imports."""
+    names, graph = modules(package), {}
+    for name, path in names.items():
+        graph[name] = set()
+        for node in run_nodes(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import"
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {full if full in names else node.module for full in inside}
+        graph[name] &= set(names)
+    return graph
+
+
+def room_of(module: str) -> str:
+    return [*module.split("."), "__init__"][1]
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_rooms_import_downward_only(package):
+    """So there is no circle between rooms either."""
+    floor = {room: i for i, rooms in enumerate(FLOORS[package]) for room in rooms.split()}
+    graph = import_graph(package)
+    assert {room_of(module) for module in graph} <= set(floor), "a room without a floor"
+    wrong = {
+        (module, other)
+        for module, others in graph.items()
+        for other in others
+        if room_of(module) != room_of(other) and floor[room_of(module)] >= floor[room_of(other)]
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_no_modules_import_each_other_in_a_circle(package):
+    try:
+        TopologicalSorter(import_graph(package)).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_type_checking_and_functions_count_as_they_should():
+    tree = ast.parse("if TYPE_CHECKING:\n    import a\ndef f():\n    import b")
+    found = [n.names[0].name for n in run_nodes(tree) if isinstance(n, ast.Import)]
+    assert found == ["b"]
+
+
+def test_no_room_has_more_than_15_files():
+    folders = [p for p in (ROOT / "wm_train").rglob("*/") if "kernels" not in p.parts]
+    counts = {
+        str(p.relative_to(ROOT)): len(list(p.glob("*.py"))) for p in [ROOT / "wm_train", *folders]
+    }
+    assert not {room: n for room, n in counts.items() if n > MOST_FILES}
+
+
+def test_engine_names_come_without_torch(run_python):
+    done = run_python("import sys, wm_train.kernels.names; print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def private_imports(path: Path) -> list[str]:
@@ -123,6 +253,19 @@ def test_no_file_is_longer_than_400_lines():
         if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
+
+
+def test_programs_inside_strings_import_modules_that_exist():
+    """Tests and benchmarks run small programs in processes of their own."""
+    known = {name for package in OURS for name in modules(package)}
+    line = re.compile(rf"^ *(?:from|import) ((?:{'|'.join(OURS)})[\w.]*)(?: import (.*))?$", re.M)
+    wrong = []
+    for path in sources("tests", "benchmarks"):
+        for module, names in line.findall(path.read_text()):
+            from_package = module in OURS and not (ROOT / module / "__init__.py").read_text()
+            wanted = [f"{module}.{n.split()[0]}" for n in names.split(", ")] if from_package else []
+            wrong += [f"{path}: {name}" for name in [module, *wanted] if name not in known]
+    assert not wrong
 
 
 def test_tests_are_no_package():

@@ -41,7 +41,6 @@ from launch.spec import (
 )
 from parallel.degrees import sequence_size
 from wm_train.checkpoint.manifest import committed
-from wm_train.checks.mesh import smaller_worlds
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import StagePlan, ordered, plan_stage, plan_stages, stage_directory
 from wm_train.config.help import help_text
@@ -49,6 +48,7 @@ from wm_train.config.pools import JOINT, boundaries, named, pool_runs
 from wm_train.config.problems import ConfigError, Problem, report
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import public_config, to_json, without_login
+from wm_train.config.worlds import smaller_worlds
 from wm_train.resilience.run_lock import OwnedError, check_free
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from data_shards.codecs.linear import LatentCodec, psnr_db
-from data_shards.encoding.job import Job, Settings, crop_size
+from data_shards.encoding.arrays import crop_size
+from data_shards.encoding.job import Job
+from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder, read_null_text
 from data_shards.schema import (
@@ -30,7 +32,7 @@ from data_shards.schema import (
     MemberEntry,
     info_to_json,
 )
-from data_shards.sources import ClipSource
+from data_shards.sources.clips import ClipSource
 from data_shards.storage.files import crc32c
 from data_shards.storage.write import encode_array, fingerprint, sums_text, write_index
 

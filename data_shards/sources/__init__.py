@@ -4,83 +4,12 @@ not care what is behind it."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from data_shards.controls import Events
 from data_shards.schema import DataError
+from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
 from data_shards.storage.files import read_json
-
-
-@dataclass(frozen=True)
-class SourceClip:
-    """What is known of a clip before it is read. `episode`: clips of one episode go to the same
-    side of the validation split."""
-
-    key: str
-    episode: str
-    frames: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class ClipContent:
-    """video [F,H,W,3] uint8, or, from a source of ready latents, latents [T,C,h,w]; c2w [F,4,4] in
-    metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels; frame_controls [F,A] float32:
-    row i holds what happened between frames i-1 and i (row 0: nothing); or, finer than frames,
-    `events`; the caption; or the text ready made: (embeddings [L,E], mask [L] uint8). All but the
-    first may be absent."""
-
-    video: NDArray[np.uint8] | None
-    c2w: NDArray[np.float64] | None = None
-    intrinsics: NDArray[np.float64] | None = None
-    frame_controls: NDArray[np.float32] | None = None
-    events: Events | None = None
-    latents: NDArray[np.float32] | None = None
-    caption: str | None = None
-    text: tuple[NDArray[Any], NDArray[np.uint8]] | None = None
-
-
-@dataclass(frozen=True)
-class StoredLatents:
-    """The codec behind a source of ready latents: a `LatentCodec` that knows the layout and needs
-    no weights."""
-
-    name: str
-    channels: int
-    temporal_stride: int
-    spatial_stride: int
-    options: Mapping[str, Any]
-
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
-        raise DataError(
-            "source: got latents without their videos, expected videos to encode from. Fix:"
-            " image_latents_every=0"
-        )
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        raise AssertionError("nothing is decoded while ready latents are taken over")
-
-
-class ClipSource(Protocol):
-    notes: tuple[str, ...]  # what `encode` should tell the user, say about frames left out
-    description: str  # goes into dataset.json; must not name folders of one machine
-    fps: float
-    metres_per_unit: float
-    control_names: tuple[str, ...]
-    control_sums: tuple[
-        bool, ...
-    ]  # per control: True = amounts that add up (mouse motion), False = states, which are averaged
-    clips: tuple[SourceClip, ...]
-    stored: StoredLatents | None  # set where clips come as latents
-
-    def load(self, clip: SourceClip) -> ClipContent: ...
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import KEY_PATTERN, MAX_MEMBER_BYTES, DataError
-from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.videos import square_intrinsics, square_poses
 from data_shards.storage.files import read_json
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError, check_key
-from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.storage.files import crc32c, read_json
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from data_shards.controls import CONTROL_NAMES, Events
 from data_shards.schema import DataError, check_key
-from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.storage.files import read_json
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")

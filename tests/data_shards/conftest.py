@@ -3,6 +3,7 @@ work on copies."""
 
 import http.client
 import http.server
+import re
 import shutil
 import socket
 import struct
@@ -14,7 +15,11 @@ import numpy as np
 import pytest
 
 from data_shards import encode, record
+from data_shards.schema import ShardError
+from data_shards.storage.read import open_dataset
 
+NAMED = re.compile(r"shard shards/\d{6}\.tar, key [\w-]+, field [\w.]+")
+SHARD = "shards/000000.tar"
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message></Error>"
 
 
@@ -181,3 +186,39 @@ def faults():
         "GET",
     )
     return FaultyProxy.faults
+
+
+@pytest.fixture(scope="session")
+def truth(dataset_path):
+    """key -> what was written, of every clip in the first shard."""
+    dataset = open_dataset(str(dataset_path))
+    entries = [
+        entry
+        for split in ("train", "validation")
+        for entry in dataset.clips(split)
+        if entry.shard == SHARD
+    ]
+    return {entry.key: dataset.read(entry) for entry in entries}
+
+
+@pytest.fixture
+def read_all():
+    """read_all(path, truth) -> (clips delivered, errors): every clip of the first shard is either
+    exactly what was written or a named error."""
+
+    def read(path, truth):
+        dataset, delivered, refused = open_dataset(str(path)), 0, []
+        for key, expected in truth.items():
+            try:
+                clip = dataset.read(key)
+            except ShardError as error:
+                refused.append(error)
+                continue
+            for name in ("latents", "c2w", "intrinsics", "controls"):
+                np.testing.assert_array_equal(getattr(clip, name), getattr(expected, name))
+            delivered += 1
+        assert delivered + len(refused) == len(truth)
+        assert all(error.shard == SHARD and NAMED.search(str(error)) for error in refused), refused
+        return delivered, refused
+
+    return read

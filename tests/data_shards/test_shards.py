@@ -12,7 +12,8 @@ import pytest
 
 from data_shards import encode
 from data_shards.codecs.linear import make_codec
-from data_shards.encoding.job import crop, split_of_episodes
+from data_shards.encoding.arrays import crop
+from data_shards.encoding.job import split_of_episodes
 from data_shards.schema import DataError, MemberEntry
 from data_shards.sources.recording import RecordingSource
 from data_shards.storage.files import from_bfloat16, npy_header, to_bfloat16

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import store, writer
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -23,7 +23,7 @@ def test_two_hundred_flipped_bits(tmp_path):
         tensors = {f"model/{i}": torch.randn(64, 32, generator=g) for i in range(4)} | {
             "optimizer/step": torch.tensor(float(step))
         }
-        store.save(tmp_path / "whole", step, "short", tensors, {"config": {"seed": step}}, ALONE)
+        writer.save(tmp_path / "whole", step, "short", tensors, {"config": {"seed": step}}, ALONE)
     files = sorted(path.name for path in store.committed(tmp_path / "whole")[-1].iterdir())
     for number in range(FLIPS):
         root = tmp_path / f"flip_{number}"

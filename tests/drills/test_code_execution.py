@@ -18,7 +18,7 @@ import torch
 
 from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
-from wm_train.checkpoint import manifest, store
+from wm_train.checkpoint import manifest, store, writer
 from wm_train.checkpoint.manifest import CheckpointError
 from wm_train.checks.values import problems_of
 from wm_train.config.compose import compose
@@ -55,7 +55,7 @@ def canary(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     tensors = {"model/a": torch.ones(4, 4), "optimizer/a/step": torch.tensor(1.0)}
-    return store.save(tmp_path / "checkpoints", 1, "short", tensors, {}, ALONE)
+    return writer.save(tmp_path / "checkpoints", 1, "short", tensors, {}, ALONE)
 
 
 def read(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import store, writer
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -51,7 +51,7 @@ def save_and_die(root: Path, at_call: int, after: bool) -> bool:
         ):
             setattr(owner, name, lethal(getattr(owner, name)))
         Path.mkdir, Path.rename = lethal(Path.mkdir), lethal(Path.rename)  # type: ignore[method-assign]
-        store.save(root, 2, "short", state(2), {}, ALONE)
+        writer.save(root, 2, "short", state(2), {}, ALONE)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
@@ -62,7 +62,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, after
     reached, found_steps = 0, []
     while True:
         root = tmp_path / str(reached)
-        store.save(root, 1, "short", state(1), {}, ALONE)
+        writer.save(root, 1, "short", state(1), {}, ALONE)
         if not save_and_die(root, reached + 1, after):
             break
         reached += 1
@@ -75,9 +75,11 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, after
         step = found[1].step
         assert all(torch.equal(targets[name], tensor) for name, tensor in state(step).items())
         found_steps.append(step)
-        store.prune(root, 2, 0, ALONE)
-        assert not store.drafts(root)
-        assert store.save(root, 2, "short", state(2), {}, ALONE).is_dir(), "the next save must work"
+        writer.prune(root, 2, 0, ALONE)
+        assert not writer.drafts(root)
+        assert writer.save(root, 2, "short", state(2), {}, ALONE).is_dir(), (
+            "the next save must work"
+        )
     assert reached >= TOUCHES
     assert set(found_steps) == {1, 2}, (
         "some kills come before the rename that publishes, some after"

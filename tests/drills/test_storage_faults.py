@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import CheckpointError
 from wm_train.tracking.tracker import read_steps
 from wm_train.world import World
@@ -27,7 +27,7 @@ def state(step: int, size: int = 40_000) -> dict[str, torch.Tensor]:
 
 
 def save(root: Path, step: int, size: int = 40_000) -> Path:
-    return store.save(root, step, "short", state(step, size), {}, ALONE)
+    return writer.save(root, step, "short", state(step, size), {}, ALONE)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -71,7 +71,7 @@ def test_a_full_disk(small_disk):
             save(small_disk / "checkpoints", step)
         assert digest(good) == before
         assert newest(small_disk / "checkpoints") == (1, [])
-        assert not store.drafts(small_disk / "checkpoints"), (
+        assert not writer.drafts(small_disk / "checkpoints"), (
             "what was half written gives its room back"
         )
     (small_disk / "ballast").unlink()

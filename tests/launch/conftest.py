@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -72,3 +74,16 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def cluster(nodes: Any) -> str:
     """The address of `nodes`."""
     return nodes.address
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """`slurm_nodes.py` while its two nodes are up."""
+    file = Path(__file__).parent / "slurm_nodes.py"
+    found = importlib.util.spec_from_file_location("slurm_nodes", file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    with module.two_nodes(tmp_path_factory.mktemp("slurm")):
+        yield module

@@ -35,7 +35,9 @@ def load(name: str):
 
 @pytest.fixture(scope="session")
 def oracles():
-    return load("oracles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HERE)  # it imports oracle_cases, as in gloo_worker.py
+        return load("oracles")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parallel.masks import AttentionMask
+
 GRIDS = [(1, 1), (1, 3), (3, 1), (2, 2)]
 KINDS = ("plain", "chunks 4,3,3", "documents", "ragged", "all")
 MASKS = {
@@ -100,7 +102,7 @@ def test_halo_sees_exactly_what_it_may(oracles, kind, edges):
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_sees_exactly_what_it_may(oracles, kind, mask):
     layout = oracles.layouts(FRAMES)[kind]
-    rule = type(oracles.FULL)(**MASKS[mask])
+    rule = AttentionMask(**MASKS[mask])
 
     def expected(row, i, j, tap):
         if not oracles.is_real(layout, row, max(i, j)):
@@ -128,7 +130,7 @@ def test_padding_may_even_hold_nan(oracles, verb):
     """Whatever is in padding frames stays there, in the values and in the gradients of real
     frames."""
     layout = oracles.layouts(FRAMES)["ragged"]
-    case = oracles.Case(layout, (verb,), mask=oracles.AttentionMask("frame"))
+    case = oracles.Case(layout, (verb,), mask=AttentionMask("frame"))
     clean = oracles.inputs
     try:
         oracles.inputs = lambda case: poisoned(clean(case), oracles, layout)

@@ -182,13 +182,13 @@ def test_four_processes_agree(mesh, capsys):
 
 
 def test_weights_may_come_from_a_checkpoint(tmp_path, capsys):
-    from wm_train.checkpoint import store
+    from wm_train.checkpoint import writer
     from wm_train.world import World
 
     case = small_case()
     model = parity_case.make_model(case)
     tensors = {f"model/{name}": p.detach() * 1.5 for name, p in model.named_parameters()}
-    folder = store.save(tmp_path, 1, "short", tensors, {}, World(rank=0, size=1))
+    folder = writer.save(tmp_path, 1, "short", tensors, {}, World(rank=0, size=1))
     loaded = parity_case.make_model(
         parity_case.ParityCase(**{**vars(case), "checkpoint": str(folder)})
     )

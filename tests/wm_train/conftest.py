@@ -3,16 +3,23 @@ process."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data_shards.schema import SCHEMA_VERSION, DatasetInfo, info_to_json
 from wm_train.backends import get_backend
+from wm_train.checks.values import problems_of
+from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stage
-from wm_train.config.schema import RunConfig
+from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.schema import PER_STAGE, RunConfig
+from wm_train.config.typed import build, to_json
 from wm_train.console import Progress
 from wm_train.resilience.preemption import StopRequest
 from wm_train.tracking.tracker import read_steps
@@ -54,6 +61,90 @@ DATASET = {
     "text_width": 0,
     "null_text_crc32c": 0,
 }
+
+
+CHANNELS = 16  # of experiment=demo
+
+
+def write_info(folder: Path, **changes: object) -> None:
+    """Write a dataset.json: 10 clips of 81 frames, unless `changes` say otherwise."""
+    values: dict[str, Any] = {
+        field.name: 1
+        for field in dataclasses.fields(DatasetInfo)
+        if field.default is dataclasses.MISSING
+    }
+    statistics = ((0.5,) * CHANNELS,) * 2
+    values |= {
+        "codec": "dct",
+        "codec_options": {},
+        "channels": CHANNELS,
+        "temporal_stride": 8,
+        "mean": statistics,
+        "std": statistics,
+    }
+    values |= {
+        "clips": {"train": 8, "validation": 2},
+        "raw_frames": 810,
+        "null_text": None,
+        "control_names": (),
+    }
+    values["schema_version"] = SCHEMA_VERSION
+    values |= {"latent_height": 8, "latent_width": 12, **changes}
+    (folder / "dataset.json").write_text(info_to_json(DatasetInfo(**values)))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder that is a data set as far as dataset.json goes."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_info(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo() -> str:
+    """The demo's config, each stage with what it changes only; composing takes longer than all
+    rules together, so it is done once."""
+    plain = json.loads(to_json(compose(["experiment=demo"])))
+    for stage in plain["recipe"]["stages"].values():
+        for section in PER_STAGE:
+            own, run = stage[section], plain[section]
+            stage[section] = {key: value for key, value in own.items() if value != run[key]}
+    return json.dumps(plain)
+
+
+@pytest.fixture
+def found(demo: str, shards: Path) -> Callable[..., dict[str, Problem]]:
+    """found({key: value, ...}, data=folder) -> the problems of the demo with these values, by
+    key."""
+
+    def find(changes: dict[str, Any] | None = None, data: Path = shards) -> dict[str, Problem]:
+        plain = json.loads(demo)
+        for key, value in {
+            "data.path": str(data),
+            "out": str(shards.parent / "runs"),
+            **(changes or {}),
+        }.items():
+            *parents, last = key.split(".")
+            section = plain
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+        try:
+            problems = problems_of(build(plain))
+        except ConfigError as error:
+            rest = problems_of(error.rest) if error.rest else []
+            problems = [*error.problems, *rest]
+        return {problem.where: problem for problem in problems}
+
+    return find
+
+
+@pytest.fixture
+def write() -> Callable[..., None]:
+    """write(folder, **changes): the facts of a data set, 10 clips of 81 frames but for `changes`."""
+    return write_info
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from wm_train.checkpoint import store
-from wm_train.checkpoint.manifest import CheckpointError, Manifest, read_manifest
+from wm_train.checkpoint import store, writer
+from wm_train.checkpoint.manifest import STEP_FOLDER, CheckpointError, Manifest, read_manifest
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class
 from wm_train.storage import Place, place
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def chosen(folder: Place) -> list[Place]:
     """The checkpoint itself, or all of a stage, oldest first."""
-    found = [folder] if store.STEP_FOLDER.fullmatch(folder.name) else store.committed(folder)
+    found = [folder] if STEP_FOLDER.fullmatch(folder.name) else store.committed(folder)
     if not found or not all(path.is_dir() for path in found):
         raise CheckpointError(
             f"checkpoint: got {folder}, expected a step_N folder or a stage's checkpoints folder."
@@ -162,7 +162,7 @@ def prune(arguments: argparse.Namespace) -> int:
     if arguments.keep_last < 1:
         raise CheckpointError(f"prune: got --keep-last {arguments.keep_last}, expected at least 1")
     before = store.committed(arguments.folder)
-    store.prune(arguments.folder, arguments.keep_last, 0, ALONE)
+    writer.prune(arguments.folder, arguments.keep_last, 0, ALONE)
     print(
         f"deleted {len(before) - len(store.committed(arguments.folder))} of {len(before)}"
         f" checkpoints in {arguments.folder}"

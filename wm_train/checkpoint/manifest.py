@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from wm_train.storage import Place
 
 NAME = "manifest.json"
+BAD = "manifest.bad"  # what a bad checkpoint's becomes where folders cannot be renamed
 STEP_FOLDER = re.compile(
     r"step_(\d{8})(-[0-9a-f]{8})?"
 )  # the token: in a store, where a save begins under its last name
@@ -198,3 +199,9 @@ def committed(root: Place) -> list[Place]:
         )
     found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
     return sorted(found, key=lambda folder: folder.name)
+
+
+def step_of(folder: Place) -> int:
+    """Return the step in a checkpoint folder's name, -1 for another folder."""
+    found = STEP_FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else -1

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import writer
 from wm_train.checkpoint.manifest import CheckpointError
 from wm_train.config.schema import TrainerConfig
 from wm_train.storage import Place
@@ -56,7 +56,7 @@ class Saver:
         the next one is tried.
         """
         self.wait()
-        state = store.copy_to_host(tensors, self._world.rank, self._buffers)
+        state = writer.copy_to_host(tensors, self._world.rank, self._buffers)
         if self._buffers is None:
             self._commit(step, state, facts)
             self.wait()
@@ -96,14 +96,14 @@ class Saver:
         except Exception as error:  # of whatever kind: `wait` raises it
             self._crash = error
 
-    def _commit(self, step: int, state: store.HostCopy, facts: dict[str, Any]) -> None:
+    def _commit(self, step: int, state: writer.HostCopy, facts: dict[str, Any]) -> None:
         try:
-            store.commit(self.root, step, self.stage, state, facts, self._world)
+            writer.commit(self.root, step, self.stage, state, facts, self._world)
         except CheckpointError as error:  # the same on all ranks, so all of them go on
             self._failure = error
             return
         try:
-            store.prune(
+            writer.prune(
                 self.root,
                 self.config.keep_last,
                 self.config.keep_every,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from parallel.degrees import degree_problems, degrees_below_one, sequence_degrees, sequence_size
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import AT, Problem
-from wm_train.config.schema import ParallelConfig
+from wm_train.config.worlds import valid_worlds
 
 FOREIGN_ENGINES = ("deepspeed", "xfuser")  # parallel/engines.py, which imports torch
 
@@ -78,24 +78,3 @@ def _engine_problems(plan: StagePlan) -> Iterator[Problem]:
         if broken:
             words = f"{engine} with {got} in stage {plan.stage}"
             yield Problem("parallel.attention", words, f"{rule} for it", fix)
-
-
-def valid_worlds(mesh: ParallelConfig, global_batch: int) -> str:
-    """Return the numbers of workers, up to 4096, whose data-parallel ranks share the batch evenly
-    under this mesh."""
-    replicas, size = mesh.dp_replicate, sequence_size(mesh)
-    ranks = range(replicas, min(global_batch, 4096 // size) + 1, replicas)
-    return ", ".join(str(size * count) for count in ranks if global_batch % count == 0)
-
-
-def smaller_worlds(plan: StagePlan) -> tuple[int, ...]:
-    """Return the numbers of workers below `launcher.workers` and not below `launcher.min_workers`
-    that train the same, largest first: cp and dp_replicate stay, the batch divides evenly."""
-    mesh, least = plan.config.parallel, plan.launcher.min_workers
-    if least is None:
-        return ()
-    size = sequence_size(mesh)
-    possible = range(plan.launcher.workers - 1, least - 1, -1)
-    batch = plan.config.global_batch
-    fits = (n for n in possible if n % (size * mesh.dp_replicate) == 0)
-    return tuple(n for n in fits if batch % (n // size) == 0)

@@ -1,5 +1,4 @@
-"""What a stage has learned, for people to look at: rollouts of held-out clips from their first
-frame and camera path."""
+"""Roll out held-out clips from their first frame and camera path, for people to look at."""
 
 from __future__ import annotations
 
@@ -12,9 +11,12 @@ import torch
 
 from data_shards.codecs.linear import make_codec
 from data_shards.loading.load import Batch, denormalise
+from wm_train.config.registry import builder
 from wm_train.console import Progress
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
-from wm_train.sampling.rollout import Experts, rollout, sampling_levels, stream_rollout
+from wm_train.sampling.experts import Experts
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.sample import SampleStart
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.data import conditions_of, on_device, open_loader, sequence_of
 from wm_train.training.stage import Stage
@@ -82,19 +84,23 @@ def sample(
         {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
     )
     experts = Experts(tuple(states), tuple(one.model for one in states.values()))
-    sampler, sequence = stage.config.sampler, sequence_of(stage, batch)
-    first, conditions = first_latents(stage, batch), conditions_of(stage, batch)
-    common = (experts, first, conditions, levels_of(stage), stage.noise, batch.draws)
+    sampler = stage.config.sampler
+    start = SampleStart(
+        experts,
+        first_latents(stage, batch),
+        conditions_of(stage, batch),
+        levels_of(stage),
+        stage.noise,
+        batch.draws,
+        sequence_of(stage, batch),
+        stage.kernels,
+    )
     with ExitStack() as contexts, torch.no_grad():
         for one in states.values():
             contexts.enter_context(one.averaged())
-        if not sampler.chunked():
-            return batch, rollout(*common, sequence, guidance=sampler.guidance)
-        contexts.enter_context(uncompiled(stage))
-        guidance, kernels = sampler.guidance, stage.kernels
-        chunks = stream_rollout(*common, sequence.layout, guidance=guidance, kernels=kernels)
-        whole = torch.cat(list(chunks), dim=1)
-    return batch, whole[:, sequence.frames.start : sequence.frames.stop]
+        if sampler.chunked():
+            contexts.enter_context(uncompiled(stage))
+        return batch, builder(sampler)(start, sampler)
 
 
 def levels_of(stage: Stage) -> list[float]:

@@ -144,7 +144,7 @@ def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
 
 @torch.no_grad()
 def load_pretrained_(model: nn.Module, directory: Path) -> Loaded:
-    """Fill the model's parameters and buffers from a public directory, each rank its own part.
+    """Fill the model's parameters and buffers from a public directory, each process its own part.
 
     Every name must fit, but for those that the layout ignores or leaves as initialised (SANA-Video
     as a start of SANA-WM). Raises ValueError that lists missing, extra and mis-shaped tensors;

@@ -21,7 +21,8 @@ from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey, random_words, uniform, unit_interval
 from wm_train.objectives.clips import Clips, ObjectiveOutput
 from wm_train.objectives.config import ChunkMixtureConfig
-from wm_train.objectives.flow_matching import plain_range, plain_sigma, shift_sigma, velocity_loss
+from wm_train.objectives.flow_matching import plain_range, plain_sigma, velocity_loss
+from wm_train.sampling.levels import shift_sigma
 
 SAME, INCREMENTAL, ANCHORED, CLEAN_PAST = range(4)
 

@@ -67,7 +67,7 @@ class Clips:
 class ObjectiveOutput:
     """Losses of one micro-batch.
 
-    loss: one number per clip, [B], the mean over the whole clip and the same on all ranks that
+    loss: one number per clip, [B], the mean over the whole clip and the same for all who
     share it; metrics: name -> [B].
     """
 

@@ -14,28 +14,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from parallel.layout import ClipLayout, FrameRange
 from wm_train.conditioning import Conditions
 from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey, normal, uniform
 from wm_train.objectives.clips import Clips, ObjectiveOutput
 from wm_train.objectives.config import FlowMatchingConfig
-
-
-def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards 1 as long videos need: sigma -> shift * sigma / (1 + (shift - 1) *
-    sigma)."""
-    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+from wm_train.sampling.levels import first_frames, shift_sigma, unshift_sigma
 
 
 def clip_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Tensor:
     """One noise level per clip, fp32 [B]: logit-normal, then shifted."""
     return shift_sigma(plain_sigma(key, draws, config), config.flow_shift)
-
-
-def unshift_sigma(sigma: float, shift: float) -> float:
-    """The noise level that `shift_sigma` moves to sigma."""
-    return sigma / (shift - (shift - 1.0) * sigma)
 
 
 def plain_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Tensor:
@@ -135,11 +124,3 @@ def velocity_loss(
     error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
     loss = sequence.mean(error, (frame_sigma > 0).float())
     return ObjectiveOutput(loss, {**metrics, "image_condition": given.float()})
-
-
-def first_frames(layout: ClipLayout, frames: FrameRange, device: torch.device) -> Tensor:
-    """Return which of these frames start a document of more than one frame, bool [t]."""
-    ends = [*layout.document_starts[1:], layout.frames]
-    starts = {start for start, end in zip(layout.document_starts, ends) if end - start > 1}
-    marks = [frame in starts for frame in range(frames.start, frames.stop)]
-    return torch.tensor(marks, dtype=torch.bool, device=device)

@@ -12,7 +12,7 @@ from wm_train.config.kinds import SamplerConfig
 class EulerConfig(SamplerConfig):
     """Euler steps of the whole clip at once, for bidirectional models."""
 
-    builds: ClassVar[str] = "wm_train.sampling.rollout:rollout"
+    builds: ClassVar[str] = "wm_train.sampling.sample:euler"
 
     name: str = "euler"
 
@@ -22,7 +22,7 @@ class StreamConfig(SamplerConfig):
     """Euler steps chunk by chunk, the past clean and in a state: the way a chunk-causal model is
     deployed, and the only choice for one."""
 
-    builds: ClassVar[str] = "wm_train.sampling.rollout:stream_rollout"
+    builds: ClassVar[str] = "wm_train.sampling.sample:stream"
 
     name: str = "stream"
 

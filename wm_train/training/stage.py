@@ -22,10 +22,10 @@ from parallel.engines import AttentionEngine, make_engine
 from parallel.mesh import Mesh, build_mesh
 from parallel.reference import Kernels
 from wm_train.backends.protocol import Backend
-from wm_train.checks.mesh import valid_worlds
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.schema import DataConfig, StageConfig
+from wm_train.config.worlds import valid_worlds
 from wm_train.errors import SetupError
 from wm_train.models.examples import ExampleShape
 from wm_train.models.flops import FORWARDS_PER_STEP, clip_flops

@@ -16,9 +16,10 @@ from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import replicate, run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.kernels import dispatch
-from wm_train.models import build_model, initialise_, use_engine_
+from wm_train.models.init import initialise_
 from wm_train.models.sana_wm import attention
 from wm_train.models.sana_wm.config import SanaWMConfig as ModelConfig
+from wm_train.models.spec import build_model
 
 CONFIG = ModelConfig(
     latent_channels=4, depth=2, width=48, heads=2, softmax_every=2
@@ -116,7 +117,7 @@ def test_model_on_kernels_equals_model_on_references(ranks, layout, clip, monkey
     model.zero_grad()
     for name in ("short_convolution", "gdn_gram", "gdn_output", "camera_gram", "camera_output"):
         monkeypatch.setattr(attention, name, one_at_a_time(getattr(dispatch, name)))
-    use_engine_(model, "triton")  # on CPUs `auto` never picks the interpreter
+    model.use_kernels("triton")  # on CPUs `auto` never picks the interpreter
     run = on_one_device if ranks == 1 else partial(on_virtual_ranks, ranks=ranks)
     actual, grads = run(
         model, clip, layout, dispatch.sequence_kernels(torch.device("cpu"), "triton")

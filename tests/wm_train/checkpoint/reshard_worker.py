@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from wm_train.backends import get_backend
-from wm_train.checkpoint import store
+from wm_train.checkpoint import store, writer
 from wm_train.worker import end_process
 from wm_train.world import join_world, leave_world
 
@@ -38,7 +38,7 @@ def main(action: str, root: Path, replicas: int) -> None:
         for n, t in start.items()
     }
     if action == "save":
-        store.save(root, 1, "short", tensors, {}, world)
+        writer.save(root, 1, "short", tensors, {}, world)
     else:
         found = store.find_newest(root, world, print)
         assert found is not None

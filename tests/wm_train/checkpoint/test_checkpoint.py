@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from wm_train.checkpoint import manifest, store
+from wm_train.checkpoint import manifest, store, writer
 from wm_train.world import World
 
 ALONE = World(0, 1)
@@ -27,7 +27,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def save(root, step, seed=0):
-    return store.save(root, step, "short", tensors(seed), {"seed": seed}, ALONE)
+    return writer.save(root, step, "short", tensors(seed), {"seed": seed}, ALONE)
 
 
 def newest(root):
@@ -109,7 +109,7 @@ def test_an_unfinished_draft_is_never_found_and_is_cleaned(tmp_path):
     draft = tmp_path / "step_00000002.tmp-dead"
     shutil.copytree(good, draft)
     assert newest(tmp_path)[0][0] == good
-    store.prune(tmp_path, 2, 0, ALONE)
+    writer.prune(tmp_path, 2, 0, ALONE)
     assert not draft.exists()
 
 
@@ -136,7 +136,7 @@ def test_a_failed_save_leaves_the_last_one_and_the_next_save_works(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_tensors", full)
+        patch.setattr(writer, "write_tensors", full)
         with pytest.raises(manifest.CheckpointError, match="No space left"):
             save(tmp_path, 2)
     assert [p.name for p in store.committed(tmp_path)] == [good.name]
@@ -150,7 +150,7 @@ def test_a_failed_save_leaves_the_last_one_and_the_next_save_works(tmp_path, mon
 def test_retention_keeps_the_newest_and_every_nth(tmp_path, keep_every, kept):
     for step in (1, 2, 4, 7, 10):
         save(tmp_path, step)
-    store.prune(tmp_path, 2, keep_every, ALONE)
+    writer.prune(tmp_path, 2, keep_every, ALONE)
     assert [p.name for p in store.committed(tmp_path)] == [f"step_{step:08d}" for step in kept]
     assert (tmp_path / "latest").read_text() == "step_00000010\n"
 

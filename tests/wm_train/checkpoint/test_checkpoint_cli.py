@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
 from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.config import SanaWMConfig
@@ -27,7 +27,7 @@ def stage_folder(tmp_path):
             "model/frozen": torch.ones(1),
             "ema/a": torch.full((2, 3), -step),
         }
-        store.save(
+        writer.save(
             tmp_path,
             step,
             "short",
@@ -77,7 +77,7 @@ def saved_model(folder, config: SanaWMConfig) -> torch.nn.Module:
         if name not in model.unused_parameters()
     }
     tensors = {f"model/{name}": value for name, value in weights.items()} | averages
-    store.save(
+    writer.save(
         folder, 7, "sft", tensors, {"world": 1, "identity": {"model": asdict(config)}}, World(0, 1)
     )
     return model

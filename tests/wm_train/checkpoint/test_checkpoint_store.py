@@ -7,9 +7,9 @@ import fsspec
 import pytest
 import torch
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
-from wm_train.checkpoint.manifest import NAME, CheckpointError
+from wm_train.checkpoint.manifest import NAME, CheckpointError, step_of
 from wm_train.storage import Remote, place
 from wm_train.world import World
 
@@ -61,7 +61,7 @@ def state(step: int) -> dict[str, torch.Tensor]:
 
 
 def save(root: Remote, step: int, loss: float | None = None) -> Remote:
-    folder = store.save(
+    folder = writer.save(
         root, step, "short", state(step), {"validation_loss": loss, "world": 1}, ALONE
     )
     assert isinstance(folder, Remote)
@@ -76,7 +76,7 @@ def flip(file: Remote) -> None:
 
 
 def steps(root: Remote) -> list[int]:
-    return [store._step(folder) for folder in store.committed(root)]
+    return [step_of(folder) for folder in store.committed(root)]
 
 
 def test_what_was_saved_comes_back_bit_for_bit(root):
@@ -126,18 +126,18 @@ def test_a_damaged_one_is_found_set_aside_and_the_one_before_taken(root, damage)
     assert len(reports) == (0 if damage == "no manifest" else 1), (
         "without a manifest it was never a checkpoint"
     )
-    store.prune(root, 2, 0, ALONE)
+    writer.prune(root, 2, 0, ALONE)
     assert (bad / "manifest.bad").is_file() == (damage != "no manifest"), (
         "evidence is kept, drafts are not"
     )
-    assert store._step(save(root, 2)) == 2
+    assert step_of(save(root, 2)) == 2
 
 
 def test_a_save_that_fails_midway_leaves_the_last_one_and_the_next_works(root, monkeypatch):
     good = save(root, 1)
     with monkeypatch.context() as broken:
         broken.setattr(
-            store, "write_text", lambda *_: (_ for _ in ()).throw(OSError("the store went away"))
+            writer, "write_text", lambda *_: (_ for _ in ()).throw(OSError("the store went away"))
         )
         with pytest.raises(CheckpointError, match="the store went away"):
             save(root, 2)
@@ -149,7 +149,7 @@ def test_a_save_that_fails_midway_leaves_the_last_one_and_the_next_works(root, m
 def test_retention_and_the_commands_work_on_an_address(root, capsys, tmp_path):
     for step, loss in ((1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3), (5, None)):
         save(root, step, loss)
-    store.prune(root, 1, 3, ALONE, keep_best=1)
+    writer.prune(root, 1, 3, ALONE, keep_best=1)
     assert steps(root) == [2, 3, 5], "the best, every third, the newest"
     assert main(["verify", str(root)]) == 0
     assert main(["inspect", str(root)]) == 0

@@ -65,11 +65,11 @@ RANK = """
 import os, socket, sys, time
 from pathlib import Path
 import torch.distributed as dist
-from wm_train import preflight
+from wm_train.checks import nodes
 from wm_train.backends import get_backend
-from wm_train.compose import from_json
-from wm_train.progress import Progress
-from wm_train.state import SetupError
+from wm_train.config.compose import from_json
+from wm_train.console import Progress
+from wm_train.training.state import SetupError
 from wm_train.world import join_world, leave_world
 from dataclasses import replace
 run, fault, rank = from_json(Path(sys.argv[1]).read_text()), sys.argv[2], int(os.environ["RANK"])
@@ -82,10 +82,10 @@ if rank == 1 and fault == "folder":
 if rank == 1 and fault == "file":
     run = replace(run, out="/dev/null/out")
 if rank == 1 and fault == "memory":
-    free = preflight.free_memory
-    preflight.free_memory = lambda backend: free(backend) // 4
+    free = nodes.free_memory
+    nodes.free_memory = lambda backend: free(backend) // 4
 if fault == "devices":
-    preflight.device_count = lambda backend: 7 if rank == 1 else 8
+    nodes.device_count = lambda backend: 7 if rank == 1 else 8
 if fault == "wire":
     os.environ["LOCAL_RANK"] = "0"
     if rank == 1:
@@ -101,7 +101,7 @@ backend = get_backend("cpu")
 world = join_world(backend, 60.0)
 began = time.perf_counter()
 try:
-    preflight.preflight(run, backend, world, progress, clock)
+    nodes.preflight(run, backend, world, progress, clock)
     said = "sound " + " ".join(line for line in spoken if "warning" in line)
 except SetupError as error:
     said = str(error)

@@ -3,24 +3,17 @@ has no problems."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_shards.schema import SCHEMA_VERSION, DatasetInfo, info_to_json
 from parallel.sharding import PRECISIONS
-from wm_train.checks.mesh import smaller_worlds
-from wm_train.checks.values import problems_of
 from wm_train.config import registry
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stage
-from wm_train.config.problems import ConfigError, Problem
-from wm_train.config.schema import PER_STAGE
-from wm_train.config.typed import build, to_json
+from wm_train.config.problems import Problem
+from wm_train.config.worlds import smaller_worlds
 from wm_train.kernels.names import ENGINES
 from wm_train.optim.schedule import SCHEDULES
 
@@ -101,81 +94,6 @@ BAD_VALUES: dict[str, list[Any]] = {
     "trainer.profile": ["", "5-", "7-3", "0-2", "a"],
     "trainer.sample_steps": [0],
 }
-
-
-def write(folder: Path, **changes: object) -> None:
-    """A dataset.json: 10 clips of 81 frames, unless `changes` say otherwise."""
-    values: dict[str, Any] = {
-        field.name: 1
-        for field in dataclasses.fields(DatasetInfo)
-        if field.default is dataclasses.MISSING
-    }
-    statistics = ((0.5,) * CHANNELS,) * 2
-    values |= {
-        "codec": "dct",
-        "codec_options": {},
-        "channels": CHANNELS,
-        "temporal_stride": 8,
-        "mean": statistics,
-        "std": statistics,
-    }
-    values |= {
-        "clips": {"train": 8, "validation": 2},
-        "raw_frames": 810,
-        "null_text": None,
-        "control_names": (),
-    }
-    values["schema_version"] = SCHEMA_VERSION
-    values |= {"latent_height": 8, "latent_width": 12, **changes}
-    (folder / "dataset.json").write_text(info_to_json(DatasetInfo(**values)))
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """A folder that is a data set as far as dataset.json goes."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def demo() -> str:
-    """The demo's config, each stage with what it changes only; composing takes longer than all
-    rules together, so it is done once."""
-    plain = json.loads(to_json(compose(["experiment=demo"])))
-    for stage in plain["recipe"]["stages"].values():
-        for section in PER_STAGE:
-            own, run = stage[section], plain[section]
-            stage[section] = {key: value for key, value in own.items() if value != run[key]}
-    return json.dumps(plain)
-
-
-@pytest.fixture
-def found(demo: str, shards: Path) -> Find:
-    """found({key: value, ...}, data=folder) -> the problems of the demo with these values, by
-    key."""
-
-    def find(changes: dict[str, Any] | None = None, data: Path = shards) -> dict[str, Problem]:
-        plain = json.loads(demo)
-        for key, value in {
-            "data.path": str(data),
-            "out": str(shards.parent / "runs"),
-            **(changes or {}),
-        }.items():
-            *parents, last = key.split(".")
-            section = plain
-            for parent in parents:
-                section = section[parent]
-            section[last] = value
-        try:
-            problems = problems_of(build(plain))
-        except ConfigError as error:
-            rest = problems_of(error.rest) if error.rest else []
-            problems = [*error.problems, *rest]
-        return {problem.where: problem for problem in problems}
-
-    return find
 
 
 def mesh(workers: int, cp: int = 1, **degrees: int) -> dict[str, Any]:
@@ -384,110 +302,4 @@ def test_which_smaller_worlds_train_the_same() -> None:
     assert worlds(8, "launcher.workers=8", "launcher.min_workers=1", "parallel.dp_replicate=2") == (
         4,
         2,
-    )
-
-
-def test_the_data_folder(found: Find, shards: Path, tmp_path: Path) -> None:
-    empty, file = tmp_path / "empty", tmp_path / "file"
-    empty.mkdir()
-    file.write_text("x")
-    assert "does not exist" in found(data=tmp_path / "nowhere")["data.path"].got
-    assert "an empty folder" in found(data=empty)["data.path"].got
-    assert "is a file" in found(data=file)["data.path"].got
-    (empty / "shards").mkdir()
-    assert "without dataset.json" in found(data=empty)["data.path"].got
-    (shards / "dataset.json").write_text("{")
-    assert "not JSON" in found()["data.path"].got
-    (shards / "dataset.json").write_text("[]")
-    assert "schema_version" in found()["data.path"].got
-
-
-def test_the_data_set_must_fit(found: Find, shards: Path) -> None:
-    write(shards, temporal_stride=5)
-    assert found({SHORT + "frames": 44})[SHORT + "frames"].fix == "recipe.stages.short.frames=46"
-    write(shards, clips={"train": 10, "validation": 0})
-    assert set(found()) == {"trainer.samples"}
-    assert found({"trainer.samples": 0}) == {}
-
-
-def test_weights_to_inherit_must_exist(found: Find, shards: Path) -> None:
-    where = LONG + "inherit"
-    assert "stage=short" in found({"stage": "2"})[where].fix
-    checkpoints = shards.parent / "runs" / "demo" / "short" / "checkpoints"
-    (checkpoints / "step_00000010.tmp-1").mkdir(parents=True)
-    assert where in found({"stage": "2"}), "a half-written checkpoint is none"
-    (checkpoints / "step_00000010").mkdir()
-    assert found({"stage": "2"}) == {}
-    assert where in found({"stage": "2", "name": "other"})
-    assert where in found({"stage": "2", where: str(shards)})
-    assert found({"stage": "2", "name": "other", where: str(checkpoints)}) == {}
-
-
-def test_data_sets_that_are_mixed_must_be_alike(found: Find, shards: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    write(other)
-    mixture = {str(shards): 3.0, str(other): 1.0}
-    assert found({"data.mixture": mixture}) == {}
-    for weight in (0.0, -1.0, NAN, INF):
-        assert (
-            "finite weight above 0"
-            in found({"data.mixture": {str(shards): weight}})["data.mixture"].rule
-        )
-    write(other, control_names=("jump",))
-    assert "control_names ('jump',)" in found({"data.mixture": mixture})["data.mixture"].got
-    write(other, clips={"train": 0, "validation": 10})
-    assert "no training clips" in found({"data.mixture": mixture})["data.mixture"].got
-    write(other, latent_height=16)
-    assert found({"data.mixture": mixture}) == {}
-    assert (
-        "pictures of several sizes"
-        in found({"data.mixture": mixture, "data.pack": True})["data.pack"].rule
-    )
-
-
-def test_a_selection_must_be_of_these_data_sets_and_keep_something(
-    found: Find, shards: Path, tmp_path: Path
-) -> None:
-    write(shards, fingerprint="here")
-    file = tmp_path / "selection.json"
-    for content, said in (
-        ({"dataset_fingerprint": "here", "kept": ["a"]}, ""),
-        ({"dataset_fingerprint": "here", "kept": []}, "which keeps no clip"),
-        ({"dataset_fingerprint": "there", "kept": ["a"]}, "made for another data set"),
-        ({"kept": ["a"]}, "without dataset_fingerprint"),
-        ({"dataset_fingerprint": "here", "kept": [1]}, "without dataset_fingerprint or kept"),
-    ):
-        file.write_text(json.dumps(content))
-        problems = found({"data.selection": [str(file)]})
-        assert set(problems) == ({"data.selection"} if said else set())
-        assert not said or said in problems["data.selection"].got
-
-
-def test_waiting_for_a_store_must_end_before_the_others_give_up(found: Find, shards: Path) -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    MemoryFileSystem().pipe_file("/set/dataset.json", (shards / "dataset.json").read_bytes())
-    far, waiting = (
-        {"data.path": "memory://set"},
-        {"data.retry_s": 120.0, "backend.collective_timeout_s": 60.0},
-    )
-    assert found(far) == found(waiting) == {}
-    assert (
-        found({**far, **waiting})["data.retry_s"].fix
-        == "data.retry_s=30, or backend.collective_timeout_s=240"
-    )
-    assert "holds no dataset.json" in found({"data.path": "memory://nowhere"})["data.path"].got
-    assert "expected a folder or a URL" in found({"data.path": "s4://x"})["data.path"].got
-
-
-def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
-    """The clips have 81 frames, the stage's cuts 89."""
-    stage = {SHORT + "frames": 89}
-    assert "81 frames each" in found(stage)[SHORT + "frames"].rule
-    assert found({**stage, "data.buckets": [41]}) == {}
-    assert found({**stage, "data.pack": True}) == {}
-    assert (
-        "none with data.pack"
-        in found({"data.buckets": [41], "data.pack": True})["data.buckets"].rule
     )

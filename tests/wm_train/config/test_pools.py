@@ -25,7 +25,9 @@ from wm_train.noise import NoiseKey
 from wm_train.objectives.chunk_mixture import CLEAN_PAST, chunk_levels
 from wm_train.objectives.config import FlowMatchingConfig, range_share
 from wm_train.objectives.flow_matching import clip_sigma, plain_range, plain_sigma
-from wm_train.sampling.rollout import Experts, rollout, sampling_levels
+from wm_train.sampling.experts import Experts
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.rollout import rollout
 
 KEY = NoiseKey(3, "first")
 DRAWS = torch.arange(4096)

@@ -18,7 +18,8 @@ from wm_train.config.schema import RunConfig
 from wm_train.config.typed import to_json
 from wm_train.evaluation import samples
 from wm_train.noise import normal
-from wm_train.sampling.rollout import euler, sampling_levels
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.rollout import euler
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
 from wm_train.world import join_world, leave_world

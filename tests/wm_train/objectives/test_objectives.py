@@ -28,7 +28,8 @@ from wm_train.objectives.chunk_mixture import (
 )
 from wm_train.objectives.clips import Clips
 from wm_train.objectives.config import ChunkMixtureConfig, FlowMatchingConfig
-from wm_train.objectives.flow_matching import clip_sigma, shift_sigma
+from wm_train.objectives.flow_matching import clip_sigma
+from wm_train.sampling.levels import shift_sigma
 
 KEY = NoiseKey(3, "first")
 SETTINGS = {"image_condition": 0.5, "camera_dropout": 0.5, "flow_shift": 3.0}

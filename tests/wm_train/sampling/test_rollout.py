@@ -10,7 +10,8 @@ from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.noise import NoiseKey
-from wm_train.sampling.rollout import rollout, sampling_levels
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.rollout import rollout
 
 KEY, CONDITIONS = NoiseKey(0, "first"), Conditions((96, 160), 8)
 

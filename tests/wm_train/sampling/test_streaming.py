@@ -17,7 +17,10 @@ from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey, normal
-from wm_train.sampling.rollout import Experts, euler, sampling_levels, stream_rollout
+from wm_train.sampling.experts import Experts
+from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.rollout import euler
+from wm_train.sampling.stream import stream_rollout
 
 CONFIG = SanaWMConfig(
     latent_channels=4, depth=4, width=32, heads=2, softmax_every=2, text_width=6, causal=True

@@ -85,7 +85,7 @@ class CameraAttention(nn.Module):
     def __init__(self, width: int, heads: int, camera: bool) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.engine = "auto"  # of the kernels; `wm_train.models.use_engine_` changes it
+        self.engine = "auto"  # of the kernels; `WorldModel.use_kernels` changes it
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
         self.q_norm = nn.RMSNorm(width, eps=1e-5)

@@ -1,0 +1,123 @@
+"""Data sets, selections and sources are judged from the disk, each mistake under its key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from wm_train.config.problems import Problem
+
+Find = Callable[..., dict[str, Problem]]
+SHORT, LONG = "recipe.stages.short.", "recipe.stages.long."
+NAN, INF = float("nan"), float("inf")
+
+
+def test_the_data_folder(found: Find, write, shards: Path, tmp_path: Path) -> None:
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.write_text("x")
+    assert "does not exist" in found(data=tmp_path / "nowhere")["data.path"].got
+    assert "an empty folder" in found(data=empty)["data.path"].got
+    assert "is a file" in found(data=file)["data.path"].got
+    (empty / "shards").mkdir()
+    assert "without dataset.json" in found(data=empty)["data.path"].got
+    (shards / "dataset.json").write_text("{")
+    assert "not JSON" in found()["data.path"].got
+    (shards / "dataset.json").write_text("[]")
+    assert "schema_version" in found()["data.path"].got
+
+
+def test_the_data_set_must_fit(found: Find, write, shards: Path) -> None:
+    write(shards, temporal_stride=5)
+    assert found({SHORT + "frames": 44})[SHORT + "frames"].fix == "recipe.stages.short.frames=46"
+    write(shards, clips={"train": 10, "validation": 0})
+    assert set(found()) == {"trainer.samples"}
+    assert found({"trainer.samples": 0}) == {}
+
+
+def test_weights_to_inherit_must_exist(found: Find, write, shards: Path) -> None:
+    where = LONG + "inherit"
+    assert "stage=short" in found({"stage": "2"})[where].fix
+    checkpoints = shards.parent / "runs" / "demo" / "short" / "checkpoints"
+    (checkpoints / "step_00000010.tmp-1").mkdir(parents=True)
+    assert where in found({"stage": "2"}), "a half-written checkpoint is none"
+    (checkpoints / "step_00000010").mkdir()
+    assert found({"stage": "2"}) == {}
+    assert where in found({"stage": "2", "name": "other"})
+    assert where in found({"stage": "2", where: str(shards)})
+    assert found({"stage": "2", "name": "other", where: str(checkpoints)}) == {}
+
+
+def test_data_sets_that_are_mixed_must_be_alike(
+    found: Find, write, shards: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other)
+    mixture = {str(shards): 3.0, str(other): 1.0}
+    assert found({"data.mixture": mixture}) == {}
+    for weight in (0.0, -1.0, NAN, INF):
+        assert (
+            "finite weight above 0"
+            in found({"data.mixture": {str(shards): weight}})["data.mixture"].rule
+        )
+    write(other, control_names=("jump",))
+    assert "control_names ('jump',)" in found({"data.mixture": mixture})["data.mixture"].got
+    write(other, clips={"train": 0, "validation": 10})
+    assert "no training clips" in found({"data.mixture": mixture})["data.mixture"].got
+    write(other, latent_height=16)
+    assert found({"data.mixture": mixture}) == {}
+    assert (
+        "pictures of several sizes"
+        in found({"data.mixture": mixture, "data.pack": True})["data.pack"].rule
+    )
+
+
+def test_a_selection_must_be_of_these_data_sets_and_keep_something(
+    found: Find, write, shards: Path, tmp_path: Path
+) -> None:
+    write(shards, fingerprint="here")
+    file = tmp_path / "selection.json"
+    for content, said in (
+        ({"dataset_fingerprint": "here", "kept": ["a"]}, ""),
+        ({"dataset_fingerprint": "here", "kept": []}, "which keeps no clip"),
+        ({"dataset_fingerprint": "there", "kept": ["a"]}, "made for another data set"),
+        ({"kept": ["a"]}, "without dataset_fingerprint"),
+        ({"dataset_fingerprint": "here", "kept": [1]}, "without dataset_fingerprint or kept"),
+    ):
+        file.write_text(json.dumps(content))
+        problems = found({"data.selection": [str(file)]})
+        assert set(problems) == ({"data.selection"} if said else set())
+        assert not said or said in problems["data.selection"].got
+
+
+def test_waiting_for_a_store_must_end_before_the_others_give_up(
+    found: Find, write, shards: Path
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem().pipe_file("/set/dataset.json", (shards / "dataset.json").read_bytes())
+    far, waiting = (
+        {"data.path": "memory://set"},
+        {"data.retry_s": 120.0, "backend.collective_timeout_s": 60.0},
+    )
+    assert found(far) == found(waiting) == {}
+    assert (
+        found({**far, **waiting})["data.retry_s"].fix
+        == "data.retry_s=30, or backend.collective_timeout_s=240"
+    )
+    assert "holds no dataset.json" in found({"data.path": "memory://nowhere"})["data.path"].got
+    assert "expected a folder or a URL" in found({"data.path": "s4://x"})["data.path"].got
+
+
+def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
+    """The clips have 81 frames, the stage's cuts 89."""
+    stage = {SHORT + "frames": 89}
+    assert "81 frames each" in found(stage)[SHORT + "frames"].rule
+    assert found({**stage, "data.buckets": [41]}) == {}
+    assert found({**stage, "data.pack": True}) == {}
+    assert (
+        "none with data.pack"
+        in found({"data.buckets": [41], "data.pack": True})["data.buckets"].rule
+    )

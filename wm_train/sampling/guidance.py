@@ -1,0 +1,42 @@
+"""Guidance: one pass of the model per view of the conditions, then their weighted difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from parallel.sequence import SequenceShard
+from parallel.streaming import StreamingSequence
+from wm_train.conditioning import Conditions
+
+Guidance = Mapping[str, float]
+Shards = Sequence[SequenceShard | StreamingSequence]
+UNGUIDED: Guidance = MappingProxyType({})
+
+
+def guidance_views(conditions: Conditions, guidance: Guidance, draws: Tensor) -> list[Conditions]:
+    """Return what each pass of a step sees: everything, and for camera guidance all but the
+    camera."""
+    if guidance.get("camera", 1.0) == 1.0:
+        return [conditions]
+    return [conditions, replace(conditions, camera_keep=torch.zeros_like(draws, dtype=torch.bool))]
+
+
+def velocities(
+    model: nn.Module, latents: Tensor, level: Tensor, views: Sequence[Conditions], shards: Shards
+) -> list[Tensor]:
+    """Return the model's output for each view of the conditions, fp32 [B, t, C, h, w]."""
+    pairs = zip(views, shards, strict=True)
+    return [model(latents, level, view, shard).float() for view, shard in pairs]
+
+
+def guided(velocities: Sequence[Tensor], guidance: Guidance) -> Tensor:
+    """Return plain + weight * (seen - plain), or what was seen if there was no pass without."""
+    seen, *without = velocities
+    for plain in without:
+        seen = plain + guidance["camera"] * (seen - plain)
+    return seen

@@ -1,0 +1,46 @@
+"""Noise levels of training and sampling, and which frames of a clip are held clean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.layout import ClipLayout, FrameRange
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1 as long videos need: sigma -> shift * sigma / (1 + (shift - 1) *
+    sigma)."""
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The noise level that `shift_sigma` moves to sigma."""
+    return sigma / (shift - (shift - 1.0) * sigma)
+
+
+def sampling_levels(levels: int | Sequence[float], flow_shift: float = 1.0) -> list[float]:
+    """Return the sigmas of the Euler steps, from 1 down to the 0 after the last one.
+
+    levels: how many steps, spaced evenly and then shifted as in training; or the sigmas at which
+    they start, taken as they are. Raises ValueError for fewer than one step.
+    """
+    if not isinstance(levels, int):
+        return [*levels, 0.0]
+    if levels < 1:
+        raise ValueError(
+            f"rollout failed: got {levels} steps, expected at least 1 (key trainer.sample_steps). "
+            "Fix: trainer.sample_steps=20"
+        )
+    shifted: list[float] = shift_sigma(torch.linspace(1.0, 0.0, levels + 1), flow_shift).tolist()
+    return shifted
+
+
+def first_frames(layout: ClipLayout, frames: FrameRange, device: torch.device) -> Tensor:
+    """Return which of these frames start a document of more than one frame, bool [t]."""
+    ends = [*layout.document_starts[1:], layout.frames]
+    starts = {start for start, end in zip(layout.document_starts, ends) if end - start > 1}
+    marks = [frame in starts for frame in range(frames.start, frames.stop)]
+    return torch.tensor(marks, dtype=torch.bool, device=device)

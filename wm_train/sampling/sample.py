@@ -1,0 +1,59 @@
+"""Sample clips with the sampler that a stage names.
+
+A sampler is a function (start, config) -> latents of the local frames; its configuration's `builds`
+names it. Another package adds one by an entry point of the group wm_train.samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.reference import Kernels
+from parallel.sequence import SequenceShard
+from wm_train.conditioning import Conditions
+from wm_train.config.kinds import SamplerConfig
+from wm_train.noise import NoiseKey
+from wm_train.sampling.experts import Experts
+from wm_train.sampling.rollout import rollout
+from wm_train.sampling.stream import stream_rollout
+
+
+@dataclass(frozen=True)
+class SampleStart:
+    """Everything a rollout starts from.
+
+    first_latent: [B, C, h, w], normalised, held clean at the clip's first frame; conditions: of the
+    whole clips; levels: sigmas of the steps and the 0 after them; draws: int64 [B], which noise each
+    clip starts from; sequence: the local frames and the whole clip's layout.
+    """
+
+    experts: Experts
+    first_latent: Tensor
+    conditions: Conditions
+    levels: Sequence[float]
+    key: NoiseKey
+    draws: Tensor
+    sequence: SequenceShard
+    kernels: Kernels
+
+
+def euler(start: SampleStart, config: SamplerConfig) -> Tensor:
+    """Return the local frames, fp32 [B, t, C, h, w], of clips denoised as a whole."""
+    given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
+    return rollout(*given, start.draws, start.sequence, guidance=config.guidance)
+
+
+def stream(start: SampleStart, config: SamplerConfig) -> Tensor:
+    """Return the local frames, fp32 [B, t, C, h, w], of clips made chunk by chunk.
+
+    All frames are made wherever it is called, as a chunk is too short to be split.
+    """
+    given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
+    layout, local = start.sequence.layout, start.sequence.frames
+    how = {"guidance": config.guidance, "kernels": start.kernels}
+    chunks = stream_rollout(*given, start.draws, layout, **how)  # type: ignore[arg-type]
+    return torch.cat(list(chunks), dim=1)[:, local.start : local.stop]
