@@ -67,20 +67,22 @@ from pathlib import Path
 import torch.distributed as dist
 from wm_train.checks import nodes
 from wm_train.backends import get_backend
-from wm_train.config.compose import from_json
+from wm_train.config.curriculum import plan_stage
+from wm_train.config.typed import from_json
 from wm_train.console import Progress
-from wm_train.training.state import SetupError
+from wm_train.errors import SetupError
 from wm_train.world import join_world, leave_world
 from dataclasses import replace
 run, fault, rank = from_json(Path(sys.argv[1]).read_text()), sys.argv[2], int(os.environ["RANK"])
+plan = plan_stage(run, run.stage)
 socket.gethostname = lambda: f"node{rank}"
 clock = time.time
 if rank == 1 and fault == "clock":
     clock = lambda: time.time() + 60.0
 if rank == 1 and fault == "folder":
-    run = replace(run, out=run.out + "-elsewhere")
+    plan = replace(plan, directory=Path(f"{plan.directory}-elsewhere"))
 if rank == 1 and fault == "file":
-    run = replace(run, out="/dev/null/out")
+    plan = replace(plan, directory=Path("/dev/null/out"))
 if rank == 1 and fault == "memory":
     free = nodes.free_memory
     nodes.free_memory = lambda backend: free(backend) // 4
@@ -93,7 +95,8 @@ if fault == "wire":
         dist.send = lambda *call: (time.sleep(0.2), send(*call))
         dist.recv = lambda *call: (recv(*call), time.sleep(0.2))
 if rank == 1 and fault == "data":
-    run = replace(run, data=replace(run.data, path="/nowhere"))
+    data = replace(plan.config.data, path="/nowhere")
+    plan = replace(plan, config=replace(plan.config, data=data))
 spoken = []
 progress = Progress(speaks=rank == 0)
 progress.say = spoken.append
@@ -101,7 +104,7 @@ backend = get_backend("cpu")
 world = join_world(backend, 60.0)
 began = time.perf_counter()
 try:
-    nodes.preflight(run, backend, world, progress, clock)
+    nodes.preflight(plan, backend, world, progress, clock)
     said = "sound " + " ".join(line for line in spoken if "warning" in line)
 except SetupError as error:
     said = str(error)

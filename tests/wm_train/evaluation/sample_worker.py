@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from wm_train.backends import get_backend
-from wm_train.config.curriculum import plan_stage
-from wm_train.config.schema import RunConfig
+from wm_train.config.curriculum import StagePlan, plan_stage
 from wm_train.config.typed import from_json
 from wm_train.evaluation.samples import sample
 from wm_train.models.init import Rule
@@ -32,15 +31,15 @@ class Awake(SanaWM):
         return Rule("normal", 0.1) if zero else rule and replace(rule, zero_rows=())
 
 
-def open_awake(run: RunConfig, world: World) -> tuple[Stage, TrainState]:
-    """Return the stage `run.stage` and its state before the first step, awake."""
+def open_awake(plan: StagePlan, world: World) -> tuple[Stage, TrainState]:
+    """Return the stage and its state before the first step, awake."""
     from wm_train.training import state
 
-    own, before = plan_stage(run, run.stage), state.build_model
-    stage = open_stage(own, get_backend("cpu"), world)
+    before = state.build_model
+    stage = open_stage(plan, get_backend("cpu"), world)
     state.build_model = Awake
     try:
-        return stage, build_state(own, stage.mesh.fsdp, stage.backend.device)
+        return stage, build_state(plan, stage.mesh.fsdp, stage.backend.device)
     finally:
         state.build_model = before
 
@@ -49,8 +48,10 @@ def main() -> None:
     run = from_json(Path(sys.argv[1]).read_text())
     world = join_world(get_backend("cpu"), 60.0)
     for cp in (1, world.size):
-        parallel = replace(run.parallel, cp=cp)
-        stage, state = open_awake(replace(run, parallel=parallel), world)
+        plan = plan_stage(run, run.stage)
+        parallel = replace(plan.config.parallel, cp=cp)
+        own = replace(plan, config=replace(plan.config, parallel=parallel))
+        stage, state = open_awake(own, world)
         _, latents = sample(stage, state, 2)
         torch.save(latents, Path(sys.argv[2]) / f"cp{cp}_rank{world.rank}.pt")
     world.barrier()

@@ -33,8 +33,7 @@ def trained(train_here, tmp_path_factory) -> Path:
 
 def loss_of_training_state(stage) -> dict[str, float]:
     """The held-out loss of everything that training keeps, on its average."""
-    root = stage.plan.out + "/demo/short/checkpoints"
-    folder, manifest = store.find_newest(Path(root), stage.world, print)
+    folder, manifest = store.find_newest(stage.plan.checkpoints, stage.world, print)
     whole = state.build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
     store.load(folder, manifest, whole.tensors())
     return held_out_loss(stage, whole)

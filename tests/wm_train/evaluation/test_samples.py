@@ -14,6 +14,7 @@ from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.backends import get_backend
 from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stage
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import to_json
 from wm_train.evaluation import samples
@@ -58,7 +59,8 @@ def opened(causal_run, worker) -> Iterator[Callable[..., tuple[Stage, TrainState
     def make(*overrides: str) -> tuple[Stage, TrainState]:
         leave_world()
         world = join_world(get_backend("cpu"), 60.0)
-        return worker.open_awake(causal_run(*overrides), world)
+        run = causal_run(*overrides)
+        return worker.open_awake(plan_stage(run, run.stage), world)
 
     yield make
     leave_world()

@@ -14,7 +14,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from wm_train.backends import get_backend
-from wm_train.config.curriculum import plan_stage
+from wm_train.config.curriculum import StagePlan, plan_stage
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import from_json
 from wm_train.console import Progress
@@ -45,16 +45,17 @@ class CountingFileSystem(LocalFileSystem):
 
 def look(run: RunConfig, world: World, folder: Path) -> None:
     fsspec.register_implementation("counting", CountingFileSystem)
-    data = dataclasses.replace(run.data, path=f"counting://{run.data.path}", prefetch=1)
-    split = dataclasses.replace(run, data=data, parallel=dataclasses.replace(run.parallel, cp=2))
-    stage = open_stage(plan_stage(split, run.stage), get_backend("cpu"), world)
+    plan = plan_stage(run, run.stage)
+    parallel = dataclasses.replace(plan.config.parallel, cp=2)
+    path = f"counting://{plan.config.data.path}"
+    split = on_data(plan, path, prefetch=1)
+    split = dataclasses.replace(split, config=dataclasses.replace(split.config, parallel=parallel))
+    stage = open_stage(split, get_backend("cpu"), world)
     with open_loader(stage, "train", stage.config.global_batch) as feed:
         batches = [on_device(stage, next(feed)) for _ in range(3)]
         seen = CountingFileSystem.reads.copy()
     kept = [{f.name: getattr(b, f.name) for f in dataclasses.fields(b)} for b in batches]
-    stage = open_stage(
-        plan_stage(on_own_copy(run, world, folder), run.stage), get_backend("cpu"), world
-    )
+    stage = open_stage(on_own_copy(run, world, folder), get_backend("cpu"), world)
     said: list[str] = []
     with open_loader(stage, "train", stage.config.global_batch, report=said.append) as feed:
         keys = [(next(feed).keys, feed.quarantined) for _ in range(12)]
@@ -64,10 +65,14 @@ def look(run: RunConfig, world: World, folder: Path) -> None:
     )
 
 
-def on_own_copy(run: RunConfig, world: World, folder: Path) -> RunConfig:
-    return dataclasses.replace(
-        run, data=dataclasses.replace(run.data, path=str(folder / f"node{world.rank}"))
-    )
+def on_data(plan: StagePlan, path: str, **more: int) -> StagePlan:
+    """Return the stage on another data set."""
+    data = dataclasses.replace(plan.config.data, path=path, **more)
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, data=data))
+
+
+def on_own_copy(run: RunConfig, world: World, folder: Path) -> StagePlan:
+    return on_data(plan_stage(run, run.stage), str(folder / f"node{world.rank}"))
 
 
 def main(action: str, config: Path, folder: Path) -> None:
