@@ -7,7 +7,7 @@
            reason is reported, and the next older one is tried; rank 0's choice holds for everybody
     load   each rank reads just the boxes it needs, so any mesh can read what any other wrote
 
-A store without rename (s3://, see place.py) gets step_N-<id>/ at once; it counts when the manifest
+A store without rename (s3://, see storage.py) gets step_N-<id>/ at once; it counts when the manifest
 is there, and a bad one loses its.
 
 Plain torch.distributed.checkpoint finds none of 200 flipped bits, mixes two saves in one folder,
