@@ -70,7 +70,7 @@ def test_shards_that_are_in_the_bucket_already_are_not_made_again(
 KILLED_WHILE_SENDING = """
 import os, signal, sys
 from data_shards import encode
-from data_shards.target import Target
+from data_shards.encoding.target import Target
 send, calls = Target._send, []
 def deadly(self, files, prefix):
     if calls:

@@ -13,7 +13,9 @@ from data_shards import encode, verify
 # Runs the command in a process that kills itself on entering its n-th call of a function.
 KILLED_RUN = """
 import os, signal, sys
-from data_shards import encode, encode_finish, target, write, zarr_store
+from data_shards import encode
+from data_shards.encoding import finish, target
+from data_shards.storage import write, zarr_store
 calls = 0
 def deadly(original):
     def call(*arguments, **options):
@@ -43,7 +45,7 @@ def killed(target, number, arguments):
             "target.write_durably",
             4,
         ),  # the third shard's tar is there, the note that it is done is not
-        ("encode_finish.write_index", 1),  # all shards are there, no index
+        ("finish.write_index", 1),  # all shards are there, no index
         ("target.publish_folder", 1),  # everything is there but the name
     ],
 )
@@ -62,7 +64,7 @@ def test_kill_and_restart_give_the_same_bytes(recording, dataset_path, tmp_path,
     )
     assert names == sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     assert filecmp.cmpfiles(dataset_path, out, names, shallow=False)[1:] == ([], [])
-    if target == "encode_finish.write_index":
+    if target == "finish.write_index":
         assert len(kept) == 3
         assert all(
             (out / "shards" / path.name).stat().st_mtime_ns == time for path, time in kept.items()
@@ -94,7 +96,7 @@ def test_a_finished_zarr_shard_that_lost_a_file_is_made_again(recording, tmp_pat
         "container=zarr",
         "psnr=no",
     ]
-    assert killed("encode_finish.write_index", 1, arguments) == -9
+    assert killed("finish.write_index", 1, arguments) == -9
     chunk = next((tmp_path / "set.partial" / "shards" / "000001.zarr").rglob("latent/c/*/*/*/*"))
     chunk.unlink()
     assert encode.main(arguments) == 0
@@ -136,6 +138,6 @@ def test_a_mistake_in_a_ray_task_is_one_report(recording, tmp_path, capsys):
 def test_leftovers_of_other_arguments_are_not_mixed_in(recording, tmp_path, capsys):
     out = tmp_path / "set"
     arguments = [f"source={recording}", f"out={out}", "shard_mb=0.03"]
-    assert killed("encode_finish.write_index", 1, arguments) == -9
+    assert killed("finish.write_index", 1, arguments) == -9
     assert encode.main([*arguments, "channels=24"]) == 2
     assert "left by a run with other arguments" in capsys.readouterr().err
