@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_shards.encoding.job import Settings
+from data_shards.encoding.settings import Settings
 from data_shards.schema import (
     SCHEMA_VERSION,
     ClipEntry,

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.codecs.linear import LatentCodec, psnr_db
-from data_shards.encoding.job import Job, Settings, crop_size
+from data_shards.codecs import LatentCodec
+from data_shards.codecs.linear import psnr_db
+from data_shards.encoding.job import Job, crop_size
+from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder, read_null_text
 from data_shards.schema import (

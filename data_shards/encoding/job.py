@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.codecs.linear import CODECS_WITH_WEIGHTS, LatentCodec, make_codec
+from data_shards.codecs import LatentCodec
 from data_shards.controls import bucket_events
+from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import READY, TextEncoder
 from data_shards.schema import (
@@ -32,57 +33,6 @@ from data_shards.storage.write import ShardWriter, shard_size
 from data_shards.storage.zarr_store import ZarrWriter, shard_files
 
 Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the finished bytes depend on, besides the source."""
-
-    codec: str = "linear"
-    channels: int = 48
-    latent_dtype: str = "float16"
-    validation: float = 0.1
-    shard_mb: float = 256.0
-    container: str = "tar"
-    model: str | None = None
-    psnr: str = "yes"
-    image_latents_every: int = 0
-    keep_taps: str = "no"
-    device: str = "cpu"
-    text: str | None = None
-    text_length: int = 300
-    text_prefix: str = ""
-    text_dtype: str = "bfloat16"
-    null_text: str | None = None
-
-    def make_codec(self, source: ClipSource) -> LatentCodec:
-        """The codec for this source; that of ready latents needs no weights here, but a name under
-        which decoding will find them."""
-        if source.stored is not None and self.codec != source.stored.name:
-            raise DataError(
-                f"codec: got {self.codec}, expected {source.stored.name}, which made these latents."
-                f" Fix: codec={source.stored.name}"
-            )
-        if self.codec in CODECS_WITH_WEIGHTS and not self.model:
-            raise DataError(
-                f"model: got none, expected a folder or hub name for codec {self.codec}. Fix:"
-                " model=<folder>"
-            )
-        if source.stored is not None:
-            return replace(source.stored, options={"model": self.model, **source.stored.options})
-        if self.codec == "linear":
-            return make_codec(self.codec, {"channels": self.channels})
-        return make_codec(self.codec, {"model": self.model}, device=self.device)
-
-    def make_text_encoder(self) -> TextEncoder | None:
-        if self.text == READY and not self.null_text:
-            raise DataError(
-                "null_text: got none with text=ready, expected the embedding of the empty prompt."
-                " Fix: null_text=<npy of [L0, E]>"
-            )
-        if self.text in (None, READY):
-            return None
-        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Where clips come from. A source lists its clips cheaply and loads one at a time; `encode` does
-not care what is behind it."""
+not care what is behind it. Another package adds its own by an entry point in the group
+`data_shards.sources` that names a function of a `Place`; `kind=<name>` opens it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import Events
+from data_shards.registry import Registry, load
 from data_shards.schema import DataError
 from data_shards.storage.files import read_json
 
@@ -86,20 +88,32 @@ class ClipSource(Protocol):
 @dataclass(frozen=True)
 class Place:
     """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key:
-    caption}."""
+    caption}; and what lies there, a name of `SOURCES` or auto."""
 
     path: str
     latents: str | None = None
     captions: str | None = None
+    kind: str = "auto"
 
     def resolved(self) -> Place:
         """The same with absolute paths, for workers that start elsewhere."""
-        return Place(
-            *(
-                None if path is None else str(Path(path).resolve())
-                for path in (self.path, self.latents, self.captions)
-            )
-        )  # type: ignore[arg-type]
+        path, latents, captions = (
+            path if path is None or "://" in path else str(Path(path).resolve())
+            for path in (self.path, self.latents, self.captions)
+        )
+        assert path is not None, "it is no option"
+        return Place(path, latents, captions, self.kind)
+
+
+SOURCES = Registry(
+    "kind",
+    "data_shards.sources",
+    {
+        "recording": "data_shards.sources.recording:open_recording",
+        "videos": "data_shards.sources.videos:open_videos",
+        "latent_zips": "data_shards.sources.latent_zips:open_latent_zips",
+    },
+)
 
 
 class Captioned:
@@ -124,43 +138,38 @@ class Captioned:
 
 
 def open_source(path: str | Place) -> ClipSource:
-    """The source behind a path, told by what lies there.
+    """The source behind a path: of the kind that is named, or told by what lies there.
 
     Raises:
         DataError: nothing there, or nothing known.
     """
     place = Place(path) if isinstance(path, str) else path
-    source = _open_folder(Path(place.path), place.latents)
+    source = load(SOURCES, detect(place) if place.kind == "auto" else place.kind)(place)
     return source if place.captions is None else Captioned(source, Path(place.captions))
 
 
-def _open_folder(folder: Path, latents: str | None) -> ClipSource:
-    from data_shards.sources.latent_zips import LatentZipsSource
-    from data_shards.sources.recording import RecordingSource
-    from data_shards.sources.videos import SUFFIXES, VideosSource
+def detect(place: Place) -> str:
+    """Return the name of the built-in source for what lies at a place."""
+    from data_shards.sources.videos import SUFFIXES
 
+    folder = Path(place.path)
     if not folder.exists():
         fix = f"python -m data_shards.record vizdoom out={folder}"
         raise DataError(
             f"source: got {folder}, which does not exist, expected a recording. Fix: {fix}"
         )
     zips = folder.is_dir() and any(folder.glob("*.zip"))
-    if latents and not zips:
+    if place.latents and not zips:
         raise DataError(
-            f"latents: got {latents} with {folder}, which holds no zips, expected zips in both."
-            " Fix: leave out latents="
+            f"latents: got {place.latents} with {folder}, which holds no zips, expected zips in"
+            " both. Fix: leave out latents="
         )
     if (folder / "recording.json").exists():
-        return RecordingSource(folder)
+        return "recording"
     if zips:
-        if not latents:
-            raise DataError(
-                f"latents: got none for the zips in {folder}, expected the folder with their"
-                " latents. Fix: latents=<folder>"
-            )
-        return LatentZipsSource(folder, Path(latents))
+        return "latent_zips"
     if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
-        return VideosSource(folder)
+        return "videos"
     raise DataError(
         f"source: got {folder}, which holds no recording.json and no videos or zips, expected one"
         " of them"

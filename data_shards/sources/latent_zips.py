@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import KEY_PATTERN, MAX_MEMBER_BYTES, DataError
-from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.sources import ClipContent, Place, SourceClip, StoredLatents
 from data_shards.sources.videos import square_intrinsics, square_poses
 from data_shards.storage.files import read_json
 
@@ -361,3 +361,12 @@ def read_facts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> d
             f"zip: got {type(facts).__name__} in {info.filename} of {path}, expected a JSON object"
         )
     return facts
+
+
+def open_latent_zips(place: Place) -> LatentZipsSource:
+    if not place.latents:
+        raise DataError(
+            f"latents: got none for the zips in {place.path}, expected the folder with their"
+            " latents. Fix: latents=<folder>"
+        )
+    return LatentZipsSource(Path(place.path), Path(place.latents))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from data_shards.controls import CONTROL_NAMES, Events
 from data_shards.schema import DataError, check_key
-from data_shards.sources import ClipContent, SourceClip, StoredLatents
+from data_shards.sources import ClipContent, Place, SourceClip, StoredLatents
 from data_shards.storage.files import read_json
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
@@ -323,3 +323,7 @@ def probe(file: Path) -> tuple[int, int, int, Any]:
     if not rate:
         raise DataError(f"video: got no frame rate in {file.name}, expected one. Fix: remux it")
     return count or sum(1 for _ in decode(file)), height, width, rate
+
+
+def open_videos(place: Place) -> VideosSource:
+    return VideosSource(Path(place.path))

@@ -7,7 +7,7 @@ import pytest
 
 from data_shards import inspect, stats
 from data_shards.arguments import Option, number, parse, text, whole
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
 

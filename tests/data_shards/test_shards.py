@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_shards import encode
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.encoding.job import crop, split_of_episodes
 from data_shards.schema import DataError, MemberEntry
 from data_shards.sources.recording import RecordingSource

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.loading.load import Batch, denormalise
 from wm_train.console import Progress
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video

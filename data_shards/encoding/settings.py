@@ -1,0 +1,55 @@
+"""What the bytes of an encoded data set depend on, besides its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data_shards.codecs import LatentCodec, make_codec
+from data_shards.encoding.text import READY, TextEncoder
+from data_shards.schema import DataError
+from data_shards.sources import ClipSource
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the finished bytes depend on, besides the source."""
+
+    codec: str = "linear"
+    codec_options: tuple[tuple[str, Any], ...] = ()  # (name, value): workers hash their settings
+    latent_dtype: str = "float16"
+    validation: float = 0.1
+    shard_mb: float = 256.0
+    container: str = "tar"
+    psnr: str = "yes"
+    image_latents_every: int = 0
+    keep_taps: str = "no"
+    device: str = "cpu"
+    text: str | None = None
+    text_length: int = 300
+    text_prefix: str = ""
+    text_dtype: str = "bfloat16"
+    null_text: str | None = None
+
+    def make_codec(self, source: ClipSource) -> LatentCodec:
+        """The codec for this source; that of ready latents needs no weights here, but a name under
+        which decoding will find them."""
+        if source.stored is not None and self.codec != source.stored.name:
+            raise DataError(
+                f"codec: got {self.codec}, expected {source.stored.name}, which made these latents."
+                f" Fix: codec={source.stored.name}"
+            )
+        options = dict(self.codec_options)
+        if source.stored is not None:
+            return replace(source.stored, options={**options, **source.stored.options})
+        return make_codec(self.codec, options, self.device)
+
+    def make_text_encoder(self) -> TextEncoder | None:
+        if self.text == READY and not self.null_text:
+            raise DataError(
+                "null_text: got none with text=ready, expected the embedding of the empty prompt."
+                " Fix: null_text=<npy of [L0, E]>"
+            )
+        if self.text in (None, READY):
+            return None
+        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
