@@ -39,7 +39,8 @@ ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
     "source": Option(
         text,
-        "a recording, a folder of videos, or the folder of zips of SANA-WM's public training"
+        "a recording, a folder of videos, tars of videos in the WebDataset layout (a folder, or names"
+        " and URLs: shards/{000000..000099}.tar), or the folder of zips of SANA-WM's public training"
         " layout",
         required=True,
     ),
@@ -48,8 +49,8 @@ OPTIONS = {
     ),
     "kind": Option(
         one_of(SOURCES, "auto"),
-        "what lies there: recording, videos, latent_zips, or a source that another package offers;"
-        " auto: one of the first three, as found",
+        "what lies there: recording, videos, webdataset, latent_zips, or a source that another"
+        " package offers; auto: one of the first four, as found",
         "auto",
     ),
     "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),

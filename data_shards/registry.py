@@ -30,7 +30,7 @@ def load(registry: Registry, name: str) -> Any:
     """Import what is registered as `name`.
 
     Raises:
-        DataError: an unknown name, one that two packages offer, or a module that cannot be imported.
+        DataError: an unknown name, one that two packages offer, or a failing import.
     """
     what, group, table = registry.what, registry.group, registry.table
     points = [EntryPoint(name, table[name], group)] if name in table else []

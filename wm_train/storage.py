@@ -44,7 +44,9 @@ class Remote(ProxyUPath):
         with _as_os_errors(self), super().open(mode.replace("x", "w"), **options) as file:
             yield file
 
-    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:  # type: ignore[override]
+    def read_text(  # type: ignore[override]
+        self, encoding: str = "utf-8", errors: str = "strict"
+    ) -> str:
         return self.read(None, None).decode(encoding, errors)
 
     def read(self, start: int | None, stop: int | None) -> bytes:

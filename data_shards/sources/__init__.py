@@ -5,17 +5,18 @@ not care what is behind it. Another package adds its own by an entry point in th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import Events
 from data_shards.registry import Registry, load
-from data_shards.schema import DataError
+from data_shards.schema import KEY_PATTERN, DataError
 from data_shards.storage.files import read_json
 
 
@@ -70,6 +71,23 @@ class StoredLatents:
         raise AssertionError("nothing is decoded while ready latents are taken over")
 
 
+def safe_key(name: str, what: str = "zip member") -> str:
+    """A clip key from a member's name: the name itself where it is one, else its letters with a
+    hash behind.
+
+    Raises:
+        DataError: a name that leads out of a folder.
+    """
+    if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+        raise DataError(
+            f"{what}: got the name {name!r}, expected a relative one without '..'. Fix: pack it again"
+        )
+    if KEY_PATTERN.fullmatch(name):
+        return name
+    letters = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_-")[:60] or "clip"
+    return f"{letters}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 class ClipSource(Protocol):
     notes: tuple[str, ...]  # what `encode` should tell the user, say about frames left out
     description: str  # goes into dataset.json; must not name folders of one machine
@@ -112,6 +130,7 @@ SOURCES = Registry(
         "recording": "data_shards.sources.recording:open_recording",
         "videos": "data_shards.sources.videos:open_videos",
         "latent_zips": "data_shards.sources.latent_zips:open_latent_zips",
+        "webdataset": "data_shards.sources.webdataset:open_webdataset",
     },
 )
 
@@ -127,10 +146,10 @@ class Captioned:
             for key, value in captions.items()
         }
         digest = hashlib.sha256(repr(sorted(self._captions.items())).encode()).hexdigest()[:16]
-        self.description, self.notes = f"{source.description}, captions {digest}", source.notes
-        self.fps, self.metres_per_unit = source.fps, source.metres_per_unit
-        self.control_names, self.control_sums = source.control_names, source.control_sums
-        self.clips, self.stored = source.clips, source.stored
+        self.description = f"{source.description}, captions {digest}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)  # when asked for: a source may list its clips late
 
     def load(self, clip: SourceClip) -> ClipContent:
         content = self._source.load(clip)
@@ -144,15 +163,20 @@ def open_source(path: str | Place) -> ClipSource:
         DataError: nothing there, or nothing known.
     """
     place = Place(path) if isinstance(path, str) else path
-    source = load(SOURCES, detect(place) if place.kind == "auto" else place.kind)(place)
-    return source if place.captions is None else Captioned(source, Path(place.captions))
+    source: ClipSource = load(SOURCES, detect(place) if place.kind == "auto" else place.kind)(place)
+    if place.captions is None:
+        return source
+    return cast(ClipSource, Captioned(source, Path(place.captions)))
 
 
 def detect(place: Place) -> str:
     """Return the name of the built-in source for what lies at a place."""
-    from data_shards.sources.videos import SUFFIXES
+    from data_shards.sources.video_file import SUFFIXES
 
     folder = Path(place.path)
+    tars = folder.is_dir() and any(folder.glob("*.tar"))
+    if tars or (not folder.is_dir() and re.search(r"^pipe:|://|\.tar|\.tgz", place.path)):
+        return "webdataset"
     if not folder.exists():
         fix = f"python -m data_shards.record vizdoom out={folder}"
         raise DataError(
@@ -171,6 +195,6 @@ def detect(place: Place) -> str:
     if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
         return "videos"
     raise DataError(
-        f"source: got {folder}, which holds no recording.json and no videos or zips, expected one"
-        " of them"
+        f"source: got {folder}, which holds no recording.json and no videos, tars or zips, expected"
+        " one of them"
     )
