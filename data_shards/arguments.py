@@ -1,5 +1,6 @@
 """`key=value` command lines for this package's commands: one table of options gives the parser, the
-help and the error report.
+help and the error report. (Not argparse: it stops at the first mistake, accepts a key given
+twice, and would still need `key=value` split for it; nothing became shorter.)
 
 `--key=value` and `--key value` do as well. All problems of a command line are reported together, on
 stderr, with exit code 2; nothing has been started by then.
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_shards.schema import DataError
+
+WIDTH, INDENT = 100, 24  # of the help
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,11 @@ def text(value: str) -> str:
 
 
 def usage(command: str, about: str, options: Mapping[str, Option]) -> str:
-    lines = [f"usage: {command} key=value ...", "", about, ""]
+    lines = [f"usage: {command} key=value ... (or --key value)", "", about, ""]
     for name, option in options.items():
         tail = "required" if option.required else f"default {option.default}"
-        lines.append(f"  {name}=…".ljust(22) + f"{option.help} ({tail})")
+        line = f"  {name}=… ".ljust(INDENT) + f"{option.help} ({tail})"
+        lines.append(textwrap.fill(line, WIDTH, subsequent_indent=" " * INDENT))
     return "\n".join(lines)
 
 
