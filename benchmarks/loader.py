@@ -222,8 +222,8 @@ def compare(clips: int, frames: int, rounds: int) -> None:
 MILLION = """
 import sys, time
 started = time.perf_counter()
-from data_shards.read import open_dataset
-from data_shards.order import SampleOrder
+from data_shards.storage.read import open_dataset
+from data_shards.loading.order import SampleOrder
 imported = time.perf_counter()
 dataset = open_dataset(sys.argv[1])
 clips = dataset.clips("train")

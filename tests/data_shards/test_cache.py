@@ -43,7 +43,7 @@ def test_cache_keeps_its_limit_and_forgets_the_oldest(tmp_path):
 KILLED_WHILE_FILLING = """
 import os, signal, sys
 from pathlib import Path
-from data_shards.remote import RangeCache
+from data_shards.storage.remote import RangeCache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 def half(path, data):

@@ -23,7 +23,7 @@ SHARD = "shards/000000.tar"
 TEN_GIGABYTES = """
 import re, sys
 from data_shards import verify
-from data_shards.read import open_dataset
+from data_shards.storage.read import open_dataset
 from data_shards.schema import DataError
 path, key = sys.argv[1:]
 try:
