@@ -1,5 +1,6 @@
 """`key=value` command lines for this package's commands: one table of options gives the parser, the
-help and the error report.
+help and the error report. (Not argparse: it stops at the first mistake, accepts a key given
+twice, and would still need `key=value` split for it; nothing became shorter.)
 
 `--key=value` and `--key value` do as well. All problems of a command line are reported together, on
 stderr, with exit code 2; nothing has been started by then.
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_shards.schema import DataError
+
+WIDTH, INDENT = 100, 24  # of the help
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,23 @@ def text(value: str) -> str:
 
 
 def usage(command: str, about: str, options: Mapping[str, Option]) -> str:
-    lines = [f"usage: {command} key=value ...", "", about, ""]
+    lines = [f"usage: {command} key=value ... (or --key value)", "", about, ""]
     for name, option in options.items():
         tail = "required" if option.required else f"default {option.default}"
-        lines.append(f"  {name}=…".ljust(22) + f"{option.help} ({tail})")
+        line = f"  {name}=… ".ljust(INDENT) + f"{option.help} ({tail})"
+        lines.append(textwrap.fill(line, WIDTH, subsequent_indent=" " * INDENT))
     return "\n".join(lines)
+
+
+def split(arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Yield (what was written, key, value) of each argument; the value is None where there is no
+    `=`."""
+    words = iter(arguments)
+    for argument in words:
+        if argument.startswith("--") and "=" not in argument:
+            argument = f"{argument}={next(words, '')}"
+        name, equals, value = argument.removeprefix("--").partition("=")
+        yield argument, name.replace("-", "_"), value if equals else None
 
 
 def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
@@ -82,13 +98,9 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
     values: dict[str, Any] = {
         name: option.default for name, option in options.items() if not option.required
     }
-    problems, given, words = [], set(), iter(arguments)
-    for argument in words:
-        if argument.startswith("--") and "=" not in argument:
-            argument = f"{argument}={next(words, '')}"
-        name, equals, value = argument.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not equals:
+    problems, given = [], set()
+    for argument, name, value in split(arguments):
+        if value is None:
             problems.append(f"argument: got {argument!r}, expected key=value")
         elif name not in options:
             problems.append(f"{name}: unknown key, expected one of {', '.join(options)}")
@@ -113,13 +125,18 @@ def run(
     options: Mapping[str, Option],
     main: Callable[..., int | None],
     arguments: Sequence[str],
+    more: Callable[[Mapping[str, str]], Mapping[str, Option]] = lambda given: {},
 ) -> int:
     """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one
-    report and exit code 2."""
-    if any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(usage(command, about, options))
-        return 0
+    report and exit code 2. `more` tells the options that depend on what is given."""
+    helps = [argument for argument in arguments if argument in ("-h", "--help", "help")]
+    arguments = [argument for argument in arguments if argument not in helps]
     try:
+        given = {name: value for _, name, value in split(arguments) if value is not None}
+        options = {**options, **more(given)}
+        if helps:
+            print(usage(command, about, options))
+            return 0
         return main(**parse(arguments, options)) or 0
     except DataError as error:
         print(

@@ -14,11 +14,11 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from data_shards.arguments import Option, choice, number, run, text, whole
-from data_shards.codecs.linear import CODECS, LatentCodec
+from data_shards.codecs import CODECS, LatentCodec, codec_row
 from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.finish import finish
 from data_shards.encoding.job import Job, encode_shard, left_to_do, plan_jobs
@@ -26,29 +26,44 @@ from data_shards.encoding.runners import RUNNERS
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
+from data_shards.registry import Registry, names
 from data_shards.schema import PLAN, DataError
-from data_shards.sources import Place, open_source
+from data_shards.sources import SOURCES, Place, open_source
 from data_shards.sources.clips import ClipSource
+
+
+def one_of(registry: Registry, *more: str) -> Callable[[str], str]:
+    """Convert a name that is registered; what other packages offer is looked up when asked for."""
+    return lambda text: choice(*more, *names(registry))(text)
+
 
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
     "source": Option(
         text,
-        "a recording, a folder of videos, or the folder of zips of SANA-WM's public training"
+        "a recording, a folder of videos, tars of videos in the WebDataset layout (a folder, or names"
+        " and URLs: shards/{000000..000099}.tar), or the folder of zips of SANA-WM's public training"
         " layout",
         required=True,
     ),
     "out": Option(
         text, "folder to make, or the URL of one in a store: s3://bucket/set", required=True
     ),
+    "kind": Option(
+        one_of(SOURCES, "auto"),
+        "what lies there: recording, videos, webdataset, latent_zips, or a source that another"
+        " package offers; auto: one of the first four, as found",
+        "auto",
+    ),
     "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
     "captions": Option(
         text, "JSON file {key: caption}; it goes before the source's own captions", None
     ),
-    "codec": Option(choice(*CODECS), "video <-> latents", "linear"),
-    "channels": Option(whole(1, 4096), "latent channels (codec linear)", 48),
-    "model": Option(
-        text, "folder, file or hub name of the autoencoder (all codecs but linear)", None
+    "codec": Option(
+        one_of(CODECS),
+        "video <-> latents: linear, ltx2, wan, tiny, taehv, or one that another package offers; each"
+        " has options of its own: codec=<name> --help",
+        "linear",
     ),
     "psnr": Option(
         choice("yes", "no"),
@@ -140,7 +155,12 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     target = Target(out)
     jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
     plan = json.dumps(
-        {"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)},
+        {
+            "source": clips.description,
+            **dataclasses.asdict(settings),
+            "codec_options": dict(settings.codec_options),
+            "shards": len(jobs),
+        },
         indent=1,
         sort_keys=True,
     ).encode()
@@ -211,19 +231,33 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
         )
 
 
+def codec_options(given: Mapping[str, str]) -> Mapping[str, Option]:
+    """Return the options of the codec that is asked for; none of an unknown one."""
+    name = given.get("codec", "linear")
+    options = codec_row(name).options if name in names(CODECS) else {}
+    if taken := sorted(options.keys() & OPTIONS.keys()):
+        raise DataError(
+            f"codec {name}: got the options {taken}, expected other names than encode's"
+        )
+    return options
+
+
 def main(arguments: list[str]) -> int:
     def call(
         source: str,
+        kind: str,
         latents: str | None,
         captions: str | None,
         out: str,
         workers: int,
         runner: str,
-        **settings: Any,
+        **values: Any,
     ) -> None:
-        encode(Place(source, latents, captions), out, workers, runner, Settings(**settings))
+        own = tuple((name, values.pop(name)) for name in sorted(values.keys() - OPTIONS.keys()))
+        settings = Settings(**values, codec_options=own)
+        encode(Place(source, latents, captions, kind), out, workers, runner, settings)
 
-    return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments)
+    return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments, codec_options)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.arguments import Option, run, text
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.metrics import (
     CAMERA_METRICS,
     VIDEO_METRICS,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.arguments import Option, run, text, whole
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.schema import SPLITS, DataError
 from data_shards.storage.read import Clip, open_dataset
 

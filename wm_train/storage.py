@@ -1,88 +1,68 @@
 """Where checkpoints lie: a local folder (a Path), or a prefix of any store that fsspec knows
 (s3://, gs://, memory://).
 
-`Remote` has the few verbs of a Path that checkpoints use. A store has no rename and no folders of
-its own; what is written appears whole when it is closed, so a checkpoint counts from the moment its
-manifest, which goes last, is there.
+A store has no rename and no folders of its own; what is written appears whole when it is closed, so
+a checkpoint counts from the moment its manifest, which goes last, is there.
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from upath.extensions import ProxyUPath
 
-@dataclass(frozen=True)
-class Remote:
-    """An address such as s3://bucket/runs. Errors: OSError, whatever the store's library raises."""
 
-    url: str
+class Remote(ProxyUPath):
+    """An address such as s3://bucket/runs: a UPath whose verbs raise OSError, whatever the store's
+    library raises, and never take a store that does not answer for an empty one."""
 
-    def __str__(self) -> str:
-        return self.url
-
-    def __truediv__(self, name: str) -> Remote:
-        return Remote(f"{self.url.rstrip('/')}/{name}")
-
-    @property
-    def name(self) -> str:
-        return self.url.rstrip("/").rpartition("/")[2]
-
-    @property
-    def parent(self) -> Remote:
-        return Remote(self.url.rstrip("/").rpartition("/")[0])
-
-    def iterdir(self) -> list[Remote]:
-        """What is directly under this address; nothing if there is nothing."""
-        with _as_os_errors(self.url):
+    def iterdir(self) -> Iterator[Remote]:
+        """Return what is directly under this address, by name; nothing if there is nothing."""
+        # UPath asks `isdir` first, which in many stores is False when the store does not answer:
+        # a run would then begin anew beside its checkpoints
+        with _as_os_errors(self):
             try:
-                listed = _filesystem(self.url).ls(_path(self.url), detail=False)
+                listed = self.fs.ls(self.path, detail=False)
             except FileNotFoundError:
-                return []
-            names = [str(path).rstrip("/").rpartition("/")[2] for path in listed]
-            return [self / name for name in sorted(set(names)) if name and name != self.name]
+                listed = []
+        names = {str(path).rstrip("/").rpartition("/")[2] for path in listed}
+        return iter([self / name for name in sorted(names - {"", self.name})])
 
     def is_dir(self) -> bool:
-        return bool(self.iterdir())
+        return any(self.iterdir())
 
-    def is_file(self) -> bool:
-        with _as_os_errors(self.url):
-            return bool(_filesystem(self.url).isfile(_path(self.url)))
-
-    def exists(self) -> bool:
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
         return self.is_file() or self.is_dir()
 
     @contextmanager
-    def open(self, mode: str, encoding: str | None = None) -> Iterator[Any]:
-        """`x` is taken as `w`: names are fresh, and a store cannot tell."""
-        with (
-            _as_os_errors(self.url),
-            _filesystem(self.url).open(
-                _path(self.url), mode.replace("x", "w"), encoding=encoding
-            ) as file,
-        ):
+    def open(self, mode: str = "r", **options: Any) -> Iterator[Any]:  # type: ignore[override]
+        """Open a file. `x` is taken as `w`: names are fresh, and few stores can tell."""
+        with _as_os_errors(self), super().open(mode.replace("x", "w"), **options) as file:
             yield file
 
-    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+    def read_text(  # type: ignore[override]
+        self, encoding: str = "utf-8", errors: str = "strict"
+    ) -> str:
         return self.read(None, None).decode(encoding, errors)
 
     def read(self, start: int | None, stop: int | None) -> bytes:
-        """Bytes [start, stop)."""
-        with _as_os_errors(self.url):
-            return bytes(_filesystem(self.url).cat_file(_path(self.url), start=start, end=stop))
+        """Return bytes [start, stop)."""
+        with _as_os_errors(self):
+            return bytes(self.fs.cat_file(self.path, start=start, end=stop))
 
-    def unlink(self) -> None:
-        with _as_os_errors(self.url):
-            _filesystem(self.url).rm_file(_path(self.url))
+    def unlink(self, missing_ok: bool = False) -> None:
+        with _as_os_errors(self):
+            self.fs.rm_file(self.path)
 
     def remove(self) -> None:
-        """Everything under this address."""
-        with _as_os_errors(self.url):
-            _filesystem(self.url).rm(_path(self.url), recursive=True)
+        """Delete everything under this address."""
+        with _as_os_errors(self):
+            # `rm` expands `[ ] * ?`: unescaped, run[1] would delete what lies in run1
+            self.fs.rm(glob.escape(self.path), recursive=True)
 
 
 Place = Path | Remote
@@ -92,32 +72,16 @@ def place(address: str) -> Place:
     """A folder, or an address with a protocol."""
     if address.startswith("file://"):
         return Path(address.removeprefix("file://"))
-    return Remote(address) if "://" in address else Path(address)
-
-
-def _filesystem(url: str) -> Any:
-    return _store(url.partition("://")[0])
-
-
-@cache
-def _store(protocol: str) -> Any:
-    import fsspec
-
-    return fsspec.filesystem(
-        protocol, use_listings_cache=False
-    )  # others write, so what was listed before is out of date
-
-
-def _path(url: str) -> str:
-    return str(_filesystem(url)._strip_protocol(url))
+    # others write to the store, so what was listed before is out of date
+    return Remote(address, use_listings_cache=False) if "://" in address else Path(address)
 
 
 @contextmanager
-def _as_os_errors(url: str) -> Iterator[None]:
+def _as_os_errors(file: Remote) -> Iterator[None]:
     try:
         yield
     except OSError:
         raise
     # every store has its own; callers know what to do with a file that cannot be read or written
     except Exception as error:
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+        raise OSError(f"{file}: {type(error).__name__}: {error}") from error

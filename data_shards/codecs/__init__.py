@@ -1,0 +1,93 @@
+"""Video <-> latents: what every codec offers, and which there are. Another package adds its own by
+an entry point in the group `data_shards.codecs` that names a `CodecRow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.arguments import Option
+from data_shards.registry import Registry, load
+from data_shards.schema import DataError
+
+
+class LatentCodec(Protocol):
+    """Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1)
+    / temporal_stride + 1."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def temporal_stride(self) -> int: ...
+    @property
+    def spatial_stride(self) -> int: ...
+
+    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True)
+class CodecRow:
+    """What is registered as a codec. `make` takes the codec's options as dataset.json keeps them
+    (`LatentCodec.options`), and `device` where `on_device`; `options` are those of the command
+    `encode`."""
+
+    make: Callable[..., LatentCodec]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    on_device: bool = False
+
+
+CODECS = Registry(
+    "codec",
+    "data_shards.codecs",
+    {
+        "linear": "data_shards.codecs.linear:LINEAR",
+        "ltx2": "data_shards.codecs.diffusers:LTX2",
+        "wan": "data_shards.codecs.diffusers:WAN",
+        "tiny": "data_shards.codecs.diffusers:TINY",
+        "taehv": "data_shards.codecs.taehv:TAEHV",
+    },
+)
+
+
+def codec_row(name: str) -> CodecRow:
+    """Return what is registered as the codec `name`.
+
+    Raises:
+        DataError: an unknown name, or something registered that is no CodecRow.
+    """
+    row = load(CODECS, name)
+    if not isinstance(row, CodecRow):
+        raise DataError(
+            f"codec {name}: got {type(row).__name__} (entry point group {CODECS.group}), expected a"
+            " data_shards.codecs.CodecRow"
+        )
+    return row
+
+
+def make_codec(
+    name: str, options: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> LatentCodec:
+    """Make the codec called `name` with these options, as dataset.json keeps them; `device` is for
+    this process only.
+
+    Raises:
+        DataError: an unknown name or an option it does not take.
+    """
+    row = codec_row(name)
+    try:
+        return row.make(**(options or {}), **({"device": device} if row.on_device else {}))
+    except TypeError as error:
+        raise DataError(
+            f"codec options: got {dict(options or {})}, expected what codec {name!r} takes"
+            f" ({error})"
+        ) from error

@@ -1,6 +1,6 @@
 """The autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels), Wan (4x8x8, 16
 channels), and the tiny ones (TAESD) that encode frame by frame (1x8x8, 4 channels or 16). Tiny
-autoencoders with a temporal stride are in `codec_taehv`.
+autoencoders with a temporal stride are in `codecs/taehv`.
 
 `model` is a local folder or a hub name, as `from_pretrained` takes it. Encoding takes the mode of
 the posterior, so it is deterministic. The latents are the autoencoder's own; the scaling that some
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.arguments import Option, text
+from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
 
 CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan", "tiny": "AutoencoderTiny"}
@@ -158,3 +160,9 @@ class DiffusersCodec:
                 video = self.network.decode(tensor).sample  # [1, 3, F, H, W]
         pixels = (video[0].permute(1, 2, 3, 0).float().cpu().numpy() + 1.0) * 127.5
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+OPTIONS = {"model": Option(text, "folder or hub name of the autoencoder", required=True)}
+LTX2, WAN, TINY = (
+    CodecRow(partial(DiffusersCodec, name), OPTIONS, on_device=True) for name in CLASSES
+)

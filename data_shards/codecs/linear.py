@@ -1,7 +1,6 @@
-"""Video <-> latents. `LatentCodec` is what every codec offers; `linear` is the built-in one, which
-needs no weights.
+"""The codec `linear`, which needs no weights.
 
-The linear codec is a fixed orthonormal transform with the layout of a causal video VAE: frame 0
+It is a fixed orthonormal transform with the layout of a causal video VAE: frame 0
 alone gives latent 0, each following group of 8 frames gives one more. A 16x16 block of one frame
 goes through an orthonormal colour transform and a 2-D DCT, a block of 8 frames through a 3-D DCT; C
 of the coefficients are kept. The rows of an orthonormal transform are their own inverse, so
@@ -11,40 +10,22 @@ z up to rounding to pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.arguments import Option, whole
+from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
 
 # luma, red-blue, green-magenta: orthonormal, so squared error in this space is squared error in RGB
 COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=np.float64) / np.sqrt(
     [[3.0], [2.0], [6.0]]
 )
-
-
-class LatentCodec(Protocol):
-    """Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1)
-    / temporal_stride + 1."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def temporal_stride(self) -> int: ...
-    @property
-    def spatial_stride(self) -> int: ...
-
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]: ...
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]: ...
 
 
 def dct_matrix(length: int) -> NDArray[np.float64]:
@@ -174,46 +155,9 @@ class LinearCodec:
         return np.clip(np.rint((video + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def diffusers_codec(name: str) -> Callable[..., LatentCodec]:
-    def make(**options: Any) -> LatentCodec:
-        from data_shards.codecs.diffusers import DiffusersCodec
-
-        return DiffusersCodec(name=name, **options)
-
-    return make
-
-
-def taehv_codec(**options: Any) -> LatentCodec:
-    from data_shards.codecs.taehv import TaehvCodec
-
-    return TaehvCodec(**options)
-
-
-CODECS_WITH_WEIGHTS: Mapping[str, Callable[..., LatentCodec]] = {
-    "ltx2": diffusers_codec("ltx2"),
-    "wan": diffusers_codec("wan"),
-    "tiny": diffusers_codec("tiny"),
-    "taehv": taehv_codec,
-}
-CODECS: Mapping[str, Callable[..., LatentCodec]] = {"linear": LinearCodec, **CODECS_WITH_WEIGHTS}
-
-
-def make_codec(name: str, options: Mapping[str, Any] | None = None, **runtime: Any) -> LatentCodec:
-    """The codec called `name` with these options, as dataset.json keeps them; `runtime` (device) is
-    for this process only.
-
-    Raises:
-        DataError: an unknown name or an option it does not take.
-    """
-    if name not in CODECS:
-        raise DataError(f"codec: got {name!r}, expected one of {sorted(CODECS)}. Fix: codec=linear")
-    try:
-        return CODECS[name](**(options or {}), **runtime)
-    except TypeError as error:
-        raise DataError(
-            f"codec options: got {dict(options or {})}, expected what codec {name!r} takes"
-            f" ({error})"
-        ) from error
+LINEAR = CodecRow(
+    LinearCodec, {"channels": Option(whole(1, 4096), "latent channels", LinearCodec.channels)}
+)
 
 
 def psnr_db(squared_error: float, count: int) -> float:

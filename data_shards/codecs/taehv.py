@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.arguments import Option, text
+from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
 
 CHUNK = 4
@@ -224,3 +226,10 @@ class TaehvCodec:
             stride=stride,
             padding=padding,
         )
+
+
+TAEHV = CodecRow(
+    TaehvCodec,
+    {"model": Option(text, "safetensors file of the weights, or a folder with one", required=True)},
+    on_device=True,
+)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.codecs.linear import LatentCodec
+from data_shards.codecs import LatentCodec
 from data_shards.controls import bucket_events
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.text import READY, TextEncoder

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.codecs.linear import LatentCodec, psnr_db
+from data_shards.codecs import LatentCodec
+from data_shards.codecs.linear import psnr_db
 from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.job import Job
 from data_shards.encoding.settings import Settings

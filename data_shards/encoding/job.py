@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_shards.codecs.linear import LatentCodec
+from data_shards.codecs import LatentCodec
 from data_shards.encoding.arrays import Tally, control_arrays, crop_size, latent_arrays, text_arrays
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target

@@ -1,10 +1,11 @@
-"""What the finished bytes of a data set depend on, besides its source."""
+"""What the bytes of an encoded data set depend on, besides its source."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from data_shards.codecs.linear import CODECS_WITH_WEIGHTS, LatentCodec, make_codec
+from data_shards.codecs import LatentCodec, make_codec
 from data_shards.encoding.text import READY, TextEncoder
 from data_shards.schema import DataError
 from data_shards.sources.clips import ClipSource
@@ -15,12 +16,11 @@ class Settings:
     """What the finished bytes depend on, besides the source."""
 
     codec: str = "linear"
-    channels: int = 48
+    codec_options: tuple[tuple[str, Any], ...] = ()  # (name, value): workers hash their settings
     latent_dtype: str = "float16"
     validation: float = 0.1
     shard_mb: float = 256.0
     container: str = "tar"
-    model: str | None = None
     psnr: str = "yes"
     image_latents_every: int = 0
     keep_taps: str = "no"
@@ -39,16 +39,10 @@ class Settings:
                 f"codec: got {self.codec}, expected {source.stored.name}, which made these latents."
                 f" Fix: codec={source.stored.name}"
             )
-        if self.codec in CODECS_WITH_WEIGHTS and not self.model:
-            raise DataError(
-                f"model: got none, expected a folder or hub name for codec {self.codec}. Fix:"
-                " model=<folder>"
-            )
+        options = dict(self.codec_options)
         if source.stored is not None:
-            return replace(source.stored, options={"model": self.model, **source.stored.options})
-        if self.codec == "linear":
-            return make_codec(self.codec, {"channels": self.channels})
-        return make_codec(self.codec, {"model": self.model}, device=self.device)
+            return replace(source.stored, options={**options, **source.stored.options})
+        return make_codec(self.codec, options, self.device)
 
     def make_text_encoder(self) -> TextEncoder | None:
         if self.text == READY and not self.null_text:

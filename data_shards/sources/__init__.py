@@ -1,12 +1,16 @@
 """Where clips come from. A source lists its clips cheaply and loads one at a time; `encode` does
-not care what is behind it."""
+not care what is behind it. Another package adds its own by an entry point in the group
+`data_shards.sources` that names a function of a `Place`; `kind=<name>` opens it."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
+from data_shards.registry import Registry, load
 from data_shards.schema import DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
 from data_shards.storage.files import read_json
@@ -15,19 +19,33 @@ from data_shards.storage.files import read_json
 @dataclass(frozen=True)
 class Place:
     """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key:
-    caption}."""
+    caption}; and what lies there, a name of `SOURCES` or auto."""
 
     path: str
     latents: str | None = None
     captions: str | None = None
+    kind: str = "auto"
 
     def resolved(self) -> Place:
         """The same with absolute paths, for workers that start elsewhere."""
-        latents, captions = (
-            None if path is None else str(Path(path).resolve())
-            for path in (self.latents, self.captions)
+        path, latents, captions = (
+            path if path is None or "://" in path else str(Path(path).resolve())
+            for path in (self.path, self.latents, self.captions)
         )
-        return Place(str(Path(self.path).resolve()), latents, captions)
+        assert path is not None, "it is no option"
+        return Place(path, latents, captions, self.kind)
+
+
+SOURCES = Registry(
+    "kind",
+    "data_shards.sources",
+    {
+        "recording": "data_shards.sources.recording:open_recording",
+        "videos": "data_shards.sources.videos:open_videos",
+        "latent_zips": "data_shards.sources.latent_zips:open_latent_zips",
+        "webdataset": "data_shards.sources.webdataset:open_webdataset",
+    },
+)
 
 
 class Captioned:
@@ -41,10 +59,10 @@ class Captioned:
             for key, value in captions.items()
         }
         digest = hashlib.sha256(repr(sorted(self._captions.items())).encode()).hexdigest()[:16]
-        self.description, self.notes = f"{source.description}, captions {digest}", source.notes
-        self.fps, self.metres_per_unit = source.fps, source.metres_per_unit
-        self.control_names, self.control_sums = source.control_names, source.control_sums
-        self.clips, self.stored = source.clips, source.stored
+        self.description = f"{source.description}, captions {digest}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)  # when asked for: a source may list its clips late
 
     def load(self, clip: SourceClip) -> ClipContent:
         content = self._source.load(clip)
@@ -52,44 +70,44 @@ class Captioned:
 
 
 def open_source(path: str | Place) -> ClipSource:
-    """The source behind a path, told by what lies there.
+    """The source behind a path: of the kind that is named, or told by what lies there.
 
     Raises:
         DataError: nothing there, or nothing known.
     """
     place = Place(path) if isinstance(path, str) else path
-    source = _open_folder(Path(place.path), place.latents)
-    return source if place.captions is None else Captioned(source, Path(place.captions))
+    source: ClipSource = load(SOURCES, detect(place) if place.kind == "auto" else place.kind)(place)
+    if place.captions is None:
+        return source
+    return cast(ClipSource, Captioned(source, Path(place.captions)))
 
 
-def _open_folder(folder: Path, latents: str | None) -> ClipSource:
-    from data_shards.sources.latent_zips import LatentZipsSource
-    from data_shards.sources.recording import RecordingSource
-    from data_shards.sources.videos import SUFFIXES, VideosSource
+def detect(place: Place) -> str:
+    """Return the name of the built-in source for what lies at a place."""
+    from data_shards.sources.video_file import SUFFIXES
 
+    folder = Path(place.path)
+    tars = folder.is_dir() and any(folder.glob("*.tar"))
+    if tars or (not folder.is_dir() and re.search(r"^pipe:|://|\.tar|\.tgz", place.path)):
+        return "webdataset"
     if not folder.exists():
         fix = f"python -m data_shards.record vizdoom out={folder}"
         raise DataError(
             f"source: got {folder}, which does not exist, expected a recording. Fix: {fix}"
         )
     zips = folder.is_dir() and any(folder.glob("*.zip"))
-    if latents and not zips:
+    if place.latents and not zips:
         raise DataError(
-            f"latents: got {latents} with {folder}, which holds no zips, expected zips in both."
-            " Fix: leave out latents="
+            f"latents: got {place.latents} with {folder}, which holds no zips, expected zips in"
+            " both. Fix: leave out latents="
         )
     if (folder / "recording.json").exists():
-        return RecordingSource(folder)
+        return "recording"
     if zips:
-        if not latents:
-            raise DataError(
-                f"latents: got none for the zips in {folder}, expected the folder with their"
-                " latents. Fix: latents=<folder>"
-            )
-        return LatentZipsSource(folder, Path(latents))
+        return "latent_zips"
     if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
-        return VideosSource(folder)
+        return "videos"
     raise DataError(
-        f"source: got {folder}, which holds no recording.json and no videos or zips, expected one"
-        " of them"
+        f"source: got {folder}, which holds no recording.json and no videos, tars or zips, expected"
+        " one of them"
     )

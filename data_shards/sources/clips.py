@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import Events
-from data_shards.schema import DataError
+from data_shards.schema import KEY_PATTERN, DataError
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,20 @@ class ClipSource(Protocol):
     stored: StoredLatents | None  # set where clips come as latents
 
     def load(self, clip: SourceClip) -> ClipContent: ...
+
+
+def safe_key(name: str, what: str = "zip member") -> str:
+    """A clip key from a member's name: the name itself where it is one, else its letters with a
+    hash behind.
+
+    Raises:
+        DataError: a name that leads out of a folder.
+    """
+    if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+        raise DataError(
+            f"{what}: got the name {name!r}, expected a relative one without '..'. Fix: pack it again"
+        )
+    if KEY_PATTERN.fullmatch(name):
+        return name
+    letters = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_-")[:60] or "clip"
+    return f"{letters}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import math
-import re
 import stat
 import zipfile
 from collections.abc import Mapping
@@ -31,8 +30,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.schema import KEY_PATTERN, MAX_MEMBER_BYTES, DataError
-from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.schema import MAX_MEMBER_BYTES, DataError
+from data_shards.sources import Place
+from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents, safe_key
 from data_shards.sources.videos import square_intrinsics, square_poses
 from data_shards.storage.files import read_json
 
@@ -51,24 +51,6 @@ class Entry:
     facts: Mapping[str, Any]
     camera: tuple[int, int] | None
     metres: float
-
-
-def safe_key(name: str) -> str:
-    """A clip key from a member's name: the name itself where it is one, else its letters with a
-    hash behind.
-
-    Raises:
-        DataError: a name that leads out of a folder.
-    """
-    if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
-        raise DataError(
-            f"zip member: got the name {name!r}, expected a relative one without '..'. Fix: make"
-            " the zip again"
-        )
-    if KEY_PATTERN.fullmatch(name):
-        return name
-    letters = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_-")[:60] or "clip"
-    return f"{letters}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -361,3 +343,12 @@ def read_facts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> d
             f"zip: got {type(facts).__name__} in {info.filename} of {path}, expected a JSON object"
         )
     return facts
+
+
+def open_latent_zips(place: Place) -> LatentZipsSource:
+    if not place.latents:
+        raise DataError(
+            f"latents: got none for the zips in {place.path}, expected the folder with their"
+            " latents. Fix: latents=<folder>"
+        )
+    return LatentZipsSource(Path(place.path), Path(place.latents))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError, check_key
+from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.storage.files import crc32c, read_json
 
@@ -74,3 +75,7 @@ class RecordingSource:
                 " Fix: record again"
             )
         return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def open_recording(place: Place) -> RecordingSource:
+    return RecordingSource(Path(place.path))

@@ -17,7 +17,7 @@ controls. Frames past the last multiple of 8 plus 1 are left out, and said so.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ from numpy.typing import NDArray
 
 from data_shards.controls import CONTROL_NAMES, Events
 from data_shards.schema import DataError, check_key
+from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.video_file import LENGTHS, SUFFIXES, probe, read_frames, whole_groups
 from data_shards.storage.files import read_json
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it
 PARAMETERS = {
     "SIMPLE_PINHOLE": (0, 0, 1, 2),
     "PINHOLE": (0, 1, 2, 3),
 }  # COLMAP camera model -> where fx, fy, cx, cy are
+
+Camera = tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None]
 
 
 def square_poses(poses: NDArray[np.float64], inverted: bool, where: str) -> NDArray[np.float64]:
@@ -147,9 +149,9 @@ class VideosSource:
         sums: tuple[bool, ...] = ()
         scales = set()
         for key, file in self._files.items():
-            frames, height, width, rate = probe(file)
+            frames, height, width, rate = probe(str(file), file.name)
             sidecar = read_sidecar(file)
-            kept = (frames - 1) // STRIDE * STRIDE + 1
+            kept = whole_groups(frames)
             trimmed += frames - kept
             rates.add(rate)
             clips.append(
@@ -178,9 +180,7 @@ class VideosSource:
             (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
         )
         self.metres_per_unit = next(iter(scales), 1.0)
-        note = (
-            f"{trimmed} frames at the ends of clips are left out: a clip has {STRIDE}k + 1 frames"
-        )
+        note = f"{trimmed} frames at the ends of clips are left out: {LENGTHS}"
         self.notes: tuple[str, ...] = (note,) if trimmed else ()
         # the files themselves, by size and time: an edited video makes another data set, and an
         # interrupted run does not go on with it
@@ -194,54 +194,26 @@ class VideosSource:
 
     def load(self, clip: SourceClip) -> ClipContent:
         file, frames = self._files[clip.key], clip.frames
-        video = np.empty((frames, clip.height, clip.width, 3), np.uint8)
-        count = 0
-        for frame in decode(file):
-            if count == frames:
-                break
-            video[count] = frame.to_ndarray(format="rgb24")
-            count += 1
-        if count < frames:
-            raise DataError(
-                f"video: got {count} frames, expected {frames} ({file.name}). Fix: the file is cut"
-                " or damaged; copy it again"
-            )
+        video = read_frames(str(file), clip, file.name)
         sidecar, where = read_sidecar(file), file.name
-        c2w = intrinsics = None
-        if file.with_suffix(".colmap").is_dir():
-            c2w, intrinsics = read_colmap(file.with_suffix(".colmap"))
-        elif "c2w" in sidecar and "w2c" in sidecar:
-            raise DataError(f"sidecar: got c2w and w2c, expected one of them ({where})")
-        elif "c2w" in sidecar or "w2c" in sidecar:
-            if "intrinsics" not in sidecar:
-                raise DataError(f"sidecar: got poses without intrinsics, expected both ({where})")
-            c2w = square_poses(
-                np.array(sidecar["c2w" if "c2w" in sidecar else "w2c"], np.float64),
-                "c2w" not in sidecar,
-                where,
-            )
-            intrinsics = square_intrinsics(
-                np.array(sidecar["intrinsics"], np.float64), len(c2w), where
-            )
+        colmap = file.with_suffix(".colmap")
+        camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)
+        c2w, intrinsics = cut_camera(camera, frames, self.metres_per_unit, where)
         controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
-        for name, array in (("poses", c2w), ("intrinsics", intrinsics), ("controls", controls)):
-            if array is not None and len(array) < frames:
-                raise DataError(
-                    f"sidecar: got {name} for {len(array)} frames, expected at least {frames}"
-                    f" ({where})"
-                )
+        if controls is not None and len(controls) < frames:
+            raise DataError(
+                f"sidecar: got controls for {len(controls)} frames, expected at least {frames}"
+                f" ({where})"
+            )
         if controls is not None and controls.shape[1:] != (len(self.control_names),):
             raise DataError(
                 f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}]"
                 f" as control_names ({where})"
             )
-        if c2w is not None:
-            c2w = c2w[:frames].copy()
-            c2w[:, :3, 3] *= self.metres_per_unit
         return ClipContent(
             video,
             c2w,
-            None if intrinsics is None else intrinsics[:frames],
+            intrinsics,
             None if controls is None else controls[:frames],
             read_events(file.with_suffix(".events.npz")),
             caption=read_caption(file.with_suffix(".txt"), sidecar),
@@ -278,48 +250,32 @@ def read_events(path: Path) -> Events | None:
         ) from error
 
 
-def decode(file: Path) -> Iterator[Any]:
-    try:
-        import av
-    except ImportError as error:
-        raise DataError(
-            "videos: PyAV is not installed, expected it to read videos. Fix: pip install"
-            " 'wm-train[demo]'"
-        ) from error
-    try:
-        with av.open(str(file)) as container:
-            yield from container.decode(video=0)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(
-            f"video: cannot decode {file.name} ({error}), expected a video file. Fix: take it out"
-            " of the folder"
-        ) from error
+def read_camera(sidecar: Mapping[str, Any], where: str) -> Camera:
+    """Return (c2w [F,4,4] in the sidecar's units, intrinsics [F,4]) of a sidecar, or two None."""
+    if "c2w" in sidecar and "w2c" in sidecar:
+        raise DataError(f"sidecar: got c2w and w2c, expected one of them ({where})")
+    if "c2w" not in sidecar and "w2c" not in sidecar:
+        return None, None
+    if "intrinsics" not in sidecar:
+        raise DataError(f"sidecar: got poses without intrinsics, expected both ({where})")
+    poses = np.array(sidecar["c2w" if "c2w" in sidecar else "w2c"], np.float64)
+    c2w = square_poses(poses, "c2w" not in sidecar, where)
+    return c2w, square_intrinsics(np.array(sidecar["intrinsics"], np.float64), len(c2w), where)
 
 
-def probe(file: Path) -> tuple[int, int, int, Any]:
-    """(frames, height, width, frame rate as a fraction); counts by decoding when the file does not
-    say."""
-    try:
-        import av
-    except ImportError as error:
+def cut_camera(camera: Camera, frames: int, metres_per_unit: float, where: str) -> Camera:
+    """Return the camera of the first frames, in metres."""
+    c2w, intrinsics = camera
+    if c2w is None or intrinsics is None:
+        return None, None
+    if len(c2w) < frames:
         raise DataError(
-            "videos: PyAV is not installed, expected it to read videos. Fix: pip install"
-            " 'wm-train[demo]'"
-        ) from error
-    try:
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            count, height, width, rate = (
-                stream.frames,
-                stream.height,
-                stream.width,
-                stream.average_rate,
-            )
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(
-            f"video: cannot open {file.name} ({error}), expected a video file. Fix: take it out of"
-            " the folder"
-        ) from error
-    if not rate:
-        raise DataError(f"video: got no frame rate in {file.name}, expected one. Fix: remux it")
-    return count or sum(1 for _ in decode(file)), height, width, rate
+            f"sidecar: got poses for {len(c2w)} frames, expected at least {frames} ({where})"
+        )
+    c2w = c2w[:frames].copy()
+    c2w[:, :3, 3] *= metres_per_unit
+    return c2w, intrinsics[:frames]
+
+
+def open_videos(place: Place) -> VideosSource:
+    return VideosSource(Path(place.path))

@@ -4,7 +4,8 @@ with causal video VAEs."""
 import numpy as np
 import pytest
 
-from data_shards.codecs.linear import LinearCodec, coefficient_tables, make_codec, psnr_db
+from data_shards.codecs import make_codec
+from data_shards.codecs.linear import LinearCodec, coefficient_tables, psnr_db
 from data_shards.schema import DataError, latent_frame_count
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data_shards import inspect, stats
+from data_shards import encode, inspect, stats
 from data_shards.arguments import Option, number, parse, text, whole
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
 
@@ -29,6 +29,14 @@ def test_options_may_be_given_as_words():
         parse(["--workers"], options)
     with pytest.raises(DataError, match="argument: got 'x', expected key=value"):
         parse(["source=a", "x"], options)
+
+
+def test_help_fits_and_names_every_option(capsys):
+    assert encode.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= 100
+    told = {line.split("=… ")[0].strip() for line in lines if "=… " in line}
+    assert told == {*encode.OPTIONS, "channels"}
 
 
 def turn_and_walk(frames):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_shards import encode
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.encoding.arrays import crop
 from data_shards.loading.load import ClipLoader, normalise
 from data_shards.sources.recording import RecordingSource

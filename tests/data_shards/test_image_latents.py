@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_shards import encode, stats, verify
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.schema import (
     IMAGE_LATENTS,
     DataError,

@@ -195,8 +195,8 @@ def test_wrong_use_is_one_report(layout, tmp_path, capsys):
     for extra, report in (
         ([], "latents: got none for the zips"),
         ([f"latents={cache}"], "codec: got linear, expected ltx2"),
-        ([f"latents={cache}", "codec=ltx2"], "model: got none"),
-        ([f"latents={tmp_path}", "codec=ltx2"], "got no s0.zip"),
+        ([f"latents={cache}", "codec=ltx2"], "model: missing (folder or hub name"),
+        ([f"latents={tmp_path}", "codec=ltx2", "model=x"], "got no s0.zip"),
     ):
         assert encode.main([*arguments, *extra]) == 2
         assert report in capsys.readouterr().err

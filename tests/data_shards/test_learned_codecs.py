@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_shards import encode
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
 
@@ -135,7 +135,7 @@ def test_a_recording_is_encoded_with_it(models, recording, tmp_path):
 def test_a_missing_model_is_one_report(recording, tmp_path, capsys):
     arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "codec=ltx2"]
     assert encode.main(arguments) == 2
-    assert "model: got none" in capsys.readouterr().err
+    assert "model: missing (folder or hub name" in capsys.readouterr().err
     assert encode.main([*arguments, f"model={tmp_path}"]) == 2
     assert "cannot load" in capsys.readouterr().err
     with pytest.raises(DataError, match="got 'int4'"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_shards import encode
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.encoding.arrays import crop
 from data_shards.encoding.job import split_of_episodes
 from data_shards.schema import DataError, MemberEntry
@@ -19,6 +19,24 @@ from data_shards.sources.recording import RecordingSource
 from data_shards.storage.files import from_bfloat16, npy_header, to_bfloat16
 from data_shards.storage.read import open_dataset
 from data_shards.storage.write import ShardWriter, shard_size
+
+
+def test_stock_webdataset_writes_the_same(dataset_path, tmp_path):
+    """Its own writer, given one member at a time, makes the same bytes; it pads with more zeros."""
+    import webdataset
+
+    shard = dataset_path / "shards" / "000000.tar"
+    facts = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+    with (
+        tarfile.open(shard) as ours,
+        webdataset.TarWriter(str(tmp_path / "theirs.tar"), **facts) as theirs,
+    ):
+        for info in ours:
+            key, _, field = info.name.partition(".")
+            theirs.write({"__key__": key, field: ours.extractfile(info).read()})
+    ours, theirs = shard.read_bytes(), (tmp_path / "theirs.tar").read_bytes()
+    assert theirs[: len(ours)] == ours
+    assert not any(theirs[len(ours) :])
 
 
 def test_stock_webdataset_reads_the_shards(dataset_path):

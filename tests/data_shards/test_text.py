@@ -183,6 +183,24 @@ def test_ready_embeddings(write_video, tmp_path, capsys):
     assert "got (4, 5) with a mask (4,), expected [3, E]" in capsys.readouterr().err
 
 
+def test_captions_in_tars(encoders, write_video, tmp_path):
+    import webdataset
+
+    write_video(tmp_path / "a.mp4", frames=9)
+    captions = {"x": "a red door", "y": "the big room"}
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for key, caption in captions.items():
+            tar.write({"__key__": key, "mp4": (tmp_path / "a.mp4").read_bytes(), "txt": caption})
+    out, model = tmp_path / "set", str(encoders / "t5")
+    arguments = [f"source={tmp_path / 'a.tar'}", f"out={out}", f"text={model}", "text_length=5"]
+    assert encode.main([*arguments, "text_dtype=float32", "validation=0"]) == 0
+    dataset, encoder = open_dataset(str(out)), TextEncoder(model, 5)
+    for entry, caption in zip(dataset.clips("train"), captions.values(), strict=True):
+        assert dataset.description(entry)["caption"] == caption
+        stored = dataset.whole(entry, [dataset.members(entry)["text.npy"]])["text.npy"]
+        np.testing.assert_allclose(stored, encoder.encode(caption)[0], rtol=1e-6)
+
+
 def test_what_is_missing_is_one_report(encoders, recording, tmp_path, capsys):
     arguments = [f"source={recording}", f"out={tmp_path / 'set'}", "psnr=no"]
     assert encode.main([*arguments, f"text={encoders / 't5'}"]) == 2

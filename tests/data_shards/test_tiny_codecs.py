@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, interpolate, pixel_shuffle, pixel_unshuffle
 
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.schema import DataError
 
 WIDTH, PATCH, CHANNELS = 4, 2, 5

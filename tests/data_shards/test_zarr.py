@@ -86,6 +86,43 @@ def test_stock_zarr_reads_the_same(zarr_path):
             assert json.loads(group["json"][:].tobytes()) == dataset.description(entry)
 
 
+def test_stock_zarr_writes_the_same(tmp_path):
+    """Its own writer, given the same layout, makes the same bytes in every file."""
+    import zarr
+
+    arrays = {
+        "latent.npy": np.random.default_rng(0).normal(size=(65, 3, 2, 2)).astype(np.float32),
+        "controls.npy": np.zeros((65, 4), np.float32),
+    }
+    with ZarrWriter(tmp_path / "ours.zarr") as writer:
+        writer.add("k", {field: ("float32", array) for field, array in arrays.items()}, {"a": 1})
+    group = zarr.create_group(tmp_path / "theirs.zarr", zarr_format=3).create_group("k")
+    words = np.frombuffer(b'{"a": 1}\n', np.uint8)
+    for name, array in {"json": words, **arrays}.items():
+        row = name == "latent.npy"
+        made = group.create_array(
+            name.removesuffix(".npy"),
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=(1, *array.shape[1:]) if row else array.shape,
+            shards=(64, *array.shape[1:]) if row else None,
+            compressors=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
+        made[:] = array
+    files = [
+        {
+            str(file.relative_to(path)): file.read_bytes()
+            for file in path.rglob("*")
+            if file.is_file()
+        }
+        for path in (tmp_path / "ours.zarr", tmp_path / "theirs.zarr")
+    ]
+    assert len(files[0]) == 9
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(("dtype", "frames"), [("float16", 64), ("bfloat16", 65), ("float32", 150)])
 def test_long_clips_are_cut_into_files_and_stay_what_they_are(tmp_path, dtype, frames):
     import zarr

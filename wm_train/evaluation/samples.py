@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_shards.codecs.linear import make_codec
+from data_shards.codecs import make_codec
 from data_shards.loading.load import Batch, denormalise
 from wm_train.config.registry import builder
 from wm_train.console import Progress

@@ -161,6 +161,31 @@ def test_retention_and_the_commands_work_on_an_address(root, capsys, tmp_path):
     assert main(["verify", str(root)]) == 2
 
 
+def test_pruning_takes_a_name_literally(root):
+    for name in ("run[1]", "run1", "run*", "run2"):
+        save(root / name, 1)
+    (root / "run[1]").remove()
+    (root / "run*").remove()
+    assert [folder.name for folder in root.iterdir()] == ["run1", "run2"]
+
+
+def test_a_store_that_does_not_answer_is_not_an_empty_one(monkeypatch):
+    """Else a run would begin anew beside its checkpoints. `isdir` of most stores says False then."""
+    root = place("memory://checkpoints/silent")
+
+    def refuse(*_, **__):
+        raise RuntimeError("no route to the store")
+
+    monkeypatch.setattr(type(root.fs), "ls", refuse)
+    with pytest.raises(OSError, match=r"memory://checkpoints/silent: RuntimeError: no route"):
+        store.find_newest(root, ALONE, print)
+
+
+def test_a_login_does_not_reach_messages():
+    address = place("ftp://me:secret@host/runs") / "demo"
+    assert "secret" not in f"{address} {address!r}"
+
+
 @pytest.mark.full
 def test_a_stage_trains_into_a_store_and_goes_on_from_it(alone, train_here, losses, s3, tmp_path):
     to = f"trainer.checkpoint_to={s3}/runs"

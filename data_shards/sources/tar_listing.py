@@ -1,0 +1,159 @@
+"""The clips in one tar of videos (see data_shards/sources/webdataset.py), found by reading its
+headers and the heads of its videos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from data_shards.schema import KEY_PATTERN, DataError
+from data_shards.sources.clips import SourceClip, safe_key
+from data_shards.sources.video_file import SUFFIXES, probe, whole_groups
+
+MAX_TEXT_BYTES = 2**24  # of a caption or JSON
+PADDING = 2**20  # no writer pads a tar's end with more
+NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<suffix>[^/]+)")  # WebDataset's rule
+CONTROLS = ("controls", "control_names")
+
+
+@dataclass(frozen=True)
+class TarClip(SourceClip):
+    """A clip and where it lies, so that a worker reads it without a listing. `members`: (suffix,
+    first byte, size) in the tar."""
+
+    tar: str
+    rate: Any
+    trimmed: int  # frames past the last that is kept
+    members: tuple[tuple[str, int, int], ...]
+    name: str
+
+
+def list_tar(file: BinaryIO, tar: str) -> tuple[list[TarClip], list[str]]:
+    """Return the clips of an open tar, in its order, and the names of what is left out.
+
+    Raises:
+        DataError: a cut or damaged tar, a name that comes twice, or a clip that is unusable.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    left_out = []
+    if not isinstance(getattr(file, "size", 0), int):  # a stream of fsspec's, without its length
+        raise DataError(
+            f"tar: cannot read parts of {tar}.tar, expected a server that gives byte ranges. Fix:"
+            " download it"
+        )
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for name, info in plain_members(archive, tar):
+                split = NAME.fullmatch(name)
+                suffix = split["suffix"].lower() if split else ""
+                if split is None or f".{suffix}" not in (*SUFFIXES, ".txt", ".json"):
+                    left_out.append(f"{tar}/{name}")
+                    continue
+                members = samples.setdefault(split["key"], {})
+                if suffix in members:
+                    raise DataError(
+                        f"tar member: got {name!r} twice, expected unique names ({tar}.tar). Fix:"
+                        " make the tar again"
+                    )
+                members[suffix] = info
+            check_end(file, archive.offset, tar)
+            clips = []
+            for key, members in samples.items():
+                videos = [suffix for suffix in members if f".{suffix}" in SUFFIXES]
+                if len(videos) > 1:
+                    raise DataError(
+                        f"tar: got {' and '.join(videos)} of the clip {tar}/{key}, expected one"
+                    )
+                if videos:
+                    clips.append(describe(archive, tar, key, videos[0], members))
+                else:
+                    left_out.append(f"{tar}/{key} (no video)")
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"tar: cannot read {tar}.tar ({error}), expected a whole tar. Fix: copy it again"
+        ) from error
+    return clips, left_out
+
+
+def plain_members(archive: tarfile.TarFile, tar: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Yield (name, entry) of the files in a tar."""
+    for info in archive:
+        name = info.name.removeprefix("./")
+        if info.isdir():
+            continue
+        safe_key(name, "tar member")
+        if not info.isreg() or info.issparse():
+            raise DataError(
+                f"tar member: got {name!r}, a link or device, expected a file ({tar}.tar). Fix:"
+                " make the tar again"
+            )
+        yield name, info
+
+
+def check_end(file: BinaryIO, end: int, tar: str) -> None:
+    """Raise DataError unless the members are followed by the zeros that end a tar: reading stops
+    without an error at a damaged header and at the end of a file that was cut."""
+    file.seek(end)
+    tail = file.read(PADDING)
+    if len(tail) < tarfile.BLOCKSIZE or any(tail):
+        raise DataError(
+            f"tar: got {tar}.tar, which goes on after byte {end} with"
+            f" {'something that is no member' if any(tail) else 'nothing'}, expected the zeros that"
+            " end a tar: it is cut or damaged. Fix: copy it again"
+        )
+
+
+def describe(
+    archive: tarfile.TarFile, tar: str, key: str, video: str, members: dict[str, tarfile.TarInfo]
+) -> TarClip:
+    """Return what is known of a clip from the head of its video and from its JSON."""
+    name = f"{tar}/{key}"
+    frames, height, width, rate = probe(archive.extractfile(members[video]), f"{name}.{video}")
+    facts: dict[str, Any] = {}
+    for suffix in members.keys() & {"txt", "json"}:
+        if members[suffix].size > MAX_TEXT_BYTES:
+            raise DataError(
+                f"tar member: got {members[suffix].size} bytes, expected at most {MAX_TEXT_BYTES}"
+                f" ({name}.{suffix})"
+            )
+    if "json" in members:
+        file = archive.extractfile(members["json"])
+        assert file is not None, "it is a file"
+        facts = read_facts(file.read(), name)
+    if any(control in facts for control in CONTROLS):
+        raise DataError(
+            f"tar: got controls in {name}.json, expected none: they are read beside videos in a"
+            " folder only. Fix: unpack the tars"
+        )
+    parts = tuple((suffix, info.offset_data, info.size) for suffix, info in members.items())
+    clip_key, episode = safe_key(name, "clip"), str(facts.get("episode", safe_key(name)))
+    if not KEY_PATTERN.fullmatch(
+        episode
+    ):  # say a URL: any name will do that is the same for its clips
+        episode = hashlib.sha256(episode.encode()).hexdigest()[:32]
+    kept = whole_groups(frames)
+    return TarClip(clip_key, episode, kept, height, width, tar, rate, frames - kept, parts, name)
+
+
+def read_facts(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"tar member: cannot read {name}.json ({error}), expected JSON") from error
+    if not isinstance(facts, dict):
+        raise DataError(
+            f"tar member: got {type(facts).__name__} in {name}.json, expected a JSON object"
+        )
+    return facts
+
+
+def read_caption(data: bytes, name: str) -> str:
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"tar member: got {name}.txt, which is no UTF-8 ({error})") from error

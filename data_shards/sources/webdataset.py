@@ -1,0 +1,216 @@
+"""Tars of videos in the WebDataset layout, as others publish them, as a source of clips.
+
+`source=shards/{000000..000099}.tar` (braces as in a shell), one tar, a folder of them, or URLs of
+any store that fsspec opens. A clip is the members whose names agree up to the first dot of the file
+name:
+  <key>.mp4 | .webm | .mkv | .mov | .avi   the video
+  <key>.txt                                its caption
+  <key>.json                               `caption` (where there is no .txt), `episode`, c2w or w2c
+                                           with intrinsics and metres_per_unit, text with text_mask:
+                                           as beside a video in a folder (see videos.py)
+Clips are called `<tar>/<key>`; their keys in the data set are the same, with `_` for what a key
+cannot hold and a hash behind. Members of other kinds and keys without a video are left out, and
+said so.
+
+Tars are listed here, not by the webdataset library: a tar that was cut between two members, or
+whose header was damaged, ends for it (and for `tarfile`) without an error; a key that comes twice
+becomes two samples; it knows no way to one clip but reading all before it, and runs `pipe:`
+commands. A listing reads headers and skips the videos; a clip is then one range of bytes, wherever
+it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_shards.schema import DataError
+from data_shards.sources import Place
+from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.tar_listing import TarClip, list_tar, read_caption, read_facts
+from data_shards.sources.video_file import LENGTHS, SUFFIXES, read_frames
+from data_shards.sources.videos import cut_camera, read_camera, read_text
+from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
+
+POLICY = RetryPolicy(read_timeout_s=60.0)
+READ_AHEAD = 2**18
+TOGETHER = 16  # tars listed at a time: a listing waits for the store
+
+
+class WebDatasetSource:
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.stored: StoredLatents | None = None
+        self.metres_per_unit = 1.0
+        self.control_names: tuple[str, ...] = ()
+        self.control_sums: tuple[bool, ...] = ()
+        self._tars = {
+            name: open_store(url, name) for name, url in zip(tar_names(urls), urls, strict=True)
+        }
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            facts = list(pool.map(lambda name: tar_facts(name, *self._tars[name]), self._tars))
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        self.description = f"webdataset, {len(facts)} tars, content {digest}"
+
+    def _list(self, tar: str) -> tuple[list[TarClip], list[str]]:
+        """The clips of a tar, and the names of what is left out."""
+        filesystem, path = self._tars[tar]
+
+        def attempt() -> tuple[list[TarClip], list[str]]:
+            # a store's own read-ahead, of 50 MB in S3, would fetch the videos between the headers
+            with filesystem.open(path, "rb", block_size=READ_AHEAD) as file:
+                return list_tar(file, tar)
+
+        with named(tar):
+            return with_retries(attempt, POLICY)
+
+    @cached_property
+    def _listed(self) -> tuple[tuple[TarClip, ...], list[str]]:
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            listed = list(pool.map(self._list, self._tars))
+        clips = tuple(clip for of_tar, _ in listed for clip in of_tar)
+        rates = sorted({float(clip.rate) for clip in clips})
+        if len(rates) > 1:
+            raise DataError(
+                f"tars: got different frame rates {rates[:3]}, expected one. Fix: encode them"
+                " separately"
+            )
+        return clips, [name for _, left_out in listed for name in left_out]
+
+    @property
+    def clips(self) -> tuple[SourceClip, ...]:
+        return self._listed[0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        clips, left_out = self._listed
+        notes = []
+        if trimmed := sum(clip.trimmed for clip in clips):
+            notes.append(f"{trimmed} frames at the ends of clips are left out: {LENGTHS}")
+        if left_out:
+            shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+            notes.append(f"{len(left_out)} members or clips are left out: {shown}")
+        return tuple(notes)
+
+    @cached_property
+    def fps(self) -> float:
+        """Of the first clip; workers list no more than its tar."""
+        first = next((clip for tar in self._tars for clip in self._list(tar)[0]), None)
+        return float(first.rate) if first else 0.0
+
+    def load(self, clip: SourceClip) -> ClipContent:
+        assert isinstance(clip, TarClip), "it is one of ours"
+        parts = {suffix: (start, size) for suffix, start, size in clip.members}
+        suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
+        video = read_frames(io.BytesIO(self._read(clip, *parts[suffix])), clip, clip.name)
+        facts = read_facts(self._read(clip, *parts["json"]), clip.name) if "json" in parts else {}
+        caption = facts.get("caption")
+        if "txt" in parts:
+            caption = read_caption(self._read(clip, *parts["txt"]), clip.name)
+        scale = float(facts.get("metres_per_unit", 1.0))
+        c2w, intrinsics = cut_camera(read_camera(facts, clip.name), clip.frames, scale, clip.name)
+        return ClipContent(
+            video,
+            c2w,
+            intrinsics,
+            caption=None if caption is None else str(caption),
+            text=read_text(facts, clip.name),
+        )
+
+    def _read(self, clip: TarClip, start: int, size: int) -> bytes:
+        filesystem, path = self._tars[clip.tar]
+        with named(clip.tar):
+            return fetch(filesystem, path, start, start + size, POLICY) if size else b""
+
+
+def expand(path: str) -> list[str]:
+    """Return the tars that `source=` stands for.
+
+    Raises:
+        DataError: a command instead of a file, none at all, or compressed ones.
+    """
+    import braceexpand
+
+    try:
+        urls = list(braceexpand.braceexpand(path)) if "{" in path else [path]
+    except ValueError as error:
+        raise DataError(
+            f"source: got braces that do not close ({error}), expected {{a..b}}"
+        ) from None
+    if any(url.strip().startswith("pipe:") for url in urls):
+        raise DataError(
+            "source: got pipe:, which would run a command, expected files or URLs. Fix: give the"
+            " URL itself"
+        )
+    if len(urls) == 1 and Path(path).is_dir():
+        urls = [str(file) for file in sorted(Path(path).glob("*.tar"))]
+    wrong = [url for url in urls if not bare(url).endswith(".tar")]
+    if wrong or not urls:
+        raise DataError(
+            f"source: got {bare(wrong[0]) if wrong else path}, expected names that end in .tar: a"
+            " clip is read from the middle of its tar, which a compressed one does not allow. Fix:"
+            " decompress"
+        )
+    return urls
+
+
+def bare(url: str) -> str:
+    """Return the part of a URL that may be shown: no protocol, login or signature."""
+    protocol, separator, rest = url.rpartition("://")
+    if not separator:
+        return os.path.abspath(url).lstrip("/")
+    host, slash, path = rest.partition("/")
+    path = path.partition("?")[0] if protocol.endswith(("http", "https")) else path
+    return host.rpartition("@")[2] + slash + path
+
+
+def tar_names(urls: Sequence[str]) -> list[str]:
+    """Return what each tar is called: its path below the folder that holds all, without suffix."""
+    paths = [bare(url) for url in urls]
+    base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = [os.path.relpath(path, base).removesuffix(".tar") for path in paths]
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise DataError(f"source: got {twice[0]}.tar twice, expected each tar once")
+    return names
+
+
+def open_store(url: str, name: str) -> tuple[Any, str]:
+    """Return (filesystem, path in it) of a tar."""
+    try:
+        return connect(url, POLICY)
+    except DataError as error:  # whose message holds the URL, perhaps with a login
+        raise DataError(
+            f"source: got a URL of {url.partition('://')[0]!r}, expected a store that fsspec opens"
+            f" ({type(error.__cause__).__name__}; {name}.tar)"
+        ) from None
+
+
+@contextmanager
+def named(tar: str) -> Iterator[None]:
+    """Turn what a store raises into a DataError with the tar's name; its own words may hold a
+    signed URL."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"tar: cannot read {tar}.tar ({type(error).__name__}), expected each tar of the range."
+            " Fix: give a range that is there; see access rights and the network"
+        ) from None
+
+
+def tar_facts(name: str, filesystem: Any, path: str) -> tuple[Any, ...]:
+    """Return what tells a tar from one of the same name: size, time, the store's own hash."""
+    with named(name):
+        info = with_retries(lambda: filesystem.info(path), POLICY)
+    told = ("size", "mtime", "ETag", "LastModified", "generation", "md5Hash")
+    return name, *(str(info.get(key)) for key in told)
+
+
+def open_webdataset(place: Place) -> WebDatasetSource:
+    return WebDatasetSource(expand(place.path))
