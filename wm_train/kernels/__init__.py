@@ -1,5 +1,4 @@
-"""Fused kernels behind one dispatch: models call these functions without knowing what runs (design
-§4)."""
+"""Offer fused kernels behind one dispatch, so that models never choose an engine."""
 
 from wm_train.kernels.dispatch import (
     camera_gram,

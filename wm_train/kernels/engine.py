@@ -1,8 +1,8 @@
-"""Which engine computes: Triton kernels where a device has them, plain PyTorch elsewhere, and a log
-line wherever that was not the plan.
+"""Choose the engine: Triton kernels where a device has them, plain PyTorch elsewhere.
 
-Engines are named per call, not per process, so that a test can hold both side by side and
-recomputation in a backward thread cannot pick another one than the forward pass did.
+Every unplanned choice is logged. Engines are named per call, not per process, so that a test can
+run both side by side, and so that recomputation in a backward thread cannot pick another one than
+the forward pass did.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ from functools import lru_cache
 import torch
 
 ENGINES = ("auto", "triton", "reference")
-KINDS = (
-    "tokens",
-    "states",
-)  # of kernels: over tokens, which come in the compute dtype; over states, which are always fp32
+# of kernels: over tokens, which come in the compute dtype; over states, which are always fp32
+KINDS = ("tokens", "states")
 FP32_TOKEN_DIM = 64  # largest D for which fp32 operands fit the shared memory
 HEAD_DIMS = (16, 128)  # Triton tiles pad D to a power of two and must fit a multiprocessor
 log = logging.getLogger("wm_train.kernels")
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 before its first
-    import)."""
+    """Return True if Triton interprets its kernels (TRITON_INTERPRET=1 before its first import)."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -43,10 +40,9 @@ def resolve(
     dtype: torch.dtype,
     head_dim: int,
 ) -> str:
-    """`triton` or `reference`; the reason is logged once per distinct answer.
+    """Return `triton` or `reference`; the reason is logged once per distinct answer.
 
-    Errors: ValueError for an unknown engine, or for engine=triton where Triton cannot run. Source:
-    design §4, §8.
+    Raises ValueError for an unknown engine, or for engine=triton where Triton cannot run.
     """
     if engine not in ENGINES:
         raise ValueError(
@@ -59,9 +55,8 @@ def resolve(
         log.info("kernels: reference, as asked (%s)", where)
         return "reference"
     if obstacle is None:
-        if (
-            engine == "auto" and device_type == "cpu"
-        ):  # the interpreter is a test bench, hundreds of times slower than PyTorch
+        # the interpreter is a test bench, hundreds of times slower than PyTorch
+        if engine == "auto" and device_type == "cpu":
             log.info("kernels: reference (%s): the CPU's own engine", where)
             return "reference"
         log.info("kernels: triton (%s)", where)
@@ -81,8 +76,10 @@ def resolve(
 
 
 def engine_for(engine: str, kind: str, tensor: torch.Tensor, head_dim: int) -> str:
-    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first
-    pass their trial there."""
+    """Return the engine for the device and dtype of a tensor.
+
+    With engine=auto, kernels must first pass their trial on that device.
+    """
     capability = (
         torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
     )
@@ -101,7 +98,7 @@ def _obstacle(
     dtype: torch.dtype,
     head_dim: int,
 ) -> str | None:
-    """Why Triton cannot take these inputs; None if it can."""
+    """Return the reason why Triton cannot take these inputs; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed in {sys.prefix}"
     if dtype not in (torch.float32, torch.bfloat16):

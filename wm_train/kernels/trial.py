@@ -1,8 +1,7 @@
-"""A kernel is tried on the device it is to run on, once, before it is trusted: small tensors,
-forward and backward, against the reference.
+"""Test a kernel once on the device it is to run on, before it is used.
 
-Compilers and drivers differ between machines more than our tests can cover; a wrong answer there
-must end in a log line, not in a model.
+Small tensors, forward and backward, against the reference. Compilers and drivers differ between
+machines more than our tests can cover; a wrong result there must end in a log line, not in a model.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from torch import Tensor
 from parallel.halo import Taps
 from wm_train.kernels.engine import log
 
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 2e-2,
-}  # RMS ratio to the reference in fp32; states go through TF32
+# RMS ratio to the reference in fp32; states go through TF32
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 FRAMES, TOKENS, HEADS = 1, 20, 2
 TokenCase = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
 IN_TOKENS = frozenset({"extended", "key", "value", "query"})
@@ -28,7 +25,7 @@ IN_TOKENS = frozenset({"extended", "key", "value", "query"})
 
 @lru_cache(maxsize=32)
 def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether kernels of this kind come out right here; if not, the log says what went wrong."""
+    """Return True if kernels of this kind give the right result here; otherwise log the reason."""
     reason = defect(kind, device, dtype, head_dim)
     if reason is not None:
         log.error(
@@ -43,8 +40,7 @@ def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def defect(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What is wrong with kernels of a kind (`tokens` or `states`) on this device; None if nothing
-    is."""
+    """Return what is wrong with kernels of a kind (`tokens` or `states`) on this device, if any."""
     try:
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
             ratios = (
@@ -72,8 +68,10 @@ def _ratio(actual: Tensor, expected: Tensor) -> float:
 
 
 def token_cases(d: int) -> dict[str, TokenCase]:
-    """name -> function of the dispatch, what takes gradients, the rest; CPU, fp32. Those in
-    IN_TOKENS come in the compute dtype."""
+    """Return name -> (function of dispatch, inputs with gradients, other inputs); CPU, fp32.
+
+    Inputs in IN_TOKENS are converted to the compute dtype.
+    """
     from wm_train.kernels import dispatch
 
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +113,7 @@ def token_cases(d: int) -> dict[str, TokenCase]:
 def run_tokens(
     case: TokenCase, device: torch.device, low: torch.dtype, high: torch.dtype, engine: str
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of one case; token tensors in `low`, all others in `high`."""
+    """Return outputs and gradients of one case; token tensors in `low`, all others in `high`."""
     function, inputs, rest = case
     leaves = {
         k: x.to(device, low if k in IN_TOKENS else high).detach().requires_grad_()
@@ -140,8 +138,10 @@ def run_tokens(
 
 
 def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
-    """RMS ratio of every output and gradient of the token functions to the reference in fp32, on
-    the same device."""
+    """Return the RMS ratio of every output and gradient of the token functions to the reference.
+
+    The reference runs in fp32 on the same device.
+    """
     ratios: dict[str, float] = {}
     for name, case in token_cases(d).items():
         expected = run_tokens(case, device, torch.float32, torch.float32, "reference")
@@ -151,7 +151,7 @@ def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float
 
 
 def _states(device: torch.device, d: int) -> dict[str, float]:
-    """RMS ratio of states, composites and gradients, in two segments with a cut."""
+    """Return the RMS ratio of states, composites and gradients, in two segments with a cut."""
     from parallel import reference
     from parallel.reference import Cuts, Stream
     from wm_train.kernels.gdn import scan

@@ -1,4 +1,4 @@
-"""Optimizers by name."""
+"""Map optimizer names to the functions that build them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""NorMuon for weight matrices (Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3), AdamW for
-everything else.
+"""Provide NorMuon for weight matrices, with AdamW for everything else.
 
-The momentum of a matrix is orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by
-the running mean of its squares, and the whole is brought to the root mean square 0.2 of an AdamW
-update, so that learning rates carry over. This needs the whole matrix: a sharded one is gathered,
-every process computes the same update and applies its own rows, so the result does not depend on
-sharding.
+Source: Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3. The momentum of a matrix is
+orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by the running mean of its
+squares, and the whole is scaled to the root mean square 0.2 of an AdamW update, so that learning
+rates carry over. This needs the whole matrix: a sharded one is gathered, every process computes the
+same update and applies its own rows, so the result does not depend on sharding.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ from wm_train.boxes import Box, local_box, local_tensor, whole_tensor, within
 from wm_train.config.schema import OptimizerConfig
 from wm_train.optim.adamw import AdamW, adamw_groups, start_adamw_state
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan et al. 2024: singular values go to about 1 in five steps
+# Jordan et al. 2024: singular values go to about 1 in five steps
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing from orthogonalisation
 UPDATE_RMS = 0.2
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """[R, C] -> the nearest matrix with singular values about 1, fp32. Computes in bf16 where that
-    is fast, in fp32 on a CPU."""
+    """Return the nearest matrix to [R, C] with singular values of about 1, fp32.
+
+    It computes in bf16 on accelerators and in fp32 on a CPU.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -45,8 +43,11 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class NorMuon(torch.optim.Optimizer):
-    """State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every
-    process."""
+    """Update matrices with NorMuon.
+
+    State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every
+    process.
+    """
 
     def __init__(
         self,
@@ -95,8 +96,7 @@ class NorMuon(torch.optim.Optimizer):
 
 
 class Joint:
-    """Several optimizers that step together, with the part of the torch.optim.Optimizer interface
-    that the trainer uses."""
+    """Step several optimizers together, through the part of torch's interface that we use."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
@@ -113,15 +113,20 @@ class Joint:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether NorMuon takes it: projections and MLP weights of the blocks; not embeddings, gates,
-    tables, norms or depthwise kernels."""
+    """Return True if NorMuon updates a parameter: projections and MLP weights of the blocks.
+
+    Embeddings, gates, tables, norms and depthwise kernels are left to AdamW.
+    """
     if not name.startswith("blocks.") or parameter.dim() < 2:
         return False
     return min(parameter.shape[0], parameter[0].numel()) >= SMALLEST_SIDE
 
 
 def build_normuon(model: nn.Module, config: OptimizerConfig) -> Joint:
-    """NorMuon at `lr` for the blocks' matrices, AdamW at `lr * adamw_lr_scale` for the rest."""
+    """Return NorMuon at `lr` for the blocks' matrices and AdamW for the rest.
+
+    AdamW's rate is `lr * adamw_lr_scale`.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if is_matrix(name, p)]
     others = adamw_groups([p for name, p in named if not is_matrix(name, p)], config)

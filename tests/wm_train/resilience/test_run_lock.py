@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys, time
 from pathlib import Path
-from wm_train.owner import owned
+from wm_train.resilience.run_lock import owned
 with owned(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)
