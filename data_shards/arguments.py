@@ -1,8 +1,7 @@
-"""`key=value` command lines for this package's commands: one table of options gives the parser, the
-help and the error report.
+"""Parse `key=value` command lines: one table of options gives parser, help and error report.
 
-`--key=value` and `--key value` do as well. All problems of a command line are reported together, on
-stderr, with exit code 2; nothing has been started by then.
+`--key=value` and `--key value` work as well. All problems of a command line are reported together,
+on stderr, with exit code 2, before anything starts.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ from data_shards.schema import DataError
 
 @dataclass(frozen=True)
 class Option:
-    """`convert` turns the text into a value and raises ValueError with the rule it broke. `default`
-    None with `required` has none."""
+    """Describe one option.
+
+    convert: turns the text into a value and raises ValueError with the violated rule. default: its
+    value if not given; a `required` option has none.
+    """
 
     convert: Callable[[str], Any]
     help: str
@@ -74,7 +76,7 @@ def usage(command: str, about: str, options: Mapping[str, Option]) -> str:
 
 
 def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """The value of every option.
+    """Return the value of every option.
 
     Raises:
         DataError: unknown keys, wrong values, missing required ones; all of them in one message.
@@ -114,8 +116,10 @@ def run(
     main: Callable[..., int | None],
     arguments: Sequence[str],
 ) -> int:
-    """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one
-    report and exit code 2."""
+    """Parse, call `main(**values)` and return its result as the exit code.
+
+    A DataError becomes one report and exit code 2.
+    """
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(usage(command, about, options))
         return 0

@@ -1,10 +1,10 @@
-"""`python -m data_shards.verify path=…`: every byte of a data set against its index. Exit code 0 if
-all is well, 1 if not.
+"""Check every byte of a data set against its index: `python -m data_shards.verify path=…`.
 
-A shard is fully determined by its index rows: canonical tar headers, npy headers, payloads with
-known checksums, zero padding, two zero blocks, end; or the files of a Zarr group, alike. So each
-byte is either right or reported, with shard, key and field; nothing a damaged header *says* is ever
-followed. The files beside the shards have their checksums in SHA256SUMS.
+Exit code 0 if all is well, 1 if not. A shard is fully determined by its index rows: canonical tar
+headers, npy headers, payloads with known checksums, zero padding, two zero blocks, end; or the
+files of a Zarr group, in the same way. So each byte is either right or reported, with shard, key
+and field; a damaged header is never followed. The files beside the shards have their checksums in
+SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ TAR_KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
+    """Describe one deviation from the index."""
+
     shard: str
     key: str
     field: str
@@ -67,7 +69,7 @@ Rows = Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 
 def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEntry, ...]]]:
-    """All rows of the index, in its order, each checked."""
+    """Yield all rows of the index, in its order, each checked."""
     entries = sorted(
         (entry for split in SPLITS for entry in dataset.clips(split)), key=lambda entry: entry.row
     )
@@ -76,7 +78,7 @@ def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEn
 
 
 def describe_header(block: bytes, expected: bytes) -> str:
-    """What is wrong with a 512-byte tar header, for the report only."""
+    """Return what is wrong with a 512-byte tar header, for the report only."""
     name = expected[:100].rstrip(b"\0").decode()
     if len(block) < BLOCK:
         return f"tar header: the shard ends inside it, expected member {name!r}"
@@ -113,10 +115,10 @@ def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -
 def check_rows(
     file: BinaryIO, member: MemberEntry, row: int, length: int, total: int
 ) -> tuple[int, str]:
-    """Read `length` bytes, the rows from `row` on: (checksum of all bytes up to here, given that of
-    those before, what is wrong or '').
+    """Read `length` bytes, the rows from `row` on, and check them.
 
-    At most CHUNK bytes are in memory, whatever the index claims.
+    Returns (checksum of all bytes so far, given `total` of those before; what is wrong or ''). At
+    most CHUNK bytes are in memory, whatever the index claims.
     """
     problem, by_row = "", member.field in READ_BY_ROW
     size = member.row_bytes if by_row else length
@@ -136,8 +138,10 @@ def check_rows(
 
 
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
-    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are
-    cut."""
+    """Return an error for elements that are NaN or infinite.
+
+    '' if all are finite, or if the bytes are cut.
+    """
     count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
     if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
         return ""
@@ -145,7 +149,7 @@ def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
 
 
 def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Problem]:
-    """Read a shard once, from start to end, and list what differs from the index."""
+    """Read a shard once, from start to end, and list the deviations from the index."""
     problems = []
     members = sorted(
         ((m.offset, entry.key, m) for entry, group in rows for m in group), key=lambda item: item[0]
@@ -196,8 +200,10 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
 
 
 def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Problem]:
-    """Every file of a Zarr shard: each has one right content, which the index gives, and there are
-    no others."""
+    """Check every file of a Zarr shard, and that there are no others.
+
+    Each file has one right content, which follows from the index.
+    """
     problems, expected = (
         [],
         shard_files((entry.key, member) for entry, members in rows for member in members),
@@ -239,7 +245,7 @@ def check_piece(
     row: int,
     total: int,
 ) -> tuple[int, str]:
-    """As `check_rows`, for one file of an array and what follows the rows in it."""
+    """Check one file of an array like `check_rows`, and what follows the rows in it."""
     length, rest = expected
     try:
         with filesystem.open(path, "rb") as file:
@@ -263,7 +269,7 @@ def check_piece(
 
 
 def differs(filesystem: Any, path: str, content: bytes) -> str:
-    """What is wrong with a file whose content is known; '' if nothing is."""
+    """Return what is wrong with a file whose content is known; '' if nothing is."""
     try:
         return (
             ""
@@ -289,8 +295,10 @@ def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
 
 
 def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
-    """The files beside the shards against SHA256SUMS, and that itself: it names those needed, in
-    the one way `encode` writes it."""
+    """Check the files beside the shards against SHA256SUMS, and that file itself.
+
+    It must list those needed, exactly as `encode` writes it.
+    """
     try:
         written = bytes(filesystem.cat_file(f"{root}/{SUMS}")).decode(errors="replace")
     except OSError as error:
@@ -336,7 +344,7 @@ def sha256_of(filesystem: Any, path: str) -> str:
 def verify_dataset(
     path: str, workers: int = 1, progress: Any = iter
 ) -> tuple[DatasetInfo, list[Problem], set[str]]:
-    """(facts, problems, shards with a problem). `progress` wraps the list of shards.
+    """Return (facts, problems, shards with a problem). progress: wraps the list of shards.
 
     Raises:
         DataError: dataset.json or the index cannot be read at all.

@@ -1,5 +1,7 @@
-"""One shard's worth of encoding: which clips go where, and how each becomes arrays. `encode` plans
-the jobs, `runners` run them."""
+"""Encode one shard: plan which clips go into it, and convert each to arrays.
+
+`encode` plans the jobs, `runners` run them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the finished bytes depend on, besides the source."""
+    """Store everything besides the source that the finished bytes depend on."""
 
     codec: str = "linear"
     channels: int = 48
@@ -56,8 +58,10 @@ class Settings:
     null_text: str | None = None
 
     def make_codec(self, source: ClipSource) -> LatentCodec:
-        """The codec for this source; that of ready latents needs no weights here, but a name under
-        which decoding will find them."""
+        """Return the codec for this source.
+
+        For ready-made latents it needs no weights here, but a name under which decoding finds them.
+        """
         if source.stored is not None and self.codec != source.stored.name:
             raise DataError(
                 f"codec: got {self.codec}, expected {source.stored.name}, which made these latents."
@@ -82,13 +86,15 @@ class Settings:
             )
         if self.text in (None, READY):
             return None
-        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
+        return TextEncoder(str(self.text), self.text_length, self.text_prefix, self.device)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard: which clips, and how to make their latents. Small and picklable; a worker opens
-    the source itself."""
+    """Describe one shard: its clips, and how to encode them.
+
+    Small and picklable; a worker opens the source itself.
+    """
 
     source: Place
     content: (
@@ -105,20 +111,23 @@ class Job:
 
     @property
     def result(self) -> str:
-        """The file that says it is done."""
+        """Return the name of the file that marks the job as done."""
         return f"rows/{self.number:06d}.json"
 
 
 def split_of_episodes(episodes: set[str], share: float) -> dict[str, str]:
-    """episode -> split. The validation episodes are those with the smallest hash of their name: no
-    order or seed enters."""
+    """Assign episode -> split.
+
+    The validation episodes are those with the smallest hash of their name, so neither order nor a
+    seed matters.
+    """
     ranked = sorted(episodes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     count = min(len(ranked) - 1, max(1, round(share * len(ranked)))) if share > 0 else 0
     return {name: SPLITS[1] if i < count else SPLITS[0] for i, name in enumerate(ranked)}
 
 
 def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
-    """(height, width) of the centred crop: the largest multiples of the codec's stride."""
+    """Return (height, width) of the centred crop: the largest multiples of the codec's stride."""
     height, width = clip.height // stride * stride, clip.width // stride * stride
     if not height or not width:
         raise DataError(
@@ -131,7 +140,7 @@ def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
 def crop(
     video: NDArray[np.uint8], intrinsics: NDArray[np.float64] | None, size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], Any]:
-    """Centred crop of [F,H,W,3]; the principal point moves along."""
+    """Crop [F,H,W,3] in the centre, and move the principal point accordingly."""
     top, left = (video.shape[1] - size[0]) // 2, (video.shape[2] - size[1]) // 2
     moved = None if intrinsics is None else intrinsics - np.array([0.0, 0.0, left, top])
     return video[:, top : top + size[0], left : left + size[1]], moved
@@ -140,8 +149,10 @@ def crop(
 def bucket_controls(
     frames: NDArray[np.float32], sums: tuple[bool, ...], stride: int
 ) -> NDArray[np.float32]:
-    """[F, A] per raw frame -> [T, A] per latent: latent t > 0 takes the frames it encodes; amounts
-    are summed, states averaged."""
+    """Combine controls per raw frame [F, A] -> per latent [T, A].
+
+    Latent t > 0 takes the frames that it encodes; amounts are summed, states averaged.
+    """
     count = latent_frame_count(len(frames), stride)
     out = np.zeros((count, frames.shape[1]), np.float32)
     out[0] = frames[0]
@@ -191,8 +202,10 @@ def plan_jobs(
 
 @dataclass
 class Tally:
-    """What a shard adds to the data set's statistics. sums [first|later, sum|sum of squares, C] and
-    counts are over training clips."""
+    """Store what a shard contributes to the data set's statistics.
+
+    sums [first|later, sum|sum of squares, C] and counts are over training clips.
+    """
 
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
@@ -215,8 +228,10 @@ class Tally:
 def encode_shard(
     job: Job, source: ClipSource, codec: LatentCodec, encoder: TextEncoder | None
 ) -> None:
-    """Encode one shard and write it, then the JSON file that says it is done: index rows and sums
-    for the statistics."""
+    """Encode one shard and write it, then the JSON file that marks it as done.
+
+    That file has index rows, and sums for the statistics.
+    """
     rows, tally, target = [], Tally(np.zeros((2, 2, codec.channels)), np.zeros(2)), Target(job.out)
     make = ShardWriter if job.settings.container == "tar" else ZarrWriter
     with target.room(job.shard) as path, make(path) as writer:
@@ -266,7 +281,7 @@ def latent_arrays(
     tally: Tally,
     count: bool,
 ) -> Arrays:
-    """Latents, image latents, and the camera of the frames that were encoded."""
+    """Return latents, image latents, and the camera of the encoded frames."""
     size, intrinsics = crop_size(clip, codec.spatial_stride), content.intrinsics
     images = np.empty(
         (0, codec.channels, *(side // codec.spatial_stride for side in size)), np.float32
@@ -295,8 +310,10 @@ def latent_arrays(
 def image_latents(
     video: NDArray[np.uint8], codec: LatentCodec, every: int
 ) -> Iterator[NDArray[np.float32]]:
-    """[1, C, h, w] each: every raw frame that is a multiple of `every`, but frame 0, encoded alone
-    (see data_shards/schema.py)."""
+    """Yield [1, C, h, w] for each raw frame that is a multiple of `every`, except frame 0.
+
+    Each is encoded alone (see data_shards/README.md, "Where a cut may start").
+    """
     for frame in range(every, len(video), every) if every else ():
         yield codec.encode(video[frame : frame + 1])
 
@@ -362,7 +379,7 @@ def text_arrays(
 
 
 def encode_in_worker(job: Job) -> int:
-    """`encode_shard` in a process of its own. Returns the job's number."""
+    """Run `encode_shard` in a process of its own; return the job's number."""
     encode_shard(job, *opened(job.source, job.content, job.settings))
     return job.number
 
@@ -383,8 +400,10 @@ def opened(
 
 
 def left_to_do(jobs: Sequence[Job], target: Target) -> list[Job]:
-    """The jobs that no earlier run finished: the result is not there, or the shard not with the
-    sizes that follow from it."""
+    """Return the jobs that no earlier run has finished.
+
+    A job is unfinished without its result, or if its shard does not have the resulting sizes.
+    """
     sizes = target.sizes()
     noted = [job for job in jobs if job.result in sizes]
     results = target.read_all([job.result for job in noted])
@@ -397,7 +416,7 @@ def left_to_do(jobs: Sequence[Job], target: Target) -> list[Job]:
 
 
 def is_done(job: Job, result: bytes, sizes: Mapping[str, int]) -> bool:
-    """Whether the shard is there with the size, or the files, that follow from its result."""
+    """Return True if the shard exists with the sizes, or the files, that follow from its result."""
     members = [
         (row["clip"][0], MemberEntry(**member))
         for row in json.loads(result)["rows"]

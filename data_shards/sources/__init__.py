@@ -1,5 +1,7 @@
-"""Where clips come from. A source lists its clips cheaply and loads one at a time; `encode` does
-not care what is behind it."""
+"""Open sources of clips, which list their clips cheaply and load one at a time.
+
+`encode` does not depend on the kind of source.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ from data_shards.storage.files import read_json
 
 @dataclass(frozen=True)
 class SourceClip:
-    """What is known of a clip before it is read. `episode`: clips of one episode go to the same
-    side of the validation split."""
+    """Describe a clip before it is read.
+
+    Clips of one `episode` go to the same side of the validation split.
+    """
 
     key: str
     episode: str
@@ -31,11 +35,14 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class ClipContent:
-    """video [F,H,W,3] uint8, or, from a source of ready latents, latents [T,C,h,w]; c2w [F,4,4] in
-    metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels; frame_controls [F,A] float32:
-    row i holds what happened between frames i-1 and i (row 0: nothing); or, finer than frames,
-    `events`; the caption; or the text ready made: (embeddings [L,E], mask [L] uint8). All but the
-    first may be absent."""
+    """Store the content of a clip. All fields but the first may be absent.
+
+    - video [F,H,W,3] uint8, or, from a source of ready-made latents, latents [T,C,h,w].
+    - c2w [F,4,4] in metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels.
+    - frame_controls [F,A] float32: row i is what happened between frames i-1 and i (row 0:
+      nothing); or, with a finer resolution than frames, `events`.
+    - the caption; or ready-made text: (embeddings [L,E], mask [L] uint8).
+    """
 
     video: NDArray[np.uint8] | None
     c2w: NDArray[np.float64] | None = None
@@ -49,8 +56,8 @@ class ClipContent:
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """The codec behind a source of ready latents: a `LatentCodec` that knows the layout and needs
-    no weights."""
+    """Describe the codec of ready-made latents: a `LatentCodec` that knows the layout, without
+    weights."""
 
     name: str
     channels: int
@@ -69,14 +76,15 @@ class StoredLatents:
 
 
 class ClipSource(Protocol):
+    """List clips and load them one at a time."""
+
     notes: tuple[str, ...]  # what `encode` should tell the user, say about frames left out
     description: str  # goes into dataset.json; must not name folders of one machine
     fps: float
     metres_per_unit: float
     control_names: tuple[str, ...]
-    control_sums: tuple[
-        bool, ...
-    ]  # per control: True = amounts that add up (mouse motion), False = states, which are averaged
+    # per control: True = amounts that add up (mouse motion), False = states, which are averaged
+    control_sums: tuple[bool, ...]
     clips: tuple[SourceClip, ...]
     stored: StoredLatents | None  # set where clips come as latents
 
@@ -85,15 +93,14 @@ class ClipSource(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key:
-    caption}."""
+    """Locate a source: its folder, the folder of its latents, and a JSON file {key: caption}."""
 
     path: str
     latents: str | None = None
     captions: str | None = None
 
     def resolved(self) -> Place:
-        """The same with absolute paths, for workers that start elsewhere."""
+        """Return the same with absolute paths, for workers that start elsewhere."""
         return Place(
             *(
                 None if path is None else str(Path(path).resolve())
@@ -103,7 +110,7 @@ class Place:
 
 
 class Captioned:
-    """A source with captions from a file; they go before those that the source has itself."""
+    """Wrap a source with captions from a file, which override those of the source."""
 
     def __init__(self, source: ClipSource, file: Path) -> None:
         captions = read_json(file, "captions")
@@ -124,7 +131,7 @@ class Captioned:
 
 
 def open_source(path: str | Place) -> ClipSource:
-    """The source behind a path, told by what lies there.
+    """Open the source at a path, recognised by its files.
 
     Raises:
         DataError: nothing there, or nothing known.
