@@ -21,6 +21,24 @@ FORBIDDEN = re.compile(
     r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE
 )
 ATEN = re.compile(r"\baten\.\w+")
+# rooms whose prose and line lengths are held below; the others join as they are rewritten
+PLAIN = (
+    "parallel",
+    "launch",
+    "data_shards",
+    "wm_train/kernels",
+    "wm_train/resilience",
+    "wm_train/tracking",
+    "wm_train/backends",
+    "wm_train/optim",
+    "wm_train/conditioning",
+    "wm_train/noise.py",
+    "wm_train/console.py",
+    "wm_train/world.py",
+    "wm_train/boxes.py",
+)
+RIDDLES = re.compile(r"(What|Where|Who|Whose|Which|Whether)\b")
+COLUMNS = 100
 VENDORS = re.compile(
     r"cuda|cudnn|nvidia|nccl|hccl|(?-i:Ascend)\b|torch_npu|\b(npu|rocm|musa|mlu|xpu)\b",
     re.IGNORECASE,
@@ -123,6 +141,47 @@ def test_no_file_is_longer_than_400_lines():
         if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
+
+
+def plain_files() -> list[Path]:
+    return [
+        file
+        for name in PLAIN
+        for file in (sources(name) if (ROOT / name).is_dir() else [ROOT / name])
+    ]
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Return (line, text) of every docstring of a file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [(n.body[0].lineno, text) for n in nodes if n.body and (text := ast.get_docstring(n))]
+
+
+def test_docstrings_say_what_is_done():
+    """A docstring begins with a verb and its object (PEP 257), not with a relative clause."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in plain_files()
+        for line, text in docstrings(path)
+        if RIDDLES.match(text)
+    ]
+    assert not wrong
+
+
+def test_the_docstring_rule_can_fail():
+    assert RIDDLES.match("Whose step the one from noise level sigma is.")
+    assert not RIDDLES.match("Return the expert that denoises the step from `sigma`.")
+
+
+def test_lines_fit_100_columns():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in plain_files()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > COLUMNS
+    ]
+    assert not wrong
 
 
 def test_tests_are_no_package():
