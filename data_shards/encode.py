@@ -1,11 +1,11 @@
-"""Encode clips into a data set: `python -m data_shards.encode source=<recording> codec=linear
-out=…`.
+"""Encode clips into a data set of latent shards.
 
-Work is cut into shards beforehand, by the clips' known sizes. Each shard is a job of its own
-(`encoding/job.py`), run here, in processes or on Ray (`encoding/runners.py`), and the results
-become index and dataset.json (`encoding/finish.py`). An interrupted run leaves `<out>.partial`, or
-in an object store a prefix without dataset.json (`encoding/target.py`), and the same command
-resumes it; the finished bytes do not depend on interruptions, on `runner` or on `workers`.
+`python -m data_shards.encode source=<recording> codec=linear out=…`. Work is cut into shards
+beforehand, by the clips' known sizes. Each shard is a job of its own (`encoding/job.py`), run here,
+in processes or on Ray (`encoding/runners.py`), and the results become index and dataset.json
+(`encoding/finish.py`). An interrupted run leaves `<out>.partial`, or in an object store a prefix
+without dataset.json (`encoding/target.py`), and the same command resumes it; the finished bytes do
+not depend on interruptions, on `runner` or on `workers`.
 """
 
 from __future__ import annotations

@@ -137,6 +137,7 @@ def load_scores(path: str) -> dict[str, dict[str, float]]:
 
 
 def score_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, {metric: value}) of a score file."""
     if path.endswith(".json"):
         for key, row in read_json(Path(path), "scores").items():
             if not isinstance(row, dict):

@@ -126,6 +126,7 @@ def vmaf_motion(video: NDArray[np.uint8]) -> list[float]:
 
 
 def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
+    """Return VMAF's motion feature of each frame by FFmpeg's own filter."""
     import av
 
     height, width = planes[0].shape
@@ -202,6 +203,7 @@ def scene_cuts(video: NDArray[np.uint8], fps: float) -> list[int]:
 
 
 def filter_tool(name: str) -> Any:
+    """Import a package that filtering needs, or raise DataError with what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -49,6 +49,7 @@ OPTIONS = {
 
 
 def npy_bytes(array: Any) -> bytes:
+    """Return an array as the bytes of an npy file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()

@@ -124,6 +124,7 @@ def bars(counts: Sequence[float]) -> str:
 
 
 def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
+    """Print the figures of a data set."""
     from rich.console import Console
     from rich.table import Table
 

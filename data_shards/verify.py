@@ -281,6 +281,7 @@ def differs(filesystem: Any, path: str, content: bytes) -> str:
 
 
 def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
+    """Verify one shard, tar or Zarr."""
     filesystem, root = connect(path, POLICY)
     name = f"{root}/{shard}"
     try:
@@ -334,6 +335,7 @@ def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
 
 
 def sha256_of(filesystem: Any, path: str) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with filesystem.open(path, "rb") as file:
         while data := file.read(CHUNK):

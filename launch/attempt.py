@@ -186,8 +186,10 @@ def _bundles(spec: LaunchSpec, workers: int) -> list[dict[str, float]]:
 
 
 def _bundle(spec: LaunchSpec) -> dict[str, float]:
-    """Return the resources of one worker: CPUs, and one accelerator if the cluster has a usable
-    kind."""
+    """Return the resources of one worker: CPUs, and one accelerator if the cluster has any.
+
+    Only kinds that the run can use count.
+    """
     bundle: dict[str, float] = {"CPU": spec.cpus_per_worker}
     if not spec.accelerators:
         return bundle

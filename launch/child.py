@@ -1,5 +1,4 @@
-"""Run a worker process on this machine in a process group of its own, with its output in a log
-file."""
+"""Run a worker process on this machine in its own process group, with a log file."""
 
 from __future__ import annotations
 

@@ -6,6 +6,5 @@ from ray._private import accelerators
 
 
 def accelerator_resources() -> set[str]:
-    """Return the resource names that Ray uses for accelerators of any vendor, such as GPU. Ray
-    2.60."""
+    """Return Ray's resource names for accelerators of any vendor, such as GPU. Ray 2.60."""
     return set(accelerators.get_all_accelerator_resource_names())

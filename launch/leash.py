@@ -31,6 +31,7 @@ def leashed_to_anybody(command: list[str]) -> list[str]:
 
 
 def main() -> None:
+    """Ask the kernel for the parent-death signal, then become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

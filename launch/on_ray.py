@@ -28,10 +28,9 @@ STARTS = 3  # attempts to start a local Ray
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec` to its end; return 0, the exit code of the worker that ended the run, or 128 +
-    signal.
+    """Run `spec` to its end; return the exit code.
 
-    The exit code is 1 if that worker's node was lost.
+    0, the exit code of the worker that ended the run (1 if its node was lost), or 128 + signal.
     """
     return run_pools({"": spec}, view)
 
@@ -144,8 +143,10 @@ def _start_local(cpus: int, view: ProgressView) -> str:
 
 
 def _unreachable(address: str) -> str:
-    """Return the reason why nothing answers at host:port, or "". Ray itself would try for five
-    minutes."""
+    """Return the reason why nothing answers at host:port, or "".
+
+    Ray itself would try for five minutes.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return ""  # `auto` and the like: Ray looks for the cluster itself
@@ -161,6 +162,7 @@ def _token_authentication() -> bool:
 
 
 def on_loopback(endpoint: str) -> bool:
+    """Return True if an endpoint is reachable from this machine only."""
     host = endpoint.split("//")[-1].rsplit(":", 1)[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

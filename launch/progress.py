@@ -1,7 +1,6 @@
-"""Show rank 0's output: `@progress {json}` lines become a progress bar, or a line every few
-seconds.
+"""Show rank 0's output, with `@progress {json}` lines as a progress bar.
 
-The bar needs a terminal.
+Without a terminal they become a line every few seconds.
 """
 
 from __future__ import annotations

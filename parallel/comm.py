@@ -70,8 +70,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return views of `flat`, a buffer made by `pack`, with the shapes and dtypes of `like` (meta
-    tensors)."""
+    """Return views of a `pack` buffer with the shapes and dtypes of `like` (meta tensors)."""
     same = len({x.dtype for x in like}) == 1
     if not same and flat.data_ptr() % 8:
         flat = flat.clone()  # views of wider dtypes need an aligned start
@@ -245,6 +244,7 @@ class _Phases(torch.autograd.Function):
         ctx.label = f"{comm.scope}/{verb.name}" if comm.scope else verb.name
         ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
         device = next(x.device.type for x in tensors if x is not None)
+        # tensors: those of the first hosted rank, then those of the next
         with exact_arithmetic(device):
             own = ctx.count
             programs = [
@@ -255,6 +255,7 @@ class _Phases(torch.autograd.Function):
         ctx.kept_counts = [len(kept) for _, kept, _ in results]
         ctx.facts = [facts for *_, facts in results]
         kept = [x for _, group, _ in results for x in group]
+        # Hooks on saved tensors (checkpointing) belong to the thread of one rank.
         if comm.joined:
             ctx.kept = [None if x is None else x.detach() for x in kept]
         else:

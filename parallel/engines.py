@@ -107,10 +107,9 @@ def deepspeed(comm: EngineComm) -> AttentionEngine:
 
 
 def xfuser(comm: EngineComm) -> AttentionEngine:
-    """Return xDiT's long-context attention (Ulysses × ring), for accelerators; its import fails on
-    CPUs.
+    """Return xDiT's long-context attention (Ulysses × ring), for accelerators.
 
-    Source: xfuser 0.7, yunchang 0.6.
+    Its import fails on CPUs. Source: xfuser 0.7, yunchang 0.6.
     """
     from xfuser.core.long_ctx_attention import xFuserLongContextAttention
     from yunchang import set_seq_parallel_pg

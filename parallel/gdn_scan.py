@@ -97,6 +97,7 @@ class ScanVerb:
             None if x is None else x.to(accumulation_dtype(s.update.dtype))
             for x, s in zip(initial, streams, strict=True)
         ]
+        # One rank: the local states are the states.
         if member.size == 1:
             outputs = [
                 self.kernels.local_states(s, mine, self.reverse, start, None)
@@ -108,6 +109,7 @@ class ScanVerb:
                 (*tensors[: 3 * self.streams], *kept),
                 None,
             )
+        # Exchange the composites of all streams in one collective.
         composites = [
             [x for x in self.kernels.local_composites(s, mine, self.reverse) if x is not None]
             for s in streams
@@ -117,6 +119,7 @@ class ScanVerb:
         # same of every rank
         gathered = yield AllGather(pack(like))
         everyone = [unpack(flat, like) for flat in gathered]
+        # Compose what enters this rank's frames from both sides, and run them from there.
         width = 2 if self.reverse is None else 3
         outputs, kept, chains = [], [], []
         for i, (stream, start) in enumerate(zip(streams, starts, strict=True)):
@@ -175,6 +178,7 @@ class ScanVerb:
                 _zeros_like_states(s)[:, :0].sum(1) if g is None else g
                 for g, s in zip(grads[n:], streams)
             ]
+        # Exchange the gradients that leave each rank's frames, and compose what enters these.
         from_right: list[Tensor | None] = list(final)
         from_left: list[Tensor | None] = [None] * n
         if member.size > 1:
@@ -208,6 +212,7 @@ class ScanVerb:
                     from_left[i] = _prefix(products, ends, [all(c.reverse) for c in cuts], None)[
                         member.index
                     ]
+        # Recompute the local states and run their adjoint with the gradients that enter.
         out: list[Tensor | None] = []
         initial: list[Tensor | None] = []
         for i, (stream, g) in enumerate(zip(streams, upstream)):
@@ -245,8 +250,7 @@ def _product(state: Tensor, composite: Tensor) -> Tensor:
 def _prefix(
     products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None
 ) -> list[Tensor | None]:
-    """Return value[p], the state that enters rank p from the left, and value[P], what leaves the
-    last.
+    """Return value[p], what enters rank p from the left; value[P] leaves the last rank.
 
     value[p+1] = ends[p] + value[p] · products[p].
     """

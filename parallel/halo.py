@@ -27,12 +27,11 @@ NOTHING = FrameRange(0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Taps(Sequence[Tensor]):
-    """Cut and mask the taps of a temporal convolution on access; a fused kernel reads `extended`
-    itself.
+    """Cut and mask the taps of a temporal convolution on access.
 
-    extended: [B, before + t + after, …], zero beyond the clip. seen: per local frame (first visible
-    tap, one past the last), where an edge inside the clip hides any; None: every frame sees all
-    taps.
+    A fused kernel reads `extended` itself. extended: [B, before + t + after, …], zero beyond the
+    clip. seen: per local frame (first visible tap, one past the last), where an edge inside the
+    clip hides any; None: every frame sees all taps.
     """
 
     extended: Tensor
@@ -128,6 +127,7 @@ class HaloVerb:
             local = inputs if q == member.index else unpack(answers[q], _frames(inputs, receive[q]))
             for piece, x in zip(pieces, local):
                 piece.append(x)
+        # Frames beyond the clip's ends are zero.
         left = self.before - sum(len(r) for r in receive[: member.index])
         right = self.after - sum(len(r) for r in receive[member.index + 1 :])
         return tuple(_concat(piece, left, right) for piece in pieces), (), like

@@ -116,8 +116,7 @@ def _split(count: int, parts: int) -> tuple[FrameRange, ...]:
 
 
 def split_evenly(count: int, parts: int) -> tuple[FrameRange, ...]:
-    """Split `count` items as `ClipLayout.split` splits frames (also attention heads over Ulysses
-    ranks)."""
+    """Split `count` items (frames, attention heads) by the rule of `ClipLayout.split`."""
     return _split(count, parts)
 
 
@@ -133,8 +132,7 @@ def _merged(layout: ClipLayout) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
-    """Return the open edges among the T+1 edges of a clip; edge i lies between frame i-1 and frame
-    i.
+    """Return the open edges of a clip, T+1 of them; edge i lies between frame i-1 and frame i.
 
     - forward: may frame i see frame i-1? Not at a document's first frame.
     - reverse: may frame i-1 see frame i? Neither at a document's nor at a chunk's first frame.

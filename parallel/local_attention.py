@@ -85,8 +85,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def plain_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `dense_attention_backward` by matrix products on any device, in the accumulation
-    dtype."""
+    """Compute `dense_attention_backward` by matrix products on any device.
+
+    Works in the accumulation dtype.
+    """
     wide = accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5
     keys, values = k.to(wide), v.to(wide)

@@ -71,11 +71,10 @@ CHUNK_CAUSAL = AttentionMask("chunk")
 
 
 class Tile(NamedTuple):
-    """Describe a dense rectangle of attention; frames count from the start of the query or key
-    block.
+    """Describe a dense rectangle of attention.
 
-    rows: batch rows it applies to (None: all). queries: (start, stop). keys: ascending (start,
-    stop) runs, never empty.
+    Frames count from the start of the query or key block. rows: batch rows it applies to (None:
+    all). queries: (start, stop). keys: ascending (start, stop) runs, never empty.
     """
 
     rows: tuple[int, ...] | None

@@ -53,8 +53,7 @@ class Mesh:
         return self.coordinate.ring * self.degrees.ulysses + self.coordinate.ulysses
 
     def frames(self, latent_frames: int) -> FrameRange:
-        """Return this process's latent frames of a clip of T frames, by the rule of
-        `ClipLayout.split`."""
+        """Return this process's latent frames of a clip of T, by `ClipLayout.split`'s rule."""
         return split_evenly(latent_frames, self.sequence_size)[self.sequence_index]
 
 
@@ -89,11 +88,11 @@ def sequence_comm(
 
 
 def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None = None) -> Mesh:
-    """Build the mesh of the initialised default process group; every process passes the same
-    degrees.
+    """Build the mesh of the initialised default process group.
 
-    timeout: limit for a collective of the sequence groups (None: torch's default; new groups do not
-    inherit the default group's). Raises ValueError for degrees whose product is not the world size.
+    Every process passes the same degrees. timeout: limit for a collective of the sequence groups
+    (None: torch's default; new groups do not inherit the default group's). Raises ValueError for
+    degrees whose product is not the world size.
     """
     if degrees.world != dist.get_world_size():
         raise ValueError(

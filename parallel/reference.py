@@ -1,5 +1,4 @@
-"""Compute the frame-wise GDN scan in plain PyTorch: the default kernels and the oracle of all
-others.
+"""Compute the frame-wise GDN scan in plain PyTorch: default kernels, and oracle of the others.
 
 Recurrence of one head over frames (SANA-WM §3; `^T` is never needed for M because A, a Gram matrix,
 is symmetric):
@@ -117,7 +116,7 @@ def _run_reverse(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
 
 
 def _seen_by_forward(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor:
-    """Return F_{i-1}, which enters frame i from the left, zero at a closed edge. [t, B·H, E, D]"""
+    """Return F_{i-1} [t, B·H, E, D], entering frame i from the left; 0 at a closed edge."""
     seen = torch.zeros_like(states)
     seen[1:] = states[:-1]
     if len(states) and start is not None:
@@ -129,8 +128,7 @@ def _seen_by_forward(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor
 
 
 def _seen_by_reverse(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor:
-    """Return I_{i+1} = R_i, which enters frame i from the right, zero at a closed edge. [t, B·H, E,
-    D]"""
+    """Return I_{i+1} = R_i [t, B·H, E, D], entering frame i from the right; 0 at a closed edge."""
     seen = torch.zeros_like(states)
     seen[:-1] = states[1:]
     if len(states) and start is not None:
@@ -211,10 +209,9 @@ def local_states(
 def _adjoint_forward(
     flat: _Flat, cuts: Cuts, grads: Tensor, right: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return λ_t = dL/dF_t [t, B·H, E, D] and the gradient of F left of the first frame [B·H, E,
-    D].
+    """Return λ_t = dL/dF_t [t, B·H, E, D], and the gradient of F left of the first frame.
 
-    right: the gradient that reaches F_b from later frames.
+    The latter is [B·H, E, D]. right: the gradient that reaches F_b from later frames.
     """
     decay, gram, _ = flat
     out = torch.empty_like(grads)

@@ -105,13 +105,14 @@ def forward(
     v: Tensor,
     cache: Cache | None = None,
 ) -> Program:
-    """Compute attention of this ring rank's queries q [B, n, S, h, D] over all k, v [B, n, S, h_kv,
-    D].
+    """Compute attention of this ring rank's queries over the keys and values of all ring ranks.
 
-    Returns out (accumulation dtype) and LSE [B, n, S, h]. ranges: the frames of each ring rank.
-    cache: keys and values of frames before the clip [B, c, S, h_kv, D], visible without a mask to
-    the first document.
+    q [B, n, S, h, D], k, v [B, n, S, h_kv, D] are those of this rank's frames. Returns out
+    (accumulation dtype) and LSE [B, n, S, h]. ranges: the frames of each ring rank. cache: keys and
+    values of frames before the clip [B, c, S, h_kv, D], visible without a mask to the first
+    document.
     """
+    # Earlier frames (streaming) are present on every rank, so they need no exchange.
     mine = ranges[member.ring_index]
     out: Tensor | None = None
     lse: Tensor | None = None
@@ -122,9 +123,10 @@ def forward(
             cache_tiles(layout, mine, cache[0].shape[1]),
         )
         out, lse = part[0].to(accumulation_dtype(q.dtype)), part[1]
+    # At step s this rank has the block of ring rank r − s; the next one travels meanwhile.
     for step in range(member.ring):
         begun = None
-        if step + 1 < member.ring:  # the next block travels while this one is computed
+        if step + 1 < member.ring:
             # k, v [B, frames of r − step, S, h_kv, D] -> [B, frames of r − step − 1, S, h_kv, D]
             begun = yield from _begin_shift(
                 member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring])
@@ -166,6 +168,7 @@ def backward(
         tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
         for step in range(member.ring)
     ]
+    # Without a ring the kernel's gradients are final: no sum in the wider dtype is needed.
     if member.ring == 1 and cache is None and blocks[0]:
         dq, dk, dv = kernels.block_attention_backward(
             grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, blocks[0]
@@ -177,6 +180,8 @@ def backward(
         dq += kernels.block_attention_backward(
             grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces
         )[0]
+    # Blocks move as in forward, and the gradients of a block move along with it. They are added
+    # late, so that their shift overlaps with the computation of the next block.
     arriving = None
     for step, pieces in enumerate(blocks):
         begun = None

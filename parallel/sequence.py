@@ -60,8 +60,7 @@ class SequenceShard(Protocol):
         mask: AttentionMask = FULL,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend over the clip: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> [B, T/P, S, H,
-        D].
+        """Attend over the clip: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> like q.
 
         H is a multiple of H_kv; a row that sees no key gives zeros. cache: keys and values [B, c,
         S, H_kv, D] of frames before the clip (streaming), complete on every rank, without gradient;
@@ -91,10 +90,9 @@ class SequenceShard(Protocol):
         ...
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
-        """Return the weighted mean [B] of value [B, T/P, …] over the whole clip, the same on all
-        ranks.
+        """Return the weighted mean [B] of value [B, T/P, …] over the whole clip.
 
-        weight broadcasts to value from the left ([B, T/P]).
+        It is the same on all ranks. weight broadcasts to value from the left ([B, T/P]).
         """
         ...
 
@@ -109,8 +107,7 @@ class GroupSequence:
         kernels: Kernels = REFERENCE,
         engine: tuple[str, AttentionEngine] | None = None,
     ) -> None:
-        """Store the rank's view. engine: name and function of another library's attention
-        (`engines.py`)."""
+        """Store the rank's view. engine: name and function of another attention (`engines.py`)."""
         (member,) = comm.members
         self.layout = layout
         self.frames = layout.split(member.size)[member.index]

@@ -1,11 +1,11 @@
-"""Run the verbs one chunk at a time, with the past in a state of constant size (SANA-WM §3.2,
-§5.4).
+"""Run the verbs one chunk at a time, with the past in a state of constant size.
 
-Frames interact only in the verbs of a `SequenceShard`, so a streaming model is the same model with
-another implementation of the verbs: `StreamingSequence` covers the frames of one chunk and takes
-the past from what earlier chunks stored. It stores per verb call, in the order of the calls of a
-forward pass: the recurrent states of a scan, the last frames of a convolution, and for attention
-the keys and values of the sink frames and of the window. One device.
+Source: SANA-WM §3.2, chunk-causal inference; §5.4. Frames interact only in the verbs of a
+`SequenceShard`, so a streaming model is the same model with another implementation of the verbs:
+`StreamingSequence` covers the frames of one chunk and takes the past from what earlier chunks
+stored. It stores per verb call, in the order of the calls of a forward pass: the recurrent states
+of a scan, the last frames of a convolution, and for attention the keys and values of the sink
+frames and of the window. One device.
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ class StreamingSequence:
         reverse: Reverse = "exclusive",
         initial: Sequence[Tensor] | None = None,
     ) -> ScanOutput:
-        """Continue the forward recurrence from the last chunk; the reverse one sees this chunk
-        only."""
+        """Continue the forward recurrence from the last chunk; reverse sees this chunk only."""
         assert initial is None, "a streaming scan has its own initial state"
         past = self._past().tensors
         start = past or [

@@ -40,8 +40,7 @@ def check_heads(heads: int, key_heads: int, degree: int) -> None:
 
 
 def key_heads_of(queries: FrameRange, group: int) -> FrameRange:
-    """Return the key heads that a range of query heads reads, with `group` query heads per key
-    head."""
+    """Return the key heads that a range of query heads reads, `group` of these per key head."""
     return (
         FrameRange(queries.start // group, -(-queries.stop // group))
         if len(queries)

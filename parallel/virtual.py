@@ -64,6 +64,7 @@ class VirtualGroup:
             requests = [request for request, _ in steps]
             if all(request is None for request in requests):
                 return [result for _, result in steps]
+            # All ranks must yield the same kind of request over the same axis.
             first = requests[0]
             assert None not in requests, f"{label}: ranks disagree on the number of collectives"
             assert all(type(request) is type(first) for request in requests), (
@@ -95,8 +96,7 @@ class VirtualGroup:
         return answers
 
     def _peers(self, member: Member, axis: str) -> tuple[list[int], int]:
-        """Return the indices of the ranks on the same axis as this one, and its own place among
-        them."""
+        """Return the indices of the ranks on this rank's axis, and its place among them."""
         if axis == "ulysses":
             return [
                 member.ring_index * member.ulysses + u for u in range(member.ulysses)
@@ -239,6 +239,7 @@ def run_virtual(
     size = len(group.members)
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size
+    # These settings belong to a thread, so each rank's thread must be given the caller's.
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     present = torch.accelerator.current_accelerator()
     kinds = [
@@ -275,6 +276,7 @@ def run_virtual(
         thread.start()
     for thread in threads:
         thread.join()
+    # Raise the cause, not the errors of ranks that stopped because of it.
     found = [e for e in errors if e is not None]
     if found:
         raise next(

@@ -134,8 +134,10 @@ class LinearCodec:
         ).astype(np.float32)
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode [F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32; pixels are mapped to [-1, 1]
-        first."""
+        """Encode [F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32.
+
+        Pixels are mapped to [-1, 1] first.
+        """
         frames, height, width, _ = video.shape
         r, s = self.temporal_stride, self.spatial_stride
         count = latent_frame_count(frames, r)

@@ -38,10 +38,12 @@ ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT = (
 
 
 def pool_at(stage: int) -> int:
+    """Return the encoder layer that pools frames in `stage`."""
     return 2 + 5 * stage  # then a convolution of stride 2 and three memory blocks
 
 
 def grow_at(stage: int) -> int:
+    """Return the decoder layer that splits frames in `stage`."""
     return 7 + 6 * stage  # after three memory blocks and an upsampling; then a convolution
 
 

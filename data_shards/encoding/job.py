@@ -321,6 +321,7 @@ def image_latents(
 def control_arrays(
     source: ClipSource, content: ClipContent, latent_frames: int, stride: int, keep_taps: bool
 ) -> Arrays:
+    """Return the controls of a clip per latent frame, from events or from rows per raw frame."""
     if content.events is not None:
         fps = Fraction(source.fps).limit_denominator(100_000)
         return {
@@ -346,6 +347,7 @@ def text_arrays(
     encoder: TextEncoder | None,
     tally: Tally,
 ) -> Arrays:
+    """Return the text embedding of a clip: encoded here, or ready-made by the source."""
     if encoder is not None:
         if content.caption is None:
             raise DataError(
@@ -390,6 +392,10 @@ def encode_in_worker(job: Job) -> int:
 def opened(
     place: Place, content: str, settings: Settings
 ) -> tuple[ClipSource, LatentCodec, TextEncoder | None]:
+    """Open source, codec and text encoder in a worker.
+
+    Raises DataError if the source is not the planned one.
+    """
     source = open_source(place)
     if source.description != content:
         raise DataError(

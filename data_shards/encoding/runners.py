@@ -16,6 +16,7 @@ from data_shards.schema import DataError
 
 
 def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
+    """Run the jobs in a pool of processes, yielding the number of each as it finishes."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool

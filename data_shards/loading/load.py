@@ -304,6 +304,7 @@ class ClipLoader:
 
 
 def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
+    """Describe one split of a data set to the schedule."""
     info = dataset.info
     return Source(
         table.latent_frames,

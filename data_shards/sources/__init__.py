@@ -56,8 +56,7 @@ class ClipContent:
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """Describe the codec of ready-made latents: a `LatentCodec` that knows the layout, without
-    weights."""
+    """Describe the codec of ready-made latents: it knows the layout and needs no weights."""
 
     name: str
     channels: int

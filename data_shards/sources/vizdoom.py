@@ -238,8 +238,10 @@ def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Ite
 
 
 def record_episode(game: Any, options: VizdoomOptions, episode: int) -> Iterator[RecordedClip]:
-    """Yield at most `clips_per_episode` usable clips of one life, from three times as many
-    attempts."""
+    """Yield at most `clips_per_episode` usable clips of one life.
+
+    There are three times as many attempts.
+    """
     seed = np.random.SeedSequence([options.seed, episode])
     game.set_seed(int(seed.generate_state(1)[0] % 2**31))
     game.new_episode()

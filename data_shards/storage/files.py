@@ -75,6 +75,7 @@ def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Convert the bits of bfloat16 to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -131,6 +132,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def fresh_folder(path: Path) -> Path:
+    """Create an empty folder, removing what was there."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path

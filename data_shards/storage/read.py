@@ -130,11 +130,10 @@ class ClipDataset:
         stored: bool = False,
         into: NDArray[np.uint8] | None = None,
     ) -> Clip:
-        """Read a clip's latent frames [start, stop), and all other members unless `replicated` is
-        False.
+        """Read a clip's latent frames [start, stop) and its other members.
 
-        stored: leave the latents as stored, for callers that convert them faster: float16, or
-        bfloat16's bits as uint16. into: see `rows`.
+        replicated: False leaves out the other members. stored: leave the latents as stored, for
+        callers that convert them faster: float16, or bfloat16's bits as uint16. into: see `rows`.
 
         Raises:
             DataError: an unknown key, frames outside the clip, missing or changed bytes, latents
@@ -162,11 +161,11 @@ class ClipDataset:
         stop: int,
         into: NDArray[np.uint8] | None = None,
     ) -> NDArray[Any]:
-        """Read rows [start, stop) of a member with a checksum per row, as stored (bfloat16 as
-        uint16).
+        """Read rows [start, stop) of a member with a checksum per row, as stored.
 
-        Only these bytes are read, and each row is verified; values are not checked. into: uint8 [n]
-        to read into, if it is large enough; the result is then a view of it.
+        bfloat16 is returned as uint16. Only these bytes are read, and each row is verified; values
+        are not checked. into: uint8 [n] to read into, if it is large enough; the result is then a
+        view of it.
         """
         if not 0 <= start <= stop <= member.shape[0]:
             raise DataError(
@@ -247,8 +246,7 @@ class ClipDataset:
         return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
 
     def null_text(self) -> NDArray[np.float32] | None:
-        """Return the verified embedding [L0, E] of the empty prompt; None in a data set without
-        text.
+        """Return the verified embedding [L0, E] of the empty prompt; None without text.
 
         Raises DataError for changed bytes.
         """

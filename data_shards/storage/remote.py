@@ -188,13 +188,12 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
 
 
 class RangeCache:
-    """Cache ranges as files in a local folder, up to `limit_bytes`, evicting the least recently
-    used.
+    """Cache ranges as files in a local folder, up to `limit_bytes`.
 
-    Safe to share between processes: a file is filled under another name and renamed, so it is
-    complete or absent; two that fill the same range write the same bytes. The folder is checked
-    each time a process has added a hundredth of the limit, so that ten processes stay below the
-    limit.
+    The least recently used are evicted first. Safe to share between processes: a file is filled
+    under another name and renamed, so it is complete or absent; two that fill the same range write
+    the same bytes. The folder is checked each time a process has added a hundredth of the limit, so
+    that ten processes stay below the limit.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -214,8 +213,7 @@ class RangeCache:
                 stale.unlink(missing_ok=True)
 
     def get(self, identity: str, length: int, fill: Callable[[], bytes]) -> bytes:
-        """Return the bytes called `identity`: cached ones of the right length, else those of
-        `fill`."""
+        """Return the bytes called `identity`, cached if of the right length, else from `fill`."""
         path = self.folder / hashlib.sha256(identity.encode()).hexdigest()
         with contextlib.suppress(OSError):
             data = path.read_bytes()

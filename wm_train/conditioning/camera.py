@@ -70,8 +70,7 @@ def relative_poses(c2w: Tensor, frame: Sequence[int], origin: Sequence[int]) -> 
 def scaled_intrinsics(
     intrinsics: Tensor, image_size: tuple[int, int], grid: tuple[int, int]
 ) -> Tensor:
-    """Convert intrinsics [..., 4] of an image (height, width) to units of a grid (h, w) laid over
-    it."""
+    """Convert intrinsics [..., 4] of an image (height, width) to units of a grid (h, w)."""
     vertical, horizontal = grid[0] / image_size[0], grid[1] / image_size[1]
     return intrinsics.float() * torch.tensor(
         [horizontal, vertical, horizontal, vertical], device=intrinsics.device
@@ -149,8 +148,7 @@ def packed_plucker(
 
 
 def check_raw_frames(c2w: Tensor, expected: int, frames: int) -> None:
-    """Raise ValueError unless c2w [B, F, 4, 4] has all raw frames of a clip of `frames` latent
-    frames."""
+    """Raise ValueError unless c2w [B, F, 4, 4] fits a clip of `frames` latent frames."""
     if c2w.shape[1] != expected:
         raise ValueError(
             f"camera conditioning failed: got {c2w.shape[1]} raw-frame poses, expected {expected}"

@@ -111,6 +111,7 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 
 def table(usages: list[Usage]) -> str:
+    """Format the results as a Markdown table."""
     rows = [
         "| kernel | sm | registers | spilled bytes | shared bytes | tensor cores |",
         "|---|---|---|---|---|---|",
@@ -124,6 +125,7 @@ def table(usages: list[Usage]) -> str:
 
 
 def all_builds() -> list[Build]:
+    """Return every build, recurrences first."""
     from wm_train.kernels.gdn.builds import scan_builds, token_builds
 
     return [*scan_builds(), *token_builds()]

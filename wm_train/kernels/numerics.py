@@ -117,11 +117,11 @@ def unit_matrix(x):
 
 @triton.jit
 def common_scale(peaks, total, largest):
-    """Convert the next tokens' scales `peaks` [m] and a running sum to one unit, the larger of
-    both.
+    """Convert the next tokens' scales `peaks` [m] and a running sum to one unit.
 
-    The sum is in units of `largest`. Returns the tokens' weights in the common unit [m], the sum in
-    it, and the unit. A sum over rows cannot be rescaled per row afterwards.
+    It is the larger of both; the sum is in units of `largest`. Returns the tokens' weights in the
+    common unit [m], the sum in it, and the unit. A sum over rows cannot be rescaled per row
+    afterwards.
     """
     unit = tl.maximum(largest, tl.max(peaks, axis=0))
     inverse = tl.where(unit > 0.0, 1.0 / tl.maximum(unit, TINY), 0.0)

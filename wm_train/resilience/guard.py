@@ -38,8 +38,10 @@ class RewindError(Exception):
 
 
 class Guard:
-    """Judge steps. `memory` is part of the checkpoint, so a resumed run decides as an undisturbed
-    one."""
+    """Judge steps by the recent losses.
+
+    `memory` is part of the checkpoint, so a resumed run decides as an undisturbed one.
+    """
 
     def __init__(self, config: TrainerConfig, memory: Mapping[str, Any] | None = None) -> None:
         memory = memory or {}

@@ -55,6 +55,7 @@ class Owner:
 
 
 def this_process() -> Owner:
+    """Return the lock entry of this process."""
     token = secrets.token_hex(8)
     try:
         machine = (

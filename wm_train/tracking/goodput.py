@@ -56,6 +56,7 @@ def productive(row: Mapping[str, Any]) -> float:
 
 
 def read_life(folder: Path) -> Life | None:
+    """Read `life.json` of a stage's folder; None if it is missing or damaged."""
     try:
         return Life(**json.loads((folder / NAME).read_text()))
     except (OSError, ValueError, TypeError):  # only informative: a damaged file is started afresh
@@ -63,6 +64,7 @@ def read_life(folder: Path) -> Life | None:
 
 
 def write_life(folder: Path, life: Life) -> None:
+    """Write `life.json` of a stage's folder in one step."""
     draft = folder / f"{NAME}.tmp-{os.getpid()}"
     draft.write_text(json.dumps(asdict(life)) + "\n")
     draft.replace(folder / NAME)

@@ -75,10 +75,10 @@ class MlflowRecord:
         self._back_to = step
 
     def catch_up(self, status: str | None = None) -> int:
-        """Send what the store lacks, then the run's end if `status` gives one; return the steps
-        sent.
+        """Send what the store lacks; return the number of steps sent.
 
-        Raises whatever the store's client raises; what was sent until then is remembered.
+        The run's end is sent if `status` gives one. Raises whatever the store's client raises; what
+        was sent until then is remembered.
         """
         if self._client is None:
             self._open()

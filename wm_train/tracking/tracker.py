@@ -151,6 +151,7 @@ class Tracker:
 
 
 def record_of(run: RunConfig, stage: str, folder: Path) -> MlflowRecord:
+    """Return the MLflow record of a stage's folder, without passwords in what is shown."""
     uri = store_uri(run)
     return MlflowRecord(run, public_config(run), stage, folder, uri, without_login(uri))
 

@@ -154,8 +154,10 @@ def npu_fusion(q: Tensor, k: Tensor, v: Tensor) -> Pair:
 def npu_fusion_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Triple:
-    """Return the gradients, passing LSE as the rows' maximum and 1 as their sum, which is
-    equivalent."""
+    """Return the gradients, passing LSE as the rows' maximum and 1 as their sum.
+
+    That is the same softmax.
+    """
     import torch_npu
 
     largest = lse.float()[..., None].expand(*lse.shape, 8).contiguous()

@@ -256,4 +256,5 @@ def token_builds(
 
 
 def pointers(*names: str) -> dict[str, str]:
+    """Return name -> fp32 pointer type for these arguments."""
     return dict.fromkeys(names, F)

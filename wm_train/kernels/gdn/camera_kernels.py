@@ -229,6 +229,10 @@ def camera_output_backward_kernel(
     tokens_per_frame, heads, query_stride, grad_stride, rotary_tokens,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradients of one frame-head's output.
+
+    d_query lacks the norm's cross-head term (`share`).
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads

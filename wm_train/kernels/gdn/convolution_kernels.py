@@ -80,10 +80,10 @@ def convolution_backward_kernel(
     x, weight, seen, grad, d_x, d_weight, frames, tokens_per_frame,
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of one frame of the extended x, BLOCK channels, and its part of
-    d_weight.
+    """Compute the gradients of one frame of the extended x, for BLOCK channels.
 
-    d_x like x; d_weight [B · extended frames, K, C], to be summed over the first.
+    d_x like x; d_weight [B · extended frames, K, C], this frame's part, to be summed over the
+    first.
     """
     cell = tl.program_id(0)
     extended = frames + 2 * K - 2

@@ -97,6 +97,7 @@ def load_symmetric(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def load_square(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
+    """Load one [D, D] matrix."""
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
     return tl.load(

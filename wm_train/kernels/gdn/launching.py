@@ -93,4 +93,5 @@ def norm_finish(grad: Tensor, x: Tensor, stride: int, rstd: Tensor, share: Tenso
 
 
 def fp32(x: Tensor) -> Tensor:
+    """Return a contiguous fp32 tensor without gradient."""
     return x.detach().float().contiguous()

@@ -23,8 +23,10 @@ def output_kernel(
     rotary_tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Compute O of one frame-head: rotated queries with the numerator, un-rotated with the
-    normaliser."""
+    """Compute O of one frame-head.
+
+    Rotated queries read the numerator, un-rotated ones the normaliser.
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads

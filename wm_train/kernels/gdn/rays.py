@@ -23,16 +23,19 @@ def channel(D: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def joined(geometric, turning, BS: tl.constexpr, HP: tl.constexpr):
+    """Interleave two halves [BS, HP] -> [BS, 2·HP]."""
     return tl.reshape(tl.join(geometric, turning), [BS, 2 * HP])
 
 
 @triton.jit
 def parted(x, BS: tl.constexpr, HP: tl.constexpr):
+    """Split interleaved lanes [BS, 2·HP] into two halves [BS, HP]."""
     return tl.split(tl.reshape(x, [BS, HP, 2]))
 
 
 @triton.jit
 def load_halves(pointer, n, inside, stride, first, D: tl.constexpr, HP: tl.constexpr):
+    """Load both halves of one head's channels of tokens n, [BS, HP] each."""
     half: tl.constexpr = D // 2
     return load_channels(pointer, n, inside, stride, first, half, HP), load_channels(
         pointer, n, inside, stride, first + half, half, HP
@@ -41,6 +44,7 @@ def load_halves(pointer, n, inside, stride, first, D: tl.constexpr, HP: tl.const
 
 @triton.jit
 def store_joined(pointer, x, n, inside, stride, first, D: tl.constexpr, HP: tl.constexpr):
+    """Store interleaved lanes x [BS, 2·HP] to the channels of tokens n."""
     c, real = channel(D, HP)
     tl.store(
         pointer + n[:, None] * stride + (first + c)[None, :],
@@ -60,6 +64,7 @@ def load_joined_matrix(pointer, cell, D: tl.constexpr, HP: tl.constexpr, TRANSPO
 
 @triton.jit
 def store_joined_matrix(pointer, x, cell, D: tl.constexpr, HP: tl.constexpr):
+    """Store one [D, D] matrix given in lane order."""
     c, real = channel(D, HP)
     tl.store(
         pointer + cell * (D * D) + c[:, None] * D + c[None, :],

@@ -23,6 +23,7 @@ def load_channels(pointer, n, inside, stride, first, COUNT: tl.constexpr, LANES:
 
 @triton.jit
 def store_channels(pointer, x, n, inside, stride, first, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Store x [BS, LANES] to channels first … first + COUNT of tokens n."""
     c = tl.arange(0, LANES)
     mask = inside[:, None] & (c < COUNT)[None, :]
     tl.store(pointer + n[:, None] * stride + (first + c)[None, :], x, mask=mask)
@@ -30,6 +31,7 @@ def store_channels(pointer, x, n, inside, stride, first, COUNT: tl.constexpr, LA
 
 @triton.jit
 def load_vector(pointer, first, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Load COUNT elements from `first` on as fp32 [LANES], zeros after them."""
     c = tl.arange(0, LANES)
     return tl.load(pointer + first + c, mask=c < COUNT, other=0.0).to(tl.float32)
 
