@@ -12,7 +12,7 @@ only what any implementation must move, every token tensor once and every state-
     forward+backward  2 · N C (q, k, v, O; q, k, v, dO, dq, dk, dv)   + 4 · T H D² · 2 (A, A_z, U, S; the same and their gradients)
 with q, k, v, O and A, U, S once more for the camera. "share" is of the copy bandwidth measured
 first on this device. "error" is the RMS ratio of O (and of dq, dk, dv) to the same computation in
-fp64. "max tr(A)" above 1 is allowed (one RMS over all heads), see design §4.
+fp64. "max tr(A)" above 1 is allowed (one RMS over all heads), see parallel/README.md.
 """
 
 from __future__ import annotations

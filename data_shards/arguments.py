@@ -1,9 +1,7 @@
-"""`key=value` command lines for this package's commands: one table of options gives the parser, the
-help and the error report. (Not argparse: it stops at the first mistake, accepts a key given
-twice, and would still need `key=value` split for it; nothing became shorter.)
+"""Parse `key=value` command lines: one table of options gives parser, help and error report.
 
-`--key=value` and `--key value` do as well. All problems of a command line are reported together, on
-stderr, with exit code 2; nothing has been started by then.
+`--key=value` and `--key value` work as well. All problems of a command line are reported together,
+on stderr, with exit code 2, before anything starts.
 """
 
 from __future__ import annotations
@@ -22,8 +20,11 @@ WIDTH, INDENT = 100, 24  # of the help
 
 @dataclass(frozen=True)
 class Option:
-    """`convert` turns the text into a value and raises ValueError with the rule it broke. `default`
-    None with `required` has none."""
+    """Describe one option.
+
+    convert: turns the text into a value and raises ValueError with the violated rule. default: its
+    value if not given; a `required` option has none.
+    """
 
     convert: Callable[[str], Any]
     help: str
@@ -90,7 +91,7 @@ def split(arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
 
 
 def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """The value of every option.
+    """Return the value of every option.
 
     Raises:
         DataError: unknown keys, wrong values, missing required ones; all of them in one message.

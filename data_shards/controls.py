@@ -1,12 +1,12 @@
-"""Controller events -> one control row per latent frame (Waypoint-1.5 §7.2).
+"""Convert controller events to one control row per latent frame (Waypoint-1.5 §7.2).
 
 Events of up to 10 kHz (key down, key up, mouse motion, scroll) are cut into buckets at the latent
-rate. A row is a snapshot taken at the time of the latest raw frame its latent encodes: the state of
-256 buttons, the net mouse displacement since the snapshot before, and the sign of the net scroll
-since then. An event at the very time of a snapshot belongs to it, so every event lies in exactly
-one bucket: bucket 0 is (-1/fps, 0] before raw frame 0, bucket t is (r (t-1) / fps, r t / fps]. A
-key pressed and released inside one bucket is not seen by a snapshot, as in the paper; with
-`keep_taps` it counts as held there.
+rate. A row is a snapshot at the time of the latest raw frame that its latent encodes: the state of
+256 buttons, the net mouse displacement since the last snapshot, and the sign of the net scroll
+since then. An event at the exact time of a snapshot belongs to it, so every event is in exactly one
+bucket: bucket 0 is (-1/fps, 0] before raw frame 0, bucket t is (r (t-1) / fps, r t / fps]. A key
+pressed and released inside one bucket is missed by a snapshot, as in the paper; with `keep_taps` it
+counts as held there.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ CONTROL_NAMES = (
 
 @dataclass(frozen=True)
 class Events:
-    """A stream sorted by time. time_ns [E] int64, nanoseconds after raw frame 0 (negative before);
-    kind [E] uint8 (KEY_DOWN …); code [E] uint8, the button of key events; dx, dy [E] int32, mouse
-    counts, with the scroll amount in dy."""
+    """Store a stream of events sorted by time.
+
+    time_ns [E] int64, nanoseconds after raw frame 0 (negative before); kind [E] uint8 (KEY_DOWN …);
+    code [E] uint8, the button of key events; dx, dy [E] int32, mouse counts, with the scroll amount
+    in dy.
+    """
 
     time_ns: NDArray[np.int64]
     kind: NDArray[np.uint8]
@@ -67,8 +70,10 @@ class Events:
 
 
 def bucket_edges(latent_frames: int, fps: Fraction, temporal_stride: int) -> NDArray[np.int64]:
-    """[T + 1] nanoseconds: bucket t is (edges[t], edges[t + 1]]. Exact: an event is at or before a
-    time iff at or before its floor."""
+    """Return [T + 1] nanoseconds: bucket t is (edges[t], edges[t + 1]].
+
+    Exact: an event is at or before a time if and only if it is at or before its floor.
+    """
     frames = [-1, *(temporal_stride * t for t in range(latent_frames))]
     return np.array(
         [frame * 10**9 * fps.denominator // fps.numerator for frame in frames], dtype=np.int64
@@ -78,12 +83,13 @@ def bucket_edges(latent_frames: int, fps: Fraction, temporal_stride: int) -> NDA
 def bucket_events(
     events: Events, latent_frames: int, fps: Fraction, temporal_stride: int, keep_taps: bool = False
 ) -> NDArray[np.float32]:
-    """[T, 259] controls in the order of CONTROL_NAMES. Buttons pressed before the first bucket are
-    held until released."""
+    """Return [T, 259] controls in the order of CONTROL_NAMES.
+
+    Buttons pressed before the first bucket are held until released.
+    """
     edges = bucket_edges(latent_frames, fps, temporal_stride)
-    bucket = (
-        np.searchsorted(edges, events.time_ns, side="left") - 1
-    )  # -1: before the first bucket; T: after the last
+    # -1: before the first bucket; T: after the last
+    bucket = np.searchsorted(edges, events.time_ns, side="left") - 1
     out = np.zeros((latent_frames, BUTTONS + 3), np.float32)
     inside = (bucket >= 0) & (bucket < latent_frames)
     for column, kind, amounts in (

@@ -1,11 +1,11 @@
-"""`python -m data_shards.encode source=<recording> codec=linear out=…`: video clips -> a data set
-of latent shards.
+"""Encode clips into a data set of latent shards.
 
-Work is cut into shards beforehand, by the clips' known sizes; each shard is a job of its own
-(`encode_job`), run here, in processes or on Ray (`runners`), and the results become index and
-dataset.json (`encode_finish`). An interrupted run leaves `<out>.partial`, or in a store a prefix
-without dataset.json (`target`), and the same command goes on from there; the finished bytes do not
-depend on interruptions, on `runner` or on `workers`.
+`python -m data_shards.encode source=<recording> codec=linear out=…`. Work is cut into shards
+beforehand, by the clips' known sizes. Each shard is a job of its own (`encoding/job.py`), run here,
+in processes or on Ray (`encoding/runners.py`), and the results become index and dataset.json
+(`encoding/finish.py`). An interrupted run leaves `<out>.partial`, or in an object store a prefix
+without dataset.json (`encoding/target.py`), and the same command resumes it; the finished bytes do
+not depend on interruptions, on `runner` or on `workers`.
 """
 
 from __future__ import annotations
@@ -131,8 +131,7 @@ def run_jobs(
 
 
 def encode(place: Place, out: str, workers: int, runner: str, settings: Settings) -> None:
-    """Encode what lies at `place` into the data set `out`, going on where an interrupted run
-    stopped.
+    """Encode the source at `place` into the data set `out`, resuming an interrupted run.
 
     Raises:
         DataError: a source that cannot be read, or an `out` that holds something else.

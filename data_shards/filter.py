@@ -1,12 +1,11 @@
-"""`python -m data_shards.filter path=… table=… out=selection.json`: which clips to train on, and
-why the others are left out.
+"""Select clips to train on: `python -m data_shards.filter path=… table=… out=selection.json`.
 
 Nothing is encoded again or deleted: the result is a list of keys that `open_dataset(path,
-selection=…)` applies. Measurements are kept in `scores_cache`, so trying other thresholds takes
-seconds. Scores of outside models (DOVER, a VLM, UniMatch, scale CV) are joined by key from files:
-JSON {key: {metric: value}}, or CSV or Parquet with a column `key`. A list of values (one per chunk
-or frame pair) counts as its mean; `scales`, the per-frame metric scales of pose annotation, gives
-`scale_cv`. An empty cell is no score.
+selection=…)` applies, with the reasons for dropping the others. Measurements are kept in
+`scores_cache`, so trying other thresholds takes seconds. Scores of external models (DOVER, a VLM,
+UniMatch, scale CV) are joined by key from files: JSON {key: {metric: value}}, or CSV or Parquet
+with a column `key`. A list of values (one per chunk or frame pair) counts as its mean; `scales`,
+the per-frame metric scales of pose annotation, gives `scale_cv`. An empty cell is no score.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ Range = tuple[float, float]
 
 
 def load_thresholds(path: str | None, table: str) -> dict[str, Range]:
-    """metric -> (lowest, highest): the file's `camera` part and one of its `tables`.
+    """Read metric -> (lowest, highest): the file's `camera` section and one of its `tables`.
 
     Raises:
         DataError: no such file or table, or a range that is not two ordered numbers.
@@ -103,10 +102,11 @@ def load_thresholds(path: str | None, table: str) -> dict[str, Range]:
 
 
 def load_scores(path: str) -> dict[str, dict[str, float]]:
-    """key -> metric -> value, from JSON, CSV or Parquet.
+    """Read key -> metric -> value from JSON, CSV or Parquet.
 
     Raises:
-        DataError: a file that cannot be read, has no keys, has one twice, or holds what is not a number.
+        DataError: a file that cannot be read, has no keys or a duplicate one, or a value that is
+        not a number.
     """
     scores: dict[str, dict[str, float]] = {}
     for key, row in score_rows(path):
@@ -137,6 +137,7 @@ def load_scores(path: str) -> dict[str, dict[str, float]]:
 
 
 def score_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, {metric: value}) of a score file."""
     if path.endswith(".json"):
         for key, row in read_json(Path(path), "scores").items():
             if not isinstance(row, dict):
@@ -161,7 +162,7 @@ def score_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def load_captions(path: str, dataset: ClipDataset) -> dict[str, str]:
-    """key -> caption, from a JSON file, or with `shards` from the clips themselves."""
+    """Read key -> caption from a JSON file, or for `shards` from the clips themselves."""
     if path == "shards":
         described = (
             (entry.key, dataset.description(entry).get("caption"))
@@ -175,7 +176,7 @@ def load_captions(path: str, dataset: ClipDataset) -> dict[str, str]:
 def measure(
     dataset: ClipDataset, wanted: set[str], known: dict[str, dict[str, float]], progress: Any = iter
 ) -> None:
-    """Fill `known` (key -> metric -> value) with what is measured here and not there yet."""
+    """Fill `known` (key -> metric -> value) with measurements that it lacks."""
     info = dataset.info
     codec = make_codec(info.codec, info.codec_options)
     picture, camera = set(VIDEO_METRICS) & wanted, set(CAMERA_METRICS) & wanted
@@ -191,8 +192,10 @@ def measure(
 
 
 def judge(scores: Mapping[str, float], ranges: Mapping[str, Range]) -> list[str]:
-    """Why a clip is dropped: one line per broken range; empty = kept. NaN is outside every
-    range."""
+    """Return why a clip is dropped: one line per violated range; empty = kept.
+
+    NaN is outside every range.
+    """
     return [
         f"{metric} {scores[metric]:.4g} is not in [{low:g}, {high:g}]"
         for metric, (low, high) in ranges.items()
@@ -203,10 +206,10 @@ def judge(scores: Mapping[str, float], ranges: Mapping[str, Range]) -> list[str]
 def select(
     dataset: ClipDataset, ranges: Mapping[str, Range], scores: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """The content of the selection file.
+    """Return the content of the selection file.
 
     Raises:
-        DataError: a metric that has a range was neither measured nor given for some clip.
+        DataError: a metric with a range was neither measured nor given for some clip.
     """
     keys = [entry.key for split in SPLITS for entry in dataset.clips(split)]
     missing = Counter(
@@ -236,7 +239,7 @@ def filter_clips(
     captions: str | None,
     scores_cache: str | None,
 ) -> int:
-    """Write the selection and print the report; 1 if a caption names camera motion."""
+    """Write the selection and print the report; return 1 if a caption names camera motion."""
     from rich.progress import track
 
     ranges = load_thresholds(thresholds, table)

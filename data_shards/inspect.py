@@ -1,5 +1,7 @@
-"""`python -m data_shards.inspect path=… key=… out=clip.png`: look at a clip: decoded frames, the
-camera's path from above, the controls."""
+"""Draw a clip: `python -m data_shards.inspect path=… key=… out=clip.png`.
+
+The picture shows decoded frames, the camera's path from above, and the controls.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,10 @@ COLOURS = (
 
 
 def contact_sheet(video: NDArray[np.uint8], columns: int, rows: int) -> NDArray[np.uint8]:
-    """[F,H,W,3] -> one picture of columns x rows frames, evenly spread over the clip, first and
-    last among them."""
+    """Arrange [F,H,W,3] as one picture of columns x rows frames.
+
+    The frames are evenly spread over the clip, first and last included.
+    """
     chosen = np.linspace(0, len(video) - 1, columns * rows).round().astype(int)
     height, width = video.shape[1:3]
     return (
@@ -51,17 +55,18 @@ def contact_sheet(video: NDArray[np.uint8], columns: int, rows: int) -> NDArray[
 
 
 def draw_path(canvas: Any, box: tuple[int, int, int, int], c2w: NDArray[np.float64]) -> None:
-    """The camera's path seen along its own vertical: start as a dot, view directions as short
-    lines, one scale for both axes."""
+    """Draw the camera's path, seen along its own vertical.
+
+    The start is a dot, view directions are short lines, both axes have the same scale.
+    """
     left, top, right, bottom = box
     down = c2w[:, :3, 1].mean(axis=0)
     across = c2w[0, :3, 0] - down * (c2w[0, :3, 0] @ down) / (down @ down)
     across /= np.linalg.norm(across)
     ahead = np.cross(across, down / np.linalg.norm(down))
     origin = c2w[:, :3, 3] - c2w[0, :3, 3]
-    points = np.stack(
-        [origin @ across, -(origin @ ahead)], axis=1
-    )  # up on paper is where the first frame looks
+    # up on paper is where the first frame looks
+    points = np.stack([origin @ across, -(origin @ ahead)], axis=1)
     low, high = points.min(axis=0), points.max(axis=0)
     scale = min(
         (right - left - 40) / max(high[0] - low[0], 0.5),
@@ -90,7 +95,7 @@ def draw_controls(
     controls: NDArray[np.float32],
     names: tuple[str, ...],
 ) -> None:
-    """One line per control over the latent frames [T, A], each on its own scale."""
+    """Draw one line per control over the latent frames [T, A], each on its own scale."""
     left, top, right, bottom = box
     canvas.rectangle(box, outline=GREY)
     band = (bottom - top) / max(len(names), 1)
@@ -111,7 +116,7 @@ def draw_controls(
 def draw_clip(
     clip: Clip, video: NDArray[np.uint8], names: tuple[str, ...], columns: int, rows: int
 ) -> Any:
-    """The whole picture, a PIL image."""
+    """Return the whole picture, a PIL image."""
     from PIL import Image, ImageDraw
 
     sheet = contact_sheet(video, columns, rows)
@@ -135,7 +140,7 @@ def draw_clip(
 
 
 def inspect(path: str, key: str | None, out: str, columns: int, rows: int) -> None:
-    """Write the picture and print the clip's facts."""
+    """Write the picture and print facts about the clip."""
     try:
         import PIL  # noqa: F401  (only to say so before the work is done)
     except ImportError as error:

@@ -1,5 +1,7 @@
-"""What can be measured on a clip to decide whether to train on it (SANA-WM App. B.3), from its
-pictures and its camera alone."""
+"""Measure a clip, to decide if it is used for training (SANA-WM App. B.3).
+
+Only its pictures and its camera are used.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,8 @@ from data_shards.schema import DataError
 
 # VMAF's motion feature: mean absolute difference of luma frames blurred by this kernel
 BLUR = np.array([3571, 16004, 26386, 16004, 3571], np.float32) / 65536
-LUMA = (
-    np.array([0.299, 0.587, 0.114], np.float32) * 219 / 255
-)  # BT.601 in video range, as in the files that FFmpeg measures
+# BT.601 in video range, as in the files that FFmpeg measures
+LUMA = np.array([0.299, 0.587, 0.114], np.float32) * 219 / 255
 EPSILON = 1e-6
 FLOW_EVERY_S, FLOW_WITHIN_S = 0.5, 60.0  # App. B.3: frame pairs every 0.5 s across the first 60 s
 CAMERA_METRICS = (
@@ -30,14 +31,19 @@ CAMERA_METRICS = (
     "turn_jump_degrees",
 )
 VIDEO_METRICS = ("saturation", "vmaf_motion", "flow_pixels", "scene_cuts")
-_MOVES = r"pan(?:s|ned|ning)?|tilt(?:s|ed|ing)?|doll(?:y|ies|ied|ying)|zoom(?:s|ed|ing)?|truck(?:s|ed|ing)|orbit(?:s|ed|ing)?|crane(?:s|d)?"
+_MOVES = (
+    r"pan(?:s|ned|ning)?|tilt(?:s|ed|ing)?|doll(?:y|ies|ied|ying)|zoom(?:s|ed|ing)?"
+    r"|truck(?:s|ed|ing)|orbit(?:s|ed|ing)?|crane(?:s|d)?"
+)
 _GOES = (
-    r"(?:mov|rotat|glid|advanc)(?:e|es|ed|ing)|(?:turn|walk|strafe|push|pull|pedestal|track|travel|back)(?:s|ed|ing)?"
+    r"(?:mov|rotat|glid|advanc)(?:e|es|ed|ing)"
+    r"|(?:turn|walk|strafe|push|pull|pedestal|track|travel|back)(?:s|ed|ing)?"
     r"|steps?|stepp(?:ed|ing)|fl(?:y|ies|ying)"
 )
 _WAYS = r"left|right|forwards?|backwards?|up|down|ahead|closer|away|in|out|clockwise"
 CAMERA_MOTION = re.compile(
-    rf"\b(?:(?:camera|view|viewpoint|shot|perspective)\s+(?:\w+\s+){{0,2}}?(?:{_MOVES}|(?:{_GOES}))\b"
+    r"\b(?:(?:camera|view|viewpoint|shot|perspective)\s+(?:\w+\s+){0,2}?"
+    rf"(?:{_MOVES}|(?:{_GOES}))\b"
     rf"|(?:{_MOVES})\s+(?:\w+\s+){{0,2}}?(?:{_WAYS})|(?:{_GOES})\s+(?:to\s+the\s+)?(?:{_WAYS})\b)",
     re.IGNORECASE,
 )
@@ -46,9 +52,12 @@ CAMERA_MOTION = re.compile(
 def camera_metrics(
     c2w: NDArray[np.float64], intrinsics: NDArray[np.float64], width: int, height: int
 ) -> dict[str, float]:
-    """Of the worst frame: fields of view (the one farther from 60 degrees), |fx - fy| / mean, and
-    the largest change of velocity and of turning speed between successive frames (m and degrees),
-    which a jump in the pose track shows as."""
+    """Return the camera's metrics, each of its worst frame.
+
+    They are the fields of view (the one farther from 60 degrees), |fx - fy| / mean, and the largest
+    change of velocity and of turning speed between successive frames (m and degrees), which reveals
+    a jump in the pose track.
+    """
     fx, fy = intrinsics[:, 0], intrinsics[:, 1]
     views = [np.degrees(2 * np.arctan(size / (2 * f))) for size, f in ((width, fx), (height, fy))]
     steps = np.diff(c2w[:, :3, 3], axis=0)
@@ -66,7 +75,7 @@ def camera_metrics(
 
 
 def scale_cv(scales: Sequence[float]) -> float:
-    """Coefficient of variation of per-frame metric scales: std / (mean + epsilon)."""
+    """Return the coefficient of variation of per-frame metric scales: std / (mean + epsilon)."""
     values = np.asarray(scales, np.float64)
     return float(values.std() / (values.mean() + EPSILON))
 
@@ -74,7 +83,7 @@ def scale_cv(scales: Sequence[float]) -> float:
 def video_metrics(
     video: NDArray[np.uint8], fps: float, wanted: Iterable[str] = VIDEO_METRICS
 ) -> dict[str, float]:
-    """[F,H,W,3] -> those of VIDEO_METRICS that are wanted.
+    """Return the wanted VIDEO_METRICS of a video [F,H,W,3].
 
     Raises:
         DataError: a tool that a metric needs is not installed.
@@ -89,19 +98,21 @@ def video_metrics(
 
 
 def saturation(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[H,W,3] RGB -> [H,W] of HSV, 0 to 255."""
+    """Return the HSV saturation [H,W], 0 to 255, of an RGB image [H,W,3]."""
     value, low = frame.max(axis=-1).astype(np.float32), frame.min(axis=-1).astype(np.float32)
     return np.asarray((value - low) / np.maximum(value, 1) * 255, np.float32)
 
 
 def luma(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 3] -> [H, W], BT.601 with its offset."""
+    """Return the BT.601 luma [H, W] of [H, W, 3], with its offset."""
     return np.asarray(np.rint(frame.astype(np.float32) @ LUMA + 16), np.uint8)
 
 
 def vmaf_motion(video: NDArray[np.uint8]) -> list[float]:
-    """VMAF's motion feature of each frame (0 for the first): by FFmpeg's own filter where PyAV
-    brings it, else by the same formula here."""
+    """Return VMAF's motion feature of each frame (0 for the first).
+
+    FFmpeg's own filter computes it where PyAV has it, else the same formula here.
+    """
     planes = [luma(frame) for frame in video]
     try:
         import av
@@ -115,6 +126,7 @@ def vmaf_motion(video: NDArray[np.uint8]) -> list[float]:
 
 
 def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
+    """Return VMAF's motion feature of each frame by FFmpeg's own filter."""
     import av
 
     height, width = planes[0].shape
@@ -139,14 +151,16 @@ def motion_by_ffmpeg(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
 
 
 def motion_by_formula(planes: Sequence[NDArray[np.uint8]]) -> list[float]:
-    """Mean absolute difference of blurred luma; FFmpeg's differs by how it treats the two outermost
-    pixels."""
+    """Return the mean absolute difference of blurred luma.
+
+    FFmpeg treats the two outermost pixels differently.
+    """
     blurred = [blur(plane.astype(np.float32)) for plane in planes]
     return [0.0, *(float(np.abs(b - a).mean()) for a, b in itertools.pairwise(blurred))]
 
 
 def blur(luma: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[H,W] -> [H,W], edges mirrored."""
+    """Blur [H,W] -> [H,W], with mirrored edges."""
     padded = np.pad(luma, 2, mode="reflect")
     rows = sum(weight * padded[i : padded.shape[0] - 4 + i] for i, weight in enumerate(BLUR))
     return np.asarray(
@@ -155,8 +169,10 @@ def blur(luma: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def flow_pixels(video: NDArray[np.uint8], fps: float) -> float:
-    """Mean length of the optical flow (OpenCV's DIS) in pixels between frames FLOW_EVERY_S apart; 0
-    for a clip of one sample."""
+    """Return the mean length of the optical flow (OpenCV's DIS) in pixels.
+
+    It is taken between frames FLOW_EVERY_S apart; 0 for a clip of one sample.
+    """
     cv2 = filter_tool("cv2")
     step = max(1, round(FLOW_EVERY_S * fps))
     grey = [
@@ -172,20 +188,22 @@ def flow_pixels(video: NDArray[np.uint8], fps: float) -> float:
 
 
 def scene_cuts(video: NDArray[np.uint8], fps: float) -> list[int]:
-    """The first frame of every later scene, by PySceneDetect's ContentDetector with its own
-    defaults."""
+    """Return the first frame of every later scene.
+
+    It uses PySceneDetect's ContentDetector with its own defaults.
+    """
     scenedetect = filter_tool("scenedetect")
     detector, found = scenedetect.ContentDetector(), []
     moment = scenedetect.FrameTimecode(0, float(fps))
     for number, frame in enumerate(video):
         moment = scenedetect.FrameTimecode(number, float(fps))
-        found += detector.process_frame(
-            moment, np.ascontiguousarray(frame[..., ::-1])
-        )  # it takes BGR
+        # it takes BGR
+        found += detector.process_frame(moment, np.ascontiguousarray(frame[..., ::-1]))
     return [cut.frame_num for cut in (*found, *detector.post_process(moment))]
 
 
 def filter_tool(name: str) -> Any:
+    """Import a package that filtering needs, or raise DataError with what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -196,6 +214,8 @@ def filter_tool(name: str) -> Any:
 
 
 def camera_words(caption: str) -> list[str]:
-    """The phrases of a caption that name camera motion. A caption must describe the scene only: the
-    motion comes through the poses."""
+    """Return the phrases of a caption that name camera motion.
+
+    A caption must describe the scene only: the motion is given by the poses.
+    """
     return [match.group(0) for match in CAMERA_MOTION.finditer(caption)]

@@ -1,9 +1,8 @@
-"""`python -m data_shards.record vizdoom out=… clips=32 frames=81 fps=16`: gameplay with exact
-cameras, as plain files.
+"""Record gameplay: `python -m data_shards.record vizdoom out=… clips=32 frames=81 fps=16`.
 
 A recording is a folder with `clips/<key>/{video,depth,c2w,intrinsics,buttons,mouse}.npy` (raw,
-lossless) and `recording.json`, which is written last and carries every file's crc32c. The same
-arguments give the same bytes. See `sources/vizdoom.py` for axes, units and time.
+lossless) and `recording.json`, which is written last and has every file's crc32c. Cameras are
+exact. The same arguments give the same bytes. See `sources/vizdoom.py` for axes, units and time.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ OPTIONS = {
 
 
 def npy_bytes(array: Any) -> bytes:
+    """Return an array as the bytes of an npy file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
@@ -59,7 +59,8 @@ def record(out: str, clips: int, **options: Any) -> None:
     """Record into `out`. An existing recording made with the same arguments is kept as it is.
 
     Raises:
-        DataError: a frame count that is not 8k+1, an unknown size or scenario, or `out` holds something else.
+        DataError: a frame count that is not 8k+1, an unknown size or scenario, or `out` holds
+        something else.
     """
     from rich.progress import (
         BarColumn,
@@ -143,7 +144,7 @@ def _unfinished(final: Path) -> str:
 
 
 def remove_unfinished(final: Path) -> None:
-    """Remove what recordings into `final` that were killed on this machine have left beside it."""
+    """Remove unfinished recordings into `final` that were killed on this machine."""
     for left in final.absolute().parent.glob(f"{glob.escape(_unfinished(final))}*"):
         try:
             os.kill(int(left.name.removeprefix(_unfinished(final))), 0)  # sends nothing

@@ -1,17 +1,19 @@
-"""What a data set of latent clips is: its facts as frozen dataclasses, and the allow-lists
-everything read from disk must pass.
+"""Define the format of a data set of latent clips, and the allow-lists for everything read from it.
 
-Layout of a data set directory:
-  shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
-  index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
-  null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt, real tokens only
-  plan.json            the arguments that it was encoded with
-  SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
-  dataset.json         written last: without it the directory is no data set
+`data_shards/README.md` explains the format. Layout of a data set directory:
 
-Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r =
-temporal_stride each, so a shorter clip can start at latent 0 only, or at a raw frame whose own
-*image latent* (that frame alone, encoded as the first of a clip) was stored. With
+    shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
+    index.parquet        one row per clip: position, dtype, shape and crc32c of each member, and
+                         the crc32c of each latent frame
+    null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty
+                         prompt, real tokens only
+    plan.json            the arguments that it was encoded with
+    SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
+    dataset.json         written last: without it the directory is no data set
+
+A cut may start where the codec has an *image latent*. Latent 0 of a causal codec holds one raw
+frame, the others r = temporal_stride each, so a shorter clip can start at latent 0 only, or at a
+raw frame whose own image latent (that frame alone, encoded as the first of a clip) was stored. With
 `image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has
 the member `image_latents.npy` [K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k
 is the image latent of raw frame (k + 1) e, that is of every multiple of e up to the clip's last
@@ -62,10 +64,8 @@ FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
 MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
 IMAGE_LATENTS = "image_latents.npy"
-READ_BY_ROW = (
-    TIME_SHARDED,
-    IMAGE_LATENTS,
-)  # these carry a crc32c per row; all other members are read whole
+# these carry a crc32c per row; all other members are read whole
+READ_BY_ROW = (TIME_SHARDED, IMAGE_LATENTS)
 INDEX, NULL_TEXT, FACTS, PLAN, SUMS = (
     "index.parquet",
     "null_text.npy",
@@ -87,11 +87,10 @@ LOGIN = re.compile(r"://[^/@\s]*@")  # user name and password in an address: nev
 
 
 class DataError(ValueError):
-    """A data set, shard, recording or argument is not what it must be. The message says what, where
-    and what to do.
+    """Report a data set, shard, recording or argument that is wrong: what, where and what to do.
 
-    passing: storage did not answer for as long as was tried. Nothing is known to be wrong with what
-    lies there: trying later may help.
+    passing: storage did not answer within the time limit. The data may be fine, and trying later
+    may help.
     """
 
     def __init__(self, message: str, passing: bool = False) -> None:
@@ -100,8 +99,10 @@ class DataError(ValueError):
 
 
 class ShardError(DataError):
-    """A shard is missing, cut or changed, or cannot be read. `shard` is its name, for the
-    quarantine list."""
+    """Report a shard that is missing, cut, changed or unreadable.
+
+    shard: its name, for the quarantine list.
+    """
 
     def __init__(self, message: str, shard: str, passing: bool = False) -> None:
         super().__init__(message, passing)
@@ -110,8 +111,7 @@ class ShardError(DataError):
 
 @dataclass(frozen=True)
 class MemberEntry:
-    """One file inside a shard, as the index describes it. Offsets are absolute byte positions in
-    the tar."""
+    """Describe one file inside a shard. Offsets are absolute byte positions in the tar."""
 
     field: str
     offset: int  # of the npy header (or of the JSON text)
@@ -129,8 +129,10 @@ class MemberEntry:
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One clip. `row` is its position in the index, `episode` the source video that the validation
-    split is made by."""
+    """Describe one clip. row: its position in the index; episode: the source video.
+
+    The validation split is made by episode.
+    """
 
     key: str
     row: int
@@ -143,8 +145,10 @@ class ClipEntry:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The content of dataset.json. `mean` and `std` are [2][C]: for the first latent of a clip and
-    for all later ones."""
+    """Store the content of dataset.json.
+
+    mean, std: [2][C], for the first latent of a clip and for all later ones.
+    """
 
     schema_version: int
     codec: str
@@ -179,9 +183,8 @@ class DatasetInfo:
         # what every clip has, besides image_latents.npy, which only clips longer than
         # image_latents_every have
     ] = ()
-    image_latents_every: int = (
-        0  # raw frames between stored image latents (see the module's docstring); 0: none
-    )
+    # raw frames between stored image latents (see the module's docstring); 0: none
+    image_latents_every: int = 0
     text_encoder: str | None = None  # what made text.npy; None: this set has no text
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
@@ -189,7 +192,7 @@ class DatasetInfo:
 
 
 def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int | None, ...]:
-    """The shape that `field` of this clip must have; None where any length is allowed."""
+    """Return the shape that `field` of this clip must have; None where any length is allowed."""
     return {
         "latent.npy": (entry.latent_frames, info.channels, info.latent_height, info.latent_width),
         "image_latents.npy": (
@@ -207,20 +210,21 @@ def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int
 
 
 def expected_fields(info: DatasetInfo, raw_frames: int) -> frozenset[str]:
-    """The members that a clip of this length must have."""
+    """Return the members that a clip of this length must have."""
     extra = {IMAGE_LATENTS} if image_latent_count(raw_frames, info.image_latents_every) else set()
     return frozenset({*info.fields, *extra})
 
 
 def image_latent_count(raw_frames: int, every: int) -> int:
-    """K: how many image latents a clip has besides latent 0; see the module's docstring. They are
-    of the raw frames every, 2 every, …"""
+    """Return K, the number of image latents of a clip besides latent 0.
+
+    They are of the raw frames every, 2 every, … (see the module's docstring).
+    """
     return (raw_frames - 1) // every if every else 0
 
 
 def latent_frame_count(raw_frames: int, temporal_stride: int) -> int:
-    """T = (F - 1) / r + 1 for a causal codec, whose first latent holds one raw frame and every
-    later one r."""
+    """Return T = (F - 1) / r + 1, where latent 0 holds one raw frame and later ones r."""
     if raw_frames < 1 or (raw_frames - 1) % temporal_stride:
         low = max(0, (raw_frames - 1) // temporal_stride) * temporal_stride + 1
         raise DataError(
@@ -231,8 +235,10 @@ def latent_frame_count(raw_frames: int, temporal_stride: int) -> int:
 
 
 def check_key(key: str) -> str:
-    """A key becomes part of a file name inside the tar: letters, digits, `_` and `-` only (a dot
-    would split it in WebDataset)."""
+    """Check and return a key, which becomes part of a file name inside the tar.
+
+    Letters, digits, `_` and `-` only: WebDataset would split it at a dot.
+    """
     if not KEY_PATTERN.fullmatch(key):
         raise DataError(
             f"clip key: got {key!r}, expected letters, digits, '_' and '-', at most 72. Fix: rename"
@@ -242,7 +248,7 @@ def check_key(key: str) -> str:
 
 
 def index_schema() -> Any:
-    """The columns of index.parquet (a pyarrow.Schema)."""
+    """Return the columns of index.parquet (a pyarrow.Schema)."""
     import pyarrow as pa
 
     member = pa.struct(
@@ -281,7 +287,8 @@ def info_from_json(text: str, where: str) -> DatasetInfo:
     """Parse and check dataset.json.
 
     Raises:
-        DataError: not JSON, missing or unknown fields, another schema version, statistics that are not finite.
+        DataError: not JSON, missing or unknown fields, another schema version, statistics that are
+        not finite.
     """
     try:
         raw = json.loads(text)

@@ -1,8 +1,8 @@
-"""`python -m data_shards.stats path=…`: what is in a data set: durations, motion, controls, and
-whether its normalisation is right.
+"""Print statistics of a data set: `python -m data_shards.stats path=…`.
 
-The statistics of dataset.json were taken while encoding, before rounding; here they are taken again
-from the stored latents, which shows a set whose parts do not belong together.
+Durations, motion, controls, and a check of the normalisation: the statistics of dataset.json were
+taken while encoding, before rounding; here they are taken again from the stored latents, which
+reveals a set whose parts do not belong together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def motion(c2w: NDArray[np.float64], fps: float) -> dict[str, float]:
-    """Speed (m/s), turning (degrees/s) and path length (m) of a camera [F,4,4]."""
+    """Return speed (m/s), turning (degrees/s) and path length (m) of a camera [F,4,4]."""
     steps = np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1)
     relative = np.einsum("fji,fjk->fik", c2w[:-1, :3, :3], c2w[1:, :3, :3])
     turns = np.degrees(np.arccos(np.clip((np.trace(relative, axis1=1, axis2=2) - 1) / 2, -1, 1)))
@@ -47,7 +47,7 @@ def motion(c2w: NDArray[np.float64], fps: float) -> dict[str, float]:
 
 
 def image_latents(dataset: ClipDataset, entry: ClipEntry) -> NDArray[np.float32]:
-    """[K, C, h, w]; they are first latents too."""
+    """Return the image latents [K, C, h, w], which count as first latents, too."""
     member = dataset.members(entry).get(IMAGE_LATENTS)
     if member is None:
         return np.empty(
@@ -58,7 +58,7 @@ def image_latents(dataset: ClipDataset, entry: ClipEntry) -> NDArray[np.float32]
 
 
 def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) -> dict[str, Any]:
-    """Figures over at most `limit` clips of a split, evenly spread."""
+    """Measure at most `limit` clips of a split, evenly spread."""
     clips, info = dataset.clips(split), dataset.info
     chosen = np.unique(
         np.linspace(0, max(len(clips) - 1, 0), min(limit, len(clips))).astype(int)
@@ -110,13 +110,13 @@ def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) 
 
 
 def histogram(values: Sequence[float]) -> dict[str, list[float]]:
-    """{edges [n + 1], counts [n]} of equal bins from the least value to the largest."""
+    """Return {edges [n + 1], counts [n]} of equal bins from the smallest value to the largest."""
     counts, edges = np.histogram(values, BINS)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def bars(counts: Sequence[float]) -> str:
-    """One character a bin, as high as its count; what is not empty is seen."""
+    """Draw one character per bin, as high as its count; a bin that is not empty is visible."""
     most = max(counts)
     return "".join(
         BARS[max(int(count > 0), round(count / most * (len(BARS) - 1)))] for count in counts
@@ -124,6 +124,7 @@ def bars(counts: Sequence[float]) -> str:
 
 
 def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
+    """Print the figures of a data set."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,9 @@
-"""`python -m data_shards.verify path=…`: every byte of a data set against its index. Exit code 0 if
-all is well, 1 if not.
+"""Check every byte of a data set against its index: `python -m data_shards.verify path=…`.
 
-Shards are checked by `storage/verify_shard.py`. The files beside the shards have their checksums in
+Exit code 0 if all is well, 1 if not. A shard is fully determined by its index rows: canonical tar
+headers, npy headers, payloads with known checksums, zero padding, two zero blocks, end; or the
+files of a Zarr group, in the same way. So each byte is either right or reported, with shard, key
+and field; a damaged header is never followed. The files beside the shards have their checksums in
 SHA256SUMS.
 """
 
@@ -31,7 +33,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+[.][a-z]+")
 
 
 def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEntry, ...]]]:
-    """All rows of the index, in its order, each checked."""
+    """Yield all rows of the index, in its order, each checked."""
     entries = sorted(
         (entry for split in SPLITS for entry in dataset.clips(split)), key=lambda entry: entry.row
     )
@@ -40,6 +42,7 @@ def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEn
 
 
 def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
+    """Verify one shard, tar or Zarr."""
     filesystem, root = connect(path, POLICY)
     name = f"{root}/{shard}"
     try:
@@ -54,8 +57,10 @@ def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
 
 
 def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
-    """The files beside the shards against SHA256SUMS, and that itself: it names those needed, in
-    the one way `encode` writes it."""
+    """Check the files beside the shards against SHA256SUMS, and that file itself.
+
+    It must list those needed, exactly as `encode` writes it.
+    """
     try:
         written = bytes(filesystem.cat_file(f"{root}/{SUMS}")).decode(errors="replace")
     except OSError as error:
@@ -91,6 +96,7 @@ def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
 
 
 def sha256_of(filesystem: Any, path: str) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with filesystem.open(path, "rb") as file:
         while data := file.read(CHUNK):
@@ -101,7 +107,7 @@ def sha256_of(filesystem: Any, path: str) -> str:
 def verify_dataset(
     path: str, workers: int = 1, progress: Any = iter
 ) -> tuple[DatasetInfo, list[Problem], set[str]]:
-    """(facts, problems, shards with a problem). `progress` wraps the list of shards.
+    """Return (facts, problems, shards with a problem). progress: wraps the list of shards.
 
     Raises:
         DataError: dataset.json or the index cannot be read at all.

@@ -1,4 +1,4 @@
-"""One attempt of a run on Ray: all ranks are placed, started, watched and taken down together."""
+"""Run one attempt on Ray: place, start, watch and stop all ranks together."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ from launch.restart import Death, Growth, cause
 from launch.signals import Caught
 from launch.spec import LaunchSpec, rank_environment
 
-LISTEN_S = 0.5  # how long rank 0 waits for lines, and how late a signal to the driver is seen
+LISTEN_S = 0.5  # time to wait for lines of rank 0, and the longest delay of a signal
 FITS_NOW_S = 5.0  # for Ray to answer whether a smaller number fits
 START_S = 60.0  # for the actors' processes, once they have their place
 # after a first death, how long to look for others: the peers of a killed rank die of their broken
 # connections
 WITNESS_S = 2.0
 GROW_LOOK_S = 2.0  # how often to ask Ray whether there is room for more
-STOP_BROKEN_S = (
-    2.0  # the others cannot finish a step without the dead rank, so they get little time
-)
+# the others cannot finish a step without the dead rank, so they get little time
+STOP_BROKEN_S = 2.0
 
 
 class NoRoomError(RuntimeError):
-    """The cluster did not have the resources in time."""
+    """Report that the cluster did not have the resources in time."""
 
 
 def run_attempt(
     spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
 ) -> Death | Growth | None:
-    """Place, start, watch. After a loss with fewer workers, until there is room for more of them
-    again. Raises NoRoomError."""
+    """Place the workers, start them and watch them.
+
+    When the run continues with fewer workers after a loss, the attempt ends as soon as there is
+    room for more again (Growth). Raises NoRoomError.
+    """
     with _placed(spec, spec.fewer if number else (), view) as actors:
         actors, environments, where = _seats(actors, spec)
         view.text(f"{len(actors)} workers on {where}")
@@ -66,16 +68,17 @@ def run_attempt(
                 _end(actors, STOP_BROKEN_S, view)
             elif workers or stop.number is not None:
                 codes = _end(actors, spec.grace_s, view)
-                if workers and codes != [0] * len(actors):  # else they had just come to their end
+                if workers and codes != [0] * len(actors):  # else all of them had finished
                     return Growth(workers)
         return cause(deaths)
 
 
 @contextmanager
 def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
-    """A function that says how many workers there is room for, if more than now, else 0. What is
-    missing for the next larger number is asked of Ray all the while, so an autoscaler knows of the
-    need."""
+    """Yield a function that returns a larger number of workers for which there is room, else 0.
+
+    The missing resources are requested from Ray all the time, so an autoscaler can provide them.
+    """
     larger = min((number for number in (spec.workers, *spec.fewer) if number > workers), default=0)
     if not larger:
         yield lambda: 0
@@ -98,8 +101,10 @@ def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Iterator[list[Any]]:
-    """One actor per worker, all or none, packed on few nodes; gone afterwards with everything they
-    started."""
+    """Yield one actor per worker, all or none, packed on few nodes.
+
+    On exit the actors and everything they started are removed.
+    """
     group, workers = _room(spec, fewer)
     if workers < spec.workers:
         view.text(f"room for {workers} of {spec.workers} workers: going on with {workers}")
@@ -125,13 +130,15 @@ def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Ite
         yield actors
     finally:
         for actor in actors:
-            ray.kill(actor)  # the leash takes its worker with it
+            ray.kill(actor)  # the leash ends its worker, too
         remove_placement_group(group)
 
 
 def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int]:
-    """Room for all workers within `place_s`, else for the largest number of `fewer` that fits at
-    once. Raises NoRoomError."""
+    """Return a placement group for all workers within `place_s`, else for as many as fit now.
+
+    The smaller numbers tried are those of `fewer`, largest first. Raises NoRoomError.
+    """
     for workers in (spec.workers, *fewer):
         group = placement_group(_bundles(spec, workers), strategy="PACK")
         if group.wait(spec.place_s if workers == spec.workers else FITS_NOW_S):
@@ -150,8 +157,11 @@ def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int
 
 
 def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
-    """A cluster that was there before us does not know our PYTHONPATH; one that we started does,
-    and starts actors faster if not told."""
+    """Return the environment that lets a Ray cluster find this package.
+
+    A cluster that was running before does not have our PYTHONPATH. One that we started has it, and
+    starts actors faster without this.
+    """
     if spec.address is None:
         return None
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -159,8 +169,10 @@ def _where_our_code_is(spec: LaunchSpec) -> dict[str, Any] | None:
 
 
 def _bundles(spec: LaunchSpec, workers: int) -> list[dict[str, float]]:
-    """The resources of all workers, in parts that each come from one node: those of `together`
-    workers, or of as many that divide it as the largest node holds."""
+    """Return the resources of all workers, in bundles that each come from one node.
+
+    A bundle holds `together` workers, or the largest divisor of it that fits on the largest node.
+    """
     one, nodes = _bundle(spec), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fit = max(
         (min(int(node.get(name, 0) // amount) for name, amount in one.items()) for node in nodes),
@@ -174,8 +186,10 @@ def _bundles(spec: LaunchSpec, workers: int) -> list[dict[str, float]]:
 
 
 def _bundle(spec: LaunchSpec) -> dict[str, float]:
-    """The resources of one worker: CPUs, and one accelerator if the cluster has any of the kinds
-    that the run can use."""
+    """Return the resources of one worker: CPUs, and one accelerator if the cluster has any.
+
+    Only kinds that the run can use count.
+    """
     bundle: dict[str, float] = {"CPU": spec.cpus_per_worker}
     if not spec.accelerators:
         return bundle
@@ -186,8 +200,10 @@ def _bundle(spec: LaunchSpec) -> dict[str, float]:
 
 
 def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[str, str]], str]:
-    """Actors in rank order (ranks of a node side by side, so that a sequence-parallel group stays
-    inside it) and their environments."""
+    """Return actors in rank order, their environments, and the nodes' names.
+
+    Ranks of a node are consecutive, so that a sequence-parallel group stays inside the node.
+    """
     try:
         seats: list[Seat] = ray.get([actor.seat.remote() for actor in actors], timeout=START_S)
     except RayError as error:
@@ -224,8 +240,10 @@ def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[st
 def _watch(
     actors: list[Any], view: ProgressView, stop: Caught, larger: Callable[[], int]
 ) -> tuple[list[Death], int]:
-    """Until all ranks ended with 0 (no deaths), or some died, or the driver is told to stop, or
-    there is room for a larger number."""
+    """Watch the ranks until all ended, some died, the driver must stop, or more workers fit.
+
+    Returns (deaths, larger number of workers or 0); no deaths if all ranks ended with 0.
+    """
     running = {_listen(actors, rank): rank for rank in range(len(actors))}
     deaths: list[Death] = []
     until: float | None = None
@@ -258,8 +276,10 @@ def _listen(actors: list[Any], rank: int) -> Any:
 
 
 def _end(actors: list[Any], grace_s: float, view: ProgressView) -> list[int | None]:
-    """Stop what still runs, all at the same time, and show what rank 0 had to say about it; returns
-    the exit codes, as far as known."""
+    """Stop all running ranks at the same time and show rank 0's remaining output.
+
+    Returns the exit codes, None where unknown.
+    """
     calls = [actor.stop.remote(grace_s) for actor in actors]
     ready, _ = ray.wait(calls, num_returns=len(calls), timeout=grace_s + 5)
     codes: list[int | None] = []

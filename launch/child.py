@@ -1,5 +1,4 @@
-"""A worker process on this machine: started in its own process group, its output read line by line
-and kept in a log file."""
+"""Run a worker process on this machine in its own process group, with a log file."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from typing import IO
 from launch.leash import leashed
 from launch.spec import TAIL
 
-MOST_LINES = 5000  # kept for a reader that does not come; a worker never waits for it
+MOST_LINES = 5000  # kept if nobody reads them; a worker never waits for a reader
 
 
 class Child:
-    """`command` as a process. Start it from the main thread (see leash)."""
+    """Run `command` as a process. Create it from the main thread (see leash.py)."""
 
     def __init__(
         self,
@@ -68,8 +67,10 @@ class Child:
         self._news.set()
 
     def wait(self, seconds: float, for_lines: bool) -> tuple[list[str], int | None]:
-        """New lines and the exit code, as soon as there is one of them or after `seconds`. Without
-        `for_lines` only the exit counts."""
+        """Return new lines and the exit code as soon as there is either, or after `seconds`.
+
+        Without `for_lines` only the exit counts.
+        """
         if for_lines:
             self._news.wait(seconds)
             self._news.clear()
@@ -79,22 +80,22 @@ class Child:
         code = self.process.poll()
         if (
             code is not None
-            # the last lines say why a worker died; a grandchild may hold the pipe open for ever, hence
-            # the limit
+            # The last lines say why a worker died. A grandchild may hold the pipe open for ever,
+            # hence the limit.
         ):
             self._reader.join(1.0)
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         return lines, code
 
     def signal(self, number: int) -> None:
-        """To the worker and whatever it started."""
+        """Send a signal to the worker and everything it started."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
             return
 
     def stop(self, grace_s: float) -> int:
-        """SIGTERM, then after `grace_s` SIGKILL, to the whole group; returns the exit code."""
+        """Send SIGTERM, then after `grace_s` SIGKILL, to the whole group; return the exit code."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
             try:

@@ -1,4 +1,4 @@
-"""Private APIs of Ray that `launch` uses, each with the versions it was read in."""
+"""Wrap private APIs of Ray that `launch` uses, each with the versions it was read in."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from ray._private import accelerators
 
 
 def accelerator_resources() -> set[str]:
-    """Return the names by which Ray counts accelerators of any maker, such as GPU. Ray 2.60."""
+    """Return Ray's resource names for accelerators of any vendor, such as GPU. Ray 2.60."""
     return set(accelerators.get_all_accelerator_resource_names())

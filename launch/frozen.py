@@ -1,9 +1,9 @@
-"""What a launcher is asked to run, as a file, for a driver that starts elsewhere and later: `python
--m launch.frozen job.json`.
+"""Write a job to a file, and run it from there: `python -m launch.frozen job.json`.
 
-The file holds whole stages, each of one or several groups of workers, configs included; nothing is
-looked up again when the job's turn comes. A driver in a queue cannot always be sent a signal, so it
-also takes a file that appears as a request to save and leave.
+This is for drivers that start later and elsewhere. The file holds whole stages, each of one or
+several groups of workers, configs included; nothing is looked up again when the job starts. A
+driver in a queue cannot always be sent a signal, so it also accepts a file: when that file appears,
+the workers save and leave.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ Stages = Sequence[Mapping[str, LaunchSpec]]
 
 
 def to_text(launcher: str, stages: Stages) -> str:
-    """JSON of what to run, one stage after the other, with a launcher that starts workers at
-    once."""
+    """Return JSON of the stages to run in order, with a launcher that starts workers at once."""
     plain = [{pool: asdict(spec) for pool, spec in stage.items()} for stage in stages]
     return json.dumps({"launcher": launcher, "stages": plain}, default=str, indent=1)
 
 
 def from_text(text: str) -> tuple[str, list[dict[str, LaunchSpec]]]:
-    """What `to_text` wrote. Raises ValueError or TypeError for anything else."""
+    """Parse the result of `to_text`. Raises ValueError or TypeError for anything else."""
     plain = json.loads(text)
     return plain["launcher"], [
         {pool: _build(LaunchSpec, spec) for pool, spec in stage.items()}
@@ -47,7 +46,7 @@ def from_text(text: str) -> tuple[str, list[dict[str, LaunchSpec]]]:
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """JSON as the type that a field declares."""
+    """Convert JSON to the type that a field declares."""
     if typing.get_origin(kind) is types.UnionType:
         return (
             None
@@ -67,8 +66,7 @@ def _build(kind: Any, value: Any) -> Any:
 
 
 def run(launcher: str, stages: Stages) -> int:
-    """The stages one after the other; returns the exit code of the first that does not end well, or
-    0."""
+    """Run the stages in order; return the exit code of the first that fails, or 0."""
     for stage in stages:
         with ProgressView() as view:
             for spec in stage.values():
@@ -81,15 +79,15 @@ def run(launcher: str, stages: Stages) -> int:
 
 
 def _stop_when(file: Path) -> None:
-    # Not before the launcher listens: until then a signal would end this process without a word to
-    # the workers.
+    # Not before the launcher handles signals: until then a signal would end this process and leave
+    # the workers running.
     while not file.exists() or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         time.sleep(LOOK_S)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a job; returns its exit code."""
+    """Run a job; return its exit code."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m launch.frozen", description=__doc__, formatter_class=plain

@@ -1,5 +1,7 @@
-"""One worker as a child of this process, for debugging: the terminal's input goes to it, so
-`breakpoint()` works; no restarts."""
+"""Run one worker as a child of this process, for debugging, without restarts.
+
+The worker gets the terminal's input, so `breakpoint()` works.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,16 @@ from launch.progress import ProgressView
 from launch.signals import caught
 from launch.spec import INTERRUPTED, LaunchSpec, fill, rank_environment
 
-PORTS = range(
-    20000, 32768
-)  # above those that Ray gives to its workers, below those that systems give to connections
+# above Ray's worker ports, below the range that systems use for outgoing connections
+PORTS = range(20000, 32768)
 DRAWS = 100
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run one worker to its end; returns its exit code, 128 + n if signal n ended it. Raises
-    ValueError for more workers than one."""
+    """Run one worker to its end; return its exit code, 128 + n if signal n ended it.
+
+    Raises ValueError for more than one worker.
+    """
     if spec.workers != 1:
         raise ValueError(
             f"inline launcher: got {spec.workers} workers, expected 1. Fix: launcher.workers=1, or"
@@ -32,7 +35,7 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
         )
     environment = rank_environment(0, 1, 0, 1, "127.0.0.1", free_port("127.0.0.1"))
     # A Ctrl-C reaches the worker from the terminal itself, as it is in our process group; SIGTERM
-    # comes to us alone and is handed on.
+    # reaches only us, so it is forwarded.
     with caught() as stop:
         process = subprocess.Popen(
             leashed(fill(spec.command, str(spec.config_path))),
@@ -55,9 +58,11 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
 
 
 def free_port(address: str) -> int:
-    """A port nobody listens on right now. Whoever gets it binds it seconds later, so it is none
-    that the system gives away meanwhile, and two launchers that ask at the same time hardly draw
-    the same one. Raises OSError for an address that is not ours."""
+    """Return a port that is free right now. Raises OSError for an address of another machine.
+
+    The caller binds it seconds later, so it is drawn at random outside the range from which the
+    system assigns ports: two launchers at the same time rarely draw the same one.
+    """
     drawn = secrets.SystemRandom().sample(PORTS, DRAWS)
     for left, port in zip(reversed(range(DRAWS)), drawn):
         with socket.socket() as probe:
@@ -72,8 +77,10 @@ def free_port(address: str) -> int:
 
 
 def _output(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Whole lines with their newline; a prompt that waits for input comes without one; "" when
-    nothing came for a while."""
+    """Yield whole lines with their newline, and "" when nothing arrived for a while.
+
+    A prompt that waits for input is yielded without a newline.
+    """
     assert process.stdout is not None
     source, pending = process.stdout.fileno(), b""
     with selectors.DefaultSelector() as selector:

@@ -1,10 +1,10 @@
-"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`; 0 stands
-for whoever the parent is.
+"""Run a command that dies with its parent: `python leash.py <parent pid> <command...>`.
 
-A worker whose launcher was killed with SIGKILL would otherwise train on, hold its devices and write
-into the run directory that its successor uses. The kernel's parent-death signal survives exec, so
-nothing stays in between. Elsewhere than on Linux it only execs. Runs as a file in an isolated
-interpreter, so it may import nothing but the standard library.
+Parent pid 0 accepts any parent. A worker whose launcher was killed with SIGKILL would otherwise
+continue to train, hold its devices and write into the run directory that its replacement uses. The
+kernel's parent-death signal survives exec, so no extra process remains. On systems other than Linux
+it only execs. It runs as a file in an isolated interpreter, so it may import nothing but the
+standard library.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ PR_SET_PDEATHSIG = 1
 
 
 def leashed(command: list[str]) -> list[str]:
-    """The command line that runs `command` on a leash of this process. Start it from the main
-    thread: the leash is that thread's."""
+    """Return the command line that runs `command` and kills it when this process dies.
+
+    Start it from the main thread: the parent-death signal belongs to the thread that starts it.
+    """
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
 def leashed_to_anybody(command: list[str]) -> list[str]:
-    """The same for a command that another program will start."""
+    """Return the same for a command that another program will start."""
     return [sys.executable, "-I", "-S", __file__, "0", *command]
 
 
 def main() -> None:
+    """Ask the kernel for the parent-death signal, then become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

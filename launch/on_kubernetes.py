@@ -1,9 +1,8 @@
-"""Kubernetes: a manifest for KubeRay, which makes a Ray cluster for the run, submits our driver to
-it and takes it down afterwards.
+"""Write a manifest for KubeRay, which creates a Ray cluster for the run and removes it afterwards.
 
-One RayJob runs all selected stages. What it runs, configs included, travels in a Secret, since
-configs may hold the tracker's password. KubeRay makes the cluster's token itself (authOptions), so
-none is in the manifest.
+One RayJob runs all selected stages. The job file, configs included, is stored in a Secret, since
+configs may hold the tracker's password. KubeRay creates the cluster's token itself (authOptions),
+so the manifest contains none.
 """
 
 from __future__ import annotations
@@ -23,21 +22,24 @@ from launch.progress import ProgressView
 from launch.spec import USER_ERROR, LaunchSpec, write_private
 
 HEADER = """\
-# Rendered by `python -m wm_train.launch launcher=kubernetes`; submit it with: kubectl create -f <this file>
-# Needs KubeRay 1.5.1 or newer (authOptions). Checked against the field names and types of KubeRay's RayJob and of Kubernetes' pods; it has
-# not been run on a Kubernetes cluster.
+# Rendered by `python -m wm_train.launch launcher=kubernetes`.
+# Submit it with: kubectl create -f <this file>
+# Needs KubeRay 1.5.1 or newer (authOptions). Checked against the field names and types of KubeRay's
+# RayJob and of Kubernetes' pods; it has not been run on a Kubernetes cluster.
 """
 JOB = "/etc/wm_train"
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """One stage of one group of workers, see run_stages."""
+    """Run one stage of one group of workers, see run_stages."""
     return run_stages([{"": spec}], view)
 
 
 def run_stages(stages: Stages, view: ProgressView) -> int:
-    """Write the manifest; hand it to kubectl if asked to. Returns 0, or 2 when kubectl is missing
-    or refuses."""
+    """Write the manifest, and give it to kubectl if asked to.
+
+    Returns 0, or 2 when kubectl is missing or refuses.
+    """
     first = next(iter(stages[0].values()))
     assert first.pods is not None
     path = first.logs.parent / "rayjob.yaml"
@@ -66,7 +68,7 @@ def run_stages(stages: Stages, view: ProgressView) -> int:
 
 
 def manifest(stages: Stages) -> list[dict[str, Any]]:
-    """The Secret with what to run, and the RayJob that runs it."""
+    """Return the Secret with the job file and the RayJob that runs it."""
     first = next(iter(stages[0].values()))
     pods = first.pods
     assert pods is not None
@@ -87,7 +89,7 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
     cluster = {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
-        # The head only keeps the books: it must not die of what a worker does.
+        # The head runs no worker, so that a worker's failure cannot end it.
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", "disable-usage-stats": "true"},
             "template": head,
@@ -127,8 +129,7 @@ def manifest(stages: Stages) -> list[dict[str, Any]]:
 
 
 def pod(spec: LaunchSpec, limits: Mapping[str, str], secret: str | None = None) -> dict[str, Any]:
-    """A pod template: the image, the shared volume at its usual place, room for shared memory, and
-    for the head what to run."""
+    """Return a pod template: image, shared volume, shared memory, and for the head the job file."""
     pods = spec.pods
     assert pods is not None
     volumes: list[dict[str, Any]] = [
@@ -161,7 +162,9 @@ def pod(spec: LaunchSpec, limits: Mapping[str, str], secret: str | None = None) 
 
 
 def job_name(spec: LaunchSpec) -> str:
-    """The run's name as Kubernetes wants names: lower case, dashes, at most 47 letters, so that
-    KubeRay can add to it."""
+    """Convert the run's name to a Kubernetes name: lower case, dashes, at most 47 letters.
+
+    47 leaves room for the suffixes that KubeRay adds.
+    """
     assert spec.pods is not None
     return re.sub(r"[^a-z0-9]+", "-", spec.pods.name.lower()).strip("-")[:47].rstrip("-") or "run"

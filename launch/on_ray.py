@@ -1,10 +1,9 @@
-"""Workers on Ray: joins a running cluster or starts a local one, and restarts all ranks together
-when one dies.
+"""Run workers on Ray: join a cluster or start a local one, and restart all ranks when one dies.
 
-Ray core actors in a placement group, not Ray Train: Train takes some 20 s to its first step, runs
-the loop inside its own actor and reports an exception where a run has an exit code. Here every rank
-is a process of its own, with the environment that torchrun would give it, so a worker does not know
-who started it.
+It uses Ray core actors in a placement group, not Ray Train: Train takes some 20 s to its first
+step, runs the loop inside its own actor and reports an exception where a run has an exit code. Here
+every rank is a process of its own, with the environment that torchrun would give it, so a worker
+does not know which launcher started it.
 """
 
 from __future__ import annotations
@@ -24,21 +23,22 @@ from launch.signals import Caught
 from launch.spec import USER_ERROR, LaunchSpec
 from launch.token import TokenError, protect_local_ray
 
-CONNECT_S = 10  # to a cluster that should be there
-STARTS = 3  # of a Ray of our own
+CONNECT_S = 10  # to a cluster that should be running
+STARTS = 3  # attempts to start a local Ray
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec` to its end; returns 0, or the exit code of the worker that the run ended with (1:
-    its node was lost), or 128 + signal."""
+    """Run `spec` to its end; return the exit code.
+
+    0, the exit code of the worker that ended the run (1 if its node was lost), or 128 + signal.
+    """
     return run_pools({"": spec}, view)
 
 
 def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
-    """The same for several groups of workers on one cluster, see `launch.pools`."""
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # read when ray is imported, and by the processes that it starts
+    """Run several groups of workers on one cluster, see `launch.pools`."""
+    # read when ray is imported, and by the processes that it starts
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = next(iter(pools.values())).address or os.environ.get("RAY_ADDRESS")
     try:
         if not address:
@@ -76,13 +76,12 @@ def _run_placed(spec: LaunchSpec, view: ProgressView, stop: Caught | None) -> in
 
 
 def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
-    """Join or start Ray; returns what is wrong, or nothing."""
+    """Join or start Ray; return an error message, or ""."""
     import ray
 
     if not address:
-        return _start_local(
-            max(os.cpu_count() or 1, cpus), view
-        )  # on a laptop the workers may share cores
+        # on a laptop the workers may share cores
+        return _start_local(max(os.cpu_count() or 1, cpus), view)
     reason = _unreachable(address)
     if not reason:
         try:
@@ -112,8 +111,11 @@ def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
 
 
 def _start_local(cpus: int, view: ProgressView) -> str:
-    """Ray on this machine alone. Its processes choose their own ports; where one is lost to
-    somebody else, all start again."""
+    """Start Ray on this machine alone; return an error message, or "".
+
+    Its processes choose their own ports. If another program takes one first, all of them start
+    again.
+    """
     import ray
 
     for left in reversed(range(STARTS)):
@@ -141,7 +143,10 @@ def _start_local(cpus: int, view: ProgressView) -> str:
 
 
 def _unreachable(address: str) -> str:
-    """Why nobody listens at host:port, or nothing. Ray itself would try for five minutes."""
+    """Return the reason why nothing answers at host:port, or "".
+
+    Ray itself would try for five minutes.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return ""  # `auto` and the like: Ray looks for the cluster itself
@@ -157,6 +162,7 @@ def _token_authentication() -> bool:
 
 
 def on_loopback(endpoint: str) -> bool:
+    """Return True if an endpoint is reachable from this machine only."""
     host = endpoint.split("//")[-1].rsplit(":", 1)[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

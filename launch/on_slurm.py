@@ -1,10 +1,10 @@
-"""SLURM: one batch script per stage, written to the run folder and submitted on request. Inside the
-job either a torchrun agent on every node starts the workers, or `ray symmetric-run` makes the nodes
-a Ray cluster and our Ray driver does, with its restarts and pools.
+"""Write one SLURM batch script per stage into the run folder, and submit it on request.
 
-`signal_s` before the time limit the script asks the workers to save and leave, and puts itself back
-into the queue: its next start resumes. A stage of a longer curriculum is a job that waits for the
-one before it (`afterok`), or a task of one array.
+Inside the job either a torchrun agent on every node starts the workers, or `ray symmetric-run`
+turns the nodes into a Ray cluster and our Ray driver starts them, with its restarts and pools.
+`signal_s` before the time limit the script asks the workers to save and leave, and requeues itself:
+its next start resumes. A stage of a longer curriculum is a job that waits for the one before it
+(`afterok`), or a task of one array.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ set -u
 {setup}
 {environment}
 
-# An address rather than a name, as names of nodes need not resolve everywhere; a port of its own for every job.
+# An address, as names of nodes need not resolve everywhere; every job has its own port.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 port=$((20000 + SLURM_JOB_ID % 12000)) # below those that connections take
 me=$SLURM_JOB_ID
-[ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || me=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID # as the last task has the number of the whole array
+# the last task of an array has the job id of the whole array, so name the task
+[ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || me=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 
 {step} &
 step=$!
@@ -55,15 +56,17 @@ while [ "$leaving" = yes ] && kill -0 "$step" 2>/dev/null; do # a trap interrupt
   wait "$step"
   code=$?
 done
-if [ "$leaving" = yes ] && [ "$code" != 0 ] && [ {requeue} = yes ]; then # 0: it had just come to its end
+# code 0: the stage was complete when the time limit came near
+if [ "$leaving" = yes ] && [ "$code" != 0 ] && [ {requeue} = yes ]; then
   scontrol requeue "$me"
 elif [ -n "${{SLURM_ARRAY_JOB_ID:-}}" ]; then # for the next task of an array
-  echo "$code" > {folder}/slurm_ended.tmp && mv {folder}/slurm_ended.tmp {folder}/slurm_ended_"$SLURM_ARRAY_JOB_ID"
+  echo "$code" > {folder}/slurm_ended.tmp &&
+    mv {folder}/slurm_ended.tmp {folder}/slurm_ended_"$SLURM_ARRAY_JOB_ID"
 fi
 exit "$code"
 """
-# SLURM starts a task of an array as soon as no other one runs, also while the one before it waits
-# in the queue for its second half.
+# SLURM starts a task of an array as soon as no other one runs, even while the one before it is
+# requeued and waits to resume.
 ARRAY = """\
 #!/bin/bash
 {directives}
@@ -74,7 +77,8 @@ exec >> "$own/logs/slurm_${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID.log" 2>&1
 if [ "$SLURM_ARRAY_TASK_ID" -gt 0 ]; then
   before=$((SLURM_ARRAY_TASK_ID - 1))
   ended=${{stages[$before]}}/slurm_ended_$SLURM_ARRAY_JOB_ID
-  if [ ! -e "$ended" ] && [ -n "$(squeue --noheader --jobs="${{SLURM_ARRAY_JOB_ID}}_$before" 2>/dev/null)" ]; then
+  queued=$(squeue --noheader --jobs="${{SLURM_ARRAY_JOB_ID}}_$before" 2>/dev/null)
+  if [ ! -e "$ended" ] && [ -n "$queued" ]; then
     echo "the stage before this one has not ended: going back into the queue"
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
     exit 1
@@ -96,30 +100,34 @@ srun --kill-on-bad-exit=1 {srun}{agent} \\
   --nnodes={nodes} --nproc-per-node={each} --max-restarts={restarts} --rdzv-backend=c10d \\
   --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
   --no-python {worker}"""
-# A SIGTERM to srun itself would kill it at once; this goes to the agents, which hand it on and
+# A SIGTERM to srun itself would kill it at once; this goes to the agents, which forward it and
 # wait.
 ASK_TORCHRUN = 'scancel --signal=TERM "$SLURM_JOB_ID.0"'
-# Ray's own processes would take a signal to the step for theirs, so the driver watches a file.
+# Ray's own processes would react to a signal sent to the step, so the driver watches a file.
 RAY = """\
 stop={folder}/stop_$SLURM_JOB_ID
 rm -f "$stop"
 export PATH={bin}:$PATH # symmetric-run calls `ray`
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={wait:.0f} # seconds for all nodes to be there
-export RAY_gcs_rpc_server_reconnect_timeout_s=20 # how long the other nodes look for a head that has ended
-srun --kill-on-bad-exit=1 {srun}{ray} symmetric-run --address "$address:$port" --min-nodes {nodes} \\
-  --num-cpus={cpus} --disable-usage-stats --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 -- \\
+# how long the other nodes try to reach a head that has ended
+export RAY_gcs_rpc_server_reconnect_timeout_s=20
+srun --kill-on-bad-exit=1 {srun}{ray} symmetric-run \\
+  --address "$address:$port" --min-nodes {nodes} --num-cpus={cpus} --disable-usage-stats \\
+  --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 -- \\
   {driver} {job} --stop-file "$stop\""""
 ASK_RAY = 'touch "$stop"'
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Write the script of this stage; submit it if asked to. Returns 0, or 2 when sbatch is missing
-    or refuses."""
+    """Write the script of this stage; submit it if asked to.
+
+    Returns 0, or 2 when sbatch is missing or refuses.
+    """
     return run_pools({"": spec}, view)
 
 
 def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
-    """The same for several groups of workers in one job, under Ray."""
+    """Do the same as `run` for several groups of workers in one job, under Ray."""
     try:
         script = write(pools)
     except TokenError as error:
@@ -129,7 +137,7 @@ def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
 
 
 def run_stages(stages: Stages, view: ProgressView) -> int:
-    """The stages as one job array, a task each, of which one runs at a time."""
+    """Write the stages as one job array, a task each, of which one runs at a time."""
     try:
         for stage in stages:
             write(stage)
@@ -143,8 +151,10 @@ def run_stages(stages: Stages, view: ProgressView) -> int:
 
 
 def write(pools: Mapping[str, LaunchSpec]) -> Path:
-    """The script of one stage in the folder of its first pool, and beside it what it needs. Raises
-    TokenError."""
+    """Write the script of one stage, and its inputs, into the folder of its first pool.
+
+    Raises TokenError.
+    """
     spec = next(iter(pools.values()))
     assert spec.batch is not None
     folder = spec.logs.parent
@@ -158,8 +168,10 @@ def write(pools: Mapping[str, LaunchSpec]) -> Path:
 
 
 def submit(script: Path, spec: LaunchSpec, view: ProgressView) -> int:
-    """Hand a script to sbatch if asked to, and note the job in the stage's folder; returns 0, or 2
-    when that fails."""
+    """Give a script to sbatch if asked to, and store the job id in the stage's folder.
+
+    Returns 0, or 2 when that fails.
+    """
     assert spec.batch is not None
     if not spec.batch.submit:
         after = " --dependency=afterok:<job of the stage before>" if spec.batch.after else ""
@@ -193,14 +205,18 @@ def submit(script: Path, spec: LaunchSpec, view: ProgressView) -> int:
 
 
 def _inside(pools: Mapping[str, LaunchSpec]) -> dict[str, LaunchSpec]:
-    """What the driver inside the job runs; symmetric-run leaves a cluster that Ray finds by
-    itself."""
+    """Return the specification for the driver inside the job.
+
+    `ray symmetric-run` starts a cluster that Ray finds by itself.
+    """
     return {pool: replace(spec, address="auto", batch=None) for pool, spec in pools.items()}
 
 
 def directives(stages: Stages, array: bool) -> str:
-    """What is asked of SLURM, enough for each of the stages: for one of them, or for all as the
-    tasks of an array."""
+    """Return the #SBATCH lines, sufficient for each of the stages.
+
+    The stages are one job, or all tasks of an array.
+    """
     spec = next(iter(stages[0].values()))
     job = spec.batch
     assert job is not None
@@ -233,18 +249,17 @@ def directives(stages: Stages, array: bool) -> str:
 
 
 def _each(pools: Mapping[str, LaunchSpec]) -> int:
-    """Workers of a node."""
+    """Return the number of workers per node."""
     return -(-sum(pool.workers for pool in pools.values()) // next(iter(pools.values())).nodes)
 
 
 def _cpus(pools: Mapping[str, LaunchSpec]) -> int:
-    """CPUs of a node."""
+    """Return the number of CPUs per node."""
     return _each(pools) * max(pool.cpus_per_worker for pool in pools.values())
 
 
 def render_array(stages: Stages) -> str:
-    """The script of which every task runs the script of its stage, once the one before has ended
-    well."""
+    """Return the array script: task i runs the script of stage i after stage i-1 has succeeded."""
     folders = " ".join(shlex.quote(str(next(iter(stage.values())).logs.parent)) for stage in stages)
     return ARRAY.format(
         directives=directives(stages, array=True), folders=folders, seen=SEEN_WITHIN_S
@@ -252,7 +267,7 @@ def render_array(stages: Stages) -> str:
 
 
 def render(pools: Mapping[str, LaunchSpec]) -> str:
-    """The batch script of one stage."""
+    """Return the batch script of one stage."""
     spec = next(iter(pools.values()))
     job = spec.batch
     assert job is not None

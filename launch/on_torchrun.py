@@ -1,8 +1,8 @@
-"""Workers under torchrun: one agent on this machine, or the same command on each of several
-machines, which meet at an endpoint.
+"""Run workers under torchrun: one agent here, or the same command on each of several machines.
 
-torchrun places and watches; restarts are ours (max_restarts=0 there), because it would try again
-after a user's mistake too and its own exit code says nothing.
+The agents of several machines rendezvous at an endpoint. torchrun places and watches workers;
+restarts are done here (max_restarts=0 there), because torchrun would also retry after a user's
+mistake, and its own exit code says nothing.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from launch.restart import Death, cause, run_attempts
 from launch.signals import Caught
 from launch.spec import TAIL, LaunchSpec, fill
 
-TOLD = re.compile(
-    r"rank (\d+) on \S+: "
-)  # how a worker's word on a failure that it understands begins
+# prefix of a worker's message about a failure that it understands
+TOLD = re.compile(r"rank (\d+) on \S+: ")
 # In torchrun's closing report, for each rank that failed; the one that did so first comes last,
 # under this title.
 FAILURE = re.compile(
     r"^ *time\s*: (\S+)$.*?^ *rank\s*: (\d+).*?^ *exitcode\s*: (-?\d+)", re.DOTALL | re.MULTILINE
 )
 FIRST = "Root Cause"
-ONE_LOOK_S = (
-    5.0  # torchrun asks the others to leave once it has seen a failure, and kills them 30 s later
-)
+# torchrun asks the others to leave once it has seen a failure, and kills them 30 s later
+ONE_LOOK_S = 5.0
 REPORT_LINES = 80
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run `spec.workers` workers over `spec.nodes` machines to their end; returns the exit code of
-    the worker that failed first, or 0."""
+    """Run `spec.workers` workers over `spec.nodes` machines to their end.
+
+    Returns the exit code of the worker that failed first, or 0.
+    """
     return run_attempts(spec, view, run_attempt)
 
 
 def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
-    """The same for several groups of workers on this machine, see `launch.pools`."""
+    """Run several groups of workers on this machine, see `launch.pools`."""
     return run_together(
         pools, view, lambda spec, part, stop: run_attempts(spec, part, run_attempt, stop=stop)
     )
 
 
 def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
-    """The agent's command line on this machine. Attempts of one run meet under different names."""
+    """Return the agent's command line; each attempt of a run has its own rendezvous id."""
     if spec.nodes == 1:
         meeting = ["--standalone"]
     else:
@@ -76,8 +76,10 @@ def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
 
 
 def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught) -> Death | None:
-    """One agent from start to end. Its workers' output comes through it unmarked; only rank 0
-    speaks while all is well."""
+    """Run one agent from start to end.
+
+    The output of its workers is not marked by rank; as long as all is well only rank 0 prints.
+    """
     view.text(
         f"{spec.workers} workers under torchrun"
         + (f", meeting at {spec.endpoint}" if spec.nodes > 1 else "")
@@ -97,7 +99,7 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
                 told[int(found[1])] = line
         if stop.number is not None and asked_at is None:
             asked_at = time.monotonic()
-            agent.process.terminate()  # the agent hands it on to its workers, and waits for them
+            agent.process.terminate()  # the agent forwards it to its workers and waits for them
         if asked_at is not None and time.monotonic() - asked_at > spec.grace_s + 5:
             code = agent.stop(0.0)
     if code == 0:
@@ -105,14 +107,12 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
     death = reported("\n".join(last))
     if death is None:
         return Death(0, code, "\n".join(list(last)[-TAIL:]))
-    return replace(
-        death, said=told.get(death.rank, "")
-    )  # again, below what its peers and torchrun had to say
+    # repeated below the output of its peers and of torchrun
+    return replace(death, said=told.get(death.rank, ""))
 
 
 def reported(text: str) -> Death | None:
-    """Of the deaths in torchrun's closing report the one that explains the others; None if there is
-    none."""
+    """Return the root cause among the deaths in torchrun's closing report, None without one."""
     others, title, first = text.partition(FIRST)
     found = [
         (datetime.strptime(when, "%Y-%m-%d_%H:%M:%S"), Death(int(rank), int(code), ""))

@@ -1,5 +1,4 @@
-"""Several groups of workers under one driver: started together, restarted apart, stopped
-together."""
+"""Run several groups of workers under one driver: start together, restart apart, stop together."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from launch.progress import ProgressView
 from launch.signals import Caught, caught
 from launch.spec import INTERRUPTED, LaunchSpec
 
-LOOK_S = 0.2  # how late a signal is handed on
+LOOK_S = 0.2  # longest delay of a forwarded signal
 
 
 def run_together(
@@ -21,9 +20,11 @@ def run_together(
     view: ProgressView,
     run: Callable[[LaunchSpec, ProgressView, Caught], int],
 ) -> int:
-    """`run` for every pool, each in a thread of its own, until all have ended. A pool restarts by
-    itself; one that has failed for good is named and the others are asked to save and leave.
-    Returns 0, the exit code of the first pool that failed, or 128 + signal."""
+    """Call `run` for every pool, each in a thread of its own, until all have ended.
+
+    A pool restarts by itself. When one fails for good, it is named and the others are asked to save
+    and leave. Returns 0, the exit code of the first pool that failed, or 128 + signal.
+    """
     stops = {name: Caught() for name in pools}
     ended: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
 
@@ -31,7 +32,7 @@ def run_together(
         code = 1
         try:
             code = run(pools[name], view.of(name), stops[name])
-        except Exception:  # the last frame of the thread: nobody else would hear of it
+        except Exception:  # otherwise the thread would end without a message
             view.of(name).text(traceback.format_exc())
         finally:
             ended.put((name, code))

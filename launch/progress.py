@@ -1,5 +1,7 @@
-"""What rank 0 says, for a person: `@progress {json}` lines become a progress bar on a terminal and
-a line every few seconds elsewhere."""
+"""Show rank 0's output, with `@progress {json}` lines as a progress bar.
+
+Without a terminal they become a line every few seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ MARK = "@progress "
 
 
 def parse(line: str) -> dict[str, Any] | None:
-    """The figures of a progress line, or None for an ordinary line."""
+    """Return the figures of a progress line, or None for an ordinary line."""
     if not line.startswith(MARK):
         return None
     try:
@@ -30,7 +32,7 @@ def parse(line: str) -> dict[str, Any] | None:
 
 
 def figures_text(figures: Mapping[str, Any]) -> str:
-    """`loss 0.8312  340 frames/s  1:12 left`; what is not known is left out."""
+    """Format `loss 0.8312  340 frames/s  1:12 left`, leaving out unknown figures."""
     parts = []
     if isinstance(figures.get("loss"), int | float):
         parts.append(f"loss {figures['loss']:.4f}")
@@ -42,15 +44,14 @@ def figures_text(figures: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:07`, `12:34`, `3:04:05`"""
+    """Format seconds as `0:07`, `12:34` or `3:04:05`."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 class ProgressView:
-    """Shows lines as they come. Use as a context, so that the bar is taken down whatever
-    happens."""
+    """Show lines as they arrive. Use it as a context, so that the bar is always removed."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class ProgressView:
         self._lock = threading.RLock()  # views of several pools share one screen
 
     def of(self, pool: str) -> ProgressView:
-        """A view for one of several groups of workers: what it shows says whose it is."""
+        """Return a view for one of several groups of workers, whose lines carry its name."""
         return _PoolView(self, pool)
 
     def __enter__(self) -> ProgressView:
@@ -80,11 +81,11 @@ class ProgressView:
 
     @property
     def step(self) -> int | None:
-        """The last step that rank 0 reported."""
+        """Return the last step that rank 0 reported."""
         return None if self.last is None else int(self.last["step"])
 
     def feed(self, line: str) -> None:
-        """One line of rank 0's output, without its newline."""
+        """Show one line of rank 0's output, given without its newline."""
         figures = parse(line)
         if figures is None:
             self.text(line)
@@ -108,7 +109,7 @@ class ProgressView:
             self.text("  ".join(part for part in parts if part))
 
     def text(self, line: str) -> None:
-        """An ordinary line; above the bar if there is one."""
+        """Show an ordinary line, above the bar if there is one."""
         with self._lock:
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
@@ -116,8 +117,7 @@ class ProgressView:
                 print(line, file=self.out, flush=True)
 
     def partial(self, text: str) -> None:
-        """Text without a newline, a debugger's prompt say; it cannot share the screen with a
-        bar."""
+        """Show text without a newline, such as a debugger's prompt, and remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}
@@ -148,7 +148,7 @@ class ProgressView:
 
 
 class _PoolView(ProgressView):
-    """One pool's part of a view: its lines and bars carry its name, its step is its own."""
+    """Show one pool's lines and bars with its name, and keep its own step."""
 
     def __init__(self, whole: ProgressView, pool: str) -> None:
         super().__init__(whole.out, whole.every_s, whole.clock)

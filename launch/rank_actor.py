@@ -1,5 +1,4 @@
-"""The Ray actor that keeps one worker process. It lives on the worker's node; the driver talks to
-it through small calls."""
+"""Run one worker process inside a Ray actor on the worker's node; the driver makes short calls."""
 
 from __future__ import annotations
 
@@ -14,15 +13,13 @@ from launch.child import Child
 from launch.inline import free_port
 from launch.spec import LaunchSpec, fill
 
-VISIBLE = (
-    "_VISIBLE_DEVICES"  # how every vendor's variable ends that says which devices a process sees
-)
+# suffix of every vendor's variable that selects a process's devices
+VISIBLE = "_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where an actor sits. `devices`: the variables that Ray set to say which accelerators are its
-    own."""
+    """Describe an actor's place. devices: variables set by Ray that select its accelerators."""
 
     node: str
     address: str
@@ -31,7 +28,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class News:
-    """What happened since the last call; `code` None: still running."""
+    """Report new output since the last call; `code` None: still running."""
 
     lines: list[str]
     code: int | None
@@ -39,7 +36,7 @@ class News:
 
 
 class RankActor:
-    """One worker process. Calls come one at a time, so `listen` must not block for long."""
+    """Run one worker process; calls are handled one at a time, so `listen` must not block long."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
@@ -53,11 +50,11 @@ class RankActor:
         )
 
     def port(self, address: str) -> int:
-        """A free port on this node, for the rendezvous."""
+        """Return a free port on this node, for the rendezvous."""
         return free_port(address)
 
     def start(self, spec: LaunchSpec, environment: dict[str, str], log: str) -> int:
-        """Start the worker; returns its process id."""
+        """Start the worker; return its process id."""
         assert self._child is None
         command = fill(spec.command, str(_config_here(spec)))
         self._child = Child(command, {**spec.environment, **environment}, spec.directory, Path(log))
@@ -72,12 +69,12 @@ class RankActor:
         )
 
     def stop(self, grace_s: float) -> int | None:
-        """End the worker and what it started; returns its exit code."""
+        """End the worker and everything it started; return its exit code."""
         return self._child.stop(grace_s) if self._child is not None else None
 
 
 def _config_here(spec: LaunchSpec) -> Path:
-    """The config file if this node sees the driver's, else a copy of its own."""
+    """Return the driver's config file if this node can read it, else a local copy."""
     if (
         spec.config_path.is_file()
         and spec.config_path.read_text(encoding="utf-8") == spec.config_text

@@ -1,5 +1,4 @@
-"""What happens when a rank dies, the same under every launcher that watches ranks: restart all,
-with back-off, within a budget."""
+"""Restart all ranks when one dies, with back-off and within a budget, alike in every launcher."""
 
 from __future__ import annotations
 
@@ -14,18 +13,17 @@ from launch.progress import ProgressView
 from launch.signals import Caught, caught
 from launch.spec import INTERRUPTED, NO_STORAGE, USER_ERROR, LaunchSpec, describe_exit
 
-# the room is there already: the spare part of it was reserved, the rest is what the stopped workers
-# held
+# The room exists already: the additional part was reserved, the stopped workers free the rest.
 GROWTH_PLACE_S = 10.0
 
 
 @dataclass(frozen=True)
 class Death:
-    """How a rank ended. `code` None: its node, or the process that kept it, was lost."""
+    """Describe how a rank ended. code None: its node, or the process that ran it, was lost."""
 
     rank: int
     code: int | None
-    said: str  # the last lines of its log, or why it is thought lost
+    said: str  # the last lines of its log, or why it is considered lost
 
     def __str__(self) -> str:
         return f"rank {self.rank} died: " + (
@@ -36,15 +34,18 @@ class Death:
 
     @property
     def exit_code(self) -> int:
-        """As a shell would report it; 1 for a loss."""
+        """Return the exit code as a shell would report it; 1 for a loss."""
         if self.code is None:
             return 1
         return self.code if self.code > 0 else INTERRUPTED - self.code
 
 
 def cause(deaths: list[Death]) -> Death | None:
-    """The death that explains the others: a user's mistake, then a lost node, silent storage, a
-    signal from outside, then the first."""
+    """Return the death that explains the others.
+
+    In order of preference: a user's mistake, a lost node, storage that does not answer, an external
+    signal, then the first death.
+    """
 
     def weight(death: Death) -> int:
         if death.code == USER_ERROR:
@@ -61,14 +62,16 @@ def cause(deaths: list[Death]) -> Death | None:
 
 @dataclass(frozen=True)
 class Growth:
-    """The workers have saved and left, because there is room for more of them."""
+    """Report that the workers have saved and left because more workers now fit."""
 
     workers: int
 
 
 class Attempt(Protocol):
-    """Starts all ranks, watches them, takes them down; None: all ended with 0, or the driver was
-    told to stop."""
+    """Start all ranks, watch them and stop them.
+
+    Returns None if all ended with 0 or the driver was told to stop.
+    """
 
     def __call__(
         self, spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
@@ -82,8 +85,10 @@ def run_attempts(
     sleep: Callable[[float], None] = time.sleep,
     stop: Caught | None = None,
 ) -> int:
-    """Attempts until one succeeds or trying again would not help; returns the exit code. `stop`:
-    who listens to signals, if not we."""
+    """Run attempts until one succeeds or another would not help; return the exit code.
+
+    stop: the caller's signal handling; None: handle signals here.
+    """
     number, restarts, asked = 0, 0, spec
     last_step: int | None = None
     with nullcontext(stop) if stop else caught() as stop:
@@ -107,10 +112,8 @@ def run_attempts(
             view.text(f"{outcome}{at}; logs in {spec.logs / f'attempt_{number - 1}'}")
             if outcome.code == USER_ERROR:
                 return USER_ERROR
-            excused = outcome.code in (
-                None,
-                NO_STORAGE,
-            )  # a lost node and silent storage are no fault of the step
+            # a lost node and silent storage are no fault of the step
+            excused = outcome.code in (None, NO_STORAGE)
             if not excused and view.step is not None and view.step == last_step:
                 view.text(f"two deaths at step {last_step}: trying again would not help")
                 return outcome.exit_code

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag, so that a launcher can stop its workers in an orderly way."""
+"""Turn SIGINT and SIGTERM into a flag, so that a launcher can stop its workers properly."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from types import FrameType
 
 @dataclass
 class Caught:
-    """`number`: the first signal that came, if any."""
+    """Store the first signal that arrived, if any."""
 
     number: int | None = None
 
 
 @contextmanager
 def caught() -> Iterator[Caught]:
-    """While inside, the first SIGINT or SIGTERM is noted; the second one raises KeyboardInterrupt:
-    somebody is in a hurry."""
+    """Record the first SIGINT or SIGTERM while entered; the second one raises KeyboardInterrupt."""
     state = Caught()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,4 @@
-"""What a launcher is asked to run. Every launcher gives each rank the same environment variables
-and the same command."""
+"""Define a launch: every launcher gives each rank the same environment variables and command."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-USER_ERROR = 2  # a worker's exit code for what a person must change: trying again cannot help
+USER_ERROR = 2  # a worker's exit code for a user's mistake: trying again cannot help
 # sysexits' EX_IOERR, a worker's exit code for storage that did not answer: trying again may help,
 # at the same step too
 NO_STORAGE = 74
@@ -21,12 +20,12 @@ TAIL = 20  # last lines of a rank's log that its death is reported with
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What a queueing system is asked for, besides the workers. None leaves it to the cluster."""
+    """Store the request to a queueing system besides the workers. None leaves it to the cluster."""
 
     name: str
-    after: Path | None = None  # file with the id of a job that must end well before this one starts
+    after: Path | None = None  # file with the id of a job that must succeed first
     submit: bool = False
-    runner: str = "torchrun"  # torchrun | ray: who starts the workers inside the job
+    runner: str = "torchrun"  # torchrun | ray: the program that starts the workers
     # dependency | array: a job per stage that waits for the one before, or one array for all of
     # them
     chain: str = "dependency"
@@ -44,26 +43,26 @@ class BatchJob:
 
 @dataclass(frozen=True)
 class Pods:
-    """What Kubernetes is asked for, besides the workers."""
+    """Store the request to Kubernetes besides the workers."""
 
     name: str
     image: str
     claim: str  # persistent volume claim that holds data and runs
     mount: str  # where all machines see it
     namespace: str = "default"
-    memory: str = "16Gi"  # of a node
-    devices: str | None = None  # of a node, as resource:count
-    environment_from: str | None = None  # whose keys become environment variables
+    memory: str = "16Gi"  # per node
+    devices: str | None = None  # per node, as resource:count
+    environment_from: str | None = None  # Secret whose keys become environment variables
     submit: bool = False
 
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """`workers` processes of `command`, all or nothing.
+    """Describe `workers` processes of `command`, all or nothing.
 
-    In `command`, `{python}` is the interpreter of the machine the process runs on and `{config}`
-    the path of a file there that holds `config_text`: `config_path` where it is shared between
-    machines, else a temporary copy.
+    In `command`, `{python}` is the interpreter of the machine that the process runs on and
+    `{config}` the path of a file there with `config_text`: `config_path` where machines share it,
+    else a temporary copy.
     """
 
     command: tuple[str, ...]
@@ -75,15 +74,14 @@ class LaunchSpec:
     directory: Path = field(default_factory=Path.cwd)  # working directory of the workers
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus_per_worker: int = 1
-    # this many ranks in a row on one node, as they talk most; as many of them as fit where no node
-    # has room for all
+    # this many consecutive ranks go on one node, as they communicate most; if no node has room for
+    # all of them, as many as fit
     together: int = 1
-    accelerators: bool = (
-        False  # one per worker, of whatever kind the machines have; without any, CPUs will do
-    )
+    # one per worker, of whatever kind the machines have; without any, CPUs will do
+    accelerators: bool = False
     address: str | None = None  # of a running cluster
     nodes: int = 1  # machines that start this same command themselves (torchrun)
-    endpoint: str | None = None  # host:port where they meet
+    endpoint: str | None = None  # host:port of their rendezvous
     batch: BatchJob | None = None  # for a queueing system
     pods: Pods | None = None  # for Kubernetes
     max_restarts: int = 0
@@ -100,7 +98,7 @@ class LaunchSpec:
 def rank_environment(
     rank: int, world: int, local_rank: int, local_world: int, address: str, port: int
 ) -> dict[str, str]:
-    """What torch.distributed's env:// rendezvous and the worker read."""
+    """Return the variables that torch.distributed's env:// rendezvous and the worker read."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -112,15 +110,17 @@ def rank_environment(
 
 
 def fill(command: tuple[str, ...], config: str) -> list[str]:
-    """`command` with its placeholders filled in for this machine."""
+    """Return `command` with its placeholders filled in for this machine."""
     return [
         part.replace("{python}", sys.executable).replace("{config}", config) for part in command
     ]
 
 
 def write_private(path: Path, text: str) -> None:
-    """A file for its owner only: configs may hold the tracker's password. Several nodes may write
-    the same one at once."""
+    """Write a file that only its owner can read, as configs may hold the tracker's password.
+
+    Several nodes may write the same file at once.
+    """
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
@@ -132,7 +132,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def describe_exit(code: int) -> str:
-    """`exit code 3`, or the signal's name for a negative code as subprocess reports it."""
+    """Return `exit code 3`, or the signal's name for a negative code as subprocess reports it."""
     import signal
 
     if code >= 0:

@@ -1,11 +1,10 @@
-"""The one secret of a Ray cluster: a token that its servers and clients all hold, in a file for its
-owner only.
+"""Create and copy the secret token of a Ray cluster, in a file that only its owner can read.
 
-    python -m launch.token                 make it here, unless it is there; says what to export
-    python -m launch.token node2 node3     the same, and put it on those machines over ssh
+    python -m launch.token                 create it here if missing; print what to export
+    python -m launch.token node2 node3     the same, and copy it to those machines over ssh
 
-The token itself is never printed, never part of a command line and never in an environment
-variable: those hold the file's path.
+The servers and clients of a cluster all need the same token. It is never printed, never part of a
+command line and never in an environment variable: those hold the file's path.
 """
 
 from __future__ import annotations
@@ -29,21 +28,23 @@ log = logging.getLogger(__name__)
 
 
 class TokenError(ValueError):
-    """The token's file is not safe, or could not be made or sent."""
+    """Report that the token's file is unsafe, or could not be created or sent."""
 
 
 def default_path() -> Path:
-    """Where Ray itself looks: `RAY_AUTH_TOKEN_PATH`, else ~/.ray/auth_token."""
+    """Return the path that Ray itself uses: `RAY_AUTH_TOKEN_PATH`, else ~/.ray/auth_token."""
     return Path(os.environ.get(PATH) or Path.home() / ".ray" / "auth_token")
 
 
 def ensure_token(path: Path) -> Path:
-    """Make the token if there is none; returns its path. Raises TokenError for a file that is empty
-    or that cannot be kept from others."""
+    """Create the token if there is none; return its path.
+
+    Raises TokenError for a file that is empty or that others could read.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Written beside and linked into place: whoever sees the file sees all of it, and of two
-        # makers the first one wins.
+        # Written beside and linked into place: readers see a complete file, and of two writers the
+        # first one wins.
         draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         with open(
             os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
@@ -55,7 +56,7 @@ def ensure_token(path: Path) -> Path:
             pass
         finally:
             draft.unlink()
-        if path.stat().st_mode & 0o077:  # as Ray itself makes it
+        if path.stat().st_mode & 0o077:  # Ray itself creates it with this mode
             path.chmod(0o600)
             log.warning(
                 "%s could be read by others and is now for its owner only; if they matter, remove"
@@ -75,20 +76,24 @@ def ensure_token(path: Path) -> Path:
 
 
 def environment(path: Path) -> dict[str, str]:
-    """What Ray's servers and clients need in their environment."""
+    """Return the environment variables that Ray's servers and clients need."""
     return {MODE: "token", PATH: str(path)}
 
 
 def protect_local_ray(variables: MutableMapping[str, str] = os.environ) -> None:
-    """Before Ray is imported and started here: token authentication, unless the user has said
-    otherwise. Raises TokenError."""
+    """Turn on token authentication for a local Ray, unless the user has decided otherwise.
+
+    Call it before Ray is imported and started. Raises TokenError.
+    """
     if variables.get(MODE, "token").lower() == "token" and not variables.get("RAY_AUTH_TOKEN"):
         variables.update(environment(ensure_token(Path(variables.get(PATH) or default_path()))))
 
 
 def send(path: Path, nodes: Sequence[str]) -> None:
-    """Put the token at the same path on `nodes`, through ssh's standard input. Raises TokenError
-    that names those it did not reach."""
+    """Copy the token to the same path on `nodes`, through ssh's standard input.
+
+    Raises TokenError with the names of nodes that failed.
+    """
     failed = []
     for node in nodes:
         command = ["ssh", "-o", "BatchMode=yes", "--", node, TAKE.format(path=path)]
@@ -110,7 +115,7 @@ def send(path: Path, nodes: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make, send, and say what to export; exit code 2 when that fails."""
+    """Create the token, send it, and print what to export; exit code 2 when that fails."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m launch.token", description=__doc__, formatter_class=plain

@@ -1,9 +1,10 @@
-"""How one clip and one model are spread over processes. Knows nothing of objectives, data or device
-vendors.
+"""Spread one clip and one model over ranks, without knowing objectives, data or device vendors.
 
-Read in this order: `layout` (who holds which frame, who may see whom), `sequence` (the four verbs a
-model uses), `comm` (how a verb runs over members), then the verbs: `gdn_scan`, `halo`, `attend`
-(`ulysses`, `ring`, `masks`), `clip_mean`. `process_group` and `virtual` carry collectives out;
-`reference` and `local_attention` are the local computations; `mesh`, `sharding`, `checkpointing`
-and `engines` fit it into a training run; `traffic` says what all of it should cost.
+`parallel/README.md` explains the whole package, the mathematics included. Read the code in this
+order: `layout` (frames per rank, and which frame may see which), `sequence` (the four verbs that a
+model calls), `comm` (how a verb runs on several ranks), then the verbs: `gdn_scan`, `halo`,
+`attend` (`ulysses`, `ring`, `masks`), `clip_mean`. `process_group` and `virtual` execute
+collectives; `reference` and `local_attention` are the local computations; `mesh`, `sharding`,
+`checkpointing` and `engines` connect it to a training run; `traffic` predicts the bytes of every
+verb.
 """

@@ -1,8 +1,8 @@
-"""attend: softmax attention over the whole clip when every member holds only its own frames.
+"""Compute softmax attention over the whole clip while every rank stores only its own frames.
 
 USP = Ulysses × ring. Ulysses turns "all heads, some frames" into "some heads, all frames of this
-ring member"; the ring then passes key and value blocks round. Ring 1 is plain Ulysses, Ulysses 1 a
-plain ring, both 1 the local kernel.
+ring rank"; the ring then passes key and value blocks from rank to rank. Ring 1 is plain Ulysses,
+Ulysses 1 a plain ring, and with both 1 only the local kernel runs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Heads = tuple[FrameRange, ...]
 
 @dataclass(frozen=True)
 class AttendVerb:
-    """tensors: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> out [B, T/P, S, H, D]
+    """Compute attention: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> out [B, T/P, S, H, D].
 
-    With a cache two more: keys and values of frames before the clip [B, c, S, H_kv, D], the same on
-    all members and without gradient.
+    With a cache there are two more inputs: keys and values of frames before the clip [B, c, S,
+    H_kv, D], the same on all ranks and without gradient.
     """
 
     layout: ClipLayout
@@ -38,8 +38,12 @@ class AttendVerb:
     name = "attend"
 
     def _plan(self, member: Member) -> tuple[list[int], Frames, Heads, Heads, ring.HeadSpans]:
-        """Frames of each Ulysses member of my ring member; frames of each ring member; query and
-        key heads of each Ulysses member; who reads which key head."""
+        """Return the split of frames and heads that this rank works with.
+
+        In order: frame counts of the Ulysses ranks of this ring rank; frames of each ring rank;
+        query heads and key heads of each Ulysses rank; the query heads that read each local key
+        head.
+        """
         held = self.layout.split(member.size)
         groups = [held[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
         queries, keys = ulysses.deal_heads(self.heads, self.key_heads, member.ulysses)
@@ -73,9 +77,8 @@ class AttendVerb:
         q, k, v, out, lse, *past = (x for x in kept if x is not None)
         frames, ranges, queries, keys, spans = self._plan(member)
         grad = grads[0]
-        if (
-            grad is None
-        ):  # members must agree on collectives even if one of them has no use for its result
+        # ranks must agree on collectives even if one of them has no use for its result
+        if grad is None:
             grad = out.new_zeros(
                 out.shape[0], frames[member.ulysses_index], out.shape[2], self.heads, out.shape[4]
             )

@@ -1,12 +1,12 @@
-"""Activation checkpointing that knows of collectives.
+"""Recompute activations in backward without repeating collectives.
 
-A checkpointed block runs twice: now without keeping its activations, and again in backward. The
-second run must not communicate again: it would double the traffic, and virtual ranks cannot meet
-inside backward. So the first run keeps what its collectives returned and the second one reads that.
-Kept per block and member: the gathered composites and halo frames (small), and for softmax
-attention its all-to-all and ring results.
+A checkpointed block runs twice: once without keeping its activations, and again in backward. The
+second run must not communicate: that would double the traffic, and virtual ranks cannot wait for
+each other inside backward. So the first run records what its collectives returned, and the second
+run reads the record. Recorded per block and rank: the gathered composites and halo frames (small),
+and for softmax attention its all-to-all and ring results.
 
-`keep_products` makes it selective: what matrix products, convolutions and attention returned is
+`keep_products` makes it selective: the results of matrix products, convolutions and attention are
 kept as well, so the second run repeats only the cheap operations between them.
 """
 
@@ -36,8 +36,7 @@ PRODUCTS = [
 
 
 class _Using:
-    """While entered, the communicator records its answers, or replays them from the first one
-    on."""
+    """Record the communicator's answers while entered, or replay them from the first one on."""
 
     def __init__(self, comm: Communicator, answers: list[Any], replaying: bool) -> None:
         self.comm, self.answers, self.replaying = comm, answers, replaying
@@ -51,7 +50,7 @@ class _Using:
 
 
 class _Both(ExitStack):
-    """Several contexts, entered in order."""
+    """Enter several contexts in order."""
 
     def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
         super().__init__()
@@ -66,8 +65,10 @@ class _Both(ExitStack):
 def checkpoint(
     function: Callable[..., Any], *args: Any, sequence: SequenceShard, keep_products: bool = False
 ) -> Any:
-    """`function(*args)` now, and once more in backward instead of keeping its activations.
-    `function` may call the verbs of `sequence`."""
+    """Run `function(*args)` now, and again in backward instead of keeping its activations.
+
+    `function` may call the verbs of `sequence`: their collectives run once and are replayed.
+    """
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         answers: list[Any] = []

@@ -1,9 +1,9 @@
-"""mean: the weighted mean over a whole clip, equal on all members.
+"""Compute the weighted mean over a whole clip, equal on all ranks.
 
-Gradient convention of the whole system: **sum over the sequence group, mean over data.** Every
-member ends with the same loss and starts backward from it with the same upstream gradient; the loss
-counts once, so mean's backward hands each member the gradient of its *own* values only and needs no
-collective. Summing the members' parameter gradients then gives the gradient of the loss.
+Gradient convention of the whole system: **sum over the sequence group, mean over data.** Every rank
+ends with the same loss and starts backward from it with the same upstream gradient. The loss counts
+once, so the backward of `mean` gives each rank the gradient of its *own* values only and needs no
+collective. The sum of all ranks' parameter gradients is then the gradient of the loss.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from parallel.local_attention import accumulation_dtype
 
 @dataclass(frozen=True)
 class MeanVerb:
-    """tensors: value [B, T/P, …], weight of the same shape -> [B]; a row without weight gives 0.
-    Sent to each other member: 2·B elements.
+    """Average value [B, T/P, …] with weight of the same shape -> [B]; a row without weight gives 0.
+
+    Sent to each other rank: 2·B elements.
     """
 
     name = "mean"
@@ -34,7 +35,7 @@ class MeanVerb:
         v, w = value.to(wide).flatten(1), weight.to(wide).flatten(1)
         totals = torch.stack([(v * w).sum(1), w.sum(1)])
         if member.size > 1:
-            # [2, B] -> the same of every member; summed in rank order, so that every member gets
+            # [2, B] -> the same of every rank; summed in rank order, so that every rank gets
             # the same bits
             gathered = yield AllGather(totals)
             totals = gathered[0].clone()

@@ -1,12 +1,12 @@
-"""Collectives as data, and the communicators that carry them out.
+"""Define collectives as data, and run the algorithms that yield them.
 
-A verb's algorithm is a generator: it computes locally, yields one request, gets this member's
-answer, and goes on. A communicator hosts one or several members of a sequence group and drives
-their generators in lockstep: `run` is list in, list out. A process group hosts one member; virtual
+A verb's algorithm is a generator: it computes locally, yields one request, receives this rank's
+answer, and continues. A communicator hosts one or several ranks of a sequence group and drives
+their generators in lockstep: `run` is list in, list out. A process group hosts one rank; virtual
 ranks (`virtual.py`) host all P of them in one process, through the same generators.
 
-Members are numbered along the time axis: member = ring index × ulysses + ulysses index. A request
-names the axis it runs over: "sequence" (all P members), "ulysses" or "ring".
+Ranks of a sequence group are numbered along the time axis: index = ring index × ulysses + ulysses
+index. A request names the axis it runs over: "sequence" (all P ranks), "ulysses" or "ring".
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Program = Generator["Request", Any, Any]
 
 
 class AllGather(NamedTuple):
-    """tensor [*] (same shape on all members of the axis) -> list over members of [*]"""
+    """Gather tensor [*] (same shape on all ranks of the axis) -> list over ranks of [*]."""
 
     tensor: Tensor
     axis: Axis = "sequence"
 
 
 class Exchange(NamedTuple):
-    """All-to-all of unequal parts: the flat parts[j] goes to member j of the axis; -> list over
-    members i of what i sent, flat.
+    """Send the flat parts[j] to rank j of the axis -> list over ranks i of what i sent, flat.
 
-    receive[i]: meta tensors that say what i sends (shapes and dtype). Even and uneven all-to-all,
-    neighbour exchange and ring shift are all this; a part without elements is not sent.
+    receive[i]: meta tensors with the shapes and dtype of what rank i sends. All-to-all (even and
+    uneven), neighbour exchange and ring shift are all this request; a part without elements is not
+    sent.
     """
 
     parts: Sequence[Tensor]
@@ -44,13 +44,13 @@ class Exchange(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """Start an exchange and go on computing -> a ticket for `Finish`."""
+    """Start an exchange and continue computing -> a ticket for `Finish`."""
 
     exchange: Exchange
 
 
 class Finish(NamedTuple):
-    """Wait for a begun exchange -> its answer."""
+    """Wait for a started exchange -> its answer."""
 
     ticket: Any
 
@@ -59,8 +59,10 @@ Request = AllGather | Exchange | Begin | Finish
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Several tensors -> one flat buffer; of their common dtype, else of bytes (widest dtype first,
-    so that views stay aligned)."""
+    """Concatenate tensors into one flat buffer, of their common dtype or else of bytes.
+
+    In a buffer of bytes the widest dtype comes first, so that views stay aligned.
+    """
     if len({x.dtype for x in tensors}) == 1:
         return torch.cat([x.reshape(-1) for x in tensors])
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
@@ -68,8 +70,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `pack`: views of `flat` with the shapes and dtypes of `like` (meta
-    tensors)."""
+    """Return views of a `pack` buffer with the shapes and dtypes of `like` (meta tensors)."""
     same = len({x.dtype for x in like}) == 1
     if not same and flat.data_ptr() % 8:
         flat = flat.clone()  # views of wider dtypes need an aligned start
@@ -90,7 +91,7 @@ def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Member:
-    """Who a program runs for: its place on each axis and the axis lengths."""
+    """Locate one rank of a sequence group: its index on each axis, and the lengths of the axes."""
 
     ring_index: int = 0
     ulysses_index: int = 0
@@ -108,8 +109,10 @@ class Member:
 
 @dataclass
 class Traffic:
-    """What one member has sent: collectives and bytes to *other* members, by label "[scope/]verb
-    direction"."""
+    """Count the collectives of one rank and the bytes it sent to *other* ranks.
+
+    Both are keyed by the label "[scope/]verb direction".
+    """
 
     collectives: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -120,7 +123,7 @@ class Traffic:
 
 
 def sent_bytes(request: AllGather | Exchange, member: Member) -> int:
-    """Bytes that a member sends to others for one request."""
+    """Return the bytes that a rank sends to other ranks for one request."""
     index, length = {
         "sequence": (member.index, member.size),
         "ulysses": (member.ulysses_index, member.ulysses),
@@ -135,8 +138,7 @@ def sent_bytes(request: AllGather | Exchange, member: Member) -> int:
 
 @dataclass
 class Tape:
-    """Results of collectives, kept by a checkpointed forward pass and played back when it is run
-    again in backward."""
+    """Store collective results of a checkpointed forward pass, to replay them in backward."""
 
     answers: list[Any] = field(default_factory=list)
     replaying: bool = False
@@ -148,14 +150,18 @@ class Tape:
 
 
 class Verb(Protocol):
-    """One of the four verbs with all its static facts: equal on every member, and therefore safe to
-    compare."""
+    """Describe one of the four verbs with all its static facts.
+
+    The facts are equal on every rank, so two calls can be compared to prove that ranks agree.
+    """
 
     name: str
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
-        """-> (outputs, kept, facts): differentiable outputs; the tensors and the plain values that
-        backward needs."""
+        """Yield requests, then return (outputs, kept, facts).
+
+        outputs are differentiable; kept (tensors) and facts (plain values) are what backward needs.
+        """
         ...
 
     def backward(
@@ -165,16 +171,17 @@ class Verb(Protocol):
         facts: Any,
         grads: tuple[Tensor | None, ...],
     ) -> Program:
-        """-> one gradient or None per input tensor of `forward`"""
+        """Yield requests, then return one gradient or None per input tensor of `forward`."""
         ...
 
 
 class Communicator(Protocol):
-    """Hosts members of one sequence group.
+    """Run verbs for the ranks of one sequence group that live in this process.
 
-    scope: set by whoever wants traffic told apart, by layer for instance; calls made meanwhile
-    count under it, their backward too. joined: several members share one graph node, which then
-    keeps its tensors itself: hooks on saved tensors belong to one member's thread.
+    scope: a prefix of the traffic labels (a layer's name, for instance); calls made while it is set
+    count under it, and so do their backward passes. joined: several ranks share one graph node,
+    which then stores its tensors itself, because hooks on saved tensors belong to one rank's
+    thread.
     """
 
     members: tuple[Member, ...]
@@ -183,17 +190,16 @@ class Communicator(Protocol):
     tape: Tape | None
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """Run a verb as one differentiable operation, from this member's view."""
+        """Run a verb as one differentiable operation, from this rank's view."""
         ...
 
     def run(self, label: str, programs: list[Program]) -> list[Any]:
-        """Drive one program per hosted member to its end and return their results in member
-        order."""
+        """Run one program per hosted rank to its end and return their results in rank order."""
         ...
 
 
 class SoloComm:
-    """The one-device case: a single member that never needs a collective."""
+    """Run verbs on one device: a single rank that never needs a collective."""
 
     members: tuple[Member, ...] = (Member(),)
     joined = False
@@ -213,7 +219,10 @@ class SoloComm:
 
 
 def exact_arithmetic(device_type: str) -> AbstractContextManager[None]:
-    """Autocast off: the verbs choose their own precision. (Shape-only tensors know no autocast.)"""
+    """Return a context without autocast, because the verbs choose their own precision.
+
+    Meta tensors have no autocast; for them the context does nothing.
+    """
     return (
         torch.autocast(device_type, enabled=False)
         if torch.amp.is_autocast_available(device_type)
@@ -222,8 +231,10 @@ def exact_arithmetic(device_type: str) -> AbstractContextManager[None]:
 
 
 class _Phases(torch.autograd.Function):
-    """One graph node per verb call, whatever the number of hosted members; its backward runs the
-    verb's backward phases."""
+    """Make one graph node per verb call, whatever the number of hosted ranks.
+
+    Its backward runs the verb's backward phases.
+    """
 
     @staticmethod
     def forward(
@@ -233,6 +244,7 @@ class _Phases(torch.autograd.Function):
         ctx.label = f"{comm.scope}/{verb.name}" if comm.scope else verb.name
         ctx.comm, ctx.verb, ctx.count = comm, verb, len(tensors) // len(comm.members)
         device = next(x.device.type for x in tensors if x is not None)
+        # tensors: those of the first hosted rank, then those of the next
         with exact_arithmetic(device):
             own = ctx.count
             programs = [
@@ -243,6 +255,7 @@ class _Phases(torch.autograd.Function):
         ctx.kept_counts = [len(kept) for _, kept, _ in results]
         ctx.facts = [facts for *_, facts in results]
         kept = [x for _, group, _ in results for x in group]
+        # Hooks on saved tensors (checkpointing) belong to the thread of one rank.
         if comm.joined:
             ctx.kept = [None if x is None else x.detach() for x in kept]
         else:
@@ -267,6 +280,8 @@ class _Phases(torch.autograd.Function):
 
 
 def apply(comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Run a verb for all hosted members as one differentiable operation. tensors, outputs: the
-    members' one after the other."""
+    """Run a verb for all hosted ranks as one differentiable operation.
+
+    tensors and outputs are concatenated over ranks: all of the first rank, then all of the next.
+    """
     return _Phases.apply(comm, verb, *tensors)

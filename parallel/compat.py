@@ -1,5 +1,7 @@
-"""Private and young APIs of torch and DeepSpeed that `parallel` uses, each with the versions it was
-read in. The floor is torch 2.10."""
+"""Wrap private and recent APIs of torch and DeepSpeed, each with the versions it was read in.
+
+The oldest supported torch is 2.10.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as Reduc
 def all_gather_single(
     output: Tensor, shard: Tensor, group: dist.ProcessGroup, async_op: bool
 ) -> dist.Work | None:
-    """Gather the [n] of every process into `output` [P·n]. torch 2.13 has this name and warns of
-    the old one, the only one in 2.10 and 2.11."""
+    """Gather the [n] of every process into `output` [P·n].
+
+    torch 2.13 has this name and warns about the old one, the only one in 2.10 and 2.11.
+    """
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(output, shard, group=group, async_op=async_op)
 
@@ -26,14 +30,16 @@ def all_gather_single(
 def reduce_scatter_single(
     output: Tensor, summands: Tensor, op: Any, group: dist.ProcessGroup, async_op: bool
 ) -> dist.Work | None:
-    """Reduce [P·n] over the processes, each keeping its `output` [n]. torch 2.13 has this name and
-    warns of the old one, the only one in 2.10 and 2.11."""
+    """Reduce [P·n] over the processes; each keeps its `output` [n].
+
+    torch 2.13 has this name and warns about the old one, the only one in 2.10 and 2.11.
+    """
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, summands, op=op, group=group, async_op=async_op)
 
 
 def in_backward() -> bool:
-    """Return whether this thread is inside a backward pass. torch 2.10 to 2.13."""
+    """Return True inside a backward pass of this thread. torch 2.10 to 2.13."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -41,25 +47,27 @@ def in_backward() -> bool:
 
 
 def lies_on_disk(optimizer: Any, group: int) -> bool:
-    """Return whether a group's master weights and moments are kept on NVMe. DeepSpeed 0.19.8."""
+    """Return True if a group's master weights and moments are kept on NVMe. DeepSpeed 0.19.8."""
     return bool(optimizer._swappable_optimizer_subgroup(group))
 
 
 def swapped_gradients(optimizer: Any, group: int) -> dict[int, Tensor]:
-    """Return {offset: stretch} of a group on NVMe: its gradients, in memory. DeepSpeed 0.19.8."""
+    """Return {offset: flat shard}, the gradients in memory of a group on NVMe. DeepSpeed 0.19.8."""
     flat = optimizer.fp32_partitioned_groups_flat[group]
     held = optimizer.optimizer_swapper.swap_params_info[flat.ds_id].unswapped_gradients
     return cast(dict[int, Tensor], held)
 
 
 def swap_in(optimizer: Any, group: int) -> None:
-    """Read a group's weights, moments, gradients from NVMe into memory. DeepSpeed 0.19.8."""
+    """Read a group's weights, moments and gradients from NVMe into memory. DeepSpeed 0.19.8."""
     optimizer._optimizer_states_and_gradient_swap_in(group)
 
 
 def swap_out(optimizer: Any, group: int, changed: bool) -> None:
-    """Free the memory of a group that `swap_in` has read, writing it to NVMe if `changed`.
-    DeepSpeed 0.19.8."""
+    """Free the memory of a group that `swap_in` has read, after writing it to NVMe if `changed`.
+
+    DeepSpeed 0.19.8.
+    """
     if changed:
         optimizer._optimizer_states_and_gradient_swap_out(group)
     else:
@@ -67,18 +75,18 @@ def swap_out(optimizer: Any, group: int, changed: bool) -> None:
 
 
 def swap_buffers(optimizer: Any) -> list[Tensor]:
-    """Return the host buffers through which groups pass from and to NVMe. DeepSpeed 0.19.8."""
+    """Return the host buffers through which groups move to and from NVMe. DeepSpeed 0.19.8."""
     return list(optimizer.optimizer_swapper.swap_buffer_manager.all_buffers)
 
 
 def place_in_group(optimizer: Any, parameter: Tensor) -> tuple[int, slice]:
-    """Return a parameter's group and its place in the flat tensor. DeepSpeed 0.19.8."""
+    """Return a parameter's group and its slice of the flat tensor. DeepSpeed 0.19.8."""
     group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
     return group, slice(start, start + count)
 
 
 def own_gradient(optimizer: Any, parameter: Tensor) -> Tensor:
-    """Return this process's stretch [n] of a gradient, fp32. DeepSpeed 0.19.8."""
+    """Return this process's flat shard [n] of a gradient, fp32. DeepSpeed 0.19.8."""
     return cast(Tensor, optimizer._get_fp32_grad_state_partition(parameter, False)[0])
 
 
@@ -88,17 +96,18 @@ def drop_gathered_weights(optimizer: Any) -> None:
 
 
 def copy_masters_to_weights(optimizer: Any, group: int) -> None:
-    """Copy a group's master weights into the weights that are computed with. DeepSpeed 0.19.8."""
+    """Copy a group's master weights into the weights used for computing. DeepSpeed 0.19.8."""
     optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
 
 def keep_gradients_in_memory(optimizer: Any) -> None:
     """Keep gradients of groups on NVMe in host memory, through which they pass anyway.
 
-    DeepSpeed 0.19.8 would write those of large parameters to files and read each back to where its
-    parameter begins, which direct IO refuses for most; it does not check, so the gradient is then
-    what the memory held before. What lies between them (a stretch that ends short, a parameter
-    without a gradient) is zero: it would count in the norm."""
+    DeepSpeed 0.19.8 would write those of large parameters to files and read each back at the offset
+    of its parameter, which direct IO refuses for most offsets. It does not check the result, so the
+    gradient would be whatever the memory held before. The gaps (a flat shard that ends early, a
+    parameter without a gradient) are set to zero, because they count in the norm.
+    """
     swapper = optimizer.optimizer_swapper
     read = swapper._swap_in_gradients
 

@@ -1,8 +1,8 @@
-"""Resolve and judge the degrees of the mesh: world = dp_replicate × dp_shard × ring × ulysses.
+"""Resolve and check the degrees of the mesh: world = dp_replicate × dp_shard × ring × ulysses.
 
 Pure integers and no torch, so the launch command, the planner, the parity command and the trainer
-ask the same functions. Ulysses need not divide the heads: `ulysses.deal_heads` gives the first
-members one head more.
+all call the same functions. Ulysses need not divide the heads: `ulysses.deal_heads` gives the first
+ranks one head more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class DegreesWanted(Protocol):
-    """The `parallel` section of a run's configuration; None asks for the derived value."""
+    """Describe the `parallel` section of a run's configuration; None asks for the derived value."""
 
     @property
     def dp_replicate(self) -> int: ...
@@ -29,7 +29,7 @@ class DegreesWanted(Protocol):
 
 @dataclass(frozen=True)
 class DegreeProblem:
-    """One mistake: the key, what stands there, what would be right, and what to type."""
+    """Describe one mistake: the key, its value, the rule, and the override that fixes it."""
 
     key: str
     got: str
@@ -42,6 +42,8 @@ class DegreeProblem:
 
 @dataclass(frozen=True)
 class Coordinate:
+    """Locate one process on the four axes of the mesh."""
+
     dp_replicate: int
     dp_shard: int
     ring: int
@@ -50,7 +52,7 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class MeshDegrees:
-    """How many ways each thing is split."""
+    """Store the number of parts along each axis of the mesh."""
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -66,7 +68,7 @@ class MeshDegrees:
 
     @staticmethod
     def from_config(wanted: DegreesWanted, world: int, heads: int) -> MeshDegrees:
-        """Return the degrees with what is left open filled in: dp_shard is what the others leave.
+        """Return the degrees, with dp_shard derived from the others if it is not given.
 
         world: number of processes; heads: attention heads. Raises ValueError with all of
         `degree_problems`.
@@ -98,7 +100,7 @@ class MeshDegrees:
         ) * self.ulysses + place.ulysses
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of one axis ("sequence", "ulysses" or "ring"), each in member order."""
+        """Return all groups of one axis ("sequence", "ulysses" or "ring"), each in rank order."""
         if axis == "ring":
             starts = [r for r in range(self.world) if self.coordinate(r).ring == 0]
             return [[start + i * self.ulysses for i in range(self.ring)] for start in starts]
@@ -107,12 +109,12 @@ class MeshDegrees:
 
 
 def sequence_size(wanted: DegreesWanted) -> int:
-    """Return over how many processes a clip is split: cp, and where it is None ulysses x ring."""
+    """Return the number of processes that share a clip: cp, or ulysses × ring where cp is None."""
     return wanted.cp if wanted.cp is not None else (wanted.ulysses or 1) * (wanted.ring or 1)
 
 
 def sequence_degrees(wanted: DegreesWanted, heads: int) -> tuple[int, int]:
-    """Return (ring, ulysses) with what is left open; if both are, ulysses = gcd(heads, cp)."""
+    """Return (ring, ulysses) with missing values derived; with none, ulysses = gcd(heads, cp)."""
     size = sequence_size(wanted)
     ulysses = wanted.ulysses or (
         max(1, size // wanted.ring) if wanted.ring else math.gcd(heads, size)
@@ -121,7 +123,7 @@ def sequence_degrees(wanted: DegreesWanted, heads: int) -> tuple[int, int]:
 
 
 def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[DegreeProblem]:
-    """Return everything that keeps `world` processes from being this mesh; world, heads >= 1.
+    """Return every reason why `world` processes cannot form this mesh; world, heads >= 1.
 
     Keys are those of the command line.
     """
@@ -163,7 +165,7 @@ def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[Degre
 
 
 def degrees_below_one(wanted: DegreesWanted) -> list[DegreeProblem]:
-    """Return the degrees that are no counts at all."""
+    """Return a problem for each degree below 1."""
     given = {
         key: getattr(wanted, key) for key in ("dp_replicate", "dp_shard", "cp", "ulysses", "ring")
     }
@@ -175,5 +177,5 @@ def degrees_below_one(wanted: DegreesWanted) -> list[DegreeProblem]:
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of `number`, up to 4096, in rising order."""
+    """Return the divisors of `number` up to 4096, in ascending order."""
     return [degree for degree in range(1, min(number, 4096) + 1) if number % degree == 0]

@@ -1,8 +1,8 @@
-"""Attention engines of others behind the same verb: `parallel.attention=native|deepspeed|xfuser`.
+"""Offer attention engines of other libraries: `parallel.attention=native|deepspeed|xfuser`.
 
-native is our own (`attend.py`). The others see plain bidirectional attention over evenly split
-clips and refuse the rest: they know no packed documents, no padding, no chunk masks and no unequal
-shares. They are for comparison, and for installations that already trust one of them.
+native is our own (`attend.py`). The others compute plain bidirectional attention over evenly split
+clips; `check_engine` refuses everything else (packed documents, padding, chunk masks, uneven
+shards). They are for comparison, and for installations that already trust one of them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from parallel.comm import Member
 from parallel.layout import ClipLayout
 from parallel.masks import FULL, AttentionMask
 
-AttentionEngine = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # q, k, v [B, T/P·S, H, D] -> [B, T/P·S, H, D]
+# q, k, v [B, T/P·S, H, D] -> [B, T/P·S, H, D]
+AttentionEngine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class EngineComm(Protocol):
-    """What an engine needs of a `ProcessGroupComm`."""
+    """Describe the part of a `ProcessGroupComm` that an engine uses."""
 
     members: tuple[Member, ...]
 
@@ -40,8 +39,10 @@ def check_engine(
     key_heads: int,
     cache: object,
 ) -> None:
-    """ValueError unless an engine of others computes this case rightly (they would be silently
-    wrong, or hang)."""
+    """Raise ValueError unless another library's engine computes this case correctly.
+
+    Without the check it would return wrong values, or hang.
+    """
     rules = [
         (cache is None, "a cache of earlier frames", "none"),
         (mask == FULL, f"mask {mask}", "the full mask"),
@@ -54,7 +55,7 @@ def check_engine(
         (
             layout.frames % member.size == 0,
             f"{layout.frames} latent frames",
-            f"a multiple of the {member.size} members",
+            f"a multiple of the {member.size} ranks",
         ),
         (heads % member.ulysses == 0, f"{heads} heads", f"a multiple of ulysses {member.ulysses}"),
         (
@@ -72,8 +73,10 @@ def check_engine(
 
 
 def deepspeed(comm: EngineComm) -> AttentionEngine:
-    """DeepSpeed-Ulysses' `DistributedAttention` around PyTorch's attention. Ulysses only; runs on
-    CPU too, where it is an exact oracle."""
+    """Return DeepSpeed-Ulysses' `DistributedAttention` around PyTorch's attention.
+
+    Ulysses only. It runs on CPUs too, where it is an exact oracle for tests.
+    """
     from deepspeed import comm as deepspeed_comm
     from deepspeed.sequence.layer import DistributedAttention
 
@@ -89,7 +92,7 @@ def deepspeed(comm: EngineComm) -> AttentionEngine:
         )
 
     def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, T·S, H/P, D]"""
+        """Return attention over this rank's heads: q, k, v [B, T·S, H/P, D] -> [B, T·S, H/P, D]."""
         repeat = q.shape[2] // k.shape[2]
         q, k, v = (
             x.transpose(1, 2)
@@ -104,8 +107,10 @@ def deepspeed(comm: EngineComm) -> AttentionEngine:
 
 
 def xfuser(comm: EngineComm) -> AttentionEngine:
-    """xDiT's long-context attention (Ulysses × ring) on accelerators; its import fails on CPU.
-    Source: xfuser 0.7, yunchang 0.6."""
+    """Return xDiT's long-context attention (Ulysses × ring), for accelerators.
+
+    Its import fails on CPUs. Source: xfuser 0.7, yunchang 0.6.
+    """
     from xfuser.core.long_ctx_attention import xFuserLongContextAttention
     from yunchang import set_seq_parallel_pg
 
@@ -120,8 +125,10 @@ ENGINES: dict[str, Callable[[Any], AttentionEngine]] = {"deepspeed": deepspeed, 
 
 
 def make_engine(name: str, comm: EngineComm | None) -> tuple[str, AttentionEngine] | None:
-    """The engine `name` for a sequence group, made once per run; None for our own, or when clips
-    are not split."""
+    """Return (name, engine) for a sequence group, made once per run.
+
+    Returns None for our own attention, or when clips are not split.
+    """
     if name != "native" and name not in ENGINES:
         raise ValueError(
             f"attention engine is unknown: got {name!r}, expected native, {', '.join(ENGINES)} (key"

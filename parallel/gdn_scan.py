@@ -1,34 +1,36 @@
-"""scan: frame-wise gated delta-net states under context parallelism, exactly, with one all-gather
-each way.
+"""Scan frame-wise gated delta-net states over a split clip, exactly, with one all-gather each way.
 
-Over the frames a…b of one member the recurrence S_t = S_{t-1} M_t + U_t is affine: S_b = S_{a-1} C
-+ H with C = M_a … M_b and H = S_b from a zero start. So every member computes its (C, H_fwd,
-H_rev), one all-gather shows all of them to everyone, and each member composes the state that enters
-its own range from the left and from the right; then it runs its local frames from there.
+Over the frames a…b of one rank the recurrence S_t = S_{t-1} M_t + U_t is affine: S_b = S_{a-1} C +
+H with C = M_a … M_b and H = S_b from a zero start. So every rank computes its (C, H_fwd, H_rev),
+one all-gather gives all of them to every rank, and each rank composes the states that enter its
+frames from the left and from the right; then it runs its local frames from there.
 
- - M is symmetric (M = γ(I − A), A a Gram matrix), so the composite of the reverse direction is M_b … M_a = C^T: one C serves both.
- - C is raw: no cut is ever folded into it. A document edge on a member's border closes the forward direction there and may leave the
- reverse one
-   open; a cut inside C would close both. Whether a member passes a state through is read from `edges(layout, direction)` instead.
- - H_fwd and H_rev contain the cuts. A closed edge passes nothing: the exclusive reverse R_t = R_{t+1} M_{t+1} + U_{t+1} is 0 at a closed
- edge.
- - Padding frames are γ = 1, A = 0, U = 0, that is M = I; members without frames are C = I, H = 0 and pass everything through.
+- M is symmetric (M = γ(I − A), A a Gram matrix), so the composite of the reverse direction is M_b …
+  M_a = C^T: one C serves both.
+- C contains no cuts. A document edge on a rank boundary closes the forward direction there and may
+  leave the reverse one open; a cut inside C would close both. `edges(layout, direction)` decides
+  instead if a state passes through a rank.
+- H_fwd and H_rev contain the cuts. A closed edge passes nothing: the exclusive reverse R_t =
+  R_{t+1} M_{t+1} + U_{t+1} is 0 at a closed edge.
+- Padding frames are γ = 1, A = 0, U = 0, that is M = I; ranks without frames have C = I, H = 0 and
+  pass everything through.
 
-Backward is the same prefix problem in the opposite member order: the adjoint λ_t = dL/dF_t obeys
-λ_t = G_t + λ_{t+1} M_{t+1}, so what leaves a member to the left is X + y C^T with y what entered
-from the right. C is known from the forward pass; only X (and its mirror image Z) is gathered. The
-local states are run again, so no graph over T steps is kept.
+Backward is the same prefix problem in the opposite rank order: the adjoint λ_t = dL/dF_t obeys λ_t
+= G_t + λ_{t+1} M_{t+1}, so what leaves a rank to the left is X + y C^T with y what entered from the
+right. C is known from the forward pass; only X (and its mirror image Z) is gathered. The local
+states are recomputed, so no graph over T steps is kept.
 
-Elements sent by a member to each other member: forward Σ over streams of B·H·(D² + 2·E·D), backward
+Elements that a rank sends to each other rank: forward Σ over streams of B·H·(D² + 2·E·D), backward
 Σ B·H·2·E·D (one E·D less each without a reverse pass), in float32 (float64 for float64 inputs);
 with an initial state backward adds B·H·E·D per stream for the final state's gradient.
+`parallel/README.md` derives these formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,10 +44,10 @@ Reverse = Literal["inclusive", "exclusive"] | None
 
 
 class ScanOutput(NamedTuple):
-    """states: per stream [B, T/P, H, E, D], forward inclusive plus reverse state.
+    """Store the result of a scan, one entry per stream.
 
-    final: per stream [B, H, E, D], F after the clip's last frame, the same on all members; the
-    gradients that members give it are added up.
+    states: [B, T/P, H, E, D], the forward inclusive state plus the reverse state. final: [B, H, E,
+    D], F after the clip's last frame, the same on all ranks; its gradients are summed over ranks.
     """
 
     states: list[Tensor]
@@ -53,7 +55,7 @@ class ScanOutput(NamedTuple):
 
 
 def local_cuts(layout: ClipLayout, frames: FrameRange, continued: bool) -> Cuts:
-    """Open edges of a member's frames; a continued stream opens the edge before frame 0."""
+    """Return the open edges of a rank's frames; a continued stream opens edge 0."""
     ahead, behind = edges(layout, "forward"), edges(layout, "reverse")
     return Cuts(
         tuple(ahead[i] or (i == 0 and continued) for i in range(frames.start, frames.stop)),
@@ -63,8 +65,11 @@ def local_cuts(layout: ClipLayout, frames: FrameRange, continued: bool) -> Cuts:
 
 @dataclass(frozen=True)
 class ScanVerb:
-    """tensors: decay, gram, update of every stream, then one initial state [B, H, E, D] per stream
-    if `continued`."""
+    """Scan `streams` recurrences with one all-gather.
+
+    tensors: decay, gram and update of every stream, then, if `continued`, one initial state [B, H,
+    E, D] per stream.
+    """
 
     layout: ClipLayout
     streams: int
@@ -77,7 +82,8 @@ class ScanVerb:
         return [local_cuts(self.layout, r, self.continued) for r in self.layout.split(size)]
 
     def _split(self, tensors: Sequence[Tensor | None]) -> tuple[list[Stream], list[Tensor | None]]:
-        streams = [Stream(*tensors[3 * i : 3 * i + 3]) for i in range(self.streams)]  # type: ignore[arg-type]
+        groups = [tensors[3 * i : 3 * i + 3] for i in range(self.streams)]
+        streams = [Stream(*group) for group in groups]  # type: ignore[arg-type]
         initial: list[Tensor | None] = (
             [*tensors[3 * self.streams :]] if self.continued else [None] * self.streams
         )
@@ -91,6 +97,7 @@ class ScanVerb:
             None if x is None else x.to(accumulation_dtype(s.update.dtype))
             for x, s in zip(initial, streams, strict=True)
         ]
+        # One rank: the local states are the states.
         if member.size == 1:
             outputs = [
                 self.kernels.local_states(s, mine, self.reverse, start, None)
@@ -102,15 +109,17 @@ class ScanVerb:
                 (*tensors[: 3 * self.streams], *kept),
                 None,
             )
+        # Exchange the composites of all streams in one collective.
         composites = [
             [x for x in self.kernels.local_composites(s, mine, self.reverse) if x is not None]
             for s in streams
         ]
         like = [x for group in composites for x in group]
         # per stream C [B, H, D, D], H_fwd and H_rev [B, H, E, D], all streams in one buffer -> the
-        # same of every member
+        # same of every rank
         gathered = yield AllGather(pack(like))
         everyone = [unpack(flat, like) for flat in gathered]
+        # Compose what enters this rank's frames from both sides, and run them from there.
         width = 2 if self.reverse is None else 3
         outputs, kept, chains = [], [], []
         for i, (stream, start) in enumerate(zip(streams, starts, strict=True)):
@@ -169,6 +178,7 @@ class ScanVerb:
                 _zeros_like_states(s)[:, :0].sum(1) if g is None else g
                 for g, s in zip(grads[n:], streams)
             ]
+        # Exchange the gradients that leave each rank's frames, and compose what enters these.
         from_right: list[Tensor | None] = list(final)
         from_left: list[Tensor | None] = [None] * n
         if member.size > 1:
@@ -180,13 +190,13 @@ class ScanVerb:
                 x for group, last in zip(leaving, final) for x in (*group, last) if x is not None
             ]
             # per stream X and Z [B, H, E, D] (and the final state's gradient), all streams in one
-            # buffer -> the same of every member
+            # buffer -> the same of every rank
             gathered = yield AllGather(pack(like))
             everyone = [unpack(flat, like) for flat in gathered]
             chains = kept[5 * n :]
             width = len(like) // n
             for i in range(n):
-                products: list[Tensor] = list(chains[member.size * i : member.size * (i + 1)])  # type: ignore[arg-type]
+                products = cast(list[Tensor], [*chains[member.size * i : member.size * (i + 1)]])
                 last = (
                     None
                     if final[i] is None
@@ -202,6 +212,7 @@ class ScanVerb:
                     from_left[i] = _prefix(products, ends, [all(c.reverse) for c in cuts], None)[
                         member.index
                     ]
+        # Recompute the local states and run their adjoint with the gradients that enter.
         out: list[Tensor | None] = []
         initial: list[Tensor | None] = []
         for i, (stream, g) in enumerate(zip(streams, upstream)):
@@ -209,9 +220,8 @@ class ScanVerb:
                 stream, mine, self.reverse, *starts[i], g, from_right[i], from_left[i]
             )
             out += [x.to(like.dtype) for x, like in zip(local, stream)]
-            if (
-                self.continued
-            ):  # the whole gradient goes to the member with frame 0: members' gradients are summed
+            # the whole gradient goes to the rank with frame 0: gradients of all ranks are summed
+            if self.continued:
                 initial.append(
                     to_start if member.index == 0 else _zeros_like_states(stream)[:, :0].sum(1)
                 )
@@ -219,7 +229,7 @@ class ScanVerb:
 
 
 def _zeros_like_states(stream: Stream) -> Tensor:
-    """[B, T/P, H, E, D] in the accumulation dtype"""
+    """Return zeros [B, T/P, H, E, D] in the accumulation dtype."""
     return torch.zeros(
         stream.update.shape,
         dtype=accumulation_dtype(stream.update.dtype),
@@ -228,8 +238,9 @@ def _zeros_like_states(stream: Stream) -> Tensor:
 
 
 def _product(state: Tensor, composite: Tensor) -> Tensor:
-    """state [B, H, E, D] · composite [B, H, D, D], never rounded to TF32: a composite is near the
-    identity, and its rounding is the error.
+    """Multiply state [B, H, E, D] by composite [B, H, D, D], never in TF32.
+
+    A composite is close to the identity, so rounding it to TF32 would be the whole error.
     """
     if state.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
         return torch.matmul(state.double(), composite.double()).to(state.dtype)
@@ -239,8 +250,10 @@ def _product(state: Tensor, composite: Tensor) -> Tensor:
 def _prefix(
     products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None
 ) -> list[Tensor | None]:
-    """value[p]: what reaches member p from the left, value[P]: what leaves the last one. value[p+1]
-    = ends[p] + value[p] · products[p]."""
+    """Return value[p], what enters rank p from the left; value[P] leaves the last rank.
+
+    value[p+1] = ends[p] + value[p] · products[p].
+    """
     values = [start]
     for product, end, open_through in zip(products, ends, passes, strict=True):
         before = values[-1]
@@ -253,5 +266,5 @@ def _prefix(
 def _suffix(
     products: list[Tensor], ends: list[Tensor], passes: list[bool], start: Tensor | None
 ) -> list[Tensor | None]:
-    """value[p]: what reaches member p from the right (`start` at the last member)."""
+    """Return value[p], the state that enters rank p from the right (`start` at the last rank)."""
     return _prefix(products[::-1], ends[::-1], passes[::-1], start)[-2::-1]

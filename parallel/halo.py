@@ -1,14 +1,13 @@
-"""halo: exactly the frames that a temporal convolution reads beyond the local ones, from the
-members that hold them.
+"""Fetch exactly those frames beyond the local ones that a temporal convolution reads.
 
 Tap j of local frame i is frame i + j − before of the clip. A convolution of width before + 1 +
-after is Σ_j W_j @ tap_j. A halo may span several members (T/P < width), and members without frames
-take part without wanting any.
+after is Σ_j W_j @ tap_j. A halo may span several ranks (T/P < width), and ranks without frames take
+part without requesting any.
 
-One exchange for all tensors: member p sends member q those frames of its own that q's halo
-contains. Bytes sent by a member that has a full neighbour on both sides: (before + after) · Σ bytes
-of one frame of each tensor. Backward sends the gradients of the same frames home, where they are
-added in member order.
+One exchange serves all tensors: rank p sends rank q those frames of its own that q's halo contains.
+Bytes sent by a rank with a full neighbour on both sides: (before + after) · Σ bytes of one frame of
+each tensor. Backward sends the gradients of the same frames back, where they are summed in rank
+order.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ NOTHING = FrameRange(0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Taps(Sequence[Tensor]):
-    """The taps of a temporal convolution, each cut out and masked when it is asked for; a fused
-    kernel reads `extended` itself.
+    """Cut and mask the taps of a temporal convolution on access.
 
-    extended: [B, before + t + after, …], zero beyond the clip; before; seen: per local frame the
-    first tap it may see and the one after the last, where an edge inside the clip hides any; None:
-    every frame sees all taps.
+    A fused kernel reads `extended` itself. extended: [B, before + t + after, …], zero beyond the
+    clip. seen: per local frame (first visible tap, one past the last), where an edge inside the
+    clip hides any; None: every frame sees all taps.
     """
 
     extended: Tensor
@@ -49,7 +47,7 @@ class Taps(Sequence[Tensor]):
     @overload
     def __getitem__(self, j: slice) -> list[Tensor]: ...
     def __getitem__(self, j: int | slice) -> Tensor | list[Tensor]:
-        """Tap j of every local frame, [B, t, …]: a view where nothing is hidden."""
+        """Return tap j of every local frame, [B, t, …]: a view where nothing is hidden."""
         if isinstance(j, slice):
             return [self[i] for i in range(len(self))[j]]
         j = range(len(self))[j]
@@ -66,8 +64,7 @@ class Taps(Sequence[Tensor]):
 def visible_taps(
     limits: Sequence[FrameRange], local: FrameRange, before: int, after: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """`Taps.seen` of the local frames, from the frames that each frame of the clip may see
-    (`layout.halo_limits`)."""
+    """Return `Taps.seen` of the local frames, given `limits` of `layout.halo_limits`."""
     seen, clip = [], FrameRange(0, len(limits))
     for i in range(local.start, local.stop):
         first, stop = (
@@ -86,8 +83,10 @@ def visible_taps(
 
 @dataclass(frozen=True)
 class HaloVerb:
-    """tensors [B, T/P, …] -> the local frames extended to both sides [B, before + T/P + after, …],
-    zero beyond the clip's ends."""
+    """Extend the local frames to both sides: [B, T/P, …] -> [B, before + T/P + after, …].
+
+    Frames beyond the clip's ends are zero.
+    """
 
     layout: ClipLayout
     before: int
@@ -95,7 +94,7 @@ class HaloVerb:
     name = "halo"
 
     def plan(self, member: Member) -> tuple[FrameRange, list[FrameRange], list[FrameRange]]:
-        """Local frames; frames to send to each member; frames to receive from each member."""
+        """Return (local frames, frames to send to each rank, frames to receive from each rank)."""
         held = self.layout.split(member.size)
         wanted = [
             FrameRange(max(0, r.start - self.before), min(self.layout.frames, r.stop + self.after))
@@ -128,6 +127,7 @@ class HaloVerb:
             local = inputs if q == member.index else unpack(answers[q], _frames(inputs, receive[q]))
             for piece, x in zip(pieces, local):
                 piece.append(x)
+        # Frames beyond the clip's ends are zero.
         left = self.before - sum(len(r) for r in receive[: member.index])
         right = self.after - sum(len(r) for r in receive[member.index + 1 :])
         return tuple(_concat(piece, left, right) for piece in pieces), (), like
@@ -170,7 +170,7 @@ def _overlap(a: FrameRange, b: FrameRange) -> FrameRange:
 
 
 def _like(x: Tensor, frames: int) -> Tensor:
-    """Shape and dtype of `frames` frames of x, as a meta tensor."""
+    """Return a meta tensor with the shape and dtype of `frames` frames of x."""
     return torch.empty(x.shape[0], frames, *x.shape[2:], dtype=x.dtype, device="meta")
 
 

@@ -1,8 +1,9 @@
-"""Who holds which latent frame, and who may see whom: pure integers, no tensors.
+"""Assign latent frames to ranks, and decide which frame may see which: pure integers, no tensors.
 
 One clip (or several documents packed into one sequence) has T latent frames. `edges` is the only
 place that knows where information may cross from one frame to the next; the GDN scan, the
-convolution halos, the attention masks and streaming all ask it, and so do their test oracles.
+convolution halos, the attention masks and streaming all call it, and so do the oracles of their
+tests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Direction = Literal["forward", "reverse"]
 
 @dataclass(frozen=True)
 class FrameRange:
-    """Latent frames start, start+1, …, stop-1. May be empty."""
+    """Represent latent frames start, start+1, …, stop-1. May be empty."""
 
     start: int
     stop: int
@@ -36,13 +37,14 @@ class FrameRange:
 
 @dataclass(frozen=True)
 class ClipLayout:
-    """The time axis of a batch, equal on every rank.
+    """Describe the time axis of a batch, equal on every rank.
 
-    frames: T, latent frames per row (padding included). document_starts: first frame of each packed
-    document. Nothing ever crosses a document edge. chunk_starts: first frame of each chunk. A chunk
-    sees the past and itself, never a later chunk. The default is one chunk: bidirectional.
-    valid_frames: per row, how many leading frames are real; the rest is padding that changes no
-    real frame. None: all of them, any row count.
+    - frames: T, latent frames per row (padding included).
+    - document_starts: first frame of each packed document. Nothing ever crosses a document edge.
+    - chunk_starts: first frame of each chunk. A chunk sees the past and itself, never a later
+      chunk. The default is one chunk: bidirectional.
+    - valid_frames: per row, the number of leading frames that are real; the rest is padding that
+      changes no real frame. None: all of them, any row count.
     """
 
     frames: int
@@ -78,8 +80,10 @@ class ClipLayout:
                 )
 
     def split(self, ranks: int) -> tuple[FrameRange, ...]:
-        """Contiguous shares in rank order; the first T % P ranks hold one frame more, and ranks
-        beyond T hold none."""
+        """Return contiguous shards in rank order.
+
+        The first T % P ranks get one frame more, and ranks beyond T get none.
+        """
         if ranks < 1:
             raise ValueError(
                 f"cannot split a clip: got {ranks} ranks, expected >= 1 (ClipLayout.split)"
@@ -88,18 +92,19 @@ class ClipLayout:
 
     @property
     def ragged(self) -> bool:
-        """Whether any row has padding frames."""
+        """Return True if any row has padding frames."""
         return self.valid_frames is not None and any(n < self.frames for n in self.valid_frames)
 
     def document_of(self, frame: int) -> FrameRange:
+        """Return the document that contains a frame."""
         return _span(self.document_starts, self.frames, frame)
 
     def chunk_of(self, frame: int) -> FrameRange:
-        """The chunk of a frame; a document edge ends a chunk as well."""
+        """Return the chunk that contains a frame; a document edge ends a chunk as well."""
         return _span(_merged(self), self.frames, frame)
 
     def position_of(self, frame: int) -> int:
-        """Time index inside the document."""
+        """Return the time index of a frame inside its document."""
         return frame - self.document_of(frame).start
 
 
@@ -111,8 +116,7 @@ def _split(count: int, parts: int) -> tuple[FrameRange, ...]:
 
 
 def split_evenly(count: int, parts: int) -> tuple[FrameRange, ...]:
-    """The rule of `ClipLayout.split` for anything countable (also attention heads over Ulysses
-    ranks)."""
+    """Split `count` items (frames, attention heads) by the rule of `ClipLayout.split`."""
     return _split(count, parts)
 
 
@@ -128,11 +132,13 @@ def _merged(layout: ClipLayout) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
-    """Which of the T+1 edges are open; edge i lies between frame i-1 and frame i.
+    """Return the open edges of a clip, T+1 of them; edge i lies between frame i-1 and frame i.
 
-    forward: may frame i know frame i-1?  Not at a document's first frame.
-    reverse: may frame i-1 know frame i?  Neither at a document's nor at a chunk's first frame.
-    Edges 0 and T are the clip's ends: closed (a scan that continues a stream opens edge 0 itself).
+    - forward: may frame i see frame i-1? Not at a document's first frame.
+    - reverse: may frame i-1 see frame i? Neither at a document's nor at a chunk's first frame.
+
+    Edges 0 and T are the clip's ends and closed (a scan that continues a stream opens edge 0
+    itself).
     """
     cuts = layout.document_starts if direction == "forward" else _merged(layout)
     closed = {0, layout.frames, *cuts}
@@ -141,10 +147,11 @@ def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
 
 @lru_cache(maxsize=256)
 def halo_limits(layout: ClipLayout, kind: str) -> tuple[FrameRange, ...]:
-    """For each frame the range a temporal convolution may read.
+    """Return for each frame the range that a temporal convolution may read.
 
-    clip: everything. document: its own document. chunk: from its document's start to its chunk's
-    end (the past is visible, the future is not).
+    - clip: everything.
+    - document: its own document.
+    - chunk: from its document's start to its chunk's end (the past is visible, the future is not).
     """
     if kind not in ("clip", "document", "chunk"):
         raise ValueError(

@@ -1,10 +1,9 @@
-"""Softmax attention of one block (query frames × key frames), tile by tile: the default kernels of
-`attend`.
+"""Compute softmax attention of one block (query frames × key frames) tile by tile, by default.
 
-A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPU, and
-elsewhere, unless the caller's table of kernels has better, plain matrix products over a bounded
-number of queries at a time. A row without a tile gets zeros and LSE −inf here, because kernels
-disagree on it (ATen's CPU flash calls it 0, and a ring merge would then be wrong).
+A tile is a dense rectangle without a mask, so any flash kernel computes it: ATen's on CPUs, and
+elsewhere, unless the caller's table of kernels has a better one, plain matrix products over a
+bounded number of queries at a time. A row without a tile gets zeros and LSE −inf here, because
+kernels disagree on it (ATen's CPU flash returns LSE 0, and a ring merge would then be wrong).
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ SCORES_AT_ONCE = 1 << 27  # of the plain path: 512 MiB in float32
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over frames and keys are kept in: float32, or float64 for float64."""
+    """Return the dtype for sums over frames and keys: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _to_kernel(x: Tensor) -> Tensor:
-    """[B, n, S, H, D] -> [B, H, n·S, D]"""
+    """Reshape [B, n, S, H, D] -> [B, H, n·S, D]."""
     batch, n, s, heads, d = x.shape
     return x.reshape(batch, n * s, heads, d).transpose(1, 2)
 
 
 def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """Rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D]; a view when it is one
-    run of all rows."""
+    """Select rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D].
+
+    The result is a view if the tile is one run of all rows.
+    """
     if tile.rows is not None:
         x = x[list(tile.rows)]
     parts = [x[:, start:stop] for start, stop in runs]
@@ -40,8 +41,10 @@ def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Unmasked attention: q [B, H, n, D], k, v [B, H, m, D], m >= 1 -> out [B, H, n, D],
-    natural-log LSE [B, H, n] (accumulation dtype)."""
+    """Compute unmasked attention of q [B, H, n, D] with k, v [B, H, m, D], m >= 1.
+
+    Returns out [B, H, n, D] and the natural-log LSE [B, H, n] (accumulation dtype).
+    """
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out, lse.to(accumulation_dtype(q.dtype))
@@ -51,8 +54,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def dense_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. `out` and `lse` may belong to a softmax over more keys than these: the
-    result is then this block's share."""
+    """Return the gradients of q, k, v.
+
+    `out` and `lse` may belong to a softmax over more keys than these: the result is then this
+    block's contribution.
+    """
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, False
@@ -65,7 +71,7 @@ def _queries_at_once(q: Tensor, k: Tensor) -> int:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`dense_attention` by matrix products on any device, in the accumulation dtype."""
+    """Compute `dense_attention` by matrix products on any device, in the accumulation dtype."""
     wide = accumulation_dtype(q.dtype)
     keys, values, scale = k.to(wide).transpose(-1, -2), v.to(wide), q.shape[-1] ** -0.5
     outs, sums = [], []
@@ -79,6 +85,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def plain_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `dense_attention_backward` by matrix products on any device.
+
+    Works in the accumulation dtype.
+    """
     wide = accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5
     keys, values = k.to(wide), v.to(wide)
@@ -107,10 +117,10 @@ def block_attention(
     tiles: tuple[Tile, ...],
     dense: Callable[..., tuple[Tensor, Tensor]] = dense_attention,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, n, S, H, D], k, v [B, m, S, H, D] -> out [B, n, S, H, D], LSE [B, n, S, H]; rows in no
-    tile get zeros and −inf.
+    """Attend from q [B, n, S, H, D] to k, v [B, m, S, H, D] within `tiles`.
 
-    dense: computes one tile.
+    Returns out [B, n, S, H, D] and LSE [B, n, S, H]; rows in no tile get zeros and −inf. dense:
+    computes one tile.
     """
     batch, n, s, heads, d = q.shape
     if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
@@ -148,15 +158,16 @@ def block_attention_backward(
     tiles: tuple[Tile, ...],
     dense: Callable[..., tuple[Tensor, Tensor, Tensor]] = dense_attention_backward,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of dq, dk, dv (shapes of q, k, v; accumulation dtype, or that of the
-    inputs).
+    """Return this block's contribution to dq, dk, dv (shapes of q, k, v).
 
-    out [B, n, S, H, D] and lse [B, n, S, H] are the final ones, over all blocks.
+    Their dtype is the accumulation dtype, or that of the inputs. out [B, n, S, H, D] and lse [B, n,
+    S, H] are the final ones, over all blocks.
     """
     if tiles == (Tile(None, (0, q.shape[1]), ((0, k.shape[1]),)),):
         g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (grad, q, out, k, v, lse[..., None]))
         grads = dense(g, qq, kk, vv, oo, ll[..., 0])
-        return tuple(x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (q, k, v)))  # type: ignore[return-value]
+        whole = [x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (q, k, v))]
+        return tuple(whole)  # type: ignore[return-value]
     wide = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     for tile in tiles:

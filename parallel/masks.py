@@ -1,4 +1,4 @@
-"""Attention masks as data: which latent frames a latent frame may attend to.
+"""Describe attention masks as data: the latent frames that a latent frame may attend to.
 
 Every mask is frame-wise: the S tokens of one frame see the same frames. So a mask never becomes a
 dense [T·S, T·S] matrix; `tiles` cuts it into dense rectangles (query frames × key frames) that any
@@ -18,13 +18,15 @@ from parallel.layout import ClipLayout, FrameRange
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which frames a frame sees, inside its document.
+    """Describe which frames a frame sees inside its document.
 
-    causality: full | frame (frames up to itself) | chunk (up to the end of its own chunk). window:
-    how many frames (frame) or chunks (chunk) back, its own included; None: all of the past. sink:
-    that many first frames of the document stay visible when the window has moved on. dilation:
-    frame only; beyond the window every `dilation`-th frame of the document stays visible … reach: …
-    as long as it is less than `reach` frames back (None: without end).
+    - causality: full | frame (frames up to itself) | chunk (up to the end of its own chunk).
+    - window: number of frames (frame) or chunks (chunk) back, its own included; None: all of the
+      past.
+    - sink: that many first frames of the document stay visible when the window has moved on.
+    - dilation: frame only; beyond the window every `dilation`-th frame of the document stays
+      visible …
+    - reach: … as long as it is less than `reach` frames back (None: without end).
     """
 
     causality: Literal["full", "frame", "chunk"] = "full"
@@ -69,10 +71,10 @@ CHUNK_CAUSAL = AttentionMask("chunk")
 
 
 class Tile(NamedTuple):
-    """A dense rectangle of attention. Frame numbers count from the start of the query block and of
-    the key block.
+    """Describe a dense rectangle of attention.
 
-    rows: batch rows it applies to (None: all).  queries: (start, stop).  keys: ascending (start, stop) runs, never empty.
+    Frames count from the start of the query or key block. rows: batch rows it applies to (None:
+    all). queries: (start, stop). keys: ascending (start, stop) runs, never empty.
     """
 
     rows: tuple[int, ...] | None
@@ -82,7 +84,7 @@ class Tile(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
-    """Frames that `frame` attends to, padding not yet considered."""
+    """Return the frames that `frame` attends to, ignoring padding."""
     document = layout.document_of(frame)
     if mask.causality == "full":
         return frozenset(range(document.start, document.stop))
@@ -118,8 +120,11 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
 
 
 def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[Tile, ...]:
-    """Frames from before the clip are seen by every real frame of its first document; which of them
-    to keep is the caller's choice."""
+    """Return the tiles of cached frames from before the clip.
+
+    Every real frame of the clip's first document sees all of them; the caller chooses what to
+    cache.
+    """
     stop = min(queries.stop, layout.document_of(0).stop)
     found = []
     for rows, valid in _rows_by_valid(layout):
@@ -130,7 +135,7 @@ def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[T
 
 
 def _rows_by_valid(layout: ClipLayout) -> list[tuple[tuple[int, ...] | None, int]]:
-    """Rows that have the same number of real frames, with that number."""
+    """Group rows by their number of real frames -> [(rows, real frames)]."""
     if not layout.ragged:
         return [(None, layout.frames)]
     by_valid: dict[int, list[int]] = {}
@@ -143,8 +148,10 @@ def _rows_by_valid(layout: ClipLayout) -> list[tuple[tuple[int, ...] | None, int
 def tiles(
     layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: FrameRange
 ) -> tuple[Tile, ...]:
-    """Cut one block (query frames × key frames) into rectangles; query frames that are padding or
-    see no key here are in none."""
+    """Cut one block (query frames × key frames) into rectangles.
+
+    Query frames that are padding, or see no key of this block, are in no tile.
+    """
     found = []
     for rows, valid in _rows_by_valid(layout):
         last = min(keys.stop, valid)

@@ -1,10 +1,10 @@
-"""The mesh: world = dp_replicate × dp_shard × ring × ulysses, ulysses fastest.
+"""Build the mesh: world = dp_replicate × dp_shard × ring × ulysses, ulysses fastest.
 
-Ranks that exchange most sit next to each other: Ulysses groups first, then rings, then parameter
-shards, then replicas, so a launcher that numbers the processes of a node consecutively places whole
-sequence groups inside nodes. The members of one sequence group (ring × ulysses) share a clip and
-are numbered along time: member = ring index × ulysses + ulysses index. Parameters are sharded over
-dp_shard × ring × ulysses: inside a sequence group every process would otherwise hold the same
+Ranks that exchange most are neighbours: Ulysses groups first, then rings, then parameter shards,
+then replicas, so a launcher that numbers the processes of a node consecutively places whole
+sequence groups inside nodes. The ranks of one sequence group (ring × ulysses) share a clip and are
+numbered along time: index = ring index × ulysses + ulysses index. Parameters are sharded over
+dp_shard × ring × ulysses, as the processes of a sequence group would otherwise all store the same
 parameters.
 """
 
@@ -25,7 +25,7 @@ from parallel.process_group import ProcessGroupComm
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place. comm is None when clips are not split."""
+    """Locate this process in the mesh. comm is None when clips are not split."""
 
     degrees: MeshDegrees
     coordinate: Coordinate
@@ -34,35 +34,37 @@ class Mesh:
 
     @property
     def data_size(self) -> int:
-        """Number of data-parallel members: groups that see different clips."""
+        """Return the number of data-parallel groups, which see different clips."""
         return self.degrees.dp_replicate * self.degrees.dp_shard
 
     @property
     def data_index(self) -> int:
+        """Return the index of this process's data-parallel group."""
         return self.coordinate.dp_replicate * self.degrees.dp_shard + self.coordinate.dp_shard
 
     @property
     def sequence_size(self) -> int:
+        """Return the number of ranks that share a clip."""
         return self.degrees.cp
 
     @property
     def sequence_index(self) -> int:
+        """Return this process's index in its sequence group, along time."""
         return self.coordinate.ring * self.degrees.ulysses + self.coordinate.ulysses
 
     def frames(self, latent_frames: int) -> FrameRange:
-        """This process's latent frames of a clip of T; the rule of `ClipLayout.split`."""
+        """Return this process's latent frames of a clip of T, by `ClipLayout.split`'s rule."""
         return split_evenly(latent_frames, self.sequence_size)[self.sequence_index]
 
 
 def sequence_comm(
     member: Member, rank_groups: dict[str, list[list[int]]], timeout: timedelta | None = None
 ) -> ProcessGroupComm:
-    """Make the process groups of all sequence groups (every process must call this with the same
-    lists) and join this process's own.
+    """Create the process groups of all sequence groups and join this process's own.
 
-    rank_groups: per axis ("sequence", "ulysses", "ring") all groups as global ranks in member
-    order; they need not be contiguous, but must ascend, because torch.distributed numbers the
-    processes of a group that way.
+    Every process must call this with the same lists. rank_groups: per axis ("sequence", "ulysses",
+    "ring") all groups as global ranks in rank order; they need not be contiguous, but must ascend,
+    because torch.distributed numbers the processes of a group that way (else ValueError).
     """
     unsorted = [
         ranks for lists in rank_groups.values() for ranks in lists if ranks != sorted(ranks)
@@ -86,12 +88,11 @@ def sequence_comm(
 
 
 def build_mesh(degrees: MeshDegrees, device_type: str, timeout: timedelta | None = None) -> Mesh:
-    """The mesh of the initialised default process group. Every process calls it with the same
-    degrees.
+    """Build the mesh of the initialised default process group.
 
-    timeout: how long a collective of the sequence groups may take (None: torch's default; new
-    groups do not inherit the default group's). Raises ValueError for degrees whose product is not
-    the world.
+    Every process passes the same degrees. timeout: limit for a collective of the sequence groups
+    (None: torch's default; new groups do not inherit the default group's). Raises ValueError for
+    degrees whose product is not the world size.
     """
     if degrees.world != dist.get_world_size():
         raise ValueError(

@@ -1,11 +1,10 @@
-"""Communicator over real processes: one hosted member, torch.distributed underneath (whichever back
-end the groups have).
+"""Run verbs over real processes, one rank each, with torch.distributed (any back end).
 
-Only two collectives are used, all-gather and all-to-all with given sizes; a neighbour exchange and
+Only two collectives are used: all-gather, and all-to-all with given sizes; a neighbour exchange and
 a ring shift are all-to-alls whose other parts are empty. So point-to-point messages never mix with
-collectives on one communicator (a known source of hangs), and sums are made by us in rank order,
-never by the back end. The groups should be dedicated to sequence parallelism: sharing one with
-parameter sharding lets the two race.
+collectives on one communicator (a known source of hangs), and sums are computed here in rank order,
+never by the back end. The groups should be dedicated to sequence parallelism: collectives of
+parameter sharding on the same group would race with these.
 """
 
 from __future__ import annotations
@@ -36,8 +35,10 @@ from parallel.timing import CommClock
 
 
 class ProcessGroupComm:
-    """groups: the process groups of the axes "sequence" (all P, in member order), "ulysses" and
-    "ring" that this process belongs to."""
+    """Run the verbs of this process's rank over its process groups.
+
+    groups: those of the axes "sequence" (all P, in rank order), "ulysses" and "ring".
+    """
 
     joined = False
 
@@ -47,20 +48,19 @@ class ProcessGroupComm:
         self.traffic = Traffic()
         self.tape: Tape | None = None
         self.scope = ""
-        self.clock: CommClock | None = None  # told of the time in collectives, if there is one
+        self.clock: CommClock | None = None  # set to measure the time in collectives
         self._groups = groups
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return apply(self, verb, *tensors)
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """[*] of the first member of the sequence group -> the same tensor, filled, on all of its
-        members. No gradient."""
+        """Broadcast tensors [*] in place from the first rank of the sequence group. No gradient."""
         for tensor in tensors:
             dist.broadcast(tensor, group=self._groups["sequence"], group_src=0)
 
     def group(self, axis: str) -> ProcessGroup:
-        """The process group of an axis that has more than one member."""
+        """Return the process group of an axis that has more than one rank."""
         return self._groups[axis]
 
     def run(self, label: str, programs: list[Program]) -> list[Any]:
@@ -93,7 +93,7 @@ class ProcessGroupComm:
         return ticket if isinstance(request, Begin) else ticket.wait()
 
     def _gather(self, request: AllGather) -> list[Tensor]:
-        """[*] -> list over members of [*]"""
+        """Gather [*] -> list over ranks of [*]."""
         group = self._groups[request.axis]
         mine = request.tensor.contiguous()
         out = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -101,7 +101,7 @@ class ProcessGroupComm:
         return out
 
     def _exchange(self, request: Exchange) -> _Ticket:
-        """parts[j], flat, to member j -> what member i sent, flat"""
+        """Send parts[j], flat, to rank j -> what rank i sent, flat."""
         send = [part.numel() for part in request.parts]
         dtype = request.parts[0].dtype
         wide = dtype.itemsize
@@ -117,7 +117,7 @@ class ProcessGroupComm:
 
 
 class _Ticket(NamedTuple):
-    """An exchange under way; the buffers live until it is done."""
+    """Hold an exchange in flight and its buffers until it is done."""
 
     work: dist.Work
     buffer: Tensor

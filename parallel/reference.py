@@ -1,19 +1,20 @@
-"""The frame-wise GDN scan in plain PyTorch: the default kernels, and everybody's oracle. And the
-table of all local kernels.
+"""Compute the frame-wise GDN scan in plain PyTorch: default kernels, and oracle of the others.
 
 Recurrence of one head over frames (SANA-WM §3; `^T` is never needed for M because A, a Gram matrix,
 is symmetric):
 
-    forward   F_t = F_{t-1} M_t + U_t        M_t = γ_t (I − A_t), computed as γ_t (F − F A_t) so that only the small A is ever rounded
+    forward   F_t = F_{t-1} M_t + U_t        M_t = γ_t (I − A_t)
     reverse   I_t = I_{t+1} M_t + U_t        and its exclusive form R_t = I_{t+1}
     output    F_t, F_t + I_t or F_t + R_t
 
-A closed edge passes nothing: at a closed edge F_t = U_t, I_t = U_t, and R_t = 0 (zeroing only M
-would leak U_{t+1} into R_t). Composites of a rank's frames a…b: C = M_a … M_b *without* any cut
-(forward and reverse may be cut at different places and C serves both, the reverse through C^T),
-H_fwd = F_b from a zero start and H_rev = I_a from a zero start, both *with* the cuts.
+A step is computed as γ_t (F − F A_t) + U_t, so that only the small A is ever rounded. A closed edge
+passes nothing: there F_t = U_t, I_t = U_t, and R_t = 0 (zeroing only M would leak U_{t+1} into
+R_t). Composites of a rank's frames a…b: C = M_a … M_b *without* any cut (forward and reverse may be
+cut at different places and C serves both, the reverse through C^T), H_fwd = F_b from a zero start
+and H_rev = I_a from a zero start, both *with* the cuts.
 
-All functions work in float32, or float64 for float64 inputs. Nothing here knows of ranks.
+All functions work in float32, or float64 for float64 inputs. Nothing here depends on ranks. The
+table of all local kernels, `Kernels`, is here as well.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from parallel.local_attention import accumulation_dtype, block_attention, block_
 
 
 class Stream(NamedTuple):
-    """One GDN recurrence over the local frames t.
+    """Store one GDN recurrence over the local frames t.
 
     decay [B, t, H] (γ); gram [B, t, H, D, D] (A, symmetric); update [B, t, H, E, D] (U; E = D, or 1
     for the normaliser).
@@ -40,25 +41,30 @@ class Stream(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Open edges of the local frames: may frame i know i-1 (forward[i]), may frame i know i+1
-    (reverse[i])."""
+    """Store the open edges of the local frames.
+
+    forward[i]: frame i may see frame i-1. reverse[i]: frame i may see frame i+1.
+    """
 
     forward: tuple[bool, ...]
     reverse: tuple[bool, ...]
 
 
 def _time_first(x: Tensor, tail: tuple[int, ...]) -> Tensor:
-    """[B, t, H, …] -> [t, B·H, …], so that one frame is one batched matrix."""
+    """Reshape [B, t, H, …] -> [t, B·H, …], so that one frame is one batched matrix."""
     return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *tail)
 
 
 def _batch_first(x: Tensor, batch: int, heads: int) -> Tensor:
-    """[t, B·H, …] -> [B, t, H, …]"""
+    """Reshape [t, B·H, …] -> [B, t, H, …]."""
     return x.reshape(x.shape[0], batch, heads, *x.shape[2:]).transpose(0, 1)
 
 
 class _Flat(NamedTuple):
-    """decay [t, B·H, 1, 1], gram [t, B·H, D, D], update [t, B·H, E, D]"""
+    """Store a stream time first: decay [t, B·H, 1, 1], gram [t, B·H, D, D], update [t, B·H, E, D].
+
+    B·H is one batch dimension.
+    """
 
     decay: Tensor
     gram: Tensor
@@ -73,12 +79,12 @@ def _flat(stream: Stream) -> _Flat:
 
 
 def _step(state: Tensor, decay: Tensor, gram: Tensor) -> Tensor:
-    """state · M without ever forming M."""
+    """Return state · M without ever forming M."""
     return torch.baddbmm(state, state, gram, alpha=-1).mul_(decay)
 
 
 def _run_forward(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
-    """F [t, B·H, E, D]"""
+    """Return F [t, B·H, E, D]."""
     decay, gram, update = flat
     out = torch.empty_like(update)
     state = start
@@ -94,7 +100,7 @@ def _run_forward(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
 
 
 def _run_reverse(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
-    """I [t, B·H, E, D]"""
+    """Return I [t, B·H, E, D]."""
     decay, gram, update = flat
     out = torch.empty_like(update)
     state = start
@@ -110,7 +116,7 @@ def _run_reverse(flat: _Flat, cuts: Cuts, start: Tensor | None) -> Tensor:
 
 
 def _seen_by_forward(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor:
-    """What enters frame i from the left: F_{i-1}, zero at a closed edge. [t, B·H, E, D]"""
+    """Return F_{i-1} [t, B·H, E, D], entering frame i from the left; 0 at a closed edge."""
     seen = torch.zeros_like(states)
     seen[1:] = states[:-1]
     if len(states) and start is not None:
@@ -122,7 +128,7 @@ def _seen_by_forward(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor
 
 
 def _seen_by_reverse(states: Tensor, cuts: Cuts, start: Tensor | None) -> Tensor:
-    """What enters frame i from the right: I_{i+1} = R_i, zero at a closed edge. [t, B·H, E, D]"""
+    """Return I_{i+1} = R_i [t, B·H, E, D], entering frame i from the right; 0 at a closed edge."""
     seen = torch.zeros_like(states)
     seen[:-1] = states[1:]
     if len(states) and start is not None:
@@ -140,8 +146,9 @@ def _heads(x: Tensor | None, batch: int, heads: int) -> Tensor | None:
 def local_composites(
     stream: Stream, cuts: Cuts, reverse: str | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """C [B, H, D, D], H_fwd [B, H, E, D] and, if there is a reverse pass, H_rev [B, H, E, D] of the
-    local frames (identity and zeros for none).
+    """Return C [B, H, D, D], H_fwd [B, H, E, D] and, with a reverse pass, H_rev [B, H, E, D].
+
+    Without local frames they are the identity and zeros.
     """
     batch, t, heads, e, d = stream.update.shape
     flat = _flat(stream)
@@ -168,7 +175,7 @@ def local_states(
     start_forward: Tensor | None,
     start_reverse: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """States of the local frames [B, t, H, E, D] and F after the last one [B, H, E, D].
+    """Return the states of the local frames [B, t, H, E, D] and F after the last one [B, H, E, D].
 
     start_forward: F left of the first frame, start_reverse: I right of the last frame [B, H, E, D];
     None: zero.
@@ -202,8 +209,10 @@ def local_states(
 def _adjoint_forward(
     flat: _Flat, cuts: Cuts, grads: Tensor, right: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """λ_t = dL/dF_t [t, B·H, E, D] and what F left of the first frame receives [B·H, E, D]; `right`
-    is what F_b receives from the right."""
+    """Return λ_t = dL/dF_t [t, B·H, E, D], and the gradient of F left of the first frame.
+
+    The latter is [B·H, E, D]. right: the gradient that reaches F_b from later frames.
+    """
     decay, gram, _ = flat
     out = torch.empty_like(grads)
     carried = right
@@ -219,8 +228,10 @@ def _adjoint_forward(
 def _adjoint_reverse(
     flat: _Flat, cuts: Cuts, grads: Tensor, left: Tensor | None, exclusive: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """μ_t = dL/dI_t [t, B·H, E, D] and what I right of the last frame receives; `left` is what I_a
-    receives from the left."""
+    """Return μ_t = dL/dI_t [t, B·H, E, D] and the gradient of I right of the last frame.
+
+    left: the gradient that reaches I_a from earlier frames.
+    """
     decay, gram, _ = flat
     out = torch.empty_like(grads)
     carried = left
@@ -240,8 +251,9 @@ def _adjoint_reverse(
 def local_adjoint_composites(
     stream: Stream, cuts: Cuts, reverse: str | None, grads: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients that leave the local frames when none enter: to F on the left and, with a reverse
-    pass, to I on the right, [B, H, E, D] each.
+    """Return the gradients that leave the local frames when none enters, [B, H, E, D] each.
+
+    They go to F on the left and, with a reverse pass, to I on the right.
     """
     batch, _, heads, e, d = stream.update.shape
     flat = _flat(stream)
@@ -265,12 +277,14 @@ def local_adjoint(
     from_right: Tensor | None,
     from_left: Tensor | None,
 ) -> tuple[Stream, Tensor | None]:
-    """Gradients of decay, gram and update, and of start_forward [B, H, E, D] (None: no gradient
-    reaches it). The states are run again from the starts; nothing of the forward pass is kept.
+    """Return the gradients of decay, gram and update, and of start_forward [B, H, E, D].
 
-    grads [B, t, H, E, D]; from_right: what F_b receives, from_left: what I_a receives from other
-    frames [B, H, E, D].
-    dU_t = λ_t + μ_t;  with G_t = F_{t-1}^T λ_t + I_{t+1}^T μ_t (D × D):  dA_t = −γ_t G_t  and  dγ_t = tr(G_t) − ⟨G_t, A_t⟩.
+    The last is None if no gradient reaches it. The states are recomputed from the starts; nothing
+    of the forward pass is kept. grads [B, t, H, E, D]; from_right, from_left [B, H, E, D]: the
+    gradients that reach F_b and I_a from the frames of other ranks.
+
+    With G_t = F_{t-1}^T λ_t + I_{t+1}^T μ_t (D × D): dU_t = λ_t + μ_t, dA_t = −γ_t G_t and dγ_t =
+    tr(G_t) − ⟨G_t, A_t⟩.
     """
     batch, _, heads, e, d = stream.update.shape
     flat = _flat(stream)
@@ -293,8 +307,10 @@ def local_adjoint(
 
 
 class Kernels(NamedTuple):
-    """The local computations behind the verbs. A back end swaps in its own; the signatures are
-    those of the functions above."""
+    """List the local computations behind the verbs; a back end replaces them by its own.
+
+    The signatures are those of the functions above.
+    """
 
     local_composites: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = local_composites
     local_states: Callable[..., tuple[Tensor, Tensor]] = local_states

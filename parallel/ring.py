@@ -1,16 +1,15 @@
-"""Ring attention: key/value blocks travel round the ring, queries stay; partial results merge by
-their log-sum-exp.
+"""Compute ring attention: key/value blocks move round the ring, queries stay, results are merged.
 
-Member r starts with the block of its own frames and after step s holds the block of ring member r −
-s. out and LSE are accumulated in float32 (float64 for float64 inputs): with half-precision
-accumulation the error would grow with the ring. Rows that see nothing in a block arrive with LSE
-−inf and weigh nothing. Frames are contiguous, so under a causal mask late members have more work
-than early ones: prefer Ulysses there.
+Rank r starts with the block of its own frames and after step s has the block of ring rank r − s.
+Partial results merge by their log-sum-exp. out and LSE are accumulated in float32 (float64 for
+float64 inputs): with half-precision accumulation the error would grow with the ring. Rows that see
+nothing in a block arrive with LSE −inf and weigh nothing. Frames are contiguous, so under a causal
+mask late ranks have more work than early ones: prefer Ulysses there.
 
-Elements sent per member, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k and v
-and R of dk and dv (these in the accumulation dtype): every block brings its gradients along and is
-home again after R shifts. Shifts are begun before a block is computed and finished after it, so
-they hide behind the computation where the communicator runs beside it.
+Elements sent per rank, R > 1: forward R − 1 shifts of k and v; backward R − 1 shifts of k and v and
+R of dk and dv (these in the accumulation dtype): every block carries its gradients along and is
+back after R shifts. A shift starts before a block is computed and finishes after it, so the
+computation hides it where communication runs in parallel.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ HeadSpans = tuple[tuple[int, int], ...]
 
 
 def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two partial softmax results over disjoint keys -> one. out [B, n, S, H, D], lse [B, n, S, H];
-    −inf means nothing seen."""
+    """Merge two partial softmax results over disjoint keys.
+
+    out [B, n, S, H, D], lse [B, n, S, H]; −inf means that no key was seen.
+    """
     total = torch.logaddexp(lse, new_lse)
     reference = torch.where(total == -torch.inf, torch.zeros_like(total), total)
     return out * (lse - reference).exp()[..., None] + new_out * (new_lse - reference).exp()[
@@ -42,8 +43,10 @@ def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[T
 
 
 def repeat_heads(x: Tensor, spans: HeadSpans) -> Tensor:
-    """Key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D]; span i are the
-    query heads that read key head i."""
+    """Repeat key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D].
+
+    Span i: the query heads that read key head i.
+    """
     if all(stop - start == 1 for start, stop in spans):
         return x
     index = torch.tensor(
@@ -53,7 +56,10 @@ def repeat_heads(x: Tensor, spans: HeadSpans) -> Tensor:
 
 
 def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
-    """The adjoint of `repeat_heads`, in a fixed order and in the accumulation dtype."""
+    """Sum gradients per key head, the adjoint of `repeat_heads`.
+
+    The order of the sum is fixed and its dtype the accumulation dtype.
+    """
     if all(stop - start == 1 for start, stop in spans):
         return x
     return torch.stack(
@@ -63,8 +69,10 @@ def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
 
 
 def _begin_shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:
-    """Start passing tensors [B, frames, …] on to the next ring member -> (ticket, what will come:
-    `incoming_frames` frames of each)."""
+    """Start sending tensors [B, frames, …] to the next ring rank.
+
+    Returns (ticket, meta tensors of what will arrive: `incoming_frames` frames of each).
+    """
     after, before = (member.ring_index + 1) % member.ring, (member.ring_index - 1) % member.ring
     like = [
         torch.empty(x.shape[0], incoming_frames, *x.shape[2:], dtype=x.dtype, device="meta")
@@ -79,7 +87,7 @@ def _begin_shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int
 
 
 def _finish_shift(member: Member, begun: tuple[Any, list[Tensor]]) -> Program:
-    """-> the previous ring member's tensors"""
+    """Return the previous ring rank's tensors."""
     ticket, like = begun
     answers = yield Finish(ticket)
     return unpack(answers[(member.ring_index - 1) % member.ring], like)
@@ -97,12 +105,14 @@ def forward(
     v: Tensor,
     cache: Cache | None = None,
 ) -> Program:
-    """q [B, n, S, h, D], k, v [B, n, S, h_kv, D] of this ring member's frames -> out (accumulation
-    dtype), LSE [B, n, S, h].
+    """Compute attention of this ring rank's queries over the keys and values of all ring ranks.
 
-    ranges: the frames of each ring member. cache: keys and values of frames before the clip [B, c,
-    S, h_kv, D], seen without a mask by the first document.
+    q [B, n, S, h, D], k, v [B, n, S, h_kv, D] are those of this rank's frames. Returns out
+    (accumulation dtype) and LSE [B, n, S, h]. ranges: the frames of each ring rank. cache: keys and
+    values of frames before the clip [B, c, S, h_kv, D], visible without a mask to the first
+    document.
     """
+    # Earlier frames (streaming) are present on every rank, so they need no exchange.
     mine = ranges[member.ring_index]
     out: Tensor | None = None
     lse: Tensor | None = None
@@ -113,9 +123,10 @@ def forward(
             cache_tiles(layout, mine, cache[0].shape[1]),
         )
         out, lse = part[0].to(accumulation_dtype(q.dtype)), part[1]
+    # At step s this rank has the block of ring rank r − s; the next one travels meanwhile.
     for step in range(member.ring):
         begun = None
-        if step + 1 < member.ring:  # the next block travels while this one is computed
+        if step + 1 < member.ring:
             # k, v [B, frames of r − step, S, h_kv, D] -> [B, frames of r − step − 1, S, h_kv, D]
             begun = yield from _begin_shift(
                 member, [k, v], len(ranges[(member.ring_index - step - 1) % member.ring])
@@ -147,14 +158,17 @@ def backward(
     kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     cache: Cache | None = None,
 ) -> Program:
-    """Gradients of q, k, v from that of out; kept = q, k, v, out, LSE as `forward` had and made
-    them."""
+    """Return the gradients of q, k, v, given that of out.
+
+    kept = q, k, v, out, LSE: the inputs and results of `forward`.
+    """
     q, k, v, out, lse = kept
     mine, wide = ranges[member.ring_index], accumulation_dtype(q.dtype)
     blocks = [
         tiles(layout, mask, mine, ranges[(member.ring_index - step) % member.ring])
         for step in range(member.ring)
     ]
+    # Without a ring the kernel's gradients are final: no sum in the wider dtype is needed.
     if member.ring == 1 and cache is None and blocks[0]:
         dq, dk, dv = kernels.block_attention_backward(
             grad, q, repeat_heads(k, spans), repeat_heads(v, spans), out, lse, blocks[0]
@@ -166,6 +180,8 @@ def backward(
         dq += kernels.block_attention_backward(
             grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces
         )[0]
+    # Blocks move as in forward, and the gradients of a block move along with it. They are added
+    # late, so that their shift overlaps with the computation of the next block.
     arriving = None
     for step, pieces in enumerate(blocks):
         begun = None
@@ -187,7 +203,7 @@ def backward(
             k, v = yield from _finish_shift(member, begun)
         if member.ring > 1:
             # dk, dv of the block of r − step -> those of the block of r − step − 1; the last time
-            # they come home
+            # they arrive at their own rank
             arriving = yield from _begin_shift(member, [dk, dv], coming)
     if arriving is not None:
         dk, dv = yield from _finish_shift(member, arriving)

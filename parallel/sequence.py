@@ -1,9 +1,9 @@
-"""The seam: everything that a model or an objective may know of parallelism is a `SequenceShard`.
+"""Define `SequenceShard`, all that a model or an objective may know about parallelism.
 
-Four verbs (attend, scan, halo, mean) on tensors that hold the local frames [B, T/P, …]. On one
-device the local frames are all frames. Documents, chunks and padding come from the layout and hold
-under every verb: a padding frame neither attends nor is attended to, carries no state, is zero in
-halos and weighs nothing in means.
+Four verbs (attend, scan, halo, mean) on tensors of the local frames [B, T/P, …]. On one device the
+local frames are all frames. Documents, chunks and padding come from the layout and hold under every
+verb: a padding frame neither attends nor is attended to, carries no state, is zero in halos and
+weighs nothing in means.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ HaloEdges = Literal["clip", "document", "chunk"]
 
 
 class SequenceShard(Protocol):
-    """One member's view of a clip."""
+    """Represent one rank's view of a clip."""
 
     @property
     def layout(self) -> ClipLayout: ...
 
     @property
     def comm(self) -> Communicator:
-        """For checkpointing and for counting traffic; models leave it alone."""
+        """Return the communicator, for checkpointing and counting traffic; models do not use it."""
         ...
 
     @property
     def frames(self) -> FrameRange:
-        """Local frames of the clip; contiguous, may be empty."""
+        """Return the local frames of the clip; contiguous, may be empty."""
         ...
 
     @property
     def positions(self) -> Tensor:
-        """[1, T/P] int64 on the CPU: time index of each local frame inside its document. Broadcasts
-        over B."""
+        """Return the time index of each local frame inside its document, [1, T/P] int64 on the CPU.
+
+        It broadcasts over B.
+        """
         ...
 
     def attend(
@@ -58,11 +60,11 @@ class SequenceShard(Protocol):
         mask: AttentionMask = FULL,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] with H a multiple of H_kv -> [B, T/P, S,
-        H, D]; a row that sees nothing gives zeros.
+        """Attend over the clip: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> like q.
 
-        cache: keys and values [B, c, S, H_kv, D] of frames before the clip (streaming), whole on
-        every member, without gradient; all frames of the clip's first document see them.
+        H is a multiple of H_kv; a row that sees no key gives zeros. cache: keys and values [B, c,
+        S, H_kv, D] of frames before the clip (streaming), complete on every rank, without gradient;
+        all frames of the clip's first document see them.
         """
         ...
 
@@ -72,27 +74,31 @@ class SequenceShard(Protocol):
         reverse: Reverse = "exclusive",
         initial: Sequence[Tensor] | None = None,
     ) -> ScanOutput:
-        """GDN states of all streams with one collective. initial: per stream [B, H, E, D], the
-        state before frame 0."""
+        """Return the GDN states of all streams, with one collective.
+
+        initial: per stream [B, H, E, D], the state before frame 0.
+        """
         ...
 
     def halo(
         self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
     ) -> list[Taps]:
-        """Per tensor [B, T/P, …] its before + 1 + after taps, [B, T/P, …] each: tap j of frame i is
-        frame i + j − before, zero beyond `edges`.
+        """Return for each tensor [B, T/P, …] its before + 1 + after taps, [B, T/P, …] each.
+
+        Tap j of frame i is frame i + j − before, zero beyond `edges`.
         """
         ...
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
-        """value [B, T/P, …], weight broadcastable from the left ([B, T/P]) -> [B] weighted mean
-        over the whole clip, the same on all members.
+        """Return the weighted mean [B] of value [B, T/P, …] over the whole clip.
+
+        It is the same on all ranks. weight broadcasts to value from the left ([B, T/P]).
         """
         ...
 
 
 class GroupSequence:
-    """The verbs for one member of a sequence group, over any communicator."""
+    """Run the verbs for one rank of a sequence group, over any communicator."""
 
     def __init__(
         self,
@@ -101,7 +107,7 @@ class GroupSequence:
         kernels: Kernels = REFERENCE,
         engine: tuple[str, AttentionEngine] | None = None,
     ) -> None:
-        """engine: name and function of an attention that is not ours (`engines.py`)."""
+        """Store the rank's view. engine: name and function of another attention (`engines.py`)."""
         (member,) = comm.members
         self.layout = layout
         self.frames = layout.split(member.size)[member.index]
@@ -154,10 +160,11 @@ class GroupSequence:
     ) -> ScanOutput:
         real = self._real(streams[0].decay)
         if real is not None:
+            # M = I, U = 0
             streams = [
                 Stream(*(_fill(real, x, value) for x, value in zip(s, (1.0, 0.0, 0.0))))
                 for s in streams
-            ]  # M = I, U = 0
+            ]
         verb = ScanVerb(self.layout, len(streams), reverse, initial is not None, self.kernels)
         out = self.comm.apply(verb, *(x for s in streams for x in s), *(initial or ()))
         return ScanOutput(list(out[: len(streams)]), list(out[len(streams) :]))
@@ -184,7 +191,7 @@ class GroupSequence:
         return self.comm.apply(MeanVerb(), value, weight)[0]
 
     def _real(self, like: Tensor) -> Tensor | None:
-        """[B, T/P] which frames are no padding; None: all."""
+        """Return which frames are real (not padding), [B, T/P] bool; None: all."""
         if not self.layout.ragged:
             return None
         valid = torch.tensor(self.layout.valid_frames, device=like.device)
@@ -200,32 +207,34 @@ class GroupSequence:
 
 
 def _fill(real: Tensor, x: Tensor, value: float) -> Tensor:
-    """Padding frames of x [B, T/P, …] set to a value; the select lets not even a NaN through."""
+    """Set the padding frames of x [B, T/P, …] to a value; `where` also removes a NaN."""
     return torch.where(
         real.reshape(*real.shape, *[1] * (x.dim() - 2)), x, torch.full_like(x, value)
     )
 
 
 class LocalSequence(GroupSequence):
-    """The whole clip on one device."""
+    """Run the verbs for the whole clip on one device."""
 
     def __init__(self, layout: ClipLayout, kernels: Kernels = REFERENCE) -> None:
         super().__init__(layout, SoloComm(), kernels)
 
 
 class SequenceMesh(Protocol):
-    """What `make_sequence` needs of a `parallel.mesh.Mesh`."""
+    """Describe the part of a `parallel.mesh.Mesh` that `make_sequence` uses."""
 
     @property
     def comm(self) -> Communicator | None:
-        """The sequence group's communicator; None when clips are not split."""
+        """Return the sequence group's communicator; None when clips are not split."""
         ...
 
 
 @cache
 def _outside_graphs() -> type[GroupSequence]:
-    """GroupSequence for compiled models: a graph ends before each verb, as collectives and their
-    bookkeeping are no tensor arithmetic."""
+    """Return a GroupSequence for compiled models, whose graphs end before each verb.
+
+    Collectives and their bookkeeping cannot be traced as tensor operations.
+    """
 
     class OutsideGraphs(GroupSequence):
         attend = torch.compiler.disable(GroupSequence.attend)
@@ -243,8 +252,10 @@ def make_sequence(
     engine: tuple[str, AttentionEngine] | None = None,
     compiled: bool = False,
 ) -> SequenceShard:
-    """This process's shard of a clip: the whole clip if the mesh does not split clips, else one
-    over its sequence group. compiled: for a model under torch.compile."""
+    """Return this process's shard of a clip, or the whole clip if the mesh does not split clips.
+
+    compiled: for a model under torch.compile.
+    """
     kind = _outside_graphs() if compiled else GroupSequence
     if mesh.comm is None:
         return kind(layout, SoloComm(), kernels)

@@ -1,10 +1,9 @@
-"""FSDP2 over the mesh: parameters, gradients and optimizer state are spread over dp_shard x context
-parallel, replicated over dp_replicate.
+"""Shard a model with FSDP2: over dp_shard × context parallel, replicated over dp_replicate.
 
 One convention for gradients: they are **summed** over every process and never averaged. The
-objective divides by the size of the global batch, and a context-parallel member contributes only
-what flows through its own frames, so the plain sum is the gradient of the mean loss, whatever the
-mesh. (Averages by the back end are silently wrong on some, absent on others.)
+objective divides by the size of the global batch, and a context-parallel rank contributes only what
+flows through its own frames, so the plain sum is the gradient of the mean loss on any mesh.
+(Averaging inside the communication library is silently wrong on some, absent on others.)
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """torch.compile each block: the methods named in its `PARTS`, which checkpointing recomputes
-    one by one and from outside of any graph, else its forward pass. Collectives stay outside the
-    graphs: give the model sequences of `make_sequence(compiled=True)`. FSDP gathers and frees a
-    block around its forward, so before or after `shard_model` is the same.
+    """Compile each block with torch.compile.
+
+    Compiled are the methods named in its `PARTS`, which checkpointing recomputes one by one and
+    from outside of any graph, or else its forward pass. Collectives stay outside the graphs: give
+    the model sequences of `make_sequence(compiled=True)`. FSDP gathers and frees a block around its
+    forward, so calling this before or after `shard_model` is the same.
     """
     for block in blocks:
         for part in getattr(block, "PARTS", ("forward",)):
@@ -46,11 +47,11 @@ def shard_model(
     """Shard `model` in place, each of `blocks` as one unit that is gathered just before it runs.
 
     `mesh` is one-dimensional (FSDP) or [replicate, shard] (HSDP). Master weights and reduction stay
-    fp32; `precision` is what blocks compute in. Inputs are not cast: sigmas and cameras must stay
-    fp32, and the model casts its own activations. With `offload`, what a process holds of weights
-    and gradients lies in host memory, so an optimizer steps there; blocks go to the device when
-    they run. One process that computes in fp32 has nothing to shard, cast or bring: its model stays
-    as it is.
+    fp32; `precision` is the dtype that blocks compute in. Inputs are not cast: sigmas and cameras
+    must stay fp32, and the model casts its own activations. With `offload`, a process keeps its
+    shards of weights and gradients in host memory, so the optimizer steps there; blocks move to the
+    device when they run. A single process that computes in fp32 has nothing to shard, cast or move:
+    its model stays as it is.
     """
     if mesh.size() == 1 and precision == "fp32" and not offload:
         return model

@@ -1,11 +1,11 @@
-"""Autoregressive rollout: one chunk at a time, with the past in a state of constant size (SANA-WM
-§3.2, chunk-causal inference; §5.4).
+"""Run the verbs one chunk at a time, with the past in a state of constant size.
 
-Frames meet only in the verbs of a `SequenceShard`, so a streaming model is the same model with
-another implementation of the verbs: `StreamingSequence` holds the frames of one chunk and answers
-from what earlier chunks left behind. It remembers per call, in the order of the calls of a forward
-pass: the recurrent states of a scan, the last frames of a convolution, keys and values of the sink
-frames and of the window for attention. One device.
+Source: SANA-WM §3.2, chunk-causal inference; §5.4. Frames interact only in the verbs of a
+`SequenceShard`, so a streaming model is the same model with another implementation of the verbs:
+`StreamingSequence` covers the frames of one chunk and takes the past from what earlier chunks
+stored. It stores per verb call, in the order of the calls of a forward pass: the recurrent states
+of a scan, the last frames of a convolution, and for attention the keys and values of the sink
+frames and of the window. One device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from parallel.sequence import HaloEdges, LocalSequence
 
 @dataclass(frozen=True)
 class Past:
-    """What one verb call remembers: tensors; for attention the (keys, values) of the sink frames
-    that the window has left behind, and one such pair per chunk of the window."""
+    """Store what one verb call must remember of earlier chunks.
+
+    tensors: states of a scan or frames of a convolution. For attention: sink, the (keys, values) of
+    the sink frames that have left the window, and window, one such pair per chunk of the window.
+    """
 
     tensors: tuple[Tensor, ...] = ()
     sink: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -36,14 +39,16 @@ class Past:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Everything a rollout carries from chunk to chunk. `frames`: latent frames done; the empty
-    state starts a video."""
+    """Store everything that a rollout carries from chunk to chunk.
+
+    frames: latent frames done. The empty state starts a video.
+    """
 
     frames: int = 0
     calls: tuple[Past, ...] = ()
 
     def elements(self) -> int:
-        """Numbers held, over all calls."""
+        """Return the number of stored elements, over all calls."""
         pairs = [
             x
             for past in self.calls
@@ -58,11 +63,10 @@ class StreamState:
 
 @dataclass
 class StreamingSequence:
-    """The verbs for the chunk that starts at `state.frames`. Make one for each forward pass;
-    `after()` is the state once it ran.
+    """Run the verbs for the chunk that starts at `state.frames`.
 
-    layout: the whole clip, its chunk starts included; a pass whose `after()` is not used leaves no
-    trace (denoising steps).
+    Make one for each forward pass; `after()` returns the state behind it. layout: the whole clip,
+    with its chunk starts. A pass whose `after()` is not used (a denoising step) has no effect.
     """
 
     layout: ClipLayout
@@ -91,7 +95,7 @@ class StreamingSequence:
         return torch.arange(self.frames.start, self.frames.stop, dtype=torch.int64)[None]
 
     def after(self) -> StreamState:
-        """The state with this chunk in it; call when the forward pass is over."""
+        """Return the state that includes this chunk; call it after the forward pass."""
         return StreamState(self.frames.stop, tuple(self._left))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
@@ -109,9 +113,8 @@ class StreamingSequence:
         out = self._alone.attend(q, k, v, FULL, cache)
         sink, window = past.sink, (*past.window, (k, v))
         while mask.window is not None and len(window) >= mask.window:
-            first = self.frames.stop - sum(
-                pair[0].shape[1] for pair in window
-            )  # of the chunk that leaves
+            # the sink frames of the chunk that leaves the window
+            first = self.frames.stop - sum(pair[0].shape[1] for pair in window)
             (k, v), window = window[0], window[1:]
             if first < mask.sink:
                 sink = (
@@ -127,8 +130,7 @@ class StreamingSequence:
         reverse: Reverse = "exclusive",
         initial: Sequence[Tensor] | None = None,
     ) -> ScanOutput:
-        """The forward recurrence goes on from the chunk before; the reverse one sees this chunk
-        alone."""
+        """Continue the forward recurrence from the last chunk; reverse sees this chunk only."""
         assert initial is None, "a streaming scan has its own initial state"
         past = self._past().tensors
         start = past or [
@@ -142,7 +144,7 @@ class StreamingSequence:
     def halo(
         self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
     ) -> list[Taps]:
-        """Taps before the chunk come from the chunks before; there is nothing after it yet."""
+        """Return taps whose past comes from earlier chunks and whose future is zero."""
         past = self._past().tensors
         t, taps, tails = len(self.frames), [], []
         for i, x in enumerate(tensors):
@@ -154,19 +156,19 @@ class StreamingSequence:
         return taps
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
-        """Over this chunk."""
+        """Return the weighted mean over this chunk."""
         return self._alone.mean(value, weight)
 
     def _past(self) -> Past:
-        """What this call, the n-th of its pass, left in the chunk before."""
+        """Return what the same call of the last chunk's forward pass stored."""
         call = len(self._left)
         return self.state.calls[call] if self.state.calls else Past()
 
 
 def chunk_starts(frames: int, chunk_frames: int) -> tuple[int, ...]:
-    """First frames of the chunks of a clip: the first holds one frame more (the image), as the
-    public layout `first_chunk_plus_one` does.
+    """Return the first frames of the chunks of a clip.
 
+    The first chunk has one frame more (the image), as in the public layout `first_chunk_plus_one`:
     frames 11, chunk_frames 3 -> (0, 4, 7, 10). chunk_frames 0: one chunk, bidirectional.
     """
     return (0, *range(chunk_frames + 1, frames, chunk_frames)) if chunk_frames else (0,)

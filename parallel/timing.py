@@ -1,11 +1,10 @@
-"""How long this process waits in communication: one clock for parameter sharding, the sequence
-verbs and whoever else reports to it.
+"""Measure how long this process waits in communication, with one clock for all of it.
 
-A rank that waits for a slow one spends the time inside a collective; the slow one does not. Only
-with that time taken out can step times of ranks be compared. On a host the time is the clock's; on
-a device it is what the stream spent between two events, read when the step is over, so nothing
-waits for the measuring. FSDP2's own hooks are used: custom collectives, and the hook that follows
-HSDP's all-reduce.
+A rank that waits for a slow one spends the time inside a collective; the slow one does not. Step
+times of ranks can be compared only without that time. On a host the time is wall-clock time; on a
+device it is the time between two events of the stream, read at the end of the step, so measuring
+never synchronises. It uses FSDP2's own hooks: custom collectives, and the hook after HSDP's
+all-reduce. Parameter sharding and the sequence verbs report to the clock, and so may others.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from parallel.compat import AllGather, ReduceScatter, all_gather_single, reduce_
 
 
 class CommClock:
-    """Seconds in communication since it was made."""
+    """Sum the seconds spent in communication since it was created."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._seconds = device, 0.0
         self._spans: list[tuple[torch.Event, torch.Event]] = []
 
     def mark(self) -> Any:
-        """A point in time of the work on the current stream, for `since`."""
+        """Return the current point in time of the current stream, for `since`."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
@@ -39,7 +38,7 @@ class CommClock:
         return event
 
     def since(self, mark: Any) -> None:
-        """What passed between `mark` and now was communication."""
+        """Count the time between `mark` and now as communication."""
         if isinstance(mark, float):
             self._seconds += time.perf_counter() - mark
         else:
@@ -47,13 +46,13 @@ class CommClock:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """For collectives between hosts, which block the caller on any device."""
+        """Time a collective between hosts, which blocks the caller on any device."""
         started = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - started
 
     def seconds(self) -> float:
-        """The sum so far; on a device, of what has been waited for with a synchronisation."""
+        """Return the sum so far; on a device call it after a synchronisation."""
         self._seconds += sum(start.elapsed_time(end) for start, end in self._spans) / 1000
         self._spans.clear()
         return self._seconds
@@ -65,7 +64,7 @@ class _Allocates:
 
 
 class TimedAllGather(_Allocates, AllGather):
-    """FSDP2's all-gather of parameters, timed. [n] -> [P·n]"""
+    """Time FSDP2's all-gather of parameters, [n] -> [P·n]."""
 
     def __init__(self, clock: CommClock) -> None:
         self.clock = clock
@@ -84,8 +83,7 @@ class TimedAllGather(_Allocates, AllGather):
 
 
 class TimedReduceScatter(_Allocates, ReduceScatter):
-    """FSDP2's reduce-scatter of gradients and, with replicas, the all-reduce after it, timed. [P·n]
-    -> [n]"""
+    """Time FSDP2's reduce-scatter of gradients, [P·n] -> [n], and the all-reduce over replicas."""
 
     def __init__(self, clock: CommClock) -> None:
         self.clock = clock
@@ -93,9 +91,8 @@ class TimedReduceScatter(_Allocates, ReduceScatter):
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         out = super().allocate(size, dtype=dtype, device=device)
-        self._before_reduce = (
-            self.clock.mark()
-        )  # with one shard per replica there is no call, only the all-reduce
+        # with one shard per replica there is no call, only the all-reduce
+        self._before_reduce = self.clock.mark()
         return out
 
     def __call__(
@@ -113,13 +110,12 @@ class TimedReduceScatter(_Allocates, ReduceScatter):
         return work
 
     def after_all_reduce(self, reduced: Tensor) -> None:
-        """FSDP2 calls this when the gradients of replicas have been summed."""
+        """Stop the clock; FSDP2 calls this when the gradients of replicas have been summed."""
         self.clock.since(self._before_reduce)
 
 
 def time_sharding(model: nn.Module, clock: CommClock, replicas: bool) -> None:
-    """Have the parameter sharding of `model` report to `clock`. It computes the same, bit for
-    bit."""
+    """Time the parameter sharding of `model` with `clock`; results stay the same, bit for bit."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             reduce = TimedReduceScatter(clock)

@@ -1,8 +1,8 @@
-"""What the verbs should cost: collectives and bytes per call, from integers alone. The parity
-command compares counted traffic with this.
+"""Predict the collectives and bytes of each verb call, from integers alone.
 
-Bytes are those that one member sends to other members (its own part of a collective is free).
-Written independently of the algorithms.
+The parity command compares counted traffic with this. Bytes are those that one rank sends to other
+ranks (its own part of a collective is free). The formulas are written independently of the
+algorithms; `parallel/README.md` lists them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 class Cost(NamedTuple):
+    """Store the number of collectives and the bytes sent of one verb call."""
+
     collectives: int
     sent: int
 
 
 def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """{"forward": …, "backward": …} of one call by one member. tensors: shapes and dtypes of its
-    inputs."""
+    """Return {"forward": …, "backward": …}, the cost of one call by one rank.
+
+    tensors: shapes and dtypes of its inputs.
+    """
     if member.size == 1:
         return {}  # nobody to send to
     if isinstance(verb, ScanVerb):
@@ -47,8 +51,11 @@ def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost
 
 
 def scan_cost(verb: ScanVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Forward Σ B·H·(D² + w·E·D), backward Σ B·H·w·E·D numbers to each of P − 1 others; w = 2
-    directions or 1, one more when continued."""
+    """Return the cost of a scan, in numbers sent to each of P − 1 other ranks.
+
+    Forward Σ B·H·(D² + w·E·D), backward Σ B·H·w·E·D; w = 2 directions or 1, one more in backward
+    when continued.
+    """
     ways = 1 if verb.reverse is None else 2
     forward = backward = 0
     for (b, _, h, e, d), dtype in tensors[2 : 3 * verb.streams : 3]:
@@ -62,8 +69,11 @@ def scan_cost(verb: ScanVerb, tensors: Shapes, member: Member) -> dict[str, Cost
 
 
 def halo_cost(verb: HaloVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Forward one copy of each local frame per other member whose halo contains it; backward one
-    gradient per received frame."""
+    """Return the cost of a halo exchange.
+
+    Forward one copy of each local frame per other rank whose halo contains it; backward one
+    gradient per received frame.
+    """
     held = [range(r.start, r.stop) for r in verb.layout.split(member.size)]
     frame = sum(shape[0] * prod(shape[2:]) * dtype.itemsize for shape, dtype in tensors)
 
@@ -80,8 +90,10 @@ def halo_cost(verb: HaloVerb, tensors: Shapes, member: Member) -> dict[str, Cost
 
 
 def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of
-    k, v; backward as many, and R of dk, dv.
+    """Return the cost of attention.
+
+    Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of k,
+    v; backward as many, and R of dk, dv.
     """
     (b, t, s, _, d), dtype = tensors[0]
     width, token = dtype.itemsize, b * s * d

@@ -1,14 +1,13 @@
-"""Ulysses: an all-to-all turns "my frames, all heads" into "all frames, my heads", and a second one
-turns the result back.
+"""Turn "my frames, all heads" into "all frames, my heads" by one all-to-all, and back by another.
 
-[B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D] and back, U the Ulysses degree. Heads are dealt like
-frames: contiguously, the first H % U members get one more. With fewer key heads than query heads
-(GQA) each member gets the key heads that its query heads read; one that several members read is
-sent to each of them, and its gradients are added in member order when they come home.
+[B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D] and back, U the Ulysses degree. Heads are split like
+frames: contiguously, the first H % U ranks get one more. With fewer key heads than query heads
+(GQA) each rank gets the key heads that its query heads read; a key head that several ranks read is
+sent to each of them, and its gradients are summed in rank order on the way back.
 
-Elements a member sends to member j: forward B·(T/P)·S·D·(h_j + 2·g_j) and B·(T_j/P)·S·D·h, h_j and
-g_j the query and key heads of j; backward the same two in reverse. Two collectives forward, two
-backward, whatever the number of heads.
+Elements that a rank sends to rank j: forward B·(T/P)·S·D·(h_j + 2·g_j) and B·(T_j/P)·S·D·h, with
+h_j and g_j the query and key heads of j; backward the same two in reverse. Two collectives forward,
+two backward, whatever the number of heads.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from parallel.ring import HeadSpans
 
 
 def check_heads(heads: int, key_heads: int, degree: int) -> None:
+    """Raise ValueError if the heads cannot be split over `degree` Ulysses ranks."""
     if heads % key_heads:
         raise ValueError(
             f"attend: got {heads} query heads and {key_heads} key heads, expected a whole number of"
@@ -33,14 +33,14 @@ def check_heads(heads: int, key_heads: int, degree: int) -> None:
     if degree > heads:
         even = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
-            f"attend: got Ulysses degree {degree} for {heads} heads, expected at most one member"
+            f"attend: got Ulysses degree {degree} for {heads} heads, expected at most one rank"
             f" per head (key parallel.ulysses). Fix: one of {even} (even), or any degree up to"
             f" {heads}; put the rest into parallel.ring"
         )
 
 
 def key_heads_of(queries: FrameRange, group: int) -> FrameRange:
-    """Key heads that a range of query heads reads, `group` query heads per key head."""
+    """Return the key heads that a range of query heads reads, `group` of these per key head."""
     return (
         FrameRange(queries.start // group, -(-queries.stop // group))
         if len(queries)
@@ -49,7 +49,7 @@ def key_heads_of(queries: FrameRange, group: int) -> FrameRange:
 
 
 def head_spans(queries: FrameRange, group: int) -> HeadSpans:
-    """For each of this member's key heads the local query heads that read it."""
+    """Return for each of this rank's key heads the local query heads that read it."""
     keys = key_heads_of(queries, group)
     bounds = [
         (max(g * group, queries.start), min((g + 1) * group, queries.stop))
@@ -70,8 +70,9 @@ def to_heads(
     tensors: Sequence[Tensor],
     heads: Sequence[Sequence[FrameRange]],
 ) -> Program:
-    """Tensors [B, T/P, S, H_i, D] -> [B, Σ frames, S, heads of me, D]. frames: of each Ulysses
-    member; heads[i][j]: heads of tensor i for member j.
+    """Exchange frames for heads: [B, T/P, S, H_i, D] -> [B, Σ frames, S, my heads, D].
+
+    frames: frame count of each Ulysses rank; heads[i][j]: heads of tensor i for rank j.
     """
     if member.ulysses == 1:
         return list(tensors)
@@ -92,8 +93,10 @@ def to_frames(
     tensors: Sequence[Tensor],
     heads: Sequence[Sequence[FrameRange]],
 ) -> Program:
-    """The adjoint: [B, Σ frames, S, heads of me, D] -> [B, T/P, S, H_i, D]; heads that several
-    members hold are added in member order."""
+    """Exchange heads for frames: [B, Σ frames, S, my heads, D] -> [B, T/P, S, H_i, D].
+
+    This is the adjoint of `to_heads`; heads that several ranks hold are summed in rank order.
+    """
     if member.ulysses == 1:
         return list(tensors)
     me = member.ulysses_index
@@ -108,7 +111,7 @@ def to_frames(
 
 
 def _join(pieces: list[Tensor], ranges: Sequence[FrameRange]) -> Tensor:
-    """Pieces [B, n, S, len(range), D] at their heads; overlapping heads add up."""
+    """Concatenate pieces [B, n, S, len(range), D] along the heads; overlapping heads are summed."""
     if all(a.stop == b.start for a, b in pairwise(ranges)):
         return torch.cat(pieces, 3)
     first = pieces[0]
@@ -121,7 +124,7 @@ def _join(pieces: list[Tensor], ranges: Sequence[FrameRange]) -> Tensor:
 def deal_heads(
     heads: int, key_heads: int, degree: int
 ) -> tuple[tuple[FrameRange, ...], tuple[FrameRange, ...]]:
-    """Query and key heads of each Ulysses member."""
+    """Return the query heads and the key heads of each Ulysses rank."""
     check_heads(heads, key_heads, degree)
     queries = split_evenly(heads, degree)
     return queries, tuple(key_heads_of(r, heads // key_heads) for r in queries)

@@ -1,11 +1,10 @@
-"""Virtual ranks: all P members of a sequence group in one process on one device, running the real
-algorithms and kernels.
+"""Run all P ranks of a sequence group in one process on one device, with the real algorithms.
 
-`run_virtual(body, ring, ulysses)` calls body(comm) once per member, each in a thread of its own.
-Threads only meet in the *forward* pass: at each verb the last one to arrive runs the verb for all
-of them as one joined graph node. One `backward()` from the sum of the members' results then serves
-all, single-threaded, and nothing ever waits in it. Under activation checkpointing a member replays
-its verb results (`Tape`).
+`run_virtual(body, ring, ulysses)` calls body(comm) once per rank, each in a thread of its own.
+Threads wait for each other only in the *forward* pass: at each verb the last one to arrive runs the
+verb for all of them as one joined graph node. One `backward()` from the sum of the ranks' results
+then serves all, single-threaded, and nothing ever waits in it. Under activation checkpointing a
+rank replays its verb results (`Tape`).
 
 The same generators run with the same reduction order as over processes, so results equal those of
 gloo bit for bit (with one thread each).
@@ -40,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class VirtualGroup:
-    """Hosts every member; executes a list of requests, one per member, as list operations."""
+    """Host every rank and execute a list of requests, one per rank, as list operations."""
 
     joined = True
     tape: Tape | None = None
@@ -53,7 +52,7 @@ class VirtualGroup:
         self.traffic = [Traffic() for _ in self.members]
 
     def apply(self, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """tensors and outputs of all members, one after the other"""
+        """Run a verb for all ranks; tensors and outputs are concatenated over ranks."""
         return apply(self, verb, *tensors)
 
     def run(self, label: str, programs: list[Program]) -> list[Any]:
@@ -65,10 +64,11 @@ class VirtualGroup:
             requests = [request for request, _ in steps]
             if all(request is None for request in requests):
                 return [result for _, result in steps]
+            # All ranks must yield the same kind of request over the same axis.
             first = requests[0]
-            assert None not in requests, f"{label}: members disagree on the number of collectives"
+            assert None not in requests, f"{label}: ranks disagree on the number of collectives"
             assert all(type(request) is type(first) for request in requests), (
-                f"{label}: members disagree on the collective"
+                f"{label}: ranks disagree on the collective"
             )
             if isinstance(first, Finish):
                 answers = [request.ticket for request in requests]
@@ -76,7 +76,7 @@ class VirtualGroup:
             if isinstance(first, Begin):
                 requests = [request.exchange for request in requests]
             assert len({request.axis for request in requests}) == 1, (
-                f"{label}: members disagree on the axis"
+                f"{label}: ranks disagree on the axis"
             )
             for member, request, traffic in zip(self.members, requests, self.traffic, strict=True):
                 traffic.add(label, sent_bytes(request, member))
@@ -87,18 +87,16 @@ class VirtualGroup:
         for member in self.members:
             peers, place = self._peers(member, requests[0].axis)
             if isinstance(requests[0], AllGather):
-                answers.append(
-                    [requests[p].tensor for p in peers]
-                )  # [*] -> list over members of [*]
+                # [*] -> list over ranks of [*]
+                answers.append([requests[p].tensor for p in peers])
             else:
                 assert isinstance(requests[0], Exchange)
-                answers.append(
-                    [requests[p].parts[place] for p in peers]
-                )  # parts[j] of every i -> list over i
+                # parts[j] of every i -> list over i
+                answers.append([requests[p].parts[place] for p in peers])
         return answers
 
     def _peers(self, member: Member, axis: str) -> tuple[list[int], int]:
-        """Indices of the members on the same axis as this one, and its own place among them."""
+        """Return the indices of the ranks on this rank's axis, and its place among them."""
         if axis == "ulysses":
             return [
                 member.ring_index * member.ulysses + u for u in range(member.ulysses)
@@ -111,7 +109,7 @@ class VirtualGroup:
 
 
 def _advance(program: Program, answer: Any) -> tuple[Any, Any]:
-    """-> (request, None) or (None, result)"""
+    """Resume a program -> (request, None) or (None, result)."""
     try:
         return program.send(answer), None
     except StopIteration as done:
@@ -119,7 +117,7 @@ def _advance(program: Program, answer: Any) -> tuple[Any, Any]:
 
 
 class _Meeting:
-    """Where the threads of one virtual group meet."""
+    """Synchronise the threads of one virtual group."""
 
     def __init__(self, group: VirtualGroup) -> None:
         self.group = group
@@ -170,7 +168,7 @@ class _Meeting:
     def _check_absent(self) -> None:
         if self.calls and self.finished and self.failure is None:
             self._fail(
-                "a member ended while others wait in a verb: all members must call the same verbs"
+                "a rank ended while others wait in a verb: all ranks must call the same verbs"
             )
 
     def done(self, failure: BaseException | None) -> None:
@@ -182,7 +180,7 @@ class _Meeting:
 
 
 class Call(NamedTuple):
-    """One verb call of one member: enough to say what it should have cost (`traffic.py`)."""
+    """Record one verb call of one rank, enough for `traffic.py` to predict its cost."""
 
     scope: str
     verb: Verb
@@ -190,7 +188,7 @@ class Call(NamedTuple):
 
 
 class VirtualComm:
-    """One member's side of a virtual group."""
+    """Run verbs for one rank of a virtual group."""
 
     joined = False
 
@@ -230,18 +228,18 @@ class VirtualComm:
 def run_virtual(
     body: Callable[[VirtualComm], Result], ring: int = 1, ulysses: int = 1
 ) -> tuple[list[Result], list[Traffic]]:
-    """body(comm) for every member at once -> results in member order, and what each member has sent
-    so far.
+    """Call body(comm) for every rank at once and return results and traffic in rank order.
 
     The caller's autograd mode, autocast, default dtype and device hold in every thread. Random
-    numbers must come from keyed generators: torch's global one is shared by all threads, so what a
-    member would draw from it depends on their timing.
+    numbers must come from keyed generators: all threads share torch's global one, so what a rank
+    draws from it depends on timing.
     """
     group = VirtualGroup(ring, ulysses)
     meeting = _Meeting(group)
     size = len(group.members)
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size
+    # These settings belong to a thread, so each rank's thread must be given the caller's.
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     present = torch.accelerator.current_accelerator()
     kinds = [
@@ -258,7 +256,7 @@ def run_virtual(
         failure: BaseException | None = None
         try:
             torch.set_default_dtype(dtype)
-            if accelerator is not None:  # the current device is a thread's own
+            if accelerator is not None:  # each thread has its own current device
                 torch.accelerator.set_device_index(accelerator)
             with torch.set_grad_enabled(grad):
                 contexts = [torch.autocast(kind, dtype=cast) for kind, cast in casts]
@@ -278,6 +276,7 @@ def run_virtual(
         thread.start()
     for thread in threads:
         thread.join()
+    # Raise the cause, not the errors of ranks that stopped because of it.
     found = [e for e in errors if e is not None]
     if found:
         raise next(
@@ -287,8 +286,10 @@ def run_virtual(
 
 
 def replicate(module: nn.Module, count: int) -> list[nn.Module]:
-    """Copies of a module with leaf parameters of their own over the same memory, as every process
-    has; buffers are shared."""
+    """Copy a module `count` times, with leaf parameters of their own over the same memory.
+
+    Each process has such leaves, too; buffers are shared.
+    """
     copies = []
     for _ in range(count):
         memo: dict[int, Any] = {

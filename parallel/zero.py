@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO-3 behind the same interface as FSDP2 (`parallel.sharding=zero3`), for its offload
-to host memory and to NVMe.
+"""Offer DeepSpeed ZeRO-3 behind the same interface as FSDP2, for offload to host memory and NVMe.
 
-ZeRO-3 gives each process a flat stretch of every parameter. Checkpoints are made of rows, so `rows`
-and `fill` turn one into the other, one parameter at a time; the files are those of FSDP2 and each
-reads the other's. DeepSpeed averages gradients over processes and we sum them, so losses are
-multiplied by the number of processes, which a power of two makes exact.
+Chosen by `parallel.sharding=zero3`. ZeRO-3 gives each process a flat shard of every parameter.
+Checkpoints are made of rows, so `rows` and `fill` convert one into the other, one parameter at a
+time; the files are those of FSDP2 and each reads the other's. DeepSpeed averages gradients over
+processes and we sum them, so losses are multiplied by the number of processes, which is exact for
+powers of two.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from parallel import compat
 
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, besides `step`
 BUCKET = 50_000_000  # gradients that are averaged together
-SWAP_GROUP, SWAP_BUFFERS = (
-    50_000_000,
-    4,
-)  # numbers that are on the way to or from a disk together, in buffers of so many in host memory
+SWAP_GROUP = 50_000_000  # elements that move to or from a disk together
+SWAP_BUFFERS = 4  # host buffers of that size
 
 
 def check(offload: str, nvme_path: str | None) -> None:
-    """Raises ValueError when this machine lacks what ZeRO-3 with this offload needs: DeepSpeed; for
-    nvme its async_io and the folder."""
+    """Raise ValueError if this machine lacks what ZeRO-3 with this offload needs.
+
+    That is DeepSpeed, and for nvme its async_io and the folder.
+    """
     _deepspeed()
     if offload != "nvme":
         return
@@ -54,8 +54,10 @@ def check(offload: str, nvme_path: str | None) -> None:
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Remove what an earlier start has left in this node's `folder`. Every process must call this.
-    Raises ValueError when `needed` bytes do not fit: DeepSpeed would abort the process."""
+    """Remove what an earlier start left in this node's `folder`; every process must call this.
+
+    Raises ValueError when `needed` bytes do not fit: DeepSpeed would abort the process.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         shutil.rmtree(folder / "zero_stage_3", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,9 +72,11 @@ def make_room(folder: Path, needed: int) -> None:
 
 
 def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str, Any]:
-    """What DeepSpeed is told. Batch, clipping and accumulation stay the trainer's. To nvme go
-    master weights and moments, in groups above a megabyte; gradients and the weights that are
-    computed with wait in host memory."""
+    """Return DeepSpeed's configuration; batch, clipping and accumulation stay the trainer's.
+
+    With nvme, master weights and moments go to disk, in groups above a megabyte; gradients and the
+    weights used for computing stay in host memory.
+    """
     stage: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -95,7 +99,7 @@ def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str
         "gradient_clipping": 0.0,
         # torch's AdamW: DeepSpeed's own would be compiled at the first start
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # nor where the update runs on the host
+        "zero_force_ds_cpu_optimizer": False,  # also when the update runs on the host
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -104,11 +108,12 @@ def zero_config(precision: str, offload: str, nvme_path: str | None) -> dict[str
 
 
 def building(config: dict[str, Any]) -> AbstractContextManager[Any]:
-    """While entered, every module that is made is split over the processes at once: none ever holds
-    the whole model."""
-    return _deepspeed().zero.Init(
-        config_dict_or_path=config
-    )  # the type from the config: `dtype=` is not heeded on CPUs
+    """Return a context in which every new module is split over the processes at once.
+
+    So no process ever holds the whole model.
+    """
+    # the type from the config: `dtype=` is not heeded on CPUs
+    return _deepspeed().zero.Init(config_dict_or_path=config)
 
 
 def _deepspeed() -> Any:
@@ -122,9 +127,8 @@ def _deepspeed() -> Any:
         ) from error
     import logging
 
-    logging.getLogger("DeepSpeed").setLevel(
-        logging.WARNING
-    )  # it reports its own set-up line by line
+    # it logs every line of its set-up
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
@@ -133,8 +137,10 @@ def _deepspeed() -> Any:
 
 
 class Zero3:
-    """A model built inside `building`, its optimizer and their engine; also the optimizer that the
-    trainer steps."""
+    """Wrap a model built inside `building`, its optimizer and their DeepSpeed engine.
+
+    It is also the optimizer that the trainer steps.
+    """
 
     def __init__(
         self,
@@ -143,12 +149,13 @@ class Zero3:
         mesh: DeviceMesh,
         config: dict[str, Any],
     ) -> None:
-        """mesh: one-dimensional, over all processes."""
+        """Initialise DeepSpeed's engine. mesh: one-dimensional, over all processes."""
         self.mesh, self.model = mesh, model
         stage = config["zero_optimization"]
         if stage.get("offload_optimizer", {}).get("device") == "nvme":
             folder = Path(stage["offload_optimizer"]["nvme_path"])
-            held = sum(p.ds_tensor.numel() for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
+            trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
+            held = sum(p.ds_tensor.numel() for p in trained)
             make_room(
                 folder, 4 * (1 + len(SLOTS)) * held * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             )
@@ -160,21 +167,22 @@ class Zero3:
         if self.inner.swap_optimizer:
             compat.keep_gradients_in_memory(self.inner)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._groups = dict[
-            int, list[tuple[str, slice]]
-        ]()  # number of a flat tensor -> the stretches in it, by parameter
+        # index of a flat tensor -> the slices of its parameters
+        self._groups = dict[int, list[tuple[str, slice]]]()
         for name, p in self._trained.items():
             group, place = compat.place_in_group(self.inner, p)
             self._groups.setdefault(group, []).append((name, place))
-        for group in self._groups:  # made at once, so that a checkpoint always has every name
+        for group in self._groups:  # now, so that every checkpoint has every name
             with self._flat(group, changes=True) as flat:
                 slots = {slot: torch.zeros_like(flat) for slot in SLOTS}
                 self.state[flat] = {"step": torch.zeros((), dtype=torch.float32), **slots}
         self.check_disk()
 
     def check_disk(self) -> None:
-        """Raises ValueError when master weights, as they are after building, do not come back as
-        they were written: DeepSpeed does not look at what its reads and writes have returned."""
+        """Raise ValueError unless the master weights, as built, are read back as they were written.
+
+        DeepSpeed ignores what its reads and writes return.
+        """
         for group in filter(self._on_disk, self._groups):
             for buffer in compat.swap_buffers(self.inner):
                 buffer.fill_(torch.nan)  # else it still holds what was written
@@ -195,8 +203,11 @@ class Zero3:
 
     @contextmanager
     def _flat(self, group: int, changes: bool = False) -> Iterator[Tensor]:
-        """The flat master weights of a group. If they lie on a disk they are in memory while
-        entered, with moments and gradients, and are written back if something `changes`."""
+        """Yield the flat master weights of a group.
+
+        If they are on disk, they are in memory while entered, with moments and gradients, and are
+        written back if something `changes`.
+        """
         if self._on_disk(group):
             compat.swap_in(self.inner, group)
         yield self.inner.fp32_partitioned_groups_flat[group]
@@ -204,7 +215,7 @@ class Zero3:
             compat.swap_out(self.inner, group, changes)
 
     def close(self) -> None:
-        """Remove what lies on a disk: the next start loads a checkpoint."""
+        """Remove this run's files on NVMe; the next start loads a checkpoint."""
         if self.inner.swap_optimizer:
             shutil.rmtree(self.inner.optimizer_swapper.swap_folder, ignore_errors=True)
 
@@ -220,8 +231,11 @@ class Zero3:
         self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """DeepSpeed would use the last gradient of a parameter again that has none in the next
-        step."""
+        """Set all gradients to zero.
+
+        Otherwise DeepSpeed would reuse the last gradient of a parameter that has none in the next
+        step.
+        """
         self.inner.zero_grad(set_to_none)
         self.inner.grad_partitions_flat_buffer.zero_()
         for gradient in self.gradients():
@@ -230,14 +244,19 @@ class Zero3:
     # gradients
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; `last`: of this step. Offloaded gradients count
-        only if the last one has some of that parameter too."""
+        """Add the gradients of one micro-batch; `last`: of this step.
+
+        An offloaded gradient counts only if the last micro-batch contributes to that parameter,
+        too.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        """This process's stretches of all gradients, fp32: those that the step will use. Zero
-        beyond a parameter's end."""
+        """Return this process's flat shards of all gradients, fp32, which the step will use.
+
+        They are zero beyond a parameter's end.
+        """
         found: list[Tensor] = []
         for group, members in self._groups.items():
             if self._on_disk(group):
@@ -252,22 +271,22 @@ class Zero3:
         for gradient in self.gradients():
             gradient.mul_(factor)
 
-    # weights and moments, as flat stretches: those that live in the engine, copies of those that
-    # lie on a disk
+    # weights and moments, as flat shards: the engine's own tensors, or copies of those on a disk
 
     def weights(self) -> dict[str, Tensor]:
-        """The fp32 master weights; of what is not trained, the weights that are computed with."""
+        """Return the fp32 master weights; of frozen parameters, the weights used for computing."""
         masters = dict[str, Tensor]()
         for group, members in self._groups.items():
             with self._flat(group) as flat:
                 masters |= {name: self._held(group, flat.data[where]) for name, where in members}
+        parameters: dict[str, Any] = dict(self.model.named_parameters())
         return {
-            name: masters[name] if p.requires_grad else p.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
-            for name, p in self.model.named_parameters()
+            name: masters[name] if p.requires_grad else p.ds_tensor.data.view(-1)
+            for name, p in parameters.items()
         }
 
     def moments(self) -> dict[str, Tensor]:
-        """{"<parameter>/<slot>": stretch}; `step` is one number."""
+        """Return {"<parameter>/<slot>": flat shard}; `step` is one number."""
         found = dict[str, Tensor]()
         for group, members in self._groups.items():
             with self._flat(group) as flat:
@@ -286,11 +305,12 @@ class Zero3:
     def write(
         self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
     ) -> None:
-        """What `weights`, and perhaps `moments`, gave has been changed in place: take it to the
-        disk where it lies there, and into the weights that are computed with."""
-        compat.drop_gathered_weights(
-            self.inner
-        )  # what an evaluation has left gathered is out of date
+        """Apply changes made in place to the results of `weights` and `moments`.
+
+        They go to the disk where groups are stored there, and into the weights used for computing.
+        """
+        # what an evaluation has left gathered is out of date
+        compat.drop_gathered_weights(self.inner)
         for group, members in self._groups.items():
             with self._flat(group, changes=True) as flat:
                 for name, where in members if self._on_disk(group) else ():
@@ -305,11 +325,12 @@ class Zero3:
         return self.model.get_parameter(parameter).ds_shape  # type: ignore[attr-defined]
 
     def rows(self, stretch: Tensor, shape: torch.Size) -> DTensor:
-        """A stretch on each process, the ends padded -> the same tensor in rows, fp32, split as
-        FSDP2 splits it."""
-        mine = stretch.to(
-            self.mesh.device_type
-        )  # what is offloaded lies on the host, where its collectives may not work
+        """Convert a flat shard per process, padded at the end, to the same tensor in rows.
+
+        The result is fp32 and split as FSDP2 splits it.
+        """
+        # what is offloaded lies on the host, where its collectives may not work
+        mine = stretch.to(self.mesh.device_type)
         everyone = [torch.empty_like(mine) for _ in range(self.mesh.size())]
         dist.all_gather(everyone, mine, group=self.mesh.get_group())
         return self._own_rows(torch.cat(everyone)[: shape.numel()].view(shape).float())
@@ -322,11 +343,11 @@ class Zero3:
         )
 
     def empty_rows(self, shape: torch.Size) -> DTensor:
-        """Rows to be filled."""
+        """Return uninitialised rows of this process, to be filled."""
         return self._own_rows(torch.empty(shape, device=self.mesh.device_type))
 
     def fill(self, stretch: Tensor, rows: Tensor) -> None:
-        """The inverse of `rows`, into `stretch` in place."""
+        """Copy rows into the flat shard in place, the inverse of `rows`."""
         full = rows.full_tensor().flatten() if isinstance(rows, DTensor) else rows.flatten()
         start = self.mesh.get_local_rank() * stretch.numel()
         mine = full[start : start + stretch.numel()]

@@ -58,3 +58,25 @@ def test_every_command_line_would_start(document):
         )
         run = compose([*whole, "data.path=/shared/demo"])
         assert not without_data(run, data_is_here=False), words
+
+
+PAGES = ("CONTRIBUTING.md", "parallel/README.md", "data_shards/README.md", "tests/drills/README.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_module_that_a_page_names_exists(page):
+    folder, text = (ROOT / page).parent, (ROOT / page).read_text()
+    files = set(re.findall(r"[`(]((?:[\w.]+/)*\w+\.(?:py|md|yaml))[`)]", text)) - {"__init__.py"}
+    files -= {file for file in files if file.startswith("my_")}
+    assert files
+    assert not {
+        file for file in files if not (ROOT / file).exists() and not (folder / file).exists()
+    }
+    modules = re.findall(r"python -m (\w+\.[a-z_.]+\w)", text)
+    assert not {module for module in modules if find_spec(module) is None}
+
+
+def test_the_example_of_virtual_ranks_runs():
+    text = (ROOT / "parallel" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "parallel/README.md", "exec"), {})

@@ -74,6 +74,9 @@ FORBIDDEN = re.compile(
     r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE
 )
 ATEN = re.compile(r"\baten\.\w+")
+# rooms whose prose and line lengths are held below; the others join as they are rewritten
+RIDDLES = re.compile(r"(What|Where|Who|Whose|Which|Whether)\b")
+COLUMNS = 100
 VENDORS = re.compile(
     r"cuda|cudnn|nvidia|nccl|hccl|(?-i:Ascend)\b|torch_npu|\b(npu|rocm|musa|mlu|xpu)\b",
     re.IGNORECASE,
@@ -265,6 +268,39 @@ def test_programs_inside_strings_import_modules_that_exist():
             from_package = module in OURS and not (ROOT / module / "__init__.py").read_text()
             wanted = [f"{module}.{n.split()[0]}" for n in names.split(", ")] if from_package else []
             wrong += [f"{path}: {name}" for name in [module, *wanted] if name not in known]
+    assert not wrong
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Return (line, text) of every docstring of a file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [(n.body[0].lineno, text) for n in nodes if n.body and (text := ast.get_docstring(n))]
+
+
+def test_docstrings_say_what_is_done():
+    """A docstring begins with a verb and its object (PEP 257), not with a relative clause."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in sources(*OURS)
+        for line, text in docstrings(path)
+        if RIDDLES.match(text)
+    ]
+    assert not wrong
+
+
+def test_the_docstring_rule_can_fail():
+    assert RIDDLES.match("Whose step the one from noise level sigma is.")
+    assert not RIDDLES.match("Return the expert that denoises the step from `sigma`.")
+
+
+def test_lines_fit_100_columns():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources(*OURS)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > COLUMNS
+    ]
     assert not wrong
 
 

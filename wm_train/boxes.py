@@ -1,7 +1,7 @@
-"""Which box of a global tensor this process holds: the one place that looks inside DTensor.
+"""Locate this process's part of a global tensor; the only module that looks inside DTensor.
 
 A box is (offset, shape), one integer per dimension, in elements. Checkpoints, name-keyed
-initialisation and EMA speak of boxes only, so none of them depends on how a tensor is sharded.
+initialisation and EMA use boxes only, so none of them depends on how a tensor is sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from wm_train.compat import local_shape_and_offset
 
 
 class Box(NamedTuple):
-    """A hyper-rectangle of a global tensor."""
+    """Describe a hyper-rectangle of a global tensor."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -26,17 +26,17 @@ class Box(NamedTuple):
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The storage of this process: the local shard of a DTensor, the tensor itself otherwise."""
+    """Return the local shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, gathered if it is a DTensor; every process must call this."""
+    """Return all of a tensor, gathered if it is a DTensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_box(tensor: torch.Tensor) -> Box:
-    """Where the local storage lies in the global tensor."""
+    """Return the box of the local storage in the global tensor."""
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
     shape, offset = local_shape_and_offset(tensor)
@@ -44,8 +44,7 @@ def local_box(tensor: torch.Tensor) -> Box:
 
 
 def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:
-    """Whether this process is the one that writes its box: replicas and plain tensors are written
-    once."""
+    """Return True if this process writes its box: replicas and plain tensors are written once."""
     if not isinstance(tensor, DTensor):
         return rank == 0
     coordinate = tensor.device_mesh.get_coordinate()
@@ -58,7 +57,7 @@ def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """The box in both, in global elements; empty when they do not meet."""
+    """Return the intersection of two boxes, in global elements; empty when they do not meet."""
     start = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
     stop = tuple(
         min(x + n, y + m) for x, n, y, m in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
@@ -67,7 +66,7 @@ def overlap(a: Box, b: Box) -> Box:
 
 
 def within(inner: Box, outer: Box) -> tuple[slice, ...]:
-    """Slices that pick `inner` out of the storage of `outer`."""
+    """Return the slices that select `inner` from the storage of `outer`."""
     return tuple(
         slice(i - o, i - o + n)
         for i, o, n in zip(inner.offset, outer.offset, inner.shape, strict=True)

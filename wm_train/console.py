@@ -1,5 +1,4 @@
-"""What a worker says while it runs: plain lines, and `@progress {json}` lines that a launcher turns
-into a progress bar."""
+"""Print a worker's messages: plain lines, and `@progress {json}` lines for the launcher's bar."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ LOADED = time.monotonic()
 
 
 class Progress:
-    """Speaks for the run on rank 0 and is silent elsewhere."""
+    """Print the run's messages on rank 0, and nothing on other ranks."""
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
@@ -25,17 +24,19 @@ class Progress:
         ] = []  # what has been done since the process began, and how old it was then
 
     def mark(self, done: str) -> None:
-        """Something that training had to wait for is done."""
+        """Record the end of a phase that training had to wait for."""
         self._marks.append((done, process_age()))
 
     def say(self, text: str) -> None:
-        """One line for a person."""
+        """Print one line for a person."""
         if self.speaks:
             print(text, flush=True)
 
     def step(self, stage: str, step: int, steps: int, **figures: Any) -> None:
-        """Step `step` of `steps` is done. The time left is estimated from the steps of this
-        process."""
+        """Report that step `step` of `steps` is done.
+
+        The time left is estimated from the steps of this process.
+        """
         if not self.speaks:
             return
         if self.first_step is None:  # the first step pays for warm-up, so the clock starts after it
@@ -54,13 +55,15 @@ class Progress:
 
 
 def complain(text: str) -> None:
-    """One line on the error stream, from any rank."""
+    """Print one line on the error stream, from any rank."""
     print(text, file=sys.stderr, flush=True)
 
 
 def process_age() -> float:
-    """Seconds since this process began; where the system does not tell, since this module was
-    loaded."""
+    """Return the seconds since this process started, or since this module was loaded.
+
+    The latter where the system does not have /proc.
+    """
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.monotonic() - LOADED

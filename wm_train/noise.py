@@ -1,5 +1,4 @@
-"""Random numbers that do not know where they are drawn: a counter-based generator in integer tensor
-ops (design §5).
+"""Generate random numbers keyed by what they are for: a counter-based generator in tensor ops.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Every value
 is a function of (seed, stage, purpose, draw, latent frame, element) and of nothing else, so a clip
@@ -31,7 +30,7 @@ KEYING = 2  # how noise and order are keyed, kept in checkpoints; 1 was by the s
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """What makes two runs, or two stages of one run, draw different numbers."""
+    """Identify the random numbers of one stage of one run."""
 
     seed: int
     stage: str  # its name, not its position: a recipe may grow around it. Or a reserved name above
@@ -40,10 +39,10 @@ class NoiseKey:
 def philox4x32(
     counter: Sequence[Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox over broadcastable int64 tensors.
+    """Compute ten rounds of Philox over broadcastable int64 tensors.
 
-    counter: four tensors with values in [0, 2**32); key: two integers in [0, 2**32).
-    Returns four int64 tensors of the broadcast shape with values in [0, 2**32).
+    counter: four tensors with values in [0, 2**32); key: two integers in [0, 2**32). Returns four
+    int64 tensors of the broadcast shape with values in [0, 2**32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
@@ -63,7 +62,7 @@ def philox4x32(
 
 
 def generator_key(key: NoiseKey, purpose: str) -> tuple[int, int]:
-    """The two key words of one stream of numbers; different purposes are independent streams."""
+    """Return the two key words of one stream of numbers; each purpose is an independent stream."""
     digest = hashlib.blake2b(f"{key.seed}/{key.stage}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -71,11 +70,10 @@ def generator_key(key: NoiseKey, purpose: str) -> tuple[int, int]:
 def random_words(
     key: NoiseKey, purpose: str, draws: Tensor, frames: range | tuple[int, int], count: int
 ) -> Tensor:
-    """Raw 32-bit words, [b, t, ceil(count / 4), 4] int64: one block of four per (draw, frame,
-    element // 4).
+    """Return raw 32-bit words, [b, t, ceil(count / 4), 4] int64.
 
-    draws: int64 [b], the position of each clip in the stage's global sample stream; frames: the
-    latent frames wanted.
+    There is one block of four words per (draw, frame, element // 4). draws: int64 [b], the position
+    of each clip in the stage's global sample stream; frames: the latent frames to generate for.
     """
     start, stop = (frames.start, frames.stop) if isinstance(frames, range) else frames
     device = draws.device
@@ -89,8 +87,10 @@ def random_words(
 
 
 def unit_interval(words: Tensor) -> Tensor:
-    """32-bit words -> fp32 in the open interval (0, 1), exactly: 23 bits and a half, so neither 0
-    nor 1 can occur."""
+    """Convert 32-bit words to fp32 in the open interval (0, 1), exactly.
+
+    It uses 23 bits and a half, so neither 0 nor 1 can occur.
+    """
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -101,10 +101,10 @@ def normal(
     frames: range | tuple[int, int],
     shape: Sequence[int],
 ) -> Tensor:
-    """Standard normals, fp32 [b, t, *shape] on the device of `draws` (Box-Muller on the four words
-    of a block).
+    """Return standard normals, fp32 [b, t, *shape] on the device of `draws`.
 
-    A slice of frames equals the slice of the whole, whoever draws it.
+    Box-Muller on the four words of a block. A slice of frames equals the slice of the whole, on
+    every rank.
     """
     count = math.prod(shape)
     values = unit_interval(random_words(key, purpose, draws, frames, count))
@@ -116,5 +116,5 @@ def normal(
 
 
 def uniform(key: NoiseKey, purpose: str, draws: Tensor) -> Tensor:
-    """One uniform number in (0, 1) per clip, fp32 [b]."""
+    """Return one uniform number in (0, 1) per clip, fp32 [b]."""
     return unit_interval(random_words(key, purpose, draws, (0, 1), 1)[:, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""The processes of one run: who I am, and the few things that all of them must agree on.
+"""Exchange small values among the processes of one run.
 
 Everything that crosses processes outside the sequence mesh and parameter sharding goes through
 `World`, as JSON text or as a small vector. It has a host-side process group of its own, so control
@@ -23,16 +23,20 @@ from wm_train.backends.protocol import Backend
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` others. `group` is the host-side group its words go through; None
-    is the default one."""
+    """Identify this process among `size`, and exchange values over `group`.
+
+    group: the host-side process group; None is the default one.
+    """
 
     rank: int
     size: int
     group: ProcessGroup | None = None
 
     def twin(self) -> World:
-        """The same processes over a group of their own, for another thread. Every process must call
-        this."""
+        """Return the same ranks over a second process group, for a background thread.
+
+        Every process must call this.
+        """
         return (
             self if self.size == 1 else World(self.rank, self.size, dist.new_group(backend="gloo"))
         )
@@ -43,7 +47,7 @@ class World:
             self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's JSON value, in rank order, on every process."""
+        """Gather every process's JSON value, in rank order, on every process."""
         if self.size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -60,13 +64,17 @@ class World:
         ]
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's JSON value, on every process. Clocks and file systems disagree, so rank 0
-        decides and the others follow."""
+        """Return rank 0's JSON value on every process.
+
+        Clocks and file systems differ between nodes, so rank 0 decides for all.
+        """
         return self.gather(value if self.rank == 0 else None)[0]
 
     def gather_numbers(self, values: list[float]) -> torch.Tensor:
-        """[k] per process -> [size, k] float64 on the host; the same order everywhere, so sums over
-        it repeat to the bit."""
+        """Gather [k] per process -> [size, k] float64 on the host.
+
+        The order is the same everywhere, so sums over it repeat to the bit.
+        """
         mine = torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
             return mine[None]
@@ -80,8 +88,10 @@ class World:
         return dict(zip(values, columns, strict=True))
 
     def gather_tensors(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """One tensor per process, of one dtype and number of dimensions but any shapes, on the host
-        in rank order."""
+        """Gather one tensor per process on the host, in rank order.
+
+        They share the dtype and the number of dimensions, but may have any shapes.
+        """
         mine = mine.cpu()
         if self.size == 1:
             return [mine]
@@ -97,12 +107,13 @@ class World:
 
 
 def join_world(backend: Backend, timeout_s: float) -> World:
-    """Join the other workers named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by every
-    launcher)."""
+    """Join the other workers, given RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Every launcher sets these variables.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    store = (
-        dist.HashStore() if size == 1 else None
-    )  # one process takes the same path as many, and needs no address
+    # a single process uses the same code as many, but needs no address
+    store = dist.HashStore() if size == 1 else None
     dist.init_process_group(
         backend.collectives,
         store=store,

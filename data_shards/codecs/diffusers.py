@@ -1,10 +1,12 @@
-"""The autoencoders of diffusers as codecs: LTX-2 (stride 8x32x32, 128 channels), Wan (4x8x8, 16
-channels), and the tiny ones (TAESD) that encode frame by frame (1x8x8, 4 channels or 16). Tiny
-autoencoders with a temporal stride are in `codecs/taehv`.
+"""Offer autoencoders of diffusers as codecs.
+
+These are LTX-2 (stride 8x32x32, 128 channels), Wan (4x8x8, 16 channels), and the tiny ones (TAESD)
+that encode frame by frame (1x8x8, 4 or 16 channels). Tiny autoencoders with a temporal stride are
+in `codecs/taehv.py`.
 
 `model` is a local folder or a hub name, as `from_pretrained` takes it. Encoding takes the mode of
 the posterior, so it is deterministic. The latents are the autoencoder's own; the scaling that some
-pipelines apply is left out, as dataset.json carries measured mean and std.
+pipelines apply is left out, as dataset.json has measured mean and std.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan", "tiny": 
 
 @dataclass(frozen=True)
 class DiffusersCodec:
-    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights
-    are loaded at the first use.
+    """Encode and decode one clip at a time, on `device`, in float32 (or `dtype` bfloat16).
 
-    `normalised`: latents that came ready made are normalised by LTX-2's own statistics, which
-    decoding undoes.
+    The weights are loaded at the first use. normalised: latents of a ready-made set are normalised
+    by LTX-2's own statistics, which decoding reverts.
     """
 
     name: str
@@ -111,13 +112,12 @@ class DiffusersCodec:
         )
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[F, H, W, 3] uint8 -> [T, C, h, w] float32."""
+        """Encode [F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 
         count = latent_frame_count(len(video), self.temporal_stride)
-        pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[
-            None
-        ]  # [1, 3, F, H, W]
+        # [1, 3, F, H, W]
+        pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
             if self.name == "tiny":
                 frames = [
@@ -138,7 +138,7 @@ class DiffusersCodec:
         return np.asarray(latents[0].permute(1, 0, 2, 3).float().cpu().numpy())
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """[T, C, h, w] -> [F, H, W, 3] uint8."""
+        """Decode [T, C, h, w] -> [F, H, W, 3] uint8."""
         import torch
 
         tensor = torch.from_numpy(np.ascontiguousarray(latents, np.float32)).permute(1, 0, 2, 3)[

@@ -1,4 +1,4 @@
-"""The codec `linear`, which needs no weights.
+"""Define `LatentCodec`, the interface of every codec, and `linear`, which needs no weights.
 
 It is a fixed orthonormal transform with the layout of a causal video VAE: frame 0
 alone gives latent 0, each following group of 8 frames gives one more. A 16x16 block of one frame
@@ -29,7 +29,7 @@ COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=np.float64) / np.s
 
 
 def dct_matrix(length: int) -> NDArray[np.float64]:
-    """Orthonormal DCT-II: row k is frequency k."""
+    """Return the orthonormal DCT-II matrix: row k is frequency k."""
     k, n = np.arange(length)[:, None], np.arange(length)[None]
     matrix = np.sqrt(2.0 / length) * np.cos(np.pi * (2 * n + 1) * k / (2 * length))
     matrix[0] /= np.sqrt(2.0)
@@ -40,15 +40,15 @@ def dct_matrix(length: int) -> NDArray[np.float64]:
 def coefficient_tables(
     channels: int, temporal_stride: int, spatial_stride: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which coefficients are kept: two tables [C, 4] of (colour, time, vertical, horizontal)
-    frequency, for latent 0 and for later ones.
+    """Return the kept coefficients: two tables [C, 4], for latent 0 and for later ones.
 
-    The later table is the C largest by the energy that a coefficient has in walking gameplay, as a
-    formula fitted to recordings (0.4 dB below the best possible choice for them): turning and
-    walking move columns, so only horizontal detail lives at high time frequencies. The first table
-    keeps, at the same channel, every coefficient that the later one has at time frequency 0, and
-    fills the channels of moving coefficients with the largest other spatial ones: in a still scene,
-    such a shared channel of a later latent is sqrt(temporal_stride) times that of latent 0.
+    A row is the (colour, time, vertical, horizontal) frequency. The later table has the C
+    coefficients of largest energy in walking gameplay, by a formula fitted to recordings (0.4 dB
+    below the best possible choice for them): turning and walking move columns, so only horizontal
+    detail has high time frequencies. The first table keeps, at the same channel, every coefficient
+    that the later one has at time frequency 0, and fills the channels of moving coefficients with
+    the largest other spatial ones. In a still scene, such a shared channel of a later latent is
+    sqrt(temporal_stride) times that of latent 0.
     """
     axes = (
         np.arange(3),
@@ -73,8 +73,10 @@ def coefficient_tables(
 
 @dataclass(frozen=True)
 class LinearCodec:
-    """See the module docstring. `channels` is the number of coefficients kept of each 8x16x16x3
-    block."""
+    """Encode and decode by the transform of the module's docstring.
+
+    channels: the number of coefficients kept of each 8x16x16x3 block.
+    """
 
     channels: int = 48
     temporal_stride: int = 8
@@ -90,8 +92,10 @@ class LinearCodec:
         }
 
     def _bases(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Orthonormal rows: first [C, 3*s*s] and later [C, r*3*s*s], flattened as (time, colour
-        channel, row, column)."""
+        """Return orthonormal rows: first [C, 3*s*s] and later [C, r*3*s*s].
+
+        They are flattened as (time, colour channel, row, column).
+        """
         space, time = dct_matrix(self.spatial_stride), dct_matrix(self.temporal_stride)
         first, later = coefficient_tables(self.channels, self.temporal_stride, self.spatial_stride)
         still = np.einsum(
@@ -109,7 +113,10 @@ class LinearCodec:
         ).astype(np.float32)
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32; pixels are mapped to [-1, 1] first."""
+        """Encode [F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32.
+
+        Pixels are mapped to [-1, 1] first.
+        """
         frames, height, width, _ = video.shape
         r, s = self.temporal_stride, self.spatial_stride
         count = latent_frame_count(frames, r)
@@ -136,7 +143,7 @@ class LinearCodec:
         return out
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """[T, C, h, w] -> [F, H, W, 3] uint8, the first latent being the first of its clip."""
+        """Decode [T, C, h, w] -> [F, H, W, 3] uint8; the first latent is the first of its clip."""
         latents = np.asarray(latents, dtype=np.float32)
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise DataError(
@@ -161,6 +168,8 @@ LINEAR = CodecRow(
 
 
 def psnr_db(squared_error: float, count: int) -> float:
-    """Peak signal-to-noise ratio in dB from a sum of squared differences of `count` 8-bit
-    values."""
+    """Return the peak signal-to-noise ratio in dB.
+
+    It is computed from a sum of squared differences of `count` 8-bit values.
+    """
     return float(10.0 * np.log10(255.0**2 / max(squared_error / max(count, 1), 1e-12)))

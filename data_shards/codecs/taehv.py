@@ -1,17 +1,16 @@
-"""TAEHV-style tiny video autoencoders as codecs: TAEHV 1.5 (Waypoint-1.5; stride 4x16x16, 32
-channels), TAEW, TAELTX.
+"""Offer tiny video autoencoders as codecs: TAEHV 1.5 (Waypoint-1.5), TAEW, TAELTX.
 
-`model` is a local `.safetensors` file or a folder with one; widths, strides, patch and channels
-follow from the weights. The network is that of madebyollin/taehv, written anew: 2-D convolutions
-over single frames; a memory block sees the frame before as well; a pool joins a pair of frames, a
-grow parts one. diffusers 0.42 has no class for it (its `AutoencoderTiny` knows single images: codec
-`tiny`).
+TAEHV 1.5 has stride 4x16x16 and 32 channels. `model` is a local `.safetensors` file or a folder
+with one; widths, strides, patch and channels follow from the weights. The network is that of
+madebyollin/taehv, reimplemented: 2-D convolutions over single frames; a memory block also sees the
+previous frame; a pool joins a pair of frames, a grow splits one. diffusers 0.42 has no class for it
+(its `AutoencoderTiny` handles single images: codec `tiny`).
 
 Layout: F = r k + 1 frames give k + 1 latents, as with the causal autoencoders these stand in for,
 and decode to F frames. As in the original, the encoder's latent t pools the frames r t … r t + r -
-1 (the last frame is repeated at the end), so it has looked up to r - 1 frames ahead of the frame r
-t that it ends with for the decoder. Frames go through CHUNK latents at a time; the result is that
-of one pass.
+1 (the last frame is repeated at the end), so it has seen up to r - 1 frames after frame r t, the
+last one that the decoder makes from it. Frames are processed CHUNK latents at a time; the result is
+that of one pass.
 """
 
 from __future__ import annotations
@@ -41,17 +40,21 @@ ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT = (
 
 
 def pool_at(stage: int) -> int:
+    """Return the encoder layer that pools frames in `stage`."""
     return 2 + 5 * stage  # then a convolution of stride 2 and three memory blocks
 
 
 def grow_at(stage: int) -> int:
+    """Return the decoder layer that splits frames in `stage`."""
     return 7 + 6 * stage  # after three memory blocks and an upsampling; then a convolution
 
 
 @dataclass(frozen=True)
 class TaehvCodec:
-    """One clip at a time, on `device`, in float32 (or bfloat16 where `dtype` says so). The weights
-    are loaded at the first use."""
+    """Encode and decode one clip at a time, on `device`, in float32 (or `dtype` bfloat16).
+
+    The weights are loaded at the first use.
+    """
 
     model: str
     dtype: str = "float32"
@@ -66,7 +69,7 @@ class TaehvCodec:
 
     @cached_property
     def weights(self) -> dict[str, Any]:
-        """name -> tensor, checked to be a network of this kind."""
+        """Return name -> tensor, checked to be a network of this kind."""
         import safetensors
         import torch
         from safetensors.torch import load_file
@@ -129,7 +132,7 @@ class TaehvCodec:
         return 2**STAGES * self.patch
 
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[F, H, W, 3] uint8 -> [T, C, h, w] float32."""
+        """Encode [F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 
         stride, count = self.temporal_stride, latent_frame_count(len(video), self.temporal_stride)
@@ -151,7 +154,7 @@ class TaehvCodec:
         return np.concatenate(out)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """[T, C, h, w] -> [F, H, W, 3] uint8."""
+        """Decode [T, C, h, w] -> [F, H, W, 3] uint8."""
         import torch
 
         memory: dict[int, Any] = {}
@@ -171,8 +174,10 @@ class TaehvCodec:
         return np.concatenate(out)[self.temporal_stride - 1 :]  # the frames before the clip's first
 
     def _encode(self, x: Any, memory: dict[int, Any]) -> Any:
-        """[n, 3 p p, H, W] -> [n / r, C, h, w]. `memory` carries each memory block's last frame to
-        the next call."""
+        """Encode [n, 3 p p, H, W] -> [n / r, C, h, w].
+
+        memory: each memory block's last frame, passed to the next call.
+        """
         x = self._conv(ENCODER_IN, x).relu()
         for stage in range(STAGES):
             at = pool_at(stage)
@@ -186,7 +191,7 @@ class TaehvCodec:
         return self._conv(ENCODER_OUT, x)
 
     def _decode(self, x: Any, memory: dict[int, Any]) -> Any:
-        """[n, C, h, w] -> [n r, 3 p p, H, W]."""
+        """Decode [n, C, h, w] -> [n r, 3 p p, H, W]."""
         x = self._conv(DECODER_IN, (x / 3).tanh() * 3).relu()
         for stage in range(STAGES):
             at = grow_at(stage)
@@ -199,7 +204,7 @@ class TaehvCodec:
         return self._conv(DECODER_OUT, x.relu())
 
     def _remember(self, part: str, block: int, x: Any, memory: dict[int, Any]) -> Any:
-        """A memory block: [n, A, H, W] -> [n, B, H, W], frame i seeing frames i and i - 1."""
+        """Apply a memory block: [n, A, H, W] -> [n, B, H, W], frame i seeing frames i and i - 1."""
         import torch
 
         past = torch.cat([memory.get(block, torch.zeros_like(x[:1])), x[:-1]])

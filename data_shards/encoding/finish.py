@@ -1,5 +1,4 @@
-"""The last step of `encode`: the shards' results become the index and, written last,
-dataset.json."""
+"""Finish `encode`: turn the shards' results into the index and, written last, dataset.json."""
 
 from __future__ import annotations
 
@@ -37,9 +36,8 @@ from data_shards.sources.clips import ClipSource
 from data_shards.storage.files import crc32c
 from data_shards.storage.write import encode_array, fingerprint, sums_text, write_index
 
-STD_FLOOR = (
-    1e-6  # of a channel that never changes: (x - mean) is 0 there, so any positive number does
-)
+# for a channel that never changes: (x - mean) is 0 there, so any positive number works
+STD_FLOOR = 1e-6
 Rows = list[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 
 
@@ -51,8 +49,10 @@ def finish(
     codec: LatentCodec,
     encoder: TextEncoder | None,
 ) -> tuple[DatasetInfo, int]:
-    """Merge the shards' results in shard order; write the index and, last, dataset.json. Returns
-    it, and how many captions were cut."""
+    """Merge the shards' results in shard order; write the index and, last, dataset.json.
+
+    Returns its content, and the number of captions that were cut.
+    """
     rows: Rows = []
     sums, counts, squared_error, values, cut_captions = (
         np.zeros((2, 2, codec.channels)),
@@ -80,9 +80,8 @@ def finish(
         sums, counts = sums + np.array(result["sums"]), counts + np.array(result["counts"])
         squared_error, values = squared_error + result["squared_error"], values + result["values"]
         cut_captions += result["cut_captions"]
-    counts[counts == 0] = (
-        np.inf
-    )  # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
+    # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
+    counts[counts == 0] = np.inf
     mean = sums[:, 0] / counts[:, None]
     std = np.sqrt(np.maximum(sums[:, 1] / counts[:, None] - mean**2, 0.0))
     index = io.BytesIO()
@@ -133,7 +132,7 @@ def finish(
 def text_facts(
     files: dict[str, bytes], rows: Rows, settings: Settings, encoder: TextEncoder | None
 ) -> dict[str, Any]:
-    """Add the null text to the files and return what dataset.json says about text."""
+    """Add the null text to the files and return the entries of dataset.json about text."""
     if not settings.text:
         return {}
     widths = {
@@ -160,10 +159,10 @@ def text_facts(
 
 
 def common_fields(rows: Rows) -> tuple[str, ...]:
-    """The fields of every clip.
+    """Return the fields that every clip has.
 
     Raises:
-        DataError: a clip that lacks what another one has, or a key that is there twice.
+        DataError: a clip that lacks what another one has, or a duplicate key.
     """
     keys: set[str] = set()
     first = {member.field for member in rows[0][1]} - {IMAGE_LATENTS}

@@ -1,5 +1,7 @@
-"""One shard's worth of encoding: which clips go where, and whether it is done. `encode` plans the
-jobs, `runners` run them, `arrays` makes what is written."""
+"""Encode one shard: plan which clips go into it, and convert each to arrays.
+
+`encode` plans the jobs, `runners` run them.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,10 @@ from data_shards.storage.zarr_store import ZarrWriter, shard_files
 
 @dataclass(frozen=True)
 class Job:
-    """One shard: which clips, and how to make their latents. Small and picklable; a worker opens
-    the source itself."""
+    """Describe one shard: its clips, and how to encode them.
+
+    Small and picklable; a worker opens the source itself.
+    """
 
     source: Place
     content: (
@@ -50,13 +54,16 @@ class Job:
 
     @property
     def result(self) -> str:
-        """The file that says it is done."""
+        """Return the name of the file that marks the job as done."""
         return f"rows/{self.number:06d}.json"
 
 
 def split_of_episodes(episodes: set[str], share: float) -> dict[str, str]:
-    """episode -> split. The validation episodes are those with the smallest hash of their name: no
-    order or seed enters."""
+    """Assign episode -> split.
+
+    The validation episodes are those with the smallest hash of their name, so neither order nor a
+    seed matters.
+    """
     ranked = sorted(episodes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     count = min(len(ranked) - 1, max(1, round(share * len(ranked)))) if share > 0 else 0
     return {name: SPLITS[1] if i < count else SPLITS[0] for i, name in enumerate(ranked)}
@@ -104,8 +111,10 @@ def plan_jobs(
 def encode_shard(
     job: Job, source: ClipSource, codec: LatentCodec, encoder: TextEncoder | None
 ) -> None:
-    """Encode one shard and write it, then the JSON file that says it is done: index rows and sums
-    for the statistics."""
+    """Encode one shard and write it, then the JSON file that marks it as done.
+
+    That file has index rows, and sums for the statistics.
+    """
     rows, tally, target = [], Tally(np.zeros((2, 2, codec.channels)), np.zeros(2)), Target(job.out)
     make = ShardWriter if job.settings.container == "tar" else ZarrWriter
     with target.room(job.shard) as path, make(path) as writer:
@@ -148,7 +157,7 @@ def encode_shard(
 
 
 def encode_in_worker(job: Job) -> int:
-    """`encode_shard` in a process of its own. Returns the job's number."""
+    """Run `encode_shard` in a process of its own; return the job's number."""
     encode_shard(job, *opened(job.source, job.content, job.settings))
     return job.number
 
@@ -159,6 +168,10 @@ def encode_in_worker(job: Job) -> int:
 def opened(
     place: Place, content: str, settings: Settings
 ) -> tuple[ClipSource, LatentCodec, TextEncoder | None]:
+    """Open source, codec and text encoder in a worker.
+
+    Raises DataError if the source is not the planned one.
+    """
     source = open_source(place)
     if source.description != content:
         raise DataError(
@@ -169,8 +182,10 @@ def opened(
 
 
 def left_to_do(jobs: Sequence[Job], target: Target) -> list[Job]:
-    """The jobs that no earlier run finished: the result is not there, or the shard not with the
-    sizes that follow from it."""
+    """Return the jobs that no earlier run has finished.
+
+    A job is unfinished without its result, or if its shard does not have the resulting sizes.
+    """
     sizes = target.sizes()
     noted = [job for job in jobs if job.result in sizes]
     results = target.read_all([job.result for job in noted])
@@ -183,7 +198,7 @@ def left_to_do(jobs: Sequence[Job], target: Target) -> list[Job]:
 
 
 def is_done(job: Job, result: bytes, sizes: Mapping[str, int]) -> bool:
-    """Whether the shard is there with the size, or the files, that follow from its result."""
+    """Return True if the shard exists with the sizes, or the files, that follow from its result."""
     members = [
         (row["clip"][0], MemberEntry(**member))
         for row in json.loads(result)["rows"]

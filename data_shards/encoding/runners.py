@@ -1,5 +1,7 @@
-"""Who runs the jobs of `encode`: this process, several processes, or the tasks of a Ray cluster.
-The bytes do not depend on it."""
+"""Run the jobs of `encode` in this process, in several processes, or as tasks of a Ray cluster.
+
+The bytes do not depend on the choice.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from data_shards.schema import DataError
 
 
 def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
+    """Run the jobs in a pool of processes, yielding the number of each as it finishes."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -36,8 +39,10 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
 
 
 def leave_with_parent() -> None:
-    """End this worker when the process that started it dies, however it dies: a pool's workers
-    would wait for ever."""
+    """End this worker when its parent process dies in any way.
+
+    Otherwise a pool's workers would wait for ever.
+    """
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -53,15 +58,13 @@ def leave_with_parent() -> None:
 
 
 def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
-    """At most `workers` tasks at a time, each of one CPU. A task whose worker or node dies is run
-    again.
+    """Run at most `workers` tasks at a time, each on one CPU.
 
-    Joins the cluster of RAY_ADDRESS, whose nodes must see source and out under the same paths;
-    without one, starts a local one.
+    A task is repeated if its worker or node dies. It joins the cluster of RAY_ADDRESS, whose nodes
+    must see source and out under the same paths; without one it starts a local cluster.
     """
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # read when ray is imported, and by the processes that it starts
+    # read when ray is imported, and by the processes that it starts
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     address = os.environ.get("RAY_ADDRESS")

@@ -1,9 +1,9 @@
-"""Where `encode` writes: a folder on a disk, or a prefix of an object store. What appears under a
-name is whole.
+"""Write the output of `encode` to a folder, or to a prefix of an object store.
 
-On a disk the work is done in `<out>.partial`, which gets its name at the end. In a store, which
-renames nothing, objects have their last names at once; without dataset.json, which comes last, they
-are no data set. A shard is made on a local disk and sent when it is complete.
+Every file that appears under its name is complete. On a disk the work is done in `<out>.partial`,
+which is renamed at the end. An object store cannot rename, so objects have their final names at
+once; they are a data set only with dataset.json, which is written last. A shard is made on a local
+disk and uploaded when complete.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ TOGETHER = 256  # small files that are read at a time
 
 
 class Target:
-    """`place` is the folder or URL that is being filled, `out` its name when it is done."""
+    """Write one data set. place: the folder or URL that is being filled; out: its final name."""
 
     def __init__(self, out: str) -> None:
         self.in_store = "://" in out
-        self.out = (
-            out.rstrip("/") if self.in_store else str(Path(out).absolute())
-        )  # workers may be elsewhere
+        # workers may be elsewhere
+        self.out = out.rstrip("/") if self.in_store else str(Path(out).absolute())
         self.place = self.out if self.in_store else f"{self.out}.partial"
         self._fs, self._root = connect(self.place, POLICY)
         self._final = connect(self.out, POLICY)[1]
 
     def finished(self) -> bool:
-        """Whether a data set is there already.
+        """Return True if the data set exists already.
 
         Raises:
-            DataError: something else is.
+            DataError: something else exists there.
         """
         self._fs.invalidate_cache()
         if self._try(lambda: self._fs.exists(f"{self._final}/{FACTS}")):
@@ -54,7 +53,7 @@ class Target:
         return False
 
     def prepare(self) -> None:
-        """Make the folders, and remove what an interrupted run had not finished."""
+        """Create the folders, and remove what an interrupted run had not finished."""
         for name in () if self.in_store else ("shards", "rows"):
             folder = Path(self.place) / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +67,7 @@ class Target:
             write_durably(Path(self.place) / name, data)
 
     def read(self, name: str, done: bool = False) -> bytes | None:
-        """A file, None if there is none; `done`: of the finished data set."""
+        """Return a file, or None if there is none; `done`: of the finished data set."""
         try:
             return self._try(
                 lambda: bytes(self._fs.cat_file(f"{self._final if done else self._root}/{name}"))
@@ -77,21 +76,21 @@ class Target:
             return None
 
     def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
-        """The files of these names, in their order."""
+        """Yield the files of these names, in their order."""
         for start in range(0, len(names), TOGETHER):
             paths = [f"{self._root}/{name}" for name in names[start : start + TOGETHER]]
             found = self._try(partial(self._fs.cat, paths))
             yield from (bytes(found[path]) for path in paths)
 
     def sizes(self) -> dict[str, int]:
-        """name -> bytes of all files that are there."""
+        """Return name -> bytes of all existing files."""
         self._fs.invalidate_cache()
         found = self._try(lambda: self._fs.find(self._root, detail=True))
         return {path[len(self._root) + 1 :]: facts["size"] for path, facts in found.items()}
 
     @contextmanager
     def room(self, name: str) -> Iterator[Path]:
-        """Where to make the shard `name`; what is there at the end is kept under that name."""
+        """Yield a path to write the shard `name` to; on exit it is stored under that name."""
         if not self.in_store:
             yield Path(self.place) / name
             return
@@ -112,7 +111,7 @@ class Target:
             )
 
     def _send(self, files: Mapping[str, Path], prefix: str) -> None:
-        """Upload files under names that all begin with `prefix`."""
+        """Upload files whose names all start with `prefix`."""
 
         def attempt() -> None:
             self._fs.put([str(file) for file in files.values()], list(files))
@@ -130,7 +129,7 @@ class Target:
         self._try(attempt)
 
     def _try(self, what: Callable[[], T]) -> T:
-        """With retries; what a store says in the end is a DataError."""
+        """Call a function with retries; a store's final error becomes a DataError."""
         try:
             return with_retries(what, POLICY)
         except FileNotFoundError:
@@ -146,13 +145,13 @@ class Target:
             ) from error
 
     def remove(self, name: str) -> None:
-        """A folder and all in it."""
+        """Remove a folder and everything in it."""
         if not self.in_store:
             shutil.rmtree(Path(self.place) / name, ignore_errors=True)
         elif any(file.startswith(f"{name}/") for file in self.sizes()):
             self._try(lambda: self._fs.rm(f"{self._root}/{name}", recursive=True))
 
     def publish(self) -> None:
-        """Give it its name."""
+        """Rename the finished folder to its final name."""
         if not self.in_store:
             publish_folder(Path(self.place), Path(self._final))

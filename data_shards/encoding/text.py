@@ -1,9 +1,8 @@
-"""Captions -> text embeddings [L, E] with a mask [L], by any encoder of transformers; and the null
-text, the embedding of "".
+"""Embed captions with any encoder of transformers: embeddings [L, E] and a mask [L].
 
-Only real tokens go through the encoder, so nothing depends on how a tokenizer pads; rows after them
-are zero and masked out. Encoders of an encoder-decoder (T5, UMT5) are loaded without the decoder,
-others (Gemma, Qwen, Llama) give their last hidden state.
+The null text is the embedding of "". Only real tokens go through the encoder, so nothing depends on
+a tokenizer's padding; rows after them are zero and masked out. Encoders of an encoder-decoder (T5,
+UMT5) are loaded without the decoder, others (Gemma, Qwen, Llama) give their last hidden state.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ READY = "ready"  # `text=ready`: the sources' own embeddings are taken over
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """`model` is a folder or hub name; `length` is L; `prefix` goes before every caption and its
-    tokens are dropped, but for the first and the last (SANA-WM's enhancing prompt for Gemma). One
-    caption at a time, in float32."""
+    """Embed one caption at a time, in float32.
+
+    model: a folder or hub name. length: L. prefix: prepended to every caption; its tokens are
+    dropped, except the first and the last (SANA-WM's enhancing prompt for Gemma).
+    """
 
     model: str
     length: int
@@ -34,7 +35,7 @@ class TextEncoder:
 
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
-        """(tokenizer, network)."""
+        """Load and return (tokenizer, network)."""
         try:
             import torch
             import transformers
@@ -75,7 +76,7 @@ class TextEncoder:
         return tokenizer, network.to(self.device).eval().requires_grad_(False)
 
     def tokens(self, caption: str) -> tuple[NDArray[np.float32], bool]:
-        """([n, E] of the n <= L real tokens, whether the caption was cut)."""
+        """Return the embeddings [n, E] of the n <= L real tokens; True if the caption was cut."""
         import torch
 
         tokenizer, network = self._parts
@@ -99,7 +100,7 @@ class TextEncoder:
         return np.concatenate([hidden[:1], hidden[1 + skipped :]]), cut
 
     def encode(self, caption: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], bool]:
-        """(embedding [L, E], mask [L], whether the caption was cut)."""
+        """Return (embedding [L, E], mask [L], True if the caption was cut)."""
         hidden, cut = self.tokens(caption)
         out = np.zeros((self.length, hidden.shape[1]), np.float32)
         out[: len(hidden)] = hidden
@@ -107,7 +108,7 @@ class TextEncoder:
 
 
 def read_null_text(path: str) -> NDArray[np.float32]:
-    """[L0, E] float32 from an npy file.
+    """Read [L0, E] float32 from an npy file.
 
     Raises:
         DataError: no such file, or no finite numbers of that shape.

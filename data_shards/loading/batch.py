@@ -1,5 +1,7 @@
-"""What a batch is: tensors of several rows, each a clip or several packed one after another; and
-how clips' conditions become a row's."""
+"""Define a batch: tensors of several rows, each a clip or several packed clips.
+
+It also merges the clips' conditions into those of a row.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +16,28 @@ from data_shards.loading.cut import Conditions, statistics
 from data_shards.schema import DatasetInfo
 from data_shards.storage import read
 
-REPLICATED = tuple(
-    field.removesuffix(".npy") for field in read.REPLICATED
-)  # the same on all members of a context-parallel group
+# the same on all ranks of a context-parallel group
+REPLICATED = tuple(field.removesuffix(".npy") for field in read.REPLICATED)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`b` rows, `t` of their T latent frames. Poses, controls and text cover the whole row, the
-    same on all context-parallel members.
+    """Store `b` rows, and `t` of their T latent frames.
 
-    latents [b,t,C,h,w] float32, normalised; c2w [b,F,4,4] float32, metres, relative to the first
-    raw frame of the cut, OpenCV axes; intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of
-    `image_size` (height, width), a pixel's centre at (column + 0.5, row + 0.5); controls [b,T,A]
-    float32; text [b,L,E] float32, text_mask [b,L] bool; each None if the data has none. draws [b]
-    and valid_frames [b] (latent) int64; document_starts: per row, where each of its packed clips
-    starts, (0,) for a row of one clip. A packed row has the raw frames of its clips one after
-    another, (T_d - 1) r + 1 each, the last one's poses going on over padding; rows with fewer
-    repeat the end. data_wait_s: how long the caller waited for this batch.
+    Poses, controls and text cover the whole row and are the same on all context-parallel ranks.
+    Each is None if the data has none.
+
+    - latents [b,t,C,h,w] float32, normalised.
+    - c2w [b,F,4,4] float32, metres, relative to the first raw frame of the cut, OpenCV axes.
+    - intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of `image_size` (height, width), a pixel's
+      centre at (column + 0.5, row + 0.5).
+    - controls [b,T,A] float32; text [b,L,E] float32, text_mask [b,L] bool.
+    - draws [b] and valid_frames [b] (latent) int64.
+    - document_starts: per row, the start of each of its packed clips, (0,) for a row of one clip.
+    - data_wait_s: how long the caller waited for this batch.
+
+    A packed row has the raw frames of its clips one after another, (T_d - 1) r + 1 each; the last
+    clip's poses are repeated over padding, and rows with fewer raw frames repeat their end.
     """
 
     latents: Tensor
@@ -51,7 +57,7 @@ class Batch:
     def each_tensor(
         self, change: Callable[[Tensor], Tensor], names: Sequence[str] | None = None
     ) -> Batch:
-        """The batch with its tensors, or those named, changed."""
+        """Return the batch with `change` applied to its tensors, or to those named."""
         chosen = names or [field.name for field in fields(self)]
         changed: dict[str, Any] = {
             n: change(value) for n in chosen if isinstance(value := getattr(self, n), Tensor)
@@ -60,8 +66,10 @@ class Batch:
 
 
 def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
-    """[..., t, C, h, w] as the codec made them -> zero mean and unit variance per channel. Torch
-    tensor or numpy array."""
+    """Normalise codec latents [..., t, C, h, w] to zero mean and unit variance per channel.
+
+    Torch tensor or numpy array.
+    """
     mean, std = statistics(info, latents.shape[-4], first_frame_index)
     if isinstance(latents, Tensor):
         return (latents - torch.from_numpy(mean).to(latents)) / torch.from_numpy(std).to(latents)
@@ -69,8 +77,10 @@ def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> An
 
 
 def denormalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
-    """The inverse of `normalise`: what the codec can decode. `first_frame_index` is the clip
-    position of latents[..., 0, :, :, :]."""
+    """Revert `normalise`, so that the codec can decode.
+
+    first_frame_index: the clip position of latents[..., 0, :, :, :].
+    """
     mean, std = statistics(info, latents.shape[-4], first_frame_index)
     if isinstance(latents, Tensor):
         return latents * torch.from_numpy(std).to(latents) + torch.from_numpy(mean).to(latents)
@@ -78,8 +88,10 @@ def denormalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> 
 
 
 def absent(info: DatasetInfo, frames: int) -> Conditions:
-    """What a member that does not read the conditions has room for; NaN, so that nobody takes them
-    for what they stand for."""
+    """Return NaN conditions of the right shapes, for a rank that does not read them.
+
+    NaN shows at once if a value is used by mistake.
+    """
     raw = (frames - 1) * info.temporal_stride + 1
     shapes = {
         "c2w": (raw, 4, 4),
@@ -98,8 +110,10 @@ def absent(info: DatasetInfo, frames: int) -> Conditions:
 
 
 def joined(clips: Sequence[Conditions], frames: int, stride: int) -> Conditions:
-    """The conditions of a row: of its clips one after another, the last one's going on over the
-    padding up to `frames` latents."""
+    """Merge the conditions of a row's clips, one after another.
+
+    Those of the last clip are repeated over the padding up to `frames` latents.
+    """
     if len(clips) == 1 and (clips[0].controls is None or len(clips[0].controls) == frames):
         only = clips[0]
         raw = (frames - 1) * stride + 1
@@ -114,7 +128,7 @@ def joined(clips: Sequence[Conditions], frames: int, stride: int) -> Conditions:
 
 
 def last_repeated(tensor: Tensor, length: int) -> Tensor:
-    """[n, …] -> [length, …], the last entry repeated."""
+    """Extend [n, …] -> [length, …] by repeating the last entry."""
     missing = length - len(tensor)
     return (
         torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor

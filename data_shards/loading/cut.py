@@ -1,8 +1,7 @@
-"""One cut of a clip as training takes it: this member's latent frames normalised, poses and
-controls re-based to the cut's start.
+"""Cut a clip for training: this rank's latent frames normalised, poses and controls re-based.
 
 A cut starts at the clip's latent 0, or at a later latent whose image latent was stored (see
-`schema`); that one then stands for it.
+data_shards/README.md); the image latent then replaces it.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ from data_shards.storage.read import REPLICATED, ClipDataset, check_finite
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all members of a context-parallel group share, whole: c2w [F,4,4] float32 relative to
-    the cut's first raw frame, intrinsics [F,4] float32, controls [T,A] float32, text [L,E] float32,
-    text_mask [L] bool. None: the data set has none."""
+    """Store what all ranks of a context-parallel group need in full.
+
+    c2w [F,4,4] float32 relative to the cut's first raw frame, intrinsics [F,4] float32, controls
+    [T,A] float32, text [L,E] float32, text_mask [L] bool. None: the data set has none.
+    """
 
     c2w: Tensor | None = None
     intrinsics: Tensor | None = None
@@ -35,17 +36,18 @@ class Conditions:
 def statistics(
     info: DatasetInfo, count: int, first_frame_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, std), each [t, C, 1, 1], for the latent frames first_frame_index … of a clip."""
-    kind = (np.arange(first_frame_index, first_frame_index + count) > 0).astype(
-        np.int64
-    )  # 0: the clip's first latent, 1: a later one
+    """Return (mean, std), each [t, C, 1, 1], for latent frames first_frame_index … of a clip."""
+    # 0: the clip's first latent, 1: a later one
+    kind = (np.arange(first_frame_index, first_frame_index + count) > 0).astype(np.int64)
     mean, std = np.asarray(info.mean, np.float32)[kind], np.asarray(info.std, np.float32)[kind]
     return mean[:, :, None, None], std[:, :, None, None]
 
 
 def relative_poses(c2w: np.ndarray) -> np.ndarray:
-    """[F,4,4] in any world -> in the frame of the first camera, which becomes the identity. Rigid
-    inverse, in float64."""
+    """Convert [F,4,4] from any world to the frame of the first camera, which becomes the identity.
+
+    Rigid inverse, in float64.
+    """
     rotation, origin = c2w[0, :3, :3], c2w[0, :3, 3]
     world_to_first = np.eye(4)
     world_to_first[:3, :3], world_to_first[:3, 3] = rotation.T, -rotation.T @ origin
@@ -53,7 +55,7 @@ def relative_poses(c2w: np.ndarray) -> np.ndarray:
 
 
 def as_tensor(stored: NDArray[Any]) -> Tensor:
-    """Stored numbers as a tensor on the same memory; uint16 is bfloat16."""
+    """Return stored numbers as a tensor on the same memory; uint16 is bfloat16."""
     return (
         torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
         if stored.dtype == np.uint16
@@ -70,9 +72,11 @@ def read_latents(
     out: Tensor,
     buffer: NDArray[np.uint8],
 ) -> None:
-    """Latent frames [frames[0], frames[1]) of the cut that begins at latent `start`, normalised
-    with the statistics of `info`, into `out` [t, C, h, w] float32. Exactly their bytes are read.
-    buffer: for what is stored, kept by the caller."""
+    """Read latent frames [frames[0], frames[1]) of the cut that starts at latent `start`.
+
+    They are normalised with the statistics of `info` into `out` [t, C, h, w] float32. Only their
+    bytes are read. buffer: memory for the stored bytes, kept by the caller.
+    """
     first, stop = frames
     if first >= stop:
         return
@@ -90,17 +94,18 @@ def read_latents(
             continue
         stored = dataset.rows(entry, member, low, high, buffer)
         check_finite(stored, entry, member, (low, high))
-        out[at : at + high - low].copy_(
-            as_tensor(stored)
-        )  # torch converts several times as fast as numpy
+        # torch converts several times as fast as numpy
+        out[at : at + high - low].copy_(as_tensor(stored))
         at += high - low
     mean, std = statistics(info, stop - first, first)
     out.sub_(torch.from_numpy(mean)).div_(torch.from_numpy(std))
 
 
 def read_conditions(dataset: ClipDataset, entry: ClipEntry, start: int, count: int) -> Conditions:
-    """The other members of the cut of `count` latent frames from latent `start` on. Controls of its
-    first latent are those up to that raw frame; poses are relative to it."""
+    """Read the other members of the cut of `count` latent frames from latent `start` on.
+
+    The controls of its first latent are those up to that raw frame; poses are relative to it.
+    """
     members = dataset.members(entry)
     found = dataset.whole(entry, [members[field] for field in REPLICATED if field in members])
     stride = dataset.info.temporal_stride

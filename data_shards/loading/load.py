@@ -1,9 +1,8 @@
-"""Batches for training: the right clips in the right order, only this member's latent frames, read
-ahead in threads.
+"""Load batches for training: clips in the keyed order, only this rank's frames, read ahead.
 
-What a batch holds is a function of (data sets, seed, stage, step) and of which rows and latent
-frames are asked for. Nothing else is state but the names of quarantined shards, so resuming is
-`start_step=` and `quarantined=`.
+A batch is a function of (data sets, seed, stage, step) and of the requested rows and latent frames.
+The only other state is the names of quarantined shards, so resuming is `start_step=` and
+`quarantined=`. Clips are read ahead in threads.
 """
 
 from __future__ import annotations
@@ -38,29 +37,34 @@ __all__ = ["REPLICATED", "Batch", "ClipLoader", "denormalise", "normalise", "rel
 
 
 class ClipLoader:
-    """Iterates over Batches, for ever. Use as a context manager or call close(): it owns threads.
+    """Iterate over Batches, for ever. Use as a context manager or call close(): it owns threads.
 
     Args:
-        dataset: its statistics normalise, whatever is mixed in, as its codec decodes.
-        rows: which rows of each global batch this data-parallel member takes; with `cost`, as many of equal cost.
-        frames: (start, stop) of the latent frames of a row that this context-parallel member holds, may be empty; a function of T where T
-            changes from step to step.
+        dataset: its statistics normalise all mixed data sets, as its codec decodes them.
+        rows: the rows of each global batch for this data-parallel rank; with `cost`, as many rows
+            of equal cost.
+        frames: (start, stop) of the latent frames of a row for this context-parallel rank, may be
+            empty; a function of T where T changes from step to step.
         stage: the stage's name, which with `seed` keys the order.
         clip_frames: T, the longest cut. A stored clip may be longer.
-        shorter: further lengths that clips too short for T are cut to; each step has one length.
-        mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides, controls and text must be the same.
+        shorter: further lengths for clips too short for T; each step has one length.
+        mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides,
+            controls and text must be the same.
         pack: fill rows of T latent frames with several clips of any length up to T.
-        cost: of a clip of so many latent frames; packed rows are then dealt so that members have equally much to compute.
+        cost: compute cost of a clip of so many latent frames; packed rows are then assigned so that
+            all ranks have equal cost.
         prefetch: batches read ahead; readers: clips read at the same time.
-        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every
-            member of the run must be given the same names: they are state, like the step.
-        replicated: False on all but one member of a context-parallel group: poses, intrinsics, controls and text are not read and come as
-            NaN of the right shape, to be received from the member that read them.
+        quarantined: `global_name`s of shards not to read; a draw from one takes another clip, all
+            others stay. Every rank must get the same names: they are state, like the step.
+        replicated: False on all but one rank of a context-parallel group: poses, intrinsics,
+            controls and text are not read and are NaN of the right shape, to be received from the
+            rank that read them.
         pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
-        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets that do not fit together. While
-            iterating: whatever the reader found, a ShardError with its shard's `global_name`.
+        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets
+            that do not fit together. While iterating: any reader's error, a ShardError with its
+            shard's `global_name`.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class ClipLoader:
         self._cost = cost if pack else None
         self.quarantined = quarantined
         self.quarantined_clips = self._count_quarantined(split)
-        self.step = start_step  # of the next batch to be handed out
+        self.step = start_step  # of the next batch to return
         self._local = threading.local()
         self._readers = ThreadPoolExecutor(readers, "clip-reader")
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
@@ -137,7 +141,7 @@ class ClipLoader:
         self._thread.start()
 
     def make_batch(self, step: int, each: Callable[..., Any] = map) -> Batch:
-        """The batch of a step, read now. `each` maps the reading over rows."""
+        """Read the batch of a step now. each: maps the reading over rows."""
         rows = self.schedule.rows(
             step, self._mine(step), self._is_quarantined if self.quarantined else None
         )
@@ -153,7 +157,7 @@ class ClipLoader:
                 range(len(rows)),
             )
         )
-        none = absent(first, total)  # keeps the shapes when this member has no rows
+        none = absent(first, total)  # keeps the shapes when this rank has no rows
         shared = {
             name: self._stack([getattr(c, name) for c in conditions], getattr(none, name))
             for name in REPLICATED
@@ -177,7 +181,7 @@ class ClipLoader:
         return self.tables[source][clip]
 
     def _mine(self, step: int) -> Sequence[int]:
-        """The rows of this member."""
+        """Return the rows of this data-parallel rank."""
         if self._cost is None or not len(self.wanted):
             return self.wanted
         rows = self.schedule.rows(step, range(self.global_batch))
@@ -190,7 +194,7 @@ class ClipLoader:
         return self.datasets[source].global_name(self.entry(source, clip).shard) in self.quarantined
 
     def _count_quarantined(self, split: str) -> int:
-        """How many clips of the split are not to be read."""
+        """Return the number of clips of the split in quarantined shards."""
         total = 0
         for dataset, table in zip(self.datasets, self.tables, strict=True):
             names = [
@@ -208,8 +212,7 @@ class ClipLoader:
         return total
 
     def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> Conditions:
-        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's
-        conditions."""
+        """Read this rank's frames of a row into `out` [t,C,h,w] and return the row's conditions."""
         out[max(0, row.valid_frames - held[0]) :] = 0
         found = []
         for take, start in zip(row.takes, row.starts, strict=True):
@@ -233,7 +236,7 @@ class ClipLoader:
         return joined(found, row.frames, self.dataset.info.temporal_stride)
 
     def _buffer(self, numbers: int) -> np.ndarray:
-        """This thread's bytes for stored latents, kept from clip to clip."""
+        """Return this thread's buffer for stored latents, reused from clip to clip."""
         if len(getattr(self._local, "buffer", ())) < 4 * numbers:
             self._local.buffer = np.empty(4 * numbers, np.uint8)
         return np.asarray(self._local.buffer)
@@ -242,8 +245,7 @@ class ClipLoader:
         return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
 
     def _stack(self, parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | None:
-        """[b, …]; the parts' first dimensions may differ, shorter ones repeat their end. None if
-        the data has none."""
+        """Stack to [b, …]; shorter parts repeat their end. None if the data has none."""
         given = [part for part in parts if part is not None]
         if like is None or len(given) < len(parts):
             return None
@@ -260,7 +262,7 @@ class ClipLoader:
             item: Batch | BaseException
             try:
                 item = self.make_batch(step, self._readers.map)
-            except Exception as error:  # handed to the consumer, who raises it
+            except Exception as error:  # passed to the consumer, which raises it
                 item = error
             step += 1
             while not self._stop.is_set():
@@ -302,6 +304,7 @@ class ClipLoader:
 
 
 def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
+    """Describe one split of a data set to the schedule."""
     info = dataset.info
     return Source(
         table.latent_frames,
@@ -312,7 +315,7 @@ def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
 
 
 def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
-    """Raises DataError unless what is mixed can be one batch and one model's input."""
+    """Raise DataError unless two data sets can share one batch and one model."""
     for name in ALIKE_IN_MIXTURE:
         mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
         if mine != theirs:

@@ -1,9 +1,8 @@
-"""Which clip a draw takes: a keyed permutation of the index, computed per element, so no list of a
-billion numbers exists anywhere.
+"""Map draws to clips by a keyed permutation, computed per element without a list of the index.
 
 A *draw* is a position in a stage's global sample stream: step s of a stage with global batch G
 takes draws s*G … s*G + G - 1. The clip of a draw is a function of (seed, stage name, draw) alone;
-world size, workers and context-parallel degree never enter.
+world size, workers and context-parallel degree never matter.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ MASK64 = 2**64 - 1
 
 
 def mix64(value: int) -> int:
-    """splitmix64's finaliser: a bijection of 64-bit integers in which every input bit moves every
-    output bit."""
+    """Mix 64 bits with splitmix64's finaliser.
+
+    It is a bijection in which every input bit changes every output bit with probability one half.
+    """
     value = (value + 0x9E3779B97F4A7C15) & MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -30,15 +31,18 @@ def mix64(value: int) -> int:
 
 
 def derive_key(*parts: int | str) -> int:
-    """64 bits from any integers and names, the same on every machine (Python's own hash is not)."""
+    """Return 64 bits from any integers and names, the same on every machine.
+
+    Python's own hash is not.
+    """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def permute(index: int, length: int, key: int) -> int:
-    """The image of `index` under the permutation of range(length) that `key` selects.
+    """Return the image of `index` under the permutation of range(length) that `key` selects.
 
-    A Feistel network permutes the smallest range of 2^(2k) numbers that holds `length`; results
-    outside are fed back until one lies inside ("cycle walking", fewer than 4 rounds on average),
+    A Feistel network permutes the smallest range of 2^(2k) numbers that contains `length`; results
+    outside are fed back until one is inside ("cycle walking", fewer than 4 rounds on average),
     which keeps it a permutation.
     """
     if not 0 <= index < length:
@@ -56,8 +60,10 @@ def permute(index: int, length: int, key: int) -> int:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Endless epochs over `length` clips; each epoch is its own permutation. The only state is the
-    draw number."""
+    """Order `length` clips in endless epochs, each its own permutation.
+
+    The only state is the draw number.
+    """
 
     length: int
     seed: int
@@ -73,19 +79,21 @@ class SampleOrder:
         object.__setattr__(self, "_key", derive_key("order", self.seed, self.stage))
 
     def sample(self, draw: int) -> int:
-        """The clip (0 … length-1) of this draw."""
+        """Return the clip (0 … length-1) of this draw."""
         epoch, position = divmod(draw, self.length)
         return permute(position, self.length, mix64(self._key ^ mix64(epoch)))
 
     def replacement(self, draw: int, attempt: int) -> int:
-        """The clip to take instead when that of `draw` lies in a quarantined shard: a keyed draw of
-        its own, so nothing else moves."""
+        """Return the clip to take instead when that of `draw` is in a quarantined shard.
+
+        It has a key of its own, so no other draw changes.
+        """
         return (
             mix64(self._key ^ mix64(draw) ^ mix64(derive_key("replacement", attempt))) % self.length
         )
 
     def batch(self, step: int, global_batch: int, rows: range) -> tuple[int, ...]:
-        """The draws of the given rows of a step's global batch."""
+        """Return the draws of the given rows of a step's global batch."""
         if rows and not (rows[0] >= 0 and rows[-1] < global_batch):
             raise DataError(
                 f"batch rows: got {rows}, expected rows of a global batch of {global_batch}"
@@ -95,12 +103,11 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class WeightedChoice:
-    """Which of several streams each position takes, in exact proportion, and the position inside
-    that stream.
+    """Choose a stream for each position, in exact proportion, and the position inside that stream.
 
     Positions are cut into windows of `window`. Each window gives every stream a fixed number of
-    places (its share, by largest remainder) and permutes the places by key. Position -> (stream,
-    position in it) is therefore computed without counting, and each stream is consumed without gap
+    places (its weight, by largest remainder) and permutes the places by key. So position ->
+    (stream, position in it) is computed without counting, and each stream is consumed without gap
     or repetition.
     """
 
@@ -137,11 +144,11 @@ class WeightedChoice:
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """Places of each stream in a window."""
+        """Return the places of each stream in a window."""
         return tuple(end - start for start, end in zip((0, *self._ends), self._ends))
 
     def choose(self, position: int) -> tuple[int, int]:
-        """(stream, position in that stream)."""
+        """Return (stream, position in that stream)."""
         if len(self.weights) == 1:
             return 0, position
         window, place = divmod(position, self._window)
@@ -155,8 +162,10 @@ class WeightedChoice:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Draws from several data sets by weight; each data set keeps its own epochs. Of one data set
-    it is `SampleOrder`."""
+    """Draw from several data sets by weight; each keeps its own epochs.
+
+    With one data set it is `SampleOrder`.
+    """
 
     lengths: tuple[int, ...]
     weights: tuple[float, ...]
@@ -186,12 +195,14 @@ class MixtureOrder:
         )
 
     def sample(self, draw: int) -> tuple[int, int]:
-        """(data set, clip) of this draw."""
+        """Return (data set, clip) of this draw."""
         dataset, position = self._choice.choose(draw)
         return dataset, self._orders[dataset].sample(position)
 
     def replacement(self, draw: int, attempt: int) -> tuple[int, int]:
-        """The (data set, clip) to take instead when that of `draw` may not be read; of the same
-        data set, so the weights hold."""
+        """Return the (data set, clip) to take instead when that of `draw` may not be read.
+
+        It is of the same data set, so the weights hold.
+        """
         dataset, position = self._choice.choose(draw)
         return dataset, self._orders[dataset].replacement(position, attempt)

@@ -1,11 +1,10 @@
-"""Several clips in one training sequence (Waypoint-1.5 §7.3): document starts tell the model where
-one clip ends and the next begins.
+"""Pack several clips into one training sequence (Waypoint-1.5 §7.3).
 
-Draws are cut into windows of `draws_per_window`; the clips of a window are packed, by best fit,
-into exactly `sequences_per_window` sequences of `capacity` latent frames. Sequence q therefore
-depends on its window alone, and a step finds its content without having packed anything before it.
-What does not fit into its window is left out and counted, as is what stays empty: `report` shows
-both.
+Document starts tell the model where one clip ends and the next begins. Draws are cut into windows
+of `draws_per_window`; the clips of a window are packed, by best fit, into exactly
+`sequences_per_window` sequences of `capacity` latent frames. So sequence q depends on its window
+alone, and a step finds its content without packing anything before it. Clips that do not fit into
+their window are left out and counted, and so are empty frames: `report` shows both.
 """
 
 from __future__ import annotations
@@ -23,8 +22,11 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class PackedSequence(Generic[C]):
-    """`clips[i]` (from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from
-    `valid_frames` on are padding."""
+    """Describe one packed sequence.
+
+    `clips[i]` (from draw `draws[i]`) occupies the latent frames from `starts[i]`; frames from
+    `valid_frames` on are padding.
+    """
 
     draws: tuple[int, ...]
     clips: tuple[C, ...]
@@ -34,6 +36,8 @@ class PackedSequence(Generic[C]):
 
 @dataclass(frozen=True)
 class PackingReport:
+    """Summarise the sequences of some windows."""
+
     sequences: int
     packed_clips: int
     left_out_clips: int
@@ -41,13 +45,14 @@ class PackingReport:
 
 
 def best_fit(lengths: Sequence[int], capacity: int, bins: int) -> tuple[list[list[int]], list[int]]:
-    """Put items into at most `bins` bins, longest first, each where it leaves the least room (ties:
-    the earliest bin and item).
+    """Put items into at most `bins` bins, longest first, each where it leaves the least room.
 
-    No bin stays empty while another holds two. Returns (items of each bin in ascending order, items
-    that fit nowhere).
+    Ties: the earliest bin and item. No bin stays empty while another has two. Returns (items of
+    each bin in ascending order, items that fit nowhere).
     """
-    room, contents, left_out = ([capacity] * bins, [[] for _ in range(bins)], [])  # type: list[int], list[list[int]], list[int]
+    room = [capacity] * bins
+    contents: list[list[int]] = [[] for _ in range(bins)]
+    left_out: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fitting = [b for b in range(bins) if room[b] >= lengths[item]]
         if not fitting:
@@ -67,18 +72,17 @@ def best_fit(lengths: Sequence[int], capacity: int, bins: int) -> tuple[list[lis
 def plan_window(
     mean_length: float, capacity: int, sequences_per_window: int, fill: float = 0.96
 ) -> int:
-    """How many draws to pack into a window so that `fill` of its frames are expected to be used."""
+    """Return the number of draws per window for which `fill` of its frames are used on average."""
     return max(
         sequences_per_window, math.floor(fill * capacity * sequences_per_window / mean_length)
     )
 
 
 class Packer(Generic[C]):
-    """Sequences out of a sample order. A function of its arguments and of the sequence number
-    alone.
+    """Make sequences from a sample order, as a function of the sequence number alone.
 
-    sample: draw -> clip; length: clip -> its latent frames; mean_length: of a draw, from which the
-    number of draws in a window is planned.
+    sample: draw -> clip; length: clip -> its latent frames; mean_length: of a draw, used to plan
+    the number of draws in a window.
     """
 
     def __init__(
@@ -99,11 +103,11 @@ class Packer(Generic[C]):
         return self._window(window)[0][slot]
 
     def left_out(self, window: int) -> tuple[int, ...]:
-        """The draws of a window that found no place."""
+        """Return the draws of a window that were left out."""
         return self._window(window)[1]
 
     def report(self, windows: int) -> PackingReport:
-        """What the first windows hold."""
+        """Return a report on the first windows."""
         sequences = [self.sequence(number) for number in range(windows * self.sequences_per_window)]
         filled = sum(sequence.valid_frames for sequence in sequences) / (
             len(sequences) * self.capacity

@@ -1,11 +1,10 @@
-"""What each step of a stage shows: which clips of which data sets, cut where and how long, in which
-rows of the global batch.
+"""Plan the rows of every step of a stage: which clips, cut where and how long.
 
-A function of (clips, seed, stage, step) alone, found without counting from the start: first the
-step's bucket, that is its (frames, height, width), then for each row a draw from the mixture of
-data sets in that bucket. Or, packed, sequences of several clips, each window of draws by itself
-(`pack`). World size, workers and the context-parallel degree never enter; who reads which row is
-said by `shares`.
+A function of (clips, seed, stage, step) alone, computed without counting from the start. First
+comes the step's bucket, that is its (frames, height, width), then for each row a draw from the
+mixture of data sets in that bucket. Or, packed, sequences of several clips, each window of draws by
+itself (`pack`). World size, workers and the context-parallel degree never matter; `shares` assigns
+rows to ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ ATTEMPTS = 10_000  # to find a clip outside the quarantined shards
 
 
 class Take(NamedTuple):
-    """`frames` latent frames of a clip (`clip` is its number in its data set's split), from its
-    latent `start` on."""
+    """Describe a cut: `frames` latent frames of a clip from its latent `start` on.
+
+    clip: its number in its data set's split.
+    """
 
     source: int
     clip: int
@@ -36,9 +37,11 @@ class Take(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a global batch. draw: its position in the stage's sample stream, which keys all
-    randomness; takes: the clips it shows one after another, more than one only when packed; frames:
-    T of the row, padding included."""
+    """Describe one row of a global batch.
+
+    draw: its position in the stage's sample stream, which keys all randomness; takes: its clips one
+    after another, more than one only when packed; frames: T of the row, padding included.
+    """
 
     draw: int
     takes: tuple[Take, ...]
@@ -46,7 +49,7 @@ class Row:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """First latent frame of each clip in the row."""
+        """Return the first latent frame of each clip in the row."""
         ends = np.cumsum([take.frames for take in self.takes]).tolist()
         return (0, *ends[:-1])
 
@@ -57,9 +60,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """What the schedule needs to know of a data set: T of each clip of the split, its share of the
-    draws, (height, width) of its latents, and every how many latent frames a cut may start (0: at
-    the clip's start only)."""
+    """Describe a data set to the schedule.
+
+    T of each clip of the split, its weight in the mixture, (height, width) of its latents, and the
+    spacing in latent frames of possible cut starts (0: at the clip's start only).
+    """
 
     latent_frames: NDArray[np.int64]
     weight: float
@@ -76,11 +81,11 @@ class _Bucket:
 
 
 class Schedule:
-    """The global batches of one stage.
+    """Plan the global batches of one stage.
 
     lengths: the latent frames that a cut may have; each clip is cut to the longest that it can
-    fill, and a step's clips all have the same. pack: rows of max(lengths) latent frames filled with
-    whole clips instead; all data sets must have one picture size.
+    fill, and a step's clips all have the same. pack: rows of max(lengths) latent frames are filled
+    with whole clips instead; all data sets must have one picture size.
 
     Raises:
         DataError: no clips, or one shorter than all lengths.
@@ -123,8 +128,10 @@ class Schedule:
         wanted: Sequence[int],
         quarantined: Callable[[int, int], bool] | None = None,
     ) -> tuple[Row, ...]:
-        """These rows of a step's global batch. `quarantined(source, clip)`: whether a clip must not
-        be read; another takes its place, drawn by a key of its own, so nothing else moves.
+        """Return these rows of a step's global batch.
+
+        quarantined(source, clip): True if a clip must not be read; another, drawn by a key of its
+        own, replaces it, so no other row changes.
         """
         number, position = self._choice.choose(step)
         bucket = self._buckets[number]
@@ -139,13 +146,13 @@ class Schedule:
         )
 
     def packing(self, windows: int = 4) -> PackingReport | None:
-        """What packing wastes, over its first windows; None without packing."""
+        """Return a packing report on the first windows; None without packing."""
         return self._packer.report(windows) if self._packer else None
 
     def _row(
         self, bucket: _Bucket, draw: int, place: int, quarantined: Callable[[int, int], bool] | None
     ) -> Row:
-        """place: the row's position in its bucket's own stream."""
+        """Return one row. place: its position in its bucket's own stream."""
         if self._packer is None:
             picks, draws, lengths = [bucket.order.sample(place)], [place], [bucket.frames]
         else:
@@ -180,8 +187,7 @@ class Schedule:
         )
 
     def _cut(self, bucket: _Bucket, pick: tuple[int, int], draw: int, length: int) -> Take:
-        """Where this draw's cut starts: at latent 0 or, if the clip is long enough, at one of its
-        image latents."""
+        """Return this draw's cut: at latent 0 or, in a longer clip, perhaps at an image latent."""
         number, clip = self._clip(bucket, pick)
         source = self.sources[number]
         places = (
@@ -193,7 +199,7 @@ class Schedule:
         return Take(number, clip, start, length)
 
     def _clip(self, bucket: _Bucket, pick: tuple[int, int]) -> tuple[int, int]:
-        """(place in the bucket's mixture, position in that) -> (data set, clip)."""
+        """Map (place in the bucket's mixture, position in that) -> (data set, clip)."""
         return bucket.sources[pick[0]], int(bucket.clips[pick[0]][pick[1]])
 
     def _length(self, bucket: _Bucket, pick: tuple[int, int]) -> int:
@@ -204,8 +210,10 @@ class Schedule:
 def _buckets(
     sources: tuple[Source, ...], lengths: tuple[int, ...], seed: int, stage: str, pack: bool
 ) -> tuple[_Bucket, ...]:
-    """Clips by (frames, height, width). A mixture's weights hold over all buckets; inside one they
-    are the sources' shares of it."""
+    """Group clips by (frames, height, width).
+
+    A mixture's weights hold over all buckets together.
+    """
     edges = np.array(lengths)
     members: dict[tuple[int, tuple[int, int]], dict[int, Sequence[int]]] = {}
     for number, source in enumerate(sources):
@@ -226,9 +234,8 @@ def _buckets(
         for i, frames in enumerate(lengths):
             numbers = np.flatnonzero(which == i)
             if len(numbers) == len(which):
-                members.setdefault((frames, source.size), {})[number] = range(
-                    len(which)
-                )  # no list of a billion numbers
+                # no list of a billion numbers
+                members.setdefault((frames, source.size), {})[number] = range(len(which))
             elif len(numbers):
                 members.setdefault((frames, source.size), {})[number] = cast(Sequence[int], numbers)
     if pack and len(members) > 1:
@@ -248,7 +255,7 @@ def _buckets(
 
 
 class ShortClip(DataError):
-    """A clip is shorter than every cut. The loader says it with the clip's name."""
+    """Report a clip shorter than every cut; the loader adds the clip's name."""
 
     def __init__(self, source: int, clip: int, frames: int, wanted: int) -> None:
         super().__init__(
@@ -259,15 +266,16 @@ class ShortClip(DataError):
 
 
 def shares(costs: Sequence[float], members: int) -> tuple[tuple[int, ...], ...]:
-    """Which rows each data-parallel member takes: equally many, of nearly equal cost together
-    (costliest first, to whoever has least).
+    """Assign rows to data-parallel ranks: equally many each, of nearly equal total cost.
 
-    Rows of one cost are dealt in order, so batches of one shape stay contiguous ranges.
+    The costliest rows are assigned first, to the rank with the lowest cost so far. Rows of one cost
+    are assigned in order, so batches of one shape stay contiguous ranges.
     """
     each = len(costs) // members
     if len(set(costs)) <= 1:
         return tuple(tuple(range(m * each, (m + 1) * each)) for m in range(members))
-    loads, taken = [0.0] * members, [[] for _ in range(members)]  # type: list[float], list[list[int]]
+    loads = [0.0] * members
+    taken: list[list[int]] = [[] for _ in range(members)]
     for row in sorted(range(len(costs)), key=lambda row: (-costs[row], row)):
         member = min(
             (m for m in range(members) if len(taken[m]) < each), key=lambda m: (loads[m], m)

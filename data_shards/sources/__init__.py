@@ -1,6 +1,7 @@
-"""Where clips come from. A source lists its clips cheaply and loads one at a time; `encode` does
-not care what is behind it. Another package adds its own by an entry point in the group
-`data_shards.sources` that names a function of a `Place`; `kind=<name>` opens it."""
+"""Open sources of clips, which list their clips cheaply and load one at a time.
+
+`encode` does not depend on the kind of source.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ SOURCES = Registry(
 
 
 class Captioned:
-    """A source with captions from a file; they go before those that the source has itself."""
+    """Wrap a source with captions from a file, which override those of the source."""
 
     def __init__(self, source: ClipSource, file: Path) -> None:
         captions = read_json(file, "captions")
@@ -70,7 +71,7 @@ class Captioned:
 
 
 def open_source(path: str | Place) -> ClipSource:
-    """The source behind a path: of the kind that is named, or told by what lies there.
+    """Open the source at a path, recognised by its files.
 
     Raises:
         DataError: nothing there, or nothing known.

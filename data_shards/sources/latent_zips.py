@@ -1,16 +1,20 @@
-"""The public SANA-WM training layout as a source of clips: zips of ready LTX-2 latents, with
-captions and camera sidecars.
+"""Read the public SANA-WM training layout: zips of LTX-2 latents, with captions and cameras.
 
-Facts of the layout (NVlabs/Sana, diffusion/data/datasets/video/sana_wm_zip_latent_data.py; the
-published training set is laid out so):
-  <source>/<name>.zip                            per clip `<key>.json`: prompt, height, width (of the video the intrinsics refer to)
-  <latents>/<name>.zip                           per clip `<key>.npz` with `z` [C, T, h, w], normalised by the autoencoder's own statistics
-  <source>/<name>_camera.npz                     ids [N], ranges [N, 2] (start, count), pose [sum, 4, 4] c2w, intrinsics [sum, 4]
-  <source>/<name>_metric_scale_stats.json        {key: number, or object with `median`}: what a pose's translation is multiplied by
+The layout (NVlabs/Sana, diffusion/data/datasets/video/sana_wm_zip_latent_data.py), in which the
+training set is published:
+
+    <source>/<name>.zip
+        per clip `<key>.json`: prompt, height, width (of the video the intrinsics refer to)
+    <latents>/<name>.zip
+        per clip `<key>.npz` with `z` [C, T, h, w], normalised by the autoencoder's own statistics
+    <source>/<name>_camera.npz
+        ids [N], ranges [N, 2] (start, count), pose [sum, 4, 4] c2w, intrinsics [sum, 4]
+    <source>/<name>_metric_scale_stats.json
+        {key: number, or object with `median`}: the factor for a pose's translation
 
 A clip without latents, or, in a zip with cameras, without camera or scale, is left out and counted
-in a note: an invented pose would be a lie. All clips of a zip are one episode, unless their JSON
-names an `episode`: the published clips overlap in time. Nothing is unpickled.
+in a note: an invented pose would be wrong. All clips of a zip are one episode, unless their JSON
+names an `episode`, because the published clips overlap in time. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ LATENT_DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a clip lies. `camera`: rows (start, count) of the zip's camera file."""
+    """Locate a clip. camera: rows (start, count) of the zip's camera file."""
 
     stem: str
     name: str  # of the members, without suffix
@@ -63,7 +67,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def members(archive: zipfile.ZipFile, suffix: str, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """name without suffix -> entry, of the plain files of one kind."""
+    """Return name without suffix -> entry, of the regular files of one kind."""
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         if info.is_dir() or not info.filename.endswith(suffix):
@@ -85,8 +89,9 @@ def members(archive: zipfile.ZipFile, suffix: str, path: Path) -> dict[str, zipf
 
 
 def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[int, ...]:
-    """[C, T, h, w] that a clip's `z` claims, from its header alone; the claim must fit the size of
-    the member.
+    """Return [C, T, h, w] of a clip's `z`, read from its header alone.
+
+    The shape must fit the size of the member.
 
     Raises:
         DataError: no array `z` of numbers, or a header that does not fit.
@@ -131,15 +136,16 @@ def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
 
 
 class LatentZipsSource:
+    """Read clips from zips of latents and the files beside them."""
+
     def __init__(self, folder: Path, latents: Path) -> None:
         self.folder, self.latents = folder, latents
         self.metres_per_unit = 1.0
         self.control_names: tuple[str, ...] = ()
         self.control_sums: tuple[bool, ...] = ()
         self._entries: dict[str, Entry] = {}
-        self._track = lru_cache(maxsize=1)(
-            partial(self._camera, names=("pose", "intrinsics"))
-        )  # clips come zip by zip
+        # clips come zip by zip
+        self._track = lru_cache(maxsize=1)(partial(self._camera, names=("pose", "intrinsics")))
         clips, digest = [], hashlib.sha256()
         self._without_latents = self._without_camera = 0
         shapes: set[tuple[int, int, int]] = set()
@@ -190,8 +196,10 @@ class LatentZipsSource:
     def _list(
         self, file: Path, cache: Path, digest: Any
     ) -> list[tuple[str, Entry, tuple[int, ...]]]:
-        """The usable clips of a zip. `digest` takes in what identifies their content: the zips' own
-        checksums."""
+        """Return the usable clips of a zip.
+
+        digest: updated with what identifies their content, the zips' own checksums.
+        """
         camera, scales, found = (
             self._camera(file.stem, ("ids", "ranges")),
             self._scales(file.stem),
@@ -229,7 +237,7 @@ class LatentZipsSource:
         return found
 
     def _camera(self, stem: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]] | None:
-        """These arrays of a zip's cameras; None if it has none."""
+        """Return these arrays of a zip's cameras; None if it has none."""
         path = self.folder / f"{stem}_camera.npz"
         if not path.exists():
             return None
@@ -274,9 +282,8 @@ class LatentZipsSource:
                     archive.open(info) as file,
                     np.load(io.BytesIO(file.read()), allow_pickle=False) as npz,
                 ):
-                    latents = (
-                        npz["z"].astype(np.float32).transpose(1, 0, 2, 3)
-                    )  # [C, T, h, w] -> [T, C, h, w]
+                    # [C, T, h, w] -> [T, C, h, w]
+                    latents = npz["z"].astype(np.float32).transpose(1, 0, 2, 3)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise DataError(
                     f"latents: cannot read {info.filename} in {path} ({error}). Fix: copy it again"
@@ -296,8 +303,7 @@ class LatentZipsSource:
     def _poses(
         self, entry: Entry, clip: SourceClip
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(c2w [F,4,4] in metres, intrinsics [F,4] in pixels of the frames that the latents decode
-        to)."""
+        """Return c2w [F,4,4] in metres, and intrinsics [F,4] in pixels of the decoded frames."""
         where, camera = f"{entry.stem}_camera.npz, key {entry.name}", self._track(entry.stem)
         assert entry.camera is not None, "callers look"
         assert camera is not None, "it was there when the clips were listed"
@@ -319,9 +325,8 @@ class LatentZipsSource:
                 f"zip: got width {width} and height {height}, expected what the intrinsics refer to"
                 f" ({entry.stem}.zip, {entry.name}.json)"
             )
-        scale = np.array([clip.width, clip.height]) / np.array(
-            [width, height], np.float64
-        )  # the videos were resized, not cropped, before encoding
+        # the videos were resized, not cropped, before encoding
+        scale = np.array([clip.width, clip.height]) / np.array([width, height], np.float64)
         return c2w, intrinsics * np.tile(scale, 2)
 
 

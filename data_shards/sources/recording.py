@@ -1,4 +1,4 @@
-"""A folder made by `python -m data_shards.record`, as a source of clips."""
+"""Read a folder made by `python -m data_shards.record` as a source of clips."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from data_shards.storage.files import crc32c, read_json
 
 
 class RecordingSource:
+    """Read the clips of a recording."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: tuple[str, ...] = ()
@@ -56,7 +58,7 @@ class RecordingSource:
         return ClipContent(video, c2w, intrinsics, controls)
 
     def array(self, key: str, name: str) -> NDArray[Any]:
-        """One array of a clip (also `depth`), verified.
+        """Read one array of a clip (also `depth`), verified.
 
         Raises:
             DataError: a missing file or one whose bytes are not those recorded.

@@ -1,17 +1,23 @@
-"""A folder of video files as a source of clips, with what lies beside each: poses, intrinsics,
-controls.
+"""Read a folder of video files as a source of clips, with poses, intrinsics and controls.
 
-Beside `name.mp4` may lie, in the file `name.npz` or `name.json` (same keys; npz without pickles):
-  c2w or w2c   [F, 4, 4] or [F, 3, 4], OpenCV axes (+x right, +y down, +z forward), in metres (or units of `metres_per_unit`)
-  intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels, or a 3x3 matrix [3, 3] or [F, 3, 3]
-  controls     [F, A] per raw frame, with `control_names` [A] and optionally `control_sums` [A] (true: amounts that add up over frames)
-  caption      text that describes the scene; or it is the content of `name.txt`
-  text         [L, E] ready embeddings of it, with text_mask [L] (1 at real tokens), for `encode text=ready`
-  episode      name of the source video: clips of one episode go to the same side of the validation split (default: the clip's own name)
-or, instead of c2w and intrinsics, a COLMAP text model in the folder `name.colmap` (cameras.txt,
-images.txt; images sorted by name are the frames); or, instead of controls, `name.events.npz` with
-the columns of `data_shards.controls.Events`. Either every clip has poses or none has; the same for
-controls. Frames past the last multiple of 8 plus 1 are left out, and said so.
+These are in a file beside `name.mp4`, `name.npz` or `name.json` (same keys; npz without pickles):
+
+    c2w or w2c   [F, 4, 4] or [F, 3, 4], OpenCV axes (+x right, +y down, +z forward), in metres
+                 (or units of `metres_per_unit`)
+    intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels, or a 3x3 matrix [3, 3] or [F, 3, 3]
+    controls     [F, A] per raw frame, with `control_names` [A] and optionally `control_sums` [A]
+                 (true: amounts that add up over frames)
+    caption      text that describes the scene; or it is the content of `name.txt`
+    text         [L, E] ready-made embeddings of it, with text_mask [L] (1 at real tokens), for
+                 `encode text=ready`
+    episode      name of the source video: clips of one episode go to the same side of the
+                 validation split (default: the clip's own name)
+
+Instead of c2w and intrinsics there may be a COLMAP text model in the folder `name.colmap`
+(cameras.txt, images.txt; images sorted by name are the frames); instead of controls,
+`name.events.npz` with the columns of `data_shards.controls.Events`. Either every clip has poses or
+none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
+note.
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ Camera = tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None]
 
 
 def square_poses(poses: NDArray[np.float64], inverted: bool, where: str) -> NDArray[np.float64]:
-    """[F,3,4] or [F,4,4], c2w or (inverted) w2c -> c2w [F,4,4], checked to be rigid."""
+    """Convert [F,3,4] or [F,4,4], c2w or (inverted) w2c -> c2w [F,4,4], checked to be rigid."""
     if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)):
         raise DataError(
             f"poses: got shape {poses.shape}, expected [F, 3, 4] or [F, 4, 4] ({where})"
@@ -58,7 +64,7 @@ def square_poses(poses: NDArray[np.float64], inverted: bool, where: str) -> NDAr
 
 
 def square_intrinsics(values: NDArray[np.float64], frames: int, where: str) -> NDArray[np.float64]:
-    """[4], [F,4], [3,3] or [F,3,3] -> [F,4]."""
+    """Convert [4], [F,4], [3,3] or [F,3,3] -> [F,4]."""
     if values.shape in ((3, 3), (frames, 3, 3)):
         values = np.stack(
             [values[..., 0, 0], values[..., 1, 1], values[..., 0, 2], values[..., 1, 2]], axis=-1
@@ -72,10 +78,11 @@ def square_intrinsics(values: NDArray[np.float64], frames: int, where: str) -> N
 
 
 def read_colmap(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(c2w [F,4,4], intrinsics [F,4]) of a COLMAP text model, images in the order of their names.
+    """Read (c2w [F,4,4], intrinsics [F,4]) of a COLMAP text model, images sorted by name.
 
     Raises:
-        DataError: missing files, a camera model with distortion, or lines that are not what COLMAP writes.
+        DataError: missing files, a camera model with distortion, or lines that COLMAP does not
+        write.
     """
     try:
         cameras = {}
@@ -93,9 +100,8 @@ def read_colmap(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]
             for line in (folder / "images.txt").read_text().splitlines()
             if not line.startswith("#")
         ]
-        images = [
-            lines[i].split(maxsplit=9) for i in range(0, len(lines), 2) if lines[i].strip()
-        ]  # every second line lists points
+        # every second line lists points
+        images = [lines[i].split(maxsplit=9) for i in range(0, len(lines), 2) if lines[i].strip()]
         images.sort(key=lambda image: image[9])
         w2c = np.tile(np.eye(4), (len(images), 1, 1))
         for i, image in enumerate(images):
@@ -118,7 +124,7 @@ def read_colmap(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def read_sidecar(video: Path) -> dict[str, Any]:
-    """What lies in name.npz or name.json; {} if there is neither. Arrays come as numpy arrays."""
+    """Read name.npz or name.json, with arrays as numpy arrays; {} if there is neither."""
     npz, text = video.with_suffix(".npz"), video.with_suffix(".json")
     if npz.exists() and text.exists():
         raise DataError(
@@ -136,6 +142,8 @@ def read_sidecar(video: Path) -> dict[str, Any]:
 
 
 class VideosSource:
+    """Read clips from a folder of video files."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored: StoredLatents | None = None

@@ -1,17 +1,19 @@
-"""Record gameplay with ViZDoom: a wandering player, its exact camera, depth and controls. Headless,
-deterministic for a seed.
+"""Record gameplay with ViZDoom: a wandering player, its exact camera, depth and controls.
 
-Camera model, checked by reprojecting frames onto each other through depth and pose
-(tests/data_shards/test_vizdoom.py):
-  - The horizontal field of view is 90 degrees (CAMERA_FOV): fx = W / 2.
-  - Doom's world is drawn for pixels 1.2 times as tall as wide: fy = 1.2 fx on square pixels.
-  - The software renderer looks up and down by *shifting* the picture, not by turning the camera: yaw alone turns `c2w`, and pitch moves the
-    principal point, cy = H / 2 - fy tan(pitch). The intrinsics are therefore one row per frame.
-  - Pixel (row i, column j) has its centre at (j + 0.5, i + 0.5).
+Headless, and deterministic for a seed. Camera model, checked by reprojecting frames onto each other
+through depth and pose (tests/data_shards/test_vizdoom.py):
+
+- The horizontal field of view is 90 degrees (CAMERA_FOV): fx = W / 2.
+- Doom's world is drawn for pixels 1.2 times as tall as wide: fy = 1.2 fx on square pixels.
+- The software renderer looks up and down by *shifting* the picture, not by turning the camera: yaw
+  alone turns `c2w`, and pitch moves the principal point, cy = H / 2 - fy tan(pitch). The intrinsics
+  are therefore one row per frame.
+- Pixel (row i, column j) has its centre at (j + 0.5, i + 0.5).
+
 World: x east, y north, z up as in Doom, in metres at METRES_PER_UNIT. `c2w` has OpenCV axes (+x
 right, +y down, +z forward) and its origin is the player's eye, with the bobbing of his walk. Time:
-the engine makes 35 tics a second; a frame lasts 2 or 3 tics so that the mean rate is the asked one
-exactly (`tics_until`).
+the engine makes 35 tics a second; a frame lasts 2 or 3 tics so that the mean rate is exactly the
+requested one (`tics_until`).
 """
 
 from __future__ import annotations
@@ -39,10 +41,8 @@ MAX_UNITS_PER_TIC = 12.0  # walking reaches 8.4; a teleport or a respawn is far 
 MIN_METRES_PER_FRAME = 0.04  # of a clip, on average: less is standing around
 MAX_FACING_SHARE = 0.2  # of a clip spent in front of a wall
 BUTTONS = ("forward", "backward", "left", "right")
-SIZES = {
-    (160, 120): "RES_320X240",
-    (320, 240): "RES_640X480",
-}  # rendered at twice the size and averaged: no aliasing
+# rendered at twice the size and averaged: no aliasing
+SIZES = {(160, 120): "RES_320X240", (320, 240): "RES_640X480"}
 # name -> (scenario file shipped with the wheel, map or None). None of them needs monsters, which
 # are switched off.
 SCENARIOS = {
@@ -54,9 +54,12 @@ SCENARIOS = {
 
 @dataclass(frozen=True)
 class RecordedClip:
-    """video [F,H,W,3] uint8, depth [F,H,W] uint8, c2w [F,4,4] and intrinsics [F,4] float64 (fx, fy,
+    """Store a recorded clip.
+
+    video [F,H,W,3] uint8, depth [F,H,W] uint8, c2w [F,4,4] and intrinsics [F,4] float64 (fx, fy,
     cx, cy in pixels), buttons [F,4] uint8 (BUTTONS) and mouse [F,2] float32 (degrees right, degrees
-    down). Row i of the controls is what was held between frames i-1 and i."""
+    down). Row i of the controls is what was held between frames i-1 and i.
+    """
 
     episode: int
     first_tic: int
@@ -70,6 +73,8 @@ class RecordedClip:
 
 @dataclass(frozen=True)
 class VizdoomOptions:
+    """Store the options of a recording."""
+
     frames: int
     fps: float
     seed: int
@@ -81,14 +86,18 @@ class VizdoomOptions:
 
 
 def tics_until(frame: int, fps: float) -> int:
-    """Tics from the first frame to `frame`: rounded down, so n seconds of frames last n * 35 tics
-    whatever the rate."""
+    """Return the tics from the first frame to `frame`.
+
+    They are rounded down, so n seconds of frames last n * 35 tics at any rate.
+    """
     return math.floor(frame * TICS_PER_SECOND / fps + 1e-9)
 
 
 def camera_matrix(x: float, y: float, z: float, yaw_degrees: float) -> NDArray[np.float64]:
-    """[4, 4] camera-to-world in metres from a Doom position in units and an angle counted from
-    east, anticlockwise."""
+    """Return the camera-to-world matrix [4, 4] in metres.
+
+    The position is in Doom's units, the angle counted from east, anticlockwise.
+    """
     c, s = math.cos(math.radians(yaw_degrees)), math.sin(math.radians(yaw_degrees))
     c2w = np.eye(4)
     c2w[:3, 0], c2w[:3, 1], c2w[:3, 2] = (s, -c, 0.0), (0.0, 0.0, -1.0), (c, s, 0.0)
@@ -99,7 +108,7 @@ def camera_matrix(x: float, y: float, z: float, yaw_degrees: float) -> NDArray[n
 def camera_intrinsics(
     width: int, height: int, fov_degrees: float, pitch_degrees: float
 ) -> NDArray[np.float64]:
-    """[4] fx, fy, cx, cy in pixels; the engine's pitch is negative when looking up."""
+    """Return [4] fx, fy, cx, cy in pixels; the engine's pitch is negative when looking up."""
     fx = width / 2.0 / math.tan(math.radians(fov_degrees) / 2.0)
     fy = PIXEL_ASPECT * fx
     return np.array(
@@ -108,7 +117,7 @@ def camera_intrinsics(
 
 
 def depth_metres(depth: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Distance along the camera's z axis."""
+    """Convert depth to metres along the camera's z axis."""
     return (
         ((depth.astype(np.float32) + 0.5) * DEPTH_UNITS_PER_STEP + DEPTH_UNITS_AT_ZERO)
         * METRES_PER_UNIT
@@ -116,23 +125,26 @@ def depth_metres(depth: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[2H, 2W, 3] -> [H, W, 3]: mean of 2x2 pixels, rounded half up."""
-    rows = np.add(
-        image[0::2], image[1::2], dtype=np.uint16
-    )  # whole rows: ten times as fast as a sum over axes of length 2
+    """Halve [2H, 2W, 3] -> [H, W, 3]: mean of 2x2 pixels, rounded half up."""
+    # whole rows: ten times as fast as a sum over axes of length 2
+    rows = np.add(image[0::2], image[1::2], dtype=np.uint16)
     return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
 
 
 def nearest(depth: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[2H, 2W] -> [H, W]: the nearest of 2x2; a mean would invent surfaces between a wall and what
-    is behind it."""
+    """Halve [2H, 2W] -> [H, W]: the nearest of 2x2.
+
+    A mean would invent surfaces between a wall and what is behind it.
+    """
     rows = np.minimum(depth[0::2], depth[1::2])
     return np.minimum(rows[:, 0::2], rows[:, 1::2])
 
 
 def open_game(options: VizdoomOptions, config_folder: str) -> Any:
-    """A running, windowless game. ViZDoom writes its settings file into `config_folder` (it would
-    use the current folder otherwise)."""
+    """Start and return a game without a window.
+
+    ViZDoom writes its settings file into `config_folder` (by default into the current folder).
+    """
     try:
         import vizdoom as vzd
     except ImportError as error:
@@ -187,9 +199,8 @@ def open_game(options: VizdoomOptions, config_folder: str) -> Any:
     )
     keys = [button.MOVE_FORWARD, button.MOVE_BACKWARD, button.MOVE_LEFT, button.MOVE_RIGHT]
     game.set_available_buttons([*keys, button.TURN_LEFT_RIGHT_DELTA, button.LOOK_UP_DOWN_DELTA])
-    game.add_game_args(
-        "-nomonsters +turbo 35"
-    )  # a walk of 3 m/s; the engine's own 8 m/s crosses a room in half a second
+    # a walk of 3 m/s; the engine's own 8 m/s crosses a room in half a second
+    game.add_game_args("-nomonsters +turbo 35")
     game.set_episode_timeout(0)
     game.set_seed(options.seed)
     game.init()
@@ -197,11 +208,13 @@ def open_game(options: VizdoomOptions, config_folder: str) -> Any:
 
 
 def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Iterator[RecordedClip]:
-    """Yield `clips` clips that passed `rejection`. Every episode has its own seed, so a clip
-    depends on (seed, episode) alone.
+    """Yield `clips` clips that passed `rejection`.
+
+    Every episode has its own seed, so a clip depends on (seed, episode) alone.
 
     Raises:
-        DataError: bad options, or a scenario in which the player finds no way in 20 episodes in a row.
+        DataError: bad options, or a scenario in which the player finds no way in 20 episodes in a
+        row.
     """
     game = open_game(options, config_folder)
     try:
@@ -225,7 +238,10 @@ def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Ite
 
 
 def record_episode(game: Any, options: VizdoomOptions, episode: int) -> Iterator[RecordedClip]:
-    """At most `clips_per_episode` usable clips of one life, from three times as many attempts."""
+    """Yield at most `clips_per_episode` usable clips of one life.
+
+    There are three times as many attempts.
+    """
     seed = np.random.SeedSequence([options.seed, episode])
     game.set_seed(int(seed.generate_state(1)[0] % 2**31))
     game.new_episode()
@@ -249,8 +265,7 @@ def record_episode(game: Any, options: VizdoomOptions, episode: int) -> Iterator
 def record_clip(
     game: Any, options: VizdoomOptions, player: Wanderer, episode: int
 ) -> RecordedClip | None:
-    """The next `frames` frames, or None when something happened in them that no key press
-    explains."""
+    """Record the next `frames` frames; None if something happened that no key press explains."""
     count, width, height = options.frames, options.width, options.height
     video = np.empty((count, height, width, 3), np.uint8)
     depth = np.empty((count, height, width), np.uint8)

@@ -1,5 +1,7 @@
-"""A scripted player that walks where there is room, turns smoothly, and now and then looks around:
-the policy of the ViZDoom recorder."""
+"""Drive the player of the ViZDoom recorder: it walks where there is room and looks around.
+
+It turns smoothly.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,15 @@ LANES = np.radians(np.linspace(-40, 40, 33))
 def lane_clearance(
     depth: NDArray[np.float32], intrinsics: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """[33] free metres along each of LANES (angles to the right of the view), for a body of
-    BODY_METRES, from one depth picture [H, W]."""
+    """Return the free metres [33] along each of LANES, from one depth picture [H, W].
+
+    LANES are angles to the right of the view; the clearance is for a body of BODY_METRES.
+    """
     height, width = depth.shape
     fx, _, cx, cy = intrinsics
     horizon = int(np.clip(cy, 8, height - 9))
-    z = (
-        depth[horizon - 3 : horizon + 8].min(axis=0).astype(np.float64)
-    )  # [W] the nearest thing around eye height and a little below
+    # [W] the nearest thing around eye height and a little below
+    z = depth[horizon - 3 : horizon + 8].min(axis=0).astype(np.float64)
     x = (np.arange(width) + 0.5 - cx) / fx * z
     ahead = np.sin(LANES)[:, None] * x + np.cos(LANES)[:, None] * z
     aside = np.cos(LANES)[:, None] * x - np.sin(LANES)[:, None] * z
@@ -37,8 +40,10 @@ def lane_clearance(
 
 
 class Wanderer:
-    """Chooses keys and mouse motion from what the camera sees. All chance comes from `random`, so
-    equal seeds walk equal ways."""
+    """Choose keys and mouse motion from the camera's depth picture.
+
+    All randomness comes from `random`, so equal seeds give equal paths.
+    """
 
     def __init__(self, random: np.random.Generator, look_degrees: float) -> None:
         if not (math.isfinite(look_degrees) and 0 <= look_degrees <= 20):
@@ -64,8 +69,10 @@ class Wanderer:
     def decide(
         self, depth: NDArray[np.float32], intrinsics: NDArray[np.float64], tics: int
     ) -> tuple[NDArray[np.uint8], float, float]:
-        """(keys [4] forward/backward/left/right, degrees to turn right, degrees to look down) for
-        the next `tics` tics."""
+        """Return (keys [4], degrees to turn right, degrees to look down) for the next `tics` tics.
+
+        Keys are forward/backward/left/right.
+        """
         free = lane_clearance(depth, intrinsics)
         self._choose_mode()
         self.wish = float(np.clip(0.96 * self.wish + self.random.normal(0.0, 4.0), -35, 35))

@@ -1,5 +1,7 @@
-"""Small file duties shared by the writers: checksums, atomic publication, and `.npy` headers
-without numpy's pickle."""
+"""Share file helpers among the writers: checksums, atomic publication, and `.npy` headers.
+
+The headers are made without numpy's pickle support.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +36,25 @@ NPY_DESCRIPTIONS = {
 
 @cache
 def _checksum() -> Callable[..., int]:
-    from awscrt.checksums import (
-        crc32c,
-    )  # its vector instructions check twice as fast as the crc32 instruction that others use
+    # its vector instructions check twice as fast as the crc32 instruction that others use
+    from awscrt.checksums import crc32c
 
     return cast(Callable[..., int], crc32c)
 
 
 def crc32c(data: bytes | memoryview | NDArray[Any], previous: int = 0) -> int:
-    """CRC-32C of anything contiguous, or of what gave `previous` followed by it. Other threads run
-    meanwhile."""
+    """Return the CRC-32C of contiguous data, or of what gave `previous` followed by it.
+
+    Other threads run meanwhile.
+    """
     return _checksum()(data, previous)
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The one header that we write and accept for this dtype and shape (format 1.0, C order, padded
-    to 64 bytes)."""
+    """Return the only header that is written and accepted for this dtype and shape.
+
+    Format 1.0, C order, padded to 64 bytes.
+    """
     dimensions = "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
     body = (
         f"{{'descr': '{NPY_DESCRIPTIONS[dtype]}', 'fortran_order': False, 'shape': {dimensions}, }}"
@@ -64,20 +69,23 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """float32 -> the upper half of its bits, rounded to nearest even. Not for NaN."""
+    """Convert float32 to the upper half of its bits, rounded to nearest even. Not for NaN."""
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Convert the bits of bfloat16 to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def array_from_bytes(
     data: bytes | memoryview | NDArray[np.uint8], dtype: str, shape: tuple[int, ...]
 ) -> NDArray[Any]:
-    """Raw little-endian elements -> array, without a copy; bfloat16 comes back as its bits in
-    uint16."""
+    """Convert raw little-endian elements to an array, without a copy.
+
+    bfloat16 is returned as its bits in uint16.
+    """
     assert len(data) == int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype], (
         "callers check the length"
     )
@@ -85,13 +93,15 @@ def array_from_bytes(
 
 
 def as_float32(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """What `array_from_bytes` gave, as numbers to compute with."""
+    """Convert the result of `array_from_bytes` to numbers to compute with."""
     return from_bfloat16(stored) if dtype == "bfloat16" else stored.astype(np.float32)
 
 
 def all_finite(stored: NDArray[Any], dtype: str) -> bool:
-    """Whether no element is NaN or infinite. As integers those are the largest of either sign, so
-    two vectorised maxima tell."""
+    """Return True if no element is NaN or infinite.
+
+    As integers those are the largest of either sign, so two vectorised maxima are enough.
+    """
     if not stored.size or dtype == "uint8":
         return True
     bits, sign = INFINITY_BITS[dtype], 1 << (8 * stored.itemsize - 1)
@@ -102,7 +112,7 @@ def all_finite(stored: NDArray[Any], dtype: str) -> bool:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write, fsync, rename: the file is there whole or not at all."""
+    """Write, fsync and rename, so that the file is either complete or absent."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -112,7 +122,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place and make the rename last."""
+    """Rename a finished folder into place and make the rename durable."""
     os.replace(temporary, final)
     folder = os.open(final.parent, os.O_RDONLY)
     try:
@@ -122,14 +132,16 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def fresh_folder(path: Path) -> Path:
+    """Create an empty folder, removing what was there."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
 def read_selection(path: str) -> tuple[str, list[str]]:
-    """(fingerprint of the data set that it is for, keys of the clips to keep) of a file that
-    `data_shards.filter` wrote.
+    """Read a file written by `data_shards.filter`.
+
+    Returns (fingerprint of its data set, keys of the clips to keep).
 
     Raises:
         DataError: no such file, or not of that form.
@@ -149,7 +161,7 @@ def read_selection(path: str) -> tuple[str, list[str]]:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         DataError: no such file, not JSON, or not an object.

@@ -1,8 +1,7 @@
-"""index.parquet as it is needed: two columns when the data set is opened, the other facts of a clip
-with its row group when it is drawn.
+"""Read index.parquet lazily: two columns when the data set is opened, a clip's row when drawn.
 
-So a million clips cost megabytes and tenths of a second, and a draw costs one small row group,
-which is kept for a while.
+A clip's row is read with its row group, which is kept for a while. So a million clips cost
+megabytes and tenths of a second, and a draw costs one small row group.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ KEPT_GROUPS = 64  # some hundred kilobytes each
 
 
 class ClipIndex:
-    """The rows of index.parquet (a pyarrow ParquetFile). Safe to use from several threads."""
+    """Read the rows of index.parquet (a pyarrow ParquetFile). Thread-safe."""
 
     def __init__(self, file: Any, path: str, info: DatasetInfo, policy: RetryPolicy) -> None:
         self._file, self._path, self._info, self._policy = file, path, info, policy
@@ -61,15 +60,14 @@ class ClipIndex:
         self._group_ends = np.cumsum(
             [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         ).tolist()
-        self._group = lru_cache(maxsize=KEPT_GROUPS)(
-            self._read_group
-        )  # per instance, so two data sets never share entries
+        # per instance, so two data sets never share entries
+        self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)
 
     def clips(self, split: str) -> ClipTable:
         return ClipTable(self, self._rows[split])
 
     def keep(self, keys: Sequence[str]) -> None:
-        """Forget all clips but these."""
+        """Drop all clips but these."""
         kept = nonzero(pc.is_in(self._keys, value_set=pa.array(list(keys), pa.string())))
         self._rows = {
             split: np.intersect1d(rows, kept, assume_unique=True)
@@ -86,7 +84,7 @@ class ClipIndex:
         return self.entry(row)
 
     def in_shards(self, shards: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of the clips that lie in these shards."""
+        """Return the rows of the clips in these shards."""
         names = self._read(lambda: self._file.read(columns=["shard"]), "its shard names")["shard"]
         return nonzero(pc.is_in(names, value_set=pa.array(list(shards), pa.string())))
 
@@ -98,7 +96,7 @@ class ClipIndex:
         return ClipEntry(key, row, shard, episode, split, latent_frames, raw_frames)
 
     def members(self, entry: ClipEntry) -> dict[str, MemberEntry]:
-        """field -> where it lies, checked against the allow-list and dataset.json."""
+        """Return field -> member, checked against the allow-list and dataset.json."""
         group, place = self._place(entry.row)
         found: dict[str, MemberEntry] = {}
         for raw in group["members"][place].as_py():
@@ -123,7 +121,7 @@ class ClipIndex:
         ].combine_chunks()
 
     def _place(self, row: int) -> tuple[Any, int]:
-        """(row group, place in it) of a row."""
+        """Return (row group, position in it) of a row."""
         number = bisect.bisect_right(self._group_ends, row)
         return self._group(number), row - (self._group_ends[number - 1] if number else 0)
 
@@ -158,18 +156,18 @@ class ClipIndex:
 
 
 class ClipTable(Sequence[ClipEntry]):
-    """The clips of one split, looked up one by one."""
+    """List the clips of one split, each looked up on access."""
 
     def __init__(self, index: ClipIndex, rows: NDArray[np.int64]) -> None:
         self._index, self._rows = index, rows
 
     @property
     def latent_frames(self) -> NDArray[np.int64]:
-        """[clips] T of each clip."""
+        """Return T of each clip, [clips]."""
         return self._index.latent_frames[self._rows].astype(np.int64)
 
     def in_shards(self, shards: Sequence[str]) -> int:
-        """How many of the clips lie in these shards."""
+        """Return the number of clips in these shards."""
         return len(np.intersect1d(self._rows, self._index.in_shards(shards), assume_unique=True))
 
     def __len__(self) -> int:
@@ -185,28 +183,33 @@ class ClipTable(Sequence[ClipEntry]):
 
 
 def integers(array: Any, dtype: Any) -> NDArray[Any]:
-    """An Arrow array of integers without nulls, as it lies in memory. Arrow's own conversion
-    imports pandas, which takes half a second."""
+    """Return an Arrow array of integers without nulls as a numpy view.
+
+    Arrow's own conversion imports pandas, which takes half a second.
+    """
     return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def nonzero(mask: Any) -> NDArray[np.int64]:
-    """Ascending positions at which a mask of Arrow holds."""
+    """Return the ascending positions at which a mask of Arrow is true."""
     return integers(pc.indices_nonzero(mask), np.uint64).astype(np.int64)
 
 
 def is_arrows(error: OSError) -> bool:
-    """Whether it is Arrow's own: the bytes are wrong, which time does not mend."""
+    """Return True if an error is Arrow's own: the bytes are wrong, and trying later cannot help."""
     return error.errno is None and type(error) is OSError
 
 
 def where(entry: ClipEntry, member: MemberEntry) -> str:
+    """Return the place of a member for an error message."""
     return f"(shard {entry.shard}, key {entry.key}, field {member.field})"
 
 
 def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, duplicate: bool) -> None:
-    """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and
-    sizes agree."""
+    """Raise DataError for a member that is not allowed, as an index may be damaged or hostile.
+
+    Names and dtypes must be on the lists, shapes and sizes must agree.
+    """
     problem = ""
     if not SHARD_PATTERN.fullmatch(entry.shard):
         problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"

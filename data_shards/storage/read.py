@@ -1,9 +1,8 @@
-"""Open a data set and read exactly what is asked for: byte ranges, every latent frame checked by
-its own crc32c.
+"""Open a data set and read exactly the requested byte ranges, verifying every latent frame.
 
-Nothing is decoded but raw little-endian numbers whose dtype, shape and position the index gives; no
-header from a shard is trusted, and nothing is ever unpickled. A failure is one DataError naming
-shard, key and field. How bytes are fetched is in `shard_bytes`.
+Each frame has its own crc32c. Nothing is decoded but raw little-endian numbers whose dtype, shape
+and position are in the index; no header from a shard is trusted, and nothing is ever unpickled. A
+failure is one DataError naming shard, key and field. `shard_bytes` fetches the bytes.
 """
 
 from __future__ import annotations
@@ -57,9 +56,12 @@ REPLICATED = ("c2w.npy", "intrinsics.npy", "controls.npy", "text.npy", "text_mas
 
 @dataclass(frozen=True)
 class Clip:
-    """latents [t, C, h, w] float32 as the codec made them (not normalised); the rest whole: c2w
+    """Store a clip as read. Members that the data set lacks are None.
+
+    latents [t, C, h, w] float32 as the codec made them (not normalised); all others complete: c2w
     [F,4,4] and intrinsics [F,4] float64, controls [T,A] float32, text [L,E] as stored, text_mask
-    [L] uint8. Members that the data set lacks are None."""
+    [L] uint8.
+    """
 
     entry: ClipEntry
     latents: NDArray[np.float32]
@@ -71,7 +73,7 @@ class Clip:
 
 
 class ClipDataset:
-    """Made by `open_dataset`. Safe to use from several threads."""
+    """Read clips of a data set opened by `open_dataset`. Thread-safe."""
 
     def __init__(
         self,
@@ -88,9 +90,8 @@ class ClipDataset:
             policy,
             ShardBytes(filesystem, root, info.fingerprint, policy, cache),
         )
-        self.fingerprint = (
-            info.fingerprint
-        )  # of the clips that are used: with a selection, another than the data set's
+        # of the clips that are used: with a selection, another than the data set's
+        self.fingerprint = info.fingerprint
         self._fs, self._root, self._index = filesystem, root, index
 
     def clips(self, split: str) -> ClipTable:
@@ -101,22 +102,24 @@ class ClipDataset:
         return self._index.clips(split)
 
     def keep(self, keys: Sequence[str]) -> None:
-        """Forget all clips but these; `fingerprint` then covers the choice too."""
+        """Drop all clips but these; `fingerprint` then covers the choice as well."""
         self._index.keep(keys)
         self.fingerprint = hashlib.sha256(
             json.dumps([self.fingerprint, sorted(keys)]).encode()
         ).hexdigest()
 
     def global_name(self, shard: str) -> str:
-        """The name of a shard among those of all data sets, whatever path they are reached by: for
-        quarantine lists."""
+        """Return a shard's name that is unique among all data sets, for quarantine lists.
+
+        It does not depend on the path by which the data set was opened.
+        """
         return f"{self.info.fingerprint[:12]}/{shard}"
 
     def find(self, key: str) -> ClipEntry:
         return self._index.find(key)
 
     def members(self, entry: ClipEntry) -> dict[str, MemberEntry]:
-        """field -> where it lies, checked against the allow-list and dataset.json."""
+        """Return field -> member, checked against the allow-list and dataset.json."""
         return self._index.members(entry)
 
     def read(
@@ -127,14 +130,14 @@ class ClipDataset:
         stored: bool = False,
         into: NDArray[np.uint8] | None = None,
     ) -> Clip:
-        """A clip's latent frames [start, stop) and, unless `replicated` is False, its other members
-        whole.
+        """Read a clip's latent frames [start, stop) and its other members.
 
-        stored: leave the latents as they lie in the shard, for those who convert them faster:
-        float16, or bfloat16's bits as uint16. into: see `rows`.
+        replicated: False leaves out the other members. stored: leave the latents as stored, for
+        callers that convert them faster: float16, or bfloat16's bits as uint16. into: see `rows`.
 
         Raises:
-            DataError: an unknown key, frames outside the clip, missing or changed bytes, latents that are not finite.
+            DataError: an unknown key, frames outside the clip, missing or changed bytes, latents
+            that are not finite.
         """
         entry = self.find(key) if isinstance(key, str) else key
         start, stop = frames or (0, entry.latent_frames)
@@ -158,10 +161,11 @@ class ClipDataset:
         stop: int,
         into: NDArray[np.uint8] | None = None,
     ) -> NDArray[Any]:
-        """Rows [start, stop) of a member with a checksum per row, as stored (bfloat16 as uint16):
-        one read of just these bytes, each row verified. What the numbers are is not looked at.
+        """Read rows [start, stop) of a member with a checksum per row, as stored.
 
-        into: uint8 [n] to put them in, if it is large enough; the result is then a view of it.
+        bfloat16 is returned as uint16. Only these bytes are read, and each row is verified; values
+        are not checked. into: uint8 [n] to read into, if it is large enough; the result is then a
+        view of it.
         """
         if not 0 <= start <= stop <= member.shape[0]:
             raise DataError(
@@ -180,7 +184,7 @@ class ClipDataset:
         for piece in lies_in(entry, member, start, stop):
 
             def wrong(data: NDArray[np.uint8], offset: int, row: int = row) -> str:
-                """What is wrong with some of its rows, those from byte `offset` of the piece on."""
+                """Return what is wrong with the rows from byte `offset` of the piece on, or ""."""
                 rows = enumerate(
                     (data[at : at + size] for at in range(0, len(data), size)), row + offset // size
                 )
@@ -201,8 +205,10 @@ class ClipDataset:
         return data.view(NPY_DESCRIPTIONS[member.dtype]).reshape(shape)
 
     def whole(self, entry: ClipEntry, members: Sequence[MemberEntry]) -> dict[str, NDArray[Any]]:
-        """field -> array of replicated members, headers and all, verified. Those that lie side by
-        side are one read."""
+        """Read field -> array of replicated members, headers included, verified.
+
+        Members side by side are read at once.
+        """
         found: dict[str, NDArray[Any]] = {}
         for group in joined(members, -1 if entry.shard.endswith(".zarr") else JOINED_GAP):
             base, end = group[0].offset, group[-1].offset + group[-1].length
@@ -236,12 +242,14 @@ class ClipDataset:
         return found
 
     def description(self, entry: ClipEntry) -> dict[str, Any]:
-        """The clip's `json` member."""
+        """Return the clip's `json` member."""
         return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
 
     def null_text(self) -> NDArray[np.float32] | None:
-        """[L0, E], the embedding of the empty prompt, verified; None in a data set without text.
-        Raises DataError for changed bytes."""
+        """Return the verified embedding [L0, E] of the empty prompt; None without text.
+
+        Raises DataError for changed bytes.
+        """
         if self.info.null_text is None:
             return None
         try:
@@ -265,8 +273,10 @@ class ClipDataset:
 def check_finite(
     array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]
 ) -> None:
-    """Raises ShardError if stored latents hold anything but numbers: their bytes are as written,
-    but their writer did not look."""
+    """Raise ShardError if stored latents contain NaN or infinity.
+
+    Their bytes are then as written, but their writer did not check.
+    """
     if not all_finite(array, member.dtype):
         place = where(entry, member)
         raise ShardError(
@@ -277,8 +287,7 @@ def check_finite(
 
 
 def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:
-    """Members in groups that are read at once: in the order of the file, at most `gap` bytes
-    between them."""
+    """Group members that are read at once: in file order, at most `gap` bytes between them."""
     groups: list[list[MemberEntry]] = []
     for member in sorted(members, key=lambda member: member.offset):
         if (
@@ -301,12 +310,13 @@ def open_dataset(
     """Open a local folder or an fsspec URL (s3://…, gs://…, https://…).
 
     Args:
-        selection: a file made by `data_shards.filter`; only the clips it keeps are seen.
-        policy: time-outs and how long to try again when an object store fails.
+        selection: a file made by `data_shards.filter`; all other clips are dropped.
+        policy: time-outs and how long to retry when an object store fails.
         cache: keeps the ranges read from shards on a local disk.
 
     Raises:
-        DataError: no dataset.json there, one that this version cannot read, or an index that does not belong to it.
+        DataError: no dataset.json there, one that this version cannot read, or an index that does
+        not belong to it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -349,10 +359,10 @@ def open_dataset(
 
 
 def select_clips(datasets: Sequence[ClipDataset], path: str) -> None:
-    """Apply a selection file to the one of these data sets that it was made for.
+    """Apply a selection file to the data set that it was made for.
 
     Raises:
-        DataError: no such file, or made for none of them.
+        DataError: no such file, or made for none of these data sets.
     """
     fingerprint, kept = read_selection(path)
     chosen = [dataset for dataset in datasets if dataset.info.fingerprint == fingerprint]

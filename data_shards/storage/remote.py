@@ -1,10 +1,9 @@
-"""Byte ranges from object stores that fail now and then, and a local cache that never holds half a
-range.
+"""Read byte ranges from object stores that fail now and then, with retries and a local cache.
 
-Transient failures (connection lost, time-out, 5xx, throttling, a body shorter than asked) are tried
-again with growing, jittered pauses until `budget_s` is spent. What will not mend itself (no such
-object, no permission) fails at once. Whether the bytes are right is the reader's business: it
-checks every row.
+Transient failures (connection lost, time-out, 5xx, throttling, a body shorter than requested) are
+retried with growing, jittered pauses until `budget_s` is spent. Permanent ones (no such object, no
+permission) fail at once. The cache never holds part of a range. The reader checks if the bytes are
+right: it verifies every row.
 """
 
 from __future__ import annotations
@@ -34,23 +33,17 @@ TRANSIENT_NAMES = (
     "HTTPClientError",
     "ResponseStreamingError",
 )
-CLIENTS = (
-    "botocore",
-    "aiobotocore",
-    "s3fs",
-    "aiohttp",
-    "gcsfs",
-    "google",
-)  # packages whose own exceptions are about a store
-BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to come again
+# packages whose own exceptions are about a store
+CLIENTS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")
+BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to retry later
 
 
 class ShortRead(OSError):
-    """Fewer bytes came than were asked for, and the object is not that short."""
+    """Report that fewer bytes arrived than requested, though the object is long enough."""
 
 
 class StoreError(OSError):
-    """What a client library said, if it has no OSError for it."""
+    """Wrap an error of a client library that is not an OSError."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
@@ -59,6 +52,8 @@ class StoreError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
+    """Store time-outs, and how long to retry."""
+
     budget_s: float = 60.0  # for one range, all attempts together
     first_pause_s: float = 0.1
     longest_pause_s: float = 5.0
@@ -67,7 +62,7 @@ class RetryPolicy:
 
 
 def connect(path: str, policy: RetryPolicy) -> tuple[Any, str]:
-    """(filesystem, path in it) of a folder or fsspec URL.
+    """Return (filesystem, path in it) of a folder or fsspec URL.
 
     Raises:
         DataError: no such kind of store, or its library is not installed.
@@ -86,10 +81,11 @@ def connect(path: str, policy: RetryPolicy) -> tuple[Any, str]:
 
 
 def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
-    """(filesystem, path in it, facts) of the data set in a folder or at an fsspec URL.
+    """Return (filesystem, path in it, facts) of the data set in a folder or at an fsspec URL.
 
     Raises:
-        DataError: no dataset.json there, one that this version cannot read, or a store that does not answer.
+        DataError: no dataset.json there, one that this version cannot read, or a store that does
+        not answer.
     """
     filesystem, root = connect(path, policy)
     try:
@@ -115,8 +111,7 @@ def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
 
 
 def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
-    """What to hand to fsspec so that one attempt cannot hang: time-outs, and no hidden retries
-    below ours."""
+    """Return fsspec options so that no attempt can hang: time-outs, and no hidden retries."""
     if path.startswith(("s3://", "s3a://")):
         timeouts = {
             "connect_timeout": policy.connect_timeout_s,
@@ -134,13 +129,12 @@ def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether what was tried may succeed a little later."""
+    """Return True if an attempt that failed so may succeed a little later."""
     if isinstance(error, StoreError):
         return error.transient
     if not isinstance(error, OSError):
-        status = (
-            error.status if hasattr(error, "status") else getattr(error, "code", None)
-        )  # of aiohttp, of gcsfs
+        # of aiohttp, of gcsfs
+        status = error.status if hasattr(error, "status") else getattr(error, "code", None)
         if isinstance(status, int):
             return status in BUSY or status >= 500
     if str(error).startswith("Forbidden: "):  # gcsfs' word for 403, a plain OSError
@@ -153,17 +147,18 @@ def is_transient(error: BaseException) -> bool:
 def with_retries(
     what: Callable[[], T], policy: RetryPolicy, sleep: Callable[[float], None] = time.sleep
 ) -> T:
-    """Call until it succeeds, fails for good, or the budget is spent; then the last error is
-    raised, as an OSError if it is a store's."""
+    """Call a function until it succeeds, fails for good, or the budget is spent.
+
+    Then the last error is raised, as an OSError if it is a store's.
+    """
     started, attempt = time.monotonic(), 0
     while True:
         try:
             return what()
         except Exception as error:
             longest = min(policy.longest_pause_s, policy.first_pause_s * 2**attempt)
-            pause = (
-                random.uniform(0.5, 1.0) * longest
-            )  # many ranks fail together: do not let them return together
+            # many ranks fail together: they must not retry together
+            pause = random.uniform(0.5, 1.0) * longest
             if not is_transient(error) or time.monotonic() - started + pause > policy.budget_s:
                 if (
                     not isinstance(error, OSError)
@@ -176,10 +171,11 @@ def with_retries(
 
 
 def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy) -> bytes:
-    """Bytes [start, stop) of an object.
+    """Return bytes [start, stop) of an object.
 
     Raises:
-        OSError: it is not there or not ours to read, it is shorter, or the store did not recover within the budget.
+        OSError: it does not exist, is not readable or is shorter, or the store did not recover
+        within the budget.
     """
 
     def attempt() -> bytes:
@@ -192,11 +188,11 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
 
 
 class RangeCache:
-    """Ranges as files in a local folder, up to `limit_bytes`, the least recently used going first.
-    Safe to share between processes: a file is filled under another name and renamed, so it is whole
-    or absent; two that fill the same range write the same bytes.
+    """Cache ranges as files in a local folder, up to `limit_bytes`.
 
-    The folder is looked through after every hundredth of the limit that a process has added, so
+    The least recently used are evicted first. Safe to share between processes: a file is filled
+    under another name and renamed, so it is complete or absent; two that fill the same range write
+    the same bytes. The folder is checked each time a process has added a hundredth of the limit, so
     that ten processes stay below the limit.
     """
 
@@ -209,18 +205,15 @@ class RangeCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.limit_bytes = folder, limit_bytes
         self._lock = threading.Lock()
-        self._added = (
-            limit_bytes  # since the folder was looked through; others may have filled it before
-        )
+        # since the folder was last checked; others may have filled it before
+        self._added = limit_bytes
         for stale in folder.glob("*.tmp-*"):
-            if (
-                time.time() - stale.stat().st_mtime > 3600
-            ):  # a younger one may belong to a process that is writing it
+            # a younger one may belong to a process that is writing it
+            if time.time() - stale.stat().st_mtime > 3600:
                 stale.unlink(missing_ok=True)
 
     def get(self, identity: str, length: int, fill: Callable[[], bytes]) -> bytes:
-        """The bytes called `identity`, from the folder if they are there with the right length,
-        else from `fill`."""
+        """Return the bytes called `identity`, cached if of the right length, else from `fill`."""
         path = self.folder / hashlib.sha256(identity.encode()).hexdigest()
         with contextlib.suppress(OSError):
             data = path.read_bytes()
@@ -233,7 +226,7 @@ class RangeCache:
         return data
 
     def drop(self, identity: str) -> None:
-        """Forget a range, say because its bytes turned out to be wrong."""
+        """Drop a range, for instance because its bytes turned out to be wrong."""
         (self.folder / hashlib.sha256(identity.encode()).hexdigest()).unlink(missing_ok=True)
 
     def _store(self, path: Path, data: bytes) -> None:
@@ -255,7 +248,7 @@ class RangeCache:
                 self._added = 0
 
     def _evict(self) -> None:
-        """Down to nine tenths of the limit, if more is used."""
+        """Reduce the cache to nine tenths of the limit, if it is larger."""
         files, most = [], 0.9 * self.limit_bytes
         for file in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process may have evicted it

@@ -1,6 +1,8 @@
-"""The bytes of shards: a local file is read straight into the buffer that the caller gives, block
-by block; other places go through fsspec, with retries and a cache of ranges. What a reader finds
-wrong, or cannot read at all, is one ShardError naming shard, key and field.
+"""Fetch the bytes of shards.
+
+A local file is read straight into the caller's buffer, block by block; other places go through
+fsspec, with retries and a cache of ranges. Wrong or unreadable bytes become one ShardError naming
+shard, key and field.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ from data_shards.storage.zarr_store import Piece, pieces
 LARGE_READ = 64 * 2**20
 BLOCK_BYTES = 512 * 1024  # of a local file read and checked at a time: fits the second-level cache
 REPAIR = "copy the shard again, or encode again; `python -m data_shards.verify` lists all damage"
-Wrong = Callable[
-    [NDArray[np.uint8], int], str
-]  # bytes, and the place of the first in their piece -> what is wrong with them, or ""
+# (bytes, their offset in the piece) -> error message, empty if valid
+Wrong = Callable[[NDArray[np.uint8], int], str]
 
 
 class ShardBytes:
-    """The shards of one data set. `name` tells its ranges from those of others in the cache."""
+    """Fetch bytes of the shards of one data set. name: distinguishes its ranges in the cache."""
 
     def __init__(
         self, filesystem: Any, root: str, name: str, policy: RetryPolicy, cache: RangeCache | None
@@ -58,7 +59,7 @@ class ShardBytes:
         into: NDArray[np.uint8] | None,
         wrong: Wrong,
     ) -> NDArray[np.uint8]:
-        """A piece of whole rows, in the fastest way there is; in `into` if that is given."""
+        """Return a piece of whole rows by the fastest way; in `into` if that is given."""
         return (self.by_blocks if self._direct else self.at_once)(entry, member, piece, into, wrong)
 
     def by_blocks(
@@ -69,7 +70,7 @@ class ShardBytes:
         into: NDArray[np.uint8] | None,
         wrong: Wrong,
     ) -> NDArray[np.uint8]:
-        """A piece of a local file, each block checked while it is in the processor's cache."""
+        """Read a piece of a local file, checking each block while it is in the CPU cache."""
         step, length, end = (
             max(1, BLOCK_BYTES // member.row_bytes) * member.row_bytes,
             piece.length,
@@ -81,7 +82,7 @@ class ShardBytes:
             file = os.open(f"{self._root}/{piece.name}", os.O_RDONLY)
             try:
                 size = os.fstat(file).st_size
-                if size < end:  # before a lying index makes us reserve its gigabytes
+                if size < end:  # before a wrong index makes us allocate its gigabytes
                     return (
                         np.empty(0, np.uint8),
                         f"shard: got {size} bytes, expected at least {end} {where(entry, member)}",
@@ -112,13 +113,15 @@ class ShardBytes:
         into: NDArray[np.uint8] | None,
         wrong: Wrong,
     ) -> NDArray[np.uint8]:
-        """A piece of any file, through fsspec and the cache. What turns out to be wrong gets a
-        second chance: it may have been spoilt on its way, or in the cache."""
+        """Read a piece of any file, through fsspec and the cache.
+
+        Wrong bytes are read a second time: they may be damaged in transfer, or in the cache.
+        """
         path, problem = f"{self._root}/{piece.name}", ""
         end, identity = piece.offset + piece.length, f"{self._name} {piece}"
 
         def fill() -> bytes:
-            # an index that lies about sizes must not make us reserve its gigabytes
+            # an index with wrong sizes must not make us allocate its gigabytes
             if piece.length > LARGE_READ and end > self._fs.size(path):
                 raise ValueError(f"it ends before byte {end}")
             return fetch(self._fs, path, piece.offset, end, self._policy)
@@ -155,9 +158,11 @@ class ShardBytes:
         return data if into is None else into
 
     def _unreadable(self, error: Exception, entry: ClipEntry, member: MemberEntry) -> ShardError:
-        """What to raise for a shard that could not be read for as long as was tried. Storage that
-        does not answer may answer later; a file that is not there, is not ours to read or lies on a
-        disk's bad sectors is as good as damaged."""
+        """Return the error for a shard that could not be read within the retry budget.
+
+        Storage that does not answer may answer later (`passing`); a file that is missing, not
+        readable or on a disk's bad sectors counts as damaged.
+        """
         passing = is_transient(error) and not (
             self._local and getattr(error, "errno", None) == errno.EIO
         )
@@ -167,7 +172,7 @@ class ShardBytes:
 
 
 def lies_in(entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> Iterator[Piece]:
-    """Where the rows [start, stop) of a member lie: names from the data set's folder."""
+    """Yield the pieces of the rows [start, stop) of a member, named from the data set's folder."""
     if entry.shard.endswith(".zarr"):
         yield from (
             piece._replace(name=f"{entry.shard}/{piece.name}")
@@ -182,18 +187,19 @@ def lies_in(entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> Ite
 
 
 def read_ahead(file: int, offset: int, length: int) -> None:
-    """Ask for a whole range at once unless it is in memory: storage then brings the rest of it
-    while the first rows are checked."""
+    """Request a whole range at once unless it is in memory.
+
+    Storage then fetches the rest of it while the first rows are checked.
+    """
     try:
-        os.preadv(
-            file, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT
-        )  # in memory, or an error: it does not wait
+        # in memory, or an error: it does not wait
+        os.preadv(file, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
     except OSError:
         os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def read_fully(file: int, block: NDArray[np.uint8], offset: int) -> None:
-    """Fill the block from a file descriptor: one system call may bring less than was asked for."""
+    """Fill the block from a file descriptor; one system call may return less than requested."""
     done = 0
     while done < len(block):
         count = os.preadv(file, [block[done:]], offset + done)  # type: ignore[list-item]

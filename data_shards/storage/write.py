@@ -1,8 +1,8 @@
-"""Clips -> WebDataset tars, Parquet index and dataset.json. Equal input gives equal bytes: no
-clock, user or file order enters.
+"""Write clips as WebDataset tars with a Parquet index and dataset.json.
 
-Order of publication: a tar appears under its name when complete; the index and then dataset.json
-are written last, and without dataset.json a folder is no data set.
+Equal input gives equal bytes: neither clock, user nor file order matters. Order of publication: a
+tar appears under its name when complete; the index and then dataset.json are written last, and
+without dataset.json a folder is no data set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROW_GROUP = 256  # clips whose index rows are decoded together
 
 
 def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
-    """(npy header, little-endian elements) of the array stored as `dtype`.
+    """Return (npy header, little-endian elements) of the array stored as `dtype`.
 
     Raises:
         DataError: values that are not finite, or that overflow `dtype`.
@@ -60,15 +60,14 @@ def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
 
 
 def tar_header(name: str, length: int) -> bytes:
-    """The one 512-byte header that a member of this name and length has: no time, no owner."""
+    """Return the only 512-byte header of a member of this name and length: no time, no owner."""
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = length, 0o644, 0
     return header.tobuf(tarfile.USTAR_FORMAT)
 
 
 def check_array(key: str, field: str, dtype: str, array: NDArray[Any]) -> None:
-    """Raises DataError unless the field, its stored dtype and its number of dimensions are on the
-    list."""
+    """Raise DataError unless field, stored dtype and number of dimensions are on the list."""
     if field not in FIELDS or dtype not in FIELDS[field][1] or array.ndim != FIELDS[field][0]:
         raise DataError(
             f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key"
@@ -77,8 +76,10 @@ def check_array(key: str, field: str, dtype: str, array: NDArray[Any]) -> None:
 
 
 class ShardWriter:
-    """Writes one tar. Use as a context manager: leaving it normally publishes the file, an
-    exception leaves nothing behind."""
+    """Write one tar. Use as a context manager: a normal exit publishes the file.
+
+    An exception leaves nothing behind.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,11 +94,11 @@ class ShardWriter:
         arrays: Mapping[str, tuple[str, NDArray[Any]]],
         description: Mapping[str, Any],
     ) -> tuple[MemberEntry, ...]:
-        """Append a clip: `arrays` is field -> (stored dtype, array); `description` becomes the
-        `json` member, written first.
+        """Append a clip and return its members.
 
-        What is read by row comes last, so all replicated members of a clip are one contiguous
-        range.
+        arrays: field -> (stored dtype, array); description: becomes the `json` member, written
+        first. Members that are read by row come last, so all replicated members of a clip are one
+        contiguous range.
         """
         if check_key(key) in self._keys:
             raise DataError(
@@ -162,20 +163,24 @@ class ShardWriter:
 
 
 def shard_size(members: Iterable[MemberEntry]) -> int:
-    """Bytes of a tar that ends with the last of these members: what the file must measure."""
+    """Return the size that a tar ending with the last of these members must have."""
     end = max(member.offset + member.length for member in members)
     return end + (-end % BLOCK) + 2 * BLOCK
 
 
 def sums_text(digests: Mapping[str, str]) -> str:
-    """The content of SHA256SUMS, given the SHA-256 of each file by name; `sha256sum -c SHA256SUMS`
-    reads it too."""
+    """Return the content of SHA256SUMS, given the SHA-256 of each file by name.
+
+    `sha256sum -c SHA256SUMS` reads it, too.
+    """
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
 def index_writer(file: Path | BinaryIO) -> Any:
-    """The ParquetWriter of an index. Pages carry checksums, which the reader verifies; there are no
-    statistics, which nobody asks for."""
+    """Return the ParquetWriter of an index.
+
+    Pages have checksums, which the reader verifies; there are no statistics, as nothing reads them.
+    """
     import pyarrow.parquet as pq
 
     return pq.ParquetWriter(
@@ -186,7 +191,7 @@ def index_writer(file: Path | BinaryIO) -> Any:
 def write_index(
     file: Path | BinaryIO, rows: Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]
 ) -> None:
-    """One row per clip, in order."""
+    """Write one row per clip, in order."""
     import pyarrow as pa
 
     with index_writer(file) as writer:
@@ -199,6 +204,7 @@ def write_index(
 
 
 def index_row(entry: ClipEntry, members: tuple[MemberEntry, ...]) -> dict[str, Any]:
+    """Return a clip's row of the index."""
     facts = {
         name: getattr(entry, name)
         for name in ("key", "shard", "episode", "split", "latent_frames", "raw_frames")
@@ -209,8 +215,11 @@ def index_row(entry: ClipEntry, members: tuple[MemberEntry, ...]) -> dict[str, A
 def fingerprint(
     rows: Iterable[tuple[ClipEntry, tuple[MemberEntry, ...]]], info: DatasetInfo
 ) -> str:
-    """sha256 over what training depends on: each clip's key, split and contents, the codec and the
-    statistics. Not over file layout."""
+    """Return a sha256 over everything that training depends on.
+
+    That is each clip's key, split and contents, the codec and the statistics, but not the file
+    layout.
+    """
     digest = hashlib.sha256()
     facts = [
         info.schema_version,

@@ -1,12 +1,12 @@
-"""Zarr v3 as the container of clips too long for a tar member: the same fields, index and
-checksums, behind the same reader.
+"""Store clips too long for a tar member in Zarr v3, behind the same reader.
 
-A shard is a Zarr group `shards/000000.zarr` with one group per clip. Latents have one latent frame
-per chunk and FRAMES_PER_FILE frames per file (sharding codec), in their order, so a range of frames
-is a range of bytes here too. Nothing is compressed: latents do not shrink. bfloat16 lies as uint16.
+Fields, index and checksums are the same. A shard is a Zarr group `shards/000000.zarr` with one
+group per clip. Latents have one latent frame per chunk and FRAMES_PER_FILE frames per file
+(sharding codec), in order, so a range of frames is a range of bytes here, too. Nothing is
+compressed: latents do not shrink. bfloat16 is stored as uint16.
 
-Any Zarr library reads these shards. They are written and read here without one, as tars are: each
-file has one right content, which follows from the index, so `verify` can tell every wrong bit, and
+Any Zarr library reads these shards. Like tars, they are written and read here without one: each
+file has one right content, which follows from the index, so `verify` detects every wrong bit, and
 reads have the retries, limits and cache of all others.
 """
 
@@ -27,15 +27,14 @@ from data_shards.storage.files import NPY_DESCRIPTIONS, crc32c, fresh_folder
 from data_shards.storage.write import check_array, encode_array
 
 FRAMES_PER_FILE = 64
-STORED = {"bfloat16": "uint16"}  # Zarr knows no bfloat16
+STORED = {"bfloat16": "uint16"}  # Zarr has no bfloat16
 NOT_THERE = 2**64 - 1  # offset and length of a chunk that a file could hold and does not
 DESCRIPTION = "zarr.json"
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a member as a range of bytes in one file, named from the shard's
-    folder."""
+    """Locate consecutive rows of a member as a range of bytes in one file of the shard's folder."""
 
     name: str
     offset: int
@@ -43,11 +42,12 @@ class Piece(NamedTuple):
 
 
 def array_path(key: str, field: str) -> str:
+    """Return the path of a member's array inside its shard."""
     return f"{key}/{field.removesuffix('.npy')}"
 
 
 def pieces(key: str, member: MemberEntry, start: int, stop: int) -> Iterator[Piece]:
-    """Where the rows [start, stop) of a member lie, in order."""
+    """Yield the pieces of the rows [start, stop) of a member, in order."""
     size, step = (
         member.row_bytes,
         FRAMES_PER_FILE if member.field in READ_BY_ROW else max(1, member.shape[0]),
@@ -61,8 +61,10 @@ def pieces(key: str, member: MemberEntry, start: int, stop: int) -> Iterator[Pie
 
 
 def chunk_index(count: int, size: int) -> bytes:
-    """The end of a file with `count` chunks of `size` bytes, by the sharding codec: offset and
-    length of each, and their checksum."""
+    """Return the end of a file with `count` chunks of `size` bytes, by the sharding codec.
+
+    It is the offset and length of each chunk, and their checksum.
+    """
     table = np.full((FRAMES_PER_FILE, 2), NOT_THERE, "<u8")
     table[:count, 0], table[:count, 1] = np.arange(count, dtype=np.uint64) * np.uint64(size), size
     data = table.tobytes()
@@ -70,12 +72,12 @@ def chunk_index(count: int, size: int) -> bytes:
 
 
 def group_description() -> bytes:
-    """The one `zarr.json` that a group of ours has."""
+    """Return the only `zarr.json` of a group."""
     return json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}, indent=2).encode()
 
 
 def array_description(member: MemberEntry) -> bytes:
-    """The one `zarr.json` that the array of this member has."""
+    """Return the only `zarr.json` of the array of this member."""
     dtype, by_row = STORED.get(member.dtype, member.dtype), member.field in READ_BY_ROW
     chunk = [max(1, length) for length in member.shape]
     codec: dict[str, Any] = LITTLE if dtype != "uint8" else {"name": "bytes"}
@@ -104,8 +106,10 @@ def array_description(member: MemberEntry) -> bytes:
 
 
 def shard_files(members: Iterable[tuple[str, MemberEntry]]) -> dict[str, tuple[int, bytes]]:
-    """name -> (bytes of latents or other numbers, what follows them) of every file of the shard
-    that holds these members (key, member)."""
+    """Return name -> (bytes of numbers, what follows them) of every file of a shard.
+
+    members: its (key, member) pairs.
+    """
     files = {DESCRIPTION: (0, group_description())}
     for key, member in members:
         files[f"{key}/{DESCRIPTION}"] = (0, group_description())
@@ -120,7 +124,7 @@ def shard_files(members: Iterable[tuple[str, MemberEntry]]) -> dict[str, tuple[i
 
 
 class ZarrWriter:
-    """Writes one Zarr shard; used exactly as `ShardWriter`."""
+    """Write one Zarr shard; used exactly as `ShardWriter`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,7 +138,7 @@ class ZarrWriter:
         arrays: Mapping[str, tuple[str, NDArray[Any]]],
         description: Mapping[str, Any],
     ) -> tuple[MemberEntry, ...]:
-        """See `ShardWriter.add`."""
+        """Append a clip as `ShardWriter.add` does."""
         if check_key(key) in self._keys:
             raise DataError(
                 f"clip key: got {key!r} twice, expected unique keys (shard {self.path.name})"

@@ -43,7 +43,7 @@ def test_a_member_that_leaves_early_is_told():
             return sequence.mean(torch.ones(1, 3), torch.ones(1, 3))
         return None
 
-    with pytest.raises(RuntimeError, match="all members must call the same verbs"):
+    with pytest.raises(RuntimeError, match="all ranks must call the same verbs"):
         run_virtual(body, ulysses=2)
 
 

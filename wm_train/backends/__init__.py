@@ -1,8 +1,8 @@
-"""Vendors behind one protocol. Nothing outside this package and `kernels/` names a device vendor.
+"""Support device vendors behind one protocol; only this package and `kernels/` name a vendor.
 
-A backend says which device a worker drives, which collective library joins workers, and how to read
-memory. Model, objective and trainer code receive tensors on `Backend.device` and never ask where
-they are. Third parties register a `Backend` factory through the entry point group
+A backend defines which device a worker uses, which collective library connects workers, and how to
+read memory. Model, objective and trainer code receive tensors on `Backend.device` and never ask
+where they are. Other packages register a `Backend` factory through the entry point group
 `wm_train.backends`.
 """
 
@@ -18,9 +18,9 @@ BACKENDS = ("auto", "cpu", "cuda", "npu")  # built in; entry points may add more
 
 
 def get_backend(name: str, threads: int = 1, local_rank: int = 0) -> Backend:
-    """The backend called `name`, ready for this worker; `auto` takes the best one present.
+    """Return the backend called `name`, ready for this worker; `auto` takes the best one present.
 
-    Errors: ValueError when the name is unknown or its device is absent. Source: design §2, §7.
+    Raises ValueError when the name is unknown or its device is absent.
     """
     from wm_train.backends import cpu, cuda, npu
 

@@ -1,9 +1,8 @@
-"""`python -m wm_train.backends check [--backend NAME]`: does this machine compute what the CPU
-computes in fp64?
+"""Compare this machine with the CPU in fp64: `python -m wm_train.backends check [--backend NAME]`.
 
 Runs every entry of the backend's kernel table, values and gradients, in every dtype that training
-uses there, and the services of the backend itself; prints a table. The first thing to run on a new
-kind of device. Exit code 0: all agree; 1: something does not; 2: the backend is not there.
+uses there, and the services of the backend itself; prints a table. Run it first on a new kind of
+device. Exit code 0: all agree; 1: something differs; 2: the backend is not available.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Cross-checks of a backend: every entry of its kernel table against fp64 on the CPU, and its
-services by using them."""
+"""Check a backend: its kernel table against fp64 on the CPU, and its services by using them."""
 
 from __future__ import annotations
 
@@ -19,17 +18,18 @@ from wm_train.backends.protocol import Backend
 from wm_train.kernels import dispatch
 from wm_train.kernels.trial import IN_TOKENS, TokenCase, of_extended, run_tokens, token_cases
 
-BOUNDS = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 3e-2,
-}  # RMS ratio; fp32 states go through TF32, and halves keep eight bits
+# RMS ratio; fp32 states go through TF32, and halves keep eight bits
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 HEAD_DIM, FRAMES, TOKENS, HEADS = 112, 5, 12, 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. error: RMS ratio to fp64 of the worst output or gradient, None where
-    there is no number to compare."""
+    """Store one line of the table.
+
+    error: RMS ratio to fp64 of the worst output or gradient, None where there is no number to
+    compare.
+    """
 
     what: str
     dtype: str
@@ -39,13 +39,12 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.bound is None or (
-            self.error is not None and self.error <= self.bound
-        )  # a NaN is not
+        # a NaN is not
+        return self.bound is None or (self.error is not None and self.error <= self.bound)
 
 
 def check(backend: Backend, engine: str = "auto", attention: str = "auto") -> list[Row]:
-    """All rows. An entry that raises is a row that failed, so that one run shows everything."""
+    """Return all rows; an entry that raises becomes a failed row, so one run shows everything."""
     table = backend.kernels(backend.device, engine, attention)
     rows = []
     dtypes = [torch.float32, backend.autocast_dtype]
@@ -177,8 +176,10 @@ def _attention(
 
 
 def _services(backend: Backend) -> dict[str, Callable[[], str]]:
-    """Each uses one service and says what it found; raising or a failed assertion is a failed
-    row."""
+    """Return name -> function that uses one service and returns a result text.
+
+    Raising, or a failed assertion, makes a failed row.
+    """
     device = backend.device
 
     def seeds() -> str:
@@ -249,7 +250,7 @@ def _service(name: str, use: Callable[[], str]) -> Row:
 
 
 def print_rows(backend: Backend, rows: list[Row]) -> None:
-    """The table, and what it comes to."""
+    """Print the table and its summary."""
     from rich.console import Console
     from rich.table import Table
 

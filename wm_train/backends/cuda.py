@@ -1,4 +1,4 @@
-"""NVIDIA workers over NCCL."""
+"""Run workers on NVIDIA devices with NCCL."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, 
 
 
 def present() -> bool:
-    """Whether this process can use an NVIDIA device."""
+    """Return True if this process can use an NVIDIA device."""
     return torch.cuda.is_available()
 
 
 def make(threads: int, local_rank: int) -> Backend:
-    """A worker that drives device `local_rank` of its node."""
+    """Return a worker that uses device `local_rank` of its node."""
     if not present():
         raise ValueError(
             "backend: got 'cuda', expected an NVIDIA device that torch can use (key backend.name)."

@@ -1,5 +1,7 @@
-"""Ascend workers over HCCL, through torch_npu. Written against its documentation; it has not run on
-a device (see `backends check`)."""
+"""Run workers on Ascend devices with HCCL, through torch_npu.
+
+Written against its documentation; it has not run on a device (see `backends check`).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from wm_train.backends.protocol import Backend, accelerator_memory, take_device
 
 
 def present() -> bool:
-    """Whether torch_npu is here and sees a device. It is imported only then: without its driver the
-    import itself fails."""
+    """Return True if torch_npu is installed and finds a device.
+
+    It is imported only if it is installed: without its driver the import itself fails.
+    """
     if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
         return False
     try:
@@ -25,7 +29,7 @@ def present() -> bool:
 
 
 def make(threads: int, local_rank: int) -> Backend:
-    """A worker that drives device `local_rank` of its node."""
+    """Return a worker that uses device `local_rank` of its node."""
     if not present():
         raise ValueError(
             "backend: got 'npu', expected torch_npu and a device that it sees (key backend.name)."
@@ -47,7 +51,7 @@ def make(threads: int, local_rank: int) -> Backend:
 
 
 def _module() -> Any:
-    """torch.npu, which importing torch_npu adds to torch."""
+    """Return torch.npu, which importing torch_npu adds to torch."""
     import torch_npu  # noqa: F401
 
     return torch.get_device_module("npu")

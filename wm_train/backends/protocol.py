@@ -1,4 +1,4 @@
-"""What a device vendor must answer; the whole interface between wm_train and hardware."""
+"""Define the whole interface between wm_train and hardware."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from parallel.reference import Kernels
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of every device that torch knows. Training draws from keyed generators
-    only (design §5)."""
+    """Seed the generators of every device that torch knows; training uses keyed generators only."""
     torch.manual_seed(seed)
 
 
 def profile_host() -> AbstractContextManager[Any]:
-    """A profiler of what the host does."""
+    """Return a profiler of the host's activity."""
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
 
 def default_kernels(device: torch.device, engine: str, attention: str) -> Kernels:
-    """The kernels of `wm_train.kernels` for this device; they fall back to plain PyTorch with a log
-    line where it has none."""
+    """Return the kernels of `wm_train.kernels` for this device.
+
+    They fall back to plain PyTorch, with a log line, where it has none.
+    """
     from wm_train.kernels.dispatch import sequence_kernels
 
     return sequence_kernels(device, engine, attention)
@@ -33,18 +34,23 @@ def default_kernels(device: torch.device, engine: str, attention: str) -> Kernel
 
 @dataclass(frozen=True)
 class Backend:
-    """One worker's hardware.
+    """Describe one worker's hardware.
 
-    device: where its tensors live. collectives: the torch.distributed back end that joins workers.
-    synchronize: waits for queued work (for honest timings). memory: bytes, {"allocated", "peak"}.
-    peak_flops: the dense bf16 rate that the vendor states, FLOP/s; None where it is not known.
-    autocast_dtype: what half precision is here. stream, event: make one, to queue work beside the
-    main queue and to wait for it; None where work is not queued. kernels(device, engine,
-    attention): the table of local kernels, keys backend.kernels and backend.attention. seed: every
-    generator of the device. profiler: a context that has `key_averages()` once it is closed.
-    capabilities: what not every vendor has, by name: "premul_sum" (collectives that scale on the
-    way; nothing here needs it, as gradients are summed), "device_timers" (events that measure),
-    "pinned" (host memory that copies run beside).
+    - device: the device of its tensors.
+    - collectives: the torch.distributed back end that connects workers.
+    - synchronize: waits for queued work (for correct timings).
+    - memory: bytes, {"allocated", "peak"}.
+    - peak_flops: the dense bf16 rate stated by the vendor, FLOP/s; None where unknown.
+    - autocast_dtype: the half precision type to use.
+    - stream, event: create one, to queue work beside the main queue and to wait for it; None where
+      work is not queued.
+    - kernels(device, engine, attention): the table of local kernels, keys backend.kernels and
+      backend.attention.
+    - seed: seeds every generator of the device.
+    - profiler: a context that has `key_averages()` once it is closed.
+    - capabilities: optional features by name: "premul_sum" (collectives that scale their input; not
+      needed here, as gradients are summed), "device_timers" (events that measure time), "pinned"
+      (host memory for copies that overlap with computation).
     """
 
     name: str
@@ -63,8 +69,10 @@ class Backend:
 
 
 def take_device(kind: str, module: Any, local_rank: int, threads: int) -> torch.device:
-    """Device `local_rank` of this node, made the current one; ValueError if there are fewer.
-    module: torch.<kind>."""
+    """Make device `local_rank` of this node the current one and return it.
+
+    module: torch.<kind>. Raises ValueError if there are fewer devices.
+    """
     count = module.device_count()
     if local_rank >= count:
         raise ValueError(
@@ -78,7 +86,7 @@ def take_device(kind: str, module: Any, local_rank: int, threads: int) -> torch.
 
 
 def accelerator_memory(module: Any, device: torch.device) -> dict[str, int]:
-    """Bytes that tensors hold now and held at most."""
+    """Return the bytes that tensors use now, and their peak."""
     return {
         "allocated": module.memory_allocated(device),
         "peak": module.max_memory_allocated(device),

@@ -1,4 +1,4 @@
-"""What the model sees besides the latents."""
+"""Define the inputs of a model besides the latents."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a batch of clips, whole clips on every holder of a part of them.
+    """Store the conditions of a batch; every process that has part of a clip has all of these.
 
-    c2w: camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), metres;
-    intrinsics: fx, fy, cx, cy in pixels of an image of `image_size` (height, width), fp32 [B, F,
-    4]; temporal_stride: raw frames per latent frame after the first. camera_keep: bool [B], False
-    where the camera is dropped (None: kept everywhere). text: [B, L, E] with text_mask bool [B, L],
-    True at real tokens; null_text: [L0, E], what stands for "no text". controls: [B, T, A] at
-    latent rate.
+    - c2w: camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), metres.
+    - intrinsics: fx, fy, cx, cy in pixels of an image of `image_size` (height, width), fp32 [B, F,
+      4].
+    - temporal_stride: raw frames per latent frame after the first.
+    - camera_keep: bool [B], False where the camera is dropped (None: kept everywhere).
+    - text: [B, L, E] with text_mask bool [B, L], True at real tokens.
+    - null_text: [L0, E], the embedding of "no text".
+    - controls: [B, T, A] at latent rate.
     """
 
     image_size: tuple[int, int]

@@ -1,13 +1,12 @@
-"""Camera geometry in fp32: relative poses, per-token rays, ray frames of UCPE, and Plücker raymaps
-packed at latent rate.
+"""Compute camera geometry in fp32: relative poses, per-token rays, UCPE frames, Plücker raymaps.
 
-Source: SANA-WM §3.3 (eq. 6 and "Raw-Frame Plücker Mixing"); where the paper is silent (pixel grid,
-which raw frames the first latent frame packs) the public model is followed. Poses are camera to
-world in OpenCV axes.
+Raymaps are packed at latent rate. Source: SANA-WM §3.3 (eq. 6 and "Raw-Frame Plücker Mixing");
+where the paper is silent (pixel grid, which raw frames the first latent frame packs) this follows
+the public model. Poses are camera to world in OpenCV axes.
 
 A clip may hold several documents (videos packed one after the other). Document d of T_d latent
-frames brings (T_d - 1) * r + 1 raw frames, r being the temporal stride; poses are relative to its
-own first raw frame.
+frames has (T_d - 1) * r + 1 raw frames, r being the temporal stride; poses are relative to its own
+first raw frame.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from torch import Tensor
 def raw_frame_index(
     document_starts: Sequence[int], frames: int, start: int, stop: int, temporal_stride: int
 ) -> tuple[list[int], list[list[int]], list[int], int]:
-    """Which raw frames belong to latent frames start..stop of a clip of `frames` latent frames.
+    """Return the raw frames of latent frames start..stop of a clip of `frames` latent frames.
 
-    Returns (anchor, packed, origin, total): per latent frame the raw frame its pose is taken at,
-    the `temporal_stride` raw frames it packs, and the first raw frame of its document; and the raw
-    frames of the whole clip. Latent frame p of a document shows raw frames (p-1)r+1 .. pr; frame 0
-    shows raw frame 0 alone but packs 0 .. r-1, as the public model does.
+    Returns (anchor, packed, origin, total): per latent frame the raw frame of its pose, the
+    `temporal_stride` raw frames that it packs, and the first raw frame of its document; and the
+    number of raw frames of the whole clip. Latent frame p of a document shows raw frames (p-1)r+1
+    .. pr; frame 0 shows raw frame 0 alone but packs 0 .. r-1, as the public model does.
     """
     r = temporal_stride
     ends = [*document_starts[1:], frames]
@@ -46,7 +45,7 @@ def raw_frame_index(
 
 
 def invert_pose(pose: Tensor) -> Tensor:
-    """Inverse of rigid transforms [..., 4, 4], in closed form."""
+    """Invert rigid transforms [..., 4, 4], in closed form."""
     rotation = pose[..., :3, :3].transpose(-1, -2)
     translation = -rotation @ pose[..., :3, 3:]
     top = torch.cat((rotation, translation), dim=-1)
@@ -56,8 +55,10 @@ def invert_pose(pose: Tensor) -> Tensor:
 
 
 def relative_poses(c2w: Tensor, frame: Sequence[int], origin: Sequence[int]) -> Tensor:
-    """Poses of raw frames `frame` seen from raw frames `origin`: [B, F, 4, 4] -> [B, len(frame), 4,
-    4]; exactly I where they agree."""
+    """Return poses of raw frames `frame` in the coordinates of raw frames `origin`.
+
+    [B, F, 4, 4] -> [B, len(frame), 4, 4]; exactly I where both are the same frame.
+    """
     c2w = c2w.float()
     relative = invert_pose(c2w[:, list(origin)]) @ c2w[:, list(frame)]
     same = torch.tensor(
@@ -69,7 +70,7 @@ def relative_poses(c2w: Tensor, frame: Sequence[int], origin: Sequence[int]) -> 
 def scaled_intrinsics(
     intrinsics: Tensor, image_size: tuple[int, int], grid: tuple[int, int]
 ) -> Tensor:
-    """Intrinsics [..., 4] of an image (height, width) in units of a grid (h, w) laid over it."""
+    """Convert intrinsics [..., 4] of an image (height, width) to units of a grid (h, w)."""
     vertical, horizontal = grid[0] / image_size[0], grid[1] / image_size[1]
     return intrinsics.float() * torch.tensor(
         [horizontal, vertical, horizontal, vertical], device=intrinsics.device
@@ -82,8 +83,10 @@ def cropped_intrinsics(
     resized_size: tuple[int, int],
     crop: tuple[int, int],
 ) -> Tensor:
-    """Intrinsics [..., 4] after a resize and a crop. Sizes are (height, width), crop is (top, left)
-    in the resized image."""
+    """Return intrinsics [..., 4] after a resize and a crop.
+
+    Sizes are (height, width), crop is (top, left) in the resized image.
+    """
     scaled = scaled_intrinsics(intrinsics, source_size, resized_size)
     return scaled - torch.tensor(
         [0.0, 0.0, float(crop[1]), float(crop[0])], device=intrinsics.device
@@ -91,8 +94,10 @@ def cropped_intrinsics(
 
 
 def camera_rays(intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Unit viewing directions in the camera frame, [..., 4] -> [..., h, w, 3]; pixel (i, j) is the
-    point (i, j), no half pixel."""
+    """Return unit viewing directions in the camera frame, [..., 4] -> [..., h, w, 3].
+
+    Pixel (i, j) is the point (i, j), without an offset of half a pixel.
+    """
     h, w = grid
     fx, fy, cx, cy = (intrinsics[..., i, None, None] for i in range(4))
     y = (torch.arange(h, device=intrinsics.device, dtype=intrinsics.dtype)[:, None] - cy) / fy
@@ -102,8 +107,10 @@ def camera_rays(intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def plucker_rays(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Plücker coordinates (d, o x d) of every grid point, [..., 4, 4] and [..., 4] (in grid units)
-    -> [..., h, w, 6]."""
+    """Return Plücker coordinates (d, o x d) of every grid point.
+
+    Pose [..., 4, 4] and intrinsics [..., 4] (in grid units) -> [..., h, w, 6].
+    """
     direction = torch.einsum(
         "...ij,...hwj->...hwi", pose[..., :3, :3], camera_rays(intrinsics, grid)
     )
@@ -121,12 +128,11 @@ def packed_plucker(
     frames: int,
     local: tuple[int, int],
 ) -> Tensor:
-    """Raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch), for latent
-    frames local[0]..local[1].
+    """Return raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch).
 
-    c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of image_size -> fp32 [B, t, 6 *
-    temporal_stride, h, w]; channel 6k + i is coordinate i of the k-th raw frame. Raises ValueError
-    if F does not fit `frames`.
+    Covers latent frames local[0]..local[1]. c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of
+    image_size -> fp32 [B, t, 6 * temporal_stride, h, w]; channel 6k + i is coordinate i of the k-th
+    raw frame. Raises ValueError if F does not fit `frames`.
     """
     _, packed, origin, total = raw_frame_index(document_starts, frames, *local, temporal_stride)
     check_raw_frames(c2w, total, frames)
@@ -142,8 +148,7 @@ def packed_plucker(
 
 
 def check_raw_frames(c2w: Tensor, expected: int, frames: int) -> None:
-    """Raises ValueError unless c2w [B, F, 4, 4] holds the raw frames of a clip of `frames` latent
-    frames."""
+    """Raise ValueError unless c2w [B, F, 4, 4] fits a clip of `frames` latent frames."""
     if c2w.shape[1] != expected:
         raise ValueError(
             f"camera conditioning failed: got {c2w.shape[1]} raw-frame poses, expected {expected}"
@@ -152,11 +157,11 @@ def check_raw_frames(c2w: Tensor, expected: int, frames: int) -> None:
 
 
 def ray_frames(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """World-to-ray transforms D of UCPE (SANA-WM §3.3), [..., 4, 4] and [..., 4] (in grid units) ->
-    [..., h, w, 4, 4].
+    """Return the world-to-ray transforms D of UCPE (SANA-WM §3.3).
 
-    The ray frame has z along the viewing direction, x = norm(u x z) with u the camera's vertical
-    axis, y = z x x, and its origin at the camera centre.
+    Pose [..., 4, 4] and intrinsics [..., 4] (in grid units) -> [..., h, w, 4, 4]. The ray frame has
+    z along the viewing direction, x = norm(u x z) with u the camera's vertical axis, y = z x x, and
+    its origin at the camera centre.
     """
     rotation, centre = pose[..., :3, :3], pose[..., :3, 3]
     z = F.normalize(
@@ -179,12 +184,12 @@ UP_STEP = 0.1  # radians by which a ray is turned towards "up" to see where up l
 
 
 def up_latitude_map(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Absolute map of UCPE: image direction of world up (2) and latitude of the ray (1), [..., 4,
-    4] and [..., 4] -> [..., h, w, 3].
+    """Return UCPE's absolute map: image direction of world up (2) and latitude of the ray (1).
 
-    "Up" is -y of the world, that is of the first camera. The turn follows the public model to the
-    letter: the last term of its Rodrigues formula is not k (k . v), which would vanish, but k * k
-    times the sum of v; trained weights have seen that map.
+    Pose [..., 4, 4] and intrinsics [..., 4] -> [..., h, w, 3]. "Up" is -y of the world, that is of
+    the first camera. The rotation follows the public model exactly: the last term of its Rodrigues
+    formula is not k (k . v), which would vanish, but k * k times the sum of v; released weights
+    were trained with that map.
     """
     rotation = pose[..., :3, :3]
     v = F.normalize(

@@ -1,8 +1,7 @@
-"""Compile kernels for GPUs that are not here, and say what they would use: registers, spills,
-shared memory.
+"""Compile kernels for GPUs that are not present, and report registers, spills and shared memory.
 
-`python -m wm_train.kernels.ahead` prints the table; it must run without TRITON_INTERPRET. What it
-compiles is in `builds.py`.
+`python -m wm_train.kernels.ahead` prints the table; it must run without TRITON_INTERPRET.
+`builds.py` lists what it compiles.
 """
 
 from __future__ import annotations
@@ -25,8 +24,11 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may h
 
 @dataclass(frozen=True)
 class Usage:
-    """What the assembler says. spills in bytes stored and loaded per thread, shared in bytes per
-    program, tensor_cores: instructions."""
+    """Store what the assembler reports.
+
+    spills: bytes stored and loaded per thread; shared: bytes per program; tensor_cores: number of
+    tensor-core instructions.
+    """
 
     name: str
     architecture: int
@@ -37,8 +39,7 @@ class Usage:
 
 
 def compile_for(build: Build, architecture: int) -> Usage:
-    """Compile to PTX and machine code. Errors: whatever Triton or ptxas raise; nothing is
-    caught."""
+    """Compile to PTX and machine code. Raises whatever Triton or ptxas raise; nothing is caught."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -70,7 +71,7 @@ def compile_for(build: Build, architecture: int) -> Usage:
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes per thread, from ptxas -v."""
+    """Return registers and spilled bytes per thread, from ptxas -v."""
     from triton import knobs
 
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
@@ -95,6 +96,7 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 
 def table(usages: list[Usage]) -> str:
+    """Format the results as a Markdown table."""
     rows = [
         "| kernel | sm | registers | spilled bytes | shared bytes | tensor cores |",
         "|---|---|---|---|---|---|",
@@ -112,12 +114,12 @@ def all_builds() -> list[Build]:
 
 
 def compile_named(name: str, architecture: int) -> Usage:
-    """`compile_for` a build by its name, as builds do not travel between processes."""
+    """Compile a build given its name, as builds cannot be sent between processes."""
     return compile_for(next(build for build in all_builds() if build.name == name), architecture)
 
 
 def main(arguments: list[str]) -> int:
-    """python -m wm_train.kernels.ahead [architecture …] [--only kernel …]: a table; on all CPUs."""
+    """Print the table, using all CPUs: `[architecture …] [--only kernel …]`."""
     split = arguments.index("--only") if "--only" in arguments else len(arguments)
     architectures, names = (
         [int(x) for x in arguments[:split]] or list(ARCHITECTURES),

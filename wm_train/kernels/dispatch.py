@@ -1,5 +1,4 @@
-"""What models call. Each function checks its shapes, then runs the Triton kernel or the plain
-PyTorch of `reference.py`.
+"""Run the kernels that models call: check shapes, then run Triton or the PyTorch of `reference.py`.
 
 Shapes: B clips, t local latent frames, S tokens per frame, H heads of D channels. Tokens arrive as
 projections give them, [B, t, S, H·D], un-normalised. Rotary tables are [B or 1, t, S, 1, pairs].
@@ -31,12 +30,10 @@ if TYPE_CHECKING:
 def short_convolution(
     taps: Taps, weight: Tensor, heads: int, norm_eps: float = 1e-5, engine: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """The K short convolution, both ways, on frames with their halo: y_t = Σ over |d| < K of
-    w[K-1-|d|] x_{t+d}.
+    """Convolve keys over time, both ways: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}.
 
     taps: 2K-1 of [B, t, S, H·D], from `SequenceShard.halo`; weight [H·D, 1, K] -> y [B, t, S, H·D],
-    and 1 / RMS of its tokens [B·t·S] for the Gram that follows, where the kernel computed it on the
-    way.
+    and 1 / RMS of its tokens [B·t·S] for the Gram that follows, if the kernel computed it.
     """
     x, kernel = taps.extended, weight.shape[-1]
     if x.dim() != 4 or x.shape[-1] % heads:
@@ -69,12 +66,12 @@ def gdn_gram(
     engine: str = "auto",
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Streams of the main branch (SANA-WM eq. 3, 5): k̂ = scale · ReLU(RMSNorm(key)), rotated for
-    the numerator only.
+    """Compute A and U of the main branch (SANA-WM eq. 3, 5), with k̂ = scale · ReLU(RMSNorm(key)).
 
-    key (after its short convolution), value [B, t, S, H·D]; beta [B, t, S, H], 0 at padding; weight
-    [H·D] of the key norm; rstd: what `short_convolution` returned with the key. -> numerator's A, U
-    [B, t, H, D, D], normaliser's A [B, t, H, D, D] and U [B, t, H, 1, D].
+    k̂ is rotated for the numerator only. key (after its short convolution), value [B, t, S, H·D];
+    beta [B, t, S, H], 0 at padding; weight [H·D] of the key norm; rstd: what `short_convolution`
+    returned with the key. -> numerator's A, U [B, t, H, D, D], normaliser's A [B, t, H, D, D] and U
+    [B, t, H, 1, D].
     """
     d = _check_tokens("gdn_gram", key, beta.shape[-1], weight, cos, sin, 2)
     _same("gdn_gram", "value", value, key.shape)
@@ -97,7 +94,7 @@ def gdn_output(
     eps: float = 1e-8,
     engine: str = "auto",
 ) -> Tensor:
-    """O = S q̂_rotated / (z · q̂ + eps) per token.
+    """Compute O = S q̂_rotated / (z · q̂ + eps) per token.
 
     query [B, t, S, H·D]; state [B, t, H, D, D]; normaliser [B, t, H, 1, D]; weight [H·D] of the
     query norm -> [B, t, S, H, D].
@@ -125,10 +122,10 @@ def camera_gram(
     engine: str = "auto",
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stream of the camera branch (SANA-WM eq. 6): keys and values encoded by D^-1, held to their
-    RMS, beta discounted.
+    """Compute A and U of the camera branch (SANA-WM eq. 6).
 
-    As `gdn_gram`, with ray_to_world [B, t, S, 4, 4] and tables for half the channels -> A, U [B, t,
+    Keys and values are encoded by D^-1 and limited to their RMS, beta is discounted. Arguments as
+    in `gdn_gram`, with ray_to_world [B, t, S, 4, 4] and tables for half the channels -> A, U [B, t,
     H, D, D].
     """
     d = _check_tokens("camera_gram", key, beta.shape[-1], weight, cos, sin, 4)
@@ -154,9 +151,10 @@ def camera_output(
     norm_eps: float = 1e-5,
     engine: str = "auto",
 ) -> Tensor:
-    """S q̂ with queries encoded by Dᵀ, brought back to the world: query [B, t, S, H·D], state [B,
-    t, H, D, D], world_to_ray [B, t, S, 4, 4] -> [B, t, S, H, D], ready for the branch's output
-    projection.
+    """Compute S q̂ with queries encoded by Dᵀ, and transform it back to the world.
+
+    query [B, t, S, H·D], state [B, t, H, D, D], world_to_ray [B, t, S, 4, 4] -> [B, t, S, H, D],
+    ready for the branch's output projection.
     """
     d = _check_tokens("camera_output", query, state.shape[2], weight, cos, sin, 4)
     _same("camera_output", "state", state, (*query.shape[:2], state.shape[2], d, d))
@@ -172,11 +170,10 @@ def camera_output(
 def sequence_kernels(
     device: torch.device, engine: str = "auto", attention: str = "auto"
 ) -> Kernels:
-    """The local kernels of `parallel`'s verbs on this device, the same table on every call; for
-    `LocalSequence` and `GroupSequence`.
+    """Return the local kernels of `parallel`'s verbs on this device, the same table on every call.
 
-    engine: of the GDN states; attention: of the softmax blocks (`attention.py`). Keys
-    backend.kernels and backend.attention.
+    It is for `LocalSequence` and `GroupSequence`. engine: of the GDN states; attention: of the
+    softmax blocks (`attention/choose.py`). Keys backend.kernels and backend.attention.
     """
     if engine not in ENGINES:
         raise ValueError(
@@ -230,15 +227,17 @@ def engine_for(engine: str, kind: str, tensor: Tensor, head_dim: int) -> str:
 
 
 def _engine(engine: str, tokens: Tensor, head_dim: int) -> str:
-    """No tokens: nothing to launch, and the reference keeps the graph."""
+    """Return the engine for tokens; the reference if there are none, as it keeps the graph."""
     return "reference" if tokens.numel() == 0 else engine_for(engine, "tokens", tokens, head_dim)
 
 
 def _check_tokens(
     where: str, x: Tensor, heads: int, weight: Tensor, cos: Tensor, sin: Tensor, per_pair: int
 ) -> int:
-    """Head dim of tokens whose shapes agree. per_pair: channels of a head per rotary pair, 4 where
-    only half are rotated."""
+    """Check the shapes of tokens and tables, and return the head dim.
+
+    per_pair: channels of a head per rotary pair, 4 where only half are rotated.
+    """
     if x.dim() != 4 or x.shape[-1] % heads:
         raise ValueError(
             f"{where} failed: got tokens {tuple(x.shape)}, expected [B, t, S, H·D] with H = {heads}"

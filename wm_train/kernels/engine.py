@@ -1,8 +1,8 @@
-"""Which engine computes: Triton kernels where a device has them, plain PyTorch elsewhere, and a log
-line wherever that was not the plan.
+"""Choose the engine: Triton kernels where a device has them, plain PyTorch elsewhere.
 
-Engines are named per call, not per process, so that a test can hold both side by side and
-recomputation in a backward thread cannot pick another one than the forward pass did.
+Every unplanned choice is logged. Engines are named per call, not per process, so that a test can
+run both side by side, and so that recomputation in a backward thread cannot pick another one than
+the forward pass did.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ log = logging.getLogger("wm_train.kernels")
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1 before its first
-    import)."""
+    """Return True if Triton interprets its kernels (TRITON_INTERPRET=1 before its first import)."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -44,10 +43,9 @@ def resolve(
     dtype: torch.dtype,
     head_dim: int,
 ) -> str:
-    """`triton` or `reference`; the reason is logged once per distinct answer.
+    """Return `triton` or `reference`; the reason is logged once per distinct answer.
 
-    Errors: ValueError for an unknown engine, or for engine=triton where Triton cannot run. Source:
-    design §4, §8.
+    Raises ValueError for an unknown engine, or for engine=triton where Triton cannot run.
     """
     if engine not in ENGINES:
         raise ValueError(
@@ -60,9 +58,8 @@ def resolve(
         log.info("kernels: reference, as asked (%s)", where)
         return "reference"
     if obstacle is None:
-        if (
-            engine == "auto" and device_type == "cpu"
-        ):  # the interpreter is a test bench, hundreds of times slower than PyTorch
+        # the interpreter is a test bench, hundreds of times slower than PyTorch
+        if engine == "auto" and device_type == "cpu":
             log.info("kernels: reference (%s): the CPU's own engine", where)
             return "reference"
         log.info("kernels: triton (%s)", where)
@@ -88,7 +85,7 @@ def _obstacle(
     dtype: torch.dtype,
     head_dim: int,
 ) -> str | None:
-    """Why Triton cannot take these inputs; None if it can."""
+    """Return the reason why Triton cannot take these inputs; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed in {sys.prefix}"
     if dtype not in (torch.float32, torch.bfloat16):

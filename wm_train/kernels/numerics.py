@@ -1,18 +1,21 @@
-"""Which arithmetic the tensor cores do, inside Triton kernels (design §4: fp32 states, A in TF32,
-never a rounded M).
+"""Choose the arithmetic of tensor cores inside Triton kernels.
 
+States are fp32, A is TF32, and M is never rounded; `parallel/README.md` gives the measured errors.
 A kernel takes one `MODE`:
 
     ieee      fp32 products; no tensor cores on most devices. The interpreter's exact mode.
-    tf32x3    three TF32 products per fp32 product: fp32 accuracy on tensor cores. fp32 inputs on a device.
-    tf32      operands rounded to nearest TF32 (tensor cores alone truncate, which biases every product towards zero).
-    fp16      operands scaled to at most about one (`unit_rows`, `unit_matrix`) and rounded to fp16: TF32's ten mantissa bits at bf16's
-              cost in time and shared memory. What is 2^-24 of the largest entry is lost, as in any
-              fp32 sum with it.
+    tf32x3    three TF32 products per fp32 product: fp32 accuracy on tensor cores, for fp32
+              inputs on a device.
+    tf32      operands rounded to nearest TF32 (tensor cores alone truncate, which biases every
+              product towards zero).
+    fp16      operands scaled to at most about one (`unit_rows`, `unit_matrix`) and rounded to
+              fp16: TF32's ten mantissa bits at bf16's cost in time and shared memory. What is
+              2^-24 of the largest entry is lost, as in any fp32 sum with it.
     bf16      operands rounded to bf16, fp32 sums.
-    bf16_emulated, tf32_emulated   the same roundings done with integers and multiplied in fp32: Triton's interpreter keeps bf16 as
-              integers and computes with those, without an error. What the interpreter tests is then
-              what the device computes.
+    bf16_emulated, tf32_emulated
+              the same roundings done with integers and multiplied in fp32: Triton's interpreter
+              keeps bf16 as integers and computes with those, without an error. So the
+              interpreter tests what the device computes.
 """
 
 from __future__ import annotations
@@ -29,26 +32,29 @@ EMULATED = tl.constexpr(interpreted())
 
 
 def exact_mode() -> str:
-    """The mode of fp32 inputs."""
+    """Return the mode for fp32 inputs."""
     return "ieee" if interpreted() else "tf32x3"
 
 
 def state_mode() -> str:
-    """The mode of the state recurrences: states and sums fp32, the small A in TF32."""
+    """Return the mode of the state recurrences: states and sums fp32, the small A in TF32."""
     return "tf32_emulated" if interpreted() else "tf32"
 
 
 def token_mode(dtype: torch.dtype) -> str:
-    """The mode of products over tokens of this dtype. bf16 operands would add 1.7e-3 each to the
-    1.7e-3 of a bf16 result, and miss the 3e-3 that results are held to.
+    """Return the mode of products over tokens of this dtype.
+
+    bf16 operands would add 1.7e-3 each to the 1.7e-3 of a bf16 result, and exceed the tolerance of
+    3e-3.
     """
     return exact_mode() if dtype == torch.float32 else "fp16"
 
 
 def gram_mode(dtype: torch.dtype, tokens: int) -> str:
-    """The mode of the Gram's forward products over `tokens` per frame: a sum over many averages the
-    operands' rounding, and the result is fp32. Over a few tokens a diagonal of A would keep the
-    error of its operand twice, 3.4e-3 in bf16.
+    """Return the mode of the Gram's forward products over `tokens` per frame.
+
+    A sum over many tokens averages the operands' rounding, and the result is fp32. Over a few
+    tokens a diagonal of A would keep the error of its operand twice, 3.4e-3 in bf16.
     """
     if dtype == torch.float32:
         return exact_mode()
@@ -59,14 +65,14 @@ def gram_mode(dtype: torch.dtype, tokens: int) -> str:
 
 @triton.jit
 def round_tf32(x):
-    """fp32 to the nearest number with TF32's ten mantissa bits, ties away from zero."""
+    """Round fp32 to the nearest number with TF32's ten mantissa bits, ties away from zero."""
     bits = x.to(tl.uint32, bitcast=True) + 0x1000
     return (bits & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def round_bf16(x):
-    """fp32 to the nearest bf16 as fp32, ties to even, in integers."""
+    """Round fp32 to the nearest bf16, ties to even, in integers; the result is fp32."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = bits + 0x7FFF + ((bits >> 16) & 1)
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -74,7 +80,7 @@ def round_bf16(x):
 
 @triton.jit
 def product(a, b, total, MODE: tl.constexpr):
-    """total + a @ b for fp32 tiles a [m, k], b [k, n]; both are rounded as MODE says."""
+    """Return total + a @ b for fp32 tiles a [m, k], b [k, n], both rounded according to MODE."""
     if MODE == "ieee":
         return tl.dot(a, b, total, input_precision="ieee")
     elif MODE == "tf32x3":
@@ -94,26 +100,28 @@ def product(a, b, total, MODE: tl.constexpr):
 
 @triton.jit
 def unit_rows(x):
-    """Rows of x [m, n] scaled to a largest magnitude of one, and what they were scaled by [m]: x =
-    unit · peak."""
+    """Scale rows of x [m, n] to a largest magnitude of one; return them and the scales [m].
+
+    x = unit · peak.
+    """
     peak = tl.max(tl.abs(x), axis=1)
     return x * tl.where(peak > 0.0, 1.0 / tl.maximum(peak, TINY), 0.0)[:, None], peak
 
 
 @triton.jit
 def unit_matrix(x):
-    """The same with one scale for the whole tile."""
+    """Scale a tile to a largest magnitude of one; return it and its one scale."""
     peak = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
     return x * tl.where(peak > 0.0, 1.0 / tl.maximum(peak, TINY), 0.0), peak
 
 
 @triton.jit
 def common_scale(peaks, total, largest):
-    """Bring the next tokens' scales `peaks` [m] and a running sum, in units of `largest`, to one
-    unit, the larger of both.
+    """Convert the next tokens' scales `peaks` [m] and a running sum to one unit.
 
-    -> the tokens' weights in that unit [m], the sum in that unit, the unit. A sum over rows cannot
-    be rescaled per row afterwards.
+    It is the larger of both; the sum is in units of `largest`. Returns the tokens' weights in the
+    common unit [m], the sum in it, and the unit. A sum over rows cannot be rescaled per row
+    afterwards.
     """
     unit = tl.maximum(largest, tl.max(peaks, axis=0))
     inverse = tl.where(unit > 0.0, 1.0 / tl.maximum(unit, TINY), 0.0)
@@ -122,7 +130,7 @@ def common_scale(peaks, total, largest):
 
 @triton.jit
 def as_stored(x, pointer):
-    """fp32 as it will read back once it is stored there."""
+    """Return the fp32 value that will be read back after a store."""
     if pointer.dtype.element_ty == tl.bfloat16:
         return round_bf16(x)
     return x
@@ -130,8 +138,7 @@ def as_stored(x, pointer):
 
 @triton.jit
 def rounded(x, pointer):
-    """x on its way to memory: the interpreter's store truncates to bf16 where a device rounds to
-    nearest."""
+    """Round x for a store: the interpreter truncates to bf16 where a device rounds to nearest."""
     if EMULATED and pointer.dtype.element_ty == tl.bfloat16:
         return round_bf16(x)
     return x

@@ -1,8 +1,7 @@
-"""A kernel is tried on the device it is to run on, once, before it is trusted: small tensors,
-forward and backward, against the reference.
+"""Test a kernel once on the device it is to run on, before it is used.
 
-Compilers and drivers differ between machines more than our tests can cover; a wrong answer there
-must end in a log line, not in a model.
+Small tensors, forward and backward, against the reference. Compilers and drivers differ between
+machines more than our tests can cover; a wrong result there must end in a log line, not in a model.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from parallel.reference import Cuts, Stream
 from wm_train.kernels.engine import log
 from wm_train.kernels.gdn import reference
 
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 2e-2,
-}  # RMS ratio to the reference in fp32; states go through TF32
+# RMS ratio to the reference in fp32; states go through TF32
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 FRAMES, TOKENS, HEADS = 1, 20, 2
 IN_TOKENS = frozenset({"extended", "key", "value", "query"})
 NORM_EPS, EPS = 1e-5, 1e-8
@@ -38,7 +35,7 @@ class TokenCase(NamedTuple):
 
 @lru_cache(maxsize=32)
 def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether kernels of this kind come out right here; if not, the log says what went wrong."""
+    """Return True if kernels of this kind give the right result here; otherwise log the reason."""
     reason = defect(kind, device, dtype, head_dim)
     if reason is not None:
         log.error(
@@ -53,8 +50,7 @@ def trusted(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def defect(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What is wrong with kernels of a kind (`tokens` or `states`) on this device; None if nothing
-    is."""
+    """Return what is wrong with kernels of a kind (`tokens` or `states`) on this device, if any."""
     try:
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
             ratios = (
@@ -169,8 +165,10 @@ def _kernels() -> dict[str, Callable[..., Any]]:
 
 
 def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float]:
-    """RMS ratio of every output and gradient of the token functions to the reference in fp32, on
-    the same device."""
+    """Return the RMS ratio of every output and gradient of the token functions to the reference.
+
+    The reference runs in fp32 on the same device.
+    """
     ratios: dict[str, float] = {}
     kernels = _kernels()
     for name, case in token_cases(d).items():

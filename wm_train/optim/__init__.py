@@ -1,1 +1,1 @@
-"""Optimizers by name, learning-rate schedules and the average of weights."""
+"""Provide optimizers by name, learning-rate schedules and the average of weights."""

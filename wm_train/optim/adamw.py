@@ -1,5 +1,7 @@
-"""AdamW with its state made at once, so that a checkpoint always has every name and memory is known
-before the first step."""
+"""Provide AdamW with its state created at construction.
+
+So a checkpoint always has every name, and memory is known before the first step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from wm_train.optim.config import AdamWConfig
 
 
 class Optimizer(Protocol):
-    """What the trainer needs of an optimizer. `state` maps each parameter to its named slots."""
+    """Describe the part of an optimizer that the trainer uses.
+
+    `state` maps each parameter to its named slots.
+    """
 
     param_groups: list[dict[str, Any]]
 
@@ -26,8 +31,11 @@ class Optimizer(Protocol):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW on what this process holds of each tensor. No element needs another, and
-    sending every operation through DTensor costs more than the update itself."""
+    """Run torch's AdamW on the local shard of each tensor.
+
+    The update is element-wise, and sending every operation through DTensor costs more than the
+    update itself.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -58,7 +66,10 @@ class AdamW(torch.optim.AdamW):
 def adamw_groups(
     parameters: Sequence[Tensor], config: AdamWConfig, dims: Callable[[Tensor], int] = Tensor.dim
 ) -> list[dict[str, Any]]:
-    """Only weights with two or more dimensions decay; norms, biases and gates do not."""
+    """Return parameter groups: weights with two or more dimensions decay, all others do not.
+
+    The others are norms, biases and gates.
+    """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if dims(p) >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if dims(p) < 2], "weight_decay": 0.0},
@@ -67,7 +78,7 @@ def adamw_groups(
 
 
 def start_adamw_state(optimizer: torch.optim.Optimizer) -> None:
-    """The state that AdamW would make at its first step."""
+    """Create the state that AdamW would create at its first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -86,14 +97,13 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> Optimizer:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Give every group the learning rate of this step, times the group's own scale."""
+    """Set every group's learning rate to that of this step, times the group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by parameter name: {"<parameter>/<slot>": tensor}, the very tensors the
-    optimizer updates."""
+    """Return the optimizer's own state tensors as {"<parameter>/<slot>": tensor}."""
     strangers = [
         n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state
     ]

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, sharded exactly as they are."""
+"""Average the weights exponentially, sharded exactly as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wm_train.boxes import local_tensor
 
 
 def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of every trainable weight (what this process holds of it) by name."""
+    """Return a copy of the local shard of every trainable weight, by name."""
     return {name: weights[name].clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -20,10 +20,12 @@ def ema_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, t
 def ema_update(
     ema: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], decay: float, step: int
 ) -> None:
-    """ema <- d * ema + (1 - d) * weight with d = min(decay, (1 + step) / (10 + step)): the early
-    average forgets the random start."""
+    """Update ema <- d * ema + (1 - d) * weight with d = min(decay, (1 + step) / (10 + step)).
+
+    The smaller d of early steps lets the average forget the random start.
+    """
     decay = min(decay, (1 + step) / (10 + step))
-    # element by element, so on what this process holds: DTensor would cost more than the update
+    # element-wise, so on local shards: DTensor would cost more than the update
     torch._foreach_lerp_(
         [local_tensor(average) for average in ema.values()],
         [local_tensor(weights[name]) for name in ema],
@@ -37,8 +39,10 @@ def ema_weights(
     weights: dict[str, torch.Tensor],
     publish: Callable[[], None] | None = None,
 ) -> Iterator[None]:
-    """The weights hold the average inside this context and get their own values back after, also
-    after an error. publish: called after each change."""
+    """Replace the weights by their average inside this context, and restore them after it.
+
+    They are restored after an error as well. publish: called after each change.
+    """
     own = {name: weights[name].clone() for name in ema}
 
     def become(values: dict[str, torch.Tensor]) -> None:

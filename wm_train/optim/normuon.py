@@ -1,11 +1,10 @@
-"""NorMuon for weight matrices (Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3), AdamW for
-everything else.
+"""Provide NorMuon for weight matrices, with AdamW for everything else.
 
-The momentum of a matrix is orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by
-the running mean of its squares, and the whole is brought to the root mean square 0.2 of an AdamW
-update, so that learning rates carry over. This needs the whole matrix: a sharded one is gathered,
-every process computes the same update and applies its own rows, so the result does not depend on
-sharding.
+Source: Li et al. 2025, arXiv 2510.05491; Waypoint-1.5 §3.3. The momentum of a matrix is
+orthogonalised by Newton-Schulz iterations (Muon), each row is scaled by the running mean of its
+squares, and the whole is scaled to the root mean square 0.2 of an AdamW update, so that learning
+rates carry over. This needs the whole matrix: a sharded one is gathered, every process computes the
+same update and applies its own rows, so the result does not depend on sharding.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ UPDATE_RMS = 0.2
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """[R, C] -> the nearest matrix with singular values about 1, fp32. Computes in bf16 where that
-    is fast, in fp32 on a CPU."""
+    """Return the nearest matrix to [R, C] with singular values of about 1, fp32.
+
+    It computes in bf16 on accelerators and in fp32 on a CPU.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -45,8 +46,11 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class NorMuon(torch.optim.Optimizer):
-    """State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every
-    process."""
+    """Update matrices with NorMuon.
+
+    State per matrix: `momentum` (sharded as the weight) and `row_square` [R], the same on every
+    process.
+    """
 
     def __init__(
         self,
@@ -95,8 +99,7 @@ class NorMuon(torch.optim.Optimizer):
 
 
 class Joint:
-    """Several optimizers that step together, with the part of the torch.optim.Optimizer interface
-    that the trainer uses."""
+    """Step several optimizers together, through the part of torch's interface that we use."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers

@@ -1,12 +1,12 @@
-"""The step guard: no update is made from a loss or a gradient that cannot be right (design §9).
+"""Refuse optimizer steps from a loss or gradient that cannot be right.
 
 All processes judge the same gathered figures before clipping, so all of them stop or skip together,
-with the parameters untouched. One NaN that got past would poison every gradient in clipping and
-both moments of the optimizer after it.
+with the parameters untouched. A single NaN would otherwise poison every gradient in clipping and
+then both moments of the optimizer.
 
-Skipping has a budget. When it is spent the trouble began before the first bad step, so the run goes
-back to the checkpoint before that step and leaves out all batches from there to the last bad one
-(PaLM, §5.1): skipping the bad ones again would end where it began.
+Skipping has a budget. When it is used up, the problem began before the first bad step, so the run
+goes back to the checkpoint before that step and leaves out all batches from there to the last bad
+one (PaLM, §5.1): skipping only the bad ones again would fail in the same way.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from typing import Any
 
 from wm_train.config.schema import TrainerConfig
 
-WINDOW = 32  # accepted losses that a spike is measured against
+WINDOW = 32  # accepted losses that define a spike
 
 
 class BadStepError(FloatingPointError):
-    """A step that must not be taken."""
+    """Report a step that must not be taken."""
 
 
 class RewindError(Exception):
-    """Too many bad steps: go back before `first` and leave out every batch up to `last`. `earlier`:
-    what rewinds have left out."""
+    """Ask to go back before step `first` and leave out every batch up to `last`.
+
+    Raised after too many bad steps. earlier: ranges left out by earlier rewinds.
+    """
 
     def __init__(self, first: int, last: int, text: str, earlier: list[tuple[int, int]]) -> None:
         super().__init__(text)
@@ -36,8 +38,10 @@ class RewindError(Exception):
 
 
 class Guard:
-    """Judges steps. Its `memory` is part of the checkpoint, so a continued run judges as the
-    undisturbed one."""
+    """Judge steps by the recent losses.
+
+    `memory` is part of the checkpoint, so a resumed run decides as an undisturbed one.
+    """
 
     def __init__(self, config: TrainerConfig, memory: Mapping[str, Any] | None = None) -> None:
         memory = memory or {}
@@ -49,8 +53,10 @@ class Guard:
         ]
 
     def memory(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the last losses, the steps skipped, and the ranges of steps left
-        out after a rewind."""
+        """Return the part of the state that a checkpoint stores.
+
+        That is the last losses, the steps skipped, and the ranges of steps left out after a rewind.
+        """
         return {
             "recent": list(self.recent),
             "skipped": list(self.skipped),
@@ -58,16 +64,15 @@ class Guard:
         }
 
     def leaves_out(self, step: int) -> bool:
-        """Whether the batch of this step is not to be learned from: asked for, or part of what a
-        rewind left behind."""
+        """Return True if this step's batch is left out: in `trainer.skip_steps`, or by a rewind."""
         return step in self.config.skip_steps or any(
             first <= step <= last for first, last in self.rewound
         )
 
     def accepts(self, step: int, loss: float, by_rank: Sequence[tuple[float, float]]) -> bool:
-        """Whether to take step `step` (from 1): True, or False under the policy `skip`.
+        """Return True to take step `step` (from 1), or False under the policy `skip`.
 
-        by_rank: (loss, squared gradient norm) of every process. Errors: BadStepError under the
+        by_rank: (loss, squared gradient norm) of every process. Raises BadStepError under the
         policy `stop`, and when `bad_step_budget` skips and `rewinds` are used up; RewindError when
         only the skips are.
         """

@@ -1,5 +1,4 @@
-"""Being asked to leave: SIGTERM or SIGUSR1 ends a run after the step in hand, with its state
-saved."""
+"""Handle preemption: SIGTERM or SIGUSR1 ends a run after the current step, with its state saved."""
 
 from __future__ import annotations
 
@@ -8,12 +7,14 @@ from types import FrameType
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved its state."""
+    """Report that the run was asked to stop and has saved its state."""
 
 
 class StopRequest:
-    """A flag that the signal handler of one process raises; all processes see it in the next step's
-    gathered figures."""
+    """Store a flag, raised by the signal handler of one process.
+
+    All processes see it in the next step's gathered figures.
+    """
 
     def __init__(self) -> None:
         self.raised = False

@@ -1,9 +1,8 @@
-"""Silent data corruption: processes that must hold the same bits are compared, and whoever differs
-is named (design §9).
+"""Detect silent data corruption by comparing tensors that must be equal on several processes.
 
-With dp_replicate > 1 every shard of weights, moments and average lies on several devices, and the
-same arithmetic in the same order keeps them equal to the bit. A checksum of each, a few bytes, is
-gathered; a flipped bit changes it. Where nothing is replicated (plain FSDP) there is nothing to
+With dp_replicate > 1 every shard of weights, moments and average is stored on several devices, and
+the same arithmetic in the same order keeps them equal to the bit. A checksum of each, a few bytes,
+is gathered; a flipped bit changes it. Where nothing is replicated (plain FSDP) there is nothing to
 compare.
 """
 
@@ -21,22 +20,24 @@ from wm_train.world import World
 
 
 class CorruptionError(Exception):
-    """Copies of one tensor differ between processes."""
+    """Report that copies of one tensor differ between processes."""
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """A number that any one flipped bit changes: the sum of all words, made on the device that
-    holds them."""
+    """Return a number that any one flipped bit changes: the sum of all words.
+
+    It is computed on the tensor's device.
+    """
     flat = tensor.detach().contiguous().reshape(tensor.numel()).view(torch.uint8)
     words = flat[: flat.numel() // 4 * 4].view(torch.int32)
     return int(words.sum(dtype=torch.int64)) + int(flat[words.numel() * 4 :].sum(dtype=torch.int64))
 
 
 def check_replicas(step: int, tensors: Mapping[str, torch.Tensor], world: World) -> None:
-    """Compare the copies that processes hold of the same boxes.
+    """Compare the copies of the same boxes on different processes.
 
-    Errors: CorruptionError on all processes, with the rank that is alone against a majority, or all
-    that differ, and the tensors.
+    Raises CorruptionError on all processes, with the rank that differs from a majority, or all that
+    differ, and the tensors.
     """
     sums = {
         name: checksum(local)
@@ -44,10 +45,8 @@ def check_replicas(step: int, tensors: Mapping[str, torch.Tensor], world: World)
         if (local := local_tensor(tensor)).numel()
     }
     mine = []
-    for sharded in (
-        False,
-        True,
-    ):  # what every process holds whole, and its shards: those who hold the same boxes are replicas
+    # whole tensors, then shards: processes with the same boxes are replicas
+    for sharded in (False, True):
         names = [name for name in sums if isinstance(tensors[name], DTensor) == sharded]
         mine += [
             _crc([(name, local_box(tensors[name])) for name in names]),

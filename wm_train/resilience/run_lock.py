@@ -1,11 +1,11 @@
-"""One run per folder: `owner.json` in a stage's folder says which process writes there, and is
-rewritten every second while it lives.
+"""Lock a stage's folder, so that only one run writes to it.
 
-A second run is refused and told whose folder it is. A dead owner is succeeded: at once when its
-process is gone from this machine, or when it has been silent for STALE_S as seen from another. So a
-restart by a launcher never waits on one machine. Nothing but exclusive creation and rename is asked
-of the file system, and no clocks are compared. An owner that was thought dead and wakes up ends
-itself.
+`owner.json` in the folder names the process that holds the lock, which rewrites it every second. A
+second run is refused, with the holder's name. A stale lock is taken over: at once when its process
+has ended on this machine, or when a lock of another machine has not been rewritten for STALE_S. So
+a restart by a launcher never waits on one machine. Only exclusive creation and rename are needed
+from the file system, and no clocks are compared. A process whose lock was taken over ends itself
+when it runs again.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ NAME = "owner.json"
 BEAT_S = 1.0
 STALE_S = 10.0
 LENGTH = 512  # bytes of the file, padded: rewritten in one piece
-LOST = 2  # exit code of an owner that lost its folder: a restart would only meet the new one
+LOST = 2  # exit code of a process that lost its lock: a restart could not get it back
 
 
 class OwnedError(ValueError):
-    """The folder belongs to a run that lives."""
+    """Report that a running process holds the folder's lock."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes in a folder. `machine` tells whether `pid` means anything here; `born` tells a
-    process from a later one of that number."""
+    """Identify the process that holds a lock.
+
+    `machine` tells if `pid` is a process of this machine; `born` distinguishes a process from a
+    later one with the same pid.
+    """
 
     token: str
     host: str
@@ -52,6 +55,7 @@ class Owner:
 
 
 def this_process() -> Owner:
+    """Return the lock entry of this process."""
     token = secrets.token_hex(8)
     try:
         machine = (
@@ -60,13 +64,13 @@ def this_process() -> Owner:
             + os.readlink("/proc/self/ns/pid")
         )
         born = born_at(os.getpid())
-    except OSError:  # no such facts here: only the beat will tell
+    except OSError:  # no /proc: only a lock that is no longer rewritten shows the end
         machine, born = token, ""
     return Owner(token, socket.gethostname(), os.getpid(), machine, born)
 
 
 def born_at(pid: int) -> str:
-    """When a process started, in ticks since boot; empty for one that is gone or a zombie."""
+    """Return the start of a process in ticks since boot; empty if it has ended or is a zombie."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -75,8 +79,10 @@ def born_at(pid: int) -> str:
 
 
 def read_owner(folder: Path) -> Owner | None:
-    """What `owner.json` says; None: there is none. A file without a whole sentence is an owner of
-    no machine."""
+    """Return the lock's holder, None without a lock file.
+
+    A partial lock file counts as held by an unknown host.
+    """
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:
@@ -88,7 +94,7 @@ def read_owner(folder: Path) -> Owner | None:
 
 
 def lives(folder: Path, owner: Owner, me: Owner) -> bool:
-    """Whether the owner of `folder` is alive; takes up to STALE_S when it is on another machine."""
+    """Return True if the holder of `folder` is running; takes up to STALE_S for another machine."""
     if owner.machine == me.machine:
         return bool(owner.born) and born_at(owner.pid) == owner.born
     until = time.monotonic() + STALE_S
@@ -103,7 +109,7 @@ def lives(folder: Path, owner: Owner, me: Owner) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Errors: OwnedError when a run that lives owns `folder`. Changes nothing."""
+    """Raise OwnedError when a running process holds `folder`; change nothing."""
     owner = read_owner(folder)
     if owner is not None and lives(folder, owner, this_process()):
         raise _refusal(folder, owner)
@@ -119,9 +125,9 @@ def _refusal(folder: Path, owner: Owner) -> OwnedError:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[Owner]:
-    """Own `folder` while inside.
+    """Hold the lock of `folder` while inside.
 
-    Errors: OwnedError when somebody else who lives does, or takes it at the same moment.
+    Raises OwnedError when another running process holds it, or takes it at the same moment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     me = this_process()
@@ -147,16 +153,15 @@ def _text(owner: Owner) -> bytes:
 
 
 def _take(folder: Path, me: Owner) -> int:
-    """Become the owner; returns the open file, which stays ours whatever others put in its
-    place."""
+    """Take the lock and return its open file, which stays ours if others replace it on disk."""
     path = folder / NAME
     with contextlib.suppress(FileExistsError):
         return _create(path, _text(me))
     before = read_owner(folder)
     if before is not None and lives(folder, before, me):
         raise _refusal(folder, before)
-    # Two successors of one dead owner: whoever makes its claim first replaces it, if it is still
-    # the same one then.
+    # Two processes may try to take over one stale lock: the first to create the claim file wins, if
+    # the lock is still the same by then.
     token = before.token if before else "gone"
     claim, draft = folder / f"{NAME}.claim-{token}", folder / f"{NAME}.tmp-{me.token}"
     try:
@@ -197,13 +202,18 @@ def _beat(folder: Path, me: Owner, file: int, ended: threading.Event) -> None:
                 )
                 os._exit(LOST)
             os.pwrite(file, _text(replace(me, beat=beat)), 0)
-        except OSError:  # a file system that stutters; silence is what others will see
+        except (
+            OSError
+        ):  # a file system that fails for a while; others see a lock that is not rewritten
             continue
 
 
 @contextlib.contextmanager
 def only_run(folder: Path, world: World) -> Iterator[None]:
-    """Rank 0 owns `folder` for all processes while inside. Errors: OwnedError on all of them."""
+    """Hold the lock of `folder` on rank 0 for all processes while inside.
+
+    Raises OwnedError on all of them.
+    """
     with contextlib.ExitStack() as held:
         problem = None
         if world.rank == 0:

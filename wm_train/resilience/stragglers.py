@@ -1,8 +1,7 @@
-"""Which process makes the others wait: the one whose own work takes longer, waiting taken out
-(design §9).
+"""Find the process whose own work takes longest, not counting the time it waits for others.
 
-Every process sends the times of its step before with the figures that are gathered anyway, so this
-costs no collective of its own and all processes come to the same answer.
+Every process sends the times of its last step with the figures that are gathered anyway, so this
+needs no collective of its own and all processes reach the same result.
 """
 
 from __future__ import annotations
@@ -10,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-# steps that are summed before anybody is named: one pause of the operating system makes nobody slow
+# steps summed before a rank is reported, so that one pause of the system does not count
 WINDOW = 4
 SECTIONS = ("data", "train")
 
 
 class Stragglers:
-    """Compares processes over windows of steps. `factor`: how many times the others' median is
-    slow; 0 = nobody is."""
+    """Compare processes over windows of steps.
+
+    factor: a process is slow at this multiple of the others' median; 0 turns it off.
+    """
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -26,8 +27,10 @@ class Stragglers:
         self._named: tuple[int, str] | None = None
 
     def seen(self, step: int, by_rank: Sequence[Sequence[float]]) -> str | None:
-        """by_rank: seconds of (data wait, own work) of step - 1 of every process -> a sentence when
-        one has become slow, or is no more."""
+        """Return a message when a process has become slow, or is no longer slow.
+
+        by_rank: seconds of (data wait, own work) in step - 1 of every process.
+        """
         self._count += 1
         if not self.factor or len(by_rank) < 2 or self._count <= 1:
             return None

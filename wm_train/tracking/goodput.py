@@ -1,9 +1,9 @@
-"""Goodput: the share of a stage's life that went into steps that count, from its first start on,
-over all restarts.
+"""Compute goodput: the share of wall time since a stage's first start that went into useful steps.
 
-`life.json` in the stage's folder is written at every start and end. Steps that were done again
-count once, skipped ones not at all; what is left is starting, saving, validating, doing again, and
-being down. The pause between the end of a stage and an extension of it is no loss.
+All restarts are included. `life.json` in the stage's folder is written at every start and end.
+Repeated steps count once, skipped ones not at all; the rest is starting, saving, validating,
+repeating steps, and downtime. The pause between the end of a stage and an extension of it is not
+counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "life.json"
 
 @dataclass(frozen=True)
 class Life:
-    """What is known of a stage's life. Times are Unix seconds."""
+    """Store the record of a stage's starts and ends. Times are Unix seconds."""
 
     started: float
     starts: int = 0
@@ -51,25 +51,27 @@ class Life:
 
 
 def productive(row: Mapping[str, Any]) -> float:
-    """Seconds of a step's record that count."""
+    """Return the useful seconds of a step's record."""
     return 0.0 if row.get("skipped") else float(row.get("step_s", 0.0))
 
 
 def read_life(folder: Path) -> Life | None:
+    """Read `life.json` of a stage's folder; None if it is missing or damaged."""
     try:
         return Life(**json.loads((folder / NAME).read_text()))
-    except (OSError, ValueError, TypeError):  # a note for people: a damaged one starts afresh
+    except (OSError, ValueError, TypeError):  # only informative: a damaged file is started afresh
         return None
 
 
 def write_life(folder: Path, life: Life) -> None:
+    """Write `life.json` of a stage's folder in one step."""
     draft = folder / f"{NAME}.tmp-{os.getpid()}"
     draft.write_text(json.dumps(asdict(life)) + "\n")
     draft.replace(folder / NAME)
 
 
 def begin_life(folder: Path, redone_steps: int) -> Life:
-    """One more start, since this process was made."""
+    """Record one more start, dated from the start of this process."""
     now = process_started()
     before = read_life(folder) or Life(now)
     pause = now - before.ended if before.status == "FINISHED" else 0.0
@@ -85,5 +87,5 @@ def begin_life(folder: Path, redone_steps: int) -> Life:
 
 
 def process_started() -> float:
-    """When this process was started, in Unix seconds."""
+    """Return the start of this process in Unix seconds."""
     return time.time() - process_age()

@@ -1,9 +1,8 @@
-"""What MLflow is told of a stage: the JSONL record, from where the store has it. A store that was
-down misses nothing in the end.
+"""Send a stage's JSONL record to MLflow, continuing from what the store already has.
 
-`mlflow.json` in the stage's folder says which run of which store this is and how much of the record
-it has. Sending is reading on from there, so a dead server, a killed trainer and `replay` are one
-case. Re-done steps are sent again: what counts is what was done last.
+So a store that was down is complete in the end. `mlflow.json` in the stage's folder notes the
+store, the run and the last step sent. Sending always continues from there, so a dead server, a
+killed trainer and `replay` are one case. Repeated steps are sent again: the last result counts.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from wm_train.tracking.goodput import read_life
 
 NOTE = "mlflow.json"
 METRICS, ARTIFACTS = "metrics.jsonl", "artifacts.jsonl"
-EVERY_S = 2.0  # how long figures wait for company before they are sent
+EVERY_S = 2.0  # time between sendings, so that many steps share one call
 RETRY_S, RETRY_LIMIT_S = 5.0, 60.0  # between attempts at a store that does not answer; doubles
 MOST = 1000  # metrics in one call: MLflow's limit
 NOT_METRICS = ("step", "time")
-PARENT_METRICS = ("loss", "validation_loss")  # of a pool, that the run of all pools has too
+PARENT_METRICS = ("loss", "validation_loss")  # of a pool, also recorded in the run of all pools
 
 
 @dataclass(frozen=True)
 class Sent:
-    """How much of a record a store has."""
+    """Store how much of a record a store has received."""
 
     uri: str
     run_id: str
@@ -69,7 +68,7 @@ class Subject:
 
 
 class MlflowRecord:
-    """The MLflow side of one stage's folder. Not for two threads at once."""
+    """Send one stage's folder to MLflow. Not thread-safe."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject, self.folder, self.uri = subject, folder, subject.uri
@@ -81,19 +80,19 @@ class MlflowRecord:
 
     @property
     def run_id(self) -> str:
-        """The run's name in the store, once it has been reached."""
+        """Return the run's id in the store, once it has been reached."""
         assert self._sent is not None
         return self._sent.run_id
 
     def rewind(self, step: int) -> None:
-        """The record after `step` is written again; from any thread."""
+        """Send the record after `step` again; may be called from any thread."""
         self._back_to = step
 
     def catch_up(self, status: str | None = None) -> int:
-        """Send what the store does not have, then the run's end if `status` says one; returns how
-        many steps were sent.
+        """Send what the store lacks; return the number of steps sent.
 
-        Errors: whatever the store's client raises. What was sent until then is remembered.
+        The run's end is sent if `status` gives one. Raises whatever the store's client raises; what
+        was sent until then is remembered.
         """
         if self._client is None:
             self._open()
@@ -118,11 +117,11 @@ class MlflowRecord:
         return steps
 
     def forget(self) -> None:
-        """Drop the connection: the next `catch_up` makes a new one."""
+        """Drop the connection; the next `catch_up` makes a new one."""
         self._client = None
 
     def missing(self) -> int:
-        """Steps of the record that the store does not have."""
+        """Return the number of recorded steps that the store does not have."""
         have = self._sent.step if self._sent else (note.step if (note := self._read_note()) else 0)
         return sum(
             json.loads(line)["step"] > have for line in _whole_lines(self.folder / METRICS, 0)[0]
@@ -135,7 +134,10 @@ class MlflowRecord:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         from mlflow import MlflowClient
 
-        for chatter in ("mlflow.store.db.utils", "alembic"):  # they report the tables they create
+        for chatter in (
+            "mlflow.store.db.utils",
+            "alembic",
+        ):  # they log every table that they create
             logging.getLogger(chatter).setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=self.uri)
         self._sent, self._offset = self._read_note() or self._create(client), 0
@@ -196,9 +198,8 @@ class MlflowRecord:
                     for m in metrics
                     if m.key in PARENT_METRICS
                 ]
-                self._client.log_batch(
-                    parent, metrics=losses
-                )  # at most two of each of a hundred rows
+                # at most two of each of a hundred rows
+                self._client.log_batch(parent, metrics=losses)
             if rows:
                 self._keep(replace(self._sent, step=rows[-1]["step"]))
             self._offset, steps = end, steps + len(rows)
@@ -209,7 +210,7 @@ class MlflowRecord:
         assert self._sent is not None
         for line in _whole_lines(self.folder / ARTIFACTS, 0)[0][self._sent.artifacts :]:
             path = self.folder / json.loads(line)["path"]
-            if path.is_file():  # samples of a run that was done again may be gone
+            if path.is_file():  # samples of repeated steps may have been removed
                 self._client.log_artifact(self._sent.run_id, str(path))
             self._keep(replace(self._sent, artifacts=self._sent.artifacts + 1))
 
@@ -228,8 +229,10 @@ class MlflowRecord:
 
 
 class Forwarder:
-    """A thread that catches up every EVERY_S and tries again after a failure. Nobody waits for it
-    but `close`."""
+    """Call `catch_up` every EVERY_S in a thread, and again after a failure.
+
+    Only `close` waits for it.
+    """
 
     def __init__(self, record: MlflowRecord, report: Callable[[str], None]) -> None:
         self.record, self.report = record, report
@@ -239,7 +242,7 @@ class Forwarder:
         self._thread.start()
 
     def close(self, status: str, timeout_s: float) -> None:
-        """Send the rest and the end, or say how much is missing after `timeout_s`."""
+        """Send the rest and the end, or report the number of missing steps after `timeout_s`."""
         self._status = status
         self._ended.set()
         self._thread.join(timeout_s)
@@ -247,8 +250,11 @@ class Forwarder:
             self._say_missing("did not answer in time")
 
     def _say_missing(self, why: str) -> None:
-        self.report(f"MLflow at {self.record.shown_uri} {why}: {self.record.missing()} steps are in {self.record.folder / METRICS} only. "
-                    f"Fix: python -m wm_train.tracking replay {self.record.folder}")  # fmt: skip
+        self.report(
+            f"MLflow at {self.record.shown_uri} {why}: {self.record.missing()} steps are in"
+            f" {self.record.folder / METRICS} only."
+            f" Fix: python -m wm_train.tracking replay {self.record.folder}"
+        )
 
     def _run(self) -> None:
         pause, failed = EVERY_S, ""
@@ -266,8 +272,11 @@ class Forwarder:
                 self.record.forget()
                 pause = min(2 * pause, RETRY_LIMIT_S) if failed else RETRY_S
                 if not failed and not ended:
-                    self.report(f"MLflow at {self.record.shown_uri} failed, the run goes on without it ({_first_line(error)}). "
-                                f"Every figure is in {self.record.folder / METRICS} and is sent when the store answers")  # fmt: skip
+                    self.report(
+                        f"MLflow at {self.record.shown_uri} failed, the run goes on without it"
+                        f" ({_first_line(error)}). Every figure is in"
+                        f" {self.record.folder / METRICS} and is sent when the store answers"
+                    )
                 failed = _first_line(error)
             if ended:
                 if failed:
@@ -280,7 +289,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _whole_lines(path: Path, offset: int, most: int | None = None) -> tuple[list[bytes], int]:
-    """Lines from `offset` on that end, at most `most` of them, and where they end."""
+    """Return at most `most` complete lines from `offset` on, and the offset after them."""
     lines: list[bytes] = []
     try:
         with path.open("rb") as file:

@@ -1,5 +1,7 @@
-"""Profiling on demand: `trainer.profile=10-15` records these steps of rank 0 as a trace for
-chrome://tracing or Perfetto."""
+"""Profile on demand: `trainer.profile=10-15` records these steps of rank 0 as a trace.
+
+The trace opens in chrome://tracing or Perfetto.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,22 @@ RANGE = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
 
 
 def is_step_range(text: str | None) -> bool:
-    """Whether `text` is None, `10` or `10-15`."""
+    """Return True if `text` is None, `10` or `10-15`."""
     found = text is None or RANGE.fullmatch(text)
     return found is True or bool(found and int(found[2] or found[1]) >= int(found[1]))
 
 
 def steps_to_profile(text: str | None) -> range:
-    """`10-15` or `10` -> the steps; None -> none."""
+    """Convert `10-15` or `10` to a range of steps, None to an empty one."""
     found = RANGE.fullmatch(text or "")
     return range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
 
 
 class StepProfiler:
-    """Call `before` and `after` every step."""
+    """Profile a range of steps; call `before` and `after` at every step."""
 
     def __init__(self, steps: range, folder: Path, profiler: Callable[[], Any]) -> None:
-        """profiler: the backend's, with the interface of torch.profiler.profile."""
+        """Store the range. profiler: the backend's, with the interface of torch's profiler."""
         self.steps, self.folder, self._profiler = steps, folder, profiler
         self._profile: Any = None
         self._first = 0
@@ -38,7 +40,7 @@ class StepProfiler:
             self._profile.start()
 
     def after(self, step: int) -> Path | None:
-        """The trace, when `step` was its last one."""
+        """Return the trace's path after its last step, else None."""
         if self._profile is None or step + 1 in self.steps:
             return None
         self._profile.stop()

@@ -1,10 +1,10 @@
-"""The record of a run: JSONL files that are always complete, and MLflow fed from them by a thread
-that training never waits for.
+"""Record a run in JSONL files that are always complete, and feed MLflow from them in a thread.
 
-`metrics.jsonl` in the stage's folder has one line per step. After a restart the lines of steps that
-are done again are dropped first, so the file always reads like an undisturbed run. If MLflow's
-store fails, the run goes on and says so once; what the store missed is sent when it answers again,
-at the next start, or by `python -m wm_train.tracking replay <folder>`.
+Training never waits for that thread. `metrics.jsonl` in the stage's folder has one line per step.
+After a restart the lines of steps that will be repeated are dropped first, so the file always reads
+like an undisturbed run. If MLflow's store fails, the run continues and reports it once; what the
+store missed is sent when it answers again, at the next start, or by `python -m wm_train.tracking
+replay <folder>`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, Forwarder, Mlflo
 
 
 class StepLog:
-    """`metrics.jsonl`: one JSON object per step, in order, each step once. `dropped`: steps after
-    `first_step` that it held."""
+    """Write `metrics.jsonl`: one JSON object per step, in order, each step once.
+
+    dropped: the number of steps after `first_step` that it contained.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         rows = read_steps(path) if path.exists() else []
@@ -42,8 +44,10 @@ class StepLog:
         self._unwritten = b""
 
     def write(self, row: dict[str, Any]) -> OSError | None:
-        """Add a line. What cannot be written now (a full disk) is kept and goes first next time;
-        the reason is returned."""
+        """Add a line; return the error if it cannot be written now (a full disk).
+
+        Such lines are kept and written first next time.
+        """
         self._unwritten += (json.dumps(row) + "\n").encode()
         self.productive_s += productive(row)
         return self._flush()
@@ -63,19 +67,21 @@ class StepLog:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut by a crash is left out."""
+    """Return the rows of a `metrics.jsonl`, without a last line cut by a crash."""
     rows = []
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break  # only the last line can be cut, and its step will be done again
+            break  # only the last line can be cut, and its step will be repeated
     return rows
 
 
 class Tracker:
-    """Steps, artifacts and the end of one stage, written to files that MLflow is fed from. Lives on
-    rank 0 only."""
+    """Record steps, artifacts and the end of one stage in files that MLflow is fed from.
+
+    Exists on rank 0 only.
+    """
 
     def __init__(
         self, plan: StagePlan, folder: Path, first_step: int, report: Callable[[str], None]
@@ -92,8 +98,7 @@ class Tracker:
             self._forwarder = Forwarder(record, report)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of finished step `step` (counted from 1). Writes one line; nothing is waited
-        for."""
+        """Record the figures of finished step `step` (counted from 1): one line, no waiting."""
         problem = self._steps.write({"step": step, "time": time.time(), **figures})
         if problem is not None and not self._full:
             self.report(
@@ -103,7 +108,7 @@ class Tracker:
         self._worked, self._full = True, problem is not None
 
     def rewind(self, step: int) -> None:
-        """What comes after `step` will be done again."""
+        """Drop the record after `step`, as these steps will be repeated."""
         self._steps.close()
         self._steps = StepLog(self.folder / METRICS, step)
         self._life = replace(self._life, redone_steps=self._life.redone_steps + self._steps.dropped)
@@ -111,7 +116,7 @@ class Tracker:
             self._forwarder.record.rewind(step)
 
     def artifact(self, path: Path) -> None:
-        """Note a file in the stage's folder as one of the run's artifacts."""
+        """Record a file in the stage's folder as one of the run's artifacts."""
         try:
             with (self.folder / ARTIFACTS).open("a") as file:
                 file.write(json.dumps({"path": str(path.relative_to(self.folder))}) + "\n")
@@ -119,8 +124,7 @@ class Tracker:
             self.report(f"record: {path} is not noted as an artifact ({error})")
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
-        """End the run as FINISHED, FAILED or KILLED; say and record its goodput; send what is
-        left."""
+        """End the run as FINISHED, FAILED or KILLED, record its goodput and send the rest."""
         problem = self._steps.close()
         if self._worked or status != "FINISHED":
             spent = self._steps.productive_s
@@ -146,8 +150,10 @@ def subject_of(run: RunConfig, stage: str) -> Subject:
 def parent_run(
     run: RunConfig, folder: Path, report: Callable[[str], None], status: str | None = None
 ) -> str | None:
-    """Return the MLflow run that the pools' runs are parts of, remembered in `folder`; end it if
-    `status` says how. None without a tracker or when its store fails."""
+    """Return the MLflow run that contains the pools' runs, remembered in `folder`.
+
+    It is ended if `status` gives an end. Returns None without a tracker or when its store fails.
+    """
     if run.tracker.name != "mlflow":
         return None
     record = MlflowRecord(subject_of(run, ""), folder)
@@ -163,7 +169,7 @@ def parent_run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
+    """Run `python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
     parser = argparse.ArgumentParser(
         prog="python -m wm_train.tracking", description="The record of a stage."
     )

@@ -1,11 +1,10 @@
-"""Which softmax attention a device gets: chosen once per device, dtype and head dim by the table
-below, tried, and logged.
+"""Choose the softmax attention of a device: once per device, dtype and head dim, tested and logged.
 
 Masks never reach a dense engine: `parallel.masks` has cut them into tiles of whole frames. `flex`
 takes all tiles of a masked block in one kernel, and leaves unmasked blocks to the dense engine; it
-is used on request, as no device has shown yet that it pays. An engine is tried forward and
-backward, with a foreign log-sum-exp as ring attention needs it, against plain products. One that is
-absent, fails or differs is not used, and the log says why. Key backend.attention.
+is used on request only, as no device has shown yet that it pays. An engine is tested forward and
+backward against plain products, with an external log-sum-exp as ring attention needs it. One that
+is absent, fails or differs is not used, and the log says why. Key backend.attention.
 """
 
 from __future__ import annotations
@@ -35,8 +34,11 @@ TOLERANCE = 2e-2  # RMS ratio to plain products in fp32, for bf16 and fp16 opera
 
 
 class Engine(NamedTuple):
-    """What an engine needs. capability: from … up to, on CUDA; widest: head dim, a multiple of 8;
-    module: package; auto: tried unasked."""
+    """Describe the requirements of an engine.
+
+    capability: from … up to, on CUDA; widest: largest head dim, a multiple of 8; module: package;
+    auto: tried without being requested.
+    """
 
     device: str
     capability: tuple[tuple[int, int], tuple[int, int]]
@@ -58,8 +60,10 @@ TABLE = {  # dense engines for halves, best first
 def attention_candidates(
     engine: str, device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int
 ) -> tuple[str, ...]:
-    """Dense engines to try on a device type, best first. Raises ValueError for an unknown name, or
-    one of another device."""
+    """Return the dense engines to try on a device type, best first.
+
+    Raises ValueError for an unknown name, or one of another device.
+    """
     if engine not in ATTENTION:
         raise ValueError(
             f"attention: got engine {engine!r}, expected one of {', '.join(ATTENTION)} (key"
@@ -88,7 +92,7 @@ def attention_candidates(
 def functions(
     engine: str,
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    """Forward and backward of one dense engine."""
+    """Return forward and backward of one dense engine."""
     table = {
         "cudnn": (engines.cudnn_attention, engines.cudnn_attention_backward),
         "flash_attn_3": (engines.flash_attn_3, engines.flash_attn_3_backward),
@@ -101,8 +105,10 @@ def functions(
 
 
 def defect(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why an engine must not be used here; None if 40 queries against two blocks of keys come out
-    right, forward and backward."""
+    """Return the reason why an engine must not be used here.
+
+    None if 40 queries against two blocks of keys give the right result, forward and backward.
+    """
     module = TABLE[engine].module if engine in TABLE else None
     if module is not None and find_spec(module) is None:
         return f"the package {module} is not installed"
@@ -131,8 +137,10 @@ def defect(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 
 @lru_cache(maxsize=32)
 def attention_engine(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The dense engine for these inputs: tried, chosen once, logged. Raises ValueError if the one
-    asked for does not work."""
+    """Return the dense engine for these inputs, tested and logged once.
+
+    Raises ValueError if the requested one does not work.
+    """
     where = f"{device}, {dtype}, head dim {head_dim}"
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     for name in attention_candidates(engine, device.type, capability, dtype, head_dim):
@@ -150,14 +158,14 @@ def attention_engine(engine: str, device: torch.device, dtype: torch.dtype, head
 
 
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, engine: str = "auto") -> tuple[Tensor, Tensor]:
-    """One dense tile on the device's best engine; signature of `dense_attention`."""
+    """Compute one dense tile on the device's best engine; signature of `dense_attention`."""
     return functions(attention_engine(engine, q.device, q.dtype, q.shape[-1]))[0](q, k, v)
 
 
 def attend_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, engine: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its backward; signature of `dense_attention_backward`."""
+    """Compute the backward of a tile; signature of `dense_attention_backward`."""
     return functions(attention_engine(engine, q.device, q.dtype, q.shape[-1]))[1](
         grad, q, k, v, out, lse
     )
@@ -166,8 +174,10 @@ def attend_tile_backward(
 def flex_attention(
     q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], dense: Callable
 ) -> tuple[Tensor, Tensor]:
-    """`block_attention`: masked blocks by FlexAttention, the others by `dense`. Its gradients are
-    `flex_attention_backward`'s."""
+    """Compute `block_attention`: masked blocks by FlexAttention, the others by `dense`.
+
+    Its gradients are those of `flex_attention_backward`.
+    """
     if len(tiles) > 1:
         return engines.flex_block(q.detach(), k.detach(), v.detach(), tiles)
     return block_attention(q, k, v, tiles, dense)
@@ -183,16 +193,20 @@ def flex_attention_backward(
     tiles: tuple[Tile, ...],
     dense: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`block_attention_backward` likewise; on CPUs, where FlexAttention has no backward, tile by
-    tile."""
+    """Compute `block_attention_backward` in the same way.
+
+    On CPUs, where FlexAttention has no backward, it goes tile by tile.
+    """
     if len(tiles) > 1 and q.device.type != "cpu":
         return engines.flex_block_backward(grad, q, k, v, out, lse, tiles)
     return block_attention_backward(grad, q, k, v, out, lse, tiles, dense)
 
 
 def with_attention(device: torch.device, engine: str, table: Kernels = REFERENCE) -> Kernels:
-    """The table with this device's softmax attention. Raises ValueError for an engine that is
-    unknown or another device's."""
+    """Return the kernel table with this device's softmax attention.
+
+    Raises ValueError for an engine that is unknown or belongs to another device.
+    """
     attention_candidates(engine, device.type, ANY[1], torch.bfloat16, 128)
     forward: Callable = dense_attention
     backward: Callable = dense_attention_backward

@@ -1,11 +1,10 @@
-"""Softmax attention by the libraries of device vendors, each under the signatures of
-`parallel.local_attention`.
+"""Wrap the vendors' softmax attention under the signatures of `parallel.local_attention`.
 
 A tile: q [B, H, n, D], k, v [B, H, m, D] -> out [B, H, n, D], natural-log LSE [B, H, n]; backward
-with the out and LSE of a softmax over more keys than these, as ring attention has it. A block
-(flex): q [B, n, S, H, D] under tiles. Libraries are imported where they are used. What has run
-where: flex on CPU; the ATen operators as shapes only; flash_attn, flash_attn_3 and npu_fusion
-nowhere, so `attention.defect` tries them on the device before they are used.
+with the out and LSE of a softmax over more keys than these, as in ring attention. A block (flex): q
+[B, n, S, H, D] under tiles. Libraries are imported where they are used. Tested so far: flex on CPU;
+the ATen operators as shapes only; flash_attn, flash_attn_3 and npu_fusion nowhere, so
+`choose.defect` tests them on the device before they are used.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """cuDNN's fused attention through ATen. Head dims that are no power of two (112) are padded
-    inside."""
+    """Call cuDNN's fused attention through ATen.
+
+    It pads head dims that are not a power of two (112).
+    """
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
     return out, lse.squeeze(-1)
 
@@ -50,8 +51,10 @@ def cudnn_attention_backward(
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Flash attention 2 as PyTorch ships it. Its kernels are built for head dims up to 128 in one,
-    so 112 is padded inside."""
+    """Call flash attention 2 as PyTorch ships it.
+
+    Its kernels exist for certain head dims up to 128, so 112 is padded inside.
+    """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out, lse
 
@@ -59,10 +62,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Pair:
 def flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Triple:
+    # no dropout
     state = (
         torch.zeros(2, dtype=torch.uint64, device=q.device),
         torch.zeros((), dtype=torch.uint64, device=q.device),
-    )  # no dropout
+    )
     sizes = (None, None, q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state
@@ -70,7 +74,7 @@ def flash_attention_backward(
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Flash attention 2 as the package `flash-attn` ships it. Not run anywhere yet."""
+    """Call flash attention 2 of the package `flash-attn`. Not run on any device yet."""
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
     out, lse = _flash_attn_forward(
@@ -112,8 +116,10 @@ def flash_attn_backward(
 
 
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Flash attention 3 (Hopper) under ATen's flash operator, as `torch.nn.attention` installs it.
-    Not run anywhere yet."""
+    """Call flash attention 3 (Hopper) through ATen's flash operator.
+
+    `torch.nn.attention` installs it there. Not run on any device yet.
+    """
     _install_flash_3()
     return flash_attention(q, k, v)
 
@@ -133,8 +139,10 @@ def _install_flash_3() -> None:
 
 
 def npu_fusion(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """torch_npu's fused attention; it returns each row's maximum and sum, eight times. Not run
-    anywhere yet."""
+    """Call torch_npu's fused attention, which returns each row's maximum and sum, eight times.
+
+    Not run on any device yet.
+    """
     import torch_npu
 
     out, largest, total = torch_npu.npu_fusion_attention(
@@ -146,20 +154,26 @@ def npu_fusion(q: Tensor, k: Tensor, v: Tensor) -> Pair:
 def npu_fusion_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Triple:
-    """A maximum of LSE and a sum of one are the same row."""
+    """Return the gradients, passing LSE as the rows' maximum and 1 as their sum.
+
+    That is the same softmax.
+    """
     import torch_npu
 
     largest = lse.float()[..., None].expand(*lse.shape, 8).contiguous()
     dq, dk, dv = torch_npu.npu_fusion_attention_grad(
         q, k, v, grad.to(q.dtype), q.shape[1], "BNSD",
-        softmax_max=largest, softmax_sum=torch.ones_like(largest), attention_in=out.to(q.dtype), scale_value=q.shape[-1] ** -0.5,
+        softmax_max=largest, softmax_sum=torch.ones_like(largest), attention_in=out.to(q.dtype),
+        scale_value=q.shape[-1] ** -0.5,
     )[:3]  # fmt: skip
     return dq, dk, dv
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Pair:
-    """Products in fp32 (fp64 for fp64): the library kernels of `dense_attention` take halves
-    only."""
+    """Attend by matrix products in fp32 (fp64 for fp64).
+
+    The library kernels of `dense_attention` take half precision only.
+    """
     wide = accumulation_dtype(q.dtype)
     out, lse = dense_attention(q.to(wide), k.to(wide), v.to(wide))
     return out.to(q.dtype), lse
@@ -176,8 +190,7 @@ def plain_backward(
 
 
 def flex_block(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Pair:
-    """FlexAttention over all tiles of a block in one kernel: as
-    `parallel.local_attention.block_attention`."""
+    """Attend over all tiles of a block in one kernel with FlexAttention, like `block_attention`."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     batch, n, s, heads, d = q.shape
@@ -207,10 +220,11 @@ def flex_block(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Pair
 def flex_block_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: tuple[Tile, ...]
 ) -> Triple:
-    """This block's share: with w = exp(own LSE − LSE), out gets w · own out, and own LSE the
-    gradient w · ⟨grad, own out − out⟩.
+    """Return this block's contribution to the gradients.
 
-    FlexAttention keeps its own LSE, so its forward runs once more.
+    With w = exp(own LSE − LSE), out receives w · own out, and own LSE the gradient w · ⟨grad, own
+    out − out⟩. FlexAttention does not expose its own LSE in backward, so its forward runs once
+    more.
     """
     with torch.enable_grad():
         leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))

@@ -1,5 +1,7 @@
-"""What a training step launches at production shapes, as specifications for `ahead.py` (D = 112, H
-= 20, bf16 tokens)."""
+"""List the kernels that a training step launches at production shapes, as builds for `ahead.py`.
+
+D = 112, H = 20, bf16 tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ class Build:
 
 
 def scan_builds(mode: str = "tf32", d: int = 112, rows: int = 32) -> list[Build]:
-    """The recurrences at E = D = d, and at the normaliser's E = 1."""
+    """Return the builds of the recurrences at E = D = d, and at the normaliser's E = 1."""
     from wm_train.kernels.gdn import scan_kernels as kernels
 
     sizes = {"D": d, "DP": 128 if d > 64 else 64, "MODE": mode}
@@ -101,7 +103,10 @@ def scan_builds(mode: str = "tf32", d: int = 112, rows: int = 32) -> list[Build]
 def token_builds(
     tokens: str = "*bf16", forward: str = "bf16", mode: str = "fp16", d: int = 112
 ) -> list[Build]:
-    """Gram, output and camera kernels over tokens of one dtype; the launchers' own block sizes."""
+    """Return the builds of Gram, output and camera kernels over tokens of one dtype.
+
+    Block sizes are those of the launchers.
+    """
     from wm_train.kernels.gdn import (
         camera,
         camera_kernels,
@@ -263,4 +268,5 @@ def token_builds(
 
 
 def pointers(*names: str) -> dict[str, str]:
+    """Return name -> fp32 pointer type for these arguments."""
     return dict.fromkeys(names, F)

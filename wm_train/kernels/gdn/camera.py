@@ -1,5 +1,7 @@
-"""The camera branch's Gram and output from raw tokens and per-token ray transforms, each one
-autograd node. Geometry takes no gradient."""
+"""Compute the camera branch's Gram and output from raw tokens, each as one autograd node.
+
+The per-token ray transforms get no gradient.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,16 @@ from wm_train.kernels.gdn.camera_kernels import (
 from wm_train.kernels.gdn.launching import by_token, fp32, norm_finish, norm_pre_pass, sizes
 from wm_train.kernels.numerics import gram_mode, token_mode
 
-GRAM_TOKENS, READ_TOKENS, BACKWARD_TOKENS = (
-    16,
-    32,
-    16,
-)  # per step of a program; with more, registers spill
+# per step of a program; with more, registers spill
+GRAM_TOKENS, READ_TOKENS, BACKWARD_TOKENS = (16, 32, 16)
 WARPS = 8
 
 
 class CameraGram(torch.autograd.Function):
-    """key, value [B, t, S, H·D], beta [B, t, S, H], matrix [B, t, S, 4, 4] -> A and U [B, t, H, D,
-    D], fp32."""
+    """Compute A and U [B, t, H, D, D], fp32, of the camera branch.
+
+    key, value [B, t, S, H·D], beta [B, t, S, H], matrix [B, t, S, 4, 4].
+    """
 
     @staticmethod
     def forward(
@@ -56,7 +57,8 @@ class CameraGram(torch.autograd.Function):
         camera_gram_kernel[(n.grid,)](
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
-            D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype, n.tokens), num_warps=WARPS, num_stages=2,
+            D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype, n.tokens),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation
@@ -80,9 +82,12 @@ class CameraGram(torch.autograd.Function):
         d_weight = torch.empty(n.frames, weight.shape[0], dtype=torch.float32, device=key.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         camera_gram_backward_kernel[(n.grid,)](
-            key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation, *(fp32(g) for g in grads),
-            d_key, d_value, d_beta, share, d_weight, n.tokens, n.heads, ctx.key_stride, ctx.value_stride, rotary_tokens, ctx.scale,
-            D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
+            key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation,
+            *(fp32(g) for g in grads),
+            d_key, d_value, d_beta, share, d_weight, n.tokens, n.heads, ctx.key_stride,
+            ctx.value_stride, rotary_tokens, ctx.scale,
+            D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
         return (
@@ -100,8 +105,10 @@ class CameraGram(torch.autograd.Function):
 
 
 class CameraOutput(torch.autograd.Function):
-    """query [B, t, S, H·D], state [B, t, H, D, D], matrix [B, t, S, 4, 4] -> world-frame values [B,
-    t, S, H, D] in the query's dtype."""
+    """Compute world-frame values [B, t, S, H, D] in the query's dtype.
+
+    query [B, t, S, H·D], state [B, t, H, D, D], matrix [B, t, S, 4, 4].
+    """
 
     @staticmethod
     def forward(
@@ -121,8 +128,10 @@ class CameraOutput(torch.autograd.Function):
         out = torch.empty(*query.shape[:3], n.heads, n.d, dtype=query.dtype, device=query.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         camera_output_kernel[(n.grid,)](
-            query, state, weight, rstd, matrix, cos, sin, out, n.tokens, n.heads, stride, rotary_tokens,
-            D=n.d, HP=n.padded_half, BS=n.block(READ_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
+            query, state, weight, rstd, matrix, cos, sin, out, n.tokens, n.heads, stride,
+            rotary_tokens,
+            D=n.d, HP=n.padded_half, BS=n.block(READ_TOKENS), MODE=token_mode(query.dtype),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(query, state, weight, rstd, matrix, cos, sin)
         ctx.stride = stride
@@ -141,7 +150,8 @@ class CameraOutput(torch.autograd.Function):
         camera_output_backward_kernel[(n.grid,)](
             query, state, weight, rstd, matrix, cos, sin, grad, d_query, d_state, share, d_weight,
             n.tokens, n.heads, ctx.stride, grad_stride, rotary_tokens,
-            D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
+            D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return d_query, d_state, d_weight.sum(0).to(weight.dtype), None, None, None, None

@@ -1,7 +1,7 @@
-"""Triton kernels of the camera branch (numerator only): Gram, output, and their backward.
-`camera.py` launches them.
+"""Define the Triton kernels of the camera branch (numerator only): Gram, output and their backward.
 
-Lanes are interleaved halves (rays.py); matrices in memory keep the channels' own order.
+`camera.py` launches them. Lanes are interleaved halves (rays.py); matrices in memory keep the
+channels' own order.
 """
 
 import triton
@@ -39,7 +39,7 @@ def _angles(cos, sin, n, inside, rotary_tokens, D: tl.constexpr, HP: tl.constexp
 
 @triton.jit
 def _energy(original, encoded):
-    """|encoded|² / |original|² per token, norms at least EPS."""
+    """Return |encoded|² / |original|² per token, norms at least EPS."""
     before = tl.maximum(tl.sum(original * original, axis=1), EPS * EPS)
     return tl.maximum(tl.sum(encoded * encoded, axis=1), EPS * EPS) / before
 
@@ -50,8 +50,10 @@ def camera_gram_kernel(
     tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """A and U of one frame-head on encoded keys and values; β is discounted by the frame's mean
-    energy gain, stored in `inflation`."""
+    """Compute A and U of one frame-head on encoded keys and values.
+
+    β is discounted by the frame's mean energy gain, which is stored in `inflation`.
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -95,12 +97,14 @@ def camera_gram_kernel(
 @triton.jit
 def camera_gram_backward_kernel(
     key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation, d_gram, d_update,
-    d_key, d_value, d_beta, share, d_weight, tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
+    d_key, d_value, d_beta, share, d_weight, tokens_per_frame, heads, key_stride, value_stride,
+    rotary_tokens, scale,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """As the main branch's, then back through limit, encoding and discount. The discount's own
-    gradient, −(⟨dA, A⟩ + ⟨dU, U⟩) / inflation, exists only where the encoding adds energy, and only
-    there A and U are read.
+    """Compute the Gram's backward, then continue through limit, encoding and discount.
+
+    The discount's own gradient, −(⟨dA, A⟩ + ⟨dU, U⟩) / inflation, exists only where the encoding
+    adds energy, and A and U are read only there.
     """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
@@ -184,11 +188,15 @@ def camera_gram_backward_kernel(
 
 @triton.jit
 def camera_output_kernel(
-    query, state, weight, rstd, matrix, cos, sin, out, tokens_per_frame, heads, query_stride, rotary_tokens,
+    query, state, weight, rstd, matrix, cos, sin, out, tokens_per_frame, heads, query_stride,
+    rotary_tokens,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head: queries by the transposed matrix, limited; S q; the result by the matrix and
-    turned back."""
+    """Compute the output of one frame-head.
+
+    Queries are transformed by the transposed matrix and limited; S q̂ is transformed by the matrix
+    and rotated back.
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -221,6 +229,10 @@ def camera_output_backward_kernel(
     tokens_per_frame, heads, query_stride, grad_stride, rotary_tokens,
     D: tl.constexpr, HP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradients of one frame-head's output.
+
+    d_query lacks the norm's cross-head term (`share`).
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads

@@ -1,5 +1,7 @@
-"""The K short convolution and the RMS of what comes out of it, as one autograd node on frames with
-their halo."""
+"""Compute the K short convolution and the RMS of its result as one autograd node.
+
+It works on frames with their halo.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ BACKWARD_ROWS, BACKWARD_BLOCK = 16, 128
 
 
 class Convolution(torch.autograd.Function):
-    """extended [B, t + 2K-2, S, C], weight [C, 1, K] -> y [B, t, S, C] in extended's dtype, 1 / RMS
-    of its tokens fp32 [B·t·S].
+    """Convolve extended [B, t + 2K-2, S, C] with weight [C, 1, K] -> y [B, t, S, C], 1 / RMS.
 
-    The second output carries no gradient: whoever normalises with it accounts for it in y's.
+    y has extended's dtype; 1 / RMS of its tokens is fp32 [B·t·S] and carries no gradient: the node
+    that normalises with it includes that gradient in y's.
     """
 
     @staticmethod
@@ -41,7 +43,8 @@ class Convolution(torch.autograd.Function):
         rstd = torch.empty(b * frames * s, dtype=torch.float32, device=extended.device)
         convolution_kernel[(b * frames * triton.cdiv(s, ROWS),)](
             extended, weight, ctx.seen, out, rstd, frames, s, norm_eps,
-            C=c, K=kernel, BLOCK=min(BLOCK, triton.next_power_of_2(c)), ROWS=ROWS, num_warps=4, num_stages=2,
+            C=c, K=kernel, BLOCK=min(BLOCK, triton.next_power_of_2(c)), ROWS=ROWS, num_warps=4,
+            num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(extended, weight)
         ctx.mark_non_differentiable(rstd)
@@ -56,19 +59,21 @@ class Convolution(torch.autograd.Function):
         d_extended = torch.empty_like(extended)
         d_weight = torch.empty(b * total, kernel, c, dtype=torch.float32, device=extended.device)
         convolution_backward_kernel[(b * total, triton.cdiv(c, block))](
-            extended, weight, ctx.seen, grads[0].contiguous(), d_extended, d_weight, total - 2 * kernel + 2, s,
-            C=c, K=kernel, KP=triton.next_power_of_2(kernel), BLOCK=block, ROWS=BACKWARD_ROWS, num_warps=4, num_stages=2,
+            extended, weight, ctx.seen, grads[0].contiguous(), d_extended, d_weight,
+            total - 2 * kernel + 2, s,
+            C=c, K=kernel, KP=triton.next_power_of_2(kernel), BLOCK=block, ROWS=BACKWARD_ROWS,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         return d_extended, d_weight.sum(0).t().unsqueeze(1).to(weight.dtype), None, None
 
 
 @lru_cache(maxsize=256)
 def _table(seen: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """int32 [t, 2]"""
+    """Return visible taps as int32 [t, 2] on the device."""
     return torch.tensor(seen, dtype=torch.int32, device=device)
 
 
 def short_convolution(taps: Taps, weight: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    """See `wm_train.kernels.dispatch.short_convolution`."""
+    """Run the kernel of `wm_train.kernels.dispatch.short_convolution`."""
     out, rstd = Convolution.apply(taps.extended, weight, taps.seen, norm_eps)
     return out, rstd

@@ -1,9 +1,8 @@
-"""Triton kernels of the K short convolution, fused with the norm that follows it. `convolution.py`
-launches them.
+"""Define the Triton kernels of the K short convolution, fused with the norm that follows it.
 
-y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. Tap j of frame i is frame i + j of `x`, the local frames
-extended by K-1 on both sides; `seen` [t, 2] holds the first tap of a frame that no edge hides, and
-the one after the last.
+`convolution.py` launches them. y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. Tap j of frame i is
+frame i + j of `x`, the local frames extended by K-1 on both sides; `seen` [t, 2] stores the first
+tap of a frame that no edge hides, and one past the last.
 """
 
 import triton
@@ -14,8 +13,10 @@ from wm_train.kernels.numerics import as_stored, rounded
 
 @triton.jit
 def _tap(x, frame, inside, first, stop, j, s, mask, c, tokens_per_frame, C: tl.constexpr):
-    """Tokens s of `frame` of x as fp32 [ROWS, BLOCK], zero if the frame is not there or tap j is
-    hidden."""
+    """Load tokens s of `frame` of x as fp32 [ROWS, BLOCK].
+
+    They are zero if the frame does not exist or tap j is hidden.
+    """
     at = x + (frame.to(tl.int64) * tokens_per_frame + s)[:, None] * C + c[None, :]
     return tl.load(at, mask=mask & (inside & (first <= j) & (j < stop)), other=0.0).to(tl.float32)
 
@@ -25,8 +26,10 @@ def convolution_kernel(
     x, weight, seen, out, rstd, frames, tokens_per_frame, eps,
     C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one frame, all channels: y, and 1 / RMS of y as it is stored. Frames vary
-    fastest: their taps are in the cache."""
+    """Compute y for ROWS tokens of one frame, all channels, and 1 / RMS of y as it is stored.
+
+    Frames vary fastest, so that their taps are in the cache.
+    """
     frame = tl.program_id(0) % frames
     blocks = tl.cdiv(tokens_per_frame, ROWS)
     block = tl.program_id(0) // frames % blocks
@@ -77,10 +80,10 @@ def convolution_backward_kernel(
     x, weight, seen, grad, d_x, d_weight, frames, tokens_per_frame,
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One frame of the extended x and BLOCK channels: its gradient, from the frames whose taps it
-    was, and its share of the weight's.
+    """Compute the gradients of one frame of the extended x, for BLOCK channels.
 
-    d_x like x; d_weight [B · extended frames, K, C], to be summed over the first.
+    d_x like x; d_weight [B · extended frames, K, C], this frame's part, to be summed over the
+    first.
     """
     cell = tl.program_id(0)
     extended = frames + 2 * K - 2

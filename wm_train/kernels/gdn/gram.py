@@ -1,5 +1,7 @@
-"""A and U of the main branch from raw tokens, as one autograd node. Keeps k, v and token scalars;
-prepares all again backward."""
+"""Compute A and U of the main branch from raw tokens, as one autograd node.
+
+It keeps k, v and one number per token; backward prepares everything again.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ WARPS = 8
 
 
 class Gram(torch.autograd.Function):
-    """key, value [B, t, S, H·D], beta [B, t, S, H] -> A [B, t, H, D, D], U [B, t, H, D, D], A_z,
-    U_z [B, t, H, 1, D], fp32."""
+    """Compute A, U [B, t, H, D, D], A_z [B, t, H, D, D] and U_z [B, t, H, 1, D], fp32.
+
+    key, value [B, t, S, H·D], beta [B, t, S, H].
+    """
 
     @staticmethod
     def forward(
@@ -46,7 +50,8 @@ class Gram(torch.autograd.Function):
         gram_kernel[(2 * n.grid,)](
             key, value, beta, weight, rstd, cos, sin, gram, update, gram_z, update_z,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
-            D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=gram_mode(key.dtype, n.tokens), num_warps=WARPS, num_stages=2,
+            D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=gram_mode(key.dtype, n.tokens),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(key, value, beta, weight, rstd, cos, sin)
         ctx.scale, ctx.key_stride, ctx.value_stride = scale, key_stride, value_stride
@@ -66,9 +71,11 @@ class Gram(torch.autograd.Function):
         d_weight = torch.empty(n.frames, weight.shape[0], dtype=torch.float32, device=key.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         gram_backward_kernel[(n.grid,)](
-            key, value, beta, weight, rstd, cos, sin, *(fp32(g) for g in grads), d_key, d_value, d_beta, share, d_weight,
+            key, value, beta, weight, rstd, cos, sin, *(fp32(g) for g in grads), d_key, d_value,
+            d_beta, share, d_weight,
             n.tokens, n.heads, ctx.key_stride, ctx.value_stride, rotary_tokens, ctx.scale,
-            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype), num_warps=WARPS, num_stages=2,
+            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
         return (

@@ -1,9 +1,9 @@
-"""Triton kernels of A = K̂ β K̂ᵀ and U = V β K̂ᵀ from raw keys and values, and their backward.
-`gram.py` launches them.
+"""Define the Triton kernels of A = K̂ β K̂ᵀ and U = V β K̂ᵀ from raw keys and values.
 
-One program per frame and head: normalise, ReLU, scale, rotate in registers; no prepared copy is
-ever written. √β goes onto both operands, so that A is a product of one rounded matrix with itself:
-symmetric and positive semi-definite whatever the rounding.
+Their backward is here as well; `gram.py` launches them. One program per frame and head normalises,
+applies ReLU, scales and rotates in registers; no prepared copy is ever written. √β multiplies both
+operands, so that A is a product of one rounded matrix with itself: symmetric and positive
+semi-definite in any rounding.
 """
 
 import triton
@@ -25,8 +25,10 @@ def gram_kernel(
     tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Even programs: the numerator's pair, keys rotated. Odd programs: the normaliser's pair, keys
-    as they are, U = Σ β k."""
+    """Compute the numerator's A and U in even programs, the normaliser's in odd ones.
+
+    The numerator's keys are rotated; the normaliser's are not, and its U = Σ β k.
+    """
     cell = (tl.program_id(0) // 2).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -85,7 +87,7 @@ def gram_kernel(
 
 @triton.jit
 def load_symmetric(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
-    """G + Gᵀ of one [D, D] matrix."""
+    """Load G + Gᵀ of one [D, D] matrix."""
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
     mask = (row < D) & (column < D)
@@ -95,6 +97,7 @@ def load_symmetric(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def load_square(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
+    """Load one [D, D] matrix."""
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
     return tl.load(
@@ -104,14 +107,16 @@ def load_square(pointer, cell, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def gram_backward_kernel(
-    key, value, beta, weight, rstd, cos, sin, d_gram, d_update, d_gram_z, d_update_z, d_key, d_value, d_beta, share, d_weight,
+    key, value, beta, weight, rstd, cos, sin, d_gram, d_update, d_gram_z, d_update_z, d_key,
+    d_value, d_beta, share, d_weight,
     tokens_per_frame, heads, key_stride, value_stride, rotary_tokens, scale,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head. With G = dA + dAᵀ:  dk̂ = β (G k̂ + dUᵀ v), dv = β dU k̂, dβ = ½ k̂ᵀ G k̂ + vᵀ dU k̂; the same for the normaliser.
+    """Compute the gradients of one frame-head, numerator and normaliser.
 
-    d_key lacks the cross-head term of the norm, whose share per head goes to `share` [tokens, H];
-    d_weight [frames, H·D].
+    With G = dA + dAᵀ: dk̂ = β (G k̂ + dUᵀ v), dv = β dU k̂, dβ = ½ k̂ᵀ G k̂ + vᵀ dU k̂; the same
+    for the normaliser. d_key lacks the cross-head term of the norm, whose part per head goes to
+    `share` [tokens, H]; d_weight [frames, H·D].
     """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads

@@ -1,5 +1,4 @@
-"""What the token kernels' launchers share: token strides, the norm's pre-pass and its finish, block
-sizes."""
+"""Share helpers among the token kernels' launchers: strides, the norm's two passes, block sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ NORM_ROWS, NORM_BLOCK = 4, 1024
 
 
 class Sizes(NamedTuple):
-    """B·t frames of S tokens, H heads of D channels."""
+    """Store sizes: B·t frames of S tokens, H heads of D channels."""
 
     frames: int
     tokens: int
@@ -28,28 +27,30 @@ class Sizes(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """D as lanes of a tile."""
+        """Return D padded to the lanes of a tile."""
         return max(16, triton.next_power_of_2(self.d))
 
     @property
     def padded_half(self) -> int:
-        """D / 2 as lanes of a tile."""
+        """Return D / 2 padded to the lanes of a tile."""
         return max(16, triton.next_power_of_2(self.d // 2))
 
     def block(self, largest: int) -> int:
-        """Tokens per step of a program: a multiple of 16 up to `largest`."""
+        """Return the tokens per step of a program: a multiple of 16 up to `largest`."""
         return max(16, min(largest, triton.next_power_of_2(self.tokens)))
 
 
 def sizes(x: Tensor, heads: int) -> Sizes:
-    """Of tokens [B, t, S, H·D]."""
+    """Return the sizes of tokens [B, t, S, H·D]."""
     b, t, s, c = x.shape
     return Sizes(b * t, s, heads, c // heads)
 
 
 def by_token(x: Tensor) -> tuple[Tensor, int]:
-    """[B, t, S, C] and the elements between two tokens; a slice of a fused projection stays a view,
-    anything else is made contiguous."""
+    """Return x [B, t, S, C] and the number of elements between two tokens.
+
+    A slice of a fused projection stays a view, anything else is made contiguous.
+    """
     b, t, s, _ = x.shape
     step = x.stride(2)
     regular = (
@@ -61,7 +62,7 @@ def by_token(x: Tensor) -> tuple[Tensor, int]:
 
 
 def norm_pre_pass(x: Tensor, stride: int, eps: float) -> Tensor:
-    """1 / RMS of every token over all heads' channels, fp32 [B·t·S]."""
+    """Return 1 / RMS of every token over all heads' channels, fp32 [B·t·S]."""
     b, t, s, c = x.shape
     rstd = torch.empty(b * t * s, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(len(rstd), NORM_ROWS),)
@@ -79,8 +80,10 @@ def norm_pre_pass(x: Tensor, stride: int, eps: float) -> Tensor:
 
 
 def norm_finish(grad: Tensor, x: Tensor, stride: int, rstd: Tensor, share: Tensor) -> None:
-    """Add the cross-head term of RMSNorm's backward to grad [B, t, S, C], in place; share [B·t·S,
-    H]."""
+    """Add the cross-head term of RMSNorm's backward to grad [B, t, S, C], in place.
+
+    share [B·t·S, H].
+    """
     c, heads = x.shape[-1], share.shape[-1]
     block = min(NORM_BLOCK, triton.next_power_of_2(c))
     norm_finish_kernel[(triton.cdiv(len(rstd), NORM_ROWS),)](
@@ -90,4 +93,5 @@ def norm_finish(grad: Tensor, x: Tensor, stride: int, rstd: Tensor, share: Tenso
 
 
 def fp32(x: Tensor) -> Tensor:
+    """Return a contiguous fp32 tensor without gradient."""
     return x.detach().float().contiguous()

@@ -1,5 +1,7 @@
-"""O = (S q̂) / (z · q̂ + ε) of the main branch from raw queries, as one autograd node. Keeps q and
-the states, computes O again backward."""
+"""Compute O = (S q̂) / (z · q̂ + ε) of the main branch from raw queries, as one autograd node.
+
+It keeps q and the states, and recomputes O in backward.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ WARPS = 8
 
 
 class Output(torch.autograd.Function):
-    """query [B, t, S, H·D], state [B, t, H, D, D], normaliser [B, t, H, 1, D] -> [B, t, S, H, D] in
-    the query's dtype."""
+    """Compute [B, t, S, H, D] in the query's dtype.
+
+    query [B, t, S, H·D], state [B, t, H, D, D], normaliser [B, t, H, 1, D].
+    """
 
     @staticmethod
     def forward(
@@ -39,8 +43,10 @@ class Output(torch.autograd.Function):
         out = torch.empty(*query.shape[:3], n.heads, n.d, dtype=query.dtype, device=query.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         output_kernel[(n.grid,)](
-            query, state, normaliser, weight, rstd, cos, sin, out, n.tokens, n.heads, stride, rotary_tokens, eps,
-            D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
+            query, state, normaliser, weight, rstd, cos, sin, out, n.tokens, n.heads, stride,
+            rotary_tokens, eps,
+            D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=token_mode(query.dtype),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(query, state, normaliser, weight, rstd, cos, sin)
         ctx.eps, ctx.stride = eps, stride
@@ -57,9 +63,11 @@ class Output(torch.autograd.Function):
         d_weight = torch.empty(n.frames, weight.shape[0], dtype=torch.float32, device=query.device)
         rotary_tokens = cos.shape[0] * cos.shape[1] * cos.shape[2]
         output_backward_kernel[(n.grid,)](
-            query, state, normaliser, weight, rstd, cos, sin, grad, d_query, d_state, d_normaliser, share, d_weight,
+            query, state, normaliser, weight, rstd, cos, sin, grad, d_query, d_state, d_normaliser,
+            share, d_weight,
             n.tokens, n.heads, ctx.stride, grad_stride, rotary_tokens, ctx.eps,
-            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype), num_warps=WARPS, num_stages=2,
+            D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype),
+            num_warps=WARPS, num_stages=2,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return (

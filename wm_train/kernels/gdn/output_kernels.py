@@ -1,5 +1,7 @@
-"""Triton kernels of O = (S q̂) / (z · q̂ + ε) from raw queries and summed states, and their
-backward. `output.py` launches them."""
+"""Define the Triton kernels of O = (S q̂) / (z · q̂ + ε) from raw queries and summed states.
+
+Their backward is here as well; `output.py` launches them.
+"""
 
 import triton
 import triton.language as tl
@@ -17,11 +19,14 @@ from wm_train.kernels.numerics import common_scale, product, rounded, unit_matri
 
 @triton.jit
 def output_kernel(
-    query, state, normaliser, weight, rstd, cos, sin, out, tokens_per_frame, heads, query_stride, rotary_tokens, eps,
+    query, state, normaliser, weight, rstd, cos, sin, out, tokens_per_frame, heads, query_stride,
+    rotary_tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head: rotated queries read the numerator's state, un-rotated ones the
-    normaliser's."""
+    """Compute O of one frame-head.
+
+    Rotated queries read the numerator, un-rotated ones the normaliser.
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads
@@ -52,12 +57,15 @@ def output_kernel(
 
 @triton.jit
 def output_backward_kernel(
-    query, state, normaliser, weight, rstd, cos, sin, grad_out, d_query, d_state, d_normaliser, share, d_weight,
+    query, state, normaliser, weight, rstd, cos, sin, grad_out, d_query, d_state, d_normaliser,
+    share, d_weight,
     tokens_per_frame, heads, query_stride, grad_stride, rotary_tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head; O is computed again. d_query lacks the norm's cross-head term (`share`), as
-    in the Gram's backward."""
+    """Compute the gradients of one frame-head, recomputing O.
+
+    d_query lacks the norm's cross-head term (`share`), as in the Gram's backward.
+    """
     cell = tl.program_id(0).to(tl.int64)
     frame = cell // heads
     head = cell % heads

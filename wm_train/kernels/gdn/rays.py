@@ -1,9 +1,9 @@
-"""The camera branch's encoding inside kernels: groups of four channels times a 4x4 matrix, the
-other half rotated, held to its own RMS.
+"""Encode a block of tokens by its rays, as the camera branch does inside kernels.
 
-A head's D channels are two halves of D/2, each padded to HP lanes: `geometric` and `turning`. For
-matrix products the halves interleave (lane 2j + half), which costs no data movement between
-threads; `channel` says which channel a lane holds. Device functions only.
+Groups of four channels are multiplied by a 4x4 matrix, the other half is rotated, and the result is
+limited to its own RMS. A head's D channels are two halves of D/2, each padded to HP lanes:
+`geometric` and `turning`. For matrix products the halves interleave (lane 2j + half), which costs
+no data movement between threads; `channel` maps lanes to channels. Device functions only.
 """
 
 import triton
@@ -16,23 +16,26 @@ EPS = tl.constexpr(1e-6)  # as in reference.py
 
 @triton.jit
 def channel(D: tl.constexpr, HP: tl.constexpr):
-    """Channel of each of 2·HP interleaved lanes, and whether the lane holds one."""
+    """Return the channel of each of 2·HP interleaved lanes, and a mask of lanes that hold one."""
     lane = tl.arange(0, 2 * HP)
     return (lane % 2) * (D // 2) + lane // 2, lane // 2 < D // 2
 
 
 @triton.jit
 def joined(geometric, turning, BS: tl.constexpr, HP: tl.constexpr):
+    """Interleave two halves [BS, HP] -> [BS, 2·HP]."""
     return tl.reshape(tl.join(geometric, turning), [BS, 2 * HP])
 
 
 @triton.jit
 def parted(x, BS: tl.constexpr, HP: tl.constexpr):
+    """Split interleaved lanes [BS, 2·HP] into two halves [BS, HP]."""
     return tl.split(tl.reshape(x, [BS, HP, 2]))
 
 
 @triton.jit
 def load_halves(pointer, n, inside, stride, first, D: tl.constexpr, HP: tl.constexpr):
+    """Load both halves of one head's channels of tokens n, [BS, HP] each."""
     half: tl.constexpr = D // 2
     return load_channels(pointer, n, inside, stride, first, half, HP), load_channels(
         pointer, n, inside, stride, first + half, half, HP
@@ -41,6 +44,7 @@ def load_halves(pointer, n, inside, stride, first, D: tl.constexpr, HP: tl.const
 
 @triton.jit
 def store_joined(pointer, x, n, inside, stride, first, D: tl.constexpr, HP: tl.constexpr):
+    """Store interleaved lanes x [BS, 2·HP] to the channels of tokens n."""
     c, real = channel(D, HP)
     tl.store(
         pointer + n[:, None] * stride + (first + c)[None, :],
@@ -51,7 +55,7 @@ def store_joined(pointer, x, n, inside, stride, first, D: tl.constexpr, HP: tl.c
 
 @triton.jit
 def load_joined_matrix(pointer, cell, D: tl.constexpr, HP: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """One [D, D] matrix in lane order."""
+    """Load one [D, D] matrix in lane order."""
     c, real = channel(D, HP)
     mask = real[:, None] & real[None, :]
     offsets = c[None, :] * D + c[:, None] if TRANSPOSED else c[:, None] * D + c[None, :]
@@ -60,6 +64,7 @@ def load_joined_matrix(pointer, cell, D: tl.constexpr, HP: tl.constexpr, TRANSPO
 
 @triton.jit
 def store_joined_matrix(pointer, x, cell, D: tl.constexpr, HP: tl.constexpr):
+    """Store one [D, D] matrix given in lane order."""
     c, real = channel(D, HP)
     tl.store(
         pointer + cell * (D * D) + c[:, None] * D + c[None, :],
@@ -70,7 +75,7 @@ def store_joined_matrix(pointer, x, cell, D: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def _row(matrix, n, inside, i: tl.constexpr, x0, x1, x2, x3, TRANSPOSED: tl.constexpr):
-    """Row i of the matrix (column i if TRANSPOSED) times the four channels of every group."""
+    """Multiply row i of the matrix (column i if TRANSPOSED) by the four channels of every group."""
     step: tl.constexpr = 4 if TRANSPOSED else 1
     at = matrix + n * 16 + (i if TRANSPOSED else 4 * i)
     y = tl.load(at, mask=inside, other=0.0)[:, None] * x0
@@ -82,8 +87,10 @@ def _row(matrix, n, inside, i: tl.constexpr, x0, x1, x2, x3, TRANSPOSED: tl.cons
 
 @triton.jit
 def transform(x, matrix, n, inside, BS: tl.constexpr, HP: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Groups of four lanes of x [BS, HP] times each token's 4x4 matrix (its transpose if
-    TRANSPOSED)."""
+    """Multiply groups of four lanes of x [BS, HP] by each token's 4x4 matrix.
+
+    TRANSPOSED uses the transposed matrix.
+    """
     first, second = tl.split(tl.reshape(x, [BS, HP // 4, 2, 2]))
     x0, x2 = tl.split(first)
     x1, x3 = tl.split(second)
@@ -107,8 +114,10 @@ def encode(
     HP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """(matrix ⊕ rotation) of both halves, interleaved [BS, 2·HP]; with TRANSPOSED flipped and -sin
-    it is the gradient's way back."""
+    """Apply (matrix ⊕ rotation) to both halves, interleaved [BS, 2·HP].
+
+    With TRANSPOSED flipped and -sin it is the backward.
+    """
     return joined(
         transform(geometric, matrix, n, inside, BS, HP, TRANSPOSED),
         rotate(turning, cos, sin, BS, HP),
@@ -119,8 +128,7 @@ def encode(
 
 @triton.jit
 def limit(original, encoded, D: tl.constexpr):
-    """How much to scale `encoded` down to the RMS of `original`: factor, both root mean squares
-    [BS] each."""
+    """Return the factor that scales `encoded` down to the RMS of `original`, and both RMS [BS]."""
     wanted = tl.sqrt(tl.sum(original * original, axis=1) / D + EPS)
     actual = tl.sqrt(tl.sum(encoded * encoded, axis=1) / D + EPS)
     return tl.minimum(wanted / actual, 1.0), wanted, actual
@@ -128,8 +136,7 @@ def limit(original, encoded, D: tl.constexpr):
 
 @triton.jit
 def limit_backward(grad, original, encoded, D: tl.constexpr):
-    """Gradients of limited = encoded · factor: of `encoded`, and of `original` through the
-    factor."""
+    """Return the gradients of limited = encoded · factor: of `encoded`, and of `original`."""
     factor, wanted, actual = limit(original, encoded, D)
     d_factor = tl.where(factor < 1.0, tl.sum(grad * encoded, axis=1), 0.0)
     from_encoded = (

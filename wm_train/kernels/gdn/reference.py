@@ -1,5 +1,4 @@
-"""The GDN layer's token work in plain PyTorch: what the kernels must equal, and what runs where
-there are none.
+"""Compute the GDN layer's token work in plain PyTorch: the oracle, and the path without kernels.
 
 Source: SANA-WM §3.2 (eq. 3-5), §3.3 (eq. 6), App. C.1. Products and sums are fp32 (fp64 for fp64
 tokens); norms are in the tokens' dtype.
@@ -17,20 +16,22 @@ EPS = 1e-6  # of the camera branch's RMS and energies
 
 
 def wide(x: Tensor) -> Tensor:
-    """fp32, or fp64 for a model in fp64."""
+    """Convert to fp32, but keep fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
-    """RMSNorm over all heads' channels and ReLU: [B, t, S, H·D] -> [B, t, S, H, D]."""
+    """Apply RMSNorm over all heads' channels and ReLU: [B, t, S, H·D] -> [B, t, S, H, D]."""
     return F.relu(F.rms_norm(x, weight.shape, weight, eps)).unflatten(
         -1, (heads, x.shape[-1] // heads)
     )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel pairs (2i, 2i+1) of x [B, t, S, H, 2·pairs] turned by angles [B or 1, t, S, 1,
-    pairs], in fp32, returned in x's dtype."""
+    """Rotate channel pairs (2i, 2i+1) of x [B, t, S, H, 2·pairs] in fp32, returned in x's dtype.
+
+    cos, sin [B or 1, t, S, 1, pairs].
+    """
     even, odd = wide(x).unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
     return (
         torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -40,8 +41,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def short_convolution(taps: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Temporal taps of width K, both ways: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}. 2K-1 taps
-    [B, t, S, C], weight [C, 1, K]."""
+    """Convolve over time, both ways: y_t = Σ over |d| < K of w[K-1-|d|] x_{t+d}.
+
+    taps: 2K-1 of [B, t, S, C]; weight [C, 1, K].
+    """
     by_distance = weight[:, 0].unbind(-1)
     centre = len(by_distance) - 1
     y = taps[centre] * by_distance[centre]
@@ -53,8 +56,11 @@ def short_convolution(taps: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(matrix ⊕ RoPE) x: groups of four of the first D/2 channels times a per-token 4x4 matrix [B,
-    t, S, 4, 4], the rest rotated."""
+    """Apply (matrix ⊕ RoPE) to x.
+
+    Groups of four of the first D/2 channels are multiplied by a per-token 4x4 matrix [B, t, S, 4,
+    4], the rest is rotated.
+    """
     half = x.shape[-1] // 2
     geometric, rotated = x.split(half, dim=-1)
     groups = geometric.unflatten(-1, (half // 4, 4)).flatten(-3, -2)  # [B, t, S, H·D/8, 4]
@@ -63,24 +69,30 @@ def encode(x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def limit_rms(reference: Tensor, transformed: Tensor) -> Tensor:
-    """Scale `transformed` down, never up, to the channel RMS of `reference` per token and head;
-    both [B, t, S, H, D]."""
+    """Scale `transformed` down, never up, to the channel RMS of `reference` per token and head.
+
+    Both are [B, t, S, H, D].
+    """
     wanted = reference.square().mean(dim=-1, keepdim=True).add(EPS).sqrt()
     actual = transformed.square().mean(dim=-1, keepdim=True).add(EPS).sqrt()
     return transformed * (wanted / actual.clamp_min(EPS)).clamp(max=1.0)
 
 
 def discounted_beta(beta: Tensor, key: Tensor, encoded_key: Tensor) -> Tensor:
-    """beta [B, t, S, H] divided by the energy the encoding added to a frame's keys [B, t, S, H, D]
-    (at least 1, mean over S)."""
+    """Divide beta [B, t, S, H] by the energy that the encoding added to a frame's keys.
+
+    Keys [B, t, S, H, D]; the energy ratio is a mean over S, at least 1.
+    """
     before = torch.linalg.vector_norm(key, dim=-1).clamp_min(EPS)
     after = torch.linalg.vector_norm(encoded_key, dim=-1).clamp_min(EPS)
     return beta / (after / before).square().mean(dim=2, keepdim=True).clamp_min(1.0)
 
 
 def frame_gram(beta: Tensor, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A = K β Kᵀ [B, t, H, D, D] and U = V β Kᵀ [B, t, H, E, D] of every frame; without values U =
-    Σ β k, E = 1."""
+    """Return A = K β Kᵀ [B, t, H, D, D] and U = V β Kᵀ [B, t, H, E, D] of every frame.
+
+    Without values U = Σ β k, E = 1.
+    """
     with torch.autocast(device_type=key.device.type, enabled=False):
         key = wide(key).transpose(2, 3)  # [B, t, H, S, D]
         weighted = key * beta.transpose(2, 3).unsqueeze(-1)
@@ -91,7 +103,7 @@ def frame_gram(beta: Tensor, key: Tensor, value: Tensor | None) -> tuple[Tensor,
 
 
 def read_state(state: Tensor, query: Tensor) -> Tensor:
-    """S q per frame: state [B, t, H, E, D], query [B, t, S, H, D] -> [B, t, S, H, E]."""
+    """Return S q per frame: state [B, t, H, E, D], query [B, t, S, H, D] -> [B, t, S, H, E]."""
     with torch.autocast(device_type=query.device.type, enabled=False):
         return (wide(query).transpose(2, 3) @ state.transpose(-1, -2)).transpose(2, 3)
 
@@ -106,7 +118,7 @@ def gdn_gram(
     scale: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `wm_train.kernels.dispatch.gdn_gram`."""
+    """Compute `wm_train.kernels.dispatch.gdn_gram`."""
     heads = beta.shape[-1]
     k = normalised(key, weight, norm_eps, heads) * scale
     numerator = frame_gram(
@@ -125,7 +137,7 @@ def gdn_output(
     norm_eps: float,
     eps: float,
 ) -> Tensor:
-    """See `wm_train.kernels.dispatch.gdn_output`."""
+    """Compute `wm_train.kernels.dispatch.gdn_output`."""
     q = normalised(query, weight, norm_eps, state.shape[2])
     return (read_state(state, rotate(q, cos, sin)) / (read_state(normaliser, q) + eps)).to(
         query.dtype
@@ -143,7 +155,7 @@ def camera_gram(
     scale: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `wm_train.kernels.dispatch.camera_gram`."""
+    """Compute `wm_train.kernels.dispatch.camera_gram`."""
     heads = beta.shape[-1]
     k = normalised(key, weight, norm_eps, heads) * scale
     v = value.unflatten(-1, (heads, value.shape[-1] // heads))
@@ -161,7 +173,7 @@ def camera_output(
     sin: Tensor,
     norm_eps: float,
 ) -> Tensor:
-    """See `wm_train.kernels.dispatch.camera_output`."""
+    """Compute `wm_train.kernels.dispatch.camera_output`."""
     q = normalised(query, weight, norm_eps, state.shape[2])
     encoded = limit_rms(q, encode(q, world_to_ray.transpose(-1, -2), cos, sin))
     return encode(read_state(state, encoded).to(query.dtype), world_to_ray, cos, -sin)

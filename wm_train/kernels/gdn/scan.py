@@ -1,10 +1,9 @@
-"""The GDN recurrences of `parallel` on Triton: the same four functions as `parallel/reference.py`,
-in fp32, of at least one frame.
+"""Run the GDN recurrences of `parallel` on Triton: the four functions of `parallel/reference.py`.
 
-Two levels. With `segments` > 1 the local frames are walked in that many pieces at once: composites
-per piece, their composition, then the pieces again from the states that enter them. That trades
-three walks of T/segments frames for one of T. The default depends on how many programs one walk
-has, and `benchmarks/gdn_kernels.py` measures it.
+All in fp32. Two levels: with `segments` > 1 the local frames are scanned in that many pieces at
+once: composites per piece, their composition, then the pieces again from the states that enter
+them. That trades one scan of T frames for three of T/segments. The default depends on the number of
+programs of one scan; `benchmarks/gdn_kernels.py` measures it.
 """
 
 from __future__ import annotations
@@ -20,15 +19,17 @@ from parallel.reference import Cuts, Stream
 from wm_train.kernels.gdn import scan_kernels
 from wm_train.kernels.numerics import exact_mode, state_mode
 
-COMPOSITE_ROWS, COMPOSE_ROWS = (
-    32,
-    16,
-)  # three TF32 products per product need the registers of more rows
+# three TF32 products per product need the registers of more rows
+COMPOSITE_ROWS, COMPOSE_ROWS = (32, 16)
 SHORTEST_SEGMENT = 8  # frames; below this a second level costs more walks than it saves
 
 
 class ScanSettings(NamedTuple):
-    """segments: None picks.  mode: of A (None: TF32 on a device).  rows: of a state per program."""
+    """Store the settings of a scan.
+
+    engine: auto | triton | reference. segments: None chooses by itself. mode: arithmetic of A
+    (None: TF32 on a device). rows: of a state per program.
+    """
 
     segments: int | None = None
     mode: str | None = None
@@ -39,8 +40,11 @@ DEFAULTS = ScanSettings()
 
 
 class _Plan(NamedTuple):
-    """The sizes of one call. E rows and D columns of a state, padded DP; frames are walked in
-    `parts` pieces of `segment`."""
+    """Store the sizes of one call.
+
+    States have E rows and D columns, padded to DP; frames are scanned in `parts` pieces of
+    `segment`.
+    """
 
     batch: int
     frames: int
@@ -101,7 +105,7 @@ def _plan(stream: Stream, settings: ScanSettings) -> _Plan:
 
 
 def _segments(programs: int, frames: int, device: torch.device) -> int:
-    """Enough pieces to give every multiprocessor a program, none shorter than SHORTEST_SEGMENT."""
+    """Return enough pieces to give every multiprocessor a program, none below SHORTEST_SEGMENT."""
     if device.type != "cuda":
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -110,7 +114,7 @@ def _segments(programs: int, frames: int, device: torch.device) -> int:
 
 @lru_cache(maxsize=256)
 def _edge_table(cuts: Cuts, device: torch.device) -> Tensor:
-    """int8 [3, t]: open edges forward, reverse, and everywhere."""
+    """Return int8 [3, t]: open edges forward, open edges reverse, and ones."""
     return torch.tensor(
         [cuts.forward, cuts.reverse, (True,) * len(cuts.forward)], dtype=torch.int8, device=device
     )
@@ -118,8 +122,10 @@ def _edge_table(cuts: Cuts, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _pass_table(cuts: Cuts, segment: int, adjoint: bool, device: torch.device) -> Tensor:
-    """int8 [2, parts]: which segments pass a value on, walking ahead and walking back. Adjoints
-    walk each direction the other way."""
+    """Return int8 [2, parts]: which segments pass a value on, forward and backward in time.
+
+    Adjoints go the opposite way in each direction.
+    """
     rows = [[all(x[i : i + segment]) for i in range(0, len(x), segment)] for x in cuts]
     return torch.tensor(rows[::-1] if adjoint else rows, dtype=torch.int8, device=device)
 
@@ -135,7 +141,7 @@ def _flags(first: Tensor | None, second: Tensor | None) -> int:
 def _composites(
     stream: Stream, cuts: Cuts, reverse: str | None, plan: _Plan, edges: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C [parts, B, H, D, D], H_fwd and H_rev [parts, B, H, E, D]"""
+    """Return C [parts, B, H, D, D], H_fwd and H_rev [parts, B, H, E, D]."""
     lead = (plan.parts, plan.batch, plan.heads)
     composite = stream.update.new_empty(*lead, plan.d, plan.d)
     ends = stream.update.new_zeros(2, *lead, plan.e, plan.d)
@@ -165,7 +171,7 @@ def _compose(
     passes: Tensor,
     plan: _Plan,
 ) -> tuple[Tensor, Tensor]:
-    """What enters each segment from the left and from the right, [parts, B, H, E, D] each."""
+    """Return what enters each segment from the left and the right, [parts, B, H, E, D] each."""
     starts = torch.empty_like(ahead), torch.empty_like(back)
     plan = plan._replace(rows=COMPOSE_ROWS, mode=exact_mode())
     constants = plan.constants(None)
@@ -194,7 +200,7 @@ def _enter(
     start_back: Tensor | None,
     edges: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Starts of every segment, and the composites C if there are several segments."""
+    """Return the starts of every segment, and the composites C if there are several segments."""
     start, start_back = (
         None if x is None else x.detach().float().contiguous() for x in (start, start_back)
     )
@@ -218,7 +224,8 @@ def _states(
     behind = torch.empty_like(stream.update) if seen and reverse is not None else None
     final = stream.update.new_empty(plan.batch, plan.heads, plan.e, plan.d)
     scan_kernels.states_kernel[(plan.batch * plan.heads, plan.tiles, plan.parts)](
-        *stream, edges, start, start_back, ahead, behind, final, plan.frames, plan.heads, plan.segment,
+        *stream, edges, start, start_back, ahead, behind, final, plan.frames, plan.heads,
+        plan.segment,
         STARTS=_flags(start, start_back), SEEN=seen, **plan.constants(reverse),
     )  # fmt: skip
     return ahead, behind, final
@@ -234,13 +241,16 @@ def _adjoint(
     left: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """λ and μ if kept [B, t, H, E, D], and what leaves each segment to the left and to the right
-    [parts, B, H, E, D]."""
+    """Return λ and μ [B, t, H, E, D] if kept, and what leaves each segment to the left and right.
+
+    The latter two are [parts, B, H, E, D].
+    """
     toward = torch.empty_like(stream.update) if keep else None
     back = torch.empty_like(stream.update) if keep and reverse is not None else None
     leaving = stream.update.new_zeros(2, plan.parts, plan.batch, plan.heads, plan.e, plan.d)
     scan_kernels.adjoint_kernel[(plan.batch * plan.heads, plan.tiles, plan.parts)](
-        stream.decay, stream.gram, grads, edges, right, left, toward, back, leaving[0], leaving[1], plan.frames, plan.heads, plan.segment,
+        stream.decay, stream.gram, grads, edges, right, left, toward, back, leaving[0], leaving[1],
+        plan.frames, plan.heads, plan.segment,
         STARTS=_flags(right, left), KEEP=keep, **plan.constants(reverse),
     )  # fmt: skip
     return toward, back, leaving[0], leaving[1]

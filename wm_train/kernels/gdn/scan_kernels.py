@@ -1,14 +1,13 @@
-"""Triton kernels of the frame-wise GDN recurrences. Each equals a function of
-`parallel/reference.py`; `scan.py` launches them.
+"""Define the Triton kernels of the frame-wise GDN recurrences; `scan.py` launches them.
 
-A program holds ROWS rows of one head's state, because row r of S_t needs row r of S_{t-1} and all
-of A_t, and nothing else. It walks its frames one after the other; segments of frames are walked by
-different programs at once and joined by `compose`, which is the composition of context parallelism
-on one device.
+Each equals a function of `parallel/reference.py`. A program holds ROWS rows of one head's state,
+because row r of S_t needs row r of S_{t-1} and all of A_t, and nothing else. It goes through its
+frames in order; segments of frames are computed by different programs at once and joined by
+`compose`, which is the composition of context parallelism on one device.
 
 Memory order: decay [B, t, H], gram [B, t, H, D, D], states and updates [B, t, H, E, D], starts
-[segments, B, H, E, D], all contiguous fp32. `open_edges` int8 [3, t]: may frame i know i-1; may
-frame i know i+1; ones. A is read transposed: it is symmetric, and the tensor cores want the second
+[segments, B, H, E, D], all contiguous fp32. `open_edges` int8 [3, t]: may frame i see i-1; may
+frame i see i+1; ones. A is read transposed: it is symmetric, and the tensor cores need the second
 operand with its summed axis contiguous.
 """
 
@@ -20,7 +19,7 @@ from wm_train.kernels.numerics import product, round_tf32
 
 @triton.jit
 def _tile(first, E, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
-    """Offsets and mask of rows first … first + ROWS of an [E, D] matrix."""
+    """Return offsets and mask of rows first … first + ROWS of an [E, D] matrix."""
     e = first + tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, DP)[None, :]
     return e * D + d, (e < E) & (d < D)
@@ -28,7 +27,7 @@ def _tile(first, E, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _transposed(D: tl.constexpr, DP: tl.constexpr):
-    """Offsets and mask that load a [D, D] matrix transposed."""
+    """Return offsets and mask that load a [D, D] matrix transposed."""
     k = tl.arange(0, DP)[:, None]
     n = tl.arange(0, DP)[None, :]
     return n * D + k, (k < D) & (n < D)
@@ -36,7 +35,7 @@ def _transposed(D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def _through(state, decay, gram, cell, D: tl.constexpr, DP: tl.constexpr, MODE: tl.constexpr):
-    """state · M of one frame-head as γ (state − state · A): only the small A is ever rounded."""
+    """Return state · M of one frame-head as γ (state − state · A): only the small A is rounded."""
     offsets, mask = _transposed(D, DP)
     a = tl.load(gram + cell * (D * D) + offsets, mask=mask, other=0.0)
     return tl.load(decay + cell) * (state - product(state, a, tl.zeros_like(state), MODE))
@@ -44,13 +43,17 @@ def _through(state, decay, gram, cell, D: tl.constexpr, DP: tl.constexpr, MODE: 
 
 @triton.jit
 def states_kernel(
-    decay, gram, update, open_edges, start_forward, start_reverse, ahead, behind, final, frames, heads, segment,
-    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, STARTS: tl.constexpr,
+    decay, gram, update, open_edges, start_forward, start_reverse, ahead, behind, final, frames,
+    heads, segment,
+    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr,
+    STARTS: tl.constexpr,
     SEEN: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """States of a segment, forward then reverse. SEEN: `ahead`, `behind` get what enters each frame
-    from either side; else `ahead` gets the forward state plus the reverse one (inclusive or
-    exclusive). STARTS: 0 none, 1 forward, 2 reverse, 3 both.
+    """Compute the states of a segment, forward then reverse.
+
+    With SEEN, `ahead` and `behind` receive what enters each frame from either side; otherwise
+    `ahead` receives the forward state plus the reverse one (inclusive or exclusive). STARTS: 0
+    none, 1 forward, 2 reverse, 3 both.
     """
     pair = tl.program_id(0)
     part = tl.program_id(2)
@@ -103,11 +106,12 @@ def states_kernel(
 
 @triton.jit
 def composites_kernel(
-    decay, gram, update, open_edges, composite, end_forward, end_reverse, frames, heads, segment, state_tiles,
-    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, MODE: tl.constexpr,
+    decay, gram, update, open_edges, composite, end_forward, end_reverse, frames, heads, segment,
+    state_tiles,
+    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
-    """Per segment H_fwd, H_rev (with cuts, from zero) and raw C (rows of the identity, without cuts
-    or updates)."""
+    """Compute H_fwd, H_rev (with cuts, from zero) and C (without cuts or updates) per segment."""
     pair = tl.program_id(0)
     tile_index = tl.program_id(1)
     part = tl.program_id(2)
@@ -116,9 +120,8 @@ def composites_kernel(
     first = part * segment
     last = tl.minimum(first + segment, frames)
     directions = 1 if REVERSE == "none" else 2
-    kind = tl.minimum(
-        tile_index // state_tiles, directions
-    )  # 0 … directions - 1: H_fwd, H_rev; directions: C
+    # 0 … directions - 1: H_fwd, H_rev; directions: C
+    kind = tl.minimum(tile_index // state_tiles, directions)
     row = (tile_index - kind * state_tiles) * ROWS
     is_composite = kind == directions
     rows = tl.where(is_composite, D, E)
@@ -146,13 +149,17 @@ def composites_kernel(
 
 @triton.jit
 def adjoint_kernel(
-    decay, gram, grads, open_edges, from_right, from_left, toward, back, to_left, to_right, frames, heads, segment,
-    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, STARTS: tl.constexpr,
+    decay, gram, grads, open_edges, from_right, from_left, toward, back, to_left, to_right, frames,
+    heads, segment,
+    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr,
+    STARTS: tl.constexpr,
     KEEP: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """λ_t = dL/dF_t, walking back, and μ_t = dL/dI_t, walking ahead, of a segment. KEEP stores them
-    in `toward` and `back`; what leaves the segment goes to `to_left` and `to_right` [segments, B,
-    H, E, D]. STARTS: 0 none enters, 1 from the right, 2 from the left, 3 both.
+    """Compute λ_t = dL/dF_t, backward in time, and μ_t = dL/dI_t, forward in time, of a segment.
+
+    KEEP stores them in `toward` and `back`; what leaves the segment goes to `to_left` and
+    `to_right` [segments, B, H, E, D]. STARTS: 0 none enters, 1 from the right, 2 from the left, 3
+    both.
     """
     pair = tl.program_id(0)
     part = tl.program_id(2)
@@ -198,10 +205,13 @@ def adjoint_kernel(
 @triton.jit
 def outer_kernel(
     decay, gram, ahead, behind, toward, back, d_decay, d_gram, d_update,
-    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, MODE: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
-    """One frame-head: G = F_{t-1}ᵀ λ + I_{t+1}ᵀ μ, then dA = −γ G, dγ = tr G − ⟨G, A⟩ and dU = λ +
-    μ."""
+    """Compute dA, dγ and dU of one frame-head.
+
+    With G = F_{t-1}ᵀ λ + I_{t+1}ᵀ μ: dA = −γ G, dγ = tr G − ⟨G, A⟩ and dU = λ + μ.
+    """
     cell = tl.program_id(0).to(tl.int64)
     outer = tl.zeros([DP, DP], dtype=tl.float32)
     for row in range(0, E, ROWS):
@@ -228,14 +238,14 @@ def outer_kernel(
 @triton.jit
 def compose_kernel(
     composite, end_ahead, end_back, start_ahead, start_back, first_ahead, first_back, passes, parts,
-    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRSTS: tl.constexpr, MODE: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRSTS: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
-    """What enters each segment: value_{g+1} = end_g + value_g C_g, or end_g where segment g passes
-    nothing on.
+    """Compute what enters each segment: value_{g+1} = end_g + value_g C_g.
 
-    program axis 2: 0 walks ahead with C, 1 walks back with Cᵀ. passes int8 [2, parts]. FIRSTS: 0
-    nothing enters the clip, 1 ahead, 2 back, 3 both. C is near the identity, so MODE must not round
-    it.
+    Where segment g passes nothing on, it is end_g. Program axis 2: 0 goes forward with C, 1 goes
+    backward with Cᵀ. passes int8 [2, parts]. FIRSTS: 0 nothing enters the clip, 1 ahead, 2 back, 3
+    both. C is close to the identity, so MODE must not round it.
     """
     pair = tl.program_id(0)
     backwards = tl.program_id(2) == 1

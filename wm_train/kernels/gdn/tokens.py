@@ -1,8 +1,8 @@
-"""What every token kernel does to a block of BS tokens of one head: load, normalise, rotate, and
-the way back. Device functions only.
+"""Load, normalise and rotate a block of BS tokens of one head, and compute the backward of that.
 
-Tokens are numbered n = (b·t + i)·S + s. Raw tokens are read from [B·t·S, H·D] with any row stride,
-so slices of a fused projection need no copy. D channels are padded to DP lanes that hold zeros.
+Device functions for all token kernels. Tokens are numbered n = (b·t + i)·S + s. Raw tokens are read
+from [B·t·S, H·D] with any row stride, so slices of a fused projection need no copy. D channels are
+padded to DP lanes; the additional lanes are zero.
 """
 
 import triton
@@ -13,7 +13,7 @@ from wm_train.kernels.numerics import rounded
 
 @triton.jit
 def load_channels(pointer, n, inside, stride, first, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """Channels first … first + COUNT of tokens n as fp32 [BS, LANES]; zeros outside."""
+    """Load channels first … first + COUNT of tokens n as fp32 [BS, LANES]; zeros outside."""
     c = tl.arange(0, LANES)
     mask = inside[:, None] & (c < COUNT)[None, :]
     return tl.load(pointer + n[:, None] * stride + (first + c)[None, :], mask=mask, other=0.0).to(
@@ -23,6 +23,7 @@ def load_channels(pointer, n, inside, stride, first, COUNT: tl.constexpr, LANES:
 
 @triton.jit
 def store_channels(pointer, x, n, inside, stride, first, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Store x [BS, LANES] to channels first … first + COUNT of tokens n."""
     c = tl.arange(0, LANES)
     mask = inside[:, None] & (c < COUNT)[None, :]
     tl.store(pointer + n[:, None] * stride + (first + c)[None, :], x, mask=mask)
@@ -30,24 +31,24 @@ def store_channels(pointer, x, n, inside, stride, first, COUNT: tl.constexpr, LA
 
 @triton.jit
 def load_vector(pointer, first, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Load COUNT elements from `first` on as fp32 [LANES], zeros after them."""
     c = tl.arange(0, LANES)
     return tl.load(pointer + first + c, mask=c < COUNT, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def rotate(x, cos, sin, BS: tl.constexpr, LANES: tl.constexpr):
-    """Lane pairs (2i, 2i+1) of x [BS, LANES] turned by angles [BS, LANES/2]; with -sin it turns
-    back."""
+    """Rotate lane pairs (2i, 2i+1) of x [BS, LANES] by angles [BS, LANES/2]; -sin rotates back."""
     even, odd = tl.split(tl.reshape(x, [BS, LANES // 2, 2]))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BS, LANES])
 
 
 @triton.jit
 def norm_backward(grad, raw, rstd, weight, positive):
-    """Backward of relu(raw · rstd · weight) up to the cross-head term.
+    """Compute the backward of relu(raw · rstd · weight) up to the cross-head term.
 
-    -> the direct gradient of raw [BS, LANES], each token's share of Σ grad · weight · raw [BS], the
-    gradient of weight [LANES].
+    Returns the direct gradient of raw [BS, LANES], each token's part of Σ grad · weight · raw [BS],
+    and the gradient of weight [LANES].
     """
     grad = tl.where(positive, grad, 0.0)
     direct = grad * weight[None, :]
@@ -62,7 +63,7 @@ def norm_backward(grad, raw, rstd, weight, positive):
 def rstd_kernel(
     x, rstd, tokens, stride, eps, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """1 / sqrt(mean over C channels of x² + eps) per token."""
+    """Compute 1 / sqrt(mean over C channels of x² + eps) per token."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = n < tokens
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -80,8 +81,10 @@ def norm_finish_kernel(
     grad, x, rstd, share, tokens, stride, heads,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The cross-head term of RMSNorm's backward: grad -= x · rstd³ / C · Σ over heads of share;
-    grad [tokens, C], share [tokens, H]."""
+    """Add the cross-head term of RMSNorm's backward to grad [tokens, C], in place.
+
+    grad -= x · rstd³ / C · Σ over heads of share; share [tokens, H].
+    """
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = n < tokens
     h = tl.arange(0, HEADS)
