@@ -19,6 +19,7 @@ from typing import Any
 
 from data_shards.arguments import Option, choice, number, run, text, whole
 from data_shards.codecs.linear import CODECS, LatentCodec
+from data_shards.encoding.fields import own_fields
 from data_shards.encoding.finish import finish
 from data_shards.encoding.job import Job, Settings, crop_size, encode_shard, left_to_do, plan_jobs
 from data_shards.encoding.runners import RUNNERS
@@ -79,6 +80,9 @@ OPTIONS = {
     "null_text": Option(
         text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
     ),
+    "fields": Option(
+        text, "names of fields of other packages to take from the source too, with commas", None
+    ),
     "device": Option(
         text,
         "where codec and text encoder run: cpu, or as torch names the accelerator, device:1",
@@ -136,10 +140,12 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
     target = Target(out)
     jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
+    own_fields(settings.fields)  # names that nobody knows are refused before any work
+    facts = dataclasses.asdict(settings)
+    if settings.fields is None:  # the plan of a set without them stays the same bytes
+        del facts["fields"]
     plan = json.dumps(
-        {"source": clips.description, **dataclasses.asdict(settings), "shards": len(jobs)},
-        indent=1,
-        sort_keys=True,
+        {"source": clips.description, **facts, "shards": len(jobs)}, indent=1, sort_keys=True
     ).encode()
     if target.finished():
         if target.read(PLAN, done=True) != plan:

@@ -2,7 +2,7 @@
 everything read from disk must pass.
 
 Layout of a data set directory:
-  shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
+  shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` (data_shards/fields.py)
   index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
   null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt, real tokens only
   plan.json            the arguments that it was encoded with
@@ -32,40 +32,11 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA_VERSION = 2
-# what data sets must have in common to be mixed in one training stream
-ALIKE_IN_MIXTURE = (
-    *(
-        "codec",
-        "codec_options",
-        "channels",
-        "temporal_stride",
-        "spatial_stride",
-        "control_names",
-        "fields",
-    ),
-    *("text_encoder", "text_length", "text_width"),
-)
 SPLITS = ("train", "validation")
 
-# field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16
-# array lies in the tar as uint16.
-FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "latent.npy": (4, ("float16", "bfloat16", "float32")),
-    "image_latents.npy": (4, ("float16", "bfloat16", "float32")),
-    "c2w.npy": (3, ("float32", "float64")),
-    "intrinsics.npy": (2, ("float32", "float64")),
-    "controls.npy": (2, ("float32",)),
-    "text.npy": (2, ("float16", "bfloat16", "float32")),
-    "text_mask.npy": (1, ("uint8",)),
-    "json": (1, ("uint8",)),
-}
 MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
 IMAGE_LATENTS = "image_latents.npy"
-READ_BY_ROW = (
-    TIME_SHARDED,
-    IMAGE_LATENTS,
-)  # these carry a crc32c per row; all other members are read whole
 INDEX, NULL_TEXT, FACTS, PLAN, SUMS = (
     "index.parquet",
     "null_text.npy",
@@ -120,7 +91,7 @@ class MemberEntry:
     dtype: str
     shape: tuple[int, ...]
     crc32c: int  # of the whole member
-    row_crc32c: tuple[int, ...] = ()  # of each row of the members READ_BY_ROW; empty for the others
+    row_crc32c: tuple[int, ...] = ()  # of each row, where the field is `by_row`; else empty
 
     @property
     def row_bytes(self) -> int:
@@ -186,24 +157,6 @@ class DatasetInfo:
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
     null_text_crc32c: int = 0  # of the file null_text
-
-
-def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int | None, ...]:
-    """The shape that `field` of this clip must have; None where any length is allowed."""
-    return {
-        "latent.npy": (entry.latent_frames, info.channels, info.latent_height, info.latent_width),
-        "image_latents.npy": (
-            image_latent_count(entry.raw_frames, info.image_latents_every),
-            info.channels,
-            info.latent_height,
-            info.latent_width,
-        ),
-        "c2w.npy": (entry.raw_frames, 4, 4),
-        "intrinsics.npy": (entry.raw_frames, 4),
-        "controls.npy": (entry.latent_frames, len(info.control_names)),
-        "text.npy": (info.text_length, info.text_width),
-        "text_mask.npy": (info.text_length,),
-    }.get(field, (None,) * FIELDS[field][0])
 
 
 def expected_fields(info: DatasetInfo, raw_frames: int) -> frozenset[str]:

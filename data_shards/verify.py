@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_shards.arguments import Option, run, text, whole
+from data_shards.fields import is_by_row
 from data_shards.schema import (
     FACTS,
     INDEX,
     ITEM_BYTES,
-    READ_BY_ROW,
     SPLITS,
     SUMS,
     ClipEntry,
@@ -30,7 +30,7 @@ from data_shards.schema import (
     MemberEntry,
 )
 from data_shards.storage.files import all_finite, array_from_bytes, crc32c, npy_header
-from data_shards.storage.read import ClipDataset, open_dataset
+from data_shards.storage.read import ClipDataset, entry_name, open_dataset
 from data_shards.storage.remote import RetryPolicy, connect
 from data_shards.storage.write import BLOCK, fingerprint, shard_size, sums_text, tar_header
 from data_shards.storage.zarr_store import pieces, shard_files
@@ -118,10 +118,10 @@ def check_rows(
 
     At most CHUNK bytes are in memory, whatever the index claims.
     """
-    problem, by_row = "", member.field in READ_BY_ROW
+    problem, by_row = "", is_by_row(member.field)
     size = member.row_bytes if by_row else length
     while length:
-        place, row_crc, left = f", latent frame {row}" if by_row else "", 0, size
+        place, row_crc, left = f", {entry_name(member)} {row}" if by_row else "", 0, size
         while left:
             data = file.read(min(CHUNK, left))
             if not data:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.codecs.linear import CODECS_WITH_WEIGHTS, LatentCodec, make_codec
-from data_shards.controls import bucket_events
+from data_shards.controls import bucket_controls, bucket_events
+from data_shards.encoding.fields import crop_pictures, other_arrays
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import READY, TextEncoder
 from data_shards.schema import (
@@ -54,6 +55,7 @@ class Settings:
     text_prefix: str = ""
     text_dtype: str = "bfloat16"
     null_text: str | None = None
+    fields: str | None = None  # names of fields that the source has besides, with commas
 
     def make_codec(self, source: ClipSource) -> LatentCodec:
         """The codec for this source; that of ready latents needs no weights here, but a name under
@@ -134,20 +136,7 @@ def crop(
     """Centred crop of [F,H,W,3]; the principal point moves along."""
     top, left = (video.shape[1] - size[0]) // 2, (video.shape[2] - size[1]) // 2
     moved = None if intrinsics is None else intrinsics - np.array([0.0, 0.0, left, top])
-    return video[:, top : top + size[0], left : left + size[1]], moved
-
-
-def bucket_controls(
-    frames: NDArray[np.float32], sums: tuple[bool, ...], stride: int
-) -> NDArray[np.float32]:
-    """[F, A] per raw frame -> [T, A] per latent: latent t > 0 takes the frames it encodes; amounts
-    are summed, states averaged."""
-    count = latent_frame_count(len(frames), stride)
-    out = np.zeros((count, frames.shape[1]), np.float32)
-    out[0] = frames[0]
-    groups = frames[1:].reshape(count - 1, stride, frames.shape[1])
-    out[1:] = np.where(np.array(sums), groups.sum(axis=1), groups.mean(axis=1))
-    return out
+    return crop_pictures(video, size), moved
 
 
 def plan_jobs(
@@ -234,6 +223,8 @@ def encode_shard(
                 job.settings.keep_taps == "yes",
             )
             arrays |= text_arrays(clip, content, job.settings, encoder, tally)
+            size = crop_size(clip, codec.spatial_stride)
+            arrays |= other_arrays(source, clip, job.settings.fields, size, len(latents))
             facts = {
                 "key": clip.key,
                 "episode": clip.episode,
@@ -306,20 +297,12 @@ def control_arrays(
 ) -> Arrays:
     if content.events is not None:
         fps = Fraction(source.fps).limit_denominator(100_000)
-        return {
-            "controls.npy": (
-                "float32",
-                bucket_events(content.events, latent_frames, fps, stride, keep_taps),
-            )
-        }
-    if content.frame_controls is not None:
-        return {
-            "controls.npy": (
-                "float32",
-                bucket_controls(content.frame_controls, source.control_sums, stride),
-            )
-        }
-    return {}
+        rows = bucket_events(content.events, latent_frames, fps, stride, keep_taps)
+    elif content.frame_controls is not None:
+        rows = bucket_controls(content.frame_controls, source.control_sums, stride)
+    else:
+        return {}
+    return {"controls.npy": ("float32", rows)}
 
 
 def text_arrays(

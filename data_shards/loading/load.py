@@ -20,21 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.loading.batch import (
-    REPLICATED,
-    Batch,
-    absent,
-    denormalise,
-    joined,
-    last_repeated,
-    normalise,
-)
-from data_shards.loading.cut import Conditions, read_conditions, read_latents, relative_poses
+from data_shards.fields import alike_in_mixture, batch_fields, relative_poses, row_entries
+from data_shards.loading.batch import Batch, denormalise, joined, normalise, padded
+from data_shards.loading.cut import read_fields, read_latents, unread
 from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
-from data_shards.schema import ALIKE_IN_MIXTURE, ClipEntry, DataError, ShardError
+from data_shards.schema import ClipEntry, DataError, DatasetInfo, ShardError
 from data_shards.storage.read import ClipDataset
 
-__all__ = ["REPLICATED", "Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
+__all__ = ["Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
 
 
 class ClipLoader:
@@ -48,14 +41,14 @@ class ClipLoader:
         stage: the stage's name, which with `seed` keys the order.
         clip_frames: T, the longest cut. A stored clip may be longer.
         shorter: further lengths that clips too short for T are cut to; each step has one length.
-        mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides, controls and text must be the same.
+        mixture: data sets to draw from instead of `dataset` alone, by weight. They must share what `alike_in_mixture` lists.
         pack: fill rows of T latent frames with several clips of any length up to T.
         cost: of a clip of so many latent frames; packed rows are then dealt so that members have equally much to compute.
         prefetch: batches read ahead; readers: clips read at the same time.
         quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every
             member of the run must be given the same names: they are state, like the step.
-        replicated: False on all but one member of a context-parallel group: poses, intrinsics, controls and text are not read and come as
-            NaN of the right shape, to be received from the member that read them.
+        replicated: False on all but one rank of a sequence group: fields that are not read by row come as NaN of the right shape, to be
+            received from the rank that read them.
         pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
@@ -147,23 +140,19 @@ class ClipLoader:
         latents = self._empty(
             len(rows), stop - start, first.channels, first.latent_height, first.latent_width
         )
-        conditions = list(
+        of_rows: list[dict[str, Tensor]] = list(
             each(
                 lambda place: self._read(rows[place], (start, stop), latents[place]),
                 range(len(rows)),
             )
         )
-        none = absent(first, total)  # keeps the shapes when this member has no rows
-        shared = {
-            name: self._stack([getattr(c, name) for c in conditions], getattr(none, name))
-            for name in REPLICATED
-        }
+        fields = self._stacked(of_rows, first, total, (start, stop))
         keys = tuple(
             "+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows
         )
         return Batch(
             latents,
-            **shared,
+            fields,
             keys=keys,
             draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
             valid_frames=torch.tensor([row.valid_frames for row in rows], dtype=torch.int64),
@@ -207,30 +196,26 @@ class ClipLoader:
             total += count
         return total
 
-    def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> Conditions:
-        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's
-        conditions."""
+    def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> dict[str, Tensor]:
+        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's fields."""
         out[max(0, row.valid_frames - held[0]) :] = 0
         found = []
         for take, start in zip(row.takes, row.starts, strict=True):
             dataset, entry = self.datasets[take.source], self.entry(take.source, take.clip)
             low, high = max(held[0], start), min(held[1], start + take.frames)
+            own = (low - start, high - start) if low < high else (0, 0)
             try:
                 if low < high:
                     part = out[low - held[0] : high - held[0]]
-                    own, buffer = (low - start, high - start), self._buffer(part.numel())
+                    buffer = self._buffer(part.numel())
                     read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
-                read = (
-                    read_conditions(dataset, entry, take.start, take.frames)
-                    if self.replicated
-                    else None
-                )
+                fields = read_fields(dataset, entry, take.start, take.frames, own, self.replicated)
             except ShardError as error:
                 raise ShardError(
                     str(error), dataset.global_name(error.shard), error.passing
                 ) from error
-            found.append(read or absent(dataset.info, take.frames))
-        return joined(found, row.frames, self.dataset.info.temporal_stride)
+            found.append(fields)
+        return joined(found, row.starts, held, row.frames, self.dataset.info.temporal_stride)
 
     def _buffer(self, numbers: int) -> np.ndarray:
         """This thread's bytes for stored latents, kept from clip to clip."""
@@ -241,19 +226,28 @@ class ClipLoader:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
 
-    def _stack(self, parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | None:
-        """[b, …]; the parts' first dimensions may differ, shorter ones repeat their end. None if
-        the data has none."""
-        given = [part for part in parts if part is not None]
-        if like is None or len(given) < len(parts):
-            return None
-        longest = max((len(part) for part in given), default=0)
-        whole = (
-            torch.stack([last_repeated(part, longest) for part in given])
-            if given
-            else like[None][:0]
-        )
-        return whole.pin_memory() if self.pin else whole
+    def _stacked(
+        self,
+        rows: Sequence[dict[str, Tensor]],
+        info: DatasetInfo,
+        total: int,
+        held: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Return name -> [b, …] of the fields that every row has; of empty ones without rows."""
+        found = {}
+        for field in batch_fields():
+            parts = [row[field.name] for row in rows if field.name in row]
+            if field.member not in info.fields or len(parts) < len(rows):
+                continue
+            longest = max((len(part) for part in parts), default=0)
+            if parts:
+                whole = torch.stack([padded(part, longest, field) for part in parts])
+            else:
+                span = held if field.by_row else (0, total)
+                length = row_entries(field.rate, (0,), span, total, info.temporal_stride)
+                whole = unread(field, info, length)[None][:0]
+            found[field.name] = whole.pin_memory() if self.pin else whole
+        return found
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():
@@ -313,7 +307,7 @@ def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
 
 def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
     """Raises DataError unless what is mixed can be one batch and one model's input."""
-    for name in ALIKE_IN_MIXTURE:
+    for name in alike_in_mixture():
         mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
         if mine != theirs:
             raise DataError(

@@ -82,6 +82,8 @@ class ClipSource(Protocol):
 
     def load(self, clip: SourceClip) -> ClipContent: ...
 
+    def array(self, key: str, name: str) -> NDArray[Any]: ...  # more of a clip: encode fields=
+
 
 @dataclass(frozen=True)
 class Place:
@@ -121,6 +123,10 @@ class Captioned:
     def load(self, clip: SourceClip) -> ClipContent:
         content = self._source.load(clip)
         return replace(content, caption=self._captions.get(clip.key, content.caption))
+
+    def array(self, key: str, name: str) -> NDArray[Any]:
+        """Return what the source itself has under this name."""
+        return self._source.array(key, name)
 
 
 def open_source(path: str | Place) -> ClipSource:

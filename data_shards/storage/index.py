@@ -18,12 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_shards.fields import expected_shape, field_of, known_members
 from data_shards.schema import (
-    FIELDS,
     ITEM_BYTES,
     MAX_FREE_BYTES,
     MAX_MEMBER_BYTES,
-    READ_BY_ROW,
     SHARD_PATTERN,
     SPLITS,
     TIME_SHARDED,
@@ -33,7 +32,6 @@ from data_shards.schema import (
     MemberEntry,
     check_key,
     expected_fields,
-    expected_shape,
 )
 from data_shards.storage.remote import RetryPolicy, is_transient, with_retries
 
@@ -207,18 +205,19 @@ def where(entry: ClipEntry, member: MemberEntry) -> str:
 def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, duplicate: bool) -> None:
     """An index may be damaged or hostile too: names and dtypes must be on the lists, shapes and
     sizes agree."""
-    problem = ""
+    problem, fix, field = "", "encode again", field_of(member.field)
     if not SHARD_PATTERN.fullmatch(entry.shard):
         problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"
     elif duplicate:
         problem = "got this field twice"
-    elif member.field not in FIELDS or member.dtype not in FIELDS[member.field][1]:
+    elif field is None or member.dtype not in field.dtypes:
         problem = (
             f"got field {member.field!r} of dtype {member.dtype!r}, expected one of"
-            f" {sorted(FIELDS)}"
+            f" {known_members()}"
         )
+        fix += ", or install the package that adds this field (entry point data_shards.fields)"
     else:
-        expected = expected_shape(info, member.field, entry)
+        expected = expected_shape(field, info, entry)
         agrees = len(member.shape) == len(expected) and all(
             e in (None, n) and n >= 0 for n, e in zip(member.shape, expected)
         )
@@ -245,8 +244,8 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
                 f"got {member.length} bytes at {member.offset} with data at {member.data_offset},"
                 f" expected {count} data bytes"
             )
-        elif member.field in READ_BY_ROW and len(member.row_crc32c) != member.shape[0]:
+        elif field.by_row and len(member.row_crc32c) != member.shape[0]:
             problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
     if problem:
-        raise DataError(f"index: {problem} {where(entry, member)}. Fix: encode again")
+        raise DataError(f"index: {problem} {where(entry, member)}. Fix: {fix}")
     check_key(entry.key)

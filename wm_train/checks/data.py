@@ -7,13 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_shards.schema import (
-    ALIKE_IN_MIXTURE,
-    DataError,
-    DatasetInfo,
-    info_from_json,
-    latent_frame_count,
-)
+from data_shards.fields import alike_in_mixture
+from data_shards.schema import DataError, DatasetInfo, info_from_json, latent_frame_count
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
@@ -82,7 +77,7 @@ def _mixture_problems(
     found, pack = [], config.data.pack
     for path, other in mixed.items():
         different = [
-            name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)
+            name for name in alike_in_mixture() if getattr(info, name) != getattr(other, name)
         ]
         if different:
             got = (

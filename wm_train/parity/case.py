@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def conditions_of(case: ParityCase) -> Conditions:
             NoiseKey(case.seed, PARITY), "text", draws, (0, TEXT_TOKENS), (case.model.text_width,)
         ).to(case.dtype)
         mask = torch.arange(TEXT_TOKENS)[None] < TEXT_TOKENS - draws[:, None] % 3
-    return Conditions(
+    return Conditions.of(
         (height, width), case.temporal_stride, c2w, intrinsics, text=text, text_mask=mask
     )
 
@@ -189,18 +189,8 @@ def forward(
             block.register_forward_hook(lambda module, inputs, output: set_scope(sequence, ""))
         )
     conditions = conditions_of(case)
-
-    def held(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[rows].to(case.device)
-
-    text, mask = held(conditions.text), held(conditions.text_mask)
-    conditions = replace(
-        conditions,
-        c2w=held(conditions.c2w),
-        intrinsics=held(conditions.intrinsics),
-        text=text,
-        text_mask=mask,
-    )
+    held = {name: value[rows].to(case.device) for name, value in conditions.fields.items()}
+    conditions = conditions.with_fields(**held)
     latents = latents_of(case)[rows, sequence.frames.start : sequence.frames.stop]
     clips = Clips(latents.to(case.device), torch.arange(case.batch)[rows].to(case.device))
     output = OBJECTIVES[case.objective.name](

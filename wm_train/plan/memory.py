@@ -251,7 +251,7 @@ def _inputs(model: ModelConfig, shape: ClipShape) -> tuple[Tensor, Tensor, Condi
             "text": torch.empty(b, shape.text_tokens, model.text_width),
             "text_mask": torch.ones(b, shape.text_tokens, dtype=torch.bool),
         }
-    conditions = Conditions(
+    conditions = Conditions.of(
         image_size=(shape.height * 32, shape.width * 32),
         temporal_stride=shape.temporal_stride,
         c2w=torch.empty(b, raw, 4, 4),

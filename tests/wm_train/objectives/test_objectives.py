@@ -148,7 +148,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     data = replace(data, latents=data.latents.to(dtype))
     c2w, intrinsics = (x.to(dtype) for x in camera_path(4, 49, torch.Generator().manual_seed(1)))
     conditions, layout = (
-        Conditions((96, 160), 8, c2w, intrinsics),
+        Conditions.of((96, 160), 8, c2w, intrinsics),
         ClipLayout(7, chunk_starts=(0, 4) if config.causal else (0,)),
     )
     whole = OBJECTIVES[objective](model, data, KEY, CONFIG, LocalSequence(layout), conditions)
@@ -162,7 +162,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
             part = Batch(
                 data.latents[rows, sequence.frames.start : sequence.frames.stop], data.draws[rows]
             )
-            seen = replace(conditions, c2w=c2w[rows], intrinsics=intrinsics[rows])
+            seen = conditions.with_fields(c2w=c2w[rows], intrinsics=intrinsics[rows])
             return OBJECTIVES[objective](
                 copies[comm.members[0].index], part, KEY, CONFIG, sequence, seen
             ).loss
@@ -182,7 +182,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
 def test_dropped_text_is_the_null_text():
     data, model = batch(64, 2), Recorder()
     text, null = torch.randn(64, 5, 6), torch.randn(3, 6)
-    seen = Conditions(
+    seen = Conditions.of(
         (96, 160), 8, text=text, text_mask=torch.ones(64, 5, dtype=torch.bool), null_text=null
     )
     config = ObjectiveConfig(text_dropout=0.3)
