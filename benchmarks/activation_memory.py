@@ -51,7 +51,7 @@ def main() -> None:
         torch.eye(4).repeat(1, raw, 1, 1),
         torch.tensor([500.0, 500.0, 320.0, 176.0]).repeat(1, raw, 1),
     )
-    conditions = Conditions((options.rows * 32, options.columns * 32), 8, c2w, intrinsics)
+    conditions = Conditions.of((options.rows * 32, options.columns * 32), 8, c2w, intrinsics)
     latents = torch.randn(1, options.frames, options.channels, options.rows, options.columns)
     before, started = peak(), time.perf_counter()
     velocity = model(

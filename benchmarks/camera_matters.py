@@ -111,14 +111,14 @@ def main() -> None:
     )
     batch = held_out(dataset, options.split, options.clips, frames)
     episodes = [dataset.find(key).episode for key in batch.keys]
-    own = Conditions(
+    own = Conditions.of(
         (dataset.info.image_height, dataset.info.image_width),
         dataset.info.temporal_stride,
         batch.c2w,
         batch.intrinsics,
     )
     others = [
-        replace(own, c2w=batch.c2w[clips], intrinsics=batch.intrinsics[clips])
+        own.with_fields(c2w=batch.c2w[clips], intrinsics=batch.intrinsics[clips])
         for clips in other_videos(episodes, options.others)
     ]
     none = replace(own, camera_keep=torch.zeros(options.clips, dtype=torch.bool))

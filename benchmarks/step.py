@@ -49,7 +49,7 @@ def make_conditions(
     )
     text = torch.randn(1, TEXT_TOKENS, text_width, device=device) if text_width else None
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device) if text_width else None
-    return Conditions((height, width), STRIDE, c2w, intrinsics, text=text, text_mask=mask)
+    return Conditions.of((height, width), STRIDE, c2w, intrinsics, text=text, text_mask=mask)
 
 
 def seconds_per_step(

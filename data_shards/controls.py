@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.schema import DataError
+from data_shards.schema import DataError, latent_frame_count
 
 KEY_DOWN, KEY_UP, MOUSE, SCROLL = range(4)
 BUTTONS = 256
@@ -113,4 +113,17 @@ def bucket_events(
             position += 1
         if t >= 0:
             out[t, :BUTTONS] = held | tapped if keep_taps else held
+    return out
+
+
+def bucket_controls(
+    frames: NDArray[np.float32], sums: tuple[bool, ...], stride: int
+) -> NDArray[np.float32]:
+    """[F, A] per raw frame -> [T, A] per latent: latent t > 0 takes the frames it encodes; amounts
+    are summed, states averaged."""
+    count = latent_frame_count(len(frames), stride)
+    out = np.zeros((count, frames.shape[1]), np.float32)
+    out[0] = frames[0]
+    groups = frames[1:].reshape(count - 1, stride, frames.shape[1])
+    out[1:] = np.where(np.array(sums), groups.sum(axis=1), groups.mean(axis=1))
     return out

@@ -20,6 +20,7 @@ from typing import Any
 from data_shards.arguments import Option, choice, number, run, text, whole
 from data_shards.codecs import CODECS, LatentCodec, codec_row
 from data_shards.encoding.arrays import crop_size
+from data_shards.encoding.fields import own_fields
 from data_shards.encoding.finish import finish
 from data_shards.encoding.job import Job, encode_shard, left_to_do, plan_jobs
 from data_shards.encoding.runners import RUNNERS
@@ -97,6 +98,9 @@ OPTIONS = {
     "null_text": Option(
         text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
     ),
+    "fields": Option(
+        text, "names of fields of other packages to take from the source too, with commas", None
+    ),
     "device": Option(
         text,
         "where codec and text encoder run: cpu, or as torch names the accelerator, device:1",
@@ -153,10 +157,14 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
     target = Target(out)
     jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
+    own_fields(settings.fields)  # names that nobody knows are refused before any work
+    facts = dataclasses.asdict(settings)
+    if settings.fields is None:  # the plan of a set without them stays the same bytes
+        del facts["fields"]
     plan = json.dumps(
         {
             "source": clips.description,
-            **dataclasses.asdict(settings),
+            **facts,
             "codec_options": dict(settings.codec_options),
             "shards": len(jobs),
         },

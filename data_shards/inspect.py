@@ -134,8 +134,9 @@ def draw_clip(
     top = 24 + sheet.shape[0] + 10
     if clip.c2w is not None:
         draw_path(canvas, (4, top, width // 2 - 4, top + 250), clip.c2w)
-    if clip.controls is not None and names:
-        draw_controls(canvas, (width // 2 + 4, top, width - 4, top + 250), clip.controls, names)
+    if "controls" in clip.fields and names:
+        box = (width // 2 + 4, top, width - 4, top + 250)
+        draw_controls(canvas, box, clip.fields["controls"], names)
     return picture
 
 

@@ -1,19 +1,17 @@
-"""Define the format of a data set of latent clips, and the allow-lists for everything read from it.
+"""What a data set of latent clips is: its facts as frozen dataclasses, and the allow-lists
+everything read from disk must pass.
 
-`data_shards/README.md` explains the format. Layout of a data set directory:
+Layout of a data set directory:
+  shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` (data_shards/fields.py)
+  index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
+  null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt, real tokens only
+  plan.json            the arguments that it was encoded with
+  SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
+  dataset.json         written last: without it the directory is no data set
 
-    shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` of FIELDS
-    index.parquet        one row per clip: position, dtype, shape and crc32c of each member, and
-                         the crc32c of each latent frame
-    null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty
-                         prompt, real tokens only
-    plan.json            the arguments that it was encoded with
-    SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
-    dataset.json         written last: without it the directory is no data set
-
-A cut may start where the codec has an *image latent*. Latent 0 of a causal codec holds one raw
-frame, the others r = temporal_stride each, so a shorter clip can start at latent 0 only, or at a
-raw frame whose own image latent (that frame alone, encoded as the first of a clip) was stored. With
+Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r =
+temporal_stride each, so a shorter clip can start at latent 0 only, or at a raw frame whose own
+*image latent* (that frame alone, encoded as the first of a clip) was stored. With
 `image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has
 the member `image_latents.npy` [K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k
 is the image latent of raw frame (k + 1) e, that is of every multiple of e up to the clip's last
@@ -34,38 +32,11 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA_VERSION = 2
-# what data sets must have in common to be mixed in one training stream
-ALIKE_IN_MIXTURE = (
-    *(
-        "codec",
-        "codec_options",
-        "channels",
-        "temporal_stride",
-        "spatial_stride",
-        "control_names",
-        "fields",
-    ),
-    *("text_encoder", "text_length", "text_width"),
-)
 SPLITS = ("train", "validation")
 
-# field -> (number of dimensions, dtypes it may have). Nothing else is ever decoded; a bfloat16
-# array lies in the tar as uint16.
-FIELDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "latent.npy": (4, ("float16", "bfloat16", "float32")),
-    "image_latents.npy": (4, ("float16", "bfloat16", "float32")),
-    "c2w.npy": (3, ("float32", "float64")),
-    "intrinsics.npy": (2, ("float32", "float64")),
-    "controls.npy": (2, ("float32",)),
-    "text.npy": (2, ("float16", "bfloat16", "float32")),
-    "text_mask.npy": (1, ("uint8",)),
-    "json": (1, ("uint8",)),
-}
 MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
 IMAGE_LATENTS = "image_latents.npy"
-# these carry a crc32c per row; all other members are read whole
-READ_BY_ROW = (TIME_SHARDED, IMAGE_LATENTS)
 INDEX, NULL_TEXT, FACTS, PLAN, SUMS = (
     "index.parquet",
     "null_text.npy",
@@ -120,7 +91,7 @@ class MemberEntry:
     dtype: str
     shape: tuple[int, ...]
     crc32c: int  # of the whole member
-    row_crc32c: tuple[int, ...] = ()  # of each row of the members READ_BY_ROW; empty for the others
+    row_crc32c: tuple[int, ...] = ()  # of each row, where the field is `by_row`; else empty
 
     @property
     def row_bytes(self) -> int:
@@ -183,30 +154,13 @@ class DatasetInfo:
         # what every clip has, besides image_latents.npy, which only clips longer than
         # image_latents_every have
     ] = ()
-    # raw frames between stored image latents (see the module's docstring); 0: none
-    image_latents_every: int = 0
+    image_latents_every: int = (
+        0  # raw frames between stored image latents (see the module's docstring); 0: none
+    )
     text_encoder: str | None = None  # what made text.npy; None: this set has no text
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
     null_text_crc32c: int = 0  # of the file null_text
-
-
-def expected_shape(info: DatasetInfo, field: str, entry: ClipEntry) -> tuple[int | None, ...]:
-    """Return the shape that `field` of this clip must have; None where any length is allowed."""
-    return {
-        "latent.npy": (entry.latent_frames, info.channels, info.latent_height, info.latent_width),
-        "image_latents.npy": (
-            image_latent_count(entry.raw_frames, info.image_latents_every),
-            info.channels,
-            info.latent_height,
-            info.latent_width,
-        ),
-        "c2w.npy": (entry.raw_frames, 4, 4),
-        "intrinsics.npy": (entry.raw_frames, 4),
-        "controls.npy": (entry.latent_frames, len(info.control_names)),
-        "text.npy": (info.text_length, info.text_width),
-        "text_mask.npy": (info.text_length,),
-    }.get(field, (None,) * FIELDS[field][0])
 
 
 def expected_fields(info: DatasetInfo, raw_frames: int) -> frozenset[str]:

@@ -80,8 +80,8 @@ def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) 
         if clip.c2w is not None:
             for name, value in motion(clip.c2w, info.fps).items():
                 columns.setdefault(name, []).append(float(value))
-        if clip.controls is not None:
-            controls.append(np.abs(clip.controls).mean(axis=0))
+        if "controls" in clip.fields:
+            controls.append(np.abs(clip.fields["controls"]).mean(axis=0))
     safe = np.maximum(counts, 1)[:, None]
     mean = sums[:, 0] / safe
     std = np.sqrt(np.maximum(sums[:, 1] / safe - mean**2, 0))

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.codecs import LatentCodec
-from data_shards.controls import bucket_events
+from data_shards.controls import bucket_controls, bucket_events
+from data_shards.encoding.fields import crop_pictures
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.text import READY, TextEncoder
-from data_shards.schema import IMAGE_LATENTS, DataError, latent_frame_count
+from data_shards.schema import IMAGE_LATENTS, DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
 
 Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
@@ -38,20 +39,7 @@ def crop(
     """Centred crop of [F,H,W,3]; the principal point moves along."""
     top, left = (video.shape[1] - size[0]) // 2, (video.shape[2] - size[1]) // 2
     moved = None if intrinsics is None else intrinsics - np.array([0.0, 0.0, left, top])
-    return video[:, top : top + size[0], left : left + size[1]], moved
-
-
-def bucket_controls(
-    frames: NDArray[np.float32], sums: tuple[bool, ...], stride: int
-) -> NDArray[np.float32]:
-    """[F, A] per raw frame -> [T, A] per latent: latent t > 0 takes the frames it encodes; amounts
-    are summed, states averaged."""
-    count = latent_frame_count(len(frames), stride)
-    out = np.zeros((count, frames.shape[1]), np.float32)
-    out[0] = frames[0]
-    groups = frames[1:].reshape(count - 1, stride, frames.shape[1])
-    out[1:] = np.where(np.array(sums), groups.sum(axis=1), groups.mean(axis=1))
-    return out
+    return crop_pictures(video, size), moved
 
 
 @dataclass
@@ -125,20 +113,12 @@ def control_arrays(
 ) -> Arrays:
     if content.events is not None:
         fps = Fraction(source.fps).limit_denominator(100_000)
-        return {
-            "controls.npy": (
-                "float32",
-                bucket_events(content.events, latent_frames, fps, stride, keep_taps),
-            )
-        }
-    if content.frame_controls is not None:
-        return {
-            "controls.npy": (
-                "float32",
-                bucket_controls(content.frame_controls, source.control_sums, stride),
-            )
-        }
-    return {}
+        rows = bucket_events(content.events, latent_frames, fps, stride, keep_taps)
+    elif content.frame_controls is not None:
+        rows = bucket_controls(content.frame_controls, source.control_sums, stride)
+    else:
+        return {}
+    return {"controls.npy": ("float32", rows)}
 
 
 def text_arrays(

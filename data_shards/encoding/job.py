@@ -15,6 +15,7 @@ import numpy as np
 
 from data_shards.codecs import LatentCodec
 from data_shards.encoding.arrays import Tally, control_arrays, crop_size, latent_arrays, text_arrays
+from data_shards.encoding.fields import other_arrays
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
@@ -132,6 +133,8 @@ def encode_shard(
                 job.settings.keep_taps == "yes",
             )
             arrays |= text_arrays(clip, content, job.settings, encoder, tally)
+            size = crop_size(clip, codec.spatial_stride)
+            arrays |= other_arrays(source, clip, job.settings.fields, size, len(latents))
             facts = {
                 "key": clip.key,
                 "episode": clip.episode,

@@ -1,51 +1,36 @@
-"""Define a batch: tensors of several rows, each a clip or several packed clips.
-
-It also merges the clips' conditions into those of a row.
-"""
+"""What a batch is: tensors of several rows, each a clip or several packed one after another; and
+how clips' fields become a row's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_shards.loading.cut import Conditions, statistics
+from data_shards.fields import Field, field_named, row_entries
+from data_shards.loading.cut import statistics
 from data_shards.schema import DatasetInfo
-from data_shards.storage import read
-
-# the same on all ranks of a context-parallel group
-REPLICATED = tuple(field.removesuffix(".npy") for field in read.REPLICATED)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Store `b` rows, and `t` of their T latent frames.
+    """`b` rows, `t` of their T latent frames.
 
-    Poses, controls and text cover the whole row and are the same on all context-parallel ranks.
-    Each is None if the data has none.
-
-    - latents [b,t,C,h,w] float32, normalised.
-    - c2w [b,F,4,4] float32, metres, relative to the first raw frame of the cut, OpenCV axes.
-    - intrinsics [b,F,4] float32 fx, fy, cx, cy in pixels of `image_size` (height, width), a pixel's
-      centre at (column + 0.5, row + 0.5).
-    - controls [b,T,A] float32; text [b,L,E] float32, text_mask [b,L] bool.
-    - draws [b] and valid_frames [b] (latent) int64.
-    - document_starts: per row, the start of each of its packed clips, (0,) for a row of one clip.
-    - data_wait_s: how long the caller waited for this batch.
-
-    A packed row has the raw frames of its clips one after another, (T_d - 1) r + 1 each; the last
-    clip's poses are repeated over padding, and rows with fewer raw frames repeat their end.
+    latents [b,t,C,h,w] float32, normalised. fields: name -> [b, entries, …] as `data_shards.fields`
+    describes it; what the data lacks is not there, and rows with fewer entries are padded. Fields
+    that are read by row cover these t latent frames, all others the whole row, the same on all
+    ranks of a sequence group. draws [b] and valid_frames [b] (latent) int64; document_starts: per
+    row, where each of its packed clips starts, (0,) for a row of one clip. A packed row has the raw
+    frames of its clips one after another, (T_d - 1) r + 1 each, the last one's going on over
+    padding. image_size: (height, width) of the pixels that intrinsics refer to, a pixel's centre at
+    (column + 0.5, row + 0.5). data_wait_s: how long the caller waited for this batch.
     """
 
     latents: Tensor
-    c2w: Tensor | None
-    intrinsics: Tensor | None
-    controls: Tensor | None
-    text: Tensor | None
-    text_mask: Tensor | None
+    fields: Mapping[str, Tensor]
     keys: tuple[str, ...]
     draws: Tensor
     valid_frames: Tensor
@@ -54,15 +39,38 @@ class Batch:
     image_size: tuple[int, int]
     data_wait_s: float
 
-    def each_tensor(
-        self, change: Callable[[Tensor], Tensor], names: Sequence[str] | None = None
-    ) -> Batch:
-        """Return the batch with `change` applied to its tensors, or to those named."""
-        chosen = names or [field.name for field in fields(self)]
-        changed: dict[str, Any] = {
-            n: change(value) for n in chosen if isinstance(value := getattr(self, n), Tensor)
-        }
-        return replace(self, **changed)
+    @property
+    def c2w(self) -> Tensor | None:
+        """[b,F,4,4] float32, metres, relative to the cut's first raw frame, OpenCV axes."""
+        return self.fields.get("c2w")
+
+    @property
+    def intrinsics(self) -> Tensor | None:
+        """[b,F,4] float32 fx, fy, cx, cy in pixels of `image_size`."""
+        return self.fields.get("intrinsics")
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
+        """Return the batch with its tensors changed, but those members named in `keep`."""
+        own = [name for name in ("latents", "draws", "valid_frames") if name not in keep]
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in own}
+        fields = {name: change(tensor) for name, tensor in self.fields.items()}
+        return replace(self, **changed, fields=fields)
+
+    def replicated(self) -> list[Tensor]:
+        """Return the fields that one rank of a sequence group reads for all, in one order."""
+        return [tensor for name, tensor in self.fields.items() if not field_named(name).by_row]
+
+    def own_entries(self, held: tuple[int, int], stride: int) -> dict[str, Tensor]:
+        """Return the fields of rows that are packed alike, without what padded them to the longest
+        row of the whole batch. held: the latent frames of these `t`."""
+        starts = self.document_starts[0] if self.document_starts else (0,)
+        found = {}
+        for name, tensor in self.fields.items():
+            field, part = field_named(name), held if field_named(name).by_row else (0, self.frames)
+            if field.rate != "clip":
+                tensor = tensor[:, : row_entries(field.rate, starts, part, self.frames, stride)]
+            found[name] = tensor
+        return found
 
 
 def normalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> Any:
@@ -87,49 +95,34 @@ def denormalise(latents: Any, info: DatasetInfo, first_frame_index: int = 0) -> 
     return latents * std + mean
 
 
-def absent(info: DatasetInfo, frames: int) -> Conditions:
-    """Return NaN conditions of the right shapes, for a rank that does not read them.
-
-    NaN shows at once if a value is used by mistake.
-    """
-    raw = (frames - 1) * info.temporal_stride + 1
-    shapes = {
-        "c2w": (raw, 4, 4),
-        "intrinsics": (raw, 4),
-        "controls": (frames, len(info.control_names)),
-    }
-    shapes |= {"text": (info.text_length, info.text_width)}
-    room = {
-        name: torch.full(shape, torch.nan)
-        for name, shape in shapes.items()
-        if f"{name}.npy" in info.fields
-    }
-    if "text_mask.npy" in info.fields:
-        room["text_mask"] = torch.zeros(info.text_length, dtype=torch.bool)
-    return Conditions(**room)
-
-
-def joined(clips: Sequence[Conditions], frames: int, stride: int) -> Conditions:
-    """Merge the conditions of a row's clips, one after another.
-
-    Those of the last clip are repeated over the padding up to `frames` latents.
-    """
-    if len(clips) == 1 and (clips[0].controls is None or len(clips[0].controls) == frames):
-        only = clips[0]
-        raw = (frames - 1) * stride + 1
-        if only.c2w is None or len(only.c2w) == raw:
-            return only
-    raw = frames * stride - len(clips) * (stride - 1)
-    merged = {}
-    for name, length in (("c2w", raw), ("intrinsics", raw), ("controls", frames)):
-        parts = [part for clip in clips if (part := getattr(clip, name)) is not None]
-        merged[name] = last_repeated(torch.cat(parts), length) if len(parts) == len(clips) else None
-    return Conditions(**merged)
+def joined(
+    clips: Sequence[Mapping[str, Tensor]],
+    starts: tuple[int, ...],
+    held: tuple[int, int],
+    frames: int,
+    stride: int,
+) -> dict[str, Tensor]:
+    """Return the fields of a row of `frames` latents: of its clips one after another, padded for
+    the latents behind the last one. What is one for a whole clip stays in rows of one clip only.
+    held: the latent frames of the row that this rank has."""
+    row = {}
+    for name, first in clips[0].items():
+        field = field_named(name)
+        if field.rate != "clip":
+            part = held if field.by_row else (0, frames)
+            length = row_entries(field.rate, starts, part, frames, stride)
+            whole = torch.cat([clip[name] for clip in clips]) if len(clips) > 1 else first
+            row[name] = padded(whole, length, field)
+        elif len(clips) == 1:
+            row[name] = first
+    return row
 
 
-def last_repeated(tensor: Tensor, length: int) -> Tensor:
-    """Extend [n, …] -> [length, …] by repeating the last entry."""
-    missing = length - len(tensor)
-    return (
-        torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
-    )
+def padded(tensor: Tensor, length: int, field: Field) -> Tensor:
+    """[n, …] -> [length, …] by the field's padding."""
+    missing, rest = length - len(tensor), tensor.shape[1:]
+    if not missing:
+        return tensor
+    last = field.padding == "last"
+    end = tensor[-1:].expand(missing, *rest) if last else tensor.new_zeros(missing, *rest)
+    return torch.cat([tensor, end])

@@ -1,12 +1,12 @@
-"""Cut a clip for training: this rank's latent frames normalised, poses and controls re-based.
+"""One cut of a clip as training takes it: this rank's latent frames normalised, the fields sliced
+and re-based to the cut's start.
 
 A cut starts at the clip's latent 0, or at a later latent whose image latent was stored (see
-data_shards/README.md); the image latent then replaces it.
+`schema`); that one then stands for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,44 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_shards.fields import Field, batch_fields, entries_of
 from data_shards.schema import IMAGE_LATENTS, TIME_SHARDED, ClipEntry, DatasetInfo
-from data_shards.storage.read import REPLICATED, ClipDataset, check_finite
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Store what all ranks of a context-parallel group need in full.
-
-    c2w [F,4,4] float32 relative to the cut's first raw frame, intrinsics [F,4] float32, controls
-    [T,A] float32, text [L,E] float32, text_mask [L] bool. None: the data set has none.
-    """
-
-    c2w: Tensor | None = None
-    intrinsics: Tensor | None = None
-    controls: Tensor | None = None
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
+from data_shards.storage.read import ClipDataset, check_finite
 
 
 def statistics(
     info: DatasetInfo, count: int, first_frame_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (mean, std), each [t, C, 1, 1], for latent frames first_frame_index … of a clip."""
-    # 0: the clip's first latent, 1: a later one
-    kind = (np.arange(first_frame_index, first_frame_index + count) > 0).astype(np.int64)
+    kind = (np.arange(first_frame_index, first_frame_index + count) > 0).astype(
+        np.int64
+    )  # 0: the clip's first latent, 1: a later one
     mean, std = np.asarray(info.mean, np.float32)[kind], np.asarray(info.std, np.float32)[kind]
     return mean[:, :, None, None], std[:, :, None, None]
-
-
-def relative_poses(c2w: np.ndarray) -> np.ndarray:
-    """Convert [F,4,4] from any world to the frame of the first camera, which becomes the identity.
-
-    Rigid inverse, in float64.
-    """
-    rotation, origin = c2w[0, :3, :3], c2w[0, :3, 3]
-    world_to_first = np.eye(4)
-    world_to_first[:3, :3], world_to_first[:3, 3] = rotation.T, -rotation.T @ origin
-    return world_to_first @ c2w
 
 
 def as_tensor(stored: NDArray[Any]) -> Tensor:
@@ -94,35 +70,56 @@ def read_latents(
             continue
         stored = dataset.rows(entry, member, low, high, buffer)
         check_finite(stored, entry, member, (low, high))
-        # torch converts several times as fast as numpy
-        out[at : at + high - low].copy_(as_tensor(stored))
+        out[at : at + high - low].copy_(
+            as_tensor(stored)
+        )  # torch converts several times as fast as numpy
         at += high - low
     mean, std = statistics(info, stop - first, first)
     out.sub_(torch.from_numpy(mean)).div_(torch.from_numpy(std))
 
 
-def read_conditions(dataset: ClipDataset, entry: ClipEntry, start: int, count: int) -> Conditions:
-    """Read the other members of the cut of `count` latent frames from latent `start` on.
+def read_fields(
+    dataset: ClipDataset,
+    entry: ClipEntry,
+    start: int,
+    count: int,
+    own: tuple[int, int],
+    replicated: bool = True,
+) -> dict[str, Tensor]:
+    """Read the fields of the cut of `count` latent frames from latent `start` on: name -> tensor of
+    the field's batch type, entries first, relative to the cut where the field asks for it.
 
-    The controls of its first latent are those up to that raw frame; poses are relative to it.
+    own: the latent frames of the cut that this rank holds, maybe none; of a field that is read by
+    row it gets theirs. replicated: False leaves the others unread, as `unread` has them.
     """
-    members = dataset.members(entry)
-    found = dataset.whole(entry, [members[field] for field in REPLICATED if field in members])
-    stride = dataset.info.temporal_stride
-    raw = slice(start * stride, start * stride + (count - 1) * stride + 1)
-    given = {field.removesuffix(".npy"): array for field, array in found.items()}
-    if "c2w" in given:
-        given["c2w"] = relative_poses(given["c2w"][raw]).astype(np.float32)
-    if "intrinsics" in given:
-        given["intrinsics"] = given["intrinsics"][raw].astype(np.float32)
-    if "controls" in given:
-        given["controls"] = given["controls"][start : start + count].astype(np.float32)
-    tensors = {
-        name: as_tensor(array.copy() if not array.flags.writeable else array)
-        for name, array in given.items()
-    }
-    if "text" in tensors:
-        tensors["text"] = tensors["text"].float()
-    if "text_mask" in tensors:
-        tensors["text_mask"] = tensors["text_mask"].bool()
-    return Conditions(**tensors)
+    info, members = dataset.info, dataset.members(entry)
+    present = [field for field in batch_fields() if field.member in members]
+    wanted = [field for field in present if replicated or field.by_row]
+    stored = dataset.fields_of(entry, wanted, start, own)
+    found = {}
+    for field in present:
+        first, stop = entries_of(field.rate, (0, count), info.temporal_stride)
+        if field.name not in stored:
+            found[field.name] = unread(field, info, stop - first)
+            continue
+        array = stored[field.name]
+        if field.rate != "clip" and not field.by_row:
+            origin = start * (info.temporal_stride if field.rate == "raw" else 1)
+            array = array[origin + first : origin + stop]
+        if field.rebase is not None:
+            array = field.rebase(array)
+        array = array if array.flags.writeable else array.copy()
+        found[field.name] = as_tensor(array).to(tensor_type(field))
+    return found
+
+
+def tensor_type(field: Field) -> torch.dtype:
+    """Return the type of a field's tensors in a batch."""
+    return getattr(torch, str(field.tensor))
+
+
+def unread(field: Field, info: DatasetInfo, entries: int) -> Tensor:
+    """Return room for a field that another rank reads: NaN where its type has it, so that nobody
+    takes it for what it stands for."""
+    shape, dtype = field.tensor_shape(info, entries), tensor_type(field)
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype)

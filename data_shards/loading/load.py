@@ -19,52 +19,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.loading.batch import (
-    REPLICATED,
-    Batch,
-    absent,
-    denormalise,
-    joined,
-    last_repeated,
-    normalise,
-)
-from data_shards.loading.cut import Conditions, read_conditions, read_latents, relative_poses
+from data_shards.fields import alike_in_mixture, batch_fields, relative_poses, row_entries
+from data_shards.loading.batch import Batch, denormalise, joined, normalise, padded
+from data_shards.loading.cut import read_fields, read_latents, unread
 from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
-from data_shards.schema import ALIKE_IN_MIXTURE, ClipEntry, DataError, ShardError
+from data_shards.schema import ClipEntry, DataError, DatasetInfo, ShardError
 from data_shards.storage.read import ClipDataset
 
-__all__ = ["REPLICATED", "Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
+__all__ = ["Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
 
 
 class ClipLoader:
-    """Iterate over Batches, for ever. Use as a context manager or call close(): it owns threads.
+    """Iterates over Batches, for ever. Use as a context manager or call close(): it owns threads.
 
     Args:
-        dataset: its statistics normalise all mixed data sets, as its codec decodes them.
-        rows: the rows of each global batch for this data-parallel rank; with `cost`, as many rows
-            of equal cost.
-        frames: (start, stop) of the latent frames of a row for this context-parallel rank, may be
-            empty; a function of T where T changes from step to step.
+        dataset: its statistics normalise, whatever is mixed in, as its codec decodes.
+        rows: which rows of each global batch this data-parallel member takes; with `cost`, as many of equal cost.
+        frames: (start, stop) of the latent frames of a row that this context-parallel member holds, may be empty; a function of T where T
+            changes from step to step.
         stage: the stage's name, which with `seed` keys the order.
         clip_frames: T, the longest cut. A stored clip may be longer.
-        shorter: further lengths for clips too short for T; each step has one length.
-        mixture: data sets to draw from instead of `dataset` alone, by weight. Codec, strides,
-            controls and text must be the same.
+        shorter: further lengths that clips too short for T are cut to; each step has one length.
+        mixture: data sets to draw from instead of `dataset` alone, by weight. They must share what `alike_in_mixture` lists.
         pack: fill rows of T latent frames with several clips of any length up to T.
-        cost: compute cost of a clip of so many latent frames; packed rows are then assigned so that
-            all ranks have equal cost.
+        cost: of a clip of so many latent frames; packed rows are then dealt so that members have equally much to compute.
         prefetch: batches read ahead; readers: clips read at the same time.
-        quarantined: `global_name`s of shards not to read; a draw from one takes another clip, all
-            others stay. Every rank must get the same names: they are state, like the step.
-        replicated: False on all but one rank of a context-parallel group: poses, intrinsics,
-            controls and text are not read and are NaN of the right shape, to be received from the
-            rank that read them.
+        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every
+            member of the run must be given the same names: they are state, like the step.
+        replicated: False on all but one rank of a sequence group: fields that are not read by row come as NaN of the right shape, to be
+            received from the rank that read them.
         pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
-        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets
-            that do not fit together. While iterating: any reader's error, a ShardError with its
-            shard's `global_name`.
+        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets that do not fit together. While
+            iterating: whatever the reader found, a ShardError with its shard's `global_name`.
     """
 
     def __init__(
@@ -130,7 +118,7 @@ class ClipLoader:
         self._cost = cost if pack else None
         self.quarantined = quarantined
         self.quarantined_clips = self._count_quarantined(split)
-        self.step = start_step  # of the next batch to return
+        self.step = start_step  # of the next batch to be handed out
         self._local = threading.local()
         self._readers = ThreadPoolExecutor(readers, "clip-reader")
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
@@ -151,23 +139,19 @@ class ClipLoader:
         latents = self._empty(
             len(rows), stop - start, first.channels, first.latent_height, first.latent_width
         )
-        conditions = list(
+        of_rows: list[dict[str, Tensor]] = list(
             each(
                 lambda place: self._read(rows[place], (start, stop), latents[place]),
                 range(len(rows)),
             )
         )
-        none = absent(first, total)  # keeps the shapes when this rank has no rows
-        shared = {
-            name: self._stack([getattr(c, name) for c in conditions], getattr(none, name))
-            for name in REPLICATED
-        }
+        fields = self._stacked(of_rows, first, total, (start, stop))
         keys = tuple(
             "+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows
         )
         return Batch(
             latents,
-            **shared,
+            fields,
             keys=keys,
             draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
             valid_frames=torch.tensor([row.valid_frames for row in rows], dtype=torch.int64),
@@ -211,29 +195,26 @@ class ClipLoader:
             total += count
         return total
 
-    def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> Conditions:
-        """Read this rank's frames of a row into `out` [t,C,h,w] and return the row's conditions."""
+    def _read(self, row: Row, held: tuple[int, int], out: Tensor) -> dict[str, Tensor]:
+        """Put this member's frames of a row into `out` [t,C,h,w] and return the row's fields."""
         out[max(0, row.valid_frames - held[0]) :] = 0
         found = []
         for take, start in zip(row.takes, row.starts, strict=True):
             dataset, entry = self.datasets[take.source], self.entry(take.source, take.clip)
             low, high = max(held[0], start), min(held[1], start + take.frames)
+            own = (low - start, high - start) if low < high else (0, 0)
             try:
                 if low < high:
                     part = out[low - held[0] : high - held[0]]
-                    own, buffer = (low - start, high - start), self._buffer(part.numel())
+                    buffer = self._buffer(part.numel())
                     read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
-                read = (
-                    read_conditions(dataset, entry, take.start, take.frames)
-                    if self.replicated
-                    else None
-                )
+                fields = read_fields(dataset, entry, take.start, take.frames, own, self.replicated)
             except ShardError as error:
                 raise ShardError(
                     str(error), dataset.global_name(error.shard), error.passing
                 ) from error
-            found.append(read or absent(dataset.info, take.frames))
-        return joined(found, row.frames, self.dataset.info.temporal_stride)
+            found.append(fields)
+        return joined(found, row.starts, held, row.frames, self.dataset.info.temporal_stride)
 
     def _buffer(self, numbers: int) -> np.ndarray:
         """Return this thread's buffer for stored latents, reused from clip to clip."""
@@ -244,25 +225,35 @@ class ClipLoader:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
 
-    def _stack(self, parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | None:
-        """Stack to [b, …]; shorter parts repeat their end. None if the data has none."""
-        given = [part for part in parts if part is not None]
-        if like is None or len(given) < len(parts):
-            return None
-        longest = max((len(part) for part in given), default=0)
-        whole = (
-            torch.stack([last_repeated(part, longest) for part in given])
-            if given
-            else like[None][:0]
-        )
-        return whole.pin_memory() if self.pin else whole
+    def _stacked(
+        self,
+        rows: Sequence[dict[str, Tensor]],
+        info: DatasetInfo,
+        total: int,
+        held: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Return name -> [b, …] of the fields that every row has; of empty ones without rows."""
+        found = {}
+        for field in batch_fields():
+            parts = [row[field.name] for row in rows if field.name in row]
+            if field.member not in info.fields or len(parts) < len(rows):
+                continue
+            longest = max((len(part) for part in parts), default=0)
+            if parts:
+                whole = torch.stack([padded(part, longest, field) for part in parts])
+            else:
+                span = held if field.by_row else (0, total)
+                length = row_entries(field.rate, (0,), span, total, info.temporal_stride)
+                whole = unread(field, info, length)[None][:0]
+            found[field.name] = whole.pin_memory() if self.pin else whole
+        return found
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():
             item: Batch | BaseException
             try:
                 item = self.make_batch(step, self._readers.map)
-            except Exception as error:  # passed to the consumer, which raises it
+            except Exception as error:  # handed to the consumer, who raises it
                 item = error
             step += 1
             while not self._stop.is_set():
@@ -304,7 +295,6 @@ class ClipLoader:
 
 
 def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
-    """Describe one split of a data set to the schedule."""
     info = dataset.info
     return Source(
         table.latent_frames,
@@ -316,7 +306,7 @@ def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
 
 def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
     """Raise DataError unless two data sets can share one batch and one model."""
-    for name in ALIKE_IN_MIXTURE:
+    for name in alike_in_mixture():
         mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
         if mine != theirs:
             raise DataError(

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from numpy.typing import NDArray
+
 from data_shards.registry import Registry, load
 from data_shards.schema import DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
@@ -68,6 +70,10 @@ class Captioned:
     def load(self, clip: SourceClip) -> ClipContent:
         content = self._source.load(clip)
         return replace(content, caption=self._captions.get(clip.key, content.caption))
+
+    def array(self, key: str, name: str) -> NDArray[Any]:
+        """Return what the source itself has under this name."""
+        return self._source.array(key, name)
 
 
 def open_source(path: str | Place) -> ClipSource:

@@ -80,6 +80,8 @@ class ClipSource(Protocol):
 
     def load(self, clip: SourceClip) -> ClipContent: ...
 
+    def array(self, key: str, name: str) -> NDArray[Any]: ...  # more of a clip: encode fields=
+
 
 def safe_key(name: str, what: str = "zip member") -> str:
     """A clip key from a member's name: the name itself where it is one, else its letters with a

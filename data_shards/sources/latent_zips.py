@@ -300,6 +300,17 @@ class LatentZipsSource:
             caption=None if caption is None else str(caption),
         )
 
+    def array(self, key: str, name: str) -> NDArray[Any]:
+        """Refuse: this layout has no further arrays.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(
+            f"field {name}: got zips of latents, which hold none, expected videos or a recording"
+            f" (key {key}). Fix: encode without fields="
+        )
+
     def _poses(
         self, entry: Entry, clip: SourceClip
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -71,7 +71,7 @@ class RecordingSource:
                 f"recording: cannot read {path} ({error.strerror}), expected it for clip {key}."
                 " Fix: record again"
             ) from error
-        if crc32c(data) != self._checksums[key][name]:
+        if crc32c(data) != self._checksums[key].get(name):
             raise DataError(
                 f"recording: got other bytes in {path} than were recorded (clip {key}, {name})."
                 " Fix: record again"

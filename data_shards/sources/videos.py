@@ -228,6 +228,20 @@ class VideosSource:
             text=read_text(sidecar, where),
         )
 
+    def array(self, key: str, name: str) -> NDArray[Any]:
+        """Return an array of the clip's sidecar.
+
+        Raises:
+            DataError: a sidecar without it.
+        """
+        sidecar = read_sidecar(self._files[key])
+        if name not in sidecar:
+            raise DataError(
+                f"sidecar: got no {name}, expected it for every clip (key {key}). Fix: add it, or"
+                " encode without fields="
+            )
+        return np.array(sidecar[name])
+
 
 def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:
     if path.exists():

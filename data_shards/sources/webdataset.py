@@ -31,6 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from data_shards.schema import DataError
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
@@ -121,6 +123,17 @@ class WebDatasetSource:
             intrinsics,
             caption=None if caption is None else str(caption),
             text=read_text(facts, clip.name),
+        )
+
+    def array(self, key: str, name: str) -> NDArray[Any]:
+        """Refuse: members besides the video, its caption and its JSON are not read.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(
+            f"field {name}: got tars of videos, which have none, expected videos or a recording"
+            f" (key {key}). Fix: encode without fields="
         )
 
     def _read(self, clip: TarClip, start: int, size: int) -> bytes:

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_shards.fields import expected_shape, field_of, known_members
 from data_shards.schema import (
-    FIELDS,
     ITEM_BYTES,
     MAX_FREE_BYTES,
     MAX_MEMBER_BYTES,
-    READ_BY_ROW,
     SHARD_PATTERN,
     SPLITS,
     TIME_SHARDED,
@@ -32,7 +31,6 @@ from data_shards.schema import (
     MemberEntry,
     check_key,
     expected_fields,
-    expected_shape,
 )
 from data_shards.storage.remote import RetryPolicy, is_transient, with_retries
 
@@ -60,8 +58,9 @@ class ClipIndex:
         self._group_ends = np.cumsum(
             [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         ).tolist()
-        # per instance, so two data sets never share entries
-        self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)
+        self._group = lru_cache(maxsize=KEPT_GROUPS)(
+            self._read_group
+        )  # per instance, so two data sets never share entries
 
     def clips(self, split: str) -> ClipTable:
         return ClipTable(self, self._rows[split])
@@ -201,7 +200,6 @@ def is_arrows(error: OSError) -> bool:
 
 
 def where(entry: ClipEntry, member: MemberEntry) -> str:
-    """Return the place of a member for an error message."""
     return f"(shard {entry.shard}, key {entry.key}, field {member.field})"
 
 
@@ -210,18 +208,19 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
 
     Names and dtypes must be on the lists, shapes and sizes must agree.
     """
-    problem = ""
+    problem, fix, field = "", "encode again", field_of(member.field)
     if not SHARD_PATTERN.fullmatch(entry.shard):
         problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"
     elif duplicate:
         problem = "got this field twice"
-    elif member.field not in FIELDS or member.dtype not in FIELDS[member.field][1]:
+    elif field is None or member.dtype not in field.dtypes:
         problem = (
             f"got field {member.field!r} of dtype {member.dtype!r}, expected one of"
-            f" {sorted(FIELDS)}"
+            f" {known_members()}"
         )
+        fix += ", or install the package that adds this field (entry point data_shards.fields)"
     else:
-        expected = expected_shape(info, member.field, entry)
+        expected = expected_shape(field, info, entry)
         agrees = len(member.shape) == len(expected) and all(
             e in (None, n) and n >= 0 for n, e in zip(member.shape, expected)
         )
@@ -248,8 +247,8 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
                 f"got {member.length} bytes at {member.offset} with data at {member.data_offset},"
                 f" expected {count} data bytes"
             )
-        elif member.field in READ_BY_ROW and len(member.row_crc32c) != member.shape[0]:
+        elif field.by_row and len(member.row_crc32c) != member.shape[0]:
             problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
     if problem:
-        raise DataError(f"index: {problem} {where(entry, member)}. Fix: encode again")
+        raise DataError(f"index: {problem} {where(entry, member)}. Fix: {fix}")
     check_key(entry.key)

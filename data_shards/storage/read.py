@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from data_shards.fields import Field, batch_fields, entries_of, field_of
 from data_shards.schema import (
     NULL_TEXT,
     SPLITS,
@@ -51,25 +52,27 @@ from data_shards.storage.zarr_store import Piece
 
 DEFAULT_POLICY = RetryPolicy()
 JOINED_GAP = 64 * 1024  # members at most this far apart are one read
-REPLICATED = ("c2w.npy", "intrinsics.npy", "controls.npy", "text.npy", "text_mask.npy")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Store a clip as read. Members that the data set lacks are None.
-
-    latents [t, C, h, w] float32 as the codec made them (not normalised); all others complete: c2w
-    [F,4,4] and intrinsics [F,4] float64, controls [T,A] float32, text [L,E] as stored, text_mask
-    [L] uint8.
-    """
+    """latents [t, C, h, w] float32 as the codec made them (not normalised); fields: the other
+    members as stored (bfloat16 as uint16), whole or, if read by row, those of the same frames. What
+    the data set lacks is not there."""
 
     entry: ClipEntry
     latents: NDArray[np.float32]
-    c2w: NDArray[np.float64] | None = None
-    intrinsics: NDArray[np.float64] | None = None
-    controls: NDArray[np.float32] | None = None
-    text: NDArray[Any] | None = None
-    text_mask: NDArray[np.uint8] | None = None
+    fields: Mapping[str, NDArray[Any]]
+
+    @property
+    def c2w(self) -> NDArray[np.float64] | None:
+        """[F,4,4], metres, OpenCV axes; None in a data set without poses."""
+        return self.fields.get("c2w")
+
+    @property
+    def intrinsics(self) -> NDArray[np.float64] | None:
+        """[F,4] fx, fy, cx, cy in pixels; None in a data set without poses."""
+        return self.fields.get("intrinsics")
 
 
 class ClipDataset:
@@ -90,8 +93,9 @@ class ClipDataset:
             policy,
             ShardBytes(filesystem, root, info.fingerprint, policy, cache),
         )
-        # of the clips that are used: with a selection, another than the data set's
-        self.fingerprint = info.fingerprint
+        self.fingerprint = (
+            info.fingerprint
+        )  # of the clips that are used: with a selection, another than the data set's
         self._fs, self._root, self._index = filesystem, root, index
 
     def clips(self, split: str) -> ClipTable:
@@ -130,28 +134,43 @@ class ClipDataset:
         stored: bool = False,
         into: NDArray[np.uint8] | None = None,
     ) -> Clip:
-        """Read a clip's latent frames [start, stop) and its other members.
+        """A clip's latent frames [start, stop) and, unless `replicated` is False, its fields.
 
-        replicated: False leaves out the other members. stored: leave the latents as stored, for
-        callers that convert them faster: float16, or bfloat16's bits as uint16. into: see `rows`.
+        stored: leave the latents as they lie in the shard, for those who convert them faster:
+        float16, or bfloat16's bits as uint16. into: see `rows`.
 
         Raises:
-            DataError: an unknown key, frames outside the clip, missing or changed bytes, latents
-            that are not finite.
+            DataError: an unknown key, frames outside the clip, missing or changed bytes, latents that are not finite.
         """
         entry = self.find(key) if isinstance(key, str) else key
         start, stop = frames or (0, entry.latent_frames)
         members = self.members(entry)
-        whole = self.whole(
-            entry, [members[field] for field in REPLICATED if replicated and field in members]
-        )
+        present = [field for field in batch_fields() if replicated and field.member in members]
+        fields = self.fields_of(entry, present, 0, (start, stop))
         latents = self.rows(entry, members[TIME_SHARDED], start, stop, into)
         check_finite(latents, entry, members[TIME_SHARDED], (start, stop))
         if not stored:
             latents = as_float32(latents, members[TIME_SHARDED].dtype)
-        return Clip(
-            entry, latents, **{field.removesuffix(".npy"): array for field, array in whole.items()}
-        )
+        return Clip(entry, latents, fields)
+
+    def fields_of(
+        self, entry: ClipEntry, wanted: Sequence[Field], first: int, frames: tuple[int, int]
+    ) -> dict[str, NDArray[Any]]:
+        """Return fields of a clip as stored, by name: whole, or of one that is read by row the
+        entries of the latent frames [start, stop) of the cut that begins at latent `first`."""
+        members, stride = self.members(entry), self.info.temporal_stride
+        whole = self.whole(entry, [members[field.member] for field in wanted if not field.by_row])
+        found = {}
+        for field in wanted:
+            member = members[field.member]
+            if not field.by_row:
+                found[field.name] = whole[field.member]
+                continue
+            origin = first * (stride if field.rate == "raw" else 1)
+            low, high = (origin + row for row in entries_of(field.rate, frames, stride))
+            found[field.name] = self.rows(entry, member, low, high)
+            check_finite(found[field.name], entry, member, (low, high))
+        return found
 
     def rows(
         self,
@@ -169,8 +188,8 @@ class ClipDataset:
         """
         if not 0 <= start <= stop <= member.shape[0]:
             raise DataError(
-                f"latent frames: got {start}:{stop}, expected a range inside 0:{member.shape[0]}"
-                f" (key {entry.key})"
+                f"{entry_name(member)}s: got {start}:{stop}, expected a range inside"
+                f" 0:{member.shape[0]} (key {entry.key})"
             )
         shape, size = (stop - start, *member.shape[1:]), member.row_bytes
         if start == stop:
@@ -184,7 +203,7 @@ class ClipDataset:
         for piece in lies_in(entry, member, start, stop):
 
             def wrong(data: NDArray[np.uint8], offset: int, row: int = row) -> str:
-                """Return what is wrong with the rows from byte `offset` of the piece on, or ""."""
+                """What is wrong with some of its rows, those from byte `offset` of the piece on."""
                 rows = enumerate(
                     (data[at : at + size] for at in range(0, len(data), size)), row + offset // size
                 )
@@ -192,7 +211,7 @@ class ClipDataset:
                     number for number, found in rows if crc32c(found) != member.row_crc32c[number]
                 ]
                 return (
-                    f"checksum: got other bytes than were written in latent frames {bad}"
+                    f"checksum: got other bytes than were written in {entry_name(member)}s {bad}"
                     f" {where(entry, member)}"
                     if bad
                     else ""
@@ -273,17 +292,22 @@ class ClipDataset:
 def check_finite(
     array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]
 ) -> None:
-    """Raise ShardError if stored latents contain NaN or infinity.
-
-    Their bytes are then as written, but their writer did not check.
-    """
+    """Raise ShardError if stored rows hold anything but numbers: their bytes are as written, but
+    their writer did not look."""
     if not all_finite(array, member.dtype):
         place = where(entry, member)
         raise ShardError(
-            f"latents: got NaN or infinite values {place}, frames {rows[0]}:{rows[1]}. Fix: encode"
-            " again",
+            f"values: got NaN or infinite values {place}, {entry_name(member)}s"
+            f" {rows[0]}:{rows[1]}. Fix: encode again",
             entry.shard,
         )
+
+
+def entry_name(member: MemberEntry) -> str:
+    """Return what messages call a row of this member."""
+    field = field_of(member.field)
+    assert field is not None, "the index has been checked"
+    return field.entry_name
 
 
 def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:

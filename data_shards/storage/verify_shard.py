@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from data_shards.schema import ITEM_BYTES, READ_BY_ROW, ClipEntry, MemberEntry
+from data_shards.fields import is_by_row
+from data_shards.schema import ITEM_BYTES, ClipEntry, MemberEntry
 from data_shards.storage.files import all_finite, array_from_bytes, crc32c, npy_header
+from data_shards.storage.read import entry_name
 from data_shards.storage.write import BLOCK, shard_size, tar_header
 from data_shards.storage.zarr_store import pieces, shard_files
 
@@ -82,10 +84,10 @@ def check_rows(
 
     At most CHUNK bytes are in memory, whatever the index claims.
     """
-    problem, by_row = "", member.field in READ_BY_ROW
+    problem, by_row = "", is_by_row(member.field)
     size = member.row_bytes if by_row else length
     while length:
-        place, row_crc, left = f", latent frame {row}" if by_row else "", 0, size
+        place, row_crc, left = f", {entry_name(member)} {row}" if by_row else "", 0, size
         while left:
             data = file.read(min(CHUNK, left))
             if not data:

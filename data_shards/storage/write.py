@@ -19,10 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.fields import field_of, is_by_row, known_members
 from data_shards.schema import (
-    FIELDS,
     MAX_MEMBER_BYTES,
-    READ_BY_ROW,
     ClipEntry,
     DataError,
     DatasetInfo,
@@ -68,9 +67,10 @@ def tar_header(name: str, length: int) -> bytes:
 
 def check_array(key: str, field: str, dtype: str, array: NDArray[Any]) -> None:
     """Raise DataError unless field, stored dtype and number of dimensions are on the list."""
-    if field not in FIELDS or dtype not in FIELDS[field][1] or array.ndim != FIELDS[field][0]:
+    row = field_of(field)
+    if row is None or dtype not in row.dtypes or array.ndim != row.dimensions:
         raise DataError(
-            f"member: got {field!r} {dtype} {array.shape}, expected one of {sorted(FIELDS)} (key"
+            f"member: got {field!r} {dtype} {array.shape}, expected one of {known_members()} (key"
             f" {key})"
         )
 
@@ -107,7 +107,7 @@ class ShardWriter:
         self._keys.add(key)
         text = (json.dumps(description, sort_keys=True) + "\n").encode()
         members = [self._append(key, "json", b"", text, "uint8", (len(text),))]
-        for field in sorted(arrays, key=lambda name: (name in READ_BY_ROW, name)):
+        for field in sorted(arrays, key=lambda name: (is_by_row(name), name)):
             dtype, array = arrays[field]
             check_array(key, field, dtype, array)
             try:
@@ -133,7 +133,7 @@ class ShardWriter:
         self._write(header)
         self._write(data)
         self._write(b"\0" * (-length % BLOCK))
-        row = len(data) // shape[0] if field in READ_BY_ROW else 0
+        row = len(data) // shape[0] if is_by_row(field) else 0
         rows = (
             tuple(crc32c(memoryview(data)[i * row : (i + 1) * row]) for i in range(shape[0]))
             if row
@@ -204,7 +204,6 @@ def write_index(
 
 
 def index_row(entry: ClipEntry, members: tuple[MemberEntry, ...]) -> dict[str, Any]:
-    """Return a clip's row of the index."""
     facts = {
         name: getattr(entry, name)
         for name in ("key", "shard", "episode", "split", "latent_frames", "raw_frames")

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.schema import READ_BY_ROW, DataError, MemberEntry, check_key
+from data_shards.fields import is_by_row
+from data_shards.schema import DataError, MemberEntry, check_key
 from data_shards.storage.files import NPY_DESCRIPTIONS, crc32c, fresh_folder
 from data_shards.storage.write import check_array, encode_array
 
 FRAMES_PER_FILE = 64
-STORED = {"bfloat16": "uint16"}  # Zarr has no bfloat16
+STORED = {"bfloat16": "uint16"}  # Zarr knows no bfloat16
 NOT_THERE = 2**64 - 1  # offset and length of a chunk that a file could hold and does not
 DESCRIPTION = "zarr.json"
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -42,7 +43,6 @@ class Piece(NamedTuple):
 
 
 def array_path(key: str, field: str) -> str:
-    """Return the path of a member's array inside its shard."""
     return f"{key}/{field.removesuffix('.npy')}"
 
 
@@ -50,7 +50,7 @@ def pieces(key: str, member: MemberEntry, start: int, stop: int) -> Iterator[Pie
     """Yield the pieces of the rows [start, stop) of a member, in order."""
     size, step = (
         member.row_bytes,
-        FRAMES_PER_FILE if member.field in READ_BY_ROW else max(1, member.shape[0]),
+        FRAMES_PER_FILE if is_by_row(member.field) else max(1, member.shape[0]),
     )
     for first in range(start - start % step, stop, step):
         low, high = max(start, first), min(stop, first + step)
@@ -78,7 +78,7 @@ def group_description() -> bytes:
 
 def array_description(member: MemberEntry) -> bytes:
     """Return the only `zarr.json` of the array of this member."""
-    dtype, by_row = STORED.get(member.dtype, member.dtype), member.field in READ_BY_ROW
+    dtype, by_row = STORED.get(member.dtype, member.dtype), is_by_row(member.field)
     chunk = [max(1, length) for length in member.shape]
     codec: dict[str, Any] = LITTLE if dtype != "uint8" else {"name": "bytes"}
     if by_row:
@@ -118,7 +118,7 @@ def shard_files(members: Iterable[tuple[str, MemberEntry]]) -> dict[str, tuple[i
             rows = piece.length // member.row_bytes
             files[piece.name] = (
                 piece.length,
-                chunk_index(rows, member.row_bytes) if member.field in READ_BY_ROW else b"",
+                chunk_index(rows, member.row_bytes) if is_by_row(member.field) else b"",
             )
     return files
 
@@ -147,7 +147,7 @@ class ZarrWriter:
         self._write(f"{key}/{DESCRIPTION}", group_description())
         text = np.frombuffer((json.dumps(description, sort_keys=True) + "\n").encode(), np.uint8)
         members = [self._append(key, "json", "uint8", text)]
-        for field in sorted(arrays, key=lambda name: (name in READ_BY_ROW, name)):
+        for field in sorted(arrays, key=lambda name: (is_by_row(name), name)):
             dtype, array = arrays[field]
             check_array(key, field, dtype, array)
             members.append(self._append(key, field, dtype, array))
@@ -161,7 +161,7 @@ class ZarrWriter:
                 f"member: {error} (shard {self.path.name}, key {key}, field {field})"
             ) from error
         rows: tuple[int, ...] = ()
-        if field in READ_BY_ROW:
+        if is_by_row(field):
             stored = np.frombuffer(data, NPY_DESCRIPTIONS[dtype]).reshape(array.shape)
             rows = tuple(crc32c(row) for row in stored)
         member = MemberEntry(field, 0, len(data), 0, dtype, tuple(array.shape), crc32c(data), rows)

@@ -64,7 +64,7 @@ def test_a_cut_is_what_the_codec_makes_of_the_frames_from_there_on(recording, wi
                 np.testing.assert_allclose(batch.intrinsics[place], intrinsics[raw], rtol=1e-6)
                 whole = with_images.read(batch.keys[place])
                 np.testing.assert_array_equal(
-                    batch.controls[place], whole.controls[start : start + 2]
+                    batch.fields["controls"][place], whole.fields["controls"][start : start + 2]
                 )
     assert starts == {0, 1}
 
@@ -101,7 +101,8 @@ def test_packed_rows_lay_clips_end_to_end(with_images):
             )
             expected = np.linalg.inv(clip.c2w[0]) @ clip.c2w
             np.testing.assert_allclose(batch.c2w[place, raw : raw + 17], expected, atol=1e-5)
-            np.testing.assert_array_equal(batch.controls[place, at : at + 3], clip.controls)
+            controls = batch.fields["controls"][place, at : at + 3]
+            np.testing.assert_array_equal(controls, clip.fields["controls"])
         assert not batch.latents[place, 6].any()
         assert (
             batch.c2w.shape[1] >= 7 * 8 - 2 * 7

@@ -129,7 +129,7 @@ def test_a_recording_is_encoded_with_it(models, recording, tmp_path):
     assert info.psnr_db is None
     clip = dataset.read(dataset.clips("train")[0])
     assert clip.latents.shape == (5, 4, 15, 20)
-    assert clip.controls.shape == (5, 6)
+    assert clip.fields["controls"].shape == (5, 6)
 
 
 def test_a_missing_model_is_one_report(recording, tmp_path, capsys):

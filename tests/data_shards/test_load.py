@@ -37,9 +37,11 @@ def take(dataset, steps, **options):
 
 
 def same(a, b):
-    names = ("latents", "c2w", "intrinsics", "controls", "draws")
-    return a.keys == b.keys and all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in names
+    return (
+        (a.keys, a.fields.keys()) == (b.keys, b.fields.keys())
+        and torch.equal(a.latents, b.latents)
+        and torch.equal(a.draws, b.draws)
+        and all(torch.equal(a.fields[name], b.fields[name]) for name in a.fields)
     )
 
 
@@ -50,15 +52,14 @@ def test_batches_follow_the_order(dataset):
         assert batch.draws.tolist() == list(draws)
         assert batch.keys == tuple(clips[order.sample(draw)].key for draw in draws)
         assert batch.latents.shape == (4, 3, 48, 7, 10)
-        assert (batch.c2w.shape, batch.intrinsics.shape, batch.controls.shape) == (
+        assert (batch.c2w.shape, batch.intrinsics.shape, batch.fields["controls"].shape) == (
             (4, 17, 4, 4),
             (4, 17, 4),
             (4, 3, 6),
         )
         assert batch.valid_frames.tolist() == [3] * 4
         assert all(
-            getattr(batch, name).dtype == torch.float32
-            for name in ("latents", "c2w", "intrinsics", "controls")
+            tensor.dtype == torch.float32 for tensor in (batch.latents, *batch.fields.values())
         )
         raw = dataset.read(batch.keys[2])
         expected = normalise(raw.latents, dataset.info)
@@ -144,7 +145,7 @@ def test_shorter_cut_starts_at_the_first_latent(dataset):
     long, short = take(dataset, 1)[0], take(dataset, 1, clip_frames=2, frames=(0, 2))[0]
     assert torch.equal(short.latents, long.latents[:, :2])
     assert torch.equal(short.c2w, long.c2w[:, :9])
-    assert torch.equal(short.controls, long.controls[:, :2])
+    assert torch.equal(short.fields["controls"], long.fields["controls"][:, :2])
 
 
 def test_normalised_training_latents_have_unit_variance(dataset):

@@ -100,13 +100,13 @@ def test_latents_are_those_of_the_codec(recording, dataset_path):
         np.testing.assert_array_equal(stored.intrinsics, intrinsics)
         np.testing.assert_array_equal(stored.intrinsics[:, 3], content.intrinsics[:, 3] - 4)
         np.testing.assert_allclose(
-            stored.controls[1:, 4].sum(), content.frame_controls[:, 4].sum(), rtol=1e-5
+            stored.fields["controls"][1:, 4].sum(), content.frame_controls[:, 4].sum(), rtol=1e-5
         )
         held, moved = (
             content.frame_controls[1:9, :4].mean(0),
             content.frame_controls[1:9, 4:].sum(0),
         )
-        np.testing.assert_allclose(stored.controls[1], [*held, *moved], rtol=1e-5)
+        np.testing.assert_allclose(stored.fields["controls"][1], [*held, *moved], rtol=1e-5)
 
 
 def test_statistics_are_of_the_training_clips(dataset_path):

@@ -78,7 +78,7 @@ def test_videos_with_sidecars_become_a_data_set(write_video, tmp_path, capsys):
         np.testing.assert_allclose(clip.c2w, c2w[:17], atol=1e-12)
         np.testing.assert_array_equal(clip.intrinsics, np.tile([20.0, 21.0, 16.0, 17.0], (17, 1)))
         np.testing.assert_allclose(
-            clip.controls[1], [controls[1:9, 0].mean(), controls[1:9, 1].sum()]
+            clip.fields["controls"][1], [controls[1:9, 0].mean(), controls[1:9, 1].sum()]
         )
         brightness = 127.5 * (
             clip.latents[0, 0] / (np.sqrt(3) * 16) + 1
@@ -158,7 +158,7 @@ def test_events_are_bucketed_at_the_latent_rate(write_video, tmp_path):
         **{k: np.array(v, np.int32) for k, v in columns.items()},
     )
     assert encode.main([f"source={folder}", f"out={out}"]) == 0
-    controls = open_dataset(str(out)).read("a").controls
+    controls = open_dataset(str(out)).read("a").fields["controls"]
     assert controls.shape == (3, BUTTONS + 3)
     assert controls[:, BUTTONS].tolist() == [0, 5, 7]  # snapshots at 0, 500 and 1000 ms
     assert controls[:, 65].tolist() == [0, 1, 1]

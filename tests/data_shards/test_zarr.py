@@ -40,8 +40,7 @@ def test_zarr_and_tar_give_the_same(dataset_path, zarr_path):
         for entry in tar.clips(split):
             for frames in ((0, 3), (1, 2), (2, 2)):
                 a, b = tar.read(entry.key, frames), zarr.read(entry.key, frames)
-                for name in ("latents", "c2w", "intrinsics", "controls"):
-                    np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+                np.testing.assert_equal((a.latents, a.fields), (b.latents, b.fields))
             assert tar.description(entry) == zarr.description(zarr.find(entry.key))
     assert tar.info.mean == zarr.info.mean
 
@@ -80,8 +79,9 @@ def test_stock_zarr_reads_the_same(zarr_path):
                 zarr.open_group(zarr_path / entry.shard, mode="r", zarr_format=3)[entry.key],
                 dataset.read(entry),
             )
-            for name in ("c2w", "intrinsics", "controls"):
-                np.testing.assert_array_equal(group[name][:], getattr(clip, name))
+            assert set(clip.fields) == {"c2w", "intrinsics", "controls"}
+            for name, array in clip.fields.items():
+                np.testing.assert_array_equal(group[name][:], array)
             np.testing.assert_array_equal(group["latent"][:].astype(np.float32), clip.latents)
             assert json.loads(group["json"][:].tobytes()) == dataset.description(entry)
 
@@ -250,8 +250,8 @@ def test_any_flipped_bit_in_any_file_is_found(container, recording, tmp_path):
                     except ShardError as error:
                         named.append(f"key {key}, field" in str(error))
                         continue
-                    for name in ("latents", "c2w", "intrinsics", "controls"):
-                        np.testing.assert_array_equal(getattr(again, name), getattr(clip, name))
+                    seen = (again.latents, again.fields)
+                    np.testing.assert_equal(seen, (clip.latents, clip.fields))
         file.write_bytes(good)
     assert not problems_of(path)
     assert found == flips

@@ -6,13 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_shards.schema import (
-    ALIKE_IN_MIXTURE,
-    DataError,
-    DatasetInfo,
-    info_from_json,
-    latent_frame_count,
-)
+from data_shards.fields import alike_in_mixture
+from data_shards.schema import DataError, DatasetInfo, info_from_json, latent_frame_count
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
@@ -127,7 +122,9 @@ def _mixture_problems(
     them."""
     data = plan.config.data
     for path, other in mixed.items():
-        unlike = [name for name in ALIKE_IN_MIXTURE if getattr(info, name) != getattr(other, name)]
+        unlike = [
+            name for name in alike_in_mixture() if getattr(info, name) != getattr(other, name)
+        ]
         if unlike:
             got = f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in unlike)}"
             rule = f"as in {data.path}: {', '.join(repr(getattr(info, name)) for name in unlike)}"

@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Store the conditions of a batch; every process that has part of a clip has all of these.
+    """Hold the conditions of a batch of clips.
 
-    - c2w: camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), metres.
-    - intrinsics: fx, fy, cx, cy in pixels of an image of `image_size` (height, width), fp32 [B, F,
-      4].
-    - temporal_stride: raw frames per latent frame after the first.
-    - camera_keep: bool [B], False where the camera is dropped (None: kept everywhere).
-    - text: [B, L, E] with text_mask bool [B, L], True at real tokens.
-    - null_text: [L0, E], the embedding of "no text".
-    - controls: [B, T, A] at latent rate.
+    image_size: (height, width) of the pixels that intrinsics refer to. temporal_stride: raw frames
+    per latent frame after the first. fields: name -> [B, entries, …], as `data_shards.fields`
+    describes them: whole clips on every process that has part of a clip, but of a field that is read by
+    row the local frames only. camera_keep: bool [B], False where the camera is dropped (None:
+    kept everywhere). null_text: [L0, E], what stands for "no text".
     """
 
     image_size: tuple[int, int]
     temporal_stride: int
-    c2w: Tensor | None = None
-    intrinsics: Tensor | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
     camera_keep: Tensor | None = None
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
     null_text: Tensor | None = None
-    controls: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        image_size: tuple[int, int],
+        temporal_stride: int,
+        c2w: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+        *,
+        camera_keep: Tensor | None = None,
+        null_text: Tensor | None = None,
+        **fields: Tensor | None,
+    ) -> Conditions:
+        """Return conditions with these fields; one that is None is left out."""
+        bare = cls(image_size, temporal_stride, camera_keep=camera_keep, null_text=null_text)
+        return bare.with_fields(c2w=c2w, intrinsics=intrinsics, **fields)
+
+    def with_fields(self, **changes: Tensor | None) -> Conditions:
+        """Return the same with some fields changed or added; None takes one out."""
+        merged = {**self.fields, **changes}
+        return replace(self, fields={n: value for n, value in merged.items() if value is not None})
+
+    @property
+    def c2w(self) -> Tensor | None:
+        """Camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), in
+        metres."""
+        return self.fields.get("c2w")
+
+    @property
+    def intrinsics(self) -> Tensor | None:
+        """fx, fy, cx, cy in pixels of `image_size`, fp32 [B, F, 4]."""
+        return self.fields.get("intrinsics")
+
+    @property
+    def text(self) -> Tensor | None:
+        """[B, L, E]."""
+        return self.fields.get("text")
+
+    @property
+    def text_mask(self) -> Tensor | None:
+        """bool [B, L], True at real tokens."""
+        return self.fields.get("text_mask")
+
+    @property
+    def controls(self) -> Tensor | None:
+        """[B, T, A] at latent rate."""
+        return self.fields.get("controls")

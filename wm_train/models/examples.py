@@ -54,7 +54,7 @@ def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditio
         sizes = (needs.text_width,)
         text = normal(NoiseKey(seed, PARITY), "text", draws, (0, tokens), sizes)
         mask = torch.arange(tokens)[None] < tokens - draws[:, None] % 3
-    return Conditions(
+    return Conditions.of(
         (height, width),
         shape.temporal_stride,
         c2w,

@@ -84,8 +84,7 @@ def dropped_text(conditions: Conditions, drop: Tensor) -> Conditions:
     padded[:length] = null[:length].to(text.dtype)
     real = torch.arange(text.shape[1], device=text.device) < length
     mask = torch.ones_like(text[..., 0]) if conditions.text_mask is None else conditions.text_mask
-    return replace(
-        conditions,
+    return conditions.with_fields(
         text=torch.where(drop[:, None, None], padded, text),
         text_mask=torch.where(drop[:, None], real, mask.bool()),
     )

@@ -8,7 +8,7 @@ keyed by (seed, name, clip, frame), as in training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -135,19 +135,10 @@ def forward(
             unit.register_forward_hook(lambda module, inputs, output: set_scope(sequence, ""))
         )
     conditions = example_conditions(case.model.needs(), case.shape, case.seed)
-
-    def held(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[rows].to(case.device)
-
-    text = None if conditions.text is None else conditions.text.to(case.dtype)
-    text, mask = held(text), held(conditions.text_mask)
-    conditions = replace(
-        conditions,
-        c2w=held(conditions.c2w),
-        intrinsics=held(conditions.intrinsics),
-        text=text,
-        text_mask=mask,
-    )
+    held = {name: value[rows].to(case.device) for name, value in conditions.fields.items()}
+    if "text" in held:
+        held["text"] = held["text"].to(case.dtype)
+    conditions = conditions.with_fields(**held)
     latents = example_latents(case.model.needs(), case.shape, case.seed).to(case.dtype)
     latents = latents[rows, sequence.frames.start : sequence.frames.stop]
     draws = torch.arange(case.batch)[rows].to(case.device)

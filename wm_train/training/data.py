@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from operator import itemgetter
 
-from data_shards.loading.load import REPLICATED, Batch, ClipLoader
+from data_shards.loading.load import Batch, ClipLoader
 from data_shards.schema import latent_frame_count
 from parallel.layout import ClipLayout
 from parallel.sequence import SequenceShard, make_sequence
@@ -16,6 +16,8 @@ from wm_train.conditioning import Conditions
 from wm_train.objectives.clips import Clips
 from wm_train.training.feed import Feed
 from wm_train.training.stage import Stage
+
+TEXT = ("text", "text_mask")
 
 
 def open_loader(
@@ -89,22 +91,12 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
-    """What the model sees of this batch besides its latents; text only if the model takes text."""
-    takes_text = "text" in stage.config.model.needs().fields
-    stride, starts = stage.dataset.info.temporal_stride, batch.document_starts
-    raw = batch.frames * stride - (stride - 1) * (
-        len(starts[0]) if starts else 1
-    )  # beyond, a packed row repeats its end
-    return Conditions(
-        image_size=batch.image_size,
-        temporal_stride=stride,
-        c2w=None if batch.c2w is None else batch.c2w[:, :raw],
-        intrinsics=None if batch.intrinsics is None else batch.intrinsics[:, :raw],
-        controls=batch.controls,
-        text=batch.text if takes_text else None,
-        text_mask=batch.text_mask if takes_text else None,
-        null_text=stage.null_text,
-    )
+    """Return what the model sees of this batch besides its latents; text only if it takes text."""
+    stride, frames = stage.dataset.info.temporal_stride, stage.mesh.frames(batch.frames)
+    fields = batch.own_entries((frames.start, frames.stop), stride)
+    if "text" not in stage.config.model.needs().fields:
+        fields = {name: value for name, value in fields.items() if name not in TEXT}
+    return Conditions(batch.image_size, stride, fields, null_text=stage.null_text)
 
 
 def clips_of(stage: Stage, batch: Batch) -> Clips:
@@ -114,16 +106,13 @@ def clips_of(stage: Stage, batch: Batch) -> Clips:
 
 
 def on_device(stage: Stage, batch: Batch) -> Batch:
-    """The batch with its tensors where the model is, and what one member of each sequence group
-    read given to the others."""
-    names = ("latents", "draws", *REPLICATED)
+    """Return the batch with its tensors where the model is, and what one rank of each sequence
+    group read given to the others."""
     batch = batch.each_tensor(
-        lambda tensor: tensor.to(stage.backend.device, non_blocking=True), names
+        lambda tensor: tensor.to(stage.backend.device, non_blocking=True), keep=("valid_frames",)
     )
     if stage.mesh.comm is not None:
-        stage.mesh.comm.share(
-            [tensor for name in REPLICATED if (tensor := getattr(batch, name)) is not None]
-        )
+        stage.mesh.comm.share(batch.replicated())
     return batch
 
 

@@ -66,7 +66,7 @@ def clip():
     return (
         torch.randn(1, FRAMES, 4, *GRID),
         torch.rand(1, FRAMES),
-        Conditions((64, 96), 8, c2w, intrinsics),
+        Conditions.of((64, 96), 8, c2w, intrinsics),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_the_causal_stage_of_the_recipe_is_sampled_with_a_clean_past(opened):
     for start, stop in ((0, CHUNK + 1), (CHUNK + 1, T)):
         raw = (stop - 1) * 8 + 1
         poses, lenses = conditions.c2w[:, :raw], conditions.intrinsics[:, :raw]
-        seen = replace(conditions, c2w=poses, intrinsics=lenses)
+        seen = conditions.with_fields(c2w=poses, intrinsics=lenses)
         known = LocalSequence(ClipLayout(stop, chunk_starts=(0, CHUNK + 1)[: 1 + (start > 0)]))
 
         def velocity(x, level, sigma, done=done, seen=seen, known=known):
@@ -109,7 +108,7 @@ def test_a_later_camera_changes_no_bit_of_earlier_chunks(sampled, monkeypatch):
         conditions = as_it_is(stage, batch)
         c2w = conditions.c2w.clone()
         c2w[:, (T - 2) * 8 + 1 :, :3, 3] += 3.0  # the last latent frame looks from elsewhere
-        return replace(conditions, c2w=c2w)
+        return conditions.with_fields(c2w=c2w)
 
     monkeypatch.setattr(samples, "conditions_of", turned)
     moved = sampled()

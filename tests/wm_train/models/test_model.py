@@ -62,7 +62,7 @@ class Clip:
             torch.randn(batch, 3, 6, generator=generator),
             torch.tensor([[True, True, False]]).expand(batch, 3),
         )
-        self.conditions = Conditions((96, 160), 8, c2w, intrinsics, text=text, text_mask=mask)
+        self.conditions = Conditions.of((96, 160), 8, c2w, intrinsics, text=text, text_mask=mask)
 
     def to(self, dtype: torch.dtype) -> Clip:
         """Convert all floating-point inputs."""
@@ -70,7 +70,7 @@ class Clip:
         inputs = {
             name: getattr(self.conditions, name).to(dtype) for name in ("c2w", "intrinsics", "text")
         }
-        self.conditions = replace(self.conditions, **inputs)
+        self.conditions = self.conditions.with_fields(**inputs)
         return self
 
     def run(
@@ -206,10 +206,8 @@ def test_documents_packed_into_one_clip_do_not_see_each_other(camera_path):
         changed = clip.latents.clone()
         changed[:, 5:] += 1.0
         assert torch.equal(clip.run(model, packed, changed)[:, :5], before[:, :5])
-        second = replace(
-            clip.conditions,
-            c2w=clip.conditions.c2w[:, 33:],
-            intrinsics=clip.conditions.intrinsics[:, 33:],
+        second = clip.conditions.with_fields(
+            c2w=clip.conditions.c2w[:, 33:], intrinsics=clip.conditions.intrinsics[:, 33:]
         )
         alone = model(clip.latents[:, 5:], clip.sigma[:, 5:], second, LocalSequence(ClipLayout(4)))
     assert (alone - before[:, 5:]).abs().max() <= 1e-5 * before.abs().max()
@@ -260,10 +258,8 @@ def test_padding_changes_no_real_frame(camera_path, dtype, bound):
     """A clip of 5 frames alone equals itself padded to 8, even when the padding holds
     infinities."""
     model, clip = awake(CONFIG).to(dtype), Clip(camera_path, 8).to(dtype)
-    short = replace(
-        clip.conditions,
-        c2w=clip.conditions.c2w[:, :33],
-        intrinsics=clip.conditions.intrinsics[:, :33],
+    short = clip.conditions.with_fields(
+        c2w=clip.conditions.c2w[:, :33], intrinsics=clip.conditions.intrinsics[:, :33]
     )
     padded = clip.latents.clone()
     padded[:, 5:] = float("inf")
@@ -282,7 +278,10 @@ def test_a_dropped_camera_is_no_camera(camera_path):
             clip.latents, clip.sigma, replace(clip.conditions, camera_keep=keep), sequence
         )
         without = model(
-            clip.latents, clip.sigma, replace(clip.conditions, c2w=None, intrinsics=None), sequence
+            clip.latents,
+            clip.sigma,
+            clip.conditions.with_fields(c2w=None, intrinsics=None),
+            sequence,
         )
         kept = clip.run(model, sequence)
     assert torch.equal(mixed[0], kept[0])
@@ -364,7 +363,7 @@ def test_wrong_number_of_poses_and_indivisible_latents_are_refused(camera_path):
         model(
             clip.latents,
             clip.sigma,
-            replace(clip.conditions, c2w=clip.conditions.c2w[:, 1:]),
+            clip.conditions.with_fields(c2w=clip.conditions.c2w[:, 1:]),
             LocalSequence(ClipLayout(3)),
         )
     with pytest.raises(ValueError, match="patch_size"):

@@ -64,7 +64,7 @@ def test_a_new_camera_branch_changes_nothing_at_first(camera_path):
     assert sorted(result.missing_keys) == stage_parts(result.missing_keys)
     generator = torch.Generator().manual_seed(2)
     c2w, intrinsics = camera_path(2, 17, generator)
-    conditions = Conditions(
+    conditions = Conditions.of(
         (96, 160), 8, c2w, intrinsics, text=torch.randn(2, 3, 6, generator=generator)
     )
     latents, sigma = (

@@ -106,7 +106,7 @@ def test_forward_and_every_gradient_equal_the_public_model(case, camera_path):
         camera_conditions=raymap if camera else None,
         chunk_plucker=plucker if camera and config.plucker else None,
     ).sample.transpose(1, 2)
-    conditions = Conditions(
+    conditions = Conditions.of(
         (h * 16, w * 16),
         STRIDE,
         c2w if camera else None,

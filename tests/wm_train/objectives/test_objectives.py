@@ -153,7 +153,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     data = replace(data, latents=data.latents.to(dtype))
     c2w, intrinsics = (x.to(dtype) for x in camera_path(4, 49, torch.Generator().manual_seed(1)))
     conditions, layout = (
-        Conditions((96, 160), 8, c2w, intrinsics),
+        Conditions.of((96, 160), 8, c2w, intrinsics),
         ClipLayout(7, chunk_starts=(0, 4) if config.causal else (0,)),
     )
     whole = run_objective(model, data, KEY, CONFIGS[objective], LocalSequence(layout), conditions)
@@ -167,7 +167,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
             part = Batch(
                 data.latents[rows, sequence.frames.start : sequence.frames.stop], data.draws[rows]
             )
-            seen = replace(conditions, c2w=c2w[rows], intrinsics=intrinsics[rows])
+            seen = conditions.with_fields(c2w=c2w[rows], intrinsics=intrinsics[rows])
             return run_objective(
                 copies[comm.members[0].index], part, KEY, CONFIGS[objective], sequence, seen
             ).loss
@@ -187,7 +187,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
 def test_dropped_text_is_the_null_text():
     data, model = batch(64, 2), Recorder()
     text, null = torch.randn(64, 5, 6), torch.randn(3, 6)
-    seen = Conditions(
+    seen = Conditions.of(
         (96, 160), 8, text=text, text_mask=torch.ones(64, 5, dtype=torch.bool), null_text=null
     )
     config = FlowMatchingConfig(text_dropout=0.3)

@@ -35,7 +35,7 @@ def really_kept(config: SanaWMConfig) -> int:
         for x in memory._inputs(config, SHAPE)
     ]
     poses = torch.eye(4).expand(2, 17, 4, 4).contiguous()
-    inputs[2] = replace(inputs[2], c2w=poses, intrinsics=torch.ones(2, 17, 4))
+    inputs[2] = inputs[2].with_fields(c2w=poses, intrinsics=torch.ones(2, 17, 4))
     with torch.autograd.graph.saved_tensors_hooks(keep, memory._give_back):
         output = model(*inputs, LocalSequence(ClipLayout(SHAPE.frames)))
     assert output.requires_grad

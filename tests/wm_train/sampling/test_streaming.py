@@ -46,7 +46,7 @@ def clip(camera_path, frames: int) -> tuple[torch.Tensor, torch.Tensor, Conditio
     return (
         torch.randn(2, frames, 4, *GRID, generator=generator),
         sigma,
-        Conditions((96, 160), 8, c2w, intrinsics, text=text),
+        Conditions.of((96, 160), 8, c2w, intrinsics, text=text),
     )
 
 
@@ -114,8 +114,8 @@ def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
     for start in layout.chunk_starts:
         stop = layout.chunk_of(start).stop
         raw = (stop - 1) * 8 + 1
-        seen = replace(
-            conditions, c2w=conditions.c2w[:, :raw], intrinsics=conditions.intrinsics[:, :raw]
+        seen = conditions.with_fields(
+            c2w=conditions.c2w[:, :raw], intrinsics=conditions.intrinsics[:, :raw]
         )
         blind = replace(seen, camera_keep=torch.zeros(2, dtype=torch.bool))
         known = LocalSequence(

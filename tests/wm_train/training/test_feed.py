@@ -114,8 +114,10 @@ def test_two_sequence_members_read_their_own_frames_and_share_the_rest(looked, m
         assert torch.equal(torch.cat([part["latents"] for part in parts], dim=1), batch.latents)
         for part in parts:
             assert part["keys"] == batch.keys
-            for name in ("c2w", "intrinsics", "controls", "draws"):
-                assert torch.equal(part[name], getattr(batch, name)), name
+            assert torch.equal(part["draws"], batch.draws)
+            assert set(part["fields"]) == {"c2w", "intrinsics", "controls"}
+            for name, tensor in part["fields"].items():
+                assert torch.equal(tensor, batch.fields[name]), name
     info = dataset.info
     row = info.channels * info.latent_height * info.latent_width * 2
     for rank in looked:

@@ -1,0 +1,64 @@
+"""What `encode fields=` takes from a source besides what every data set has: the fields that other
+packages add to `data_shards.fields`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from data_shards.fields import GROUP, Field, registered
+from data_shards.schema import DataError
+from data_shards.sources import ClipSource, SourceClip
+
+
+def other_arrays(
+    source: ClipSource,
+    clip: SourceClip,
+    names: str | None,
+    size: tuple[int, int],
+    latent_frames: int,
+) -> dict[str, tuple[str, NDArray[Any]]]:
+    """Return member -> (stored dtype, array) of the fields in `Settings.fields`, as the source has
+    them; pictures are cropped to `size` (height, width) like the video.
+
+    Raises:
+        DataError: a field of too few or too many frames.
+    """
+    arrays = {}
+    for field in own_fields(names):
+        array = source.array(clip.key, field.name)
+        # of the frames that a source leaves out at a clip's end too
+        array = array[: clip.frames] if field.rate == "raw" else array
+        expected = {"raw": clip.frames, "latent": latent_frames}.get(field.rate)
+        if expected is not None and len(array) != expected:
+            raise DataError(
+                f"field {field.name}: got {len(array)} entries, expected {expected}, one for each"
+                f" {field.entry_name} (key {clip.key}). Fix: mend the source"
+            )
+        if field.dims[:2] == ("image_height", "image_width"):
+            array = crop_pictures(array, size)
+        arrays[field.member] = (field.dtypes[0], array)
+    return arrays
+
+
+def own_fields(names: str | None) -> list[Field]:
+    """Return the fields of a list of names with commas.
+
+    Raises:
+        DataError: a name that no installed package adds.
+    """
+    wanted, known = names.split(",") if names else [], registered()
+    for name in wanted:
+        if name not in known:
+            raise DataError(
+                f"fields: got {name!r}, expected one of {sorted(known)}. Fix: install the package"
+                f" that adds it (entry point {GROUP})"
+            )
+    return [known[name] for name in wanted]
+
+
+def crop_pictures(pictures: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Centred crop of [F,H,W,…]."""
+    top, left = (pictures.shape[1] - size[0]) // 2, (pictures.shape[2] - size[1]) // 2
+    return pictures[:, top : top + size[0], left : left + size[1]]
