@@ -1,5 +1,7 @@
-"""What can be asked for by name: tables of import strings, to which other packages add by entry
-points. Nothing is imported before it is asked for."""
+"""Find things by name in tables of import strings, which other packages extend by entry points.
+
+Nothing is imported before it is requested.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ from data_shards.schema import DataError
 
 @dataclass(frozen=True)
 class Registry:
-    """`table`: name -> "module:attribute" of what is built in; `group`: the entry point group in
-    which other packages name theirs; `what`: the word for one of them, and the key that asks."""
+    """Describe one table of names.
+
+    table: name -> "module:attribute" of what is built in; group: the entry point group for other
+    packages; what: the word for one entry, and the key of the command line.
+    """
 
     what: str
     group: str

@@ -1,2 +1,1 @@
-"""Fused kernels beside their references; models call `dispatch` and do not know what runs (design
-§4)."""
+"""Offer fused kernels beside their references; models never choose an engine."""

@@ -1,5 +1,7 @@
-"""Names of the engines that a configuration may choose. No torch, so that rules can be checked
-before it is imported."""
+"""List the engines that a configuration may choose, without importing torch.
+
+So a configuration can be checked before torch is imported.
+"""
 
 ENGINES = ("auto", "triton", "reference")  # of the GDN kernels, key backend.kernels
 ATTENTION = (  # of the softmax blocks, key backend.attention
