@@ -57,7 +57,7 @@ FLOORS = {
         "encoding",
         "sources loading",
         "codecs storage",
-        "arguments controls metrics",
+        "arguments controls metrics fields registry",
         "schema __init__",
     ),
     "launch": (

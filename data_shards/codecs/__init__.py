@@ -37,8 +37,8 @@ class LatentCodec(Protocol):
 
 @dataclass(frozen=True)
 class CodecRow:
-    """What is registered as a codec. `make` takes the codec's options as dataset.json keeps them
-    (`LatentCodec.options`), and `device` where `on_device`; `options` are those of the command
+    """Describe one registered codec. `make` takes the codec's options as dataset.json keeps them
+    (`LatentCodec.options`), and `device` if `on_device`; `options` are those of the command
     `encode`."""
 
     make: Callable[..., LatentCodec]

@@ -44,8 +44,8 @@ def crop(
 
 @dataclass
 class Tally:
-    """What a shard adds to the data set's statistics. sums [first|later, sum|sum of squares, C] and
-    counts are over training clips."""
+    """Hold a shard's share of the data set's statistics: sums [first|later, sum|sum of squares, C]
+    and counts, over training clips."""
 
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]

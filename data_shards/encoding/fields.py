@@ -1,5 +1,5 @@
-"""What `encode fields=` takes from a source besides what every data set has: the fields that other
-packages add to `data_shards.fields`."""
+"""Take from a source the fields of `encode fields=`: those that other packages add to
+`data_shards.fields`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bytes of an encoded data set depend on, besides its source."""
+"""Name the settings that determine the bytes of an encoded data set, besides its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_shards.sources.clips import ClipSource
 
 @dataclass(frozen=True)
 class Settings:
-    """What the finished bytes depend on, besides the source."""
+    """Hold all that determines the finished bytes, besides the source."""
 
     codec: str = "linear"
     codec_options: tuple[tuple[str, Any], ...] = ()  # (name, value): workers hash their settings
@@ -53,4 +53,5 @@ class Settings:
             )
         if self.text in (None, READY):
             return None
-        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
+        assert self.text is not None
+        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)

@@ -1,5 +1,5 @@
-"""What a batch is: tensors of several rows, each a clip or several packed one after another; and
-how clips' fields become a row's."""
+"""Make batches: tensors of several rows, each a clip or several packed one after another, from the
+fields of clips."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from data_shards.storage.files import read_json
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key:
-    caption}; and what lies there, a name of `SOURCES` or auto."""
+    """Locate a source: its folder; the folder of latents that belong to it; a JSON file {key:
+    caption}; and its kind, a name of `SOURCES` or auto."""
 
     path: str
     latents: str | None = None

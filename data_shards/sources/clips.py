@@ -1,4 +1,4 @@
-"""What sources of clips share: the clips as listed and as loaded, and the protocol of a source."""
+"""Define what all sources share: clips as listed and as loaded, and the protocol of a source."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from data_shards.schema import KEY_PATTERN, DataError
 
 @dataclass(frozen=True)
 class SourceClip:
-    """What is known of a clip before it is read. `episode`: clips of one episode go to the same
-    side of the validation split."""
+    """Describe a clip before it is read. `episode`: clips of one episode go to the same side of the
+    validation split."""
 
     key: str
     episode: str
@@ -92,7 +92,8 @@ def safe_key(name: str, what: str = "zip member") -> str:
     """
     if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
         raise DataError(
-            f"{what}: got the name {name!r}, expected a relative one without '..'. Fix: pack it again"
+            f"{what}: got the name {name!r}, expected a relative one without '..'. Fix: pack it"
+            " again"
         )
     if KEY_PATTERN.fullmatch(name):
         return name

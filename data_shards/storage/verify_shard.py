@@ -42,7 +42,7 @@ class Problem:
 
 
 def describe_header(block: bytes, expected: bytes) -> str:
-    """What is wrong with a 512-byte tar header, for the report only."""
+    """Return the error in a 512-byte tar header, for the report only."""
     name = expected[:100].rstrip(b"\0").decode()
     if len(block) < BLOCK:
         return f"tar header: the shard ends inside it, expected member {name!r}"
@@ -102,7 +102,7 @@ def check_rows(
 
 
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
-    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are
+    """Return a message about elements that are NaN or infinite; '' if all are finite or bytes are
     cut."""
     count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
     if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
@@ -229,7 +229,7 @@ def check_piece(
 
 
 def differs(filesystem: Any, path: str, content: bytes) -> str:
-    """What is wrong with a file whose content is known; '' if nothing is."""
+    """Return the error in a file whose expected content is given; '' if there is none."""
     try:
         return (
             ""
