@@ -52,7 +52,8 @@ class Feed:
         clips = packing.packed_clips + packing.left_out_clips
         return (
             f"packing: {packing.filled:.1%} of latent frames hold a clip,"
-            f" {packing.left_out_clips} of {clips} clips find no room (the first {packing.sequences} rows)"
+            f" {packing.left_out_clips} of {clips} clips find no room"
+            f" (the first {packing.sequences} rows)"
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -30,7 +30,7 @@ class RayEncoding(NamedTuple):
 def encode_rays(
     q: Tensor, k: Tensor, v: Tensor, rays: RayEncoding
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode by eq. 6: q by D^T, k and v by D^-1, each scaled to its own RMS; [B, t, S, H, D] each."""
+    """Encode by eq. 6: q by D^T, k and v by D^-1, each limited to its RMS; [B, t, S, H, D] each."""
     q = limit_rms(q, encode(q, rays.world_to_ray.transpose(-1, -2), *rays.rotary))
     k, v = (limit_rms(x, encode(x, rays.ray_to_world, *rays.rotary)) for x in (k, v))
     return q, k, v
