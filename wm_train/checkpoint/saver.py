@@ -78,9 +78,8 @@ class Saver:
             while self._thread.is_alive():
                 self._thread.join(1.0)
                 if self._thread.is_alive() and (lost := self.lost()):
-                    self._thread.join(
-                        1.0
-                    )  # a rank that has finished its part and left is no failure
+                    # a rank that has finished its part and left is no failure
+                    self._thread.join(1.0)
                     if not self._thread.is_alive():
                         break
                     raise RuntimeError(f"waiting for a save: {'; '.join(lost)}")
