@@ -1,4 +1,4 @@
-"""List the members of a clip, one row each, for storage, cuts, batches and mixtures.
+"""Describe the members of a clip, one row each: all that storage, cuts, batches and mixtures need.
 
 A package adds a member of its own (depth, a video of hands, pairs of an ODE) by an entry point of
 the group `data_shards.fields`, `<name> = "module:FIELD"`, where FIELD is a `Field` of that name.
@@ -32,7 +32,7 @@ ENTRY_NAMES: Mapping[Rate, str] = {
 
 @dataclass(frozen=True)
 class Field:
-    """Describe one member of a clip to the whole pipeline.
+    """Describe one member of a clip to the pipeline.
 
     - name: in `Batch.fields`; the file in a shard is `<key>.<name><suffix>`.
     - dims: shape of one entry. A word is a fact of dataset.json (a list counts its items), None any
@@ -105,10 +105,8 @@ class Field:
 
 
 def relative_poses(c2w: NDArray[Any]) -> NDArray[Any]:
-    """Convert [F,4,4] from any world to the frame of the first camera, which becomes the identity.
-
-    Rigid inverse, in float64.
-    """
+    """Convert poses [F,4,4] from any world to the frame of the first camera, which becomes the
+    identity. Rigid inverse, in float64."""
     rotation, origin = c2w[0, :3, :3], c2w[0, :3, 3]
     world_to_first = np.eye(4)
     world_to_first[:3, :3], world_to_first[:3, 3] = rotation.T, -rotation.T @ origin
@@ -167,7 +165,8 @@ def field_named(name: str) -> Field:
 
 
 def field_of(member: str) -> Field | None:
-    """Return the field of a member of a clip (`c2w.npy`), or None for one that nobody knows."""
+    """Return the field of a member of a clip (`c2w.npy`), or None for one that is not
+    registered."""
     name = member.removesuffix(".npy")
     field = FIELDS.get(name) or registered().get(name)
     return field if field is not None and field.member == member else None

@@ -1,7 +1,5 @@
-"""Find things by name in tables of import strings, which other packages extend by entry points.
-
-Nothing is imported before it is requested.
-"""
+"""Find things by name: tables of import strings, to which other packages add by entry points. A
+name is imported only when it is loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +13,9 @@ from data_shards.schema import DataError
 
 @dataclass(frozen=True)
 class Registry:
-    """Describe one table of names.
-
-    table: name -> "module:attribute" of what is built in; group: the entry point group for other
-    packages; what: the word for one entry, and the key of the command line.
-    """
+    """Describe one table. `table`: name -> "module:attribute" of what is built in; `group`: the
+    entry point group of other packages; `what`: the word for one of them, and its key on the
+    command line."""
 
     what: str
     group: str
@@ -27,7 +23,7 @@ class Registry:
 
 
 def names(registry: Registry) -> tuple[str, ...]:
-    """Return all names that can be asked for, the built-in ones first."""
+    """Return all names of a registry, the built-in ones first."""
     return tuple(dict.fromkeys([*registry.table, *entry_points(group=registry.group).names]))
 
 

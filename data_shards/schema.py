@@ -1,20 +1,19 @@
-"""Define the format of a data set of latent clips, and the allow-lists for everything read from it.
+"""Describe a data set of latent clips: its facts as frozen dataclasses, and the allow-lists for all
+that is read from disk.
 
-`data_shards/README.md` explains the format. Layout of a data set directory:
+Layout of a data set directory:
+  shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` (data_shards/fields.py)
+  index.parquet        one row per clip: offset, dtype, shape and crc32c of each member, and the
+                       crc32c of each latent frame
+  null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt,
+                       real tokens only
+  plan.json            the arguments of the command that encoded it
+  SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
+  dataset.json         written last: without it the directory is no data set
 
-    shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>`
-                         (data_shards/fields.py)
-    index.parquet        one row per clip: position, dtype, shape and crc32c of each member, and
-                         the crc32c of each latent frame
-    null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty
-                         prompt, real tokens only
-    plan.json            the arguments that it was encoded with
-    SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
-    dataset.json         written last: without it the directory is no data set
-
-A cut may start where the codec has an *image latent*. Latent 0 of a causal codec holds one raw
-frame, the others r = temporal_stride each, so a shorter clip can start at latent 0 only, or at a
-raw frame whose own image latent (that frame alone, encoded as the first of a clip) was stored. With
+Start of a cut. Latent 0 of a causal codec encodes one raw frame, the others r =
+temporal_stride each, so a shorter clip can start at latent 0 only, or at a raw frame whose own
+*image latent* (that frame alone, encoded as the first of a clip) was stored. With
 `image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has
 the member `image_latents.npy` [K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k
 is the image latent of raw frame (k + 1) e, that is of every multiple of e up to the clip's last

@@ -57,7 +57,7 @@ FLOORS = {
         "encoding",
         "sources loading",
         "codecs storage",
-        "arguments controls metrics",
+        "arguments controls metrics fields registry",
         "schema __init__",
     ),
     "launch": (
@@ -74,8 +74,18 @@ FORBIDDEN = re.compile(
     r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE
 )
 ATEN = re.compile(r"\baten\.\w+")
-# rooms whose prose and line lengths are held below; the others join as they are rewritten
 RIDDLES = re.compile(r"(What|Where|Who|Whose|Which|Whether)\b")
+VERBS = """
+Add Apply Ask Attend Average Begin Broadcast Build Call Check Choose Close Combine Commit
+Compare Compile Compose Compute Concatenate Configure Convert Convolve Copy Count Create Crop
+Decay Declare Decode Define Delete Describe Detect Divide Draw Drop Embed Encode End Evaluate
+Exchange Fill Find Flush Format Freeze Gather Generate Guide Handle Hash Hold Identify Import
+Initialise Interleave Invert Iterate Join Judge List Load Locate Lock Make Map Match Measure
+Merge Move Multiply Name Open Order Pad Parse Pass Pick Plan Predict Print Profile Project Prove
+Provide Raise Read Record Refuse Remove Replace Report Reset Restore Resume Return Rewind Roll
+Rotate Round Run Sample Save Scale Seed Select Send Set Share Skip Sort Split Stack Start Step
+Stop Store Sum Support Take Test Train Transform Turn Update Use Wait Wrap Write Yield
+"""
 COLUMNS = 100
 VENDORS = re.compile(
     r"cuda|cudnn|nvidia|nccl|hccl|(?-i:Ascend)\b|torch_npu|\b(npu|rocm|musa|mlu|xpu)\b",
@@ -292,6 +302,48 @@ def test_docstrings_say_what_is_done():
 def test_the_docstring_rule_can_fail():
     assert RIDDLES.match("Whose step the one from noise level sigma is.")
     assert not RIDDLES.match("Return the expert that denoises the step from `sigma`.")
+
+
+def public_docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of a file's public docstrings, but for Triton's functions and locals."""
+
+    def below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            yield name, text
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for inner in node.body:
+                kinds = (ast.ClassDef, ast.FunctionDef)
+                if isinstance(inner, kinds) and not inner.name.startswith("_"):
+                    jitted = any("jit" in ast.unparse(d) for d in inner.decorator_list)
+                    yield from () if jitted else below(inner, inner.name)
+
+    yield from below(ast.parse(path.read_text()), path.stem)
+
+
+def opens_with_a_verb(name: str, text: str) -> bool:
+    """Return True for an imperative of VERBS, or for the function's own name."""
+    first = text.split()[0].rstrip(",.:;")
+    return first in VERBS.split() or first == name.capitalize()
+
+
+def test_public_docstrings_open_with_an_imperative():
+    """A new verb that is a plain imperative goes into VERBS."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}: {text.splitlines()[0]}"
+        for path in sources("wm_train")
+        for name, text in public_docstrings(path)
+        if not opens_with_a_verb(name, text)
+    ]
+    assert not wrong
+
+
+def test_the_imperative_rule_can_fail():
+    assert not opens_with_a_verb("steps", "The loop: the steps that are left.")
+    assert not opens_with_a_verb("read", "Returns the rows.")
+    assert not opens_with_a_verb("rewind", "Going back after too many bad steps.")
+    assert opens_with_a_verb("prune", "Prune old checkpoints.")
 
 
 def test_lines_fit_100_columns():

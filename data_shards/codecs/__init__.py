@@ -43,11 +43,9 @@ class LatentCodec(Protocol):
 
 @dataclass(frozen=True)
 class CodecRow:
-    """Register a codec.
-
-    make: takes the codec's options as stored in dataset.json (`LatentCodec.options`), and `device`
-    if `on_device`. options: those of the command `encode`.
-    """
+    """Describe one registered codec. `make` takes the codec's options as dataset.json keeps them
+    (`LatentCodec.options`), and `device` if `on_device`; `options` are those of the command
+    `encode`."""
 
     make: Callable[..., LatentCodec]
     options: Mapping[str, Option] = field(default_factory=dict)

@@ -46,10 +46,8 @@ def crop(
 
 @dataclass
 class Tally:
-    """Store what a shard contributes to the data set's statistics.
-
-    sums [first|later, sum|sum of squares, C] and counts are over training clips.
-    """
+    """Hold a shard's share of the data set's statistics: sums [first|later, sum|sum of squares, C]
+    and counts, over training clips."""
 
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]

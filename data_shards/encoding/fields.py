@@ -1,7 +1,5 @@
-"""Take additional fields from a source: those of `encode fields=`.
-
-Other packages add them to `data_shards.fields`.
-"""
+"""Take from a source the fields of `encode fields=`: those that other packages add to
+`data_shards.fields`."""
 
 from __future__ import annotations
 

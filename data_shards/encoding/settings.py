@@ -1,4 +1,4 @@
-"""Define everything besides the source that the bytes of an encoded data set depend on."""
+"""Name the settings that determine the bytes of an encoded data set, besides its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_shards.sources.clips import ClipSource
 
 @dataclass(frozen=True)
 class Settings:
-    """Store everything besides the source that the finished bytes depend on."""
+    """Hold all that determines the finished bytes, besides the source."""
 
     codec: str = "linear"
     codec_options: tuple[tuple[str, Any], ...] = ()  # (name, value): workers hash their settings

@@ -1,7 +1,5 @@
-"""Define a batch: tensors of several rows, each a clip or several packed clips.
-
-It also merges the clips' fields into those of a row.
-"""
+"""Make batches: tensors of several rows, each a clip or several packed one after another, from the
+fields of clips."""
 
 from __future__ import annotations
 

@@ -30,33 +30,35 @@ __all__ = ["Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
 
 
 class ClipLoader:
-    """Iterate over Batches, for ever. Use as a context manager or call close(): it owns threads.
+    """Iterate over Batches without end. Use as a context manager or call close(), as it has
+    threads.
 
     Args:
-        dataset: its statistics normalise all mixed data sets, as its codec decodes them.
-        rows: the rows of each global batch for this data-parallel rank; with `cost`, as many rows
-            of equal cost.
+        dataset: its statistics normalise every clip, since its codec decodes; see `mixture`.
+        rows: rows of each global batch for this data-parallel rank; with `cost`, as many rows of
+            equal cost.
         frames: (start, stop) of the latent frames of a row for this context-parallel rank, may be
             empty; a function of T where T changes from step to step.
         stage: the stage's name, which with `seed` keys the order.
         clip_frames: T, the longest cut. A stored clip may be longer.
-        shorter: further lengths for clips too short for T; each step has one length.
+        shorter: further lengths that clips too short for T are cut to; each step has one length.
         mixture: data sets to draw from instead of `dataset` alone, by weight. They must share what
             `alike_in_mixture` lists.
         pack: fill rows of T latent frames with several clips of any length up to T.
-        cost: compute cost of a clip of so many latent frames; packed rows are then assigned so that
-            all ranks have equal cost.
+        cost: of a clip of so many latent frames; packed rows are then dealt so that all ranks have
+            equally much to compute.
         prefetch: batches read ahead; readers: clips read at the same time.
-        quarantined: `global_name`s of shards not to read; a draw from one takes another clip, all
-            others stay. Every rank must get the same names: they are state, like the step.
+        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes
+            another clip, all others stay. Every rank must be given the same names: they are part of
+            the training state, like the step.
         replicated: False on all but one rank of a sequence group: fields that are not read by row
-            are NaN of the right shape, to be received from the rank that read them.
+            come as NaN of the right shape, to be received from the rank that read them.
         pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
         DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets
-            that do not fit together. While iterating: any reader's error, a ShardError with its
-            shard's `global_name`.
+            that do not fit together. While iterating: any error of the reader, a ShardError with
+            its shard's `global_name`.
     """
 
     def __init__(

@@ -22,10 +22,8 @@ from data_shards.storage.files import read_json
 
 @dataclass(frozen=True)
 class Place:
-    """Locate a source: its folder, the folder of its latents, and a JSON file {key: caption}.
-
-    kind: a name of `SOURCES`, or auto.
-    """
+    """Locate a source: its folder; the folder of latents that belong to it; a JSON file {key:
+    caption}; and its kind, a name of `SOURCES` or auto."""
 
     path: str
     latents: str | None = None

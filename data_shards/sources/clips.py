@@ -1,4 +1,4 @@
-"""Define clips as sources list and load them, and the protocol of a source."""
+"""Define what all sources share: clips as listed and as loaded, and the protocol of a source."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from data_shards.schema import KEY_PATTERN, DataError
 
 @dataclass(frozen=True)
 class SourceClip:
-    """Describe a clip before it is read.
-
-    Clips of one `episode` go to the same side of the validation split.
-    """
+    """Describe a clip before it is read. `episode`: clips of one episode go to the same side of the
+    validation split."""
 
     key: str
     episode: str

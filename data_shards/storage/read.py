@@ -140,8 +140,7 @@ class ClipDataset:
         that convert them faster: float16, or bfloat16's bits as uint16. into: see `rows`.
 
         Raises:
-            DataError: an unknown key, frames outside the clip, missing or changed bytes, latents
-            that are not finite.
+            DataError: an unknown key, frames outside the clip, bad bytes, latents not finite.
         """
         entry = self.find(key) if isinstance(key, str) else key
         start, stop = frames or (0, entry.latent_frames)
@@ -203,7 +202,7 @@ class ClipDataset:
         for piece in lies_in(entry, member, start, stop):
 
             def wrong(data: NDArray[np.uint8], offset: int, row: int = row) -> str:
-                """Return what is wrong with the rows from byte `offset` of the piece on, or ""."""
+                """Return the error in its rows from byte `offset` of the piece on."""
                 rows = enumerate(
                     (data[at : at + size] for at in range(0, len(data), size)), row + offset // size
                 )

@@ -42,7 +42,7 @@ class Problem:
 
 
 def describe_header(block: bytes, expected: bytes) -> str:
-    """Return what is wrong with a 512-byte tar header, for the report only."""
+    """Return the error in a 512-byte tar header, for the report only."""
     name = expected[:100].rstrip(b"\0").decode()
     if len(block) < BLOCK:
         return f"tar header: the shard ends inside it, expected member {name!r}"
@@ -102,10 +102,8 @@ def check_rows(
 
 
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
-    """Return an error for elements that are NaN or infinite.
-
-    '' if all are finite, or if the bytes are cut.
-    """
+    """Return a message about elements that are NaN or infinite; '' if all are finite or bytes are
+    cut."""
     count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
     if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
         return ""
@@ -233,7 +231,7 @@ def check_piece(
 
 
 def differs(filesystem: Any, path: str, content: bytes) -> str:
-    """Return what is wrong with a file whose content is known; '' if nothing is."""
+    """Return the error in a file whose expected content is given; '' if there is none."""
     try:
         return (
             ""

@@ -103,13 +103,16 @@ def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
         yield Problem(key, "selective", rule, fix)
     if (parallel.offload_state != "none" or zero3) and stage.optimizer.whole_matrices():
         name = stage.optimizer.name
-        rule = f"adamw with parallel.offload_state or zero3: {name} gathers whole matrices on the device"
+        rule = (
+            f"adamw with parallel.offload_state or zero3: {name} gathers whole matrices on the"
+            " device"
+        )
         fix = f"{AT}parallel.sharding=fsdp {AT}parallel.offload_state=none"
         yield Problem("optimizer.name", name, rule, fix)
 
 
 def _held_out_problems(stage: StageConfig) -> Iterator[Problem]:
-    """Yield gates and retention that ask for held-out losses which nobody would measure."""
+    """Yield gates and retention that need held-out losses which this run does not measure."""
     trainer, measured = stage.trainer, "trainer.validate_every and trainer.validation_clips above 0"
     off = trainer.validate_every < 1 or trainer.validation_clips < 1
     got = (

@@ -41,10 +41,10 @@ def names(kind: str) -> tuple[str, ...]:
 
 @cache
 def config_class(kind: str, name: str) -> type:
-    """Return the configuration class of a name. Raises KeyError for a name that nobody has added,
-    ImportError or AttributeError when another package's row leads nowhere."""
-    found: type = load(TABLES[kind].get(name) or _added(kind)[name])
-    return found
+    """Return the configuration class of a name. Raises KeyError for an unknown name, ImportError or
+    AttributeError when another package's row cannot be imported."""
+    chosen: type = load(TABLES[kind].get(name) or _added(kind)[name])
+    return chosen
 
 
 def default(kind: str) -> Any:

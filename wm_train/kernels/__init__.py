@@ -1,1 +1,2 @@
-"""Offer fused kernels beside their references; models never choose an engine."""
+"""Provide fused kernels beside their references; models call `dispatch`, which chooses (design
+§4)."""

@@ -1,7 +1,5 @@
-"""List the engines that a configuration may choose, without importing torch.
-
-So a configuration can be checked before torch is imported.
-"""
+"""Name the engines that a configuration may choose, without torch, so that checks need not import
+it."""
 
 ENGINES = ("auto", "triton", "reference")  # of the GDN kernels, key backend.kernels
 ATTENTION = (  # of the softmax blocks, key backend.attention

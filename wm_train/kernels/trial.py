@@ -27,7 +27,7 @@ NORM_EPS, EPS = 1e-5, 1e-8
 
 
 class TokenCase(NamedTuple):
-    """Store the inputs of one function over tokens: tensors with gradients, and the rest."""
+    """Hold the arguments of one function over tokens: tensors that take gradients, and the rest."""
 
     inputs: dict[str, Tensor]
     rest: dict[str, Any]

@@ -25,10 +25,8 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class NorMuonConfig(AdamWConfig):
-    """Configure NorMuon at `lr` on the model's matrices, and AdamW on the rest.
-
-    AdamW's rate is lr * adamw_lr_scale.
-    """
+    """Configure NorMuon at `lr` on the model's matrices, AdamW at lr * adamw_lr_scale on the
+    rest."""
 
     builds: ClassVar[str] = "wm_train.optim.normuon:build_normuon"
 

@@ -264,10 +264,8 @@ def local_states(
     start_reverse: Tensor | None,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor]:
-    """Return states [B, t, H, E, D] and F after the last frame [B, H, E, D].
-
-    Same as `parallel.reference.local_states`.
-    """
+    """Return states [B, t, H, E, D] and F after the last frame [B, H, E, D]; as
+    `parallel.reference.local_states`."""
     plan, stream = _plan(stream, settings), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
     start, start_back, _ = _enter(stream, cuts, reverse, plan, start_forward, start_reverse, edges)
@@ -278,10 +276,8 @@ def local_states(
 def local_composites(
     stream: Stream, cuts: Cuts, reverse: str | None, settings: ScanSettings = DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return C [B, H, D, D], H_fwd and H_rev [B, H, E, D].
-
-    Same as `parallel.reference.local_composites`.
-    """
+    """Return C [B, H, D, D], H_fwd and H_rev [B, H, E, D]; as
+    `parallel.reference.local_composites`."""
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     composite, ahead, back = _composites(
         stream, cuts, reverse, plan, _edge_table(cuts, stream.update.device)
@@ -296,10 +292,8 @@ def local_adjoint_composites(
     grads: Tensor,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what leaves the local frames when nothing enters, [B, H, E, D] each.
-
-    Same as `parallel.reference.local_adjoint_composites`.
-    """
+    """Return the adjoints that leave the local frames when none enters, [B, H, E, D] each; as
+    `parallel.reference.local_adjoint_composites`."""
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
     _, _, left, right = _adjoint(
@@ -319,10 +313,8 @@ def local_adjoint(
     from_left: Tensor | None,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Stream, Tensor | None]:
-    """Return the gradients of decay, gram, update and start_forward, recomputing the states.
-
-    Same as `parallel.reference.local_adjoint`.
-    """
+    """Return gradients of decay, gram, update and start_forward; as
+    `parallel.reference.local_adjoint`. The states are computed again."""
     plan, stream = _plan(stream, settings), _contiguous(stream)
     grads = grads.float().contiguous()
     edges = _edge_table(cuts, stream.update.device)
