@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
-    """run_ranks(count, *command): run `python <command>` as `count` ranks with the environment
-    launchers set; all must succeed."""
+    """run_ranks(count, *command, path=folders): run `python <command>` as `count` ranks with the
+    environment launchers set; all must succeed."""
 
-    def run(count: int, *arguments: object, timeout: float = 120) -> None:
+    def run(
+        count: int, *arguments: object, timeout: float = 120, path: Sequence[Path] = ()
+    ) -> None:
         port = free_port("127.0.0.1")
         common = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))),
             "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(count),
         }

@@ -91,16 +91,21 @@ def _dataset_json(path: str) -> str | Problem:
 
 def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     """Yield sizes of the model that are not the data set's, and splits without clips."""
-    stage, needs = plan.config, plan.config.model.needs()
+    stage, model, needs = plan.config, plan.config.model, plan.config.model.needs()
     if needs.latent_channels != info.channels:
         key, rule = "model.latent_channels", f"the data set's {info.channels} ({info.codec})"
         yield Problem(key, str(needs.latent_channels), rule, f"{AT}{key}={info.channels}")
     height, width, patch = info.latent_height, info.latent_width, needs.patch
     if patch > 0 and (height % patch or width % patch):
         rule = f"a divisor of the latents' {height} x {width}"
-        yield Problem("model.patch_size", str(patch), rule, f"{AT}model.patch_size=1")
+        yield Problem(model.key("patch"), str(patch), rule, model.cure("patch", "1"))
+    controls = len(info.control_names)
+    if needs.control_width and needs.control_width != controls:
+        rule = f"the data set's {controls} ({', '.join(info.control_names) or 'no controls'})"
+        fix = model.cure("control_width", str(controls))
+        yield Problem(model.key("control_width"), str(needs.control_width), rule, fix)
     if needs.text_width and needs.text_width != info.text_width:
-        key, fix = "model.text_width", f"{AT}model.text_width={info.text_width}"
+        key, fix = model.key("text_width"), model.cure("text_width", str(info.text_width))
         rule = f"the data set's {info.text_width} ({info.text_encoder})"
         if not info.text_width:
             fix += ", or encode with text=<encoder>"

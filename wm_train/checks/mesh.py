@@ -70,7 +70,7 @@ def _engine_problems(plan: StagePlan) -> Iterator[Problem]:
     shared = f"a multiple of ulysses {ulysses}"
     rules = (
         (engine == "deepspeed" and ring > 1, f"ring {ring}", "ring 1", no_ring),
-        (needs.softmax and needs.causal, "a causal model", "one without model.causal", native),
+        (needs.softmax and needs.causal, "a causal model", "a model that is not causal", native),
         (needs.softmax and stage.data.pack, "packed rows", "one clip a row", no_pack),
         (needs.softmax and needs.heads % ulysses, f"{needs.heads} heads", shared, native),
     )

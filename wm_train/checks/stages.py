@@ -25,19 +25,20 @@ def stage_problems(plan: StagePlan) -> list[Problem]:
 
 def _chunk_problems(stage: StageConfig) -> Iterator[Problem]:
     """Yield a model, an objective and chunks that do not make one chunk-causal stage."""
-    causal = stage.model.needs().causal
+    model = stage.model
+    causal, become = model.needs().causal, model.cure("causal", "true", OWN)
     if causal and stage.chunk_frames == 0:
         rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
-        fix = f"{AT}chunk_frames=3, or {AT}model.causal=false"
-        yield Problem(CHUNKS, "0 with model.causal=true", rule, fix)
+        fix = f"{AT}chunk_frames=3, or {model.cure('causal', 'false')}"
+        yield Problem(CHUNKS, "0 with a causal model", rule, fix)
     elif not causal and stage.chunk_frames > 0:
-        rule = "0, as without model.causal softmax and convolutions still see later chunks"
-        fix = f"{OWN}model.causal=true, or {AT}chunk_frames=0"
-        yield Problem(CHUNKS, f"{stage.chunk_frames} with model.causal=false", rule, fix)
+        rule = "0, as a model that is not causal still sees later chunks"
+        fix = f"{become}, or {AT}chunk_frames=0"
+        yield Problem(CHUNKS, f"{stage.chunk_frames} with a model that is not causal", rule, fix)
     elif stage.objective.needs_chunks() and stage.chunk_frames == 0:
         name = stage.objective.name
         rule = f"latent frames of a chunk, from 1, as {name} draws a noise level for each"
-        fix = f"{AT}chunk_frames=3 {OWN}model.causal=true, or {AT}objective.name=flow_matching"
+        fix = f"{AT}chunk_frames=3 with {become}, or {AT}objective.name=flow_matching"
         yield Problem(CHUNKS, f"0 with objective {name}", rule, fix)
 
 
@@ -67,11 +68,11 @@ def _sampler_problems(stage: StageConfig) -> Iterator[Problem]:
     """
     needs, sampler = stage.model.needs(), stage.sampler
     if needs.causal and not sampler.chunked():
-        rule = "stream with model.causal=true, whose chunks are made one after the other"
+        rule = "stream with a causal model, whose chunks are made one after the other"
         yield Problem("sampler.name", repr(sampler.name), rule, f"{AT}sampler.name=stream")
     elif sampler.chunked() and not (needs.causal and stage.chunk_frames > 0):
         got = f"{sampler.name!r} with causal={needs.causal} and chunk_frames={stage.chunk_frames}"
-        rule = "euler, or model.causal=true and chunk_frames above 0, so that there are chunks"
+        rule = "euler, or a causal model and chunk_frames above 0, so that there are chunks"
         yield Problem("sampler.name", got, rule, f"{AT}sampler.name=euler")
     for condition, weight in sampler.guidance.items():
         if condition not in GUIDED:
@@ -80,7 +81,7 @@ def _sampler_problems(stage: StageConfig) -> Iterator[Problem]:
             yield Problem(key, "an unknown condition", rule, "leave it out")
         elif condition not in needs.fields:
             rule = f"no such weight, as the stage's model has no {condition}"
-            fix = f"leave it out, or {AT}model.{condition}=true"
+            fix = f"leave it out, or {stage.model.cure(condition, 'true')}"
             yield Problem(f"sampler.guidance.{condition}", f"{weight:g}", rule, fix)
 
 
@@ -101,14 +102,13 @@ def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
             " block runs again"
         )
         yield Problem(key, "selective", rule, fix)
-    if (parallel.offload_state != "none" or zero3) and stage.optimizer.whole_matrices():
-        name = stage.optimizer.name
-        rule = (
-            f"adamw with parallel.offload_state or zero3: {name} gathers whole matrices on the"
-            " device"
-        )
-        fix = f"{AT}parallel.sharding=fsdp {AT}parallel.offload_state=none"
-        yield Problem("optimizer.name", name, rule, fix)
+    name = stage.optimizer.name
+    if zero3 and not stage.optimizer.on_zero3():
+        rule = f"adamw with zero3, which cannot take {name}'s step on its flat parts"
+        yield Problem("optimizer.name", name, rule, f"{AT}parallel.sharding=fsdp")
+    if parallel.offload_state != "none" and stage.optimizer.whole_matrices():
+        rule = f"adamw with parallel.offload_state: {name} gathers whole matrices on the device"
+        yield Problem("optimizer.name", name, rule, f"{AT}parallel.offload_state=none")
 
 
 def _held_out_problems(stage: StageConfig) -> Iterator[Problem]:

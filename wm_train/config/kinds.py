@@ -8,7 +8,7 @@ its keys; all other code calls the methods declared here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, ClassVar, Self
@@ -61,6 +61,9 @@ class ModelConfig(Named):
 
     kind: ClassVar[str] = "models"
     public: ClassVar[str] = ""  # import string of its `PublicLayout`, where one exists
+    # a need ("patch", "text_width", "causal") or a field that it can read ("camera") -> the key of
+    # this section that decides it, for messages
+    keys: ClassVar[Mapping[str, str]] = {}
 
     name: str = ""
     latent_channels: Count = 48  # must equal the data set's
@@ -70,6 +73,16 @@ class ModelConfig(Named):
     def needs(self) -> Needs:
         """Return the model's facts for other modules."""
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
+
+    def key(self, need: str) -> str:
+        """Return the stage's key that decides a need, "model.patch_size"; "model.name" where none
+        does, as only another model has another need."""
+        return f"model.{self.keys.get(need, 'name')}"
+
+    def cure(self, need: str, value: str, at: str = AT) -> str:
+        """Return how to make a need `value`: "{at}model.patch_size=1", or another model."""
+        other = f"another model than {self.name}"
+        return f"{at}{self.key(need)}={value}" if need in self.keys else other
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,10 @@ class OptimizerConfig(Named):
 
     def whole_matrices(self) -> bool:
         """Return whether a step needs whole weights on the device, which sharding must gather."""
+        return False
+
+    def on_zero3(self) -> bool:
+        """Return whether it is plain AdamW, the one step that ZeRO-3 takes on its flat parts."""
         return False
 
 

@@ -6,6 +6,8 @@ configuration imports no torch. Another package adds a row of its own by an entr
 
     [project.entry-points."wm_train.models"]
     my_model = "my_lab.model:MyModelConfig"
+
+A name of ours stays ours; one that two packages add is refused when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 TABLES: dict[str, dict[str, str]] = {
@@ -41,10 +44,20 @@ def names(kind: str) -> tuple[str, ...]:
 
 @cache
 def config_class(kind: str, name: str) -> type:
-    """Return the configuration class of a name. Raises KeyError for an unknown name, ImportError or
-    AttributeError when another package's row cannot be imported."""
-    chosen: type = load(TABLES[kind].get(name) or _added(kind)[name])
-    return chosen
+    """Return the configuration class of a name.
+
+    Raises KeyError for a name that nobody has added; RowError for one that two packages add, or
+    whose row leads to no configuration of this kind.
+    """
+    own = TABLES[kind].get(name)
+    rows = (own,) if own else _added(kind)[name]
+    if len(rows) > 1:
+        raise RowError(f"{name!r}, which is {' and '.join(rows)}")
+    found = load(rows[0])
+    if getattr(found, "kind", None) != kind:
+        raise RowError(f"{name!r}, whose row {rows[0]} is no configuration of wm_train.{kind}")
+    row: type = found
+    return row
 
 
 def default(kind: str) -> Any:
@@ -53,17 +66,37 @@ def default(kind: str) -> Any:
 
 
 def builder(config: Any) -> Callable[..., Any]:
-    """Return the function or class that `config.builds` names."""
+    """Return the function or class that `config.builds` names. Raises RowError where it is not
+    there."""
     function: Callable[..., Any] = load(config.builds)
     return function
 
 
 def load(path: str) -> Any:
-    """Import "package.module:name"."""
+    """Import "package.module:name". Raises RowError where there is none."""
     module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RowError(f"{path}, which cannot be imported ({error})") from error
+
+
+def leads_nowhere(path: str) -> bool:
+    """Return whether the module of "package.module:name" is missing, without importing it."""
+    try:
+        return find_spec(path.partition(":")[0]) is None
+    except ImportError:  # its package is missing
+        return True
+
+
+class RowError(ValueError):
+    """A name that cannot be used although a row has it; the text says what stands there."""
 
 
 @cache
-def _added(kind: str) -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group=f"wm_train.{kind}")}
+def _added(kind: str) -> dict[str, tuple[str, ...]]:
+    """Return name -> where its rows lead, of all installed packages."""
+    found: dict[str, tuple[str, ...]] = {}
+    for point in entry_points(group=f"wm_train.{kind}"):
+        found[point.name] = tuple(sorted({*found.get(point.name, ()), point.value}))
+    return found

@@ -249,12 +249,15 @@ def _chosen(
         problems.append(Problem(f"{prefix}name", repr(name), rule, fix))
         return None
     try:
-        return registry.config_class(kind.kind, name)
-    except (ImportError, AttributeError) as error:
-        got = f"{name!r}, which cannot be imported ({error})"
-        rule = "a name whose package is installed and whole"
-        problems.append(Problem(f"{prefix}name", got, rule, "mend that package's entry point"))
+        found: type[Named] = registry.config_class(kind.kind, name)
+        if registry.leads_nowhere(found.builds):
+            raise registry.RowError(f"{name!r}, whose {found.builds} is not there")
+    except registry.RowError as error:
+        rule = "a name that one installed and whole package offers"
+        fix = f"mend or uninstall a package that offers it (entry point group wm_train.{kind.kind})"
+        problems.append(Problem(f"{prefix}name", str(error), rule, fix))
         return None
+    return found
 
 
 def _unknown_key(kind: type, key: str, prefix: str, hints: Mapping[str, Any]) -> Problem:
@@ -264,15 +267,14 @@ def _unknown_key(kind: type, key: str, prefix: str, hints: Mapping[str, Any]) ->
     if issubclass(kind, Named):
         others = [name for name in registry.names(kind.kind) if _has_key(kind.kind, name, key)]
         if others:
-            section = prefix.rstrip(".").rpartition(".")[2]
-            fix = f"it is a key of {', '.join(others)}: choose the group, {section}=<one of those>"
+            fix = f"leave it out; it is a key of {', '.join(others)} ({prefix}name={others[0]})"
     return Problem(f"{prefix}{key}", UNKNOWN, "a key that this section declares", fix)
 
 
 def _has_key(kind: str, name: str, key: str) -> bool:
     try:
         return key in typing.get_type_hints(registry.config_class(kind, name))
-    except (ImportError, AttributeError):
+    except registry.RowError:
         return False  # another package's, and broken
 
 

@@ -38,8 +38,8 @@ def example_latents(needs: Needs, shape: ExampleShape, seed: int) -> Tensor:
 
 
 def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditions:
-    """Return the model's conditions: a panning, moving camera, different for each clip, at
-    raw-frame rate; text if the model takes it."""
+    """Return what the model reads: a camera that pans and walks on, another one per clip, at
+    raw-frame rate; text and controls where the model takes them."""
     batch, raw = shape.batch, 1 + (shape.frames - 1) * shape.temporal_stride
     height, width = shape.height * PIXELS, shape.width * PIXELS
     steps = torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(batch))[:, None] / raw
@@ -48,12 +48,15 @@ def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditio
     c2w[..., 2, 0], c2w[..., 2, 2] = -steps.sin(), steps.cos()
     c2w[..., 0, 3], c2w[..., 2, 3] = steps.sin(), steps
     pinhole = torch.tensor([0.9 * width, 0.9 * width, width / 2, height / 2])
-    text = mask = None
+    text = mask = controls = None
     if needs.text_width:
         draws, tokens = torch.arange(batch), shape.text_tokens
         sizes = (needs.text_width,)
         text = normal(NoiseKey(seed, PARITY), "text", draws, (0, tokens), sizes)
         mask = torch.arange(tokens)[None] < tokens - draws[:, None] % 3
+    if needs.control_width:
+        draws, sizes = torch.arange(batch), (needs.control_width,)
+        controls = normal(NoiseKey(seed, PARITY), "controls", draws, (0, shape.frames), sizes)
     return Conditions.of(
         (height, width),
         shape.temporal_stride,
@@ -61,4 +64,5 @@ def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditio
         pinhole.repeat(batch, raw, 1),
         text=text,
         text_mask=mask,
+        controls=controls,
     )

@@ -126,20 +126,19 @@ def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig
 
 def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
     """Return the layout of a config.json, among those of all models. Raises ValueError for a class
-    that no layout reads."""
-    known: dict[str, PublicLayout] = {}
-    for name in names("models"):
+    that none of them reads."""
+    found, known = public.get("_class_name"), list[str]()
+    for name in names("models"):  # ours first: what another package broke does not matter to them
         where = config_class("models", name).public  # type: ignore[attr-defined]
         if where:
-            layout = load(where)
-            known |= dict.fromkeys(layout.class_names, layout)
-    class_name = public.get("_class_name")
-    if class_name not in known:
-        raise ValueError(
-            f"public checkpoint cannot be read: got _class_name {class_name!r}, expected one of"
-            f" {', '.join(known)} ({directory}). Fix: use another checkpoint"
-        )
-    return known[class_name]
+            layout: PublicLayout = load(where)
+            if found in layout.class_names:
+                return layout
+            known += layout.class_names
+    raise ValueError(
+        f"public checkpoint cannot be read: got _class_name {found!r}, expected one of"
+        f" {', '.join(known)} ({directory}). Fix: use another checkpoint"
+    )
 
 
 @torch.no_grad()

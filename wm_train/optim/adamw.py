@@ -103,10 +103,10 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's own state tensors as {"<parameter>/<slot>": tensor}."""
-    strangers = [
-        n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state
-    ]
+    """Return the optimizer's own state tensors as {"<parameter>/<slot>": tensor}; of one without
+    state, none."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     assert not strangers, (
         f"parameters that the optimizer does not know (were they gathered?): {strangers[:5]}"
     )
@@ -114,5 +114,5 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         f"{name}/{slot}": tensor
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
-        for slot, tensor in optimizer.state[parameter].items()
+        for slot, tensor in optimizer.state.get(parameter, {}).items()
     }

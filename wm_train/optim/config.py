@@ -22,6 +22,9 @@ class AdamWConfig(OptimizerConfig):
     eps: Positive = 1e-8
     weight_decay: AtLeastZero = 0.01  # on weights with two or more dimensions only
 
+    def on_zero3(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class NorMuonConfig(AdamWConfig):
@@ -36,3 +39,6 @@ class NorMuonConfig(AdamWConfig):
 
     def whole_matrices(self) -> bool:
         return True
+
+    def on_zero3(self) -> bool:
+        return False

@@ -24,6 +24,7 @@ from wm_train.config.compose import compose
 from wm_train.config.curriculum import StagePlan, plan_stage, select
 from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.registry import builder
 from wm_train.config.schema import RunConfig
 from wm_train.models.spec import build_model
 from wm_train.parity.case import ParityCase, not_exercised, on_one_device, on_virtual_ranks
@@ -61,13 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", help="a checkpoint directory (step_N) instead of seeded weights"
     )
+    parser.add_argument(
+        "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
+    )
     parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        pools = {
-            pool: first_stage(run)
-            for pool, run in pool_runs(compose(options.overrides), options.overrides).items()
-        }
+        given = (options.overrides, options.config_dir)
+        runs = pool_runs(compose(*given), *given)
+        pools = {pool: first_stage(run) for pool, run in runs.items()}
         if options.checkpoint and len(pools) > 1:
             problem = Problem(
                 "--checkpoint",
@@ -133,7 +136,8 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
 
         stride = open_dataset(stage.data.path).info.temporal_stride
     with torch.device("meta"):
-        build_model(stage.model)  # raises for a broken configuration before anything runs
+        build_model(stage.model)  # raises what is wrong before anything runs
+    builder(stage.objective)  # the same
     data_ranks = degrees.dp_replicate * degrees.dp_shard
     case = ParityCase(
         model=stage.model,

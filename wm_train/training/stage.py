@@ -23,6 +23,7 @@ from parallel.reference import Kernels
 from wm_train.backends.protocol import Backend
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import ModelConfig
+from wm_train.config.registry import builder
 from wm_train.config.schema import DataConfig, StageConfig
 from wm_train.config.worlds import valid_worlds
 from wm_train.errors import SetupError
@@ -98,6 +99,8 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
     other."""
     config = plan.config
     try:
+        for choice in (config.model, config.objective, config.optimizer, config.sampler):
+            builder(choice)  # one that is not there would show in hours: the sampler's comes last
         kernels = backend.kernels(backend.device, plan.backend.kernels, plan.backend.attention)
     except ValueError as error:
         raise SetupError(str(error)) from error

@@ -148,7 +148,7 @@ def build_state(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> Trai
     come from the seed and each parameter's name."""
     config = plan.config.optimizer
     if plan.config.parallel.sharding == "zero3":
-        assert isinstance(config, AdamWConfig), "checked before the start: whole_matrices()"
+        assert isinstance(config, AdamWConfig), "checked before the start: on_zero3()"
         return _build_zero3(plan, config, mesh)
     with torch.device("meta"):
         model = build_model(plan.config.model)

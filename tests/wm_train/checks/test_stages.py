@@ -75,7 +75,7 @@ MISTAKES = {
     "engine, causal": (
         [*DEEPSPEED, CAUSAL, SHORT + "chunk_frames=3"],
         "parallel.attention",
-        "without model.causal",
+        "a model that is not causal",
         "parallel.attention=native",
     ),
     "engine, packed rows": (

@@ -8,7 +8,7 @@ import torch
 
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
-from wm_train.optim.adamw import adamw_groups, build_adamw
+from wm_train.optim.adamw import adamw_groups, build_adamw, optimizer_tensors
 from wm_train.optim.config import AdamWConfig
 from wm_train.optim.ema import ema_start, ema_update, ema_weights
 from wm_train.optim.normuon import NorMuon, orthogonalise
@@ -117,3 +117,10 @@ def test_adamw_is_that_of_torch():
     assert all(
         torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
+
+
+def test_an_optimizer_without_state_has_no_tensors_and_unknown_parameters_are_named():
+    model = torch.nn.Linear(2, 2)
+    assert optimizer_tensors(model, torch.optim.SGD(model.parameters())) == {}
+    with pytest.raises(AssertionError, match="bias"):
+        optimizer_tensors(model, torch.optim.SGD([model.weight]))

@@ -12,9 +12,10 @@ sys.path.insert(0, sys.argv[2])  # as an installed package is found: by the meta
 import torch
 
 from wm_train.backends import get_backend
-from wm_train.config.compose import from_json
-from wm_train.config.curriculum import stage_run
-from wm_train.training.stage import conditions_of, micro_batches, on_device, open_loader, open_stage
+from wm_train.config.curriculum import plan_stage
+from wm_train.config.typed import from_json
+from wm_train.training.data import conditions_of, micro_batches, on_device, open_loader
+from wm_train.training.stage import open_stage
 from wm_train.worker import end_process
 from wm_train.world import join_world, leave_world
 
@@ -22,7 +23,7 @@ from wm_train.world import join_world, leave_world
 def main(config: Path, folder: Path) -> None:
     run = from_json(config.read_text())
     world = join_world(get_backend("cpu"), 60.0)
-    stage = open_stage(stage_run(run, run.stage), get_backend("cpu"), world)
+    stage = open_stage(plan_stage(run, run.stage), get_backend("cpu"), world)
     with open_loader(stage, "train", stage.config.global_batch) as feed:
         batch = on_device(stage, next(feed))
         rows = feed._loader.schedule.rows(0, feed._loader.wanted)

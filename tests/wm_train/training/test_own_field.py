@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_shards.sources.recording import RecordingSource
-from wm_train.config.compose import to_json
+from wm_train.config.typed import to_json
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).with_name("field_worker.py")

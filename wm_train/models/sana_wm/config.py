@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +17,12 @@ class SanaWMConfig(ModelConfig):
 
     builds: ClassVar[str] = "wm_train.models.sana_wm.model:SanaWM"
     public: ClassVar[str] = "wm_train.models.sana_wm.public:LAYOUT"
+    keys: ClassVar[Mapping[str, str]] = {
+        "patch": "patch_size",
+        "text_width": "text_width",
+        "causal": "causal",
+        "camera": "camera",
+    }
 
     name: str = "sana_wm"
     depth: Count = 4
