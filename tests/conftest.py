@@ -86,6 +86,7 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
     def make(folder: Path, *overrides: str) -> Any:
         base = [
             "experiment=demo",
+            "recipe=demo",
             "stage=short",
             f"data.path={gameplay}",
             f"out={folder}",
