@@ -180,8 +180,17 @@ def test_no_room_has_more_than_15_files():
     assert not {room: n for room, n in counts.items() if n > MOST_FILES}
 
 
-def test_engine_names_come_without_torch(run_python):
-    done = run_python("import sys, wm_train.kernels.names; print('torch' in sys.modules)")
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "wm_train.kernels.names",
+        "wm_train.models.sana_wm.config, wm_train.objectives.config",
+        "wm_train.optim.config, wm_train.sampling.config",
+        "wm_train.launch",
+    ],
+)
+def test_names_and_configurations_come_without_torch(run_python, modules):
+    done = run_python(f"import sys, {modules}; print('torch' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -314,7 +323,16 @@ def test_configs_have_no_stage_folder():
     )
 
 
-@pytest.mark.parametrize("module", ["wm_train.launch", "data_shards.record", "data_shards.encode"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "wm_train.launch",
+        "wm_train.plan",
+        "wm_train.parity",
+        "data_shards.record",
+        "data_shards.encode",
+    ],
+)
 def test_help_is_instant(module, run_python):
     """Help must not pay for torch, Ray, MLflow or a game engine."""
     heavy = ("torch", "ray", "mlflow", "vizdoom", "av", "diffusers", "pyarrow")

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from parallel.gdn_scan import ScanVerb
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.objectives.config import FlowMatchingConfig
 from wm_train.parity import __main__ as parity
 from wm_train.parity import case as parity_case
 
@@ -101,10 +103,8 @@ def test_collectives_per_block_with_and_without_checkpointing():
 
 
 def small_case(**changes):
-    model = parity_case.ModelConfig(
-        depth=2, softmax_every=2, width=32, heads=4, latent_channels=4, **changes
-    )
-    return parity_case.ParityCase(model, parity_case.ObjectiveConfig(), 0, 6, 8, 2, (2, 2), False)
+    model = SanaWMConfig(depth=2, softmax_every=2, width=32, heads=4, latent_channels=4, **changes)
+    return parity_case.ParityCase(model, FlowMatchingConfig(), 0, 6, 8, 2, (2, 2), False)
 
 
 def test_agreement_in_double_precision_is_to_the_last_digits(capsys):
@@ -156,7 +156,7 @@ def test_wrong_arguments_end_in_a_report(capsys):
     assert parity.main(["experiment=demo", "parallel.ulysses=9", "parallel.ring=1"]) == 2
     assert "expected ulysses <= 4 heads" in capsys.readouterr().err
     assert parity.main(["experiment=demo", "model.width=30", "parallel.cp=2"]) == 2
-    assert "got width 30" in capsys.readouterr().err
+    assert "model.width: got 30" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         parity.main(["experiment=demo", "--grid", "4"])
     assert end.value.code == 2
