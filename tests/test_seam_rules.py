@@ -100,3 +100,15 @@ def test_the_rule_about_whole_runs_can_fail():
     assert takes_whole_run("def f(a, *, run: RunConfig | None = None): pass")
     assert takes_whole_run("async def f(runs: Mapping[str, RunConfig]): pass")
     assert not takes_whole_run("def f(stage: StageConfig) -> RunConfig: pass")
+
+
+def makes_clips(source: str) -> bool:
+    """Return whether a file makes up camera paths."""
+    return "torch.eye(4" in source and "Conditions" in source
+
+
+def test_clips_that_nobody_recorded_are_made_in_one_file():
+    """So what they hold for a model that reads more is added once."""
+    files = [*sources(), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+    found = {str(p.relative_to(ROOT)) for p in files if makes_clips(p.read_text())}
+    assert found == {"wm_train/models/examples.py"}
