@@ -1,7 +1,8 @@
 # make train   set up .venv, record and encode gameplay, train the demo's first stage
 # make test    set up what tests need and run them; test-full, drills and test-slurm run the rest
-# make kernels compile every kernel for GPUs that are not here, and show registers, spills and shared memory
-# Variables: PYTHON=python3.12   VENV=folder   TORCH="torch==2.13.0"   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train"
+# make kernels compile every kernel for absent GPUs, and show registers, spills and shared memory
+# Variables: PYTHON=python3.12   VENV=folder   TORCH="torch==2.13.0"
+#   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ DATA ?= data/demo
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check -qq
 ACCELERATOR := $(shell command -v nvidia-smi || command -v npu-smi)
-# One device takes one worker; on CPUs, and on machines with more devices, the demo's two workers fit.
+# One device takes one worker; on CPUs, and on more devices, the demo's two workers fit.
 ONE_DEVICE := $(shell [ "$$( (nvidia-smi -L) 2>/dev/null | wc -l)" = 1 ] && echo launcher.workers=1)
 export OMP_NUM_THREADS ?= 1
 
@@ -51,15 +52,18 @@ clean:
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python: got `$(PYTHON) --version 2>&1`, expected 3.11 or newer. Fix: make PYTHON=python3.11 ..." >&2; exit 2; }
+	  { echo "Python: got `$(PYTHON) --version 2>&1`, expected 3.11 or newer." \
+	  "Fix: make PYTHON=python3.11 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# First and alone, so that nothing else decides which build comes. A torch that is already there is kept. Without an accelerator a CPU
-# build is asked for, as the usual one brings gigabytes of device libraries; an index without CPU builds gives what it has.
+# First and alone, so that no other package decides which build is installed. An installed torch is
+# kept. Without an accelerator a CPU build is requested, as the usual one brings gigabytes of device
+# libraries; from an index without CPU builds the usual one comes.
 $(VENV)/.torch: $(VENV)/.made
 	@if $(PY) -c 'import torch' 2>/dev/null; then echo "keeping the torch that is installed"; \
-	elif [ -z "$(ACCELERATOR)$(TORCH_PIP_ARGS)" ] && $(INSTALL) "$(TORCH)+cpu" 2>/dev/null; then echo "installed a CPU build of torch"; \
+	elif [ -z "$(ACCELERATOR)$(TORCH_PIP_ARGS)" ] && $(INSTALL) "$(TORCH)+cpu" 2>/dev/null; then \
+	  echo "installed a CPU build of torch"; \
 	else echo "installing $(TORCH)"; $(INSTALL) "$(TORCH)" $(TORCH_PIP_ARGS); fi
 	@touch $@
 
@@ -73,11 +77,12 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# record and encode name a folder when it is whole; interrupted, they begin again or go on. So a folder
-# without dataset.json is a user's own, and make must not delete dataset.json when it ends after that.
+# record and encode give a folder its name when it is complete; after an interruption they start
+# again or resume. So a folder without dataset.json belongs to the user, and make must not delete
+# dataset.json when a command fails after it was written.
 .PRECIOUS: $(DATA)/dataset.json
 $(DATA)/dataset.json: | $(VENV)/.demo
-	@if [ -e "$(DATA)" ]; then echo "DATA: got $(DATA), which exists and is no data set, expected a data set or a new folder." \
-	  "Fix: make train DATA=<another folder>" >&2; exit 2; fi
+	@if [ -e "$(DATA)" ]; then echo "DATA: got $(DATA), which exists and is no data set," \
+	  "expected a data set or a new folder. Fix: make train DATA=<another folder>" >&2; exit 2; fi
 	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=128 frames=81 fps=16
 	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA) codec=linear channels=16

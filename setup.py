@@ -1,5 +1,5 @@
-"""Name the packages; all else is in pyproject.toml, which can find packages or list them by hand, but
-not find them and add `configs/` under the name wm_train.configs."""
+"""Name the packages; all else is in pyproject.toml, which can find packages or list them by hand,
+but not find them and add `configs/` under the name wm_train.configs."""
 
 from setuptools import find_packages, setup
 

@@ -1,15 +1,20 @@
 """The frame-wise GDN layer: our kernels, the plain PyTorch reference, the compiled reference, and
 token-wise GDN of flash-linear-attention.
 
-    python benchmarks/gdn_kernels.py                                      # on a CUDA device, at production shapes
-    python benchmarks/gdn_kernels.py --device cpu --frames 2 --tokens 12 --heads 1 --dim 16 --repeats 1   # only that the script runs
+    # on a CUDA device, at production shapes
+    python benchmarks/gdn_kernels.py
+    # smoke test
+    python benchmarks/gdn_kernels.py --device cpu --frames 2 --tokens 12 --heads 1 --dim 16 \\
+      --repeats 1
 
 From post-projection q, k, v (bf16) to O, the short convolution of k included, B = 1. "main" is
 numerator and normaliser, "+camera" adds that branch. Columns: median ms over repeats; GB/s counts
 only what any implementation must move, every token tensor once and every state- sized fp32 tensor
 (A, A_z, U, S) written and read once, plus their gradients backward:
-    forward           2 · N C (q, k, v, O)           + 4 · T H D² · 2 (A, A_z, U, S)
-    forward+backward  2 · N C (q, k, v, O; q, k, v, dO, dq, dk, dv)   + 4 · T H D² · 2 (A, A_z, U, S; the same and their gradients)
+    forward           2 · N C (q, k, v, O)
+                      + 4 · T H D² · 2 (A, A_z, U, S)
+    forward+backward  2 · N C (q, k, v, O; q, k, v, dO, dq, dk, dv)
+                      + 4 · T H D² · 2 (A, A_z, U, S; the same and their gradients)
 with q, k, v, O and A, U, S once more for the camera. "share" is of the copy bandwidth measured
 first on this device. "error" is the RMS ratio of O (and of dq, dk, dv) to the same computation in
 fp64. "max tr(A)" above 1 is allowed (one RMS over all heads), see parallel/README.md.

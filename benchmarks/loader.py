@@ -5,8 +5,8 @@ set of a million clips costs.
 
 Ways to get every clip's share of one of four context-parallel members (a quarter of its frames):
   pread       os.pread of the same bytes, nothing checked: the ceiling
-  rows        ours: the index is asked, the range is read into a buffer that is kept, each row's crc32c is verified
-  clips       ours: `rows`, and no number may be NaN or infinite: what the loader does before it converts
+  rows        ours: an index look-up, one range read into a reused buffer, a crc32c check per row
+  clips       ours: `rows`, and no number may be NaN or infinite, as in the loader
   webdataset  stock WebDataset reads whole clips and the member keeps its quarter, nothing checked
   zarr        `clips` on Zarr shards
 Two threads take every second clip each, of pread and of ours. *warm*: the file is in the page
@@ -233,7 +233,8 @@ members = [dataset.members(clips[order.sample(draw)]) for draw in range(8)]
 done = time.perf_counter()
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(f"  imports {imported - started:.2f} s, open {opened - imported:.2f} s, "
-      f"index rows of the first batch of 8 clips {done - opened:.2f} s, peak memory {int(peak) / 1024:.0f} MB")
+      f"index rows of the first batch of 8 clips {done - opened:.2f} s, "
+      f"peak memory {int(peak) / 1024:.0f} MB")
 """
 
 

@@ -2,7 +2,8 @@
 memory, one process.
 
     python benchmarks/overhead.py --pairs 60
-    python benchmarks/overhead.py --pairs 60 tracker=mlflow tracker.uri=http://127.0.0.1:9     # the same with a server that is dead
+    # with an MLflow server that is down
+    python benchmarks/overhead.py --pairs 60 tracker=mlflow tracker.uri=http://127.0.0.1:9
 
 The bare loop is what one would write in a notebook: objective, backward, clip_grad_norm_, AdamW,
 EMA by hand. The two take turns step by step on the same batch, and who goes first changes every

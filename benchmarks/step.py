@@ -1,9 +1,13 @@
 """One training step of the 2.66 B SANA-WM on one device: seconds, tokens/s, TFLOP/s and MFU, at 5 s
 and at 60 s 720p.
 
-    python benchmarks/step.py                                             # on a CUDA device
-    python benchmarks/step.py --frames 11 --profile step.json             # where one step's time goes, operator by operator, and a trace
-    python benchmarks/step.py --device cpu --depth 2 --width 96 --heads 4 --frames 3 --grid 2 3 --repeats 1   # only that the script runs
+    # on a CUDA device
+    python benchmarks/step.py
+    # the time of one step by operator, and a trace
+    python benchmarks/step.py --frames 11 --profile step.json
+    # smoke test
+    python benchmarks/step.py --device cpu --depth 2 --width 96 --heads 4 --frames 3 --grid 2 3 \\
+      --repeats 1
 
 bf16 weights and activations, every block recomputed in backward, AdamW with bf16 moments (the fp32
 master weights and moments of a real run are sharded over many devices and do not fit on one). A

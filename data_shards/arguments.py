@@ -1,7 +1,9 @@
 """Parse `key=value` command lines: one table of options gives parser, help and error report.
 
-`--key=value` and `--key value` work as well. All problems of a command line are reported together,
-on stderr, with exit code 2, before anything starts.
+(Not argparse: it stops at the first mistake, accepts a key given twice, and would still need
+`key=value` split for it; nothing became shorter.) `--key=value` and `--key value` work as well. All
+problems of a command line are reported together, on stderr, with exit code 2, before anything
+starts.
 """
 
 from __future__ import annotations

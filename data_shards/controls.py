@@ -119,8 +119,10 @@ def bucket_events(
 def bucket_controls(
     frames: NDArray[np.float32], sums: tuple[bool, ...], stride: int
 ) -> NDArray[np.float32]:
-    """[F, A] per raw frame -> [T, A] per latent: latent t > 0 takes the frames it encodes; amounts
-    are summed, states averaged."""
+    """Combine controls per raw frame [F, A] -> per latent [T, A].
+
+    Latent t > 0 takes the frames that it encodes; amounts are summed, states averaged.
+    """
     count = latent_frame_count(len(frames), stride)
     out = np.zeros((count, frames.shape[1]), np.float32)
     out[0] = frames[0]

@@ -42,9 +42,9 @@ ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
     "source": Option(
         text,
-        "a recording, a folder of videos, tars of videos in the WebDataset layout (a folder, or names"
-        " and URLs: shards/{000000..000099}.tar), or the folder of zips of SANA-WM's public training"
-        " layout",
+        "a recording, a folder of videos, tars of videos in the WebDataset layout (a folder, or"
+        " names and URLs: shards/{000000..000099}.tar), or the folder of zips of SANA-WM's public"
+        " training layout",
         required=True,
     ),
     "out": Option(
@@ -62,8 +62,8 @@ OPTIONS = {
     ),
     "codec": Option(
         one_of(CODECS),
-        "video <-> latents: linear, ltx2, wan, tiny, taehv, or one that another package offers; each"
-        " has options of its own: codec=<name> --help",
+        "video <-> latents: linear, ltx2, wan, tiny, taehv, or one that another package offers;"
+        " each has options of its own: codec=<name> --help",
         "linear",
     ),
     "psnr": Option(

@@ -1,4 +1,4 @@
-"""The members of a clip, one row each: all that storage, cuts, batches and mixtures know of one.
+"""Describe the members of a clip, one row each: all that storage, cuts, batches and mixtures need.
 
 A package adds a member of its own (depth, a video of hands, pairs of an ODE) by an entry point of
 the group `data_shards.fields`, `<name> = "module:FIELD"`, where FIELD is a `Field` of that name.
@@ -32,20 +32,20 @@ ENTRY_NAMES: Mapping[Rate, str] = {
 
 @dataclass(frozen=True)
 class Field:
-    """What the pipeline must know of one member of a clip.
+    """Describe one member of a clip to the pipeline.
 
-    name: in `Batch.fields`; the file in a shard is `<key>.<name><suffix>`.
-    dims: shape of one entry. A word is a fact of dataset.json (a list counts its items), None any
-        length. Entries that begin with image_height, image_width are cropped with the video.
-    dtypes: it may be stored in these and no others; `encode fields=` writes the first.
-    rate: an entry for each latent frame, raw frame or stored image latent, or one of the whole
-        clip. A cut takes the entries of its frames.
-    by_row: every entry has a checksum, and each rank of a sequence group reads the entries of its
-        own frames only. False: one rank reads the member whole and all of them get it.
-    tensor: its type in a batch; None: storage alone knows it.
-    rebase: entries of a cut -> the same relative to the cut's start.
-    padding: what stands in a row of a batch behind its last entry: that one again, or zeros.
-    alike: facts of dataset.json that data sets of one mixture must share.
+    - name: in `Batch.fields`; the file in a shard is `<key>.<name><suffix>`.
+    - dims: shape of one entry. A word is a fact of dataset.json (a list counts its items), None any
+      length. Entries that begin with image_height, image_width are cropped with the video.
+    - dtypes: the allowed stored dtypes; `encode fields=` writes the first.
+    - rate: an entry for each latent frame, raw frame or stored image latent, or one for the whole
+      clip. A cut takes the entries of its frames.
+    - by_row: every entry has a checksum, and each rank of a sequence group reads only the entries
+      of its own frames. False: one rank reads the whole member and sends it to the others.
+    - tensor: its type in a batch; None: used by storage only.
+    - rebase: entries of a cut -> the same relative to the cut's start.
+    - padding: fills a row of a batch after its last entry: that entry again, or zeros.
+    - alike: facts of dataset.json that data sets of one mixture must share.
 
     Raises DataError for a row that contradicts itself.
     """
@@ -81,17 +81,17 @@ class Field:
 
     @property
     def member(self) -> str:
-        """The name of the member inside a clip."""
+        """Return the name of the member inside a clip."""
         return self.name + self.suffix
 
     @property
     def dimensions(self) -> int:
-        """How many dimensions the whole member has."""
+        """Return the number of dimensions of the whole member."""
         return len(self.dims) + (self.rate != "clip")
 
     @property
     def entry_name(self) -> str:
-        """What messages call one row."""
+        """Return the word for one row in messages."""
         return ENTRY_NAMES[self.rate]
 
     def entry_shape(self, info: DatasetInfo) -> tuple[int | None, ...]:
@@ -105,8 +105,8 @@ class Field:
 
 
 def relative_poses(c2w: NDArray[Any]) -> NDArray[Any]:
-    """[F,4,4] in any world -> in the frame of the first camera, which becomes the identity. Rigid
-    inverse, in float64."""
+    """Convert poses [F,4,4] from any world to the frame of the first camera, which becomes the
+    identity. Rigid inverse, in float64."""
     rotation, origin = c2w[0, :3, :3], c2w[0, :3, 3]
     world_to_first = np.eye(4)
     world_to_first[:3, :3], world_to_first[:3, 3] = rotation.T, -rotation.T @ origin
@@ -165,14 +165,15 @@ def field_named(name: str) -> Field:
 
 
 def field_of(member: str) -> Field | None:
-    """Return the field of a member of a clip (`c2w.npy`), or None for one that nobody knows."""
+    """Return the field of a member of a clip (`c2w.npy`), or None for one that is not
+    registered."""
     name = member.removesuffix(".npy")
     field = FIELDS.get(name) or registered().get(name)
     return field if field is not None and field.member == member else None
 
 
 def is_by_row(member: str) -> bool:
-    """Whether the rows of a member have checksums and are read one by one."""
+    """Return True if the rows of a member have checksums and are read one by one."""
     field = field_of(member)
     return field is not None and field.by_row
 

@@ -1,5 +1,5 @@
-"""What can be asked for by name: tables of import strings, to which other packages add by entry
-points. Nothing is imported before it is asked for."""
+"""Find things by name: tables of import strings, to which other packages add by entry points. A
+name is imported only when it is loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from data_shards.schema import DataError
 
 @dataclass(frozen=True)
 class Registry:
-    """`table`: name -> "module:attribute" of what is built in; `group`: the entry point group in
-    which other packages name theirs; `what`: the word for one of them, and the key that asks."""
+    """Describe one table. `table`: name -> "module:attribute" of what is built in; `group`: the
+    entry point group of other packages; `what`: the word for one of them, and its key on the
+    command line."""
 
     what: str
     group: str
@@ -22,7 +23,7 @@ class Registry:
 
 
 def names(registry: Registry) -> tuple[str, ...]:
-    """Return all names that can be asked for, the built-in ones first."""
+    """Return all names of a registry, the built-in ones first."""
     return tuple(dict.fromkeys([*registry.table, *entry_points(group=registry.group).names]))
 
 

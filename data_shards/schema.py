@@ -1,15 +1,17 @@
-"""What a data set of latent clips is: its facts as frozen dataclasses, and the allow-lists
-everything read from disk must pass.
+"""Describe a data set of latent clips: its facts as frozen dataclasses, and the allow-lists for all
+that is read from disk.
 
 Layout of a data set directory:
   shards/000000.tar …  WebDataset tars; per clip the members `<key>.<field>` (data_shards/fields.py)
-  index.parquet        one row per clip: where each member lies, its dtype, shape and crc32c, and the crc32c of each latent frame
-  null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt, real tokens only
-  plan.json            the arguments that it was encoded with
+  index.parquet        one row per clip: offset, dtype, shape and crc32c of each member, and the
+                       crc32c of each latent frame
+  null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt,
+                       real tokens only
+  plan.json            the arguments of the command that encoded it
   SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
   dataset.json         written last: without it the directory is no data set
 
-Where a cut may start. Latent 0 of a causal codec holds one raw frame, the others r =
+Start of a cut. Latent 0 of a causal codec encodes one raw frame, the others r =
 temporal_stride each, so a shorter clip can start at latent 0 only, or at a raw frame whose own
 *image latent* (that frame alone, encoded as the first of a clip) was stored. With
 `image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has

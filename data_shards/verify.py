@@ -1,10 +1,7 @@
 """Check every byte of a data set against its index: `python -m data_shards.verify path=…`.
 
-Exit code 0 if all is well, 1 if not. A shard is fully determined by its index rows: canonical tar
-headers, npy headers, payloads with known checksums, zero padding, two zero blocks, end; or the
-files of a Zarr group, in the same way. So each byte is either right or reported, with shard, key
-and field; a damaged header is never followed. The files beside the shards have their checksums in
-SHA256SUMS.
+Exit code 0 if all is well, 1 if not. `storage/verify_shard.py` checks shards. The files beside the
+shards have their checksums in SHA256SUMS.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
-    """run_ranks(count, *command, path=folders): run `python <command>` as `count` ranks with the environment
-    launchers set; all must succeed."""
+    """run_ranks(count, *command, path=folders): run `python <command>` as `count` ranks with the
+    environment launchers set, and folders on their path; all must succeed."""
 
     def run(
         count: int, *arguments: object, timeout: float = 120, path: Sequence[Path] = ()

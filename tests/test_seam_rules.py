@@ -1,5 +1,5 @@
-"""What keeps the house open to other models: nobody outside a model's folder knows its keys, and few
-files take the whole run."""
+"""Rules that keep the house open to other models: nobody outside a model's folder knows its keys,
+and few files take the whole run."""
 
 import ast
 import re

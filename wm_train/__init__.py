@@ -1,2 +1,2 @@
-"""wm_train: the training system for video world models. Import its parts; this file stays empty so
-that `--help` is instant."""
+"""Train video world models. Import this package's parts; this file stays empty so that `--help` is
+instant."""

@@ -1,4 +1,4 @@
-"""Private APIs of torch that `wm_train` uses, each with the versions it was read in."""
+"""Wrap the private APIs of torch that `wm_train` uses, each with the versions it was read in."""
 
 from __future__ import annotations
 

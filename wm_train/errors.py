@@ -1,4 +1,4 @@
-"""Name the mistakes that end a run without a restart, and the exit codes of commands and workers."""
+"""Name the mistakes that end a run without a restart, and the exit codes of commands and ranks."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ PREEMPTED = 75
 
 
 class SetupError(ValueError):
-    """The user's mistake, found before or in the first step. Nothing was changed."""
+    """Report a user's mistake, found before or in the first step. Nothing was changed."""

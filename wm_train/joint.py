@@ -1,9 +1,9 @@
-"""All pools of a run judged as the one model they are: `python -m wm_train.joint --config
-resolved.json`, which the launch command runs as workers when the pools of a stage have ended.
+"""Evaluate all pools of a run together as one model: `python -m wm_train.joint --config
+resolved.json`.
 
-Every noise level is left to the pool that learned it: the held-out loss level by level, and
-rollouts that switch at the boundaries (Wan2.2; MoWorld §3). Results are in
-`<out>/<name>/joint/<stage>`.
+The launch command runs it as workers when the pools of a stage have ended. Every noise level is
+given to the pool that trained it: the held-out loss level by level, and rollouts that switch at the
+boundaries (Wan2.2; MoWorld §3). Results are in `<out>/<name>/joint/<stage>`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def judge(
 
 def pool_run(run: RunConfig, pool: str) -> RunConfig:
     """Return the run of `pool` as it was started, its stage on the mesh of `run`. Raises SetupError
-    when it never was."""
+    when it was never started."""
     file = stage_directory(replace(run, pool=pool), run.stage) / "config.json"
     try:
         own = from_json(file.read_text(encoding="utf-8"))
@@ -88,14 +88,15 @@ def pool_run(run: RunConfig, pool: str) -> RunConfig:
 
 
 def load_state(own: StagePlan, stage: Stage, world: World) -> tuple[EvaluationState, int]:
-    """Return the weights of a pool's newest checkpoint, averaged if it can be, and its step."""
-    found = store.find_newest(own.checkpoints, world, lambda line: None)
-    if found is None:
+    """Load the weights of a pool's newest checkpoint, averaged if stored; return them and their
+    step."""
+    newest = store.find_newest(own.checkpoints, world, lambda line: None)
+    if newest is None:
         raise SetupError(
             f"joint evaluation: got no valid checkpoint in {own.checkpoints}, expected one of pool"
             f" {own.pool}. Fix: train the pool first"
         )
-    folder, manifest = found
+    folder, manifest = newest
     state = build_for_evaluation(own, stage.mesh.fsdp, stage.backend.device)
     targets = state.sources(manifest.tensors)
     own_names = {name.partition("/")[2] for name in targets}

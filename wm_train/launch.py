@@ -1,5 +1,5 @@
-"""Train: `python -m wm_train.launch experiment=demo stage=1`. Checks everything, then hands each
-selected stage to the launcher.
+"""Train: `python -m wm_train.launch experiment=demo stage=1` checks the configuration, then hands
+each selected stage to the launcher.
 
 Exit codes: 0 done, 2 a mistake of the user (nothing was started), 128 + n stopped by signal n, else
 the worker's.
@@ -44,7 +44,7 @@ from wm_train.checkpoint.manifest import committed
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import StagePlan, ordered, plan_stage, plan_stages, stage_directory
 from wm_train.config.help import help_text
-from wm_train.config.pools import JOINT, boundaries, named, pool_runs
+from wm_train.config.pools import JOINT, boundaries, name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem, report
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import public_config, to_json, without_login
@@ -57,7 +57,7 @@ PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the selected stages one after the other; returns the exit code."""
+    """Run the selected stages one after the other; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m wm_train.launch", add_help=False, allow_abbrev=False
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    from wm_train.plan.report import latent_frame, shown_pools
+    from wm_train.plan.report import latent_frame, print_pool_plans
 
     try:
         if options.help:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         config = compose(options.overrides, options.config_dir)
         pools = pool_runs(config, options.overrides, options.config_dir)
-        plans = {pool: checked(run, pool) for pool, run in pools.items()}
+        plans = {pool: check_run(run, pool) for pool, run in pools.items()}
     except ConfigError as error:
         print(
             report([*error.problems, *(problems_in(error.rest) if error.rest else ())]),
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USER_ERROR
     for pool, stages in plans.items():
-        for idle in named(warnings_in(stages), pool):
+        for idle in name_pool(warnings_in(stages), pool):
             print(f"warning: {idle}", file=sys.stderr)
     if options.dry_run:
         print(json.dumps(public_config(config), indent=1))
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.stage}" if pool else f"stage {stage.stage}"
                 print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
-        return shown_pools(pools, {pool: latent_frame(run, None) for pool, run in pools.items()})
+        return print_pool_plans(
+            pools, {pool: latent_frame(run, None) for pool, run in pools.items()}
+        )
     code = run_stages(config, pools, plans)
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
@@ -102,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def checked(config: RunConfig, pool: str = "") -> tuple[StagePlan, ...]:
+def check_run(config: RunConfig, pool: str = "") -> tuple[StagePlan, ...]:
     """Return the stages to run. Raises ConfigError with everything that is wrong."""
     problems = problems_in(config)
     if problems:
-        raise ConfigError(named(problems, pool))
+        raise ConfigError(name_pool(problems, pool))
     return plan_stages(config)
 
 
@@ -128,7 +130,7 @@ Plans = Mapping[str, Sequence[StagePlan]]
 
 
 def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) -> int:
-    """The selected stages one after the other, each with all pools at once; returns the exit
+    """Run the selected stages one after the other, each with all pools at once; return the exit
     code."""
     together = dataclasses.replace(config, pool=None)
     folder = stage_directory(together, "")
@@ -162,7 +164,7 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
 
 
 def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSpec:
-    """Return the evaluation of all pools of a stage together when they have ended, on the run's own
+    """Return the launch of the joint evaluation, after all pools of a stage, on the run's own
     mesh."""
     after = stage.directory.absolute() / JOB_ID
     joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
@@ -174,8 +176,8 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSp
 
 
 def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) -> LaunchSpec:
-    """Return what the launcher is asked for; the worker finds its one stage in `stage` of its
-    config. In a queue, `stages` wait for each other."""
+    """Return the launch of one stage; the worker finds its stage in `stage` of its config. In a
+    queue, `stages` wait for each other."""
     place = stages.index(stage)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -228,7 +230,7 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
             for spec in group.values():
                 if (
                     spec.nodes == 1 and launcher not in launch.LATER
-                ):  # else another machine may have begun already
+                ):  # else another machine may have started the run
                     check_free(spec.config_path.parent)
                 spec.config_path.parent.mkdir(parents=True, exist_ok=True)
                 write_private(spec.config_path, spec.config_text)
@@ -256,12 +258,13 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
 
 
 def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
-    """Where the results are."""
+    """Return the paths of the results, as lines of text."""
     last = stages[-1]
     saved = committed(last.checkpoints)
     lines = [
         "done:"
-        f" {f'pool {config.pool}, ' if config.pool else ''}{', '.join(stage.stage for stage in stages)}"
+        f" {f'pool {config.pool}, ' if config.pool else ''}"
+        f"{', '.join(stage.stage for stage in stages)}"
     ]
     if saved:
         lines.append(f"  checkpoint  {saved[-1]}")
@@ -280,7 +283,7 @@ def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
 
 
 def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
-    """What to type after stage `last`; passwords in addresses are not repeated."""
+    """Return the command to type after stage `last`, with passwords in addresses left out."""
     names = ordered(config.recipe)
     place = names.index(last) + 1
     parts = [argument.partition("=") for argument in arguments if not argument.startswith("stage=")]

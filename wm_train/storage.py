@@ -1,5 +1,5 @@
-"""Where checkpoints lie: a local folder (a Path), or a prefix of any store that fsspec knows
-(s3://, gs://, memory://).
+"""Locate checkpoints: in a local folder (a Path), or under a prefix of any store that fsspec
+supports (s3://, gs://, memory://).
 
 A store has no rename and no folders of its own; what is written appears whole when it is closed, so
 a checkpoint counts from the moment its manifest, which goes last, is there.
@@ -17,8 +17,8 @@ from upath.extensions import ProxyUPath
 
 
 class Remote(ProxyUPath):
-    """An address such as s3://bucket/runs: a UPath whose verbs raise OSError, whatever the store's
-    library raises, and never take a store that does not answer for an empty one."""
+    """Wrap an address such as s3://bucket/runs: a UPath whose methods raise OSError for any error
+    of the store's library, and never take an unreachable store for an empty one."""
 
     def iterdir(self) -> Iterator[Remote]:
         """Return what is directly under this address, by name; nothing if there is nothing."""
@@ -69,7 +69,7 @@ Place = Path | Remote
 
 
 def place(address: str) -> Place:
-    """A folder, or an address with a protocol."""
+    """Return a folder, or an address with a protocol."""
     if address.startswith("file://"):
         return Path(address.removeprefix("file://"))
     # others write to the store, so what was listed before is out of date

@@ -36,8 +36,7 @@ from wm_train.world import World
 def train_stage(
     plan: StagePlan, backend: Backend, world: World, progress: Progress, stop: StopRequest
 ) -> None:
-    """Train the stage named `plan.stage` from its newest checkpoint to its last step, then roll out
-    samples.
+    """Train the stage named `plan.stage` from its newest checkpoint to its last step, then sample.
 
     Errors: SetupError for what the user must change, until the first step is taken; DataError for
     data that is damaged or cannot be read; BadStepError from the guard; Preempted after `stop` was
@@ -59,8 +58,8 @@ def train_stage(
                 try:
                     run_steps(stage, state, start, tracker, progress, stop, pulse, clock)
                     done = True
-                except RewindError as asked:
-                    start = rewind(plan, state, asked, world, progress.say)
+                except RewindError as request:
+                    start = rewind(plan, state, request, world, progress.say)
                     if tracker:
                         tracker.rewind(start.steps_done)
             pulse.at(stage.config.steps, "samples")
@@ -84,7 +83,7 @@ def train_stage(
 def setup_mistakes() -> Iterator[None]:
     """Raise any ValueError of this block as SetupError, so that no restart repeats it.
 
-    DataError stays: the worker decides by what it says.
+    A DataError passes unchanged: its kind determines the exit code of the rank.
     """
     try:
         yield
@@ -104,8 +103,8 @@ def run_steps(
     pulse: Heartbeat,
     clock: StepClock,
 ) -> None:
-    """The steps that are left, each recorded, with a checkpoint every `trainer.checkpoint_every`,
-    at the end and when asked to stop.
+    """Take the remaining steps and record each, with a checkpoint every `trainer.checkpoint_every`,
+    at the end and on a stop request.
 
     Errors: BadStepError and RewindError from the guard, CorruptionError when replicas differ,
     Preempted.
@@ -198,6 +197,6 @@ def run_steps(
 
 
 def gate_passed(stage: Stage, validation_loss: float) -> bool:
-    """Whether the stage has reached its `until_loss` and ends before its last step. NaN: it was not
-    measured."""
+    """Return True if the stage has reached its `until_loss` and ends before its last step. NaN: it
+    was not measured."""
     return validation_loss <= stage.config.until_loss

@@ -1,10 +1,11 @@
-"""What every launcher runs on every rank: `python -m wm_train.worker --config resolved.json`.
+"""Run one rank of a stage, started by a launcher: `python -m wm_train.worker --config
+resolved.json`.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the
-resolved config, whose `stage` names one stage. Exit codes: 0 the stage is done; 2 somebody must
-change something (a mistake, a damaged shard, another run owns the folder), so a restart would not
-help; 74 storage did not answer for `data.retry_s`; 75 asked to stop by SIGTERM or SIGUSR1, and
-saved: start the same command again to go on; 1 anything else.
+resolved config, whose `stage` names one stage. Exit codes: 0 the stage is done; 2 a person must
+change something (a mistake, a damaged shard, another run holds the folder's lock), so a restart
+would not help; 74 storage was unreachable for `data.retry_s`; 75 stopped by SIGTERM or SIGUSR1,
+with the state saved: start the same command again to resume; 1 anything else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from wm_train.errors import DONE, FAILED, NO_STORAGE, PREEMPTED, USER_ERROR, Set
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
-    """Run one stage as one rank of it: train it, or do other `work` on it.
+    """Run one rank of one stage: train it, or do other `work` on it.
 
     work: called as `trainer.train_stage` is, but with the whole run.
     """
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
         if rank == 0:
             complain(str(reason))
         return PREEMPTED
-    # the last frame of the process: say which rank it was and give the code that launchers act on
+    # the outermost frame: report the rank, and exit with the code that launchers act on
     except Exception:
         complain(f"rank {rank} failed:\n{traceback.format_exc()}")
         return FAILED
@@ -93,9 +94,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 
 
 def end_process(code: int) -> NoReturn:
-    """End at once. Threads and connections may wait for peers that will never answer; and when an
-    interpreter is taken down while a thread of gloo's lets go of a tensor, the process aborts after
-    all was done (pytorch/pytorch pull request 179291)."""
+    """End at once, without the interpreter's clean-up: threads and connections may wait for peers
+    that will not answer; and gloo aborts the process if one of its threads releases a tensor during
+    clean-up (pytorch/pytorch pull request 179291)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -32,7 +32,7 @@ class World:
     size: int
     group: ProcessGroup | None = None
 
-    def twin(self) -> World:
+    def duplicate(self) -> World:
         """Return the same ranks over a second process group, for a background thread.
 
         Every process must call this.

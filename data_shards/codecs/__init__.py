@@ -1,5 +1,8 @@
-"""Video <-> latents: what every codec offers, and which there are. Another package adds its own by
-an entry point in the group `data_shards.codecs` that names a `CodecRow`."""
+"""Define `LatentCodec`, the interface of every codec, and find codecs by name.
+
+Another package adds its own by an entry point in the group `data_shards.codecs` that names a
+`CodecRow`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,11 @@ from data_shards.schema import DataError
 
 
 class LatentCodec(Protocol):
-    """Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1)
-    / temporal_stride + 1."""
+    """Convert video to latents and back.
+
+    Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1) /
+    temporal_stride + 1.
+    """
 
     @property
     def name(self) -> str: ...
@@ -37,8 +43,8 @@ class LatentCodec(Protocol):
 
 @dataclass(frozen=True)
 class CodecRow:
-    """What is registered as a codec. `make` takes the codec's options as dataset.json keeps them
-    (`LatentCodec.options`), and `device` where `on_device`; `options` are those of the command
+    """Describe one registered codec. `make` takes the codec's options as dataset.json keeps them
+    (`LatentCodec.options`), and `device` if `on_device`; `options` are those of the command
     `encode`."""
 
     make: Callable[..., LatentCodec]

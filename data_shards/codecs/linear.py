@@ -1,11 +1,11 @@
-"""Define `LatentCodec`, the interface of every codec, and `linear`, which needs no weights.
+"""Encode with a fixed transform that needs no weights: the codec `linear`.
 
-It is a fixed orthonormal transform with the layout of a causal video VAE: frame 0
-alone gives latent 0, each following group of 8 frames gives one more. A 16x16 block of one frame
-goes through an orthonormal colour transform and a 2-D DCT, a block of 8 frames through a 3-D DCT; C
-of the coefficients are kept. The rows of an orthonormal transform are their own inverse, so
-decoding the kept coefficients is the best linear reconstruction from them, and encode(decode(z)) =
-z up to rounding to pixels.
+It is an orthonormal transform with the layout of a causal video VAE: frame 0 alone gives latent 0,
+each following group of 8 frames gives one more. A 16x16 block of one frame goes through an
+orthonormal colour transform and a 2-D DCT, a block of 8 frames through a 3-D DCT; C of the
+coefficients are kept. The rows of an orthonormal transform are their own inverse, so decoding the
+kept coefficients is the best linear reconstruction from them, and encode(decode(z)) = z up to
+rounding to pixels.
 """
 
 from __future__ import annotations

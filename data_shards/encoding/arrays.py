@@ -1,5 +1,7 @@
-"""How one clip becomes the arrays of its shard: latents, cameras, controls, text; and what they add
-to the statistics."""
+"""Convert one clip to the arrays of its shard: latents, cameras, controls, text.
+
+Their contribution to the data set's statistics is computed here, too.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
 
 
 def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
-    """(height, width) of the centred crop: the largest multiples of the codec's stride."""
+    """Return (height, width) of the centred crop: the largest multiples of the codec's stride."""
     height, width = clip.height // stride * stride, clip.width // stride * stride
     if not height or not width:
         raise DataError(
@@ -36,7 +38,7 @@ def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
 def crop(
     video: NDArray[np.uint8], intrinsics: NDArray[np.float64] | None, size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], Any]:
-    """Centred crop of [F,H,W,3]; the principal point moves along."""
+    """Crop [F,H,W,3] in the centre, and move the principal point accordingly."""
     top, left = (video.shape[1] - size[0]) // 2, (video.shape[2] - size[1]) // 2
     moved = None if intrinsics is None else intrinsics - np.array([0.0, 0.0, left, top])
     return crop_pictures(video, size), moved
@@ -44,8 +46,8 @@ def crop(
 
 @dataclass
 class Tally:
-    """What a shard adds to the data set's statistics. sums [first|later, sum|sum of squares, C] and
-    counts are over training clips."""
+    """Hold a shard's share of the data set's statistics: sums [first|later, sum|sum of squares, C]
+    and counts, over training clips."""
 
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
@@ -73,7 +75,7 @@ def latent_arrays(
     tally: Tally,
     count: bool,
 ) -> Arrays:
-    """Latents, image latents, and the camera of the frames that were encoded."""
+    """Return latents, image latents, and the camera of the encoded frames."""
     size, intrinsics = crop_size(clip, codec.spatial_stride), content.intrinsics
     images = np.empty(
         (0, codec.channels, *(side // codec.spatial_stride for side in size)), np.float32
@@ -102,8 +104,10 @@ def latent_arrays(
 def image_latents(
     video: NDArray[np.uint8], codec: LatentCodec, every: int
 ) -> Iterator[NDArray[np.float32]]:
-    """[1, C, h, w] each: every raw frame that is a multiple of `every`, but frame 0, encoded alone
-    (see data_shards/schema.py)."""
+    """Yield [1, C, h, w] for each raw frame that is a multiple of `every`, except frame 0.
+
+    Each is encoded alone (see data_shards/README.md, "Where a cut may start").
+    """
     for frame in range(every, len(video), every) if every else ():
         yield codec.encode(video[frame : frame + 1])
 
@@ -111,6 +115,7 @@ def image_latents(
 def control_arrays(
     source: ClipSource, content: ClipContent, latent_frames: int, stride: int, keep_taps: bool
 ) -> Arrays:
+    """Return the controls of a clip per latent frame, from events or from rows per raw frame."""
     if content.events is not None:
         fps = Fraction(source.fps).limit_denominator(100_000)
         rows = bucket_events(content.events, latent_frames, fps, stride, keep_taps)
@@ -128,6 +133,7 @@ def text_arrays(
     encoder: TextEncoder | None,
     tally: Tally,
 ) -> Arrays:
+    """Return the text embedding of a clip: encoded here, or ready-made by the source."""
     if encoder is not None:
         if content.caption is None:
             raise DataError(

@@ -1,5 +1,5 @@
-"""What `encode fields=` takes from a source besides what every data set has: the fields that other
-packages add to `data_shards.fields`."""
+"""Take from a source the fields of `encode fields=`: those that other packages add to
+`data_shards.fields`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ def own_fields(names: str | None) -> list[Field]:
 
 
 def crop_pictures(pictures: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """Centred crop of [F,H,W,…]."""
+    """Crop [F,H,W,…] in the centre."""
     top, left = (pictures.shape[1] - size[0]) // 2, (pictures.shape[2] - size[1]) // 2
     return pictures[:, top : top + size[0], left : left + size[1]]

@@ -1,6 +1,6 @@
-"""Encode one shard: plan which clips go into it, and convert each to arrays.
+"""Encode one shard: plan its clips, and check if it is done.
 
-`encode` plans the jobs, `runners` run them.
+`encode` plans the jobs, `runners` run them, `arrays` makes the arrays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the bytes of an encoded data set depend on, besides its source."""
+"""Name the settings that determine the bytes of an encoded data set, besides its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_shards.sources.clips import ClipSource
 
 @dataclass(frozen=True)
 class Settings:
-    """What the finished bytes depend on, besides the source."""
+    """Hold all that determines the finished bytes, besides the source."""
 
     codec: str = "linear"
     codec_options: tuple[tuple[str, Any], ...] = ()  # (name, value): workers hash their settings
@@ -33,8 +33,10 @@ class Settings:
     fields: str | None = None  # names of fields that the source has besides, with commas
 
     def make_codec(self, source: ClipSource) -> LatentCodec:
-        """The codec for this source; that of ready latents needs no weights here, but a name under
-        which decoding will find them."""
+        """Return the codec for this source.
+
+        For ready-made latents it needs no weights here, but a name under which decoding finds them.
+        """
         if source.stored is not None and self.codec != source.stored.name:
             raise DataError(
                 f"codec: got {self.codec}, expected {source.stored.name}, which made these latents."
@@ -53,4 +55,4 @@ class Settings:
             )
         if self.text in (None, READY):
             return None
-        return TextEncoder(self.text, self.text_length, self.text_prefix, self.device)  # type: ignore[arg-type]
+        return TextEncoder(str(self.text), self.text_length, self.text_prefix, self.device)

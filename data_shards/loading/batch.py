@@ -1,5 +1,5 @@
-"""What a batch is: tensors of several rows, each a clip or several packed one after another; and
-how clips' fields become a row's."""
+"""Make batches: tensors of several rows, each a clip or several packed one after another, from the
+fields of clips."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from data_shards.schema import DatasetInfo
 
 @dataclass(frozen=True)
 class Batch:
-    """`b` rows, `t` of their T latent frames.
+    """Store `b` rows, and `t` of their T latent frames.
 
-    latents [b,t,C,h,w] float32, normalised. fields: name -> [b, entries, …] as `data_shards.fields`
-    describes it; what the data lacks is not there, and rows with fewer entries are padded. Fields
-    that are read by row cover these t latent frames, all others the whole row, the same on all
-    ranks of a sequence group. draws [b] and valid_frames [b] (latent) int64; document_starts: per
-    row, where each of its packed clips starts, (0,) for a row of one clip. A packed row has the raw
-    frames of its clips one after another, (T_d - 1) r + 1 each, the last one's going on over
-    padding. image_size: (height, width) of the pixels that intrinsics refer to, a pixel's centre at
-    (column + 0.5, row + 0.5). data_wait_s: how long the caller waited for this batch.
+    - latents [b,t,C,h,w] float32, normalised.
+    - fields: name -> [b, entries, …] as `data_shards.fields` describes it; absent if the data has
+      none, and rows with fewer entries are padded. Fields that are read by row cover these t latent
+      frames, all others the whole row, the same on all ranks of a sequence group.
+    - draws [b] and valid_frames [b] (latent) int64.
+    - document_starts: per row, the start of each of its packed clips, (0,) for a row of one clip.
+    - image_size: (height, width) of the pixels that intrinsics refer to, a pixel's centre at
+      (column + 0.5, row + 0.5).
+    - data_wait_s: how long the caller waited for this batch.
+
+    A packed row has the raw frames of its clips one after another, (T_d - 1) r + 1 each; the last
+    clip's entries are repeated over padding.
     """
 
     latents: Tensor
@@ -41,12 +45,12 @@ class Batch:
 
     @property
     def c2w(self) -> Tensor | None:
-        """[b,F,4,4] float32, metres, relative to the cut's first raw frame, OpenCV axes."""
+        """Return [b,F,4,4] float32, metres, relative to the cut's first raw frame, OpenCV axes."""
         return self.fields.get("c2w")
 
     @property
     def intrinsics(self) -> Tensor | None:
-        """[b,F,4] float32 fx, fy, cx, cy in pixels of `image_size`."""
+        """Return [b,F,4] float32 fx, fy, cx, cy in pixels of `image_size`."""
         return self.fields.get("intrinsics")
 
     def each_tensor(self, change: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
@@ -119,7 +123,7 @@ def joined(
 
 
 def padded(tensor: Tensor, length: int, field: Field) -> Tensor:
-    """[n, …] -> [length, …] by the field's padding."""
+    """Extend [n, …] -> [length, …] by the field's padding."""
     missing, rest = length - len(tensor), tensor.shape[1:]
     if not missing:
         return tensor

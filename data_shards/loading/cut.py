@@ -1,8 +1,7 @@
-"""One cut of a clip as training takes it: this rank's latent frames normalised, the fields sliced
-and re-based to the cut's start.
+"""Cut a clip for training: this rank's latent frames normalised, fields sliced and re-based.
 
 A cut starts at the clip's latent 0, or at a later latent whose image latent was stored (see
-`schema`); that one then stands for it.
+data_shards/README.md); the image latent then replaces it.
 """
 
 from __future__ import annotations

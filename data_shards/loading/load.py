@@ -30,29 +30,35 @@ __all__ = ["Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
 
 
 class ClipLoader:
-    """Iterates over Batches, for ever. Use as a context manager or call close(): it owns threads.
+    """Iterate over Batches without end. Use as a context manager or call close(), as it has
+    threads.
 
     Args:
-        dataset: its statistics normalise, whatever is mixed in, as its codec decodes.
-        rows: which rows of each global batch this data-parallel member takes; with `cost`, as many of equal cost.
-        frames: (start, stop) of the latent frames of a row that this context-parallel member holds, may be empty; a function of T where T
-            changes from step to step.
+        dataset: its statistics normalise every clip, since its codec decodes; see `mixture`.
+        rows: rows of each global batch for this data-parallel rank; with `cost`, as many rows of
+            equal cost.
+        frames: (start, stop) of the latent frames of a row for this context-parallel rank, may be
+            empty; a function of T where T changes from step to step.
         stage: the stage's name, which with `seed` keys the order.
         clip_frames: T, the longest cut. A stored clip may be longer.
         shorter: further lengths that clips too short for T are cut to; each step has one length.
-        mixture: data sets to draw from instead of `dataset` alone, by weight. They must share what `alike_in_mixture` lists.
+        mixture: data sets to draw from instead of `dataset` alone, by weight. They must share what
+            `alike_in_mixture` lists.
         pack: fill rows of T latent frames with several clips of any length up to T.
-        cost: of a clip of so many latent frames; packed rows are then dealt so that members have equally much to compute.
+        cost: of a clip of so many latent frames; packed rows are then dealt so that all ranks have
+            equally much to compute.
         prefetch: batches read ahead; readers: clips read at the same time.
-        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes another clip, all others stay. Every
-            member of the run must be given the same names: they are state, like the step.
-        replicated: False on all but one rank of a sequence group: fields that are not read by row come as NaN of the right shape, to be
-            received from the rank that read them.
+        quarantined: `global_name`s of shards to read nothing from; a draw that falls there takes
+            another clip, all others stay. Every rank must be given the same names: they are part of
+            the training state, like the step.
+        replicated: False on all but one rank of a sequence group: fields that are not read by row
+            come as NaN of the right shape, to be received from the rank that read them.
         pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
-        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets that do not fit together. While
-            iterating: whatever the reader found, a ShardError with its shard's `global_name`.
+        DataError: an empty split, a cut longer than some clip, rows or frames outside, data sets
+            that do not fit together. While iterating: any error of the reader, a ShardError with
+            its shard's `global_name`.
     """
 
     def __init__(
@@ -295,6 +301,7 @@ class ClipLoader:
 
 
 def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
+    """Describe one split of a data set to the schedule."""
     info = dataset.info
     return Source(
         table.latent_frames,

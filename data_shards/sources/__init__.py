@@ -1,6 +1,7 @@
 """Open sources of clips, which list their clips cheaply and load one at a time.
 
-`encode` does not depend on the kind of source.
+`encode` does not depend on the kind of source. Another package adds its own by an entry point in
+the group `data_shards.sources` that names a function of a `Place`; `kind=<name>` opens it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from data_shards.storage.files import read_json
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source lies: its folder; the folder of latents that belong to it; a JSON file {key:
-    caption}; and what lies there, a name of `SOURCES` or auto."""
+    """Locate a source: its folder; the folder of latents that belong to it; a JSON file {key:
+    caption}; and its kind, a name of `SOURCES` or auto."""
 
     path: str
     latents: str | None = None
@@ -30,7 +31,7 @@ class Place:
     kind: str = "auto"
 
     def resolved(self) -> Place:
-        """The same with absolute paths, for workers that start elsewhere."""
+        """Return the same with absolute paths, for workers that start elsewhere."""
         path, latents, captions = (
             path if path is None or "://" in path else str(Path(path).resolve())
             for path in (self.path, self.latents, self.captions)
@@ -77,7 +78,7 @@ class Captioned:
 
 
 def open_source(path: str | Place) -> ClipSource:
-    """Open the source at a path, recognised by its files.
+    """Open the source at a place, of the kind that is named or recognised by its files.
 
     Raises:
         DataError: nothing there, or nothing known.

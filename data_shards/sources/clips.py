@@ -1,4 +1,4 @@
-"""What sources of clips share: the clips as listed and as loaded, and the protocol of a source."""
+"""Define what all sources share: clips as listed and as loaded, and the protocol of a source."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from data_shards.schema import KEY_PATTERN, DataError
 
 @dataclass(frozen=True)
 class SourceClip:
-    """What is known of a clip before it is read. `episode`: clips of one episode go to the same
-    side of the validation split."""
+    """Describe a clip before it is read. `episode`: clips of one episode go to the same side of the
+    validation split."""
 
     key: str
     episode: str
@@ -29,11 +29,14 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class ClipContent:
-    """video [F,H,W,3] uint8, or, from a source of ready latents, latents [T,C,h,w]; c2w [F,4,4] in
-    metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels; frame_controls [F,A] float32:
-    row i holds what happened between frames i-1 and i (row 0: nothing); or, finer than frames,
-    `events`; the caption; or the text ready made: (embeddings [L,E], mask [L] uint8). All but the
-    first may be absent."""
+    """Store the content of a clip. All fields but the first may be absent.
+
+    - video [F,H,W,3] uint8, or, from a source of ready-made latents, latents [T,C,h,w].
+    - c2w [F,4,4] in metres, OpenCV axes; intrinsics [F,4] fx, fy, cx, cy in pixels.
+    - frame_controls [F,A] float32: row i is what happened between frames i-1 and i (row 0:
+      nothing); or, with a finer resolution than frames, `events`.
+    - the caption; or ready-made text: (embeddings [L,E], mask [L] uint8).
+    """
 
     video: NDArray[np.uint8] | None
     c2w: NDArray[np.float64] | None = None
@@ -47,8 +50,7 @@ class ClipContent:
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """The codec behind a source of ready latents: a `LatentCodec` that knows the layout and needs
-    no weights."""
+    """Describe the codec of ready-made latents: it knows the layout and needs no weights."""
 
     name: str
     channels: int
@@ -84,15 +86,17 @@ class ClipSource(Protocol):
 
 
 def safe_key(name: str, what: str = "zip member") -> str:
-    """A clip key from a member's name: the name itself where it is one, else its letters with a
-    hash behind.
+    """Return a clip key for a member's name.
+
+    That is the name itself if it is a valid key, else its letters followed by a hash.
 
     Raises:
         DataError: a name that leads out of a folder.
     """
     if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
         raise DataError(
-            f"{what}: got the name {name!r}, expected a relative one without '..'. Fix: pack it again"
+            f"{what}: got the name {name!r}, expected a relative one without '..'. Fix: pack it"
+            " again"
         )
     if KEY_PATTERN.fullmatch(name):
         return name

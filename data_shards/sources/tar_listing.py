@@ -1,5 +1,7 @@
-"""The clips in one tar of videos (see data_shards/sources/webdataset.py), found by reading its
-headers and the heads of its videos."""
+"""List the clips in one tar of videos by reading its headers and the heads of its videos.
+
+See data_shards/sources/webdataset.py.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ CONTROLS = ("controls", "control_names")
 
 @dataclass(frozen=True)
 class TarClip(SourceClip):
-    """A clip and where it lies, so that a worker reads it without a listing. `members`: (suffix,
-    first byte, size) in the tar."""
+    """Locate a clip in a tar, so that a worker reads it without a listing.
+
+    members: (suffix, first byte, size) in the tar.
+    """
 
     tar: str
     rate: Any

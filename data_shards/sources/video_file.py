@@ -1,4 +1,4 @@
-"""One video, read with PyAV: how many frames it has, and its pixels."""
+"""Read one video with PyAV: its number of frames, and its pixels."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def decode(file: Any, where: str) -> Iterator[Any]:
 
 
 def probe(file: Any, where: str) -> tuple[int, int, int, Any]:
-    """(frames, height, width, frame rate as a fraction) of a path or a binary file; counts by
-    decoding when the file does not say."""
+    """Return (frames, height, width, frame rate as a fraction) of a path or a binary file.
+
+    Frames are counted by decoding when the file does not state their number.
+    """
     av = import_av()
     try:
         with av.open(file) as container:

@@ -1,22 +1,25 @@
-"""Tars of videos in the WebDataset layout, as others publish them, as a source of clips.
+"""Read published tars of videos in the WebDataset layout as a source of clips.
 
 `source=shards/{000000..000099}.tar` (braces as in a shell), one tar, a folder of them, or URLs of
 any store that fsspec opens. A clip is the members whose names agree up to the first dot of the file
 name:
-  <key>.mp4 | .webm | .mkv | .mov | .avi   the video
-  <key>.txt                                its caption
-  <key>.json                               `caption` (where there is no .txt), `episode`, c2w or w2c
-                                           with intrinsics and metres_per_unit, text with text_mask:
-                                           as beside a video in a folder (see videos.py)
-Clips are called `<tar>/<key>`; their keys in the data set are the same, with `_` for what a key
-cannot hold and a hash behind. Members of other kinds and keys without a video are left out, and
-said so.
 
-Tars are listed here, not by the webdataset library: a tar that was cut between two members, or
-whose header was damaged, ends for it (and for `tarfile`) without an error; a key that comes twice
-becomes two samples; it knows no way to one clip but reading all before it, and runs `pipe:`
-commands. A listing reads headers and skips the videos; a clip is then one range of bytes, wherever
-it is read.
+    <key>.mp4 | .webm | .mkv | .mov | .avi   the video
+    <key>.txt                                its caption
+    <key>.json                               `caption` (where there is no .txt), `episode`, c2w or
+                                             w2c with intrinsics and metres_per_unit, text with
+                                             text_mask: as beside a video in a folder (see
+                                             videos.py)
+
+Clips are called `<tar>/<key>`; their keys in the data set are the same, with `_` for characters
+that a key cannot have and a hash at the end. Members of other kinds and keys without a video are
+left out, with a note.
+
+Tars are listed here, not by the webdataset library. For that library (and for `tarfile`) a tar that
+was cut between two members, or has a damaged header, ends without an error; a duplicate key becomes
+two samples; one clip is reached only by reading all before it, and `pipe:` commands are run. A
+listing here reads headers and skips the videos; a clip is then one range of bytes, wherever it is
+read.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class WebDatasetSource:
         self.description = f"webdataset, {len(facts)} tars, content {digest}"
 
     def _list(self, tar: str) -> tuple[list[TarClip], list[str]]:
-        """The clips of a tar, and the names of what is left out."""
+        """Return the clips of a tar, and the names of what is left out."""
         filesystem, path = self._tars[tar]
 
         def attempt() -> tuple[list[TarClip], list[str]]:
@@ -102,7 +105,7 @@ class WebDatasetSource:
 
     @cached_property
     def fps(self) -> float:
-        """Of the first clip; workers list no more than its tar."""
+        """Return the frame rate of the first clip; workers list no more than its tar."""
         first = next((clip for tar in self._tars for clip in self._list(tar)[0]), None)
         return float(first.rate) if first else 0.0
 

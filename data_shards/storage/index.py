@@ -200,6 +200,7 @@ def is_arrows(error: OSError) -> bool:
 
 
 def where(entry: ClipEntry, member: MemberEntry) -> str:
+    """Return the place of a member for an error message."""
     return f"(shard {entry.shard}, key {entry.key}, field {member.field})"
 
 

@@ -56,9 +56,12 @@ JOINED_GAP = 64 * 1024  # members at most this far apart are one read
 
 @dataclass(frozen=True)
 class Clip:
-    """latents [t, C, h, w] float32 as the codec made them (not normalised); fields: the other
-    members as stored (bfloat16 as uint16), whole or, if read by row, those of the same frames. What
-    the data set lacks is not there."""
+    """Store a clip as read.
+
+    latents [t, C, h, w] float32 as the codec made them (not normalised); fields: the other members
+    as stored (bfloat16 as uint16), complete or, if read by row, those of the same frames. Fields
+    that the data set lacks are absent.
+    """
 
     entry: ClipEntry
     latents: NDArray[np.float32]
@@ -66,12 +69,12 @@ class Clip:
 
     @property
     def c2w(self) -> NDArray[np.float64] | None:
-        """[F,4,4], metres, OpenCV axes; None in a data set without poses."""
+        """Return [F,4,4], metres, OpenCV axes; None in a data set without poses."""
         return self.fields.get("c2w")
 
     @property
     def intrinsics(self) -> NDArray[np.float64] | None:
-        """[F,4] fx, fy, cx, cy in pixels; None in a data set without poses."""
+        """Return [F,4] fx, fy, cx, cy in pixels; None in a data set without poses."""
         return self.fields.get("intrinsics")
 
 
@@ -113,10 +116,7 @@ class ClipDataset:
         ).hexdigest()
 
     def global_name(self, shard: str) -> str:
-        """Return a shard's name that is unique among all data sets, for quarantine lists.
-
-        It does not depend on the path by which the data set was opened.
-        """
+        """Return a shard's name, unique among all data sets at any path, for quarantine lists."""
         return f"{self.info.fingerprint[:12]}/{shard}"
 
     def find(self, key: str) -> ClipEntry:
@@ -134,13 +134,13 @@ class ClipDataset:
         stored: bool = False,
         into: NDArray[np.uint8] | None = None,
     ) -> Clip:
-        """A clip's latent frames [start, stop) and, unless `replicated` is False, its fields.
+        """Read a clip's latent frames [start, stop) and its fields.
 
-        stored: leave the latents as they lie in the shard, for those who convert them faster:
-        float16, or bfloat16's bits as uint16. into: see `rows`.
+        replicated: False leaves out the fields. stored: leave the latents as stored, for callers
+        that convert them faster: float16, or bfloat16's bits as uint16. into: see `rows`.
 
         Raises:
-            DataError: an unknown key, frames outside the clip, missing or changed bytes, latents that are not finite.
+            DataError: an unknown key, frames outside the clip, bad bytes, latents not finite.
         """
         entry = self.find(key) if isinstance(key, str) else key
         start, stop = frames or (0, entry.latent_frames)
@@ -182,9 +182,8 @@ class ClipDataset:
     ) -> NDArray[Any]:
         """Read rows [start, stop) of a member with a checksum per row, as stored.
 
-        bfloat16 is returned as uint16. Only these bytes are read, and each row is verified; values
-        are not checked. into: uint8 [n] to read into, if it is large enough; the result is then a
-        view of it.
+        Only these bytes are read, and each row is verified; values are not checked. into: uint8 [n]
+        to read into, if it is large enough; the result is then a view of it.
         """
         if not 0 <= start <= stop <= member.shape[0]:
             raise DataError(
@@ -203,7 +202,7 @@ class ClipDataset:
         for piece in lies_in(entry, member, start, stop):
 
             def wrong(data: NDArray[np.uint8], offset: int, row: int = row) -> str:
-                """What is wrong with some of its rows, those from byte `offset` of the piece on."""
+                """Return the error in its rows from byte `offset` of the piece on."""
                 rows = enumerate(
                     (data[at : at + size] for at in range(0, len(data), size)), row + offset // size
                 )
@@ -265,10 +264,8 @@ class ClipDataset:
         return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
 
     def null_text(self) -> NDArray[np.float32] | None:
-        """Return the verified embedding [L0, E] of the empty prompt; None without text.
-
-        Raises DataError for changed bytes.
-        """
+        """Return the verified embedding [L0, E] of the empty prompt; None without text (or
+        DataError)."""
         if self.info.null_text is None:
             return None
         try:

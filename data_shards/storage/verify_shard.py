@@ -1,9 +1,9 @@
-"""Every byte of one shard against its index rows; each function says what is wrong, or ''.
+"""Check every byte of one shard against its index rows.
 
 A shard is fully determined by its index rows: canonical tar headers, npy headers, payloads with
-known checksums, zero padding, two zero blocks, end; or the files of a Zarr group, alike. So each
-byte is either right or reported, with shard, key and field; nothing a damaged header *says* is ever
-followed.
+known checksums, zero padding, two zero blocks, end; or the files of a Zarr group, in the same way.
+So each byte is either right or reported, with shard, key and field; a damaged header is never
+followed. Each function returns what is wrong, or ''.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Problem:
 
 
 def describe_header(block: bytes, expected: bytes) -> str:
-    """What is wrong with a 512-byte tar header, for the report only."""
+    """Return the error in a 512-byte tar header, for the report only."""
     name = expected[:100].rstrip(b"\0").decode()
     if len(block) < BLOCK:
         return f"tar header: the shard ends inside it, expected member {name!r}"
@@ -79,10 +79,10 @@ def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -
 def check_rows(
     file: BinaryIO, member: MemberEntry, row: int, length: int, total: int
 ) -> tuple[int, str]:
-    """Read `length` bytes, the rows from `row` on: (checksum of all bytes up to here, given that of
-    those before, what is wrong or '').
+    """Read `length` bytes, the rows from `row` on, and check them.
 
-    At most CHUNK bytes are in memory, whatever the index claims.
+    Returns (checksum of all bytes so far, given `total` of those before; what is wrong or ''). At
+    most CHUNK bytes are in memory, whatever the index claims.
     """
     problem, by_row = "", is_by_row(member.field)
     size = member.row_bytes if by_row else length
@@ -102,7 +102,7 @@ def check_rows(
 
 
 def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
-    """What to say of elements that are NaN or infinite; '' where all are finite, or the bytes are
+    """Return a message about elements that are NaN or infinite; '' if all are finite or bytes are
     cut."""
     count, rest = divmod(len(data), ITEM_BYTES[member.dtype])
     if rest or all_finite(array_from_bytes(data, member.dtype, (count,)), member.dtype):
@@ -111,7 +111,7 @@ def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
 
 
 def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Problem]:
-    """Read a shard once, from start to end, and list what differs from the index."""
+    """Read a shard once, from start to end, and list the deviations from the index."""
     problems = []
     members = sorted(
         ((m.offset, entry.key, m) for entry, group in rows for m in group), key=lambda item: item[0]
@@ -162,8 +162,10 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
 
 
 def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Problem]:
-    """Every file of a Zarr shard: each has one right content, which the index gives, and there are
-    no others."""
+    """Check every file of a Zarr shard, and that there are no others.
+
+    Each file has one right content, which follows from the index.
+    """
     problems, expected = (
         [],
         shard_files((entry.key, member) for entry, members in rows for member in members),
@@ -205,7 +207,7 @@ def check_piece(
     row: int,
     total: int,
 ) -> tuple[int, str]:
-    """As `check_rows`, for one file of an array and what follows the rows in it."""
+    """Check one file of an array like `check_rows`, and what follows the rows in it."""
     length, rest = expected
     try:
         with filesystem.open(path, "rb") as file:
@@ -229,7 +231,7 @@ def check_piece(
 
 
 def differs(filesystem: Any, path: str, content: bytes) -> str:
-    """What is wrong with a file whose content is known; '' if nothing is."""
+    """Return the error in a file whose expected content is given; '' if there is none."""
     try:
         return (
             ""

@@ -204,6 +204,7 @@ def write_index(
 
 
 def index_row(entry: ClipEntry, members: tuple[MemberEntry, ...]) -> dict[str, Any]:
+    """Return a clip's row of the index."""
     facts = {
         name: getattr(entry, name)
         for name in ("key", "shard", "episode", "split", "latent_frames", "raw_frames")

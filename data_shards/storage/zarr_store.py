@@ -43,6 +43,7 @@ class Piece(NamedTuple):
 
 
 def array_path(key: str, field: str) -> str:
+    """Return the path of a member's array inside its shard."""
     return f"{key}/{field.removesuffix('.npy')}"
 
 

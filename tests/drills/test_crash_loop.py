@@ -26,8 +26,13 @@ def test_a_crash_loop_ends(gameplay, tmp_path, restarts, poisoned):
     ]
     stage = tmp_path / "demo" / "short"
     if poisoned:
-        small += ["recipe.stages.short.optimizer.lr=10", "recipe.stages.short.optimizer.clip_norm=1e30", "trainer.spike_factor=1.0001",
-                  "recipe.stages.short.optimizer.warmup_steps=0", "trainer.checkpoint_every=5"]  # fmt: skip
+        small += [
+            "recipe.stages.short.optimizer.lr=10",
+            "recipe.stages.short.optimizer.clip_norm=1e30",
+            "trainer.spike_factor=1.0001",
+            "recipe.stages.short.optimizer.warmup_steps=0",
+            "trainer.checkpoint_every=5",
+        ]
     else:
         (stage / "metrics.jsonl").mkdir(parents=True)
     where = [f"data.path={gameplay}", f"out={tmp_path}", "tracker=none", "launcher=torchrun"]
@@ -35,8 +40,12 @@ def test_a_crash_loop_ends(gameplay, tmp_path, restarts, poisoned):
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *command, f"launcher.max_restarts={restarts}", *small],
-        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     said = done.stdout + done.stderr
     attempts = re.findall(r"restart (\d+) of \d+ in (\d+) s", said)
     assert done.returncode == 1, said

@@ -45,9 +45,9 @@ def save_and_die(root: Path, at_call: int, after: bool) -> bool:
             return touch
 
         for owner, name in (
-            (store, "write_tensors"),
-            (store, "write_text"),
-            (store, "sync_folder"),
+            (writer, "write_tensors"),
+            (writer, "write_text"),
+            (writer, "sync_folder"),
         ):
             setattr(owner, name, lethal(getattr(owner, name)))
         Path.mkdir, Path.rename = lethal(Path.mkdir), lethal(Path.rename)  # type: ignore[method-assign]

@@ -8,8 +8,15 @@ import pytest
 
 STEPS = 2000
 # a nano model on tiny clips, so that it is the loop that is soaked
-NANO = ("model.width=32", "model.depth=1", "model.heads=2", "model.softmax_every=0", "model.plucker=false", "model.camera=false",
-        "recipe.stages.short.frames=9")  # fmt: skip
+NANO = (
+    "model.width=32",
+    "model.depth=1",
+    "model.heads=2",
+    "model.softmax_every=0",
+    "model.plucker=false",
+    "model.camera=false",
+    "recipe.stages.short.frames=9",
+)
 
 
 def held(pid: int) -> tuple[int, int, int]:
@@ -45,9 +52,12 @@ def test_two_thousand_steps_leak_nothing(worker_config, tmp_path, start_ranks):
         growth = max(s[0] for s in late) / max(s[0] for s in early) - 1
         # the least of them: a file that is open at the moment of a look is no leak
         descriptors, threads = (min(s[i] for s in late) - min(s[i] for s in early) for i in (1, 2))
-        print(f"rank {rank}: memory {max(s[0] for s in early) / 2**20:.0f} -> {max(s[0] for s in late) / 2**20:.0f} MiB, "
-              f"descriptors {min(s[1] for s in early)} -> {min(s[1] for s in late)}, "
-              f"threads {min(s[2] for s in early)} -> {min(s[2] for s in late)}")  # fmt: skip
+        before, after = (max(s[0] for s in part) / 2**20 for part in (early, late))
+        print(
+            f"rank {rank}: memory {before:.0f} -> {after:.0f} MiB, "
+            f"descriptors {min(s[1] for s in early)} -> {min(s[1] for s in late)}, "
+            f"threads {min(s[2] for s in early)} -> {min(s[2] for s in late)}"
+        )
         assert growth < 0.03
         assert descriptors <= 0
         assert threads <= 0

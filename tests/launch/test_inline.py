@@ -40,7 +40,8 @@ def pid_in(file: Path, within_s: float = 20.0) -> int:
 
 def test_environment_config_and_output(spec, view) -> None:
     program = """
-print(json.dumps({k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GREETING")}))
+names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GREETING"
+print(json.dumps({k: os.environ[k] for k in names}))
 assert int(os.environ["MASTER_PORT"]) > 1023 and open(sys.argv[1]).read() == "{}"
 sys.stdout.write('@progress {"step": 3, "steps": 9}\\nno newline')
 """

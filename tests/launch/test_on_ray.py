@@ -41,15 +41,17 @@ FIRST_TIME = "first = not (place / 'tried').exists()\n"
 def test_ranks_find_each_other(spec, view, cluster: str, tmp_path: Path) -> None:
     program = """
 import socket
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COLOUR")
+names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "COLOUR"]
+names += ["MASTER_ADDR", "MASTER_PORT"]
+meeting = lambda: (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 (place / f"rank_{rank}").write_text(json.dumps({name: os.environ[name] for name in names}))
 if rank == 0:
-    with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) as server:
+    with socket.create_server(meeting()) as server:
         print("rank 0 met", server.accept()[0].recv(9).decode())
 else:
     for attempt in range(100):
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).sendall(b"rank 1")
+            socket.create_connection(meeting()).sendall(b"rank 1")
             break
         except ConnectionRefusedError:
             time.sleep(0.1)

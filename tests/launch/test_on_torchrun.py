@@ -30,7 +30,8 @@ if first and rank == 1:
 if first:
     time.sleep(60)
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "COLOUR")
-(place / f"rank_{rank}").write_text(json.dumps([os.environ[name] for name in names] + [bool(os.environ["MASTER_PORT"])]))
+values = [os.environ[name] for name in names] + [bool(os.environ["MASTER_PORT"])]
+(place / f"rank_{rank}").write_text(json.dumps(values))
 if rank == 0:
     print('@progress {"step": 1, "steps": 1}')
 """

@@ -1,5 +1,4 @@
-"""What the verbs are tested on: layouts, and the inputs that a case stands for. `oracles` hands them
-on."""
+"""Make the cases of the verbs' tests: layouts and inputs. Tests import them from `oracles`."""
 
 from __future__ import annotations
 

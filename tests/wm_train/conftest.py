@@ -143,7 +143,7 @@ def found(demo: str, shards: Path) -> Callable[..., dict[str, Problem]]:
 
 @pytest.fixture
 def write() -> Callable[..., None]:
-    """write(folder, **changes): the facts of a data set, 10 clips of 81 frames but for `changes`."""
+    """write(folder, **changes): facts of a data set, 10 clips of 81 frames except for `changes`."""
     return write_info
 
 

@@ -1,5 +1,5 @@
-"""`python -m wm_train.checkpoint verify|inspect|export|prune <folder>`: checkpoints from a shell.
-Exit code 2 when one is not usable."""
+"""Run `python -m wm_train.checkpoint verify|inspect|export|prune <folder>`. Exit code 2 when a
+checkpoint is not usable."""
 
 from __future__ import annotations
 
@@ -70,20 +70,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def chosen(folder: Place) -> list[Place]:
-    """The checkpoint itself, or all of a stage, oldest first."""
-    found = [folder] if STEP_FOLDER.fullmatch(folder.name) else store.committed(folder)
-    if not found or not all(path.is_dir() for path in found):
+def select_checkpoints(folder: Place) -> list[Place]:
+    """Return the checkpoint itself, or all of a stage, oldest first."""
+    folders = [folder] if STEP_FOLDER.fullmatch(folder.name) else store.committed(folder)
+    if not folders or not all(path.is_dir() for path in folders):
         raise CheckpointError(
             f"checkpoint: got {folder}, expected a step_N folder or a stage's checkpoints folder."
             " Fix: name one"
         )
-    return found
+    return folders
 
 
 def verify(arguments: argparse.Namespace) -> int:
     code = 0
-    for folder in chosen(arguments.folder):
+    for folder in select_checkpoints(arguments.folder):
         try:
             manifest = store.check(folder, ALONE)
             print(
@@ -97,7 +97,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    folder = chosen(arguments.folder)[-1]
+    folder = select_checkpoints(arguments.folder)[-1]
     manifest = read_manifest(folder)
     print(
         f"{folder}: stage {manifest.stage}, step {manifest.step}, written by"
@@ -112,15 +112,15 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Weights under their names in the model, each whole, in one file or in the directory of a
-    public checkpoint."""
+    """Write weights under their names in the model, each whole, to one file or to the directory of
+    a public checkpoint."""
     import torch
     from safetensors.torch import save_file
 
     from wm_train.checkpoint.tensor_file import DTYPES
     from wm_train.models.public import export_pretrained
 
-    folder = chosen(arguments.folder)[-1]
+    folder = select_checkpoints(arguments.folder)[-1]
     manifest = store.check(folder, ALONE)
     torch_types = {word: dtype for dtype, word in DTYPES.items()}
     averaged = (

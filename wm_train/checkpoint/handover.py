@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from wm_train.config.schema import StageConfig
 
 
-def matching(patterns: Iterable[str], names: Collection[str], where: str) -> set[str]:
-    """The names that any of the patterns covers. Raises ValueError for a pattern that covers none:
-    it is a slip."""
-    found = set()
+def match_names(patterns: Iterable[str], names: Collection[str], where: str) -> set[str]:
+    """Return the names that any of the patterns covers. Raises ValueError for a pattern that covers
+    none, as it is a typo."""
+    names_covered = set()
     for pattern in patterns:
         covered = {name for name in names if fnmatchcase(name, pattern)}
         if not covered:
@@ -21,17 +21,17 @@ def matching(patterns: Iterable[str], names: Collection[str], where: str) -> set
                 f"{where}: got {pattern!r}, expected a pattern of parameter names such as {like}."
                 " Fix: correct it"
             )
-        found |= covered
-    return found
+        names_covered |= covered
+    return names_covered
 
 
 @dataclass(frozen=True)
 class Handover:
-    """How the parameters of a stage meet those of its source, by name."""
+    """Record how the parameters of a stage pair with those of its source, by name."""
 
     taken: frozenset[str]  # get the source's values
     fresh: frozenset[str]  # start as initialised
-    left: frozenset[str]  # the source's own, which this stage has no use for
+    left: frozenset[str]  # in the source only; this stage drops them
 
 
 def handover(
@@ -41,18 +41,17 @@ def handover(
     theirs: Collection[str],
     parts: Callable[..., list[str]],
 ) -> Handover:
-    """Who gets what. `parts` picks the names that a stage's own changes of the model may add or
-    drop.
+    """Match the parameters of a stage with those of its source, by name. `parts` selects the names
+    that the stage's own changes of the model may add or remove.
 
-    Raises ValueError when a name on one side has no counterpart and nothing says that this is
-    meant.
+    Raises ValueError for a name on one side without a counterpart, unless the stage declares it.
     """
     where, added, dropped = (
         f"recipe.stages.{name}",
         set(mine) - set(theirs),
         set(theirs) - set(mine),
     )
-    declared = matching(stage.new, mine, f"{where}.new")
+    declared = match_names(stage.new, mine, f"{where}.new")
     if declared & set(theirs):
         known = sorted(declared & set(theirs))[0]
         raise ValueError(
@@ -71,7 +70,7 @@ def handover(
             f"{where}: got a source with parameters that its model lacks, {_few(unknown)}. Fix: use"
             " the model that wrote it"
         )
-    fresh = added | matching(stage.reinitialise, mine, f"{where}.reinitialise")
+    fresh = added | match_names(stage.reinitialise, mine, f"{where}.reinitialise")
     return Handover(frozenset(set(mine) - fresh), frozenset(fresh), frozenset(dropped))
 
 

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what is in it, which mesh wrote it, and the hash of every file,
-itself included.
+"""Read, check and write the manifest of a checkpoint: its tensors, its mesh, and the hash of every
+file, its own included.
 
 A manifest is one line of canonical JSON, `{"body": ..., "sha256": ...}`; reading it re-makes that
-line and compares, so that any changed byte is found. It is written last: a folder without a
+line and compares, so that any changed byte is detected. It is written last: a folder without a
 manifest is not a checkpoint.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from wm_train.storage import Place
 
 NAME = "manifest.json"
-BAD = "manifest.bad"  # what a bad checkpoint's becomes where folders cannot be renamed
+BAD = "manifest.bad"  # the manifest of a bad checkpoint in a store, which cannot rename
 STEP_FOLDER = re.compile(
     r"step_(\d{8})(-[0-9a-f]{8})?"
 )  # the token: in a store, where a save begins under its last name
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that must not be used, and why."""
+    """Report a checkpoint that must not be used, and the reason."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of one tensor in one file. `key` is its name in the file."""
+    """Locate a box of one tensor in one file. `key` is its name in the file."""
 
     file: str
     offset: list[int]
@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One logical tensor: its global shape and the parts that make it up."""
+    """Describe one logical tensor: its global shape and the parts that it consists of."""
 
     dtype: str
     shape: list[int]
@@ -51,8 +51,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A committed checkpoint. `step` counts finished steps; `facts` holds what resuming compares
-    (config, data, model, mesh)."""
+    """Describe a committed checkpoint. `step` counts finished steps; `facts` holds what resuming
+    compares (config, data, model, mesh)."""
 
     step: int
     stage: str
@@ -63,7 +63,7 @@ class Manifest:
 
 
 def to_text(manifest: Manifest) -> str:
-    """The one line that stands for this manifest."""
+    """Return the manifest as one line of text."""
     body = _canonical(asdict(manifest))
     return f'{{"body":{body},"sha256":"{_digest(body)}"}}\n'
 
@@ -93,10 +93,10 @@ def read_manifest(folder: Place) -> Manifest:
             f"checkpoint {folder}: {NAME} does not match its own sha256. Fix: use another"
             " checkpoint"
         )
-    found = body.get("format") if isinstance(body, dict) else None
-    if found != FORMAT:
+    version = body.get("format") if isinstance(body, dict) else None
+    if version != FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder}: got format {found}, expected {FORMAT}. Fix: read it with the"
+            f"checkpoint {folder}: got format {version}, expected {FORMAT}. Fix: read it with the"
             " version that wrote it"
         )
     try:
@@ -109,7 +109,7 @@ def read_manifest(folder: Place) -> Manifest:
 
 
 def _from_body(body: dict[str, Any]) -> Manifest:
-    """The manifest that a JSON object stands for. Any error says that it stands for none."""
+    """Build a manifest from a JSON object. Any exception means that the object is no manifest."""
     files = {
         _is(str, name): {"size": _is(int, entry["size"]), "sha256": _is(str, entry["sha256"])}
         for name, entry in body["files"].items()
@@ -158,7 +158,7 @@ def _sizes(values: Any) -> list[int]:
 
 
 def check_names(folder: Place, manifest: Manifest) -> None:
-    """Refuse names that lead out of the folder, and files that the manifest does not know.
+    """Refuse names that lead out of the folder, and files that the manifest does not list.
 
     Errors: CheckpointError.
     """
@@ -189,19 +189,20 @@ def _digest(text: str) -> str:
 
 
 def committed(root: Place) -> list[Place]:
-    """Published checkpoint folders, oldest first. Unfinished and quarantined ones have other names;
-    in a store, which does not rename, an unfinished one has no manifest yet. May raise OSError."""
+    """Return published checkpoint folders, oldest first. Unfinished and quarantined ones have other
+    names; in a store, which does not rename, an unfinished one has no manifest yet. May raise
+    OSError."""
     if isinstance(root, Path):
         return (
             [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))]
             if root.is_dir()
             else []
         )
-    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
-    return sorted(found, key=lambda folder: folder.name)
+    folders = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
+    return sorted(folders, key=lambda folder: folder.name)
 
 
 def step_of(folder: Place) -> int:
     """Return the step in a checkpoint folder's name, -1 for another folder."""
-    found = STEP_FOLDER.fullmatch(folder.name)
-    return int(found[1]) if found else -1
+    match = STEP_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else -1

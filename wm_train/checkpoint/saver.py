@@ -1,9 +1,9 @@
-"""Saving without making training wait: the state is copied to kept host buffers, and a thread
-writes and commits it.
+"""Save in the background: copy the state to reused host buffers, then write and commit it in a
+thread.
 
-At most one save is under way. A failed one is reported when the next begins or the stage ends; what
-was committed before is untouched. The thread talks to the other processes through a group of its
-own, so its words never mix with training's.
+At most one save is in progress. A failed one is reported when the next begins or the stage ends;
+committed checkpoints are untouched. The thread has a process group of its own, so checkpoint
+collectives never interleave with training collectives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wm_train.world import World
 
 
 class Saver:
-    """Commits states under `root`. Every process has one and calls it at the same steps."""
+    """Commit states under `root`. Every rank creates one and calls it at the same steps."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Saver:
             report,
             lost,
         )
-        self._world = world.twin() if config.async_checkpoint else world
+        self._world = world.duplicate() if config.async_checkpoint else world
         self._buffers: dict[str, torch.Tensor] | None = {} if config.async_checkpoint else None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -49,11 +49,11 @@ class Saver:
     def save(
         self, step: int, tensors: Iterable[tuple[str, torch.Tensor]], facts: dict[str, Any]
     ) -> None:
-        """Begin to save the state after `step` finished steps; returns once training may change the
+        """Begin to save the state after `step` finished steps; return once training may change the
         tensors again.
 
-        A save that fails (a full disk, say) costs that checkpoint, not the run: it is reported and
-        the next one is tried.
+        A save that fails (a full disk, for example) costs that checkpoint, not the run: it is
+        reported and the next one is tried.
         """
         self.wait()
         state = writer.copy_to_host(tensors, self._world.rank, self._buffers)
@@ -61,24 +61,25 @@ class Saver:
             self._commit(step, state, facts)
             self.wait()
         else:
-            # A daemon: when the run has failed, its peers may never answer, and what is half
-            # written is no checkpoint.
+            # A daemon, since peers of a failed run may never answer; a half-written folder is no
+            # checkpoint.
             self._thread = threading.Thread(
                 target=self._run, args=(step, state, facts), name="checkpoint", daemon=True
             )
             self._thread.start()
 
     def wait(self) -> bool:
-        """Wait for the save under way, if any; whether the last one succeeded.
+        """Wait for the save in progress, if any; return True if the last one succeeded.
 
-        Errors: RuntimeError when `lost` names a process that will never answer; whatever else ended
+        Errors: RuntimeError when `lost` names a rank that will not answer; any exception that ended
         the thread.
         """
         if self._thread is not None:
             while self._thread.is_alive():
                 self._thread.join(1.0)
                 if self._thread.is_alive() and (lost := self.lost()):
-                    self._thread.join(1.0)  # one that has done its share and left is no loss
+                    # a rank that has finished its part and left is no failure
+                    self._thread.join(1.0)
                     if not self._thread.is_alive():
                         break
                     raise RuntimeError(f"waiting for a save: {'; '.join(lost)}")

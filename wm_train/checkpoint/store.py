@@ -1,16 +1,17 @@
-"""Checkpoints that are either whole or absent (design §9).
+"""Find, verify and load checkpoints, each of which is either complete or absent (design §9).
 
-    copy   each rank's boxes go to the host, into buffers that are kept from save to save
-    commit every rank writes them into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes; rank 0 writes the manifest last,
-           renames the folder to step_N, and points `latest` at it
-    find   rank 0 goes from the newest folder down; all ranks hash its files, each a share; a bad one is renamed to step_N.bad-<id>, the
-           reason is reported, and the next older one is tried; rank 0's choice holds for everybody
-    load   each rank reads just the boxes it needs, so any mesh can read what any other wrote
+    copy   each rank's boxes go to the host, into buffers that are reused by every save
+    commit every rank writes them into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes;
+           rank 0 writes the manifest last, renames the folder to step_N, points `latest` at it
+    find   rank 0 goes from the newest folder down; the ranks divide its files and hash them; a
+           bad folder is renamed to step_N.bad-<id>, the reason is reported, and the next older
+           one is tried; rank 0's choice holds for all ranks
+    load   each rank reads just the boxes it needs, so any mesh can read what another wrote
 
-A store without rename (s3://, see storage.py) gets step_N-<id>/ at once; it counts when the manifest
-is there, and a bad one loses its.
+A store without rename (s3://, see storage.py) gets step_N-<id>/ at once; it counts when the
+manifest is there, and the manifest of a bad one is removed.
 
-Plain torch.distributed.checkpoint finds none of 200 flipped bits, mixes two saves in one folder,
+Plain torch.distributed.checkpoint detects none of 200 flipped bits, mixes two saves in one folder,
 and its metadata is a pickle; hence ours. `copy` and `commit` are in `writer.py`.
 """
 
@@ -43,14 +44,14 @@ from wm_train.world import World
 
 
 def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Hash the files `share[0]::share[1]` of a checkpoint; returns what is wrong with them."""
+    """Hash the files `share[0]::share[1]` of a checkpoint; return what is wrong with them."""
     problems = []
     for name in sorted(manifest.files)[share[0] :: share[1]]:
         expected = manifest.files[name]
-        found = read_digest(folder / name)
-        if found.size != expected["size"]:
-            problems.append(f"{name}: got {found.size} bytes, expected {expected['size']}")
-        elif found.sha256 != expected["sha256"]:
+        actual = read_digest(folder / name)
+        if actual.size != expected["size"]:
+            problems.append(f"{name}: got {actual.size} bytes, expected {expected['size']}")
+        elif actual.sha256 != expected["sha256"]:
             problems.append(f"{name}: its sha256 is not the manifest's")
     return problems
 
@@ -58,12 +59,12 @@ def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -
 def find_newest(
     root: Place, world: World, report: Callable[[str], None], before: int | None = None
 ) -> tuple[Place, Manifest] | None:
-    """The newest valid checkpoint under `root` (of a step less than `before`), the same on all
-    ranks, or None. Bad ones are quarantined and reported."""
+    """Return the newest valid checkpoint under `root` (of a step less than `before`), the same on
+    all ranks, or None. Bad ones are quarantined and reported."""
     while True:
-        found = committed(root) if world.rank == 0 else []
-        found = [folder for folder in found if before is None or step_of(folder) < before]
-        name = world.from_first(found[-1].name if found else None)
+        folders = committed(root) if world.rank == 0 else []
+        folders = [folder for folder in folders if before is None or step_of(folder) < before]
+        name = world.from_first(folders[-1].name if folders else None)
         if name is None:
             return None
         folder = root / name
@@ -77,7 +78,7 @@ def find_newest(
 
 
 def _set_aside(folder: Place) -> Place:
-    """Take a bad checkpoint out of the way but leave it to be looked at."""
+    """Rename a bad checkpoint, so that it is no longer found but can be examined."""
     if isinstance(folder, Path):
         return folder.rename(folder.with_name(f"{folder.name}.bad-{secrets.token_hex(4)}"))
     manifest = folder / NAME
@@ -87,8 +88,7 @@ def _set_aside(folder: Place) -> Place:
 
 
 def withdraw(folder: Place) -> None:
-    """Make a checkpoint a draft: it is never taken for a checkpoint, and is cleaned with the next
-    save."""
+    """Turn a checkpoint into a draft, which is never loaded and is deleted by the next save."""
     if isinstance(folder, Path):
         folder.rename(folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}"))
     else:
@@ -96,7 +96,7 @@ def withdraw(folder: Place) -> None:
 
 
 def check(folder: Place, world: World) -> Manifest:
-    """The manifest of `folder` after every file was hashed, each rank a share.
+    """Return the manifest of `folder` after hashing every file, divided over the ranks.
 
     Errors: CheckpointError, the same on all ranks.
     """
@@ -107,10 +107,10 @@ def check(folder: Place, world: World) -> Manifest:
         problems = verify(folder, manifest, (world.rank, world.size))
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
-    found = [problem for share in world.gather(problems) for problem in share]
-    if found:
+    reports = [problem for share in world.gather(problems) for problem in share]
+    if reports:
         raise CheckpointError(
-            f"checkpoint {folder} is not usable: {'; '.join(dict.fromkeys(found))}. Fix: use"
+            f"checkpoint {folder} is not usable: {'; '.join(dict.fromkeys(reports))}. Fix: use"
             " another checkpoint"
         )
     assert manifest is not None
@@ -169,7 +169,7 @@ def _read(folder: Place, manifest: Manifest, targets: Mapping[str, torch.Tensor]
 
 
 def _fill(files: dict[str, Any], key: str, entry: TensorEntry, target: torch.Tensor) -> None:
-    """Copy what the parts hold of this process's box of `target`."""
+    """Copy this rank's box of `target` from the parts."""
     box, storage = local_box(target), local_tensor(target)
     for part in entry.parts:
         source = Box(tuple(part.offset), tuple(part.shape))

@@ -1,5 +1,5 @@
-"""One file of tensors in the safetensors format, hashed while it is written and never trusted
-before its hash agreed.
+"""Write tensors in the safetensors format, hashed while they are written, and read them once the
+hash has been checked.
 
 We write the format ourselves (an 8-byte length, a JSON header, raw little-endian data) only to
 stream it through sha256 without a second copy in memory; reading is the `safetensors` library's. No
@@ -33,7 +33,7 @@ CHUNK = 16 * 2**20  # bytes hashed at a time
 
 
 class FileDigest(NamedTuple):
-    """What the manifest remembers of a file."""
+    """Store the size and hash of a file, as the manifest records them."""
 
     size: int
     sha256: str
@@ -78,14 +78,14 @@ def write_tensors(path: Place, tensors: Mapping[str, torch.Tensor]) -> FileDiges
 
 
 def _flush(path: Place, file: Any) -> None:
-    """To the disk. A store flushes when a file is closed."""
+    """Flush a file to the disk. A store flushes when a file is closed."""
     if isinstance(path, Path):
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_digest(path: Place) -> FileDigest:
-    """Size and sha256 of a file as it lies on the disk."""
+    """Return size and sha256 of a file as it is on the disk."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while data := file.read(CHUNK):
@@ -95,7 +95,7 @@ def read_digest(path: Place) -> FileDigest:
 
 
 class RemoteTensors:
-    """Tensors of a file in a store, read by byte range: of a slice, only the rows it spans."""
+    """Read tensors of a file in a store by byte range: of a slice, only the rows it spans."""
 
     def __init__(self, file: Remote) -> None:
         self.file = file
@@ -127,7 +127,7 @@ class RemoteTensors:
 
 
 class _Slices:
-    """`slices[rows, ...]` of one tensor."""
+    """Read `slices[rows, ...]` of one tensor."""
 
     def __init__(self, tensors: RemoteTensors, key: str) -> None:
         self.tensors, self.key = tensors, key

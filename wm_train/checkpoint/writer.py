@@ -31,7 +31,8 @@ from wm_train.world import World
 
 
 class HostCopy(NamedTuple):
-    """What one rank writes of a state, on the host, and what the whole state looks like."""
+    """Hold the part of a state that one rank writes, on the host, and the shape of the whole
+    state."""
 
     mine: dict[str, torch.Tensor]
     boxes: dict[str, Box]
@@ -43,9 +44,9 @@ def copy_to_host(
     rank: int,
     kept: dict[str, torch.Tensor] | None = None,
 ) -> HostCopy:
-    """This rank's boxes of plain tensors and DTensors, which are let go one by one. With `kept`,
-    copies into its buffers, made at the first call, so that training may go on while they are
-    written; without, host tensors are taken as they are."""
+    """Copy this rank's boxes of plain tensors and DTensors to the host, releasing each original.
+    With `kept`, copy into its buffers, made at the first call, so that training may go on while
+    they are written; without, use host tensors as they are."""
     mine, boxes, shapes = {}, {}, {}
     for name, tensor in tensors:
         box, shapes[name] = local_box(tensor), (tensor.dtype, list(tensor.shape))
@@ -75,10 +76,10 @@ def save(
 def commit(
     root: Place, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World
 ) -> Place:
-    """Write and publish a state; returns its folder on every rank. A step that is committed already
+    """Write and publish a state; return its folder on every rank. A step that is committed already
     is left as it is.
 
-    Errors: CheckpointError on all ranks when any rank could not write; what was committed before is
+    Errors: CheckpointError on all ranks when any rank could not write; committed checkpoints are
     untouched.
     """
     final, draft = _names(root, step, world)
@@ -89,7 +90,7 @@ def commit(
         if isinstance(draft, Path):
             draft.mkdir(
                 parents=True, exist_ok=True
-            )  # the name is fresh, so whoever comes first makes it
+            )  # the name is fresh, so the first rank makes it
         part = _write_part(draft, state, world.rank)
     except OSError as error:
         problem = f"rank {world.rank}: {error}"
@@ -117,8 +118,8 @@ def commit(
 
 
 def _names(root: Place, step: int, world: World) -> tuple[Place, Place | None]:
-    """The folder of a step and the one to write to, the same on all ranks; None: it is there
-    already."""
+    """Return the folder of a step and the one to write to, the same on all ranks; None if it
+    exists."""
     known = (
         [folder for folder in committed(root) if step_of(folder) == step] if world.rank == 0 else []
     )
@@ -143,7 +144,7 @@ def _remove(folder: Place) -> None:
 
 
 def _write_part(draft: Place, state: HostCopy, rank: int) -> dict[str, Any]:
-    """Write this rank's file; returns what the manifest needs to know of it."""
+    """Write this rank's file; return its entry for the manifest."""
     name = f"rank_{rank:05d}.safetensors"
     digest = write_tensors(draft / name, state.mine)
     boxes = {
@@ -156,7 +157,7 @@ def _write_part(draft: Place, state: HostCopy, rank: int) -> dict[str, Any]:
 def _merge(
     shapes: dict[str, tuple[torch.dtype, list[int]]], parts: list[dict]
 ) -> tuple[dict[str, TensorEntry], dict[str, dict]]:
-    """The manifest's two tables: every logical tensor with its parts, and every file with its
+    """Return the manifest's two tables: every logical tensor with its parts, every file with its
     hash."""
     entries = {}
     for name, (dtype, shape) in shapes.items():
@@ -177,7 +178,7 @@ def _check_cover(name: str, entry: TensorEntry) -> None:
 
 
 def _publish(draft: Place, final: Place, manifest: Manifest) -> None:
-    """Manifest, folder name, pointer: in this order, each flushed before the next."""
+    """Write manifest, folder name and pointer in this order, each flushed before the next."""
     write_text(draft / NAME, to_text(manifest))
     if not isinstance(draft, Path) or not isinstance(final, Path):
         write_text(final.parent / "latest", final.name + "\n")
@@ -217,25 +218,23 @@ def prune(root: Place, keep_last: int, keep_every: int, world: World, keep_best:
 
 
 def best(root: Place, count: int) -> list[Place]:
-    """The `count` checkpoints with the lowest held-out loss, best first; of equals the newer. Those
-    without a loss do not count."""
+    """Return the `count` checkpoints with the lowest held-out loss, best first; of equals the
+    newer. Those without a loss do not count."""
     losses: list[tuple[float, Place]] = []
     for folder in reversed(committed(root) if count else []):
-        with suppress(
-            CheckpointError
-        ):  # a damaged one is no best; the next start will set it aside
+        with suppress(CheckpointError):  # damaged: the next start quarantines it
             loss = read_manifest(folder).facts.get("validation_loss")
             losses += [(loss, folder)] if isinstance(loss, float) else []
     return [folder for _, folder in sorted(losses, key=lambda pair: pair[0])[:count]]
 
 
 def drafts(root: Place) -> list[Place]:
-    """Folders of saves that did not end."""
+    """Return the folders of saves that did not finish."""
     if isinstance(root, Path):
         return (
             [*sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name)]
             if root.is_dir()
             else []
         )
-    found = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name)]
-    return [p for p in found if not (p / NAME).is_file() and not (p / BAD).is_file()]
+    folders = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name)]
+    return [p for p in folders if not (p / NAME).is_file() and not (p / BAD).is_file()]

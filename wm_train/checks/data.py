@@ -21,9 +21,10 @@ PATH, MIXTURE = "data.path", "data.mixture"
 
 
 def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> list[Problem]:
-    """Return problems of `data.path` itself, else of how it fits the stage; keys relative to it.
+    """Return problems of `data.path` itself, else of its fit to the stage; keys relative to the
+    stage.
 
-    infos: what is known of data sets by path, filled in as they are read.
+    infos: facts of data sets by path, filled in as they are read.
     """
     data = plan.config.data
     for path in (data.path, *data.mixture):
@@ -34,11 +35,11 @@ def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> l
         return [info]
     mixed = {path: infos[path] for path in data.mixture}
     wrong = [
-        replace(found, where=MIXTURE, fix=found.fix.replace(f"{PATH}=", f"{MIXTURE}="))
-        for found in mixed.values()
-        if isinstance(found, Problem)
+        replace(problem, where=MIXTURE, fix=problem.fix.replace(f"{PATH}=", f"{MIXTURE}="))
+        for problem in mixed.values()
+        if isinstance(problem, Problem)
     ]
-    read = {path: found for path, found in mixed.items() if not isinstance(found, Problem)}
+    read = {path: facts for path, facts in mixed.items() if not isinstance(facts, Problem)}
     drawn = list(read.values()) or [info]
     problems = [
         *wrong,
@@ -46,9 +47,9 @@ def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> l
         *_selection_problems(plan, [info, *drawn]),
         *_storage_problems(plan),
         *_mixture_problems(plan, info, read),
-        *(problem for found in drawn for problem in _length_problems(plan, found)),
+        *(problem for facts in drawn for problem in _length_problems(plan, facts)),
     ]
-    return list(dict.fromkeys(problems))  # data sets of one stride say the same
+    return list(dict.fromkeys(problems))  # data sets of one stride give equal problems
 
 
 def dataset_info(path: str) -> DatasetInfo | Problem:
@@ -82,9 +83,9 @@ def _dataset_json(path: str) -> str | Problem:
     file = folder / "dataset.json"
     if not file.is_file():
         empty = not any(folder.iterdir())
-        found = "an empty folder" if empty else "a folder without dataset.json"
+        kind = "an empty folder" if empty else "a folder without dataset.json"
         rule = "a folder that `encode` has finished (dataset.json comes last)"
-        return Problem(PATH, f"{path}, {found}", rule, MADE_BY)
+        return Problem(PATH, f"{path}, {kind}", rule, MADE_BY)
     return file.read_text(encoding="utf-8", errors="replace")
 
 
@@ -173,7 +174,7 @@ def _selection_problems(plan: StagePlan, infos: Sequence[DatasetInfo]) -> Iterat
 
 
 def _storage_problems(plan: StagePlan) -> Iterator[Problem]:
-    """Yield a patience with a store that is longer than that of the processes that wait."""
+    """Yield a retry time for storage that is longer than the other ranks wait."""
     limit, data = plan.backend.collective_timeout_s, plan.config.data
     remote = any("://" in path for path in (data.path, *data.mixture))
     if remote and data.retry_s >= limit:
@@ -224,7 +225,7 @@ def _lengths(plan: StagePlan, stride: int) -> list[tuple[str, int, int]]:
 
 
 def _engine_problems(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:
-    """Yield the clips that an attention engine of others cannot share out evenly."""
+    """Yield the clips that an attention engine of another package cannot split evenly."""
     engine = plan.config.parallel.attention
     ranks = max(sequence_size(plan.config.parallel), 1)
     if engine not in FOREIGN_ENGINES or not plan.config.model.needs().softmax:

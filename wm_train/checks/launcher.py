@@ -27,7 +27,7 @@ def launcher_problems(config: RunConfig) -> list[Problem]:
 
 
 def _choices(config: RunConfig) -> Iterator[Problem]:
-    """Yield names that no table has."""
+    """Yield names that are in no table."""
     backend = config.backend
     for key, value, choices in (
         ("launcher.name", config.launcher.name, tuple(LAUNCHERS)),

@@ -32,7 +32,7 @@ def mesh_problems(plan: StagePlan) -> list[Problem]:
 
 
 def _batch_problems(plan: StagePlan) -> Iterator[Problem]:
-    """Yield a batch that the data-parallel ranks cannot share out evenly."""
+    """Yield a batch that does not divide evenly over the data-parallel ranks."""
     ranks, batch = _data_ranks(plan), plan.config.global_batch
     if batch >= 1 and batch % ranks:
         worlds = valid_worlds(plan.config.parallel, batch)
@@ -55,10 +55,10 @@ def _data_ranks(plan: StagePlan) -> int:
 
 
 def _engine_problems(plan: StagePlan) -> Iterator[Problem]:
-    """Yield what `parallel.engines` would refuse in the first step, but for the clips' length.
+    """Yield what `parallel.engines` would refuse in the first step, except for the clips' length.
 
-    Without a sequence group, or without softmax blocks, no engine is asked; how many frames a clip
-    has is for `checks.data`.
+    An engine runs only with a sequence group and softmax blocks; the number of frames of a clip
+    is checked in `checks.data`.
     """
     stage, needs = plan.config, plan.config.model.needs()
     engine = stage.parallel.attention

@@ -1,10 +1,9 @@
-"""A quick look at every node before the first step, so that a bad one is named in seconds and not
-by a hang in the night.
+"""Check every node before the first step, so that a bad one is named in seconds instead of by a
+hang.
 
-Every process measures, all hear all, and the same rules on every process say which node is bad:
-devices, memory, clock, whether the run's folder is writable and the same for all, whether the data
-is there and the same, and how fast the wires are. A slow wire is only reported; everything else
-ends the run as a mistake to be corrected.
+Every rank measures its devices, memory, clock, write access to the run's folder, view of the data
+and link speed; the measurements are gathered, and all ranks apply the same rules to them. A slow
+link is only reported; every other problem ends the run as a mistake to be corrected.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What one process found. `late_s`: by how much its clock is certainly off rank 0's; `link_s`:
-    for BYTES from the node before."""
+    """Hold the measurements of one rank. `late_s`: least certain lead of its clock over rank 0's;
+    `link_s`: seconds for BYTES from the node before."""
 
     node: str
     devices: int | None  # None: workers run on the host
     free_bytes: int
-    folder: str  # what is wrong with the run's folder, or ""
+    folder: str  # the problem with the run's folder, or ""
     data: str  # the same for the data set
     fingerprint: str
-    sharding: str = ""  # what the sharding that is asked for lacks here
+    sharding: str = ""  # what `parallel.sharding` lacks on this node
     late_s: float = 0.0
     link_s: float | None = None
 
@@ -63,8 +62,8 @@ def preflight(
     progress: Progress,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Check all nodes. Every process must call this. Raises SetupError, on all of them, that names
-    the bad nodes and what to do."""
+    """Check all nodes. Every rank must call this. Raises SetupError on all ranks, with the bad
+    nodes and the fixes."""
     started = time.perf_counter()
     node = socket.gethostname()
     folder = plan.directory
@@ -84,14 +83,14 @@ def preflight(
     rate = all_reduce_rate(backend, world)
     link = (
         ring_seconds(backend, world, len(nodes)) if len(nodes) > 2 else None
-    )  # with two nodes a slow wire has no culprit
+    )  # with two nodes a slow link cannot be blamed on either
     everyone = [
-        Facts(**found) for found in world.gather(asdict(facts) | {"late_s": late, "link_s": link})
+        Facts(**fact) for fact in world.gather(asdict(facts) | {"late_s": late, "link_s": link})
     ]
-    found = problems_of(everyone, world.from_first(str(folder)))
-    if found:
+    problems = problems_of(everyone, world.from_first(str(folder)))
+    if problems:
         raise SetupError(
-            "\n".join(["checking the nodes before training (key launcher.preflight):", *found])
+            "\n".join(["checking the nodes before training (key launcher.preflight):", *problems])
         )
     for line in slow_nodes(everyone):
         progress.say(f"warning: {line}")
@@ -103,8 +102,8 @@ def preflight(
 
 
 def problems_of(everyone: list[Facts], folder: str) -> list[str]:
-    """What is wrong, one line per node and kind, each naming the node."""
-    found: dict[str, None] = {}
+    """Return the problems, one line per node and kind, each naming the node."""
+    problems: dict[str, None] = {}
     most_devices = max(
         (facts.devices for facts in everyone if facts.devices is not None), default=0
     )
@@ -114,48 +113,48 @@ def problems_of(everyone: list[Facts], folder: str) -> list[str]:
     for facts in everyone:
         where = f"  node {facts.node}: "
         if facts.devices is not None and facts.devices < most_devices:
-            found[
+            problems[
                 f"{where}got {facts.devices} devices, expected {most_devices} as elsewhere. Fix:"
                 " look for a lost device"
             ] = None
         if facts.free_bytes < MEMORY_SHARE * usual_memory:
             got, usual = facts.free_bytes / 2**30, usual_memory / 2**30
-            found[
+            problems[
                 f"{where}got {got:.1f} GiB of free memory, expected about {usual:.1f} as elsewhere."
                 " Fix: end what else runs there"
             ] = None
         if abs(facts.late_s) > SKEW_S:
             ahead = "ahead of" if facts.late_s > 0 else "behind"
             late = abs(facts.late_s)
-            found[
+            problems[
                 f"{where}got a clock {late:.1f} s {ahead} rank 0's, expected at most {SKEW_S:.0f}"
                 " s. Fix: synchronise it (chrony)"
             ] = None
         if facts.folder:
-            found[f"{where}{facts.folder} (key out; {folder})"] = None
+            problems[f"{where}{facts.folder} (key out; {folder})"] = None
         if facts.sharding:
-            found[f"{where}{facts.sharding}"] = None
+            problems[f"{where}{facts.sharding}"] = None
         if facts.data:
-            found[f"{where}{facts.data}"] = None
+            problems[f"{where}{facts.data}"] = None
         elif facts.fingerprint != usual_print:
             rule = "the one that the others see"
-            found[
+            problems[
                 f"{where}got another data set at that path, expected {rule} (key data.path). Fix:"
                 " mount the same storage"
             ] = None
-    return list(found)
+    return list(problems)
 
 
 def slow_nodes(everyone: list[Facts]) -> list[str]:
-    """Nodes whose wires from the node before and to the node after are both far slower than the
-    faster ones elsewhere."""
+    """Return nodes whose links from the node before and to the node after are both far slower than
+    the faster ones elsewhere."""
     links = {facts.node: facts.link_s for facts in everyone if facts.link_s is not None}
     if len(links) < 3:
         return []
     nodes, usual = (
         list(links),
         sorted(links.values())[(len(links) - 1) // 3],
-    )  # one slow node of three makes two slow wires
+    )  # one slow node of three makes two slow links
     after = dict(zip(nodes, [*nodes[1:], nodes[0]]))
     slow = [node for node in nodes if min(links[node], links[after[node]]) > usual / SLOW_LINK]
     rule = f"MB/s on its wires, expected about {BYTES / usual / 1e6:.0f}"
@@ -163,15 +162,15 @@ def slow_nodes(everyone: list[Facts]) -> list[str]:
 
 
 def device_count(backend: Backend) -> int | None:
-    """Devices this process sees; None when it trains on the host."""
+    """Return the number of devices this process sees; None when it trains on the host."""
     return None if backend.device.type == "cpu" else torch.accelerator.device_count()
 
 
 def free_memory(backend: Backend) -> int:
-    """Bytes free on this process's device, or on the host that it trains on."""
+    """Return the free bytes on this process's device, or on the host if it trains there."""
     if backend.device.type != "cpu":
         return int(torch.accelerator.get_memory_info(backend.device)[0])
-    table = Path("/proc/meminfo")  # Linux; elsewhere what is not even used for caching
+    table = Path("/proc/meminfo")  # Linux; elsewhere memory not even used for caching
     if not table.exists():
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return next(
@@ -182,8 +181,8 @@ def free_memory(backend: Backend) -> int:
 
 
 def data_fact(path: str, patience_s: float) -> tuple[str, str]:
-    """What is wrong with the data set as seen from here, and its fingerprint. Raises DataError when
-    a store does not answer for so long."""
+    """Return the problem with the data set as this rank reads it, and its fingerprint. Raises
+    DataError when a store is unreachable for `data.retry_s`."""
     if "://" in path:
         try:
             return "", read_info(path, RetryPolicy(budget_s=patience_s))[2].fingerprint
@@ -196,7 +195,7 @@ def data_fact(path: str, patience_s: float) -> tuple[str, str]:
 
 
 def sharding_fact(plan: StagePlan) -> str:
-    """What is missing here for `parallel.sharding` and its offload."""
+    """Return what this installation lacks for `parallel.sharding` and its offload."""
     if plan.config.parallel.sharding != "zero3":
         return ""
     from parallel.zero import check
@@ -209,8 +208,8 @@ def sharding_fact(plan: StagePlan) -> str:
 
 
 def folder_fact(folder: Path, world: World) -> str:
-    """What is wrong with the run's folder as seen from here: every process must be able to write,
-    and to see what rank 0 has written."""
+    """Return the problem with the run's folder on this rank: every rank must be able to write to it
+    and to see the files of rank 0."""
     name = world.from_first(secrets.token_hex(8))
     first, mine = folder / f"preflight.tmp-{name}-0", folder / f"preflight.tmp-{name}-{world.rank}"
     wrong = ""
@@ -232,7 +231,7 @@ def folder_fact(folder: Path, world: World) -> str:
             )
         time.sleep(0.05)
     world.barrier()
-    with contextlib.suppress(OSError):  # what is wrong with the folder has been said
+    with contextlib.suppress(OSError):  # `wrong` already tells of an unusable folder
         mine.unlink()
     return wrong
 
@@ -245,11 +244,11 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def lateness(world: World, clock: Callable[[], float]) -> float:
-    """Seconds by which this clock is certainly ahead of rank 0's (below 0: behind it); 0 when the
-    exchange could explain it.
+    """Return the seconds by which this clock is certainly ahead of rank 0's (below 0: behind it); 0
+    when the exchange could explain it.
 
-    Everybody reads the clock after rank 0 has said that it begins and before it has heard from all,
-    so an honest time lies between.
+    Every rank reads its clock after rank 0 has started the exchange and before rank 0 has collected
+    all replies, so a correct time lies between rank 0's two readings.
     """
     world.barrier()
     begin = world.from_first(clock())
@@ -260,8 +259,8 @@ def lateness(world: World, clock: Callable[[], float]) -> float:
 
 
 def all_reduce_rate(backend: Backend, world: World) -> float:
-    """Bytes per second of an all-reduce of BYTES over all processes, as training's collectives do
-    it; 0 for one process."""
+    """Return bytes per second of an all-reduce of BYTES over all ranks, as training's collectives
+    do it; 0 for one rank."""
     if world.size == 1:
         return 0.0
     tensor = torch.ones(BYTES // 4, device=backend.device)
@@ -269,8 +268,8 @@ def all_reduce_rate(backend: Backend, world: World) -> float:
 
 
 def ring_seconds(backend: Backend, world: World, nodes: int) -> float | None:
-    """Seconds for BYTES from the node before this one, measured by the first process of every node;
-    None on the others."""
+    """Return the seconds for BYTES from the node before this one, measured by the first rank of
+    every node; None on the others."""
     leaders = [
         rank
         for rank, local in enumerate(world.gather(int(os.environ.get("LOCAL_RANK", "0"))))
@@ -299,7 +298,7 @@ def ring_seconds(backend: Backend, world: World, nodes: int) -> float | None:
             elif sends_in[place - 1] == turn:
                 dist.recv(
                     word, before
-                )  # it is there, and waits: a slow wire elsewhere is not counted here
+                )  # connected and waiting, so that a slow link elsewhere is not counted here
                 seconds = _seconds(backend, receive)
         return seconds
 

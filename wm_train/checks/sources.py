@@ -1,4 +1,4 @@
-"""Judge where weights come from and where checkpoints go, as far as a look at the store tells."""
+"""Check the sources of weights and the destination of checkpoints, as far as the store shows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from wm_train.config.problems import AT, Problem
 
 
 def inherit_problems(plans: Iterable[StagePlan]) -> list[Problem]:
-    """Return the stages without weights to start from: nothing is there, no earlier stage of this
-    very command makes them, and the stage is not to be resumed."""
+    """Return the stages without weights to start from: none exist, no earlier stage of this command
+    makes them, and the stage is not to be resumed."""
     problems = []
     planned: list[str] = []
     for plan in plans:
@@ -36,7 +36,7 @@ def inherit_problems(plans: Iterable[StagePlan]) -> list[Problem]:
 
 
 def store_problems(plan: StagePlan) -> Iterator[Problem]:
-    """Yield a store to save to that this installation cannot talk to; keys relative to the stage."""
+    """Yield a store to save to that this installation cannot open; keys relative to the stage."""
     given = plan.config.trainer.checkpoint_to
     if given is None or "://" not in given:
         return

@@ -112,7 +112,7 @@ def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
 
 
 def _held_out_problems(stage: StageConfig) -> Iterator[Problem]:
-    """Yield gates and retention that ask for held-out losses which nobody would measure."""
+    """Yield gates and retention that need held-out losses which this run does not measure."""
     trainer, measured = stage.trainer, "trainer.validate_every and trainer.validation_clips above 0"
     off = trainer.validate_every < 1 or trainer.validation_clips < 1
     got = (

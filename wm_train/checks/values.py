@@ -30,7 +30,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     for plan in plans:
         own = [*stage_problems(plan), *mesh_problems(plan), *store_problems(plan)]
         own += data_problems(plan, infos)
-        problems += [lifted(config, plan.stage, problem) for problem in own]
+        problems += [lift_problem(config, plan.stage, problem) for problem in own]
     problems += inherit_problems(plans)
     wrong = {problem.where for problem in values}
     return [p for p in dict.fromkeys(problems) if p in values or p.where not in wrong]
@@ -49,7 +49,7 @@ def _plans(config: RunConfig) -> list[StagePlan]:
     return plans
 
 
-def lifted(config: RunConfig, stage: str, problem: Problem) -> Problem:
+def lift_problem(config: RunConfig, stage: str, problem: Problem) -> Problem:
     """Return a stage's problem, "model.heads" of stage long, under the run's key where the stage's
     section is the run's, else under recipe.stages.long; so also the keys in its cure."""
     own = config.recipe.stages[stage]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditions:
-    """Hold the conditions of a batch of clips.
+    """Store the conditions of a batch of clips.
 
     image_size: (height, width) of the pixels that intrinsics refer to. temporal_stride: raw frames
     per latent frame after the first. fields: name -> [B, entries, …], as `data_shards.fields`
-    describes them: whole clips on every process that has part of a clip, but of a field that is read by
-    row the local frames only. camera_keep: bool [B], False where the camera is dropped (None:
-    kept everywhere). null_text: [L0, E], what stands for "no text".
+    describes them: whole clips on every process that has part of a clip, but only the local
+    frames of a field that is read by row. camera_keep: bool [B], False where the camera is
+    dropped (None: kept everywhere). null_text: [L0, E], the embedding of "no text".
     """
 
     image_size: tuple[int, int]
@@ -42,32 +42,32 @@ class Conditions:
         return bare.with_fields(c2w=c2w, intrinsics=intrinsics, **fields)
 
     def with_fields(self, **changes: Tensor | None) -> Conditions:
-        """Return the same with some fields changed or added; None takes one out."""
+        """Return a copy with some fields changed or added; None takes one out."""
         merged = {**self.fields, **changes}
         return replace(self, fields={n: value for n, value in merged.items() if value is not None})
 
     @property
     def c2w(self) -> Tensor | None:
-        """Camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward), in
-        metres."""
+        """Return camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward),
+        in metres."""
         return self.fields.get("c2w")
 
     @property
     def intrinsics(self) -> Tensor | None:
-        """fx, fy, cx, cy in pixels of `image_size`, fp32 [B, F, 4]."""
+        """Return fx, fy, cx, cy in pixels of `image_size`, fp32 [B, F, 4]."""
         return self.fields.get("intrinsics")
 
     @property
     def text(self) -> Tensor | None:
-        """[B, L, E]."""
+        """Return text features [B, L, E]."""
         return self.fields.get("text")
 
     @property
     def text_mask(self) -> Tensor | None:
-        """bool [B, L], True at real tokens."""
+        """Return bool [B, L], True at real tokens."""
         return self.fields.get("text_mask")
 
     @property
     def controls(self) -> Tensor | None:
-        """[B, T, A] at latent rate."""
+        """Return controls [B, T, A] at latent rate."""
         return self.fields.get("controls")

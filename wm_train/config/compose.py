@@ -19,7 +19,8 @@ from wm_train.config.typed import build, nearest
 
 
 def config_directory() -> Path:
-    """The folder with config.yaml: inside the installed package, or at the root of a checkout."""
+    """Return the folder with config.yaml: inside the installed package, or at the root of a
+    checkout."""
     here = Path(__file__).resolve().parents[1]
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / "config.yaml").is_file():
@@ -37,18 +38,19 @@ def config_directory() -> Path:
 
 
 def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
-    """Group name -> its choices, over all folders; reads names only."""
-    found: dict[str, set[str]] = {}
+    """Return group name -> its choices, over all folders; reads names only."""
+    files: dict[str, set[str]] = {}
     for folder in folders:
         for file in folder.glob("*/*.yaml"):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-    return {name: sorted(choices) for name, choices in sorted(found.items())}
+            files.setdefault(file.parent.name, set()).add(file.stem)
+    return {name: sorted(choices) for name, choices in sorted(files.items())}
 
 
 def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
-    """Overrides such as `experiment=demo model.depth=8` -> config of the right types; values are checked by `validate`.
+    """Compose overrides such as `experiment=demo model.depth=8` into a typed config.
 
-    `extra`: a folder of one's own with the same groups as configs/. Raises ConfigError with all problems.
+    Values are checked later, in `wm_train.checks`. `extra`: a folder of the user's with the same
+    groups as configs/. Raises ConfigError with all problems.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -99,7 +101,8 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
 def _read_overrides(
     overrides: list[str], choices: dict[str, list[str]]
 ) -> tuple[list[str], list[Problem]]:
-    """Check each override by itself; values become `++key=value`, so that unknown keys reach `_convert`, which lists them all."""
+    """Check each override by itself; values become `++key=value`, so that unknown keys reach
+    `_convert`, which lists them all."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -168,18 +171,19 @@ def _check_choice(group: str, value: Any, choices: dict[str, list[str]]) -> list
 
 
 def _resolver_calls(value: Any, where: str) -> list[Problem]:
-    """`${name:...}` calls code or reads the environment; only references to other keys are allowed."""
+    """Return problems of values such as `${name:...}`, which call code or read the environment;
+    only references to other keys are allowed."""
     if isinstance(value, Mapping):
         return [
-            found
+            problem
             for key, item in value.items()
-            for found in _resolver_calls(item, f"{where}.{key}".lstrip("."))
+            for problem in _resolver_calls(item, f"{where}.{key}".lstrip("."))
         ]
     if isinstance(value, list):
         return [
-            found
+            problem
             for index, item in enumerate(value)
-            for found in _resolver_calls(item, f"{where}.{index}")
+            for problem in _resolver_calls(item, f"{where}.{index}")
         ]
     if isinstance(value, str) and "${" in value and ":" in value.split("${", 1)[1]:
         rule = (
@@ -190,7 +194,8 @@ def _resolver_calls(value: Any, where: str) -> list[Problem]:
 
 
 def _translate(error: Exception) -> Problem:
-    """Hydra's and OmegaConf's exceptions as a Problem: their first line says what, and where if they know."""
+    """Convert exceptions of Hydra and OmegaConf to a Problem: their first line is the message, with
+    the key if they contain it."""
     where = str(getattr(error, "full_key", "") or "overrides")
     return Problem(
         where,

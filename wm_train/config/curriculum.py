@@ -1,4 +1,5 @@
-"""Order the stages of a recipe, and resolve one into a `StagePlan`. Stages hand weights on by name."""
+"""Order the stages of a recipe, and resolve one into a `StagePlan`. Stages inherit weights by
+name."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ PREVIOUS = "previous"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a stage's first weights come from: `stage` of the same run, or a checkpoint directory
-    given by hand (`stage` None)."""
+    """Locate a stage's first weights: `stage` of the same run, or a checkpoint directory given by
+    hand (`stage` None)."""
 
     checkpoints: Place
     stage: str | None
@@ -33,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a run, resolved: its own sections whole, and where it reads and writes.
+    """Describe one stage of a run, resolved: its own sections whole, and where it reads and writes.
 
     run: the run's name; pool: which group of workers, None without pools; source: None when the
     weights start from the seed; record: the whole run's configuration without logins, as it is
@@ -95,9 +96,9 @@ def select(recipe: RecipeConfig, stage: str) -> tuple[str, ...]:
     names = ordered(recipe)
     if stage == "all":
         return names
-    found = _find(recipe, stage)
-    if found:
-        return (found,)
+    name = _find(recipe, stage)
+    if name:
+        return (name,)
     # Names may hold dashes themselves, so every dash is tried as the one that separates.
     for dash in (position for position, letter in enumerate(stage) if letter == "-"):
         first, last = _find(recipe, stage[:dash]), _find(recipe, stage[dash + 1 :])
@@ -124,8 +125,8 @@ def checkpoints_of(config: RunConfig, stage: str) -> Place:
 
 
 def source_of(config: RunConfig, stage: str) -> Source | None:
-    """Return the source of a stage's first weights. Raises ValueError if the first stage asks for
-    the previous one."""
+    """Return the source of a stage's first weights. Raises ValueError if the first stage inherits
+    from "previous"."""
     inherit = config.recipe.stages[stage].inherit
     if inherit is None:
         return None
@@ -140,7 +141,8 @@ def source_of(config: RunConfig, stage: str) -> Source | None:
 
 
 class StageError(ValueError):
-    """A stage that is not there, or has nobody to inherit from; `problem` says the same in parts."""
+    """Report a stage that does not exist, or has no stage to inherit from; `problem` holds the
+    parts."""
 
     def __init__(self, where: str, got: str, rule: str, fix: str) -> None:
         self.problem = Problem(where, got, rule, fix)

@@ -1,5 +1,5 @@
-"""The text of `python -m wm_train.launch --help`: usage, the choices of every group, every key with
-its default."""
+"""Write the text of `python -m wm_train.launch --help`: usage, the choices of every group, every
+key with its default."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ usage: python -m wm_train.launch [--dry-run] [--config-dir DIR] [group=choice ..
 
 stage=        a number, a name, a range such as 1-2, or all
 --dry-run     print the resolved config and what would be started
---config-dir  a folder of your own with the same groups (recipe/mine.yaml, experiment/mine.yaml, ...)
+--config-dir  a folder of your own with the same groups (recipe/mine.yaml, experiment/mine.yaml)
 """
 
 
 def help_text(extra: Path | None) -> str:
-    """Usage, groups, keys."""
+    """Return usage, groups and keys as text."""
     folders = [config_directory(), *([extra] if extra else [])]
     lines = [USAGE, "groups:"]
     lines += [f"  {name}= {', '.join(choices)}" for name, choices in groups(folders).items()]
@@ -39,22 +39,22 @@ def help_text(extra: Path | None) -> str:
 
 def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
     hints = typing.get_type_hints(kind)
-    found: list[tuple[str, str]] = []
+    keys: list[tuple[str, str]] = []
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
-            found += _keys(inner, f"{prefix}{field.name}.")
+            keys += _keys(inner, f"{prefix}{field.name}.")
         elif typing.get_origin(inner) is dict and dataclasses.is_dataclass(
             typing.get_args(inner)[1]
         ):
             kind_of_item = typing.get_args(inner)[1]
-            found += _keys(
+            keys += _keys(
                 kind_of_item,
                 f"{prefix}{field.name}.<{kind_of_item.__name__.removesuffix('Config').lower()}>.",
             )
         else:
-            found.append((prefix + field.name, _default(field)))
-    return found
+            keys.append((prefix + field.name, _default(field)))
+    return keys
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

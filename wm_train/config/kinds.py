@@ -1,8 +1,8 @@
-"""Base classes of what is chosen by name: models, objectives, optimizers, samplers.
+"""Declare the base classes of all choices by name: models, objectives, optimizers, samplers.
 
 Each choice is a frozen dataclass of its own: its keys, their rules, and `builds`, the import string
-of what is made from it (`wm_train.config.registry`). Nobody outside a choice's own folder reads its
-keys; everybody else asks the methods declared here.
+of the object that is built from it (`wm_train.config.registry`). Only a choice's own folder reads
+its keys; all other code calls the methods declared here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Named:
-    """A configuration that `name` chooses among the rows of `kind` in the registry."""
+    """Choose a configuration by `name` among the rows of `kind` in the registry."""
 
     kind: ClassVar[str]
     builds: ClassVar[str]  # "package.module:function or class"
@@ -35,13 +35,13 @@ class Named:
 
 @dataclass(frozen=True)
 class Needs:
-    """Facts about a model that checks, mesh, plan and parity ask for.
+    """Hold facts about a model for checks, mesh, plan and parity.
 
     heads: query heads H of its softmax and recurrent layers; key_heads: key and value heads, fewer
     with grouped queries; latent_channels: C of its input; patch: side of a token in latent pixels;
     fields: names of the per-clip members it reads besides latents ("camera", "text", "controls");
     text_width, control_width: E and A of those, 0 without; causal: frames see no later chunk;
-    softmax: some layer attends over the clip, so an engine of `parallel.attention` is asked.
+    softmax: some layer attends over the clip, through an engine of `parallel.attention`.
     """
 
     heads: int
@@ -57,7 +57,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class ModelConfig(Named):
-    """Base of every model's configuration."""
+    """Configure a model; base of every model's configuration."""
 
     kind: ClassVar[str] = "models"
     public: ClassVar[str] = ""  # import string of its `PublicLayout`, where one exists
@@ -71,7 +71,7 @@ class ModelConfig(Named):
     activation_checkpointing: Annotated[str, one_of("none", "block", "selective")] = "none"
 
     def needs(self) -> Needs:
-        """Return what others must know of the model."""
+        """Return the model's facts for other modules."""
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
 
     def key(self, need: str) -> str:
@@ -87,7 +87,7 @@ class ModelConfig(Named):
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Named):
-    """Base of every objective's configuration."""
+    """Configure an objective; base of every objective's configuration."""
 
     kind: ClassVar[str] = "objectives"
 
@@ -122,8 +122,8 @@ class ObjectiveConfig(Named):
         return 1.0
 
     def dropped(self) -> dict[str, float]:
-        """Return the share of clips from which it drops a field ("camera", "text", "controls"), as
-        its key <field>_dropout says."""
+        """Return the share of clips whose field ("camera", "text", "controls") it drops: key
+        <field>_dropout."""
         return {}
 
     def needs_chunks(self) -> bool:
@@ -133,7 +133,7 @@ class ObjectiveConfig(Named):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Named):
-    """Base of every optimizer's configuration; every schedule is a pure function of the step."""
+    """Configure an optimizer; every schedule is a pure function of the step."""
 
     kind: ClassVar[str] = "optimizers"
 
@@ -156,7 +156,7 @@ class OptimizerConfig(Named):
 
 @dataclass(frozen=True)
 class SamplerConfig(Named):
-    """Base of every sampler's configuration. Levels reach the model as they are, sigma 1 to 0."""
+    """Configure a sampler. Levels reach the model unchanged, sigma 1 to 0."""
 
     kind: ClassVar[str] = "samplers"
 
@@ -172,7 +172,7 @@ class SamplerConfig(Named):
         return False
 
     def problems(self) -> Iterator[Problem]:
-        """Yield levels that do not fall from 1 to above 0, and weights that are none."""
+        """Yield levels that do not fall from 1 to above 0, and invalid weights."""
         if isinstance(self.levels, int):
             if not 1 <= self.levels <= MOST_STEPS:
                 rule = (

@@ -1,7 +1,8 @@
-"""Several groups of workers in one run, each with its own mesh, model and range of noise levels (MoWorld §3.4.1).
+"""Run several groups of workers at once, each with its own mesh, model and range of noise levels
+(MoWorld §3.4.1).
 
-A pool is the run's own command line with the pool's overrides behind it, so everything that a run may set, a pool may set. It trains in
-`<out>/<name>/<pool>/<stage>` and knows nothing of the others.
+A pool is the run's own command line with the pool's overrides behind it, so a pool may set any key
+of a run. It trains in `<out>/<name>/<pool>/<stage>`, independently of the other pools.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ JOINT = "joint"  # the folder of what all pools make together; stands where a po
 def pool_runs(
     config: RunConfig, overrides: Sequence[str], extra: Path | None = None
 ) -> dict[str, RunConfig]:
-    """Pool name -> its run, of one nameless pool if there are none. Raises ConfigError for what a pool cannot set."""
+    """Return pool name -> its run, of one nameless pool if there are none. Raises ConfigError for a
+    key that a pool cannot set."""
     chosen = {name: pool for name, pool in config.pools.items() if config.pool in (None, name)}
     problems = _problems(config, len(chosen))
     if problems:
@@ -66,18 +68,22 @@ def pool_runs(
 
 
 def _problems(config: RunConfig, chosen: int) -> list[Problem]:
-    """Names that become folders, the choice of one, and launchers that start only one group of workers."""
-    rule = f"letters, digits, '.', '_' and '-', and neither {JOINT} nor a stage's name, as it names a folder"
+    """Return problems of names that become folders, of the selected pool, and of launchers that
+    start only one group of workers."""
+    rule = (
+        f"letters, digits, '.', '_' and '-', and neither {JOINT} nor a stage's name, as it names a"
+        " folder"
+    )
     wrong = [
         name
         for name in config.pools
         if not NAME.fullmatch(name) or name == JOINT or name in config.recipe.stages
     ]
-    found = [Problem(f"pools.{name}", repr(name), rule, "rename it") for name in wrong]
+    problems = [Problem(f"pools.{name}", repr(name), rule, "rename it") for name in wrong]
     for name, pool in config.pools.items():
-        found += [problem.under(f"pools.{name}.") for problem in broken_rules(pool)]
+        problems += [problem.under(f"pools.{name}.") for problem in broken_rules(pool)]
     if config.pool is not None and not chosen:
-        found.append(
+        problems.append(
             Problem(
                 "pool",
                 repr(config.pool),
@@ -88,8 +94,11 @@ def _problems(config: RunConfig, chosen: int) -> list[Problem]:
     launcher = config.launcher
     alone = launcher.name == "inline" or (launcher.name == "torchrun" and launcher.nodes > 1)
     if chosen > 1 and (alone or (launcher.name == "slurm" and launcher.slurm.runner == "torchrun")):
-        rule = "one that starts several groups of workers: ray, torchrun on one machine, slurm with launcher.slurm.runner=ray"
-        found.append(
+        rule = (
+            "one that starts several groups of workers: ray, torchrun on one machine, slurm with"
+            " launcher.slurm.runner=ray"
+        )
+        problems.append(
             Problem(
                 "launcher.name",
                 repr(launcher.name),
@@ -97,11 +106,11 @@ def _problems(config: RunConfig, chosen: int) -> list[Problem]:
                 "launcher=ray, or one after the other with pool=<name>",
             )
         )
-    return found
+    return problems
 
 
-def named(problems: Iterable[Problem], pool: str) -> list[Problem]:
-    """Problems of a pool's own run, which say whose they are."""
+def name_pool(problems: Iterable[Problem], pool: str) -> list[Problem]:
+    """Add the pool's name to the keys of its run's problems."""
     return [
         replace(problem, where=f"pools.{pool}: {problem.where}" if pool else problem.where)
         for problem in problems
@@ -109,7 +118,7 @@ def named(problems: Iterable[Problem], pool: str) -> list[Problem]:
 
 
 def with_range(run: RunConfig, pool: PoolConfig) -> RunConfig:
-    """Return the run whose stages draw those of their own noise levels that are the pool's too."""
+    """Return the run with each stage's noise levels restricted to the pool's range."""
     stages = {
         name: replace(stage, objective=stage.objective.narrowed(pool.sigma_min, pool.sigma_max))
         for name, stage in run.recipe.stages.items()

@@ -15,7 +15,7 @@ OWN = "{own}"  # the same, but of the one stage even where the section is the wh
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the key, the value that stands there, the rule it breaks, and what to type instead."""
+    """Describe one mistake: the key, its value, the rule it breaks, and the fix."""
 
     where: str
     got: str
@@ -33,9 +33,9 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """All problems of one configuration; `str()` is the report that a user sees.
+    """Raise all problems of one configuration; `str()` is the report for the user.
 
-    `rest`: the configuration without its unknown keys, where these are all that is wrong so far:
+    `rest`: the configuration without its unknown keys, if these are all the problems so far:
     its values can still be checked.
     """
 

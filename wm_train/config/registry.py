@@ -90,7 +90,7 @@ def leads_nowhere(path: str) -> bool:
 
 
 class RowError(ValueError):
-    """A name that cannot be used although a row has it; the text says what stands there."""
+    """Report a name that cannot be used although a row has it, and what stands there."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""State what a value must be, beside the key that holds it: `lr: Annotated[float, Rule(...)]`.
+"""Declare the rule of a value beside its key: `lr: Annotated[float, Rule(...)]`.
 
 Types say number, text or list; a `Rule` says the rest (finite, positive, one of these). Rules of
 several keys at once stand in a method `problems()` of the section.
@@ -20,7 +20,7 @@ MOST = 10**9  # beyond any run; catches a slipped exponent
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on one value, and the same in words."""
+    """Hold a condition on one value, and the same in words."""
 
     holds: Callable[[Any], bool]
     words: str

@@ -37,14 +37,18 @@ PER_STAGE = ("model", "data", "parallel", "trainer")  # sections that a stage ma
 
 def steps_of(text: str | None) -> range | None:
     """Return the steps of `10` or `10-15`, no steps for None, and None for anything else."""
-    found = STEP_RANGE.fullmatch(text) if text is not None else None
-    if found is None:
+    match = STEP_RANGE.fullmatch(text) if text is not None else None
+    if match is None:
         return range(0) if text is None else None
-    steps = range(int(found[1]), int(found[2] or found[1]) + 1)
+    steps = range(int(match[1]), int(match[2] or match[1]) + 1)
     return steps if len(steps) else None
 
 
 # Rules that name other things stand here: inside a class their names would not be found.
+FOLDER_NAME = Rule(
+    lambda name: NAME.fullmatch(name) is not None,
+    "letters, digits, '.', '_' and '-', as it names a folder",
+)
 STEP_RULE = Rule(lambda text: steps_of(text) is not None, "steps such as 10-15, or null")
 WEIGHTS = Rule(
     lambda weights: all(0 < weight < math.inf for weight in weights.values()),
@@ -54,7 +58,7 @@ WEIGHTS = Rule(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where clips come from. `path` is the data set whose codec decodes and whose statistics
+    """Configure the data. `path` is the data set whose codec decodes and whose statistics
     normalise; held-out clips are its own."""
 
     path: str = "???"
@@ -84,7 +88,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """world = dp_replicate x dp_shard x ring x ulysses. null asks for the derived value
+    """Configure the mesh: world = dp_replicate x dp_shard x ring x ulysses. null: derive the value
     (parallel/degrees.py)."""
 
     dp_replicate: int = 1
@@ -92,7 +96,7 @@ class ParallelConfig:
     cp: int | None = None  # processes that share a clip; null: ulysses x ring, so 1 without them
     ulysses: int | None = None  # at most the heads; null: cp / ring, or gcd(heads, cp) without ring
     ring: int | None = None  # null: cp / ulysses
-    # native | deepspeed | xfuser: whose softmax attention runs over the sequence group
+    # native | deepspeed | xfuser: the softmax attention over the sequence group
     attention: Annotated[str, one_of("native", "deepspeed", "xfuser")] = "native"
     # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
     precision: Annotated[str, one_of("fp32", "bf16")] = "fp32"
@@ -126,7 +130,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How a stage is run: what it saves, checks, measures and shows, and how often."""
+    """Configure the running of a stage: saving, checks, measurements and samples, and their
+    intervals."""
 
     checkpoint_every: Count = 50  # steps
     # a folder, or a store: s3://bucket/prefix; null: each stage's own folder under `out`
@@ -163,7 +168,8 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One step of the curriculum. `frames` are raw video frames, 8k+1 for a codec of stride 8.
+    """Configure one stage of the curriculum. `frames` are raw video frames, 8k+1 for a codec of
+    stride 8.
 
     `model`, `data`, `parallel` and `trainer` hold the run's values with the stage's own changes in
     them: in YAML and on the command line a stage gives only what differs. Weights are handed on by
@@ -206,7 +212,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """An ordered mapping stage name -> stage; `index` gives the order and what `stage=3` means."""
+    """Map stage names to stages; `index` gives the order and the number for `stage=3`."""
 
     name: str
     stages: dict[str, StageConfig]
@@ -214,7 +220,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """Where and with what to compute."""
+    """Configure the device and its kernels."""
 
     name: str = "auto"  # auto, one of wm_train/backends, or one that an installed package adds
     # auto | triton | reference: what computes the GDN layers; auto falls back with a log line
@@ -227,10 +233,10 @@ class BackendConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """Requests of the batch script to SLURM; null leaves it to the cluster's defaults."""
+    """Configure the batch script for SLURM; null leaves it to the cluster's defaults."""
 
     submit: bool = False  # false: write the script only
-    # torchrun | ray: who starts the workers inside the job
+    # torchrun | ray: starts the workers inside the job
     runner: Annotated[str, one_of("torchrun", "ray")] = "torchrun"
     # dependency | array: several stages as jobs that wait for each other, or as the tasks of one
     # array
@@ -249,7 +255,8 @@ class SlurmConfig:
     requeue: bool = True
 
     def problems(self) -> Iterator[Problem]:
-        """Yield text that would break the script, and tasks that nobody would queue again."""
+        """Yield text that would break the script, and array tasks that would not be queued
+        again."""
         for key, value in vars(self).items():
             words = value if isinstance(value, tuple) else (value,)
             if any(isinstance(w, str) and (not w or not w.isprintable()) for w in words):
@@ -266,7 +273,7 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class KubernetesConfig:
-    """Requests of the RayJob to Kubernetes."""
+    """Configure the RayJob for Kubernetes."""
 
     submit: bool = False  # false: write the manifest only
     image: str | None = None  # holds this package and its dependencies
@@ -281,7 +288,7 @@ class KubernetesConfig:
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """How many workers there are, and who places them."""
+    """Configure the number of workers, and the launcher that places them."""
 
     name: str = "ray"  # ray | torchrun | slurm | kubernetes | inline
     workers: Count = 2  # over all nodes
@@ -306,7 +313,7 @@ class LauncherConfig:
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """Where the record of a run goes besides its own folder."""
+    """Configure the tracker that gets the record of a run besides its own folder."""
 
     name: Annotated[str, one_of("mlflow", "none")] = "mlflow"
     uri: str | None = None  # null: sqlite file in `out`
@@ -317,10 +324,10 @@ class TrackerConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """One of several groups of workers that train together, each its own model: MoWorld's experts
-    for high and low noise (§3.4.1)."""
+    """Configure one of several groups of workers that train together, each its own model: MoWorld's
+    experts for high and low noise (§3.4.1)."""
 
-    # the part of each stage's noise levels that this pool learns; null: as the stage says
+    # the part of each stage's noise levels that this pool trains; null: all of them
     sigma_min: NoiseLevel | None = None
     sigma_max: NoiseLevel | None = None
     # as on the command line: [launcher.workers=8, parallel.cp=2, model.depth=12]
@@ -329,11 +336,9 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. `stage` takes a number, a name, a range `1-2`, or `all`."""
+    """Configure a whole run. `stage` takes a number, a name, a range `1-2`, or `all`."""
 
-    name: Annotated[
-        str, Rule(NAME.fullmatch, "letters, digits, '.', '_' and '-', as it names a folder")  # type: ignore[arg-type]
-    ]
+    name: Annotated[str, FOLDER_NAME]
     recipe: RecipeConfig
     model: ModelConfig
     data: DataConfig

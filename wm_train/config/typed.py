@@ -94,7 +94,7 @@ def _without(plain: Any, keys: Iterable[str], where: str = "") -> Any:
 
 def run_level(where: str) -> str:
     """Return the run's key that a stage's key repeats: recipe.stages.long.model.depth ->
-    model.depth; "" for a key that is the stage's alone."""
+    model.depth; "" for a key that only stages have."""
     parts = where.split(".")
     inside = parts[:2] == ["recipe", "stages"] and len(parts) > 4 and parts[3] in PER_STAGE
     return ".".join(parts[3:]) if inside else ""
@@ -180,7 +180,7 @@ def _convert(kind: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     if kind in (int, bool, str) and type(value) is kind:
         return value
     if kind is str and where == "stage" and type(value) is int:
-        return str(value)  # `stage=2` is how everybody writes it
+        return str(value)  # `stage=2` is the usual way to write it
     fix = ""
     if kind is int and isinstance(value, float) and value.is_integer():
         fix = f"{where}={int(value)}"
@@ -222,25 +222,25 @@ def _convert_dataclass(kind: Any, value: Any, where: str, problems: list[Problem
     hints = typing.get_type_hints(kind, include_extras=True)
     problems += [_unknown_key(kind, str(key), prefix, hints) for key in value if key not in hints]
     before = len(problems)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         hint, key = hints[field.name], prefix + field.name
         given = (field.default, field.default_factory)
         has_default = any(default is not dataclasses.MISSING for default in given)
         if field.name in value:
-            found[field.name] = _convert(hint, value[field.name], key, problems)
+            values[field.name] = _convert(hint, value[field.name], key, problems)
         elif dataclasses.is_dataclass(hint) and not has_default:
-            found[field.name] = _convert(hint, {}, key, problems)
+            values[field.name] = _convert(hint, {}, key, problems)
         elif not has_default or field.default == MISSING:
             rule = f"a value: {_describe(hint)}"
             problems.append(Problem(key, "nothing", rule, f"{key}=<value>"))
-    return kind(**found) if len(problems) == before else None
+    return kind(**values) if len(problems) == before else None
 
 
 def _chosen(
     kind: type[Named], value: Mapping[str, Any], prefix: str, problems: list[Problem]
 ) -> type | None:
-    """Return the class that `name` chooses; note a name that is none, or leads nowhere."""
+    """Return the class that `name` chooses; note a name that is unknown, or cannot be imported."""
     names = registry.names(kind.kind)
     name = value.get("name", names[0])
     if name not in names:

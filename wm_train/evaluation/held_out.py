@@ -1,5 +1,5 @@
-"""Held-out loss on a fixed grid of noise levels with fixed noise, so that curves of different runs
-and meshes compare."""
+"""Measure the held-out loss on a fixed grid of noise levels with fixed noise, so that curves of
+different runs and meshes compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of samples for people: MP4 videos and a PNG contact sheet with the truth above the
+"""Write samples as pictures: MP4 videos, and a PNG contact sheet with the truth above the
 sample."""
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def side_by_side(truth: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """[F, H, W, 3] twice -> [F, 2H + gap, W, 3]: truth above sample."""
+    """Stack two videos [F, H, W, 3] -> [F, 2H + gap, W, 3], the truth above the sample."""
     gap = np.full((truth.shape[0], GAP, truth.shape[2], 3), 255, np.uint8)
     return _even(np.concatenate([truth, gap, sample], axis=1))
 
 
 def _even(frames: np.ndarray) -> np.ndarray:
-    """H.264 with 4:2:0 colour needs even sides."""
+    """Crop a video to even sides, as H.264 with 4:2:0 colour requires."""
     return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
 
 def contact_sheet(clips: list[tuple[np.ndarray, np.ndarray]], columns: int = 8) -> np.ndarray:
-    """[(truth, sample)] with [F, H, W, 3] each -> one [rows, columns, 3] picture.
+    """Combine pairs (truth, sample) of [F, H, W, 3] each into one [rows, columns, 3] picture.
 
     Two rows of `columns` frames per clip, evenly spaced in time from the first to the last: truth
     above, sample below.

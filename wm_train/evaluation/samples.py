@@ -1,4 +1,4 @@
-"""Roll out held-out clips from their first frame and camera path, for people to look at."""
+"""Roll out held-out clips from their first frame and camera path, to be judged by eye."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def show_samples(
     """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each
     and one contact sheet.
 
-    Every process takes part (the model is sharded); rank 0 writes `<folder>/samples/`. The truth
-    shown is the decoded latents, which is the best any sample can look. state: of one model, or of
-    experts by the noise level from which each is used; one that has learned a part of the noise
-    only makes no samples alone.
+    Every rank must call this, as the model is sharded; rank 0 writes `<folder>/samples/`. The truth
+    is the decoded latents, the upper bound of any sample. state: of one model, or of experts by the
+    noise level from which each is used; one that was trained on part of the noise only makes no
+    samples alone.
     """
     noise = stage.config.objective.noise_range()
     if isinstance(state, TrainState) and noise != (0.0, 1.0):
@@ -71,11 +71,10 @@ def show_samples(
 def sample(
     stage: Stage, state: TrainState | Mapping[float, EvaluationState], wanted: int
 ) -> tuple[Batch, torch.Tensor]:
-    """Return this process's rows and frames of the first `wanted` validation clips, and what the
-    stage's sampler makes of them.
+    """Return this rank's rows and frames of the first `wanted` validation clips, and their samples.
 
-    All processes make equally many forward passes. With `stream` each member of a sequence group
-    makes the same whole clip, as a chunk is too short to be split, and returns its own frames.
+    All ranks make equally many forward passes. With `stream` each rank of a sequence group makes
+    the same whole clip, as a chunk is too short to be split, and returns its own frames.
     """
     each = -(-wanted // stage.mesh.data_size)
     with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
@@ -104,15 +103,15 @@ def sample(
 
 
 def levels_of(stage: Stage) -> list[float]:
-    """Return the sigmas of the stage's sampler, the 0 at the end included."""
+    """Return the sigmas of the stage's sampler, including the 0 at the end."""
     levels = stage.config.sampler.levels
     levels = stage.config.trainer.sample_steps if levels is None else levels
     return sampling_levels(levels, stage.config.objective.sampling_shift())
 
 
 def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
-    """Return the first latent frame of each clip [b, C, h, w] on all members of a sequence group;
-    the first of them holds it."""
+    """Broadcast the first latent frame of each clip [b, C, h, w] from the first rank of a sequence
+    group, which has it, to all."""
     b, t, *shape = batch.latents.shape
     first = batch.latents[:, 0].clone() if t else batch.latents.new_empty(b, *shape)
     if stage.mesh.comm is not None:
@@ -121,16 +120,16 @@ def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
 
 
 def uncompiled(stage: Stage) -> AbstractContextManager[object]:
-    """Return a context in which compiled blocks run as they are written: compiling them anew for
-    the shapes of chunks takes longer than the few passes that have them."""
+    """Return a context in which compiled blocks run eagerly: compiling them for the shapes of
+    chunks takes longer than the few passes that use them."""
     if not stage.config.parallel.compile:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:
-    """[b, T/P, C, h, w] on every process -> [B, T, C, h, w] on the host, in the order of the global
-    batch."""
+    """Gather [b, T/P, C, h, w] of every rank into [B, T, C, h, w] on the host, in the order of the
+    global batch."""
     parts = stage.world.gather_tensors(local)
     size = stage.mesh.sequence_size
     return torch.cat(
@@ -139,7 +138,7 @@ def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:
 
 
 def decode(stage: Stage, latents: torch.Tensor) -> np.ndarray:
-    """Normalised latents [T, C, h, w] -> video [F, H, W, 3] uint8."""
+    """Decode normalised latents [T, C, h, w] into a video [F, H, W, 3] uint8."""
     info = stage.dataset.info
     return make_codec(info.codec, info.codec_options).decode(
         denormalise(latents, info).float().numpy()

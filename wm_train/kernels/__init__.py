@@ -1,2 +1,2 @@
-"""Fused kernels beside their references; models call `dispatch` and do not know what runs (design
+"""Provide fused kernels beside their references; models call `dispatch`, which chooses (design
 §4)."""

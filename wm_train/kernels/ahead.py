@@ -110,6 +110,7 @@ def table(usages: list[Usage]) -> str:
 
 
 def all_builds() -> list[Build]:
+    """Return every build, recurrences first."""
     return [*scan_builds(), *token_builds()]
 
 

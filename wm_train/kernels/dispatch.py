@@ -208,7 +208,8 @@ def recurrences(engine: str, settings: ScanSettings | None = None) -> dict[str, 
 def _scan(
     engine: str, fused: Callable[..., Any], plain: Callable[..., Any], stream: Stream, *rest: Any
 ) -> Any:
-    """No frames: nothing to launch, and the reference knows the empty answers."""
+    """Return the recurrence to run. Without frames there is nothing to launch, and the reference
+    returns the empty results."""
     update = stream.update
     if update.shape[1] == 0 or engine_for(engine, "states", update, update.shape[-1]) != "triton":
         return plain(stream, *rest)
@@ -216,8 +217,8 @@ def _scan(
 
 
 def engine_for(engine: str, kind: str, tensor: Tensor, head_dim: int) -> str:
-    """`resolve` for the device and dtype of a tensor; unless asked for by name, kernels must first
-    pass their trial there."""
+    """Call `resolve` for the device and dtype of a tensor; unless asked for by name, kernels must
+    first pass their trial there."""
     device = tensor.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     answer = resolve(engine, kind, device.type, capability, tensor.dtype, head_dim)

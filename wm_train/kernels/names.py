@@ -1,5 +1,5 @@
-"""Names of the engines that a configuration may choose. No torch, so that rules can be checked
-before it is imported."""
+"""Name the engines that a configuration may choose, without torch, so that checks need not import
+it."""
 
 ENGINES = ("auto", "triton", "reference")  # of the GDN kernels, key backend.kernels
 ATTENTION = (  # of the softmax blocks, key backend.attention

@@ -27,7 +27,7 @@ NORM_EPS, EPS = 1e-5, 1e-8
 
 
 class TokenCase(NamedTuple):
-    """What one function over tokens is called with: tensors that take gradients, and the rest."""
+    """Hold the arguments of one function over tokens: tensors that take gradients, and the rest."""
 
     inputs: dict[str, Tensor]
     rest: dict[str, Any]
@@ -127,7 +127,7 @@ def run_tokens(
     low: torch.dtype,
     high: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of one case; token tensors in `low`, all others in `high`."""
+    """Return outputs and gradients of one case; token tensors in `low`, all others in `high`."""
     leaves = {
         k: x.to(device, low if k in IN_TOKENS else high).detach().requires_grad_()
         for k, x in case.inputs.items()
@@ -180,7 +180,7 @@ def _tokens(device: torch.device, dtype: torch.dtype, d: int) -> dict[str, float
 
 
 def _states(device: torch.device, d: int) -> dict[str, float]:
-    """RMS ratio of states, composites and gradients, in two segments with a cut."""
+    """Return the RMS ratio of states, composites and gradients, in two segments with a cut."""
     from wm_train.kernels.gdn import scan
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Make clips for a model that nobody recorded: for the parity proof, the planner and FLOP counts.
+"""Make example clips for the parity proof, the planner and FLOP counts, without recorded data.
 
 The maths does not depend on the picture's size, so pictures may be small. All numbers are keyed by
 (seed, name, clip, frame), as in training.
@@ -20,7 +20,7 @@ PIXELS = 16  # of a latent's side
 
 @dataclass(frozen=True)
 class ExampleShape:
-    """Sizes of a batch of example clips: B, T, latent rows and columns, raw frames per latent."""
+    """Describe a batch of example clips: B, T, latent rows and columns, raw frames per latent."""
 
     batch: int
     frames: int
@@ -38,8 +38,8 @@ def example_latents(needs: Needs, shape: ExampleShape, seed: int) -> Tensor:
 
 
 def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditions:
-    """Return what the model reads: a camera that pans and walks on, another one per clip, at
-    raw-frame rate; text and controls where the model takes them."""
+    """Return the model's conditions: a panning, moving camera, different for each clip, at
+    raw-frame rate; text and controls if the model takes them."""
     batch, raw = shape.batch, 1 + (shape.frames - 1) * shape.temporal_stride
     height, width = shape.height * PIXELS, shape.width * PIXELS
     steps = torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(batch))[:, None] / raw

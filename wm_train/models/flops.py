@@ -1,9 +1,9 @@
 """Count the FLOPs of a forward pass of any model; the basis of MFU. A multiply-add counts as two.
 
-The model runs on tensors without storage while torch's counter sees its operators: products,
+The model runs on tensors without storage while torch's counter records its operators: products,
 convolutions and attention, which computes visible tiles only. A training step is three forward
-passes (one forward, two backward). Recomputed activations are not counted: MFU asks how fast the
-model's own work is done.
+passes (one forward, two backward). Recomputed activations are not counted, as MFU measures the
+speed of the model's own work.
 """
 
 from __future__ import annotations
@@ -77,5 +77,5 @@ def clip_flops(
 
 def mfu(flops: float, seconds: float, workers: int, peak: float) -> float:
     """Return the share of the devices' `peak` (dense FLOP/s of one in the compute type) that the
-    model's own work reached."""
+    model's own FLOPs used."""
     return flops / seconds / workers / peak

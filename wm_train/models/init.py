@@ -1,8 +1,8 @@
-"""Initial values keyed by the parameter's name (design §5): they depend on (seed, name) and on no
+"""Initialise parameters from keys of their names (design §5): values depend on (seed, name), not on
 order, device or sharding.
 
-A row (index of the first dimension) of a parameter plays the part of a latent frame in the
-counter-based generator, so the holder of some rows computes just those. Slices of the other
+A row (index of the first dimension) of a parameter takes the place of a latent frame in the
+counter-based generator, so a shard of some rows computes just those. Slices of the other
 dimensions are cut from whole rows.
 """
 
@@ -21,7 +21,7 @@ from wm_train.noise import PARAMETERS, NoiseKey, normal, random_words, unit_inte
 
 @dataclass(frozen=True)
 class Rule:
-    """How a parameter starts.
+    """Describe the initial distribution of a parameter.
 
     kind: constant (value `scale`) | normal (mean 0, standard deviation `scale`) | uniform (in
     [-scale, scale]) | last_tap (a depthwise kernel [C, 1, K] that passes its input through: 1 at
@@ -37,8 +37,8 @@ class Rule:
 
 
 def default_rule(name: str, shape: Sequence[int]) -> Rule:
-    """Biases 0, norm weights 1, matrices and convolutions normal with standard deviation 1/sqrt(fan
-    in)."""
+    """Return the default rule: biases 0, norm weights 1, matrices and convolutions normal with
+    standard deviation 1/sqrt(fan in)."""
     if len(shape) < 2:
         return Rule("constant", 1.0 if name.endswith("weight") else 0.0)
     return Rule("normal", 1.0 / math.sqrt(math.prod(shape[1:])))
@@ -47,8 +47,8 @@ def default_rule(name: str, shape: Sequence[int]) -> Rule:
 def parameter_values(
     seed: int, name: str, shape: Sequence[int], rule: Rule, slices: Sequence[slice] | None = None
 ) -> Tensor:
-    """The initial values of a parameter, or of the part `slices` of it (one slice of step 1 per
-    dimension), fp32 on the CPU.
+    """Return the initial values of a parameter, or of the part `slices` of it (one slice of step 1
+    per dimension), fp32 on the CPU.
 
     shape: the parameter's full shape. Raises ValueError for a rule of unknown kind.
     """
@@ -67,7 +67,7 @@ def parameter_values(
 def _rows(
     key: NoiseKey, purpose: str, rows: tuple[int, int], row_shape: tuple[int, ...], rule: Rule
 ) -> Tensor:
-    """Rows start..stop of a parameter, [stop - start, *row_shape]."""
+    """Return rows start..stop of a parameter, [stop - start, *row_shape]."""
     shape = (rows[1] - rows[0], *row_shape)
     draw = torch.zeros(1, dtype=torch.int64)
     if rule.kind == "constant":

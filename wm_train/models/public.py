@@ -1,8 +1,8 @@
-"""Public checkpoints in and out: a diffusers directory, that is config.json and safetensors files
+"""Read and write public checkpoints: a diffusers directory of config.json and safetensors files
 with an index.
 
 Reading is strict and lazy: a missing, extra or mis-shaped tensor is an error that lists names,
-before any weight changes; then every holder reads just the part of each tensor it holds. Only
+before any weight changes; then every process reads just its own part of each tensor. Only
 safetensors is read; nothing is ever unpickled.
 """
 
@@ -30,10 +30,10 @@ LISTED = 20  # names shown per kind of error
 
 @dataclass(frozen=True)
 class Sources:
-    """The public tensors, stacked along the first dimension, that make each of our parameters.
+    """Map each of our parameters to public tensors, stacked along the first dimension.
 
-    ignored: public tensors that nothing of ours takes; opened: values that parameters without a
-    source get instead of their initial ones, by the ending of their name.
+    ignored: public tensors that none of our parameters uses; opened: initial values of parameters
+    without a source, by the ending of their name.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -43,12 +43,12 @@ class Sources:
 
 @dataclass(frozen=True)
 class PublicLayout:
-    """How a model's public checkpoints are called; a model's configuration names one by `public`.
+    """Describe a model's public checkpoints; a model's configuration names one by `public`.
 
     class_names: `_class_name` of the directories it reads, the one it writes first; to_public:
-    configuration -> config.json; from_public: config.json and a configuration for what it does not
-    speak of -> configuration; sources: `_class_name` and our names -> `Sources`; buffers: tensors
-    that an export adds. to_public and from_public raise ValueError for what cannot be honoured.
+    configuration -> config.json; from_public: config.json, and a configuration for keys that it
+    lacks -> configuration; sources: `_class_name` and our names -> `Sources`; buffers: tensors that
+    an export adds. to_public and from_public raise ValueError for what cannot be represented.
     """
 
     class_names: tuple[str, ...]
@@ -60,14 +60,14 @@ class PublicLayout:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Our parameters filled from the checkpoint, and those it does not have, left as they were."""
+    """Record the parameters filled from the checkpoint, and those it lacks, left as they were."""
 
     filled: tuple[str, ...]
     fresh: tuple[str, ...]
 
 
 class PublicFiles:
-    """The tensors of a public directory, opened lazily; use as a context."""
+    """Read the tensors of a public directory lazily; use as a context manager."""
 
     def __init__(self, directory: Path) -> None:
         self.config: dict[str, Any] = json.loads(_existing(directory / "config.json").read_text())
@@ -105,7 +105,7 @@ class PublicFiles:
         }
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A part of one tensor."""
+        """Read a part of one tensor."""
         part = self._where[name].get_slice(name)
         return (
             part[tuple(slice(start, start + size) for start, size in zip(*box))]
@@ -115,10 +115,10 @@ class PublicFiles:
 
 
 def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig:
-    """Return our configuration of a released model's directory.
+    """Read our configuration from a released model's directory.
 
-    base: gives the keys that config.json does not speak of. Raises ValueError if it needs something
-    we do not have.
+    base: gives the keys that config.json lacks. Raises ValueError if the model needs something we
+    do not have.
     """
     public = json.loads(_existing(directory / "config.json").read_text())
     return layout_of(public, directory).from_public(public, base)
@@ -126,7 +126,7 @@ def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig
 
 def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
     """Return the layout of a config.json, among those of all models. Raises ValueError for a class
-    that none of them reads."""
+    that no layout reads."""
     found, known = public.get("_class_name"), list[str]()
     for name in names("models"):  # ours first: what another package broke does not matter to them
         where = config_class("models", name).public  # type: ignore[attr-defined]
@@ -234,11 +234,11 @@ def _check(
         if any(part not in shapes for part in parts):
             continue
         rows = sum(shapes[part][0] for part in parts)
-        found = (rows, *shapes[parts[0]][1:])
-        if found != tuple(targets[name].shape) or any(
-            shapes[part][1:] != found[1:] for part in parts
+        shape = (rows, *shapes[parts[0]][1:])
+        if shape != tuple(targets[name].shape) or any(
+            shapes[part][1:] != shape[1:] for part in parts
         ):
-            misshaped.append(f"{name} {found} instead of {tuple(targets[name].shape)}")
+            misshaped.append(f"{name} {shape} instead of {tuple(targets[name].shape)}")
     kinds = {"missing": missing, "extra": extra, "mis-shaped": misshaped}
     problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if problems:
@@ -251,7 +251,7 @@ def _check(
 def _pieces(
     parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], box: Box
 ) -> Iterator[tuple[str, Box]]:
-    """The boxes of the stacked tensors `parts` that make up `box` of their whole."""
+    """Yield the boxes of the stacked tensors `parts` that make up `box` of the whole tensor."""
     first = 0
     for part in parts:
         rows = shapes[part][0]
@@ -262,7 +262,8 @@ def _pieces(
 
 
 def _groups(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
-    """Names in order, cut so that no group exceeds max_bytes (a larger tensor stands alone)."""
+    """Yield names in order, in groups of at most max_bytes (a larger tensor forms its own
+    group)."""
     group: list[str] = []
     size = 0
     for name, tensor in tensors.items():

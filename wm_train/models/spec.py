@@ -1,4 +1,4 @@
-"""Say what the trainer, the samplers, the planner and the parity proof ask of a model, and build one.
+"""Define the interface of a model to trainer, samplers, planner and parity proof, and build models.
 
 A new model is a folder with a configuration (`config.py`, no torch) and a subclass of `WorldModel`,
 and one row in `wm_train/config/registry.py`, or an entry point of another package.
@@ -20,7 +20,7 @@ SMALLEST_SIDE = 16  # thinner matrices (per-head gates, tables) gain nothing fro
 
 
 class WorldModel(nn.Module):
-    """A network that predicts the velocity of noisy latents.
+    """Predict the velocity of noisy latents; base class of all models.
 
     forward(latents [B, t, C, h, w], sigma [B, t] fp32 in [0, 1], conditions, sequence) -> velocity
     [B, t, C, h, w]: latents of the local frames, conditions of the whole clip. Everything that
@@ -32,11 +32,11 @@ class WorldModel(nn.Module):
         raise TypeError(f"{type(self).__name__} has no units(), expected every model to name them")
 
     def initial_rule(self, name: str, shape: Sequence[int]) -> Rule | None:
-        """Return how a parameter starts; None: as `init.default_rule` says."""
+        """Return the initial rule of a parameter; None: `init.default_rule`."""
         return None
 
     def unused_parameters(self) -> frozenset[str]:
-        """Return parameters that the layout has and no forward reads: never trained."""
+        """Return parameters that exist for the checkpoint layout only: never read or trained."""
         return frozenset()
 
     def matrix_parameters(self) -> frozenset[str]:
@@ -51,11 +51,11 @@ class WorldModel(nn.Module):
         )
 
     def switched_parameters(self, names: Iterable[str]) -> list[str]:
-        """Return those of the names that a stage's own switches of the model may add or drop."""
+        """Return those of the names that a stage's own switches of the model may add or remove."""
         return []
 
     def use_kernels(self, engine: str) -> None:
-        """Ask for these kernels from now on: auto | triton | reference (key backend.kernels)."""
+        """Set the kernels of all layers: auto | triton | reference (key backend.kernels)."""
 
 
 def build_model(config: ModelConfig) -> WorldModel:

@@ -1,5 +1,5 @@
-"""Flow matching with a noise level per chunk, for the chunk-causal stage (SANA-WM §3.2; the public
-stage-1 chunk-causal configuration).
+"""Train by flow matching with a noise level per chunk, for the chunk-causal stage (SANA-WM §3.2;
+the public stage-1 chunk-causal configuration).
 
 A clip draws one of four patterns, with the shares `chunk_mixture`:
   same          all chunks at one sigma
@@ -41,15 +41,15 @@ def chunk_mixture(model: WorldModel, clips: Clips, config: ChunkMixtureConfig) -
             " several (key chunk_frames of the stage). Fix: chunk_frames=3 and longer clips, or"
             " objective.name=flow_matching"
         )
-    pattern, sigma = drawn_pattern(key, draws, config), plain_sigma(key, draws, config)
+    pattern, sigma = draw_pattern(key, draws, config), plain_sigma(key, draws, config)
     plain = chunk_levels(key, draws, pattern, sigma, chunks, plain_range(config))
     levels = shift_sigma(plain, config.flow_shift)
     metrics = {"sigma": shift_sigma(sigma, config.flow_shift), "pattern": pattern.float()}
     return velocity_loss(model, clips, config, levels[:, clips.chunk_index()], metrics)
 
 
-def drawn_pattern(key: NoiseKey, draws: Tensor, config: ChunkMixtureConfig) -> Tensor:
-    """Which pattern each clip gets, int64 [B], in the shares of `config.chunk_mixture`."""
+def draw_pattern(key: NoiseKey, draws: Tensor, config: ChunkMixtureConfig) -> Tensor:
+    """Draw the pattern of each clip, int64 [B], in the shares of `config.chunk_mixture`."""
     shares = torch.tensor(config.chunk_mixture, dtype=torch.float32, device=draws.device).cumsum(0)
     return (uniform(key, "chunk_pattern", draws)[:, None] * shares[-1] >= shares[:-1]).sum(1)
 
@@ -62,8 +62,8 @@ def chunk_levels(
     chunks: int,
     ends: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Noise level of every chunk before the shift, fp32 [B, chunks], between `ends`; the anchor
-    chunk has `sigma` [B]."""
+    """Draw the noise level of every chunk before the shift, fp32 [B, chunks], between `ends`; the
+    anchor chunk has `sigma` [B]."""
     b = len(draws)
     any_chunk = (uniform(key, "chunk_anchor", draws) * chunks).long().clamp(max=chunks - 1)
     anchor = torch.where(pattern == INCREMENTAL, any_chunk, chunks - 1)[:, None]

@@ -1,4 +1,4 @@
-"""Hand an objective one micro-batch with all that belongs to it, and take its losses back.
+"""Pass one micro-batch to an objective, and its losses back.
 
 An objective is a function (model, clips, config) -> ObjectiveOutput, its configuration a dataclass
 whose `builds` names it (wm_train/config/kinds.py). It is under 100 lines, since `Clips` draws every
@@ -22,11 +22,11 @@ from wm_train.noise import NoiseKey, normal, random_words, unit_interval
 
 @dataclass(frozen=True)
 class Clips:
-    """One micro-batch on this process, and all that belongs to it.
+    """Hold one micro-batch on this process.
 
     latents: normalised latents of the local frames, fp32 [B, t, C, h, w], t = T/P; draws: position
     of each clip in the stage's global sample stream, int64 [B] on the device of the latents;
-    conditions: of the whole clips; sequence: the seam, whose layout is that of the whole clips.
+    conditions: of the whole clips; sequence: the sequence shard, whose layout is of whole clips.
     """
 
     latents: Tensor
@@ -65,9 +65,9 @@ class Clips:
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Losses of one micro-batch.
+    """Hold the losses of one micro-batch.
 
-    loss: one number per clip, [B], the mean over the whole clip and the same for all who
+    loss: one number per clip, [B], the mean over the whole clip, equal on all processes that
     share it; metrics: name -> [B].
     """
 

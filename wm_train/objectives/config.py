@@ -21,7 +21,8 @@ SHARES = Rule(
 
 @dataclass(frozen=True)
 class FlowMatchingConfig(ObjectiveConfig):
-    """Rectified-flow matching: the noise levels that are drawn, and what is dropped."""
+    """Configure rectified-flow matching: the noise levels that are drawn, and the dropped
+    conditions."""
 
     builds: ClassVar[str] = "wm_train.objectives.flow_matching:flow_matching"
 
@@ -47,8 +48,8 @@ class FlowMatchingConfig(ObjectiveConfig):
         return replace(self, sigma_min=low, sigma_max=high)
 
     def held_out_levels(self) -> tuple[float, ...]:
-        """Return the levels of the grid that it trains, the lower end not counted; of a range
-        between two of them the middle."""
+        """Return the levels of the grid inside the trained range, its lower end excluded; for a
+        range between two of them, its middle."""
         low, high = self.noise_range()
         inside = tuple(sigma for sigma in HELD_OUT_LEVELS if low < sigma <= high)
         return inside or ((low + high) / 2,)
@@ -79,14 +80,17 @@ class FlowMatchingConfig(ObjectiveConfig):
             got = (
                 f"{self.sigma_min} to {self.sigma_max}, which holds {share:.2g} of the noise levels"
             )
-            rule = f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std and flow_shift"
+            rule = (
+                f"a rising range with at least {LEAST_SHARE:g} of them, see sigma_mean, sigma_std"
+                " and flow_shift"
+            )
             fix = f"{AT}sigma_min=0 {AT}sigma_max=1, or pools.<pool>.sigma_min"
             yield Problem("sigma_min", got, rule, fix)
 
 
 @dataclass(frozen=True)
 class ChunkMixtureConfig(FlowMatchingConfig):
-    """Flow matching with a noise level per chunk (SANA-WM §3.2)."""
+    """Configure flow matching with a noise level per chunk (SANA-WM §3.2)."""
 
     builds: ClassVar[str] = "wm_train.objectives.chunk_mixture:chunk_mixture"
 
@@ -99,8 +103,8 @@ class ChunkMixtureConfig(FlowMatchingConfig):
 
 
 def range_share(noise: FlowMatchingConfig) -> float:
-    """Return how much of the noise distribution lies between sigma_min and sigma_max, 0 to 1; 0
-    for a range that is none."""
+    """Return the share of the noise distribution between sigma_min and sigma_max, 0 to 1; 0 for an
+    empty range."""
     if not 0 <= noise.sigma_min < noise.sigma_max <= 1:
         return 0.0
 

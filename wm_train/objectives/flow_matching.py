@@ -1,5 +1,5 @@
-"""Rectified-flow matching with one noise level per clip and the first latent frame given (SANA-WM
-§5.1; Liu et al. 2023; SD3 §3.1).
+"""Train by rectified-flow matching with one noise level per clip and the first latent frame given
+(SANA-WM §5.1; Liu et al. 2023; SD3 §3.1).
 
 x_sigma = (1 - sigma) x0 + sigma eps, target eps - x0, sigma = shifted sigmoid of a normal. Every
 random choice is a function of (seed, stage, draw, latent frame), so the loss does not depend on how
@@ -23,14 +23,14 @@ from wm_train.sampling.levels import first_frames, shift_sigma, unshift_sigma
 
 
 def clip_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Tensor:
-    """One noise level per clip, fp32 [B]: logit-normal, then shifted."""
+    """Draw one noise level per clip, fp32 [B]: logit-normal, then shifted."""
     return shift_sigma(plain_sigma(key, draws, config), config.flow_shift)
 
 
 def plain_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Tensor:
-    """The logit-normal noise level of each clip before the shift, fp32 [B], from the part of the
-    distribution that the shift moves into sigma_min to sigma_max: by its inverse distribution
-    function, so that nothing piles up at the ends of the range."""
+    """Draw the logit-normal noise level of each clip before the shift, fp32 [B], from the part of
+    the distribution that the shift moves into sigma_min to sigma_max: by its inverse distribution
+    function, so that no mass piles up at the ends of the range."""
     gaussian = normal(key, "sigma", draws, (0, 1), ())[:, 0]
     if config.sigma_min == 0.0 and config.sigma_max == 1.0:
         return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
@@ -45,7 +45,7 @@ def plain_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Ten
 
 
 def plain_range(config: FlowMatchingConfig) -> tuple[float, float]:
-    """sigma_min and sigma_max as they are before the shift."""
+    """Return sigma_min and sigma_max before the shift."""
     return unshift_sigma(config.sigma_min, config.flow_shift), unshift_sigma(
         config.sigma_max, config.flow_shift
     )
@@ -63,15 +63,15 @@ def dropped_conditions(
             camera_keep=keep if conditions.camera_keep is None else keep & conditions.camera_keep,
         )
     if config.text_dropout > 0.0 and conditions.text is not None:
-        conditions = dropped_text(
+        conditions = drop_text(
             conditions, uniform(key, "text_dropout", draws) < config.text_dropout
         )
     return conditions
 
 
-def dropped_text(conditions: Conditions, drop: Tensor) -> Conditions:
-    """Rows where drop [B] holds get the null text, padded or cut to the length L of the batch.
-    Raises ValueError without a null text."""
+def drop_text(conditions: Conditions, drop: Tensor) -> Conditions:
+    """Replace the text by the null text where drop [B] is True, padded or cut to the length L of
+    the batch. Raises ValueError without a null text."""
     text, null = conditions.text, conditions.null_text
     assert text is not None
     if null is None:
@@ -111,7 +111,7 @@ def velocity_loss(
     metrics: Mapping[str, Tensor],
 ) -> ObjectiveOutput:
     """Return the rectified-flow loss at given noise levels of the local frames, [B, t]. Frames at
-    sigma 0 are context and weigh nothing."""
+    sigma 0 are context and have zero weight."""
     latents, sequence = clips.latents, clips.sequence
     given = clips.uniform("image_condition") < config.image_condition  # [B]
     first = first_frames(sequence.layout, sequence.frames, latents.device)

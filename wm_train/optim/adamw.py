@@ -89,7 +89,7 @@ def start_adamw_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig) -> Optimizer:
-    """AdamW over all trainable parameters."""
+    """Build AdamW over all trainable parameters."""
     groups = adamw_groups([p for p in model.parameters() if p.requires_grad], config)
     optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     start_adamw_state(optimizer)

@@ -13,7 +13,7 @@ BETAS = Rule(lambda pair: all(0 <= beta < 1 for beta in pair), "both at least 0 
 
 @dataclass(frozen=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW (Loshchilov & Hutter 2019) on all parameters."""
+    """Configure AdamW (Loshchilov & Hutter 2019) on all parameters."""
 
     builds: ClassVar[str] = "wm_train.optim.adamw:build_adamw"
 
@@ -28,7 +28,8 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class NorMuonConfig(AdamWConfig):
-    """NorMuon at `lr` on the model's matrices, AdamW at lr * adamw_lr_scale on the rest."""
+    """Configure NorMuon at `lr` on the model's matrices, AdamW at lr * adamw_lr_scale on the
+    rest."""
 
     builds: ClassVar[str] = "wm_train.optim.normuon:build_normuon"
 

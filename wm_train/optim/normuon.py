@@ -116,7 +116,8 @@ class Joint:
 
 
 def build_normuon(model: WorldModel, config: NorMuonConfig) -> Joint:
-    """NorMuon at `lr` for the blocks' matrices, AdamW at `lr * adamw_lr_scale` for the rest."""
+    """Build NorMuon at `lr` for the blocks' matrices, AdamW at `lr * adamw_lr_scale` for the
+    rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     chosen = model.matrix_parameters()
     matrices = [p for name, p in named if name in chosen]

@@ -85,7 +85,7 @@ def first_stage(config: RunConfig) -> StagePlan:
 
 
 def grid(text: str) -> tuple[int, int]:
-    """ "4x6" -> (4, 6)"""
+    """Parse a grid: "4x6" -> (4, 6)."""
     rows, columns = text.split("x")
     return int(rows), int(columns)
 

@@ -1,5 +1,5 @@
-"""What `python -m wm_train.parity` runs: the user's model and objective on seeded clips, on one
-device, on virtual ranks or on processes.
+"""Build and run the parity cases: the user's model and objective on seeded clips, on one device, on
+virtual ranks or on processes.
 
 The maths does not depend on the picture's size, so the clips are small pictures of the stage's full
 length; every second clip is shorter, so that padding is covered as well. All data and noise are
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ WAKE = 0.1  # standard deviation of the noise that replaces zeros of a fresh mod
 
 @dataclass(frozen=True)
 class ParityCase:
-    """Everything a run depends on. frames: latent; grid: latent rows and columns; device: where it
-    runs, with that device's kernels."""
+    """Hold the complete description of a run. frames: latent; grid: latent rows and columns;
+    device: where it runs, with that device's kernels."""
 
     model: ModelConfig
     objective: ObjectiveConfig
@@ -66,8 +67,8 @@ class ParityCase:
 
     @property
     def layout(self) -> ClipLayout:
-        """Every second clip is shorter. Chunks are the stage's; a causal model of a stage without
-        any gets 4, 3, 3, … latent frames."""
+        """Return a layout whose every second clip is shorter. Chunks are the stage's; a causal
+        model of a stage without any gets 4, 3, 3, … latent frames."""
         short = max(1, self.frames - max(1, self.frames // 4))
         valid = tuple(self.frames if row % 2 == 0 else short for row in range(self.batch))
         chunk_frames = self.chunk_frames or (3 if self.model.needs().causal else 0)
@@ -77,8 +78,8 @@ class ParityCase:
 
 
 def make_model(case: ParityCase) -> WorldModel:
-    """The model with seeded weights, or those of a checkpoint. Fresh zeros become noise: behind a
-    zero gate nothing would be compared."""
+    """Make the model with seeded weights, or those of a checkpoint. Zeros of a fresh model become
+    noise, as a zero gate would hide the rest from the comparison."""
     with torch.device("meta"):
         model = build_model(case.model)
     model.to_empty(device="cpu")
@@ -102,7 +103,7 @@ def wake_(model: nn.Module, seed: int) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Weights of a verified checkpoint directory, by name."""
+    """Load the weights of a verified checkpoint directory, by name."""
     from wm_train.checkpoint import store
     from wm_train.world import World
 
@@ -119,8 +120,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def forward(
     case: ParityCase, model: WorldModel, sequence: SequenceShard, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Losses of the rows [b] and their local velocities [b, t, C, h, w]; traffic is told apart by
-    block."""
+    """Compute losses of the rows [b] and their local velocities [b, t, C, h, w]; traffic is counted
+    per block."""
     seen: list[Tensor] = []
     handles = [
         model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
@@ -166,8 +167,9 @@ def on_one_device(case: ParityCase) -> Outcome:
 
 
 def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome, list[TrafficRow]]:
-    """The same over ring x ulysses members in this process, and what they sent."""
-    models: list[WorldModel] = replicate(make_model(case), ring * ulysses)  # type: ignore[assignment]
+    """Run the case over ring x ulysses virtual ranks in this process; return the outcome and
+    traffic."""
+    models = [cast(WorldModel, m) for m in replicate(make_model(case), ring * ulysses)]
     comms: list[VirtualComm] = []
     kernels = case.kernels
 
@@ -193,7 +195,8 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
 
 
 def not_exercised(case: ParityCase, reference: Outcome) -> tuple[list[str], list[str]]:
-    """Parameters without any gradient: (those that the model declares unused, the others)."""
+    """Return the parameters without any gradient: (those that the model declares unused, the
+    others)."""
     with torch.device("meta"):
         model = build_model(case.model)
     silent = [

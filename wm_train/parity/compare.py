@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """losses [B]; velocity [B, T, C, h, w]; the summed gradient of every parameter that has one."""
+    """Hold losses [B]; velocity [B, T, C, h, w]; the summed gradient of every parameter that has
+    one."""
 
     losses: Tensor
     velocity: Tensor
@@ -20,26 +21,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """‖found − reference‖ / ‖reference‖ of one tensor; absolute when the reference is zero."""
+    """Hold ‖result − reference‖ / ‖reference‖ of one tensor; absolute when the reference is
+    zero."""
 
     name: str
     size: float
     error: float
 
 
-def compare(reference: Outcome, found: Outcome) -> list[Comparison]:
-    """Loss, velocity and every gradient, in the model's order."""
+def compare(reference: Outcome, result: Outcome) -> list[Comparison]:
+    """Compare loss, velocity and every gradient, in the model's order."""
     pairs: list[tuple[str, Tensor, Tensor | None]] = [
-        ("loss", reference.losses, found.losses),
-        ("velocity", reference.velocity, found.velocity),
+        ("loss", reference.losses, result.losses),
+        ("velocity", reference.velocity, result.velocity),
         *(
-            (name, gradient, found.gradients.get(name))
+            (name, gradient, result.gradients.get(name))
             for name, gradient in reference.gradients.items()
         ),
     ]
     pairs += [
         (name, torch.zeros_like(gradient), gradient)
-        for name, gradient in found.gradients.items()
+        for name, gradient in result.gradients.items()
         if name not in reference.gradients
     ]
     rows = []

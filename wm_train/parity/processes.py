@@ -1,4 +1,4 @@
-"""The `--processes` half of the parity command: gloo processes on this machine, FSDP2 and the
+"""Run the parity command's `--processes` half: gloo processes on this machine, with FSDP2 and the
 sequence mesh as in training."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMIT_S = 600.0
 
 
 def on_processes(case: ParityCase, degrees: MeshDegrees) -> Outcome:
-    """Run the case over `degrees.world` processes; every data-parallel member takes its rows.
+    """Run the case over `degrees.world` processes, each with the rows of its data-parallel rank.
 
     Raises RuntimeError if a process fails or all of them take too long; the others are stopped
     then.
@@ -48,8 +48,8 @@ def on_processes(case: ParityCase, degrees: MeshDegrees) -> Outcome:
                 if worker.is_alive():
                     worker.kill()
                 worker.join()
-        members = [load_file(folder / f"{rank}.safetensors") for rank in range(degrees.world)]
-    return assemble(degrees, members)
+        outputs = [load_file(folder / f"{rank}.safetensors") for rank in range(degrees.world)]
+    return assemble(degrees, outputs)
 
 
 def wait(workers: Sequence[BaseProcess]) -> None:
@@ -72,8 +72,8 @@ def wait(workers: Sequence[BaseProcess]) -> None:
 
 
 def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> None:
-    """One process: shard the model, run its rows and frames, write losses, velocity and (rank 0)
-    whole gradients."""
+    """Run one process: shard the model, run its rows and frames, write losses, velocity and (rank
+    0) whole gradients."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=degrees.world
@@ -88,28 +88,28 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
     sequence = make_sequence(replace(case.layout, valid_frames=valid[rows]), mesh, case.kernels)
     losses, velocity = forward(case, model, sequence, rows)
     (losses.sum() / case.batch).backward()
-    found = {"losses": losses.detach(), "velocity": velocity}
+    results = {"losses": losses.detach(), "velocity": velocity}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             whole = whole_tensor(parameter.grad)  # every process takes part
             if rank == 0:
-                found[f"gradient/{name}"] = whole
-    save_file({name: x.contiguous() for name, x in found.items()}, folder / f"{rank}.safetensors")
+                results[f"gradient/{name}"] = whole
+    save_file({name: x.contiguous() for name, x in results.items()}, folder / f"{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
     end_process(0)
 
 
-def assemble(degrees: MeshDegrees, members: list[dict[str, torch.Tensor]]) -> Outcome:
-    """Rows by data-parallel member, frames by sequence member."""
-    groups = [members[start : start + degrees.cp] for start in range(0, degrees.world, degrees.cp)]
+def assemble(degrees: MeshDegrees, outputs: list[dict[str, torch.Tensor]]) -> Outcome:
+    """Concatenate rows over data-parallel ranks and frames over sequence ranks."""
+    groups = [outputs[start : start + degrees.cp] for start in range(0, degrees.world, degrees.cp)]
     gradients = {
         name.removeprefix("gradient/"): x
-        for name, x in members[0].items()
+        for name, x in outputs[0].items()
         if name.startswith("gradient/")
     }
     return Outcome(
         torch.cat([group[0]["losses"] for group in groups]),
-        torch.cat([torch.cat([member["velocity"] for member in group], 1) for group in groups]),
+        torch.cat([torch.cat([output["velocity"] for output in group], 1) for group in groups]),
         gradients,
     )

@@ -22,22 +22,22 @@ DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to as
 def prove(
     plan: StagePlan, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace
 ) -> int:
-    """Print one comparison and its tables; return 0 if all is well, else 1."""
+    """Run one comparison and print its tables; return 0 on success, else 1."""
     tolerance = options.tolerance or (1e-9 if case.double else 1e-5)
     reference = on_one_device(case)
     rows: list[TrafficRow] = []
     if options.processes:
         from wm_train.parity.processes import on_processes
 
-        found = on_processes(case, degrees)
+        outcome = on_processes(case, degrees)
     else:
-        found, rows = on_virtual_ranks(case, degrees.ring, degrees.ulysses)
+        outcome, rows = on_virtual_ranks(case, degrees.ring, degrees.ulysses)
     print(title(plan, case, degrees, options.processes))
-    return report(case, reference, found, rows, tolerance, options.worst)
+    return report(case, reference, outcome, rows, tolerance, options.worst)
 
 
 def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
-    """Return the stage as a case, at its full length. Raises ValueError for what cannot be built."""
+    """Build the case of a stage, at its full length. Raises ValueError for broken settings."""
     stage = plan.config
     stride = DEFAULT_STRIDE
     if Path(stage.data.path).is_dir():
@@ -45,9 +45,8 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
 
         stride = open_dataset(stage.data.path).info.temporal_stride
     with torch.device("meta"):
-        build_model(stage.model)  # says what is wrong with it before anything runs
-    builder(stage.objective)  # the same
-    members = degrees.dp_replicate * degrees.dp_shard
+        build_model(stage.model)  # raises for a broken configuration before anything runs
+    data_ranks = degrees.dp_replicate * degrees.dp_shard
     case = ParityCase(
         model=stage.model,
         objective=stage.objective,
@@ -55,7 +54,7 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
         chunk_frames=stage.chunk_frames,
         frames=options.frames or (stage.frames - 1) // stride + 1,
         temporal_stride=stride,
-        batch=-(-max(options.batch, 2) // members) * members,
+        batch=-(-max(options.batch, 2) // data_ranks) * data_ranks,
         grid=options.grid,
         double=options.double,
         checkpoint=options.checkpoint,
@@ -67,7 +66,8 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
             else str(get_backend(plan.backend.name, plan.backend.threads).device)
         ),
     )
-    _ = case.kernels  # says so if an engine that was asked for is not there
+    builder(stage.objective)  # the same
+    _ = case.kernels  # raises if a configured engine is missing
     return case
 
 
@@ -94,13 +94,13 @@ def title(plan: StagePlan, case: ParityCase, degrees: MeshDegrees, processes: bo
 def report(
     case: ParityCase,
     reference: Outcome,
-    found: Outcome,
+    outcome: Outcome,
     traffic: list[TrafficRow],
     tolerance: float,
     worst: int | None,
 ) -> int:
-    """Print the tables; 0 if all is well, else 1."""
-    rows = compare(reference, found)
+    """Print the tables; return 0 on success, else 1."""
+    rows = compare(reference, outcome)
     width = max(len(row.name) for row in rows)
     print(f"{'tensor':{width}}  ‖reference‖  ‖Δ‖/‖reference‖")
     shown = (
@@ -144,7 +144,7 @@ def line(row: Comparison, width: int, tolerance: float) -> str:
 
 
 def print_traffic(rows: list[TrafficRow]) -> None:
-    """Counted against expected; bytes are those of the member that sends most."""
+    """Print counted against expected traffic; bytes are those of the rank that sends most."""
     width = max(len(row.label) for row in rows)
     print(f"\n{'traffic per step':{width}}  collectives  bytes sent  formula")
     for row in sorted(rows, key=lambda row: (row.label.rsplit(" ", 1)[1], row.label)):

@@ -1,4 +1,4 @@
-"""Compare what virtual ranks sent with what the formulas say."""
+"""Compare the traffic of virtual ranks with the formulas."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from parallel.virtual import VirtualComm
 
 @dataclass(frozen=True)
 class TrafficRow:
-    """One kind of call in one block: counted and expected (collectives, bytes) of the busiest
-    member; agree: on every member."""
+    """Record one kind of call in one block: counted and expected (collectives, bytes) of the
+    busiest rank; agree: on every rank."""
 
     label: str
     counted: tuple[int, int]

@@ -1,9 +1,8 @@
-"""What one process of a stage will hold, in bytes, by running the real model on tensors without
-storage.
+"""Predict the bytes that one rank of a stage will hold, by running the real model without storage.
 
-Weights, optimizer and average are counted from the very objects the trainer builds; activations are
-what autograd keeps of the real forward pass. Blocks repeat, so one block of each kind is measured
-and multiplied. Nothing is allocated and no accelerator is needed.
+Weights, optimizer and average are counted from the objects that the trainer builds; activations are
+the tensors that autograd keeps of the real forward pass. Blocks repeat, so one block of each kind
+is measured and multiplied. Nothing is allocated and no accelerator is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
 from parallel.zero import BUCKET, SWAP_BUFFERS, SWAP_GROUP
-from wm_train.checkpoint.handover import matching
+from wm_train.checkpoint.handover import match_names
 from wm_train.compat import FakeTensorMode, TorchDispatchMode
 from wm_train.conditioning import Conditions
 from wm_train.config.kinds import ModelConfig
@@ -33,7 +32,7 @@ from wm_train.models.spec import WorldModel, build_model
 
 @dataclass(frozen=True)
 class ClipShape:
-    """The part of a batch that one process holds: `clips` clips of `frames` latent frames (T/P,
+    """Describe the part of a batch on one rank: `clips` clips of `frames` latent frames (T/P,
     rounded up), and the sizes of a frame."""
 
     clips: int
@@ -47,11 +46,11 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process by category. `staging` and the categories named in `offloaded` are host
-    memory, the rest is on the device.
+    """Hold the bytes of one rank by category. `staging` and the categories named in `offloaded` are
+    host memory, the rest is on the device.
 
-    `busy`: activations of the one block that is computed or recomputed; `activations`: what all
-    blocks keep for their backward besides.
+    `busy`: activations of the one block that is computed or recomputed; `activations`: tensors that
+    all blocks save for backward besides.
     """
 
     parameters: int  # of the whole model, as a number, not bytes
@@ -78,27 +77,27 @@ class Memory:
         )
 
     def categories(self) -> dict[str, int]:
-        """Bytes by name, without `staging`."""
+        """Return bytes by name, without `staging`."""
         names = ("weights", "gradients", "optimizer", "average", "gathered", "activations", "busy")
         return {name: getattr(self, name) for name in names}
 
 
 def stage_memory(stage: StageConfig, shape: ClipShape, shards: int) -> Memory:
-    """Return the memory of one process when the stage's model is sharded over `shards` of them.
+    """Return the memory of one rank when the stage's model is sharded over `shards` ranks.
 
     Raises ValueError for a pattern of `frozen` without a match. Weights, gradients, optimizer and
-    average are fp32 and sharded; `gathered` holds two units and what is outside units, in the
-    compute type, since the next unit is gathered while one runs. Sequence exchange buffers (states,
-    halos) are not counted: they are megabytes. ZeRO-3 keeps what is computed with besides the
-    master weights, each gradient twice, and a bucket of them; with a disk, what a save reads from
-    it.
+    average are fp32 and sharded; `gathered` holds two units and all parameters outside units, in
+    the compute type, since the next unit is gathered while one runs. Sequence exchange buffers
+    (states, halos) are not counted: they are megabytes. ZeRO-3 keeps compute weights besides the
+    master weights, each gradient twice, and a bucket of them; with a disk, the part of the state
+    that a save reads from it.
     """
     model, optimizer, parallel = stage.model, stage.optimizer, stage.parallel
     staged, precision = stage.trainer.async_checkpoint, parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole = build_model(model)
         parameters = dict(whole.named_parameters())
-        for name in matching(stage.frozen, parameters, "frozen"):
+        for name in match_names(stage.frozen, parameters, "frozen"):
             parameters[name].requires_grad_(False)
         count = sum(p.numel() for p in whole.parameters())
         trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
@@ -153,7 +152,7 @@ def stage_memory(stage: StageConfig, shape: ClipShape, shards: int) -> Memory:
 @cache
 def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
     """Return the bytes that autograd keeps from the forward to the backward pass, and those inside
-    the one unit that is recomputed, which without checkpointing is among what is kept."""
+    the one unit that is recomputed, which without checkpointing are part of the first."""
     plain = replace(model, activation_checkpointing="none")
     kept, inside = kept_bytes(plain, shape, precision)
     most = max(inside)
@@ -163,7 +162,7 @@ def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tu
 
 
 class _ProductBytes(TorchDispatchMode):
-    """Counts the bytes of what selective checkpointing keeps, which no saved-tensor hook sees."""
+    """Count the bytes that selective checkpointing keeps, which saved-tensor hooks do not see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class _ProductBytes(TorchDispatchMode):
 
 def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, list[int]]:
     """Return the bytes of the distinct storages that a forward pass leaves for its backward,
-    weights left out, and those that each unit adds to them."""
+    weights excluded, and those that each unit adds to them."""
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -216,8 +215,8 @@ def _give_back(tensor: Tensor) -> Tensor:
 
 
 def _built_in(model: ModelConfig, dtype: torch.dtype) -> WorldModel:
-    """The model with parameters of one type. A tensor without storage cannot change its type
-    later."""
+    """Build the model with parameters of one type, as a tensor without storage cannot change its
+    type later."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

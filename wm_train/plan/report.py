@@ -1,10 +1,9 @@
-"""Know before you queue: `python -m wm_train.plan experiment=demo` says what every selected stage
-will hold, before anything is started.
+"""Plan every selected stage before anything is started: `python -m wm_train.plan experiment=demo`.
 
 It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: frame
-sizes come from the data set, or from --latent where the data is elsewhere. Shapes, parameters,
-inheritance, mesh and memory; it says nothing about time yet. Every pool is planned with its own
-overrides; pool=<name> takes one of them.
+sizes come from the data set, or from --latent where the data is elsewhere. It prints shapes,
+parameters, inheritance, mesh and memory, but no time yet. Every pool is planned with its own
+overrides; pool=<name> selects one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import StagePlan, plan_stage, plan_stages
-from wm_train.config.pools import named, pool_runs
+from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
@@ -33,7 +32,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Frame:
-    """Sizes of a latent frame and of its step in time."""
+    """Describe a latent frame and its step in time."""
 
     channels: int
     height: int
@@ -75,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
         problems = [
-            found
+            problem
             for pool, run in pools.items()
-            for found in named(without_data(run, options.latent is None), pool)
+            for problem in name_pool(without_data(run, options.latent is None), pool)
         ]
         if problems:
             raise ConfigError(problems)
@@ -85,41 +84,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for pool, run in pools.items():
-        for idle in named(warnings_of(plan_stages(run)), pool):
+        for idle in name_pool(warnings_of(plan_stages(run)), pool):
             print(f"warning: {idle}", file=sys.stderr)
-    return shown_pools(pools, frames, options.memory)
+    return print_pool_plans(pools, frames, options.memory)
 
 
-def shown_pools(
+def print_pool_plans(
     pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], device_gib: float | None = None
 ) -> int:
-    """`shown` for every pool under its name, and the workers of all of them: they train at the same
-    time."""
+    """Print the plan of every pool under its name, and the workers of all pools, which train at
+    once."""
     codes = []
     for pool, run in pools.items():
         if pool:
             selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
             ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
-        codes.append(shown(run, frames[pool], device_gib))
+        codes.append(print_stage_plans(run, frames[pool], device_gib))
     if len(pools) > 1:
         print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
     return 2 if 2 in codes else max(codes)
 
 
-def shown(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
-    """`show`, with names that do not fit each other reported as mistakes of the configuration: exit
-    code 2."""
+def print_stage_plans(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
+    """Print the plans of a run's stages; report parameter names that do not match as mistakes of
+    the configuration: exit code 2."""
     try:
-        return show(run, frame, device_gib)
+        return _print_stages(run, frame, device_gib)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def without_data(run: RunConfig, data_is_here: bool) -> list[Problem]:
-    """What `launch` would refuse, but for the data and the earlier stages' checkpoints, which a
-    plan does not need."""
+    """Return the mistakes that `launch` would refuse, without those of the data and of earlier
+    stages' checkpoints, which a plan does not need."""
     from wm_train.checks.values import problems_of
 
     def counts(problem: Problem) -> bool:
@@ -130,20 +129,20 @@ def without_data(run: RunConfig, data_is_here: bool) -> list[Problem]:
 
 
 def latent_frame(run: RunConfig, given: str | None) -> Frame:
-    """From --latent, else from the data set's dataset.json."""
+    """Read the latent frame from --latent, else from the data set's dataset.json."""
     if given is None:
         from wm_train.checks.data import dataset_info
 
-        found = dataset_info(run.data.path)
-        if isinstance(found, Problem):
+        info = dataset_info(run.data.path)
+        if isinstance(info, Problem):
             hint = Problem(
                 "--latent",
                 "nothing",
                 "the latent's sizes when the data is not here",
                 "--latent 128x22x40/8",
             )
-            raise ConfigError([found, hint])
-        return Frame(found.channels, found.latent_height, found.latent_width, found.temporal_stride)
+            raise ConfigError([info, hint])
+        return Frame(info.channels, info.latent_height, info.latent_width, info.temporal_stride)
     try:
         sizes, stride = given.split("/")
         channels, height, width = (int(size) for size in sizes.split("x"))
@@ -164,8 +163,8 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
     return frame
 
 
-def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
-    """One block per selected stage; 3 if one of them needs more than `device_gib`."""
+def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
+    """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
     code = 0
     for plan in plan_stages(run):
         memory, shape = stage_memory_of(plan, frame)
@@ -186,8 +185,8 @@ def show(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
 
 
 def stage_memory_of(plan: StagePlan, frame: Frame) -> tuple[Memory, tuple[int, int, int]]:
-    """Return the memory of one process, and (clips, latent frames, latent frames of the whole clip)
-    that it holds at once."""
+    """Return the memory of one rank, and its (clips, latent frames, latent frames of the whole
+    clip)."""
     from parallel.layout import split_evenly
     from wm_train.plan.memory import ClipShape, stage_memory
 
@@ -201,8 +200,8 @@ def stage_memory_of(plan: StagePlan, frame: Frame) -> tuple[Memory, tuple[int, i
 
 
 def inheritance(run: RunConfig, plan: StagePlan) -> str:
-    """Return whose weights the stage starts from, and which of its parameters are new. Raises
-    ValueError where names do not fit."""
+    """Return the source of the stage's weights, and which of its parameters are new. Raises
+    ValueError where names do not match."""
     if plan.source is None:
         return "the seed"
     import torch

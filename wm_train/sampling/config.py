@@ -10,7 +10,7 @@ from wm_train.config.kinds import SamplerConfig
 
 @dataclass(frozen=True)
 class EulerConfig(SamplerConfig):
-    """Euler steps of the whole clip at once, for bidirectional models."""
+    """Configure Euler steps of the whole clip at once, for bidirectional models."""
 
     builds: ClassVar[str] = "wm_train.sampling.sample:euler"
 
@@ -19,8 +19,8 @@ class EulerConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class StreamConfig(SamplerConfig):
-    """Euler steps chunk by chunk, the past clean and in a state: the way a chunk-causal model is
-    deployed, and the only choice for one."""
+    """Configure Euler steps chunk by chunk, with a clean past in a state, as chunk-causal models
+    are deployed. Such a model accepts no other sampler."""
 
     builds: ClassVar[str] = "wm_train.sampling.sample:stream"
 

@@ -1,4 +1,4 @@
-"""Several models for one clip, each for a part of the noise levels."""
+"""Sample one clip with several models, each for a part of the noise levels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Experts:
-    """Models that were trained on parts of the noise: `models[i]` makes the steps that start at
-    `boundaries[i]` or above. Boundaries fall, and the last one is 0 (Wan2.2's two experts,
+    """Hold models that were trained on parts of the noise: `models[i]` makes the steps that start
+    at `boundaries[i]` or above. Boundaries fall, and the last one is 0 (Wan2.2's two experts,
     MoWorld §3)."""
 
     boundaries: tuple[float, ...]
     models: tuple[nn.Module, ...]
 
     def at(self, sigma: float) -> nn.Module:
-        """Return the model that makes the step from noise level sigma."""
+        """Return the model that makes the step starting at noise level `sigma`."""
         pairs = zip(self.boundaries, self.models, strict=True)
         return next(model for boundary, model in pairs if sigma >= boundary)
 
 
 def experts_of(model: nn.Module | Experts) -> Experts:
-    """Return experts as they are, one model as the only expert."""
+    """Return experts unchanged, and one model as the only expert."""
     return model if isinstance(model, Experts) else Experts((0.0,), (model,))

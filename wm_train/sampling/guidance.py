@@ -1,4 +1,5 @@
-"""Guidance: one pass of the model per view of the conditions, then their weighted difference."""
+"""Guide samples: one pass of the model per view of the conditions, then their weighted
+difference."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ UNGUIDED: Guidance = MappingProxyType({})
 
 
 def guidance_views(conditions: Conditions, guidance: Guidance, draws: Tensor) -> list[Conditions]:
-    """Return what each pass of a step sees: everything, and for camera guidance all but the
-    camera."""
+    """Return the conditions of each pass of a step: all of them, and for camera guidance all but
+    the camera."""
     if guidance.get("camera", 1.0) == 1.0:
         return [conditions]
     return [conditions, replace(conditions, camera_keep=torch.zeros_like(draws, dtype=torch.bool))]
@@ -35,7 +36,7 @@ def velocities(
 
 
 def guided(velocities: Sequence[Tensor], guidance: Guidance) -> Tensor:
-    """Return plain + weight * (seen - plain), or what was seen if there was no pass without."""
+    """Return plain + weight * (seen - plain), or `seen` if there was no plain pass."""
     seen, *without = velocities
     for plain in without:
         seen = plain + guidance["camera"] * (seen - plain)

@@ -1,4 +1,5 @@
-"""Noise levels of training and sampling, and which frames of a clip are held clean."""
+"""Compute the noise levels of training and sampling, and mark the frames of a clip that stay
+clean."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def unshift_sigma(sigma: float, shift: float) -> float:
-    """The noise level that `shift_sigma` moves to sigma."""
+    """Return the noise level that `shift_sigma` moves to sigma."""
     return sigma / (shift - (shift - 1.0) * sigma)
 
 

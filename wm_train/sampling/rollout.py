@@ -35,10 +35,10 @@ def rollout(
 ) -> Tensor:
     """Return the local frames of sampled clips, fp32 [B, t, C, h, w], all denoised together.
 
-    model: one for all noise levels, or experts; first_latent: [B, C, h, w], normalised, held
-    clean at the clip's first frame; levels: of `sampling_levels`; draws: int64 [B], which noise
-    each clip starts from; guidance: condition -> weight, today of the camera (1: plain; above 1
-    the prediction without a camera is pushed away from, at twice the cost).
+    model: one for all noise levels, or experts; first_latent: [B, C, h, w], normalised, stays clean
+    at the clip's first frame; levels: of `sampling_levels`; draws: int64 [B], which key the noise;
+    guidance: condition -> weight, today of the camera (1: plain; above 1 the prediction without a
+    camera is pushed away from, at twice the cost).
     """
     experts, views = experts_of(model), guidance_views(conditions, guidance, draws)
     shards = [sequence] * len(views)
@@ -53,8 +53,8 @@ def rollout(
 def start_of(
     layout: ClipLayout, frames: FrameRange, first_latent: Tensor, key: NoiseKey, draws: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where these frames of a clip start: noise [B, t, C, h, w], which of them are given
-    [B, t], and with what [B, t, C, h, w]."""
+    """Return the start of these frames of a clip: noise [B, t, C, h, w], a mask of given frames [B,
+    t], and their values [B, t, C, h, w]."""
     b, *shape = first_latent.shape
     noise = normal(key, "rollout", draws, (frames.start, frames.stop), tuple(shape))
     clean = first_frames(layout, frames, first_latent.device)[None].expand(b, len(frames))
@@ -72,8 +72,8 @@ def euler(
     in clean [B, t] stay `given`.
 
     velocity(latents, level [B, t], sigma) -> [B, t, C, h, w], called once per step. `level` is 0
-    at given frames; `sigma` is the step's own also for a rank that holds only those, so that
-    every rank runs the same expert.
+    at given frames; `sigma` is the step's, also on a rank with given frames only, so that all ranks
+    pick the same expert.
     """
     hold = clean[:, :, None, None, None]
     latents = torch.where(hold, given, noise)

@@ -24,11 +24,11 @@ from wm_train.sampling.stream import stream_rollout
 
 @dataclass(frozen=True)
 class SampleStart:
-    """Everything a rollout starts from.
+    """Hold the inputs of a rollout.
 
-    first_latent: [B, C, h, w], normalised, held clean at the clip's first frame; conditions: of the
-    whole clips; levels: sigmas of the steps and the 0 after them; draws: int64 [B], which noise each
-    clip starts from; sequence: the local frames and the whole clip's layout.
+    first_latent: [B, C, h, w], normalised, stays clean at the clip's first frame; conditions: of
+    the whole clips; levels: sigmas of the steps and the 0 after them; draws: int64 [B], positions
+    in the sample stream that key the noise; sequence: the local frames and the whole clip's layout.
     """
 
     experts: Experts
@@ -50,7 +50,7 @@ def euler(start: SampleStart, config: SamplerConfig) -> Tensor:
 def stream(start: SampleStart, config: SamplerConfig) -> Tensor:
     """Return the local frames, fp32 [B, t, C, h, w], of clips made chunk by chunk.
 
-    All frames are made wherever it is called, as a chunk is too short to be split.
+    Every caller computes all frames, as a chunk is too short to be split.
     """
     given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
     layout, local = start.sequence.layout, start.sequence.frames

@@ -33,10 +33,10 @@ def stream_rollout(
     """Yield the chunks of clips, fp32 [B, t, C, h, w] each, as a chunk-causal model makes them;
     memory does not grow with the clip once the attention window is full (SANA-WM §3.2).
 
-    Every chunk is denoised while the past stays as it is, then seen once more clean, and that
-    pass makes the state of the next. Each expert has a state of its own, and each view of the
-    conditions: what one network remembers means nothing to another. Arguments as for `rollout`;
-    layout: the whole clip with its chunk starts, all on this device; kernels: of the device.
+    Every chunk is denoised with a fixed past; then one more pass over the clean chunk makes the
+    state of the next. Each expert and each view of the conditions has a state of its own, as a
+    state depends on the network. Arguments as for `rollout`; layout: the whole clip with its chunk
+    starts, all on this device; kernels: of the device.
     """
     experts, views = experts_of(model), guidance_views(conditions, guidance, draws)
     past = {expert: [StreamState()] * len(views) for expert in experts.models}

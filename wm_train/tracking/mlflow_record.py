@@ -42,7 +42,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Subject:
-    """The stage that a record is about, or with stage "" the run of all pools.
+    """Identify the stage that a record is about, or with stage "" the run of all pools.
 
     config: the whole run's configuration without logins.
     """

@@ -28,8 +28,8 @@ def open_loader(
     quarantined: tuple[str, ...] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> Feed:
-    """This process's rows and frames of the global batches from `first_step` on; of the held-out
-    split always whole cuts of `data.path`."""
+    """Read this rank's rows and frames of the global batches from `first_step` on. The validation
+    split ignores mixture, buckets and packing: whole cuts of `data.path`."""
     each, data, training = global_batch // stage.mesh.data_size, stage.config.data, split == "train"
     info, pack = stage.dataset.info, stage.config.data.pack and split == "train"
     packed = next(iter(stage.mixture)).info
@@ -73,7 +73,7 @@ def open_loader(
 
 
 def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
-    """The seam of this batch: its layout and this process's share of the frames."""
+    """Return the sequence shard of this batch: its layout, and this rank's frames."""
     starts = batch.document_starts[0] if batch.document_starts else (0,)
     assert all(row == starts for row in batch.document_starts), (
         "rows that are packed differently go through the model one by one"
@@ -91,7 +91,7 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
-    """Return what the model sees of this batch besides its latents; text only if it takes text."""
+    """Return this batch's fields as conditions of the model; text only if the model takes text."""
     stride, frames = stage.dataset.info.temporal_stride, stage.mesh.frames(batch.frames)
     fields = batch.own_entries((frames.start, frames.stop), stride)
     if "text" not in stage.config.model.needs().fields:
@@ -100,14 +100,14 @@ def conditions_of(stage: Stage, batch: Batch) -> Conditions:
 
 
 def clips_of(stage: Stage, batch: Batch) -> Clips:
-    """Return this batch as an objective takes it."""
+    """Return this batch as the input of an objective."""
     conditions, sequence = conditions_of(stage, batch), sequence_of(stage, batch)
     return Clips(batch.latents, batch.draws, conditions, sequence, stage.noise)
 
 
 def on_device(stage: Stage, batch: Batch) -> Batch:
-    """Return the batch with its tensors where the model is, and what one rank of each sequence
-    group read given to the others."""
+    """Move the batch to the device, and broadcast what one rank of each sequence group has read to
+    the other ranks."""
     batch = batch.each_tensor(
         lambda tensor: tensor.to(stage.backend.device, non_blocking=True), keep=("valid_frames",)
     )
@@ -117,16 +117,16 @@ def on_device(stage: Stage, batch: Batch) -> Batch:
 
 
 def micro_batches(stage: Stage, batch: Batch) -> Iterator[Batch]:
-    """The parts of a training batch that go through the model one by one: packed rows each, as each
-    has its own documents."""
+    """Yield the micro-batches of a training batch. Packed rows go one by one, as each has its own
+    documents."""
     return batch_parts(
         batch, len(batch.keys) if stage.config.data.pack else stage.config.trainer.accumulate
     )
 
 
 def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:
-    """The batch in `count` parts of whole rows, in order; the first ones are larger when it does
-    not divide."""
+    """Split the batch into `count` parts of whole rows, in order; the first ones are larger when
+    the rows do not divide evenly."""
     if count == 1:
         yield batch
         return

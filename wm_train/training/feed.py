@@ -1,11 +1,10 @@
-"""The batches of a stage on this process, with one decision for all processes when a shard turns
-out to be bad.
+"""Yield the batches of a stage on this rank, and quarantine bad shards on all ranks at once.
 
-A shard may be damaged on one node only, or in the frames of one process only. So with
-`data.on_bad_shard=quarantine` every process says, before it uses a batch, which shard it could not
-read; if any did, all leave those shards out and make the batch again. The draws that fell there
-take other clips by keys of their own, so no other sample of this or a later batch moves. The list
-is state: it is in the checkpoint.
+A shard may be damaged on one node only, or in the frames of one rank only. So with
+`data.on_bad_shard=quarantine` the ranks gather, before a batch is used, the shards that could not
+be read; if there are any, all ranks leave them out and read the batch again. The draws from those
+shards take other clips by keys of their own, so no other sample of this or a later batch changes.
+The list is part of the state: it is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from wm_train.world import World
 
 
 class Feed:
-    """Iterates over batches; a context manager.
+    """Iterate over batches; use as a context manager.
 
-    open_loader: (first step, quarantined shards) -> loader. quarantined: what a checkpoint has
-    recorded. report: says what was left out.
+    open_loader: (first step, quarantined shards) -> loader. quarantined: the list of a checkpoint.
+    report: called with a line about shards that were left out.
 
-    Raises DataError while iterating: with `on_bad_shard=fail` what the reader found, else when
-    there are more than `bad_shard_budget`; with both, when storage does not answer for
+    Raises DataError while iterating: with `on_bad_shard=fail` the error of the reader, else when
+    more than `bad_shard_budget` shards are bad; with both, when storage is unreachable for
     `data.retry_s`.
     """
 
@@ -40,20 +39,21 @@ class Feed:
     ) -> None:
         self._open, self._config, self._world, self._report = open_loader, config, world, report
         self.quarantined = tuple(sorted(quarantined))
-        # of the next batch; a loader that could read its batch is one ahead of those that could not
+        # The next batch. A loader that has read its batch is one ahead of those that failed to.
         self._step = first_step
         self._loader = open_loader(first_step, frozenset(quarantined))
 
     @property
     def packing(self) -> str:
-        """How full packed rows are; empty without packing."""
-        found = self._loader.schedule.packing()
-        if found is None:
+        """Return how full packed rows are, as text; empty without packing."""
+        packing = self._loader.schedule.packing()
+        if packing is None:
             return ""
-        clips = found.packed_clips + found.left_out_clips
+        clips = packing.packed_clips + packing.left_out_clips
         return (
-            f"packing: {found.filled:.1%} of latent frames hold a clip, {found.left_out_clips} of"
-            f" {clips} clips find no room (the first {found.sequences} rows)"
+            f"packing: {packing.filled:.1%} of latent frames hold a clip,"
+            f" {packing.left_out_clips} of {clips} clips find no room"
+            f" (the first {packing.sequences} rows)"
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -63,38 +63,37 @@ class Feed:
         if self._config.on_bad_shard == "fail":
             return next(self._loader)
         while True:
-            batch, found, message = None, "", ""
+            batch, bad_shard, message = None, "", ""
             try:
                 batch = next(self._loader)
             except ShardError as error:
-                if error.passing:  # of silent storage every shard looks bad
+                if error.passing:  # storage is unreachable: the shard may be good
                     raise
-                found, message = error.shard, str(error)
-            # one small collective a step; names and words only when there is something to say
-            if not self._world.gather_numbers([float(bool(found))]).any():
+                bad_shard, message = error.shard, str(error)
+            # one number a step; names and messages are gathered only when a shard is bad
+            if not self._world.gather_numbers([float(bool(bad_shard))]).any():
                 assert batch is not None
                 self._step += 1
                 return batch
-            self._leave_out([pair for pair in self._world.gather([found, message]) if pair[0]])
+            self._leave_out([pair for pair in self._world.gather([bad_shard, message]) if pair[0]])
 
-    def _leave_out(self, found: list[list[str]]) -> None:
-        """Start again at this step without these shards. The same on every process, as `found`
-        is."""
-        self.quarantined = tuple(sorted({*self.quarantined, *(shard for shard, _ in found)}))
+    def _leave_out(self, bad_shards: list[list[str]]) -> None:
+        """Start again at this step without these shards, which are the same on every rank."""
+        self.quarantined = tuple(sorted({*self.quarantined, *(shard for shard, _ in bad_shards)}))
         self._loader.close()
         budget = self._config.bad_shard_budget
         if len(self.quarantined) > budget:
             raise DataError(
                 f"quarantine: got {len(self.quarantined)} bad shards, expected at most {budget}"
-                f" (key data.bad_shard_budget; the last: {found[0][1]}). Fix: mend the data set,"
-                " `python -m data_shards.verify` lists all damage"
+                f" (key data.bad_shard_budget; the last: {bad_shards[0][1]}). Fix: mend the data"
+                " set, `python -m data_shards.verify` lists all damage"
             )
         self._loader = self._open(self._step, frozenset(self.quarantined))
         total, out = sum(map(len, self._loader.tables)), self._loader.quarantined_clips
-        names = ", ".join(sorted({shard for shard, _ in found}))
+        names = ", ".join(sorted({shard for shard, _ in bad_shards}))
         self._report(
             f"quarantined after {self._step} steps: {names}; now {total - out} clips to draw from +"
-            f" {out} quarantined = {total} of the manifest. {found[0][1]}"
+            f" {out} quarantined = {total} of the manifest. {bad_shards[0][1]}"
         )
 
     def __enter__(self) -> Feed:

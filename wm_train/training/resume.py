@@ -1,5 +1,4 @@
-"""Where a stage begins: after the steps of its own newest checkpoint, or with what it inherits from
-another stage."""
+"""Resume a stage from its own newest checkpoint, or start it from the weights it inherits."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from wm_train.world import World
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage begins: steps that are done already, what the step guard remembers of them, the
-    held-out loss of the last, and the shards that were left out."""
+    """Hold the start of a stage: finished steps, the step guard's memory of them, the last held-out
+    loss, and the shards that were left out."""
 
     steps_done: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
@@ -39,17 +38,17 @@ def restore(
     report: Callable[[str], None],
 ) -> Start:
     """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits;
-    returns where to begin.
+    return the start.
 
     Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or
     when there is nothing to inherit.
     """
     root = plan.checkpoints
-    found = store.find_newest(root, world, report) if plan.resume else None
-    if found is None:
+    newest = store.find_newest(root, world, report) if plan.resume else None
+    if newest is None:
         inherit(plan, state, world, report)
         return Start()
-    folder, manifest = found
+    folder, manifest = newest
     mine, theirs = identity(plan, data_fingerprint), manifest.facts["identity"]
     if "noise" not in theirs:
         raise SetupError(
@@ -85,11 +84,11 @@ def restore(
 def inherit(
     plan: StagePlan, state: TrainState, world: World, report: Callable[[str], None]
 ) -> None:
-    """Take the weights of the source by name, its moments if asked to; the average starts from the
-    weights.
+    """Load the weights of the source by name, and its moments if configured; the average starts
+    from the weights.
 
-    Errors: SetupError when there is no source, or its names do not fit and nothing says that this
-    is meant.
+    Errors: SetupError when there is no source, or its names do not match and the stage does not
+    declare the difference.
     """
     source, stage = plan.source, plan.config
     if source is None:
@@ -97,14 +96,14 @@ def inherit(
     if isinstance(source.checkpoints, Path) and (source.checkpoints / "config.json").is_file():
         _start_from_public(source.checkpoints, state, report)
         return
-    found = store.find_newest(source.checkpoints, world, report)
-    if found is None:
+    newest = store.find_newest(source.checkpoints, world, report)
+    if newest is None:
         raise SetupError(
             f"stage {plan.stage} inherits weights: got no valid checkpoint in {source.checkpoints},"
             f" expected one. Fix: train that stage first, or set recipe.stages.{plan.stage}.inherit"
             " to a checkpoints directory"
         )
-    folder, manifest = found
+    folder, manifest = newest
     mine, use_average = state.tensors(), stage.inherit_weights == "ema"
     weights = {
         name.removeprefix("model/"): tensor
@@ -141,15 +140,15 @@ def inherit(
 def _moments(
     stage: str, mine: dict[str, Any], manifest: Manifest, taken: frozenset[str]
 ) -> dict[str, Any]:
-    """The optimizer's tensors of the weights that are taken over; those that the source did not
-    train start from zero."""
+    """Return the optimizer tensors of the inherited weights; those that the source did not train
+    start from zero."""
     stored = {name.rpartition("/")[0] for name in manifest.tensors if name.startswith("optimizer/")}
     wanted = {
         name: tensor
         for name, tensor in mine.items()
         if name.startswith("optimizer/")
-        and (owner := name.rpartition("/")[0]) in stored
-        and owner.removeprefix("optimizer/") in taken
+        and (weight := name.rpartition("/")[0]) in stored
+        and weight.removeprefix("optimizer/") in taken
     }
     missing = [name for name in wanted if name not in manifest.tensors]
     if missing or not wanted:
@@ -162,10 +161,13 @@ def _moments(
 
 
 def _start_from_public(folder: Path, state: TrainState, report: Callable[[str], None]) -> None:
-    """Take the weights of a diffusers directory (SANA-WM, or SANA-Video as a start)."""
+    """Load the weights of a diffusers directory (SANA-WM, or SANA-Video as a start)."""
     if state.zero:
-        raise SetupError(f"inherit: got a public directory, {folder}, with parallel.sharding=zero3, expected one of our checkpoints. "
-                         "Fix: parallel.sharding=fsdp for this stage; zero3 goes on from its checkpoints")  # fmt: skip
+        raise SetupError(
+            f"inherit: got a public directory, {folder}, with parallel.sharding=zero3, expected one"
+            " of our checkpoints. Fix: parallel.sharding=fsdp for this stage; zero3 goes on from"
+            " its checkpoints"
+        )
     try:
         loaded = load_pretrained_(state.model, folder)
     except ValueError as error:
@@ -188,7 +190,7 @@ def _difference(key: str, theirs: Any, mine: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """What a value looks like after it went through the manifest (tuples come back as lists)."""
+    """Return a value as it comes back from the manifest: tuples as lists."""
     if isinstance(value, dict):
         return {k: _as_json(v) for k, v in value.items()}
     return [_as_json(v) for v in value] if isinstance(value, tuple) else value

@@ -1,5 +1,5 @@
-"""Going back after too many bad steps: the checkpoint before them is taken, and what was learned
-since is dropped."""
+"""Rewind training after too many bad steps to the checkpoint before them, dropping later
+progress."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from wm_train.world import World
 def rewind(
     plan: StagePlan,
     state: TrainState,
-    asked: RewindError,
+    request: RewindError,
     world: World,
     report: Callable[[str], None],
 ) -> Start:
-    """Fill the state from the newest valid checkpoint before the first bad step; later ones will be
-    made again.
+    """Fill the state from the newest valid checkpoint before the first bad step; later checkpoints
+    are withdrawn.
 
     Errors: BadStepError when there is no such checkpoint.
     """
     root = plan.checkpoints
-    found = store.find_newest(root, world, report, before=asked.first)
-    if found is None:
+    newest = store.find_newest(root, world, report, before=request.first)
+    if newest is None:
         raise BadStepError(
-            f"{asked.text}, and no checkpoint before step {asked.first} to go back to. Fix: lower"
-            " the learning rate"
+            f"{request.text}, and no checkpoint before step {request.first} to go back to. Fix:"
+            " lower the learning rate"
         )
-    folder, manifest = found
+    folder, manifest = newest
     if world.rank == 0:
         for later in store.committed(root):
             if later.name > folder.name:
@@ -43,8 +43,12 @@ def rewind(
     state.put(held)
     memory = manifest.facts.get("guard", {})
     report(
-        f"{asked.text}: going back to step {manifest.step}; the batches of steps"
-        f" {manifest.step + 1} to {asked.last} are left out"
+        f"{request.text}: going back to step {manifest.step}; the batches of steps"
+        f" {manifest.step + 1} to {request.last} are left out"
     )
-    memory = {**memory, "skipped": [], "rewound": [*asked.earlier, (manifest.step + 1, asked.last)]}
+    memory = {
+        **memory,
+        "skipped": [],
+        "rewound": [*request.earlier, (manifest.step + 1, request.last)],
+    }
     return Start(manifest.step, memory, quarantined=tuple(manifest.facts.get("quarantined", ())))

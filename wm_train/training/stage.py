@@ -1,5 +1,4 @@
-"""One stage on one process: data set, mesh and shapes, opened together and checked against each
-other."""
+"""Open one stage on this rank: data set, mesh and shapes, checked against each other."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ from wm_train.world import World
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage on this process: what does not change from step to step."""
+    """Hold all of a stage on this rank that does not change from step to step."""
 
     plan: StagePlan
     backend: Backend
@@ -48,19 +47,17 @@ class Stage:
     noise: NoiseKey
     null_text: Tensor | None  # [L0, E] on the device; None: the model takes no text
     kernels: Kernels  # of this device, as backend.kernels and backend.attention ask
-    attention: (
-        tuple[str, AttentionEngine] | None
-    )  # an engine of others for the softmax blocks; None: ours
+    # an engine of another package for the softmax blocks; None: ours
+    attention: tuple[str, AttentionEngine] | None
 
     @property
     def config(self) -> StageConfig:
-        """Return the stage's own configuration, whole."""
+        """Return the stage's own configuration, complete."""
         return self.plan.config
 
     @property
     def data_fingerprint(self) -> str:
-        """Of everything that decides which samples training sees in which order, besides seed and
-        batch."""
+        """Return a hash of the samples of training and their order, apart from seed and batch."""
         data = self.config.data
         if list(self.mixture) == [self.dataset] and not data.buckets and not data.pack:
             return self.dataset.fingerprint
@@ -77,10 +74,10 @@ class Stage:
         return clip_flops(self.config.model, longest, latent_frames, chunk_frames)
 
     def work(self, batch: Batch) -> dict[str, float]:
-        """What a training step does for the clips of this batch, padding left out: `frames` (raw),
-        `latent_frames`, `tokens`, `flops`. Of clips that a sequence group holds together it is this
-        member's part, so the sums over all processes are the step's."""
-        stride, members, (height, width) = (
+        """Count the work of a training step on this batch without padding: `frames` (raw),
+        `latent_frames`, `tokens`, `flops`. A clip split over P ranks contributes 1/P on each, so
+        the sums over all ranks are the step's."""
+        stride, ranks, (height, width) = (
             self.dataset.info.temporal_stride,
             self.mesh.sequence_size,
             batch.latents.shape[-2:],
@@ -94,11 +91,12 @@ class Stage:
             "tokens": sum(clips) * size,
             "flops": FORWARDS_PER_STEP * sum(self.clip_flops(n, height, width) for n in clips),
         }
-        return {name: amount / members for name, amount in whole.items()}
+        return {name: amount / ranks for name, amount in whole.items()}
 
 
 def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
-    """The data set, the mesh and the shapes of this stage, checked against each other."""
+    """Open the data set, the mesh and the shapes of this stage, and check them against each
+    other."""
     config = plan.config
     try:
         for choice in (config.model, config.objective, config.optimizer, config.sampler):
@@ -115,15 +113,15 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
         nearest = mesh.data_size * max(1, config.global_batch // mesh.data_size)
         raise SetupError(
             f"batch: got global_batch {config.global_batch}, expected a multiple of the"
-            f" {mesh.data_size} data-parallel members (key recipe.stages.{plan.stage}.global_batch)."
-            f" Fix: global_batch={nearest}, or one of {valid_worlds(config.parallel, config.global_batch)}"
-            " workers"
+            f" {mesh.data_size} data-parallel members (key"
+            f" recipe.stages.{plan.stage}.global_batch). Fix: global_batch={nearest}, or one of"
+            f" {valid_worlds(config.parallel, config.global_batch)} workers"
         )
     share = config.global_batch // mesh.data_size
     if config.trainer.accumulate > share:
         raise SetupError(
-            f"batch: got trainer.accumulate {config.trainer.accumulate}, expected at most the {share}"
-            f" clips of one process. Fix: trainer.accumulate={share}"
+            f"batch: got trainer.accumulate {config.trainer.accumulate}, expected at most the"
+            f" {share} clips of one process. Fix: trainer.accumulate={share}"
         )
     frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
     engine = make_engine(config.parallel.attention, mesh.comm)
@@ -136,20 +134,20 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
 
 
 def tokens_per_frame(model: ModelConfig, latent_height: int, latent_width: int) -> int:
-    """Return S of latents of this size."""
+    """Return S, the tokens per frame of latents of this size."""
     return latent_height * latent_width // model.needs().patch ** 2
 
 
 def open_data(data: DataConfig) -> tuple[ClipDataset, dict[ClipDataset, float]]:
-    """The data set of `data.path`, and what training draws from by weight."""
+    """Open the data set of `data.path`; return it, and the weight of each data set in training."""
     policy = RetryPolicy(budget_s=data.retry_s)
     cache = RangeCache(Path(data.cache), round(data.cache_gb * 1e9)) if data.cache else None
-    found = {
+    datasets = {
         path: open_dataset(path, policy=policy, cache=cache)
         for path in dict.fromkeys([data.path, *data.mixture])
     }
     for file in data.selection:
-        select_clips(list(found.values()), file)
-    return found[data.path], {
-        found[path]: weight for path, weight in (data.mixture or {data.path: 1.0}).items()
+        select_clips(list(datasets.values()), file)
+    return datasets[data.path], {
+        datasets[path]: weight for path, weight in (data.mixture or {data.path: 1.0}).items()
     }

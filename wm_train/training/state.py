@@ -1,5 +1,5 @@
-"""What training changes: the sharded model, its optimizer and its average; how it is made and what
-is saved of it."""
+"""Build the training state: the sharded model, its optimizer and its average, as checkpoints store
+it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.sharding import PRECISIONS, compile_blocks, shard_model
 from wm_train.boxes import is_first_copy, local_tensor
-from wm_train.checkpoint.handover import matching
+from wm_train.checkpoint.handover import match_names
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.registry import builder
 from wm_train.errors import SetupError
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a checkpoint holds, under the names it holds it by. `ema` is empty when the stage
-    keeps no average.
+    """Hold the content of a checkpoint under its names. `ema` is empty when the stage keeps no
+    average.
 
-    With FSDP2 the live tensors are DTensors in rows (plain tensors on one fp32 process). With
-    ZeRO-3 (`zero`) they are flat stretches, and `tensors` are copies in rows.
+    With FSDP2 the live tensors are DTensors sharded by row (plain tensors on one fp32 process).
+    With ZeRO-3 (`zero`) they are flat shards, and `tensors` are copies sharded by row.
     """
 
     model: WorldModel
@@ -47,15 +47,15 @@ class TrainState:
     zero: Zero3 | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or in rows. Every process must
-        call this."""
+        """Return model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or sharded by row. Every
+        rank must call this."""
         if self.zero is None:
             return self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
         return dict(self.saved())
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
-        """What `tensors` returns, for reading: with ZeRO-3 one by one, as copies in rows lie on the
-        device. Every process must take all."""
+        """Yield the pairs of `tensors`, for reading: with ZeRO-3 one by one, as row copies are on
+        the device. Every rank must take all pairs."""
         if self.zero is None:
             yield from self.tensors().items()
             return
@@ -66,8 +66,7 @@ class TrainState:
             )
 
     def put(self, changed: dict[str, Tensor]) -> None:
-        """Make changes of what `tensors` returned those of the state. Every process must call
-        this."""
+        """Write changed values of `tensors` back into the state. Every rank must call this."""
         if self.zero is None:
             return
         weights, moments = self.weights(), self.zero.moments()
@@ -85,7 +84,7 @@ class TrainState:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by name: live, or copies of what lies on a disk (ZeRO-3 with nvme)."""
+        """Return the weights by name: live, or copies of what is on a disk (ZeRO-3 with nvme)."""
         return (
             self.zero.weights()
             if self.zero
@@ -94,7 +93,7 @@ class TrainState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model runs on its averaged weights inside this context."""
+        """Use the averaged weights inside this context."""
         weights = self.weights()
         with ema_weights(
             self.ema, weights, partial(self.zero.write, weights) if self.zero else None
@@ -102,13 +101,13 @@ class TrainState:
             yield
 
     def update_average(self, decay: float, step: int) -> None:
-        """After step `step` (from 0)."""
+        """Update the average after step `step` (from 0)."""
         if self.ema:
             ema_update(self.ema, self.weights(), decay, step)
 
     @property
     def network(self) -> nn.Module:
-        """What training calls; for anything without gradients it is `model`."""
+        """Return the module to call in training; without gradients, use `model`."""
         return self.zero.engine if self.zero else self.model
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -119,7 +118,8 @@ class TrainState:
             loss.backward()
 
     def gradients(self, rank: int) -> list[Tensor]:
-        """The parts of all gradients that this process holds and nobody else counts."""
+        """Return this rank's shards of all gradients; of replicated ones, only those of the first
+        copy."""
         if self.zero:
             return self.zero.gradients()
         return [
@@ -144,8 +144,8 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_state(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> TrainState:
-    """The model, sharded as it is made, then filled: no process ever holds all of it. Weights come
-    from the seed and each parameter's name."""
+    """Build the model, sharded before it is filled, so that no rank ever holds all of it. Weights
+    come from the seed and each parameter's name."""
     config = plan.config.optimizer
     if plan.config.parallel.sharding == "zero3":
         assert isinstance(config, AdamWConfig), "checked before the start: on_zero3()"
@@ -162,7 +162,7 @@ def build_state(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> Trai
 def _shard_empty(
     model: WorldModel, plan: StagePlan, mesh: DeviceMesh, device: torch.device
 ) -> None:
-    """Shard a model on meta and give this process's parts empty storage, on the host to offload."""
+    """Shard a model on meta and give this rank's shards empty storage, on the host with offload."""
     units = list(model.units())
     offload = plan.config.parallel.offload_state != "none"
     if plan.config.parallel.compile:
@@ -173,7 +173,7 @@ def _shard_empty(
 
 @dataclass(frozen=True)
 class EvaluationState:
-    """A sharded model for evaluation: no optimizer, moments or average beside its weights."""
+    """Hold a sharded model for evaluation, without optimizer, moments or average."""
 
     model: WorldModel
 
@@ -185,7 +185,7 @@ class EvaluationState:
         return {("ema/" if n in averaged else "model/") + n: value for n, value in weights.items()}
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Its weights are the averaged ones already."""
+        """Return an empty context, as the loaded weights are already the averaged ones."""
         return nullcontext()
 
 
@@ -209,8 +209,8 @@ def build_for_evaluation(
 
 
 def _build_zero3(plan: StagePlan, config: AdamWConfig, mesh: DeviceMesh) -> TrainState:
-    """The same under DeepSpeed. Raises SetupError when it is not installed or cannot offload as
-    asked."""
+    """Build the state under DeepSpeed. Raises SetupError when it is not installed or cannot offload
+    as configured."""
     from parallel.zero import Zero3, building, check, zero_config
 
     try:
@@ -222,7 +222,7 @@ def _build_zero3(plan: StagePlan, config: AdamWConfig, mesh: DeviceMesh) -> Trai
             model = build_model(plan.config.model)
         prepare(model, plan)
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups = adamw_groups(trained, config, dims=lambda p: len(p.ds_shape))  # type: ignore[attr-defined]
+        groups = adamw_groups(trained, config, dims=_whole_dimensions)
         zero = Zero3(
             model,
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps),
@@ -238,27 +238,31 @@ def _build_zero3(plan: StagePlan, config: AdamWConfig, mesh: DeviceMesh) -> Trai
     return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
 
 
+def _whole_dimensions(parameter: Any) -> int:
+    """Return the dimensions of the whole tensor that DeepSpeed has flattened and sharded."""
+    return len(parameter.ds_shape)
+
+
 def _own_folder(plan: StagePlan) -> str | None:
-    """Where this stage of this run keeps its state on a node's disk: other runs may have been given
-    the same `nvme_path`."""
+    """Return this stage's own folder below `nvme_path`, which several runs may share."""
     given = plan.config.parallel.nvme_path
     return given and str(Path(given) / str(plan.directory.absolute()).strip("/").replace("/", "-"))
 
 
 def prepare(model: WorldModel, plan: StagePlan) -> None:
-    """The kernels that the run asks for, and training of what its stage trains. Errors: those of
+    """Choose the configured kernels, and freeze what the stage does not train. Errors: those of
     `freeze`."""
     model.use_kernels(plan.backend.kernels)
     freeze(model, plan)
 
 
 def freeze(model: nn.Module, plan: StagePlan) -> None:
-    """Take what the stage does not train out of training. Raises SetupError for a pattern that
-    covers nothing, or if nothing is left."""
+    """Freeze the parameters that the stage does not train. Raises SetupError for a pattern that
+    covers none, or if no parameter is left to train."""
     parameters, where = dict(model.named_parameters()), f"recipe.stages.{plan.stage}.frozen"
     patterns = plan.config.frozen
     try:
-        for name in matching(patterns, parameters.keys(), where):
+        for name in match_names(patterns, parameters.keys(), where):
             parameters[name].requires_grad_(False)
     except ValueError as error:
         raise SetupError(str(error)) from error
@@ -270,8 +274,8 @@ def freeze(model: nn.Module, plan: StagePlan) -> None:
 
 
 def identity(plan: StagePlan, data_fingerprint: str) -> dict[str, Any]:
-    """What must be equal for a run to continue: it decides the samples, their noise and the
-    function that is trained."""
+    """Return the settings that must be equal for a run to resume: they determine the samples, their
+    noise and the trained function."""
     stage, model = plan.config, asdict(plan.config.model)
     del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
     return {
@@ -296,9 +300,9 @@ def facts(
     validation_loss: float | None,
     quarantined: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself besides its tensors. validation_loss: of this very step,
-    None if there was none. The position in the data is the step; the quarantined shards are all
-    else there is to it."""
+    """Return the facts of a checkpoint besides its tensors. validation_loss: of this very step,
+    None if there was none. The position in the data is the step; with it go only the quarantined
+    shards."""
     return {
         "validation_loss": validation_loss,
         "identity": identity(plan, data_fingerprint),

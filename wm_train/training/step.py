@@ -29,10 +29,10 @@ from wm_train.world import World
 
 @dataclass(frozen=True)
 class StepReport:
-    """Results of a step, the same on all ranks.
+    """Hold the results of a step, the same on all ranks.
 
-    figures: name -> value for the record; work: what the step did (`Stage.work`), summed over
-    ranks; times: (data wait, own work) of the step before, per rank; stop: some rank was asked to.
+    figures: name -> value for the record; work: of the step (`Stage.work`), summed over ranks;
+    times: (data wait, own work) of the step before, per rank; stop: some rank got a stop signal.
     """
 
     figures: dict[str, float]
@@ -92,9 +92,9 @@ def train_step(
 
 
 def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
-    """Add the gradients of this process's clips; return the sums of loss and metrics over them.
+    """Add the gradients of this rank's clips; return the sums of loss and metrics over them.
 
-    Of a clip that a sequence group of P processes shares, each counts 1/P.
+    A clip split over P ranks contributes 1/P on each.
     """
     objective, config = builder(stage.config.objective), stage.config.objective
     columns: list[torch.Tensor] = []  # [metrics, b] of each micro-batch
@@ -107,14 +107,16 @@ def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]
         metrics = {"loss": output.loss, **output.metrics}
         names = list(metrics)
         columns.append(torch.stack([value.detach().float() for value in metrics.values()]))
-    # One transfer a step, as each waits for the device; fp64 sums on the host, as some devices lack them.
+    # One transfer a step, as each waits for the device; fp64 sums on the host, as some devices
+    # have no fp64.
     rows = torch.cat(columns, dim=1).cpu().tolist()
     size = stage.mesh.sequence_size
     return {name: sum(row) / size for name, row in zip(names, rows, strict=True)}
 
 
 def kept_activations(stage: Stage) -> AbstractContextManager[object]:
-    """Return a context in which activations wait for the backward pass on the host, if asked."""
+    """Return a context that keeps activations on the host until the backward pass, if
+    configured."""
     if not stage.config.parallel.offload_activations:
         return nullcontext()
     device = stage.backend.device.type
@@ -122,7 +124,8 @@ def kept_activations(stage: Stage) -> AbstractContextManager[object]:
 
 
 def squared_norm(state: TrainState, world: World) -> float:
-    """Return the squared norm of the gradients this rank counts, summed on the host in fp64."""
+    """Return this rank's share of the squared gradient norm; replicated tensors count once. Summed
+    on the host in fp64."""
     held = [g.float() for g in state.gradients(world.rank) if g.numel()]
     norms = torch.stack(torch._foreach_norm(held)).cpu().tolist() if held else []
     return float(sum(norm**2 for norm in norms))

@@ -1,5 +1,5 @@
-"""Where the time of this process's steps goes: waiting for data, waiting in communication, work of
-its own; and its host memory."""
+"""Measure a step of this rank: waiting for data, waiting in communication, own work; and host
+memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from wm_train.training.state import TrainState
 
 
 class StepClock:
-    """Call `begin`, take the step, call `end`. `last` is (data wait, own work) in seconds of the
-    step before, for the others to see."""
+    """Measure steps: call `begin`, take the step, call `end`. `last` is (data wait, own work) in
+    seconds of the previous step, for the other ranks."""
 
     def __init__(self, stage: Stage, state: TrainState) -> None:
         self.comm = CommClock(stage.backend.device)
@@ -29,8 +29,8 @@ class StepClock:
         self._begun = (time.perf_counter(), time.process_time(), self.comm.seconds())
 
     def end(self, data_wait_s: float) -> dict[str, float]:
-        """Figures of the step that began at `begin`, whose device work is done; `data_wait_s` is
-        this process's."""
+        """Return the figures of the step that began at `begin`, whose device work is done;
+        `data_wait_s` is this rank's."""
         started, cpu, comm = self._begun
         seconds, waited = time.perf_counter() - started, self.comm.seconds() - comm
         self.last = (data_wait_s, max(0.0, seconds - data_wait_s - waited))
@@ -43,7 +43,8 @@ class StepClock:
 
 
 def resident_bytes() -> int:
-    """Host memory that this process holds now (its peak where the system does not say)."""
+    """Return the host memory of this process in bytes (its peak where the system reports only
+    that)."""
     pages = Path("/proc/self/statm")
     if not pages.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""What a laboratory of its own configures: its model, objective, optimizer and sampler; no torch."""
+"""Configure a laboratory's own model, objective, optimizer and sampler, without torch."""
 
 from __future__ import annotations
 

@@ -104,10 +104,26 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
     row's maximum and sum eight times in fp32, as the operator does."""
 
     def forward(
-        query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0, pre_tockens=MOST,
-        next_tockens=MOST, inner_precise=0, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True,
+        query,
+        key,
+        value,
+        head_num,
+        input_layout,
+        pse=None,
+        padding_mask=None,
+        atten_mask=None,
+        scale=1.0,
+        keep_prob=1.0,
+        pre_tockens=MOST,
+        next_tockens=MOST,
+        inner_precise=0,
+        prefix=None,
+        actual_seq_qlen=None,
+        actual_seq_kvlen=None,
+        sparse_mode=0,
+        gen_mask_parallel=True,
         sync=False,
-    ):  # fmt: skip
+    ):
         assert (head_num, input_layout) == (query.shape[1], "BNSD")
         assert query.dtype == key.dtype == value.dtype == dtype
         scores = query.float() @ key.float().transpose(-1, -2) * scale
@@ -125,11 +141,35 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         )
 
     def backward(
-        query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None, atten_mask=None, softmax_max=None,
-        softmax_sum=None, softmax_in=None, attention_in=None, scale_value=1.0, keep_prob=1.0, pre_tockens=MOST, next_tockens=MOST,
-        inner_precise=0, seed=0, offset=0, numels=0, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0,
-        gen_mask_parallel=True, sync=False,
-    ):  # fmt: skip
+        query,
+        key,
+        value,
+        dy,
+        head_num,
+        input_layout,
+        *,
+        pse=None,
+        padding_mask=None,
+        atten_mask=None,
+        softmax_max=None,
+        softmax_sum=None,
+        softmax_in=None,
+        attention_in=None,
+        scale_value=1.0,
+        keep_prob=1.0,
+        pre_tockens=MOST,
+        next_tockens=MOST,
+        inner_precise=0,
+        seed=0,
+        offset=0,
+        numels=0,
+        prefix=None,
+        actual_seq_qlen=None,
+        actual_seq_kvlen=None,
+        sparse_mode=0,
+        gen_mask_parallel=True,
+        sync=False,
+    ):
         assert (head_num, input_layout) == (query.shape[1], "BNSD")
         assert query.dtype == key.dtype == value.dtype == dy.dtype == attention_in.dtype == dtype
         assert softmax_max.dtype == softmax_sum.dtype == torch.float32

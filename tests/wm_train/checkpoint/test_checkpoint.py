@@ -90,8 +90,15 @@ def test_damaged_folders_are_refused_with_a_reason(tmp_path, damage):
     found, reports = newest(tmp_path)
     assert found is not None
     assert found[0] == good
-    words = {"truncate": "bytes", "remove": "missing files", "empty": "bytes", "swap": "sha256", "foreign": "foreign files",
-             "no manifest": "no manifest.json", "format": "format 99"}  # fmt: skip
+    words = {
+        "truncate": "bytes",
+        "remove": "missing files",
+        "empty": "bytes",
+        "swap": "sha256",
+        "foreign": "foreign files",
+        "no manifest": "no manifest.json",
+        "format": "format 99",
+    }
     assert words[damage] in reports[0]
 
 

@@ -170,7 +170,7 @@ def test_pruning_takes_a_name_literally(root):
 
 
 def test_a_store_that_does_not_answer_is_not_an_empty_one(monkeypatch):
-    """Else a run would begin anew beside its checkpoints. `isdir` of most stores says False then."""
+    """Else a run would begin anew beside its checkpoints: `isdir` of most stores is False then."""
     root = place("memory://checkpoints/silent")
 
     def refuse(*_, **__):

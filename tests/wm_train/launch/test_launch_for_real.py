@@ -126,7 +126,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-def test_after_a_lost_node_the_run_goes_on_alone_grows_again_and_has_the_losses_of_the_undisturbed_one(
+def test_after_a_lost_node_a_run_shrinks_grows_again_and_has_the_losses_of_the_undisturbed_one(
     arguments, environment, token, tmp_path: Path
 ) -> None:
     """Two simulated nodes of one CPU each. One goes away, the run goes on on the other; it comes
@@ -306,9 +306,22 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, dic
     ]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *places, *ports],
-            cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            [
+                ray,
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=2",
+                "--disable-usage-stats",
+                *places,
+                *ports,
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             wait_for_port(dashboard)
             yield f"http://127.0.0.1:{dashboard}", environment

@@ -1,12 +1,15 @@
 """SANA-WM's forward FLOPs by hand, as an oracle of the counter.
 
 Per token (one of N = T·S) of a block:
-  dense layers    2 · (elements of every projection, convolution and MLP weight of the block): each element meets each token once. Key and
-                  value projections of text meet the text tokens instead.
-  GDN (per head)  Grams and outputs 2 D² each: A, U and O of the numerator, A of the normaliser; with the camera A, U and O of its branch.
+  dense layers    2 · (elements of every projection, convolution and MLP weight of the block): each
+                  element meets each token once. Key and value projections of text meet the text
+                  tokens instead.
+  GDN (per head)  Grams and outputs 2 D² each: A, U and O of the numerator, A of the normaliser;
+                  with the camera A, U and O of its branch.
                   Scan, per frame: 2 D³ a direction for the numerator and for the camera, 2 D² for
                   the normaliser.
-  softmax         4 · (tokens it sees) · D per head and branch: scores and values; the camera is a second branch.
+  softmax         4 · (tokens it sees) · D per head and branch: scores and values; the camera is a
+                  second branch.
 """
 
 from __future__ import annotations

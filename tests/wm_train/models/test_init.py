@@ -14,9 +14,14 @@ from wm_train.models.spec import build_model
 
 CONFIG = SanaWMConfig(latent_channels=4, depth=4, width=32, heads=2, text_width=6)
 RULES = [
-    Rule("constant", 2.0), Rule("normal", 0.5), Rule("uniform", 0.5), Rule("last_tap"), Rule("log_uniform", 16.0),
-    Rule("inverse_softplus", 0.1, low=0.001), Rule("normal", 1.0, zero_rows=(0, 5)),
-]  # fmt: skip
+    Rule("constant", 2.0),
+    Rule("normal", 0.5),
+    Rule("uniform", 0.5),
+    Rule("last_tap"),
+    Rule("log_uniform", 16.0),
+    Rule("inverse_softplus", 0.1, low=0.001),
+    Rule("normal", 1.0, zero_rows=(0, 5)),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)

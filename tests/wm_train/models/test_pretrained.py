@@ -85,9 +85,15 @@ def test_every_holder_reads_its_own_part(tmp_path):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     source = diffusers.SanaVideoTransformer3DModel(
-        num_layers=4, num_attention_heads=2, attention_head_dim=24, num_cross_attention_heads=2, cross_attention_head_dim=24,
-        cross_attention_dim=48, caption_channels=10, mlp_ratio=3.0,
-    )  # fmt: skip
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=24,
+        cross_attention_dim=48,
+        caption_channels=10,
+        mlp_ratio=3.0,
+    )
     source.save_pretrained(tmp_path)
     whole = filled()
     load_pretrained_(whole, tmp_path)
@@ -112,9 +118,15 @@ def test_sana_video_gives_what_it_has(tmp_path):
     as initialised, gates are open."""
     torch.manual_seed(0)
     source = diffusers.SanaVideoTransformer3DModel(
-        num_layers=4, num_attention_heads=2, attention_head_dim=24, num_cross_attention_heads=2, cross_attention_head_dim=24,
-        cross_attention_dim=48, caption_channels=10, mlp_ratio=3.0,
-    )  # fmt: skip
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=24,
+        cross_attention_dim=48,
+        caption_channels=10,
+        mlp_ratio=3.0,
+    )
     source.save_pretrained(tmp_path)
     model, before = filled(), filled().state_dict()
     loaded = load_pretrained_(model, tmp_path)

@@ -24,7 +24,7 @@ from wm_train.objectives.chunk_mixture import (
     INCREMENTAL,
     SAME,
     chunk_levels,
-    drawn_pattern,
+    draw_pattern,
 )
 from wm_train.objectives.clips import Clips
 from wm_train.objectives.config import ChunkMixtureConfig, FlowMatchingConfig
@@ -226,7 +226,7 @@ def test_chunk_levels_follow_their_pattern():
 
 
 def test_patterns_come_in_their_shares():
-    pattern = drawn_pattern(
+    pattern = draw_pattern(
         KEY, torch.arange(20_000), ChunkMixtureConfig(chunk_mixture=(1.0, 4.0, 4.0, 1.0))
     )
     shares = torch.bincount(pattern, minlength=4) / 20_000

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from wm_train.checkpoint import store
+from wm_train.checkpoint import writer
 from wm_train.checkpoint.saver import Saver
 from wm_train.config.schema import TrainerConfig
 from wm_train.resilience import heartbeat
@@ -47,7 +47,7 @@ def test_only_the_silent_and_the_absent_are_named(tmp_path):
 def test_a_save_that_waits_for_a_lost_process_ends_and_names_it(tmp_path, monkeypatch):
     """The thread hangs in a collective that has half an hour; the run must not."""
     never = threading.Event()
-    monkeypatch.setattr(store, "commit", lambda *_: never.wait(60))
+    monkeypatch.setattr(writer, "commit", lambda *_: never.wait(60))
     saver = Saver(
         tmp_path,
         "short",
@@ -63,7 +63,7 @@ def test_a_save_that_waits_for_a_lost_process_ends_and_names_it(tmp_path, monkey
 
 
 def test_a_save_that_breaks_is_no_success(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "commit", lambda *_: 1 / 0)
+    monkeypatch.setattr(writer, "commit", lambda *_: 1 / 0)
     saver = Saver(tmp_path, "short", TrainerConfig(), World(0, 1), print)
     saver.save(1, {}, {})
     with pytest.raises(ZeroDivisionError):

@@ -1,7 +1,8 @@
 """One process of the feed's tests.
 
-look <config> <folder>: reads three batches with parallel.cp=2 through a filesystem that counts, then twelve on a copy of the data set of
-  its own, as on a node with a disk of its own; saves what it got and what it cost.
+look <config> <folder>: reads three batches with parallel.cp=2 through a filesystem that counts,
+  then twelve on its own copy of the data set, as on a node with a local disk; saves the batches
+  and their cost.
 train <config> <folder>: trains on its own copy.
 """
 

@@ -72,9 +72,15 @@ def test_losses_are_those_of_fsdp(train_on_two, losses, tmp_path, overrides):
 
 # Gradients are clipped at every step, two steps are left out, and matrices are large enough to go
 # to the disk.
-OFFLOADED = ("model.width=128", "recipe.stages.short.optimizer.clip_norm=0.05", "trainer.skip_steps=[1,8]",
-             "trainer.accumulate=2", "recipe.stages.short.global_batch=4", "trainer.validation_clips=2",
-             "trainer.validate_every=5")  # fmt: skip
+OFFLOADED = (
+    "model.width=128",
+    "recipe.stages.short.optimizer.clip_norm=0.05",
+    "trainer.skip_steps=[1,8]",
+    "trainer.accumulate=2",
+    "recipe.stages.short.global_batch=4",
+    "trainer.validation_clips=2",
+    "trainer.validate_every=5",
+)
 
 
 def offload(kind: str, folder: Path) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ F, I8, I = "*fp32", "*i8", "i32"
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation. arguments: name -> Triton type ("*fp32", "i32"); constants: name ->
-    value, None for absent pointers."""
+    """Describe one specialisation. arguments: name -> Triton type ("*fp32", "i32"); constants: name
+    -> value, None for absent pointers."""
 
     name: str
     kernel: Any

@@ -169,7 +169,7 @@ def camera_gram(
     norm_eps: float,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `wm_train.kernels.dispatch.camera_gram`."""
+    """Run the kernel of `wm_train.kernels.dispatch.camera_gram`."""
     return CameraGram.apply(key, value, beta, weight, ray_to_world, cos, sin, scale, norm_eps, rstd)
 
 
@@ -182,5 +182,5 @@ def camera_output(
     sin: Tensor,
     norm_eps: float,
 ) -> Tensor:
-    """See `wm_train.kernels.dispatch.camera_output`."""
+    """Run the kernel of `wm_train.kernels.dispatch.camera_output`."""
     return CameraOutput.apply(query, state, weight, world_to_ray, cos, sin, norm_eps)

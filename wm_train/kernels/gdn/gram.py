@@ -102,5 +102,5 @@ def gdn_gram(
     norm_eps: float,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `wm_train.kernels.dispatch.gdn_gram`."""
+    """Run the kernel of `wm_train.kernels.dispatch.gdn_gram`."""
     return Gram.apply(key, value, beta, weight, cos, sin, scale, norm_eps, rstd)

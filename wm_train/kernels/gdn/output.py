@@ -92,5 +92,5 @@ def gdn_output(
     norm_eps: float,
     eps: float,
 ) -> Tensor:
-    """See `wm_train.kernels.dispatch.gdn_output`."""
+    """Run the kernel of `wm_train.kernels.dispatch.gdn_output`."""
     return Output.apply(query, state, normaliser, weight, cos, sin, norm_eps, eps)

@@ -1,9 +1,9 @@
 """Run the GDN recurrences of `parallel` on Triton: the four functions of `parallel/reference.py`.
 
-All in fp32. Two levels: with `segments` > 1 the local frames are scanned in that many pieces at
-once: composites per piece, their composition, then the pieces again from the states that enter
-them. That trades one scan of T frames for three of T/segments. The default depends on the number of
-programs of one scan; `benchmarks/gdn_kernels.py` measures it.
+All in fp32, and of at least one frame. Two levels: with `segments` > 1 the local frames are scanned
+in that many pieces at once: composites per piece, their composition, then the pieces again from the
+states that enter them. That trades one scan of T frames for three of T/segments. The default
+depends on the number of programs of one scan; `benchmarks/gdn_kernels.py` measures it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SHORTEST_SEGMENT = 8  # frames; below this a second level costs more walks than 
 class ScanSettings(NamedTuple):
     """Store the settings of a scan.
 
-    engine: auto | triton | reference. segments: None chooses by itself. mode: arithmetic of A
-    (None: TF32 on a device). rows: of a state per program.
+    segments: None chooses by itself. mode: arithmetic of A (None: TF32 on a device). rows: of a
+    state per program.
     """
 
     segments: int | None = None
@@ -264,7 +264,7 @@ def local_states(
     start_reverse: Tensor | None,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor]:
-    """States [B, t, H, E, D] and F after the last frame [B, H, E, D]; as
+    """Return states [B, t, H, E, D] and F after the last frame [B, H, E, D]; as
     `parallel.reference.local_states`."""
     plan, stream = _plan(stream, settings), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
@@ -276,7 +276,8 @@ def local_states(
 def local_composites(
     stream: Stream, cuts: Cuts, reverse: str | None, settings: ScanSettings = DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """C [B, H, D, D], H_fwd and H_rev [B, H, E, D]; as `parallel.reference.local_composites`."""
+    """Return C [B, H, D, D], H_fwd and H_rev [B, H, E, D]; as
+    `parallel.reference.local_composites`."""
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     composite, ahead, back = _composites(
         stream, cuts, reverse, plan, _edge_table(cuts, stream.update.device)
@@ -291,7 +292,7 @@ def local_adjoint_composites(
     grads: Tensor,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """What leaves the local frames when nothing enters [B, H, E, D]; as
+    """Return the adjoints that leave the local frames when none enters, [B, H, E, D] each; as
     `parallel.reference.local_adjoint_composites`."""
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     edges = _edge_table(cuts, stream.update.device)
@@ -312,8 +313,8 @@ def local_adjoint(
     from_left: Tensor | None,
     settings: ScanSettings = DEFAULTS,
 ) -> tuple[Stream, Tensor | None]:
-    """Gradients of decay, gram, update and start_forward; as `parallel.reference.local_adjoint`.
-    The states are walked again."""
+    """Return gradients of decay, gram, update and start_forward; as
+    `parallel.reference.local_adjoint`. The states are computed again."""
     plan, stream = _plan(stream, settings), _contiguous(stream)
     grads = grads.float().contiguous()
     edges = _edge_table(cuts, stream.update.device)

@@ -1,5 +1,5 @@
-"""Cross-attention from video tokens to text, with a padding mask and RMSNorm on q and k
-(SANA-Video's text branch)."""
+"""Attend from video tokens to text, with a padding mask and RMSNorm on q and k (SANA-Video's text
+branch)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 class CrossAttention(nn.Module):
-    """x [B, t, S, C], text [B, L, C] -> [B, t, S, C]; text is the same for all frames, so no frame
-    sees another here."""
+    """Attend from x [B, t, S, C] to text [B, L, C] -> [B, t, S, C]; the text is the same for all
+    frames, so frames do not interact here."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
-        """text_mask: bool [B, L], True at real tokens."""
+        """Return [B, t, S, C]. text_mask: bool [B, L], True at real tokens."""
         b, t, s, c = x.shape
         length = text.shape[1]
         k, v = self.kv_linear(text).chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Patch, timestep and caption embedders. Parameter names are those of the public checkpoint
+"""Embed patches, timesteps and captions. Parameter names are those of the public checkpoint
 layout."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TIME_CHANNELS = 256
 
 
 class PatchEmbed(nn.Module):
-    """Latent maps [B, t, C, h, w] -> tokens [B, t, S, width], one per patch x patch cell."""
+    """Embed latent maps [B, t, C, h, w] -> tokens [B, t, S, width], one per patch x patch cell."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Tokens [B, t, S, patch * patch * C] (C fastest) -> maps [B, t, C, h, w]."""
+    """Convert tokens [B, t, S, patch * patch * C] (C fastest) -> maps [B, t, C, h, w]."""
     b, t, _, features = tokens.shape
     (rows, columns), channels = grid, features // (patch * patch)
     cells = tokens.reshape(b, t, rows, columns, patch, patch, channels).permute(0, 1, 6, 2, 4, 3, 5)
@@ -41,8 +41,8 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 
 class TimestepEmbed(nn.Module):
-    """Per-frame timesteps [B, t] (sigma * 1000, any float) -> [B, t, width]: cosines then sines,
-    and a two-layer MLP."""
+    """Embed per-frame timesteps [B, t] (sigma * 1000, any float) -> [B, t, width]: cosines then
+    sines, and a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class TimestepEmbed(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """Two-layer MLP of the caption embedder."""
+    """Project captions by the embedder's two-layer MLP."""
 
     def __init__(self, text_width: int, width: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class CaptionProjection(nn.Module):
 
 
 class CaptionEmbed(nn.Module):
-    """Text features [B, L, E] -> [B, L, width]."""
+    """Embed text features [B, L, E] -> [B, L, width]."""
 
     def __init__(self, text_width: int, width: int) -> None:
         super().__init__()

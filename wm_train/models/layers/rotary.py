@@ -1,5 +1,5 @@
-"""Rotary position embedding over (time, height, width), as cosines and sines per interleaved pair
-of channels.
+"""Compute rotary position embedding over (time, height, width), as cosines and sines per
+interleaved pair of channels.
 
 Source: Wan2.1's three-axis split as the public SANA-WM uses it. Of D/2 pairs, height and width take
 D//6 each, time the rest. The camera branch rotates only the second half of its channels and takes
@@ -17,14 +17,14 @@ THETA = 10000.0
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines per token and pair, each fp32 [B, t, S, 1, pairs]."""
+    """Hold cosines and sines per token and pair, each fp32 [B, t, S, 1, pairs]."""
 
     cos: Tensor
     sin: Tensor
 
 
 def axis_pairs(dim: int) -> tuple[int, int, int]:
-    """Pairs of channels given to time, height and width among `dim` channels."""
+    """Return the pairs of channels given to time, height and width among `dim` channels."""
     space = dim // 6
     return dim // 2 - 2 * space, space, space
 
@@ -32,7 +32,8 @@ def axis_pairs(dim: int) -> tuple[int, int, int]:
 def rotary_tables(
     positions: Tensor, grid: tuple[int, int], head_dim: int, used_dim: int | None = None
 ) -> Rotary:
-    """Angles of every token: positions [B, t] -> cos and sin [B, t, S, 1, used_dim // 2].
+    """Compute the angles of every token: positions [B, t] -> cos and sin [B, t, S, 1, used_dim //
+    2].
 
     used_dim < head_dim keeps the leading frequencies of each axis of the head_dim table (camera
     branch).

@@ -1,5 +1,5 @@
-"""The two self-attentions of SANA-WM, each with its camera branch: frame-wise gated DeltaNet, and
-softmax.
+"""Define the two self-attentions of SANA-WM, each with its camera branch: frame-wise gated
+DeltaNet, and softmax.
 
 Source: SANA-WM §3.2 (eq. 3-5) and §3.3 (eq. 6). Facts of the released model that the paper leaves
 out: a normaliser recurrence on un-rotated keys beside the numerator, an exclusive reverse pass, a
@@ -29,7 +29,7 @@ from wm_train.kernels.dispatch import (
 )
 from wm_train.kernels.gdn.reference import rotate, wide
 from wm_train.models.layers.rotary import Rotary
-from wm_train.models.sana_wm.ucpe import RayEncoding, decoded, encoded
+from wm_train.models.sana_wm.ucpe import RayEncoding, decode_rays, encode_rays
 
 UNUSED_IN_SOFTMAX = (
     "beta_proj.weight",
@@ -43,13 +43,13 @@ UNUSED_IN_SOFTMAX = (
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What all blocks share in one pass; nothing here takes gradients.
+    """Hold the inputs that all blocks share in one pass; none takes gradients.
 
     grid: token rows and columns of a frame; rotary: table of the main branch; rays: None without a
     camera; camera_keep: [B, 1, 1, 1] 0/1 or None; edges: the cuts convolutions respect; attention:
-    which frames a softmax block sees; text_mask: bool [B, L] or None. Padding frames need no mask
-    here: the verbs of the sequence keep them from all others, and everything else stays inside a
-    frame.
+    the frames visible to a softmax block; text_mask: bool [B, L] or None. Padding frames need no
+    mask here: the verbs of the sequence keep them from all others, and everything else stays inside
+    a frame.
     """
 
     sequence: SequenceShard
@@ -63,22 +63,22 @@ class BlockContext:
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise temporal taps of width K, the same both ways: y_t = sum over |d| < K of w[K-1-|d|]
-    x_{t+d}."""
+    """Convolve depthwise over time with taps of width K, the same both ways: y_t = sum over |d| < K
+    of w[K-1-|d|] x_{t+d}."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel))
 
     def forward(self, taps: Taps, heads: int, engine: str) -> tuple[Tensor, Tensor | None]:
-        """taps: 2K-1 of [B, t, S, C], K-1 before to K-1 after -> y [B, t, S, C], and its tokens' 1
-        / RMS where a kernel has them."""
+        """Convolve 2K-1 taps of [B, t, S, C], K-1 before to K-1 after -> y [B, t, S, C], and its
+        tokens' 1 / RMS if a kernel provides them."""
         return short_convolution(taps, self.weight, heads, engine=engine)
 
 
 class CameraAttention(nn.Module):
-    """Parameters both attentions share: fused QKV, norms, gates, output; and the camera branch's
-    own projections."""
+    """Hold the parameters that both attentions share: fused QKV, norms, gates, output; and the
+    camera branch's own projections."""
 
     recall_gate: Tensor
 
@@ -94,7 +94,7 @@ class CameraAttention(nn.Module):
         self.gate_proj = nn.Linear(width, heads)
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.dt_bias = nn.Parameter(torch.zeros(heads))
-        self.register_buffer("recall_gate", torch.zeros(1))  # in the public layout, read by nobody
+        self.register_buffer("recall_gate", torch.zeros(1))  # in the public layout, but not read
         self.output_gate = nn.Linear(width, width)
         self.camera = camera
         if camera:
@@ -109,7 +109,7 @@ class CameraAttention(nn.Module):
         self.recall_gate.zero_()
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[B, t, S, H * D] -> [B, t, S, H, D]."""
+        """Split heads: [B, t, S, H * D] -> [B, t, S, H, D]."""
         return x.unflatten(-1, (self.heads, self.head_dim))
 
     def output(
@@ -129,7 +129,7 @@ class CameraAttention(nn.Module):
 
 
 class GatedDeltaNet(CameraAttention):
-    """Frame-wise gated DeltaNet, both directions (SANA-WM eq. 3): x [B, t, S, C] -> [B, t, S,
+    """Run frame-wise gated DeltaNet in both directions (SANA-WM eq. 3): x [B, t, S, C] -> [B, t, S,
     C]."""
 
     def __init__(self, width: int, heads: int, camera: bool, conv_kernel: int) -> None:
@@ -174,14 +174,15 @@ class GatedDeltaNet(CameraAttention):
         return self.output(x, main, camera, context)
 
     def key_scale(self, tokens: int) -> float:
-        """Eq. 5: S tokens enter a state at once, so keys shrink with S as well as with D."""
+        """Return the factor of eq. 5: S tokens enter a state at once, so keys shrink with S as well
+        as with D."""
         return float((self.head_dim * tokens) ** -0.5)
 
     def convolved(
         self, keys: list[Tensor], context: BlockContext
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """The short convolution of the main and the camera keys, one exchange for both; with 1 /
-        RMS where a kernel has it already."""
+        """Convolve the main and the camera keys in one exchange; with 1 / RMS if a kernel provides
+        it."""
         if self.conv_kernel == 0:
             return [(key, None) for key in keys]
         reach = self.conv_kernel - 1
@@ -193,14 +194,15 @@ class GatedDeltaNet(CameraAttention):
         ]
 
     def decay(self, x: Tensor) -> Tensor:
-        """Frame-level decay gamma in (0, 1], fp32 [B, t, H], from the mean token of the frame."""
+        """Return the frame-level decay gamma in (0, 1], fp32 [B, t, H], from the mean token of the
+        frame."""
         gate = wide(self.gate_proj(x.mean(dim=2)))
         return torch.exp(-wide(self.A_log).exp() * F.softplus(gate + wide(self.dt_bias)))
 
 
 class SoftmaxAttention(CameraAttention):
-    """Softmax attention over all tokens of the clip, both branches in one call: x [B, t, S, C] ->
-    [B, t, S, C]."""
+    """Attend over all tokens of the clip, both branches in one call: x [B, t, S, C] -> [B, t, S,
+    C]."""
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -211,21 +213,22 @@ class SoftmaxAttention(CameraAttention):
             q_cam = self.by_head(self.q_norm_cam(self.q_proj_cam(x)))
             k_cam = self.by_head(self.k_norm_cam(self.k_proj_cam(x)))
             v_cam = self.by_head(self.v_proj_cam(x))
-            q_cam, k_cam, v_cam = encoded(q_cam, k_cam, v_cam, rays)
+            q_cam, k_cam, v_cam = encode_rays(q_cam, k_cam, v_cam, rays)
             q_cam = q_cam * camera_softmax_scale(self.head_dim)
             q, k, v = (torch.cat(pair, dim=-2) for pair in ((q, q_cam), (k, k_cam), (v, v_cam)))
         out = context.sequence.attend(q, k, v, context.attention)
         if rays is None:
             return self.output(x, out, None, context)
         main, camera = out.chunk(2, dim=-2)
-        return self.output(x, main, decoded(camera, rays), context)
+        return self.output(x, main, decode_rays(camera, rays), context)
 
 
 def camera_softmax_scale(head_dim: int) -> float:
-    """What the camera queries of a softmax block are multiplied by, on top of 1/sqrt(D).
+    """Return the factor of the camera queries of a softmax block, on top of 1/sqrt(D).
 
-    The public model pads camera heads with zeros to a size its attention kernel knows and divides
-    by the square root of the padded size: 112 becomes 128. The trained weights know no other scale.
+    The public model pads camera heads with zeros to a size that its attention kernel supports and
+    divides by the square root of the padded size: 112 becomes 128. The released weights were
+    trained at this scale.
     """
     if head_dim in (32, 64, 128, 256) or head_dim > 256:
         return 1.0

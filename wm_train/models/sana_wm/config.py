@@ -1,4 +1,4 @@
-"""Configure SANA-WM: every key of its backbone, its rules, and what others may ask of it."""
+"""Configure SANA-WM: every key of its backbone, its rules, and its facts for other modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wm_train.config.rules import Count, CountOrZero, Positive
 
 @dataclass(frozen=True)
 class SanaWMConfig(ModelConfig):
-    """Shape of the hybrid GDN/softmax backbone (SANA-WM §3.2, §3.3)."""
+    """Configure the hybrid GDN/softmax backbone (SANA-WM §3.2, §3.3)."""
 
     builds: ClassVar[str] = "wm_train.models.sana_wm.model:SanaWM"
     public: ClassVar[str] = "wm_train.models.sana_wm.public:LAYOUT"
@@ -43,7 +43,7 @@ class SanaWMConfig(ModelConfig):
     sink_frames: CountOrZero = 1  # first latent frames that stay visible when the window moved on
 
     def needs(self) -> Needs:
-        """Return what others must know of the model."""
+        """Return the model's facts for other modules."""
         reads = {"camera": self.camera, "text": self.text_width > 0}
         return Needs(
             heads=self.heads,
@@ -63,5 +63,8 @@ class SanaWMConfig(ModelConfig):
         whole = self.heads * step
         if self.width % whole:
             nearest = whole * max(1, round(self.width / whole))
-            rule = f"a multiple of heads x {step} = {whole}, so that each head has a multiple of {step}"
+            rule = (
+                f"a multiple of heads x {step} = {whole}, so that each head has a multiple of"
+                f" {step}"
+            )
             yield Problem("width", str(self.width), rule, f"{AT}width={nearest}")

@@ -1,5 +1,5 @@
-"""Gated inverted-bottleneck convolution with a residual temporal convolution (SANA-Video's
-GLU-MBConv, SANA-WM App. C)."""
+"""Define the gated inverted-bottleneck convolution with a residual temporal convolution
+(SANA-Video's GLU-MBConv, SANA-WM App. C)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallel.sequence import HaloEdges, SequenceShard
 
 
 class ConvLayer(nn.Module):
-    """Holds one convolution under the public name `conv`."""
+    """Hold one convolution under the public name `conv`."""
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, groups: int = 1, bias: bool = True
@@ -23,7 +23,7 @@ class ConvLayer(nn.Module):
 
 
 class GatedConvFeedForward(nn.Module):
-    """x [B, t, S, C] -> [B, t, S, C].
+    """Convolve x [B, t, S, C] -> [B, t, S, C].
 
     1x1 up to 2 * hidden and SiLU; 3x3 depthwise within a frame; value * SiLU(gate); 1x1 down; plus
     three temporal taps.
@@ -41,7 +41,8 @@ class GatedConvFeedForward(nn.Module):
     def forward(
         self, x: Tensor, grid: tuple[int, int], sequence: SequenceShard, edges: HaloEdges
     ) -> Tensor:
-        """grid: token rows and columns of a frame; edges: which cuts the temporal taps respect."""
+        """Return [B, t, S, C]. grid: token rows and columns of a frame; edges: cuts that the
+        temporal taps respect."""
         b, t, s, _ = x.shape
         up, depth, down = self.inverted_conv.conv, self.depth_conv.conv, self.point_conv.conv
         x = F.silu(F.linear(x, up.weight.flatten(1), up.bias))

@@ -1,5 +1,5 @@
-"""SANA-WM's backbone: frame-wise GDN blocks with softmax at every n-th, camera conditioned (SANA-WM
-§3.2, §3.3, §5.1).
+"""Define SANA-WM's backbone: frame-wise GDN blocks with softmax at every n-th, camera conditioned
+(SANA-WM §3.2, §3.3, §5.1).
 
 Module and parameter names are those of the public checkpoint (diffusers' SanaWMTransformer3DModel),
 so weights pass both ways by name. Everything that crosses frames goes through the four verbs of
@@ -51,8 +51,8 @@ PLUCKER_FRAMES = 8  # raw frames behind a latent frame, six coordinates each
 
 
 class Block(nn.Module):
-    """One transformer block: attention, Plücker injection, cross-attention, convolutional FFN, all
-    under per-frame AdaLN."""
+    """Run one transformer block: attention, Plücker injection, cross-attention, convolutional FFN,
+    all under per-frame AdaLN."""
 
     PARTS = ("attention", "feed_forward")  # recomputed, and compiled, one by one
 
@@ -80,8 +80,8 @@ class Block(nn.Module):
         text: Tensor | None,
         context: BlockContext,
     ) -> Tensor:
-        """x [B, t, S, C], modulation [B, t, 6, C], plucker [B, t, S, C], text [B, L, C] -> [B, t,
-        S, C]."""
+        """Transform x [B, t, S, C] with modulation [B, t, 6, C], plucker [B, t, S, C], text [B, L,
+        C] -> [B, t, S, C]."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.feed_forward(
                 self.attention(x, modulation, plucker, text, context), modulation, context
@@ -105,9 +105,9 @@ class Block(nn.Module):
         text: Tensor | None,
         context: BlockContext,
     ) -> Tensor:
-        """The first half: self-attention, Plücker injection, cross-attention."""
+        """Run the first half: self-attention, Plücker injection, cross-attention."""
         shift, scale, gate = self.modulation_rows(modulation, slice(0, 3))
-        x = x + gate * self.attn(modulated(x, shift, scale), context)
+        x = x + gate * self.attn(modulate(x, shift, scale), context)
         if plucker is not None:
             injected = self.plucker_proj(plucker)
             x = x + (
@@ -118,19 +118,19 @@ class Block(nn.Module):
         return x if text is None else x + self.cross_attn(x, text, context.text_mask)
 
     def feed_forward(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
-        """The second half: the convolutional FFN."""
+        """Run the second half: the convolutional FFN."""
         shift, scale, gate = self.modulation_rows(modulation, slice(3, 6))
         return x + gate * self.mlp(
-            modulated(x, shift, scale), context.grid, context.sequence, context.edges
+            modulate(x, shift, scale), context.grid, context.sequence, context.edges
         )
 
     def modulation_rows(self, modulation: Tensor, rows: slice) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of one half, [B, t, 1, C] each."""
+        """Return shift, scale and gate of one half, [B, t, 1, C] each."""
         return (self.scale_shift_table[rows] + modulation[:, :, rows]).unsqueeze(3).unbind(2)
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the zero-initialised output head."""
+    """Apply the modulated norm and the zero-initialised output head."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -138,13 +138,13 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, t, S, C], time [B, t, C] -> [B, t, S, features]."""
+        """Map x [B, t, S, C] and time [B, t, C] -> [B, t, S, features]."""
         shift, scale = (self.scale_shift_table + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return self.linear(modulated(x, shift, scale))
+        return self.linear(modulate(x, shift, scale))
 
 
 class SanaWM(WorldModel):
-    """Velocity of a noisy latent video, per-frame noise levels (SANA-WM §3)."""
+    """Predict the velocity of a noisy latent video at per-frame noise levels (SANA-WM §3)."""
 
     def __init__(self, config: SanaWMConfig) -> None:
         super().__init__()
@@ -181,8 +181,8 @@ class SanaWM(WorldModel):
                 module.engine = engine
 
     def unused_parameters(self) -> frozenset[str]:
-        """Parameters the checkpoint layout has and no forward reads: kept on export, never
-        trained."""
+        """Return parameters that exist for the checkpoint layout only: kept on export, never read
+        or trained."""
         softmax = [i for i in range(self.config.depth) if self.is_softmax(i)]
         unused = {f"blocks.{i}.attn.{name}" for i in softmax for name in UNUSED_IN_SOFTMAX}
         if self.config.camera and self.config.plucker:
@@ -190,8 +190,8 @@ class SanaWM(WorldModel):
         return frozenset(unused)
 
     def initial_rule(self, name: str, shape: Sequence[int]) -> Rule | None:
-        """Zero output head and gates as DiTs do; zero camera injections so that a pretrained model
-        starts unchanged (§3.3)."""
+        """Return the initial rule: zero output head and gates as DiTs do; zero camera injections so
+        that a pretrained model starts unchanged (§3.3)."""
         if name.endswith("A_log"):
             return Rule("log_uniform", 16.0)
         if name.endswith("dt_bias"):
@@ -218,7 +218,7 @@ class SanaWM(WorldModel):
     def forward(
         self, latents: Tensor, sigma: Tensor, conditions: Conditions, sequence: SequenceShard
     ) -> Tensor:
-        """Local frames of a batch of clips -> velocity eps - x0 of the same shape.
+        """Map local frames of a batch of clips -> velocity eps - x0 of the same shape.
 
         latents [B, t, C, h, w]; sigma fp32 [B, t] in [0, 1], 0 for frames given clean; conditions
         of the whole clip. Raises ValueError if h or w does not divide by the patch, or the poses do
@@ -247,7 +247,7 @@ class SanaWM(WorldModel):
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size).contiguous()
 
     def token_grid(self, latents: Tensor) -> tuple[int, int]:
-        """Token rows and columns of a frame."""
+        """Return token rows and columns of a frame."""
         h, w = latents.shape[-2:]
         patch = self.config.patch_size
         if h % patch or w % patch:
@@ -265,7 +265,7 @@ class SanaWM(WorldModel):
         sequence: SequenceShard,
         device: torch.device,
     ) -> BlockContext:
-        """What all blocks share: rotary tables, ray frames, masks."""
+        """Compute the inputs that all blocks share: rotary tables, ray frames, masks."""
         positions = sequence.positions.to(device)
         head_dim = self.config.width // self.config.heads
         rays = None
@@ -290,8 +290,8 @@ class SanaWM(WorldModel):
     def latent_camera(
         self, grid: tuple[int, int], conditions: Conditions, sequence: SequenceShard
     ) -> tuple[Tensor, Tensor]:
-        """Poses [B, t, 4, 4] and intrinsics [B, t, 4] in grid units of the local latent frames; the
-        world is a document's first camera."""
+        """Return poses [B, t, 4, 4] and intrinsics [B, t, 4] in grid units of the local latent
+        frames; the world is a document's first camera."""
         assert conditions.c2w is not None
         assert conditions.intrinsics is not None
         layout, local = sequence.layout, sequence.frames
@@ -311,7 +311,7 @@ class SanaWM(WorldModel):
     def absolute_map(
         self, latents: Tensor, conditions: Conditions, sequence: SequenceShard
     ) -> Tensor:
-        """Up direction and latitude of every latent pixel, fp32 [B, t, 3, h, w]."""
+        """Compute up direction and latitude of every latent pixel, fp32 [B, t, 3, h, w]."""
         grid = (latents.shape[-2], latents.shape[-1])
         return up_latitude_map(*self.latent_camera(grid, conditions, sequence), grid).permute(
             0, 1, 4, 2, 3
@@ -320,8 +320,7 @@ class SanaWM(WorldModel):
     def plucker(
         self, latents: Tensor, conditions: Conditions, sequence: SequenceShard
     ) -> Tensor | None:
-        """Embedding of the raw-frame raymaps of the local frames, [B, t, S, C]; None without a
-        camera."""
+        """Embed the raw-frame raymaps of the local frames, [B, t, S, C]; None without a camera."""
         if not (self.config.camera and self.config.plucker) or conditions.c2w is None:
             return None
         assert conditions.intrinsics is not None
@@ -340,8 +339,8 @@ class SanaWM(WorldModel):
 
 
 def attention_mask(config: SanaWMConfig) -> AttentionMask:
-    """Full attention, or chunk-causal with the first frame as sink and a window over the last
-    chunks (SANA-WM §5.4, deployment)."""
+    """Return full attention, or chunk-causal with the first frame as sink and a window over the
+    last chunks (SANA-WM §5.4, deployment)."""
     if not config.causal:
         return FULL
     if config.window_chunks == 0:
@@ -349,7 +348,7 @@ def attention_mask(config: SanaWMConfig) -> AttentionMask:
     return AttentionMask("chunk", window=config.window_chunks, sink=config.sink_frames)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then scale and shift per frame: x [B, t, S, C], shift and scale
-    [B, t, 1, C]."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Apply LayerNorm without parameters, then scale and shift per frame: x [B, t, S, C], shift and
+    scale [B, t, 1, C]."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

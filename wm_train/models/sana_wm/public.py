@@ -1,5 +1,5 @@
-"""What the public checkpoints are called: config keys and parameter names of diffusers' SANA-WM and
-SANA-Video classes."""
+"""Map public checkpoints: config keys and parameter names of diffusers' SANA-WM and SANA-Video
+classes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FIXED: dict[str, Any] = {
 
 
 def config_from_public(public: Mapping[str, Any], base: SanaWMConfig | None = None) -> SanaWMConfig:
-    """The public SANA-WM config.json as ours; `base` gives what it does not speak of (causal,
-    window, checkpointing).
+    """Convert the public SANA-WM config.json into ours; `base` gives the keys that it lacks
+    (causal, window, checkpointing).
 
-    Raises ValueError that lists every key whose value we cannot honour.
+    Raises ValueError that lists every key with a value that we do not support.
     """
     problems = [
         f"{key}={public[key]!r}, expected {value!r}"
@@ -89,8 +89,8 @@ def config_from_public(public: Mapping[str, Any], base: SanaWMConfig | None = No
 
 
 def public_from_config(config: SanaWMConfig) -> dict[str, Any]:
-    """Our config as the public config.json. Raises ValueError for a model the public class cannot
-    hold."""
+    """Convert our config into the public config.json. Raises ValueError for a model that the public
+    class cannot represent."""
     if not config.camera or not config.text_width:
         raise ValueError(
             f"export failed: got camera={config.camera} and text_width={config.text_width},"
@@ -116,13 +116,13 @@ def public_from_config(config: SanaWMConfig) -> dict[str, Any]:
 
 
 def sana_wm_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Our names are the public names."""
+    """Return the sources from a SANA-WM checkpoint, whose names are ours."""
     return {name: (name,) for name in names}
 
 
 def sana_video_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Which SANA-Video tensors, stacked along the first dimension, make each of our parameters; the
-    others are new (SANA-WM Tab. 7)."""
+    """Return the SANA-Video tensors, stacked along the first dimension, of each of our parameters;
+    the others are new (SANA-WM Tab. 7)."""
     fixed = {
         "attention_y_norm.weight": "caption_norm.weight",
         "final_layer.scale_shift_table": "scale_shift_table",
@@ -160,21 +160,21 @@ def sana_video_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
             for part in ("weight", "bias")
         },
     }
-    found: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
     for name in names:
         if name in fixed:
-            found[name] = (fixed[name],)
+            sources[name] = (fixed[name],)
         elif name.startswith("blocks."):
             _, block, rest = name.split(".", 2)
             if rest in inside:
-                found[name] = tuple(
+                sources[name] = tuple(
                     f"transformer_blocks.{block}.{source}" for source in inside[rest]
                 )
-    return found
+    return sources
 
 
 def stage_parts(names: Iterable[str]) -> list[str]:
-    """Those of our parameters that a stage may add or drop: the camera branch, and the short
+    """Return our parameters that a stage may add or remove: the camera branch, and the short
     convolution that only GDN blocks have."""
     words = ("plucker", "raymap_embedder.", "_cam.", ".conv_k.")
     return sorted(name for name in names if any(word in name for word in words))
@@ -190,7 +190,7 @@ REPLACED_IN_SANA_VIDEO = (
 
 
 def public_sources(class_name: str, names: Iterable[str]) -> Sources:
-    """Return which public tensors make each of our parameters.
+    """Return the public tensors of each of our parameters.
 
     SANA-Video gives its attention, FFN, text and time weights; patchify and output (another VAE),
     gates and camera branch stay as initialised, but for output gates, which are opened so that a
@@ -203,7 +203,7 @@ def public_sources(class_name: str, names: Iterable[str]) -> Sources:
 
 
 def unread_buffers(config: SanaWMConfig) -> dict[str, Tensor]:
-    """Return the recall_gate buffers, which the public class has and nobody reads."""
+    """Return the recall_gate buffers, which the public class has but does not read."""
     return {f"blocks.{i}.attn.recall_gate": torch.zeros(1) for i in range(config.depth)}
 
 
