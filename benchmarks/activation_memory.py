@@ -16,7 +16,7 @@ import torch
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
-from wm_train.conditioning import Conditions
+from wm_train.models.examples import ExampleShape, example_conditions, example_latents
 from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
@@ -46,13 +46,9 @@ def main() -> None:
     )
     model = build_model(config)
     initialise_(model, 0)
-    raw = (options.frames - 1) * 8 + 1
-    c2w, intrinsics = (
-        torch.eye(4).repeat(1, raw, 1, 1),
-        torch.tensor([500.0, 500.0, 320.0, 176.0]).repeat(1, raw, 1),
-    )
-    conditions = Conditions.of((options.rows * 32, options.columns * 32), 8, c2w, intrinsics)
-    latents = torch.randn(1, options.frames, options.channels, options.rows, options.columns)
+    shape = ExampleShape(1, options.frames, options.rows, options.columns, 8)
+    latents = example_latents(config.needs(), shape, seed=0)
+    conditions = example_conditions(config.needs(), shape, seed=0)
     before, started = peak(), time.perf_counter()
     velocity = model(
         latents,

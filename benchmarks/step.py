@@ -29,31 +29,14 @@ import torch
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
-from wm_train.conditioning import Conditions
 from wm_train.kernels.dispatch import sequence_kernels
-from wm_train.models.examples import ExampleShape
+from wm_train.models.examples import ExampleShape, example_conditions, example_latents
 from wm_train.models.flops import FORWARDS_PER_STEP, forward_flops, mfu
 from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
 
-STRIDE, PIXELS, TEXT_TOKENS, FPS = 8, 32, 64, 16
-
-
-def make_conditions(
-    frames: int, grid: tuple[int, int], text_width: int, device: torch.device
-) -> Conditions:
-    """A camera that walks straight ahead for the whole clip."""
-    raw = (frames - 1) * STRIDE + 1
-    c2w = torch.eye(4, device=device).repeat(1, raw, 1, 1)
-    c2w[0, :, 2, 3] = torch.linspace(0, raw / FPS, raw, device=device)
-    height, width = grid[0] * PIXELS, grid[1] * PIXELS
-    intrinsics = torch.tensor([width / 2, width / 2, width / 2, height / 2], device=device).expand(
-        1, raw, 4
-    )
-    text = torch.randn(1, TEXT_TOKENS, text_width, device=device) if text_width else None
-    mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device) if text_width else None
-    return Conditions.of((height, width), STRIDE, c2w, intrinsics, text=text, text_mask=mask)
+STRIDE, TEXT_TOKENS, FPS = 8, 64, 16
 
 
 def seconds_per_step(
@@ -74,13 +57,11 @@ def seconds_per_step(
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=device.type == "cuda"
     )
-    latents = torch.randn(
-        1, frames, config.latent_channels, *grid, device=device, dtype=torch.bfloat16
-    )
-    sigma, conditions = (
-        torch.rand(1, frames, device=device),
-        make_conditions(frames, grid, config.text_width, device),
-    )
+    needs, shape = config.needs(), ExampleShape(1, frames, *grid, STRIDE, TEXT_TOKENS)
+    latents = example_latents(needs, shape, seed=0).to(device, torch.bfloat16)
+    sigma, conditions = torch.rand(1, frames, device=device), example_conditions(needs, shape, 0)
+    held = {name: value.to(device) for name, value in conditions.fields.items()}
+    conditions = conditions.with_fields(**held)
     sequence = LocalSequence(ClipLayout(frames), sequence_kernels(device))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times = []
@@ -134,7 +115,7 @@ def row(
         torch.cuda.empty_cache()
         print(f"{name} | does not fit |", flush=True)
         return False
-    shape = ExampleShape(1, frames, *grid, 8, TEXT_TOKENS)
+    shape = ExampleShape(1, frames, *grid, STRIDE, TEXT_TOKENS)
     flops = FORWARDS_PER_STEP * forward_flops(config, shape)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     share = mfu(flops, seconds, 1, peak)
