@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launch.progress import ProgressView
@@ -22,7 +23,26 @@ LAUNCHERS = {
     "slurm": "launch.on_slurm",
     "torchrun": "launch.on_torchrun",
 }
+GROUP = "launch.launchers"  # entry points of other packages: name -> module
 LATER = ("kubernetes", "slurm")  # these only prepare or queue the work
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all launchers: ours, then those of other packages."""
+    return (*LAUNCHERS, *sorted(entry_points(group=GROUP).names - set(LAUNCHERS)))
+
+
+def _module(launcher: str) -> Any:
+    """Import a launcher. Raises ValueError for one that two packages add, or none."""
+    if launcher in LAUNCHERS:
+        return import_module(LAUNCHERS[launcher])
+    points = tuple(entry_points(group=GROUP, name=launcher))
+    if len(points) != 1:
+        raise ValueError(
+            f"launcher failed to load: got {launcher}, which {len(points)} packages add, expected"
+            " one (key launcher.name). Fix: install one of them"
+        )
+    return points[0].load()
 
 
 def takes_all_stages(launcher: str, spec: LaunchSpec) -> bool:
@@ -33,12 +53,12 @@ def takes_all_stages(launcher: str, spec: LaunchSpec) -> bool:
 
 
 def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
-    """Run groups of workers with the named launcher (a key of LAUNCHERS); return the exit code.
+    """Run groups of workers with the named launcher (one of `names`); return the exit code.
 
     pools: name -> group; a single group is named "". The exit code is 128 + n for signal n. Only
     launchers with `run_pools` take several groups.
     """
-    module = import_module(LAUNCHERS[launcher])
+    module = _module(launcher)
     if len(pools) == 1:
         return int(module.run(next(iter(pools.values())), view))
     return int(module.run_pools(pools, view))
@@ -46,4 +66,4 @@ def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> i
 
 def run_whole(launcher: str, stages: Sequence[Mapping[str, LaunchSpec]], view: ProgressView) -> int:
     """Hand all stages to a launcher that takes them at once; return the exit code."""
-    return int(import_module(LAUNCHERS[launcher]).run_stages(stages, view))
+    return int(_module(launcher).run_stages(stages, view))

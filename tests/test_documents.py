@@ -56,7 +56,14 @@ def test_every_command_line_would_start(document):
         assert not without_data(run, data_is_here=False), words
 
 
-PAGES = ("CONTRIBUTING.md", "parallel/README.md", "data_shards/README.md", "tests/drills/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "wm_train/README.md",
+    "parallel/README.md",
+    "data_shards/README.md",
+    "tests/drills/README.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -76,3 +83,29 @@ def test_the_example_of_virtual_ranks_runs():
     text = (ROOT / "parallel" / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(example, "parallel/README.md", "exec"), {})
+
+
+def test_every_path_that_the_readme_names_exists():
+    """In backticks, and in the tree of folders: from the top, or inside the folder above it."""
+    text = (ROOT / "README.md").read_text()
+    quoted = [word for words in re.findall(r"`([^`\n]+)`", text) for word in words.split()]
+    paths = [
+        word for word in quoted if re.match(r"(tests|configs|wm_train|parallel|launch)/", word)
+    ]
+    assert len(paths) >= 2
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", text, re.DOTALL)
+    assert tree is not None
+    top = ROOT
+    for line in tree[1].splitlines():
+        names = re.findall(r"[\w./]+(?:/|\.py|\.md)(?![\w.])", line)
+        if not line.startswith(" "):
+            top = ROOT / names[0]
+        paths += [name for name in names if not (top / name).exists()]
+    assert not {path for path in paths if not (ROOT / path).exists()}
+
+
+def test_the_tour_names_every_room():
+    text = (ROOT / "wm_train" / "README.md").read_text()
+    rooms = [p.name for p in (ROOT / "wm_train").iterdir() if (p / "__init__.py").exists()]
+    assert len(rooms) > 15
+    assert not [room for room in rooms if f"{room}/" not in text]

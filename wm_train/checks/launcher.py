@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch import LAUNCHERS
+import launch
 from wm_train.backends import names
 from wm_train.config.problems import Problem
 from wm_train.config.rules import one_of
@@ -30,7 +30,7 @@ def _choices(config: RunConfig) -> Iterator[Problem]:
     """Yield names that are in no table."""
     backend = config.backend
     for key, value, choices in (
-        ("launcher.name", config.launcher.name, tuple(LAUNCHERS)),
+        ("launcher.name", config.launcher.name, launch.names()),
         ("backend.name", backend.name, names()),
         ("backend.attention", backend.attention, ATTENTION),
     ):
