@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo $(DATA)/dataset.json
-	@$(PY) -m wm_train.launch experiment=demo stage=1 data.path=$(DATA) $(ONE_DEVICE) $(ARGS)
+	@$(PY) -m wm_train.launch experiment=demo recipe=demo stage=1 data.path=$(DATA) $(ONE_DEVICE) $(ARGS)
 
 test: $(VENV)/.dev
 	@$(PY) -m pytest -m "not full and not drill and not slurm"

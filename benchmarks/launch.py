@@ -138,6 +138,7 @@ def main() -> None:
             for launcher, results in rounds.items():
                 what = [
                     "experiment=demo",
+                    "recipe=demo",
                     "stage=1",
                     f"launcher={launcher}",
                     f"data.path={options.data.resolve()}",

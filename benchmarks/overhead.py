@@ -122,6 +122,7 @@ def main() -> None:
     run = compose(
         [
             "experiment=demo",
+            "recipe=demo",
             "stage=short",
             f"data.path={options.data}",
             "launcher=inline",

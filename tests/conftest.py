@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """run_ranks(count, *command, path=folders): run `python <command>` as `count` ranks with the
-    environment launchers set, and folders on their path; all must succeed."""
+    environment launchers set; all must succeed."""
 
     def run(
         count: int, *arguments: object, timeout: float = 120, path: Sequence[Path] = ()
@@ -86,6 +86,7 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
     def make(folder: Path, *overrides: str) -> Any:
         base = [
             "experiment=demo",
+            "recipe=demo",
             "stage=short",
             f"data.path={gameplay}",
             f"out={folder}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wm_train.config.compose import compose
+from wm_train.config.compose import compose, with_demo
 from wm_train.config.help import help_text
 from wm_train.plan.report import without_data
 
@@ -18,10 +18,11 @@ GROUPS = "backend|data|launcher|model|parallel|pools|recipe|tracker|trainer"
 
 def commands(text: str) -> list[list[str]]:
     """The words behind `python -m wm_train.launch`, in code blocks and in running text, with
-    placeholders filled in."""
+    placeholders filled in; `...` stands for any run."""
     text = re.sub(r"<[^>\n]*>", "example.com/x", re.sub(r"\s*\\\n\s*", " ", text))
+    text = text.replace("launch ...", "launch experiment=demo recipe=demo")
     found = re.findall(r"python -m wm_train\.launch ([^`#\n]*=[^`#\n]*)", text)
-    return [[word for word in shlex.split(line) if word != "..."] for line in found]
+    return [shlex.split(line) for line in found]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -51,12 +52,7 @@ def test_every_command_line_would_start(document):
     found = commands((ROOT / document).read_text())
     assert len(found) >= 3
     for words in found:
-        whole = (
-            words
-            if any(word.startswith(("experiment=", "recipe=")) for word in words)
-            else ["experiment=demo", *words]
-        )
-        run = compose([*whole, "data.path=/shared/demo"])
+        run = compose([*with_demo(words), "data.path=/shared/demo"])
         assert not without_data(run, data_is_here=False), words
 
 

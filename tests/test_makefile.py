@@ -63,6 +63,8 @@ def test_an_absent_data_set_is_recorded_encoded_and_trained_on(make_train, tmp_p
     assert (done.returncode, commands) == (0, expected), done.stderr
     done, commands = make_train(tmp_path / "demo")
     assert (done.returncode, commands) == (0, [*expected, "wm_train.launch"]), done.stderr
+    typed = (tmp_path / "notes").read_text().splitlines()[-1]
+    assert "experiment=demo recipe=demo stage=1" in typed  # what the printed "next:" repeats
 
 
 def test_a_data_set_stays_when_make_ends_after_it_was_published(make_train, tmp_path):

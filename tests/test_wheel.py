@@ -55,6 +55,7 @@ def test_the_demo_trains_from_the_wheel_alone(wheel: Path, gameplay: Path, tmp_p
     pip(str(here), "install", "--no-deps", "--target", str(site), str(wheel))
     overrides = [
         "experiment=demo",
+        "recipe=demo",
         "stage=short",
         f"data.path={gameplay}",
         f"out={tmp_path / 'runs'}",

@@ -41,11 +41,11 @@ from launch.spec import (
 )
 from parallel.degrees import sequence_size
 from wm_train.checkpoint.manifest import committed
-from wm_train.config.compose import compose
+from wm_train.config.compose import DEMO_LINE, compose, is_demo
 from wm_train.config.curriculum import StagePlan, ordered, plan_stage, plan_stages, stage_directory
 from wm_train.config.help import help_text
 from wm_train.config.pools import JOINT, boundaries, name_pool, pool_runs
-from wm_train.config.problems import ConfigError, Problem, report
+from wm_train.config.problems import COMMAND, ConfigError, Problem, report
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import public_config, to_json, without_login
 from wm_train.config.worlds import smaller_worlds
@@ -73,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.help:
             print(help_text(options.config_dir))
             return 0
+        if is_demo(options.overrides):
+            print(DEMO_LINE, flush=True)
         config = compose(options.overrides, options.config_dir)
         pools = pool_runs(config, options.overrides, options.config_dir)
         plans = {pool: check_run(run, pool) for pool, run in pools.items()}
     except ConfigError as error:
-        print(
-            report([*error.problems, *(problems_in(error.rest) if error.rest else ())]),
-            file=sys.stderr,
-        )
+        found = [*error.problems, *(problems_in(error.rest) if error.rest else ())]
+        print(report([as_typed(problem, arguments) for problem in found]), file=sys.stderr)
         return USER_ERROR
     for pool, stages in plans.items():
         for idle in name_pool(warnings_in(stages), pool):
@@ -117,6 +117,21 @@ def problems_in(config: RunConfig) -> list[Problem]:
     from wm_train.checks.values import problems_of
 
     return problems_of(config)
+
+
+def as_typed(problem: Problem, arguments: Sequence[str]) -> Problem:
+    """Return the problem with everything that was typed, but for the stage, in a fix that is to run
+    earlier stages first."""
+    others = shlex.join(other_arguments(arguments))
+    typed = f"{COMMAND} {others} " if others else f"{COMMAND} "
+    return dataclasses.replace(problem, fix=problem.fix.replace(f"{COMMAND} ", typed))
+
+
+def other_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return what was typed but for the stage and --dry-run, without passwords in addresses."""
+    kept = [a for a in arguments if not a.startswith("stage=") and a != "--dry-run"]
+    parts = [argument.partition("=") for argument in kept]
+    return [key + sign + without_login(value) for key, sign, value in parts]
 
 
 def warnings_in(stages: Sequence[StagePlan]) -> list[Problem]:
@@ -286,12 +301,10 @@ def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
     """Return the command to type after stage `last`, with passwords in addresses left out."""
     names = ordered(config.recipe)
     place = names.index(last) + 1
-    parts = [argument.partition("=") for argument in arguments if not argument.startswith("stage=")]
-    others = [key + sign + without_login(value) for key, sign, value in parts]
     if place < len(names):
         index = config.recipe.stages[names[place]].index
         return (
-            f"next: python -m wm_train.launch {shlex.join([*others, f'stage={index}'])}   "
+            f"next: {COMMAND} {shlex.join([*other_arguments(arguments), f'stage={index}'])}   "
             f" ({names[place]})"
         )
     return (

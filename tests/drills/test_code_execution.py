@@ -143,6 +143,7 @@ def test_overrides(tmp_path, canary, override):
         judged(
             [
                 "experiment=demo",
+                "recipe=demo",
                 f"data.path={tmp_path}",
                 override,
                 f"+model.args=['touch {canary}']",
@@ -161,6 +162,7 @@ def test_yaml_tags_in_a_config_folder(tmp_path, canary):
         "--config-dir",
         str(tmp_path),
         "experiment=demo",
+        "recipe=demo",
         "model=evil",
         f"data.path={tmp_path}",
     ]
@@ -174,7 +176,9 @@ def test_yaml_tags_in_a_config_folder(tmp_path, canary):
 
 def test_a_resolved_config_with_keys_of_its_own(tmp_path, canary):
     """12: what a worker reads back."""
-    plain = json.loads(to_json(compose(["experiment=demo", f"data.path={tmp_path}"])))
+    plain = json.loads(
+        to_json(compose(["experiment=demo", "recipe=demo", f"data.path={tmp_path}"]))
+    )
     plain["model"]["_target_"] = "os.system"
     plain["model"]["__reduce__"] = f"touch {canary}"
     with pytest.raises(ConfigError, match="_target_"):

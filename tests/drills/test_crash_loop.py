@@ -36,7 +36,7 @@ def test_a_crash_loop_ends(gameplay, tmp_path, restarts, poisoned):
     else:
         (stage / "metrics.jsonl").mkdir(parents=True)
     where = [f"data.path={gameplay}", f"out={tmp_path}", "tracker=none", "launcher=torchrun"]
-    command = ["wm_train.launch", "experiment=demo", "stage=1", *where]
+    command = ["wm_train.launch", "experiment=demo", "recipe=demo", "stage=1", *where]
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *command, f"launcher.max_restarts={restarts}", *small],

@@ -66,6 +66,7 @@ def test_training_outlives_an_outage_of_the_store(gameplay, tmp_path, monkeypatc
             "-m",
             "wm_train.launch",
             "experiment=demo",
+            "recipe=demo",
             "stage=1",
             *where,
             *small,

@@ -213,6 +213,7 @@ def demo(gameplay: Path, slurm: ModuleType, tmp_path: Path) -> Callable[..., Non
             "-m",
             "wm_train.launch",
             "experiment=demo",
+            "recipe=demo",
             *where,
             *job,
             *small,

@@ -95,7 +95,7 @@ def clips(gameplay: Path, command: Callable[..., str], tmp_path_factory) -> Path
 
 @pytest.fixture
 def lab_run(installed: Path, clips: Path) -> Callable[..., Path]:
-    """lab_run(folder, *overrides) -> the resolved config of the laboratory's four steps."""
+    """lab_run(folder, *overrides) -> the resolved config of the laboratory's stage of 4 steps."""
 
     def write(folder: Path, *overrides: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from wm_train.parity import case as parity_case
 
 SMALL = [
     "experiment=demo",
+    "recipe=demo",
     "model.depth=2",
     "model.softmax_every=2",
     "model.width=32",
@@ -84,7 +85,7 @@ def test_a_stages_own_mesh_is_the_one_that_is_proven(capsys):
 
 def test_collectives_per_block_with_and_without_checkpointing():
     """The real hybrid: GDN block 1 all-gather and 2 halos, softmax block 2 all-to-alls and 1 halo,
-    forward and backward (design §4)."""
+    forward and backward."""
     for checkpointing in ("none", "block"):
         case = small_case(activation_checkpointing=checkpointing)
         _, rows = parity_case.on_virtual_ranks(case, 1, 4)
@@ -151,14 +152,17 @@ def test_parameters_that_nothing_exercises_fail(monkeypatch, capsys):
 
 
 def test_wrong_arguments_end_in_a_report(capsys):
-    assert parity.main(["experiment=demo", "parallel.ulyses=2"]) == 2
+    assert parity.main(["experiment=demo", "recipe=demo", "parallel.ulyses=2"]) == 2
     assert "ulyses" in capsys.readouterr().err
-    assert parity.main(["experiment=demo", "parallel.ulysses=9", "parallel.ring=1"]) == 2
+    assert (
+        parity.main(["experiment=demo", "recipe=demo", "parallel.ulysses=9", "parallel.ring=1"])
+        == 2
+    )
     assert "expected ulysses <= 4 heads" in capsys.readouterr().err
-    assert parity.main(["experiment=demo", "model.width=30", "parallel.cp=2"]) == 2
+    assert parity.main(["experiment=demo", "recipe=demo", "model.width=30", "parallel.cp=2"]) == 2
     assert "model.width: got 30" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
-        parity.main(["experiment=demo", "--grid", "4"])
+        parity.main(["experiment=demo", "recipe=demo", "--grid", "4"])
     assert end.value.code == 2
 
 

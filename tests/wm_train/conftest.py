@@ -106,7 +106,7 @@ def shards(tmp_path: Path) -> Path:
 def demo() -> str:
     """The demo's config, each stage with what it changes only; composing takes longer than all
     rules together, so it is done once."""
-    plain = json.loads(to_json(compose(["experiment=demo"])))
+    plain = json.loads(to_json(compose(["experiment=demo", "recipe=demo"])))
     for stage in plain["recipe"]["stages"].values():
         for section in PER_STAGE:
             own, run = stage[section], plain[section]

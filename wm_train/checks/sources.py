@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from wm_train.checkpoint.manifest import committed
-from wm_train.config.curriculum import StagePlan
-from wm_train.config.problems import AT, Problem
+from wm_train.config.curriculum import PREVIOUS, StagePlan, checkpoints_of, ordered
+from wm_train.config.problems import AT, COMMAND, Problem
+from wm_train.config.schema import RunConfig
 
 
-def inherit_problems(plans: Iterable[StagePlan]) -> list[Problem]:
-    """Return the stages without weights to start from: none exist, no earlier stage of this command
-    makes them, and the stage is not to be resumed."""
+def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Problem]:
+    """Return the stages without weights to start from: nothing is there, no earlier stage of this
+    very command makes them, and the stage is not to be resumed."""
     problems = []
     planned: list[str] = []
     for plan in plans:
@@ -23,16 +24,32 @@ def inherit_problems(plans: Iterable[StagePlan]) -> list[Problem]:
             resumed = plan.resume and committed(plan.checkpoints)
             if resumed or committed(source) or (source / "config.json").is_file():
                 continue
+            fix = "the folder that holds step_*"
+            if plan.source.stage:
+                missing = untrained(config, plan.source.stage)
+                fix = f"train what comes before it: {COMMAND} stage={missing}"
         except OSError as error:
             rule, fix = "a store that can be reached", "check the address and your credentials"
             problems.append(Problem(where, str(error), rule, fix))
             continue
-        fix = "the folder that holds step_*"
-        if plan.source.stage:
-            fix = f"train it first: stage={plan.source.stage}, or both: stage=all"
         rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
         problems.append(Problem(where, f"none in {source}", rule, fix))
     return problems
+
+
+def untrained(config: RunConfig, last: str) -> str:
+    """Return the stages to train for `last` to be there, "2" or "1-2": it, and those before it that
+    have no checkpoint either and hand theirs on."""
+    names = ordered(config.recipe)
+    first = end = names.index(last)
+    while (
+        first > 0
+        and config.recipe.stages[names[first]].inherit == PREVIOUS
+        and not committed(checkpoints_of(config, names[first - 1]))
+    ):
+        first -= 1
+    low, high = (config.recipe.stages[names[place]].index for place in (first, end))
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def store_problems(plan: StagePlan) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         own = [*stage_problems(plan), *mesh_problems(plan), *store_problems(plan)]
         own += data_problems(plan, infos)
         problems += [lift_problem(config, plan.stage, problem) for problem in own]
-    problems += inherit_problems(plans)
+    problems += inherit_problems(config, plans)
     wrong = {problem.where for problem in values}
     return [p for p in dict.fromkeys(problems) if p in values or p.where not in wrong]
 

@@ -17,6 +17,24 @@ from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import build, nearest
 
+DEMO = ("experiment=demo", "recipe=sana_wm")
+NOT_DEMO = ("experiment", "recipe", "model", "data", "data.path")  # keys that choose another run
+DEMO_LINE = (
+    f"the demo, SANA-WM at toy size ({' '.join(DEMO)}), as neither experiment, recipe, model nor"
+    " data.path is given"
+)
+
+
+def is_demo(overrides: Iterable[str]) -> bool:
+    """Return whether these overrides leave open what is trained, so that it is the demo."""
+    return not any(text.partition("=")[0].lstrip("+~") in NOT_DEMO for text in overrides)
+
+
+def with_demo(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides, behind those of the demo where they leave open what is trained."""
+    given = list(overrides)
+    return [*DEMO, *given] if is_demo(given) else given
+
 
 def config_directory() -> Path:
     """Return the folder with config.yaml: inside the installed package, or at the root of a
@@ -60,7 +78,7 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
     from yaml import YAMLError
 
     folders = [config_directory(), *([extra.resolve()] if extra else [])]
-    lines, problems = _read_overrides(list(overrides), groups(folders))
+    lines, problems = _read_overrides(with_demo(overrides), groups(folders))
     if extra and not extra.is_dir():
         problems.append(Problem("--config-dir", str(extra), "an existing folder"))
     if problems:

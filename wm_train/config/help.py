@@ -8,15 +8,19 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from wm_train.config import registry
 from wm_train.config.compose import config_directory, groups
+from wm_train.config.kinds import Named
 from wm_train.config.schema import RunConfig
 
 USAGE = """\
 usage: python -m wm_train.launch [--dry-run] [--config-dir DIR] [group=choice ...] [key=value ...]
 
-  python -m wm_train.launch experiment=demo stage=1
-  python -m wm_train.launch experiment=demo stage=all name=wide model.width=256
-  python -m wm_train.launch experiment=demo launcher=inline recipe.stages.short.optimizer.lr=3e-4
+  python -m wm_train.launch stage=1-2                  the demo: SANA-WM at toy size, on data/demo
+  python -m wm_train.launch stage=3                    the same run goes on
+  python -m wm_train.launch stage=all name=wide model.width=256
+  python -m wm_train.launch experiment=demo recipe=demo recipe.stages.short.optimizer.lr=3e-4
+  python -m wm_train.launch experiment=sana_wm data.path=<folder> stage=all     full size
 
 stage=        a number, a name, a range such as 1-2, or all
 --dry-run     print the resolved config and what would be started
@@ -42,7 +46,9 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
     keys: list[tuple[str, str]] = []
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, type) and issubclass(inner, Named):
+            keys += _keys_of_choices(inner.kind, f"{prefix}{field.name}.")
+        elif dataclasses.is_dataclass(inner):
             keys += _keys(inner, f"{prefix}{field.name}.")
         elif typing.get_origin(inner) is dict and dataclasses.is_dataclass(
             typing.get_args(inner)[1]
@@ -55,6 +61,25 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
         else:
             keys.append((prefix + field.name, _default(field)))
     return keys
+
+
+def _keys_of_choices(kind: str, prefix: str) -> list[tuple[str, str]]:
+    """Return the keys of everything that can be chosen by name, and whose they are if not all's."""
+    names = registry.names(kind)
+    owners: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        try:
+            chosen = registry.config_class(kind, name)
+        except (ImportError, AttributeError, ValueError) as error:  # another package's, and broken
+            owners[f"{prefix}name={name}", f"(cannot be used: {error})"] = list(names)
+            continue
+        for key, default in _keys(chosen, prefix):
+            shown = (key, " | ".join(names) if key == f"{prefix}name" else default)
+            owners.setdefault(shown, []).append(name)
+    return [
+        (key, default if len(having) == len(names) else f"{default}  ({', '.join(having)})")
+        for (key, default), having in owners.items()
+    ]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

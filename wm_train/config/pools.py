@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from wm_train.config.compose import compose
+from wm_train.config.compose import compose, with_demo
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.rules import broken_rules
 from wm_train.config.schema import NAME, PoolConfig, RunConfig
@@ -42,7 +42,7 @@ def pool_runs(
     runs: dict[str, RunConfig] = {}
     for name, pool in chosen.items():
         try:
-            run = compose([*overrides, *pool.overrides], extra)
+            run = compose([*with_demo(overrides), *pool.overrides], extra)
         except ConfigError as error:
             problems += [
                 replace(problem, where=f"pools.{name}.overrides: {problem.where}")

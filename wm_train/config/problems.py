@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wm_train.config.schema import RunConfig
 
+COMMAND = "python -m wm_train.launch"
 AT = "{at}"  # stands in `rule` and `fix` for the section's own prefix: "{at}width=96"
 OWN = "{own}"  # the same, but of the one stage even where the section is the whole run's
 

@@ -90,7 +90,7 @@ def leads_nowhere(path: str) -> bool:
 
 
 class RowError(ValueError):
-    """Report a name that cannot be used although a row has it, and what stands there."""
+    """Report a name that has a row and cannot be used; the text says what the row points to."""
 
 
 @cache

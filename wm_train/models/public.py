@@ -126,7 +126,7 @@ def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig
 
 def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
     """Return the layout of a config.json, among those of all models. Raises ValueError for a class
-    that no layout reads."""
+    that none of them reads."""
     found, known = public.get("_class_name"), list[str]()
     for name in names("models"):  # ours first: what another package broke does not matter to them
         where = config_class("models", name).public  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Prove the mesh: `python -m wm_train.parity experiment=demo parallel.ulysses=2 parallel.ring=2`.
+"""Prove the mesh: `python -m wm_train.parity stage=3 parallel.ulysses=2 parallel.ring=2`.
 
 Builds the configured model and objective, runs loss, output and every parameter's gradient on one
 device and over the mesh, and compares. The mesh is ring x ulysses virtual ranks in this process
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel.degrees import MeshDegrees, sequence_size
-from wm_train.config.compose import compose
+from wm_train.config.compose import DEMO_LINE, compose, is_demo
 from wm_train.config.curriculum import StagePlan, plan_stage, select
 from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError, Problem
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides",
         nargs="*",
-        help="as for wm_train.launch, e.g. experiment=demo parallel.ulysses=2 parallel.ring=2",
+        help="as for wm_train.launch, e.g. stage=3 parallel.ulysses=2 parallel.ring=2",
     )
     parser.add_argument(
         "--processes", action="store_true", help="gloo processes and FSDP2 instead of virtual ranks"
@@ -59,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
     from wm_train.parity.prove import case_of, prove  # torch, which --help does without
 
+    if is_demo(options.overrides):
+        print(DEMO_LINE)
     try:
-        given = (options.overrides, options.config_dir)
-        runs = pool_runs(compose(*given), *given)
+        config = compose(options.overrides, options.config_dir)
+        runs = pool_runs(config, options.overrides, options.config_dir)
         pools = {pool: first_stage(run) for pool, run in runs.items()}
         if options.checkpoint and len(pools) > 1:
             problem = Problem(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
-from wm_train.config.compose import compose
+from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
 from wm_train.config.curriculum import StagePlan, plan_stage, plan_stages
 from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.latent and not any(o.startswith("data.path=") for o in options.overrides)
             else []
         )
-        overrides = [*options.overrides, *elsewhere]
+        if is_demo(options.overrides):
+            print(DEMO_LINE)
+        overrides = [*with_demo(options.overrides), *elsewhere]
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
         problems = [

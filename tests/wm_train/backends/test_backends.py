@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from dataclasses import replace
 from functools import partial
@@ -66,8 +65,7 @@ def test_third_parties_register_by_entry_point(monkeypatch):
     mine = replace(get_backend("cpu"), name="mine")
     point = SimpleNamespace(name="mine", load=lambda: lambda threads, local_rank: mine)
     monkeypatch.setattr(
-        importlib.metadata,
-        "entry_points",
+        "wm_train.backends.entry_points",
         lambda group: [point] if group == "wm_train.backends" else [],
     )
     assert get_backend("mine") is mine
@@ -80,7 +78,7 @@ def test_third_parties_register_by_entry_point(monkeypatch):
 def test_engines_are_config_keys_with_choices(key, choices):
     found = [
         p
-        for p in problems_of(compose(["experiment=demo", f"backend.{key}=fast"]))
+        for p in problems_of(compose(["experiment=demo", "recipe=demo", f"backend.{key}=fast"]))
         if p.where == f"backend.{key}"
     ]
     assert len(found) == 1

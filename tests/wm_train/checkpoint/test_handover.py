@@ -101,7 +101,9 @@ def test_frozen_stays_reinitialised_starts_anew_and_moments_go_on(train_here, tm
     assert len(frozen) > 5
     assert all(torch.equal(before[key], after[key]) for key in frozen)
     assert not any(key.startswith(("optimizer/blocks.0.", "ema/blocks.0.")) for key in after)
-    fresh = SanaWM(plan_stage(compose(["experiment=demo", "model.width=64"]), "long").model)
+    fresh = SanaWM(
+        plan_stage(compose(["experiment=demo", "recipe=demo", "model.width=64"]), "long").model
+    )
     initialise_(fresh, 0)
     torch.testing.assert_close(
         after["model/final_layer.linear.weight"],

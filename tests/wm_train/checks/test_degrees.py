@@ -17,7 +17,7 @@ from wm_train.parity import __main__ as parity
 from wm_train.plan.report import without_data
 
 ROOT = Path(__file__).resolve().parents[3]
-ONE_CLIP = ["experiment=demo", "stage=1", "recipe.stages.short.global_batch=12"]
+ONE_CLIP = ["experiment=demo", "recipe=demo", "stage=1", "recipe.stages.short.global_batch=12"]
 
 # overrides of `parallel` -> (workers, ring x ulysses), or the key of the one mistake; 4 heads
 ACCEPTED = {
@@ -90,7 +90,7 @@ def test_the_parity_command_of_the_readme_is_a_dry_run_of_launch_too(data: Path,
         if "wm_train.parity experiment=demo" in line
     ]
     words = line.split("`")[1].split()[3:]
-    assert words[0] == "experiment=demo"
+    assert words[:2] == ["experiment=demo", "recipe=demo"]
     assert command.main([*words, f"data.path={data}", "--dry-run"]) == 0
     assert "1 data parallel x 4 sequence parallel" in capsys.readouterr().out
 

@@ -121,7 +121,7 @@ SOUND = {
 
 
 def demo(data: Path, *overrides: str):
-    return compose(["experiment=demo", "stage=1", f"data.path={data}", *overrides])
+    return compose(["experiment=demo", "recipe=demo", "stage=1", f"data.path={data}", *overrides])
 
 
 def streamed(overrides: list[str]) -> list[str]:
@@ -149,7 +149,7 @@ def test_settings_that_go_together_pass(kind: str, data: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        ["experiment=demo"],
+        ["experiment=demo", "recipe=demo"],
         ["experiment=demo_pools"],
         ["experiment=demo", "recipe=sana_wm"],
         ["experiment=sana_wm"],
@@ -188,6 +188,7 @@ def test_the_warning_is_shown_before_the_start_and_by_the_plan(
     monkeypatch.setattr(command, "WORKER", ("{python}", "-S", "-c", "", "{config}"))
     line = [
         "experiment=demo",
+        "recipe=demo",
         "stage=1",
         "launcher=inline",
         f"data.path={data}",

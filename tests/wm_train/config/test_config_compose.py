@@ -28,7 +28,7 @@ def fixes(*overrides: str) -> list[str]:
 
 
 def test_demo_has_two_stages_and_two_workers() -> None:
-    config = compose(["experiment=demo", "stage=2"])
+    config = compose(["experiment=demo", "recipe=demo", "stage=2"])
     assert [
         (stage.index, stage.frames, stage.inherit) for stage in config.recipe.stages.values()
     ] == [(1, 41, None), (2, 81, "previous")]
@@ -44,6 +44,7 @@ def test_values_and_nested_stage_keys_are_overridden() -> None:
     config = compose(
         [
             "experiment=demo",
+            "recipe=demo",
             "recipe.stages.long.optimizer.betas=[0.8,0.9]",
             "model.ffn_ratio=2",
             "tracker.uri=http://x/y",
@@ -58,7 +59,7 @@ def test_values_and_nested_stage_keys_are_overridden() -> None:
 
 
 def test_json_round_trip_keeps_nulls_and_tuples() -> None:
-    config = compose(["experiment=demo"])
+    config = compose(["experiment=demo", "recipe=demo"])
     assert from_json(to_json(config)) == config
     assert '"dp_shard": null' in to_json(config)
 
@@ -68,13 +69,16 @@ def test_resolved_config_that_is_damaged_is_reported() -> None:
         from_json("{")
     with pytest.raises(ConfigError, match=r"model\.colour: got an unknown key"):
         from_json(
-            to_json(compose(["experiment=demo"])).replace('"depth": 4', '"depth": 4, "colour": 1')
+            to_json(compose(["experiment=demo", "recipe=demo"])).replace(
+                '"depth": 4', '"depth": 4, "colour": 1'
+            )
         )
 
 
 def test_all_unknown_keys_and_wrong_types_are_reported_together() -> None:
     found = wheres(
         "experiment=demo",
+        "recipe=demo",
         "model.dept=3",
         "seed=1.5",
         "recipe.stages.short.lr=1",
@@ -93,10 +97,10 @@ def test_all_unknown_keys_and_wrong_types_are_reported_together() -> None:
 
 
 def test_near_misses_are_suggested() -> None:
-    assert fixes("experiment=demo", "model.dept=3") == ["did you mean model.depth?"]
+    assert fixes("experiment=demo", "recipe=demo", "model.dept=3") == ["did you mean model.depth?"]
     assert fixes("experiment=demmo") == ["experiment=demo"]
     assert fixes("data=/some/folder") == ["data.path=/some/folder"]
-    assert fixes("experiment=demo", "seed=1e3") == ["seed=1000"]
+    assert fixes("experiment=demo", "recipe=demo", "seed=1e3") == ["seed=1000"]
 
 
 def test_missing_data_path_is_a_problem() -> None:
@@ -113,7 +117,10 @@ def test_missing_data_path_is_a_problem() -> None:
     ],
 )
 def test_target_is_an_unknown_key(override: str) -> None:
-    assert any("_target_" in where or where == "x" for where in wheres("experiment=demo", override))
+    assert any(
+        "_target_" in where or where == "x"
+        for where in wheres("experiment=demo", "recipe=demo", override)
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,14 +128,19 @@ def test_target_is_an_unknown_key(override: str) -> None:
     ["${oc.env:HOME}", "a${oc.env:PATH}b", "${oc.decode:1}", "${now:%Y}", "${hydra:runtime.cwd}"],
 )
 def test_resolvers_are_refused_and_not_resolved(value: str) -> None:
-    found = wheres("experiment=demo", f"'tracker.experiment={value}'".strip("'"))
+    found = wheres("experiment=demo", "recipe=demo", f"'tracker.experiment={value}'".strip("'"))
     assert list(found) == ["tracker.experiment"]
     assert value in found["tracker.experiment"]
 
 
 def test_a_reference_to_another_key_is_resolved() -> None:
-    assert compose(["experiment=demo", "tracker.experiment=${name}"]).tracker.experiment == "demo"
-    assert "tracker.experiment" in wheres("experiment=demo", "tracker.experiment=${nowhere}")
+    assert (
+        compose(["experiment=demo", "recipe=demo", "tracker.experiment=${name}"]).tracker.experiment
+        == "demo"
+    )
+    assert "tracker.experiment" in wheres(
+        "experiment=demo", "recipe=demo", "tracker.experiment=${nowhere}"
+    )
 
 
 OVERRIDES = [
@@ -146,15 +158,15 @@ OVERRIDES = [
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_what_hydra_would_take_but_we_do_not(override: str) -> None:
-    assert len(wheres("experiment=demo", override)) == 1
+    assert len(wheres("experiment=demo", "recipe=demo", override)) == 1
 
 
 def test_a_folder_of_ones_own_adds_choices(tmp_path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tiny.yaml").write_text("name: sana_wm\ndepth: 2\nwidth: 32\nheads: 2\n")
-    assert compose(["experiment=demo", "model=tiny"], tmp_path).model.width == 32
+    assert compose(["experiment=demo", "recipe=demo", "model=tiny"], tmp_path).model.width == 32
     assert groups([tmp_path]) == {"model": ["tiny"]}
-    assert "model" in wheres("experiment=demo", "model=tiny")
+    assert "model" in wheres("experiment=demo", "recipe=demo", "model=tiny")
 
 
 KEYS = [
@@ -255,7 +267,7 @@ def test_random_overrides_give_a_config_or_one_report(tmp_path, seed: int, count
     chance = random.Random(seed)
     composed = 0
     for _ in range(count):
-        overrides = ["experiment=demo", f"data.path={tmp_path}"]
+        overrides = ["experiment=demo", "recipe=demo", f"data.path={tmp_path}"]
         for _ in range(chance.randint(1, 2)):
             prefix = chance.choice(["", "", "", "+", "++", "~"])
             key = chance.choice(KEYS)

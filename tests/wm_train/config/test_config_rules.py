@@ -293,7 +293,9 @@ def test_which_smaller_worlds_train_the_same() -> None:
 
     def worlds(batch: int, *overrides: str) -> tuple[int, ...]:
         own = f"{SHORT}global_batch={batch}"
-        return smaller_worlds(plan_stage(compose(["experiment=demo", own, *overrides]), "short"))
+        return smaller_worlds(
+            plan_stage(compose(["experiment=demo", "recipe=demo", own, *overrides]), "short")
+        )
 
     assert worlds(12, "launcher.workers=8") == ()
     assert worlds(12, "launcher.workers=8", "launcher.min_workers=1") == (6, 4, 3, 2, 1)

@@ -49,7 +49,7 @@ def test_what_is_no_stage_lists_the_stages(stage: str) -> None:
 
 
 def test_weights_come_from_the_stage_before_or_from_a_folder() -> None:
-    short, long = plan_stages(compose(["experiment=demo", "out=o", "name=n"]))
+    short, long = plan_stages(compose(["experiment=demo", "recipe=demo", "out=o", "name=n"]))
     assert (short.stage, short.source, short.checkpoints) == (
         "short",
         None,
@@ -58,7 +58,7 @@ def test_weights_come_from_the_stage_before_or_from_a_folder() -> None:
     assert long.source is not None
     assert (long.source.stage, long.source.checkpoints) == ("short", short.checkpoints)
     (alone,) = plan_stages(
-        compose(["experiment=demo", "stage=long", "recipe.stages.long.inherit=/w"])
+        compose(["experiment=demo", "recipe=demo", "stage=long", "recipe.stages.long.inherit=/w"])
     )
     assert alone.source is not None
     assert (alone.source.stage, alone.source.checkpoints) == (None, Path("/w"))
@@ -66,4 +66,6 @@ def test_weights_come_from_the_stage_before_or_from_a_folder() -> None:
 
 def test_the_first_stage_has_nothing_to_inherit() -> None:
     with pytest.raises(ValueError, match=r"recipe\.stages\.short\.inherit: got previous"):
-        plan_stages(compose(["experiment=demo", "recipe.stages.short.inherit=previous"]))
+        plan_stages(
+            compose(["experiment=demo", "recipe=demo", "recipe.stages.short.inherit=previous"])
+        )

@@ -33,6 +33,7 @@ def train(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Callab
         return command.main(
             [
                 "experiment=demo",
+                "recipe=demo",
                 "launcher=inline",
                 f"data.path={data}",
                 f"out={tmp_path / 'runs'}",
@@ -83,6 +84,7 @@ def test_a_mistake_gets_one_report_and_starts_nothing(
     given, expected = MISTAKES[kind]
     overrides = [
         "experiment=demo",
+        "recipe=demo",
         f"data.path={data}",
         f"out={tmp_path / 'runs'}",
         *(text.format(empty=empty) for text in given),
@@ -127,6 +129,8 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("HEAVY []\n")
     assert "recipe" in done.stdout
+    assert "  model.depth = 4\n" in done.stdout
+    assert "  recipe.stages.<stage>.optimizer.momentum = 0.95  (normuon)\n" in done.stdout
 
 
 def test_a_dry_run_shows_config_commands_and_the_plan_of_every_stage_and_starts_nothing(

@@ -46,6 +46,7 @@ def arguments(gameplay: Path) -> Callable[..., list[str]]:
         return [
             "wm_train.launch",
             "experiment=demo",
+            "recipe=demo",
             "stage=1",
             f"data.path={gameplay}",
             f"out={folder}",

@@ -118,8 +118,8 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
     small = {"frames", "steps", "global_batch", "objective", "optimizer", *PER_STAGE}
     assert ordered(toy.recipe) == ordered(paper.recipe)
     assert (toy.model, toy.data) == (
-        compose(["experiment=demo"]).model,
-        compose(["experiment=demo"]).data,
+        compose(["experiment=demo", "recipe=demo"]).model,
+        compose(["experiment=demo", "recipe=demo"]).data,
     )
     for name, stage in toy.recipe.stages.items():
         theirs = paper.recipe.stages[name]
@@ -136,4 +136,4 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
         .steps
         == 7
     )
-    assert "gdn" not in compose(["experiment=demo"]).recipe.stages
+    assert "gdn" not in compose(["experiment=demo", "recipe=demo"]).recipe.stages

@@ -104,7 +104,7 @@ def test_states_are_counted_from_the_objects_that_training_builds(name):
 
 
 def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
-    stages = ["experiment=demo", "--latent", "16x7x10/8"]
+    stages = ["experiment=demo", "recipe=demo", "--latent", "16x7x10/8"]
     assert main([*stages, "--memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "stage 1 short: 41 frames = 6 latent frames" in out
@@ -125,7 +125,7 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
         "recipe.stages.long.frozen=['blocks.0.*']",
         "recipe.stages.long.reinitialise=['final_layer.*']",
     ]
-    assert main(["experiment=demo", "--latent", "16x7x10/8", *long, *names]) == 0
+    assert main(["experiment=demo", "recipe=demo", "--latent", "16x7x10/8", *long, *names]) == 0
     short, long = capsys.readouterr().out.split("stage 2 long: ")
     assert "2 workers = 2 data parallel x 1 sequence parallel" in short
     assert "2 workers = 1 data parallel x 2 sequence parallel" in long
@@ -135,7 +135,15 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
     assert "3 start anew" in long
     assert " trained; GiB" in long
     assert (
-        main(["experiment=demo", "--latent", "16x7x10/8", "recipe.stages.long.new=['blocks.9.*']"])
+        main(
+            [
+                "experiment=demo",
+                "recipe=demo",
+                "--latent",
+                "16x7x10/8",
+                "recipe.stages.long.new=['blocks.9.*']",
+            ]
+        )
         == 2
     )
     assert "recipe.stages.long.new: got 'blocks.9.*'" in capsys.readouterr().err
@@ -191,7 +199,7 @@ def test_a_mistake_in_a_pool_is_one_report_that_names_it(capsys):
     [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]],
 )
 def test_bad_input_is_one_report(capsys, arguments):
-    assert main(["experiment=demo", *arguments]) == 2
+    assert main(["experiment=demo", "recipe=demo", *arguments]) == 2
     captured = capsys.readouterr()
     assert "in the configuration; nothing was started" in captured.err
     assert not captured.out

@@ -172,7 +172,9 @@ def test_every_process_of_the_run_is_refused(tmp_path, rival):
 
 
 def test_the_command_is_refused_before_it_touches_the_folder(tmp_path, capsys):
-    config = compose(["experiment=demo", "stage=short", "data.path=/data", f"out={tmp_path}"])
+    config = compose(
+        ["experiment=demo", "recipe=demo", "stage=short", "data.path=/data", f"out={tmp_path}"]
+    )
     stages = plan_stages(config)
     folder = stages[0].directory
     with owned(folder):

@@ -18,7 +18,14 @@ from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps
 
 def make_run(folder, *overrides):
     return compose(
-        ["experiment=demo", "data.path=/data", f"out={folder}", "stage=short", *overrides]
+        [
+            "experiment=demo",
+            "recipe=demo",
+            "data.path=/data",
+            f"out={folder}",
+            "stage=short",
+            *overrides,
+        ]
     )
 
 

@@ -188,7 +188,7 @@ def test_a_damaged_data_set_ends_the_run_at_once_with_one_report(
         "trainer.samples=0",
     ]
     where_to = [f"launcher={launcher}", "tracker=none", f"data.path={copy}", f"out={tmp_path}"]
-    command = ["wm_train.launch", "experiment=demo", "stage=1", *where_to]
+    command = ["wm_train.launch", "experiment=demo", "recipe=demo", "stage=1", *where_to]
     command = [sys.executable, "-m", *command, "launcher.max_restarts=3", *small]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
