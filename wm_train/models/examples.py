@@ -38,8 +38,8 @@ def example_latents(needs: Needs, shape: ExampleShape, seed: int) -> Tensor:
 
 
 def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditions:
-    """Return what the model reads: a camera that pans and walks on, another one per clip, at
-    raw-frame rate; text and controls where the model takes them."""
+    """Return the model's conditions: a panning, moving camera, different for each clip, at
+    raw-frame rate; text and controls if the model takes them."""
     batch, raw = shape.batch, 1 + (shape.frames - 1) * shape.temporal_stride
     height, width = shape.height * PIXELS, shape.width * PIXELS
     steps = torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(batch))[:, None] / raw

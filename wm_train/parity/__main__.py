@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--worst", type=int, help="print only this many rows, the worst first")
     options = parser.parse_intermixed_args(list(sys.argv[1:] if arguments is None else arguments))
-    from wm_train.parity.prove import case_of, prove  # torch, which --help does without
-
     if is_demo(options.overrides):
         print(DEMO_LINE)
+    from wm_train.parity.prove import case_of, prove  # torch, which --help does without
+
     try:
         config = compose(options.overrides, options.config_dir)
         runs = pool_runs(config, options.overrides, options.config_dir)
