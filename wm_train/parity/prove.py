@@ -45,7 +45,8 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
 
         stride = open_dataset(stage.data.path).info.temporal_stride
     with torch.device("meta"):
-        build_model(stage.model)  # raises for a broken configuration before anything runs
+        build_model(stage.model)  # raises what is wrong before anything runs
+    builder(stage.objective)  # the same
     data_ranks = degrees.dp_replicate * degrees.dp_shard
     case = ParityCase(
         model=stage.model,
@@ -66,7 +67,6 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
             else str(get_backend(plan.backend.name, plan.backend.threads).device)
         ),
     )
-    builder(stage.objective)  # the same
     _ = case.kernels  # raises if a configured engine is missing
     return case
 

@@ -10,6 +10,7 @@ import pytest
 from wm_train.config.compose import compose
 from wm_train.config.problems import ConfigError, Problem
 
+DEMO = ("experiment=demo", "recipe=demo")
 LONG = "recipe.stages.long."
 Find = Callable[..., dict[str, Problem]]
 
@@ -35,8 +36,8 @@ def read(config: Any, key: str) -> Any:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_stages_own_key_changes_that_stage_only(key: str) -> None:
-    value, plain = KEYS[key][0], compose(["experiment=demo"])
-    own = compose(["experiment=demo", f"{LONG}{key}={text(value)}"])
+    value, plain = KEYS[key][0], compose([*DEMO])
+    own = compose([*DEMO, f"{LONG}{key}={text(value)}"])
     assert read(own.recipe.stages["long"], key) == value
     assert read(own, key) == read(plain, key) != value
     assert own.recipe.stages["short"] == plain.recipe.stages["short"]
@@ -47,10 +48,10 @@ def test_a_stages_own_key_changes_that_stage_only(key: str) -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_runs_key_changes_every_stage_but_one_that_has_its_own(key: str) -> None:
-    value, plain = KEYS[key][0], compose(["experiment=demo"])
+    value, plain = KEYS[key][0], compose([*DEMO])
     kept = read(plain, key)
     back = "null" if kept is None else text(kept)
-    run = compose(["experiment=demo", f"{key}={text(value)}", f"{LONG}{key}={back}"])
+    run = compose([*DEMO, f"{key}={text(value)}", f"{LONG}{key}={back}"])
     assert read(run, key) == read(run.recipe.stages["short"], key) == value
     assert read(run.recipe.stages["long"], key) == kept
 
@@ -67,7 +68,7 @@ def test_a_wrong_one_of_the_run_is_not_repeated_for_its_stages(found: Find, key:
 
 def test_an_unknown_one_names_the_stages_key_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        compose(["experiment=demo", LONG + "model.dept=2"])
+        compose([*DEMO, LONG + "model.dept=2"])
     assert [(p.where, p.fix) for p in caught.value.problems] == [
         (LONG + "model.dept", f"did you mean {LONG}model.depth?")
     ]
