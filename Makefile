@@ -25,10 +25,10 @@ train: $(VENV)/.demo $(DATA)/dataset.json
 	@$(PY) -m wm_train.launch experiment=demo recipe=demo stage=1 data.path=$(DATA) $(ONE_DEVICE) $(ARGS)
 
 test: $(VENV)/.dev
-	@$(PY) -m pytest -m "not full and not drill and not slurm"
+	@$(PY) tests/run_parts.py -m "not full and not drill and not slurm"
 
 test-full: $(VENV)/.dev
-	@$(PY) -m pytest -m "not drill and not slurm"
+	@$(PY) tests/run_parts.py -m "not drill and not slurm"
 
 drills: $(VENV)/.dev
 	@$(PY) -m pytest -m drill

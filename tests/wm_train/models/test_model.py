@@ -346,9 +346,8 @@ def test_attention_mask_follows_the_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "nonesuch"}, "model.name"),
-        ({"width": 33}, "head dimension"),
-        ({"width": 24, "heads": 2}, "head dimension"),
+        ({"width": 33}, r"model\.width: got 33, expected .* each head"),
+        ({"width": 24, "heads": 2}, r"model\.width: got 24, expected .* each head"),
     ],
 )
 def test_impossible_shapes_are_refused_with_a_fix(change, message):
