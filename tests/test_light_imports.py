@@ -60,3 +60,34 @@ def test_help_is_instant(module, run_python):
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("HEAVY []"), done.stdout[-300:]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "wm_train.launch",
+        "wm_train.plan",
+        "wm_train.parity",
+        "wm_train.checkpoint",
+        "wm_train.backends",
+        "wm_train.tracking",
+        "data_shards.record",
+        "data_shards.encode",
+        "data_shards.verify",
+        "data_shards.inspect",
+        "data_shards.stats",
+        "data_shards.filter",
+        "launch.token",
+    ],
+)
+def test_every_command_shows_its_usage(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m {module}" in done.stdout, done.stdout[:300]

@@ -179,3 +179,7 @@ def _elements(shape: list[int]) -> int:
 
 def _bytes(manifest: Manifest) -> int:
     return sum(entry["size"] for entry in manifest.files.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
