@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or absent (design §9).
+"""Checkpoints that are either whole or absent.
 
     copy   each rank's boxes go to the host, into buffers that are kept from save to save
     commit every rank writes them into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes; rank 0 writes the manifest last,

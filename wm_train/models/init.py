@@ -1,4 +1,4 @@
-"""Initial values keyed by the parameter's name (design §5): they depend on (seed, name) and on no
+"""Initial values keyed by the parameter's name: they depend on (seed, name) and on no
 order, device or sharding.
 
 A row (index of the first dimension) of a parameter plays the part of a latent frame in the
