@@ -350,6 +350,30 @@ def test_lines_fit_100_columns():
     assert not wrong
 
 
+OUTSIDE = re.compile(r"\bdesign(?:\.md)? ?§|\bdesign\.md\b|\bfacts/\w+\.md\b")
+
+
+def test_nothing_cites_a_page_outside_the_repository():
+    """A README beside the code is cited instead."""
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split("\n")
+    ends = (".py", ".yaml", ".md", ".toml", "Makefile")
+    files = [ROOT / name for name in names if name.endswith(ends)]
+    assert len(files) > 100
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        if path != Path(__file__).resolve() and path.exists()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if OUTSIDE.search(line)
+    ]
+    assert not wrong
+
+
+def test_the_rule_of_citations_can_fail():
+    assert OUTSIDE.search("so the loss is the same (design §5)")
+    assert not OUTSIDE.search("a design that SANA-WM §3.2 states")
+
+
 def test_tests_are_no_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

@@ -1,4 +1,4 @@
-"""Find, verify and load checkpoints, each of which is either complete or absent (design §9).
+"""Find, verify and load checkpoints, each of which is either complete or absent.
 
     copy   each rank's boxes go to the host, into buffers that are reused by every save
     commit every rank writes them into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes;

@@ -1,4 +1,4 @@
-"""Initialise parameters from keys of their names (design §5): values depend on (seed, name), not on
+"""Initialise parameters from keys of their names: values depend on (seed, name), not on
 order, device or sharding.
 
 A row (index of the first dimension) of a parameter takes the place of a latent frame in the

@@ -3,7 +3,7 @@
 
 x_sigma = (1 - sigma) x0 + sigma eps, target eps - x0, sigma = shifted sigmoid of a normal. Every
 random choice is a function of (seed, stage, draw, latent frame), so the loss does not depend on how
-clips and frames are spread over devices (design §5).
+clips and frames are spread over devices.
 """
 
 from __future__ import annotations
