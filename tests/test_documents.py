@@ -30,6 +30,7 @@ def test_every_key_and_every_module_exists(document):
     text = (ROOT / document).read_text()
     known = re.sub(r"<\w+>", "<>", help_text(None))
     words = re.findall(rf"\b(?:{GROUPS})\.[a-z_<][\w.<>]*\w", text)
+    words = [re.sub(r"(?<=^recipe\.stages\.)[a-z_]+(?=\.)", "<>", word) for word in words]
     named = {re.sub(r"<\w+>", "<>", word) for word in words if not word.endswith((".py", ".json"))}
     named |= {
         f"launcher.slurm.{key}"
