@@ -144,7 +144,7 @@ def _unfinished(final: Path) -> str:
 
 
 def remove_unfinished(final: Path) -> None:
-    """Remove unfinished recordings into `final` that were killed on this machine."""
+    """Delete the drafts of `final` that recordings interrupted on this machine left behind."""
     for left in final.absolute().parent.glob(f"{glob.escape(_unfinished(final))}*"):
         try:
             os.kill(int(left.name.removeprefix(_unfinished(final))), 0)  # sends nothing

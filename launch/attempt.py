@@ -77,7 +77,7 @@ def run_attempt(
 def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
     """Yield a function that returns a larger number of workers for which there is room, else 0.
 
-    The missing resources are requested from Ray all the time, so an autoscaler can provide them.
+    The missing resources stay requested from Ray, so that an autoscaler can provide them.
     """
     larger = min((number for number in (spec.workers, *spec.fewer) if number > workers), default=0)
     if not larger:

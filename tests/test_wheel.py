@@ -59,7 +59,7 @@ def test_the_demo_trains_from_the_wheel_alone(wheel: Path, gameplay: Path, tmp_p
         "stage=short",
         f"data.path={gameplay}",
         f"out={tmp_path / 'runs'}",
-        "launcher.workers=1",
+        "launcher=inline",
         "tracker=none",
         "trainer.samples=0",
         "trainer.validation_clips=0",

@@ -23,7 +23,9 @@ SPREAD = ([[0, 2], [1, 3]], [(1, 2), (2, 1)])  # two sequence groups, neither co
     ("task", "world", "parts"),
     [
         ("two", 2, [([[0, 1]], [(1, 2), (2, 1)])]),
-        ("four", 4, [([[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)]), SPREAD]),
+        pytest.param(
+            "four", 4, [([[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)]), SPREAD], marks=pytest.mark.full
+        ),
     ],
 )
 def test_processes_equal_virtual_ranks_bit_for_bit(processes, oracles, task, world, parts):

@@ -10,10 +10,10 @@ WORKER = Path(__file__).with_name("reshard_worker.py")
 @pytest.mark.parametrize(
     ("writers", "replicas", "readers"),
     [
-        (4, 2, 1),
+        (2, 1, 1),
         *(
             pytest.param(*counts, marks=pytest.mark.full)
-            for counts in ((1, 1, 3), (4, 1, 2), (2, 1, 1))
+            for counts in ((1, 1, 3), (4, 1, 2), (4, 2, 1))
         ),
     ],
 )

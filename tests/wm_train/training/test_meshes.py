@@ -10,9 +10,11 @@ from wm_train.tracking.tracker import read_steps
 @pytest.mark.parametrize(
     ("workers", "overrides"),
     [
-        (2, ("parallel.dp_replicate=2",)),
+        pytest.param(2, ("parallel.dp_replicate=2",), marks=pytest.mark.full),
         (2, ("parallel.cp=2", "parallel.ring=2", "parallel.ulysses=1")),
-        (2, ("parallel.cp=2", "model.activation_checkpointing=block")),
+        pytest.param(
+            2, ("parallel.cp=2", "model.activation_checkpointing=block"), marks=pytest.mark.full
+        ),
         pytest.param(1, ("model.activation_checkpointing=block",), marks=pytest.mark.full),
     ],
     ids=["hsdp", "ring", "checkpointed cp", "checkpointed"],

@@ -76,7 +76,9 @@ PACKED = ("data.pack=true", "data.mixture={SIX: 1, FOUR: 40}", SHORT + "frames=9
 BUCKETS = ("data.buckets=[25]", SHORT + "frames=57")  # cuts of 4 latents, from anywhere
 
 
-@pytest.mark.parametrize("overrides", [BUCKETS, PACKED], ids=["bucket", "packed"])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(BUCKETS, marks=pytest.mark.full), PACKED], ids=["bucket", "packed"]
+)
 def test_it_reaches_the_model_on_two_processes_without_a_line_of_ours(
     demo_run, recordings, sets, package, run_ranks, tmp_path, overrides
 ):
