@@ -2,10 +2,14 @@
 
     for cp in 1 2 4; do python -m wm_train.launch experiment=demo recipe=demo stage=1 name=cp$cp \\
         launcher=torchrun launcher.workers=$cp parallel.cp=$cp recipe.stages.short.steps=60; done
-    python benchmarks/mesh_curves.py mesh_curves.png cp=1:runs/cp1 cp=2:runs/cp2 cp=4:runs/cp4
+    python -m wm_train.launch experiment=demo recipe=demo stage=1 name=dp2 launcher=torchrun \\
+        launcher.workers=2 recipe.stages.short.steps=60
+    python benchmarks/mesh_curves.py docs/mesh_curves.png cp=1:runs/cp1 cp=2:runs/cp2 \\
+        cp=4:runs/cp4 dp=2:runs/dp2
 
 The upper picture shows the loss of every step; the lower one the difference to the first run,
-relative to its loss. Needs `pip install matplotlib`, which nothing else here does.
+relative to its loss. The run on two data-parallel ranks is the control: it splits no clip, so its
+difference is what training makes of rounding. Needs `pip install matplotlib`, which nothing else here does.
 """
 
 import json
