@@ -9,7 +9,7 @@
 
 The upper picture shows the loss of every step; the lower one the difference to the first run,
 relative to its loss. The run on two data-parallel ranks is the control: it splits no clip, so its
-difference is what training makes of rounding. Needs `pip install matplotlib`, which nothing else here does.
+difference is what training makes of rounding. Needs `pip install matplotlib`.
 """
 
 import json
