@@ -14,7 +14,7 @@ AT = 4  # the step after which it happens
 @pytest.mark.parametrize(
     "kind",
     [
-        "stop",
+        pytest.param("stop", marks=pytest.mark.drill),
         pytest.param("die", marks=pytest.mark.drill),
         pytest.param("segfault", marks=pytest.mark.drill),
     ],

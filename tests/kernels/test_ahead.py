@@ -55,6 +55,7 @@ def check(rows: list[list[str]]) -> None:
         assert int(shared) <= SHARED_LIMIT[int(architecture)], where
 
 
+@pytest.mark.full
 def test_the_main_kernels_compile_for_hopper(compile_ahead):
     rows = compile_ahead("90", "--only", "states E=112", "gram", "output")
     check(rows)

@@ -54,6 +54,7 @@ def test_attention_is_counted_under_its_mask():
     assert counted[1] - counted[2] == pytest.approx(by_hand[1] - by_hand[2], rel=1e-6)
 
 
+@pytest.mark.full
 def test_between_the_counted_lengths_the_parabola_is_exact_for_a_bidirectional_model():
     config = SanaWMConfig(width=64, heads=2, depth=4, latent_channels=8)
     longest = ExampleShape(1, 9, 4, 4, 8)

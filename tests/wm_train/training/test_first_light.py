@@ -26,7 +26,11 @@ def test_another_seed_gives_other_losses(alone, train_here, losses, tmp_path):
     assert losses(tmp_path) != alone
 
 
-@pytest.mark.parametrize("mesh", ["parallel.cp=2", "parallel.cp=1"], ids=["cp2", "dp2"])
+@pytest.mark.parametrize(
+    "mesh",
+    ["parallel.cp=2", pytest.param("parallel.cp=1", marks=pytest.mark.full)],
+    ids=["cp2", "dp2"],
+)
 def test_two_processes_give_the_losses_of_one(
     alone, worker_config, losses, tmp_path, run_ranks, mesh
 ):
@@ -57,6 +61,7 @@ def test_a_killed_run_ends_with_the_curve_of_the_undisturbed_one(
     assert losses(tmp_path) == alone
 
 
+@pytest.mark.full
 def test_sigterm_saves_leaves_with_its_own_exit_code_and_the_run_goes_on(
     alone, worker_config, losses, tmp_path
 ):

@@ -11,7 +11,9 @@ from wm_train.tracking.tracker import read_steps
     ("workers", "overrides"),
     [
         pytest.param(2, ("parallel.dp_replicate=2",), marks=pytest.mark.full),
-        (2, ("parallel.cp=2", "parallel.ring=2", "parallel.ulysses=1")),
+        pytest.param(
+            2, ("parallel.cp=2", "parallel.ring=2", "parallel.ulysses=1"), marks=pytest.mark.full
+        ),
         pytest.param(
             2, ("parallel.cp=2", "model.activation_checkpointing=block"), marks=pytest.mark.full
         ),
@@ -34,13 +36,8 @@ SAVERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "selective",
-        *(pytest.param(kind, marks=pytest.mark.full) for kind in SAVERS if kind != "selective"),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind", SAVERS)
 def test_saving_memory_does_not_change_a_bit(alone, train_here, losses, tmp_path, kind):
     train_here(tmp_path, SAVERS[kind], "recipe.stages.short.steps=20")
     assert losses(tmp_path) == alone

@@ -77,7 +77,7 @@ BUCKETS = ("data.buckets=[25]", SHORT + "frames=57")  # cuts of 4 latents, from 
 
 
 @pytest.mark.parametrize(
-    "overrides", [pytest.param(BUCKETS, marks=pytest.mark.full), PACKED], ids=["bucket", "packed"]
+    "overrides", [BUCKETS, pytest.param(PACKED, marks=pytest.mark.full)], ids=["bucket", "packed"]
 )
 def test_it_reaches_the_model_on_two_processes_without_a_line_of_ours(
     demo_run, recordings, sets, package, run_ranks, tmp_path, overrides

@@ -97,6 +97,7 @@ def test_continuing_with_another_optimizer_is_refused(train_here, five_steps):
         train_here(five_steps, *FIVE, STAGE + "optimizer.name=normuon")
 
 
+@pytest.mark.full
 def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(
     alone, train_here, losses, tmp_path
 ):
