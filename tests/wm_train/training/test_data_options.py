@@ -77,6 +77,7 @@ def test_of_a_mixture_each_selection_finds_its_data_set(gameplay, selection, dem
         open_data(dataclasses.replace(data, path=str(other)))
 
 
+@pytest.mark.full
 def test_flops_are_those_of_the_picture_that_a_clip_has(stage_of, gameplay, tmp_path):
     """Attention grows with the square of a picture's tokens too, so a mixture of sizes needs a
     count for each."""

@@ -230,6 +230,7 @@ def test_a_stage_without_its_source_says_which_to_train_first(train_here, tmp_pa
         )
 
 
+@pytest.mark.full
 def test_looking_at_held_out_clips_changes_neither_training_nor_what_is_saved(
     alone, train_here, losses, tmp_path
 ):
