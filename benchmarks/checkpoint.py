@@ -1,5 +1,5 @@
-"""How long training is blocked by a save: asynchronous against synchronous, paired, on a state of
---gib GiB.
+"""Measure the time that a save blocks training: asynchronous against synchronous, paired, on a
+state of --gib GiB.
 
     python benchmarks/checkpoint.py --gib 1 --saves 4
 

@@ -54,7 +54,7 @@ class Shape:
     dim: int
 
     def bytes(self, camera: bool, backward: bool) -> int:
-        """What must move at least; see above."""
+        """Return the bytes that must move at least; see above."""
         branches = 2 if camera else 1
         tokens = 2 * self.frames * self.tokens * self.heads * self.dim * branches
         states = 4 * self.frames * self.heads * self.dim**2 * (7 if camera else 4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 
 import torch
 
@@ -50,7 +51,8 @@ def train(name: str, steps: int, lr: float) -> tuple[list[float], list[float]]:
     initialise_(model, 0)
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
-            module.key_scale = lambda tokens, d=module.head_dim: SCALES[name](d, tokens)  # type: ignore[method-assign]
+            scale = partial(SCALES[name], module.head_dim)
+            module.key_scale = scale  # type: ignore[method-assign]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     sequence, losses, norms = LocalSequence(ClipLayout(FRAMES)), [], []

@@ -1,5 +1,5 @@
-"""How fast clips are read, as ratios of passes that alternate in one run; and what opening a data
-set of a million clips costs.
+"""Measure the reading of clips, as ratios of passes that alternate in one run, and the opening of a
+data set of a million clips.
 
     python benchmarks/loader.py [clips=32] [latent_frames=121] [rounds=15] [million=1000000]
 

@@ -44,7 +44,7 @@ WARM_UP = 4  # pairs that are not timed
 
 
 class Ours:
-    """What the trainer does from a batch to its record."""
+    """Run a step as the trainer does, from a batch to its record."""
 
     def __init__(self, stage: Stage, tracker: Tracker) -> None:
         self.stage, self.tracker = stage, tracker

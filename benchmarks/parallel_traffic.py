@@ -1,5 +1,5 @@
-"""How much one layer sends: prefix-composed GDN states against all-gathering keys and values and
-against Ulysses.
+"""Compare the bytes that one layer sends: prefix-composed GDN states, all-gathered keys and values,
+Ulysses.
 
     python benchmarks/parallel_traffic.py
 
@@ -71,7 +71,8 @@ def scan(sequence: SequenceShard) -> Tensor:
         return torch.empty(1, len(sequence.frames), H, *shape, device="meta", requires_grad=True)
 
     streams = [Stream(empty(), empty(D, D), empty(e, D)) for e in (D, 1, D)]
-    return sum(states.sum() for states in sequence.scan(streams).states)  # type: ignore[return-value]
+    states = sequence.scan(streams).states
+    return torch.stack([one.sum() for one in states]).sum()
 
 
 def key_halo(sequence: SequenceShard) -> Tensor:

@@ -1,5 +1,5 @@
-"""What the rounding of the tensor cores' operands does to a GDN state over T=251 frames, on the
-CPU.
+"""Measure the error that rounded tensor-core operands leave in a GDN state over T=251 frames, on
+the CPU.
 
     python benchmarks/state_precision.py
 

@@ -1,4 +1,4 @@
-"""What the two READMEs tell people to type: every key, module and command line in them exists."""
+"""Check the documents: every key, module, path and command line in them exists."""
 
 import re
 import shlex

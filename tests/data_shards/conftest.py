@@ -171,14 +171,14 @@ def bucket(dataset_path):
 
 @pytest.fixture
 def proxy():
-    """What stands before the bucket: `served` and `paths` of the requests for shards, and `method`,
-    which of them fail."""
+    """Run a proxy before the bucket: `served` and `paths` count the requests for shards, `method`
+    selects which of them fail."""
     return FaultyProxy
 
 
 @pytest.fixture
 def faults():
-    """What to do to the next requests for shards."""
+    """List the faults of the next requests for shards."""
     FaultyProxy.faults[:], FaultyProxy.served[:], FaultyProxy.paths[:], FaultyProxy.method = (
         [],
         [],

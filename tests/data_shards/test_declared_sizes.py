@@ -115,7 +115,8 @@ CASES = [
 
 @pytest.mark.parametrize("declare", CASES)
 def test_ten_gigabytes_declared(damaged, declare):
-    """What claims 10 GB is refused; the whole process, libraries included, stays below 200 MB."""
+    """Refuse a file that claims 10 GB; the whole process, libraries included, stays below 200
+    MB."""
     declare(damaged)
     command = [sys.executable, "-c", TEN_GIGABYTES, str(damaged), first_key(damaged)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

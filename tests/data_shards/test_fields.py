@@ -26,7 +26,7 @@ R = 8  # raw frames in a latent after the first
 
 
 class Point:
-    """What an installed package declares as `depth = "laboratory:DEPTH"`."""
+    """Install a package that declares `depth = "laboratory:DEPTH"`."""
 
     name, value = "depth", "laboratory:DEPTH"
 

@@ -63,8 +63,8 @@ def test_permanent_faults_fail_at_once(bucket, faults, fault):
 def test_a_store_that_stays_down_ends_with_the_budget_and_tells_no_secret(
     bucket, faults, fault, caplog, proxy
 ):
-    """Whatever goes wrong: neither the error, nor anything it was raised from, nor any log at any
-    level has the secret key in it."""
+    """Fail in every way: neither the error, nor any of its causes, nor any log at any level
+    has the secret key in it."""
     policy = RetryPolicy(
         budget_s=0.4,
         first_pause_s=0.02,
@@ -158,7 +158,7 @@ def test_only_the_second_reading_is_spared(bucket, faults, tmp_path, proxy):
     ("credentials", "said"), [(False, "NoCredentialsError"), (True, "EndpointConnectionError")]
 )
 def test_no_credentials_and_no_server_are_one_clear_error(monkeypatch, credentials, said):
-    """What S3's library raises for them is no OSError."""
+    """Report errors of S3's library that are no OSError."""
     from s3fs import S3FileSystem
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -1,5 +1,5 @@
-"""What a step shows is a function of the step: whatever the ranks, after any change of them, with
-mixtures, buckets, cuts and packing."""
+"""Check that the clips of a step depend on the step only: for any ranks, after any change of them,
+with mixtures, buckets, cuts and packing."""
 
 from collections import Counter
 

@@ -60,7 +60,7 @@ def after_step(kind: str, at: int) -> None:
 
 
 def keep_state_of_a_bad_step() -> None:
-    """What this rank holds when the guard raises goes to `state_of_rank_R.pt` beside the config."""
+    """Write this rank's state when the guard raises to `state_of_rank_R.pt` beside the config."""
     true = trainer.train_step
 
     def step_or_keep(stage, state, *rest):

@@ -50,7 +50,8 @@ def save_and_die(root: Path, at_call: int, after: bool) -> bool:
             (writer, "sync_folder"),
         ):
             setattr(owner, name, lethal(getattr(owner, name)))
-        Path.mkdir, Path.rename = lethal(Path.mkdir), lethal(Path.rename)  # type: ignore[method-assign]
+        Path.mkdir = lethal(Path.mkdir)  # type: ignore[method-assign]
+        Path.rename = lethal(Path.rename)  # type: ignore[method-assign]
         writer.save(root, 2, "short", state(2), {}, ALONE)
         os._exit(0)
     _, status = os.waitpid(child, 0)

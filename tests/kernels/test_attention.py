@@ -1,5 +1,5 @@
-"""Which attention kernel a CUDA device gets, and that one which is wrong there is found out before
-it is used."""
+"""Check which attention kernel a CUDA device gets, and that a wrong one is detected before its
+use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engine runs, what is logged, and which shapes are refused. No Triton is needed here."""
+"""Check which engine runs, the log lines, and the refused shapes. No Triton is needed here."""
 
 from __future__ import annotations
 

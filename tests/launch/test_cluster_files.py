@@ -1,4 +1,4 @@
-"""What we hand to others: `ray up`'s cluster file and KubeRay's RayJob, against their schemas.
+"""Check `ray up`'s cluster file and KubeRay's RayJob against their schemas.
 
 Ray ships the schema of its file. KubeRay's is part of its operator, so the fields that we use stand
 here as its API declares them (RayJobSpec and RayClusterSpec of ray.io/v1, PodSpec of core/v1): a

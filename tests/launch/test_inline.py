@@ -19,7 +19,7 @@ from launch.leash import leashed
 
 
 def gone(pid: int, within_s: float = 10.0) -> bool:
-    """Whether process `pid` ends (or is a zombie that nobody has asked for yet) in time."""
+    """Return whether process `pid` ends in time (or is a zombie that no parent has reaped)."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         stat = Path(f"/proc/{pid}/stat")

@@ -25,7 +25,7 @@ def alive(pid: int) -> bool:
 
 
 def all_gone(folder: Path, count: int) -> bool:
-    """Whether the processes whose ids the workers noted in `folder` have all ended."""
+    """Return whether all processes have ended whose ids the workers wrote into `folder`."""
     pids = [int(file.read_text()) for file in folder.glob("pid_*")]
     assert len(pids) == count
     until = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""What a person sees of rank 0's output, on a terminal and in a log file."""
+"""Check how rank 0's output is shown, on a terminal and in a log file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a driver comes to its Ray: a local one of its own, or a cluster that is there; never an open
+"""Connect a driver to Ray: a local one of its own, or a running cluster; never an open
 dashboard."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When a run is tried again, and when not: the rules alone, with attempts that only pretend."""
+"""Check when a run is tried again: the rules alone, with simulated attempts."""
 
 from __future__ import annotations
 

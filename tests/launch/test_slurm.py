@@ -33,7 +33,8 @@ def submit(spec, view, slurm: ModuleType, tmp_path: Path) -> Callable[..., str]:
     name."""
 
     def go(program: str, name: str, **batch: object) -> str:
-        job = BatchJob(name, submit=True, time="0:10:00", devices="gpu:2", **batch)  # type: ignore[arg-type]
+        settings = {"submit": True, "time": "0:10:00", "devices": "gpu:2", **batch}
+        job = BatchJob(name, **settings)  # type: ignore[arg-type]
         asked = spec(
             program,
             workers=4,

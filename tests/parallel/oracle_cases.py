@@ -87,8 +87,8 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 
 def process_cases() -> list[Case]:
-    """What runs over gloo as well as over virtual ranks: every verb; cut, ragged and too short
-    clips; GQA; three dtypes."""
+    """List the cases for gloo and for virtual ranks: every verb; cut, ragged and too short clips;
+    GQA; three dtypes."""
     packed = ClipLayout(11, document_starts=(0, 7), chunk_starts=(0, 3, 6, 9), valid_frames=(11, 9))
     return [
         Case(ClipLayout(11)),
@@ -116,8 +116,8 @@ def process_cases() -> list[Case]:
 
 
 def engine_cases() -> list[Case]:
-    """What engines of others can compute: full masks, even shares, batch above one, grouped key
-    heads."""
+    """List the cases that other engines can compute: full masks, even shares, batch above one,
+    grouped key heads."""
     return [
         Case(ClipLayout(6), ("attend",)),
         Case(ClipLayout(4), ("attend",), batch=3, heads=8, key_heads=4, tokens=3),

@@ -1,5 +1,5 @@
-"""What the tests compare with: brute-force definitions, written without `edges`, tiles or any code
-of the verbs.
+"""Define the verbs by brute force, for the tests to compare with: no `edges`, no tiles, no code of
+the verbs.
 
 Not a test module: `conftest.py` hands it to the tests as the fixture `oracles`, and
 `gloo_worker.py` imports it.

@@ -127,8 +127,7 @@ def test_padding_weighs_nothing(oracles):
 
 @pytest.mark.parametrize("verb", ["scan", "halo", "attend", "mean"])
 def test_padding_may_even_hold_nan(oracles, verb):
-    """Whatever is in padding frames stays there, in the values and in the gradients of real
-    frames."""
+    """Check that padding frames reach neither the values nor the gradients of real frames."""
     layout = oracles.layouts(FRAMES)["ragged"]
     case = oracles.Case(layout, (verb,), mask=AttentionMask("frame"))
     clean = oracles.inputs

@@ -41,7 +41,7 @@ def make_optimizer(parameters: list[nn.Parameter], matrix) -> torch.optim.AdamW:
 
 
 def damaged_and_checked(zero: Zero3, folder: Path) -> str:
-    """What is said when one bit of a file is another, which is put right again."""
+    """Return the error for one flipped bit of a file; flip it back."""
     file = next(
         path
         for path in sorted(folder.rglob(f"rank{dist.get_rank()}/*.swp"))

@@ -1,5 +1,5 @@
-"""What a stage hands to the next: weights by name, moments if asked; what is new, frozen or
-re-initialised; and when a stage ends."""
+"""Hand a stage's weights to the next: by name, moments if asked; new, frozen and re-initialised
+parameters; and the gate that ends a stage."""
 
 from __future__ import annotations
 

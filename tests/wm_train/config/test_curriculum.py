@@ -1,4 +1,4 @@
-"""Which stages a selection means, and whose weights each one starts from."""
+"""Select stages, and find the weights that each one starts from."""
 
 from __future__ import annotations
 

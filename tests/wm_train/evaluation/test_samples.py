@@ -1,4 +1,4 @@
-"""What a stage shows of itself is made by the sampler that its recipe names, on every mesh."""
+"""Check that a stage's samples come from the sampler that its recipe names, on every mesh."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_levels_are_a_number_of_steps_or_where_they_start(sampled, kind):
 
 @KINDS
 def test_experts_by_noise_level_sample_together(opened, kind):
-    """What `wm_train.joint` shows: pools that learned parts of the noise, as one model."""
+    """Sample as `wm_train.joint` does: pools that learned parts of the noise, as one model."""
     _, other = opened(*kind, "seed=1")
     stage, state = opened(*kind)
     alone = samples.sample(stage, state, 2)[1]

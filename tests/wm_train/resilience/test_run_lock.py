@@ -1,5 +1,5 @@
-"""Who writes in a run's folder: a second run is refused, a dead one is succeeded, and one thought
-dead ends itself."""
+"""Lock a run's folder: a second run is refused, a dead one is succeeded, and one taken for dead
+ends itself."""
 
 import dataclasses
 import json

@@ -1,11 +1,11 @@
-"""Who is named slow: the rank whose own work takes longer, within ten steps; nobody for one pause
-or for waiting."""
+"""Name the slow rank: the one whose own work takes longer, within ten steps; none for one pause or
+for waiting."""
 
 from wm_train.resilience.stragglers import WINDOW, Stragglers
 
 
 def watch(by_rank, steps=range(1, 31), factor=1.5):
-    """What is said at which step when rank r's (data wait, own work) of step s is by_rank(s)[r]."""
+    """Return step -> message when rank r's (data wait, own work) of step s is by_rank(s)[r]."""
     stragglers = Stragglers(factor)
     said = ((step, stragglers.seen(step, by_rank(step - 1))) for step in steps)
     return [(step, text) for step, text in said if text]

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Npu(ModuleType):
-    """What torch.npu would be: one device, whose queues are as patient as a mock."""
+    """Stand in for torch.npu: one device, whose queues are mocks."""
 
     Stream = Event = stream = MagicMock()
 

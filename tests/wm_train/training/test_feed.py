@@ -77,7 +77,7 @@ def damaged_copies(many_shards, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def looked(many_shards, damaged_copies, demo_run, run_ranks, tmp_path_factory):
-    """What two processes saw; see feed_worker."""
+    """Return the batches of two processes; see feed_worker."""
     config = tmp_path_factory.mktemp("look") / "run.json"
     run = demo_run(
         config.parent,

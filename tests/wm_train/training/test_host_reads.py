@@ -1,4 +1,5 @@
-"""How often a step waits for the device: each number read by the host is one synchronisation."""
+"""Count the waits of a step for the device: each number that the host reads is one
+synchronisation."""
 
 from __future__ import annotations
 
