@@ -27,6 +27,7 @@ from data_shards.encoding.runners import RUNNERS
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
+from data_shards.progress import clip_progress
 from data_shards.registry import Registry, names
 from data_shards.schema import PLAN, DataError
 from data_shards.sources import SOURCES, Place, open_source
@@ -140,15 +141,6 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
     Raises:
         DataError: a source that cannot be read, or an `out` that holds something else.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     clips = open_source(place)
     if not clips.clips:
         raise DataError(
@@ -201,15 +193,7 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
         print(note)
     started = time.perf_counter()
     todo = left_to_do(jobs, target)
-    columns = (
-        TextColumn("encode"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("clips"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    with clip_progress("encode") as progress:
         task = progress.add_task(
             "encode",
             total=len(clips.clips),

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.arguments import Option, choice, number, run, text, whole
+from data_shards.progress import clip_progress
 from data_shards.schema import DataError, latent_frame_count
 from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
 
@@ -62,15 +63,6 @@ def record(out: str, clips: int, **options: Any) -> None:
         DataError: a frame count that is not 8k+1, an unknown size or scenario, or `out` holds
         something else.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from data_shards.sources import vizdoom
 
     latent_frame_count(options["frames"], 8)
@@ -95,15 +87,7 @@ def record(out: str, clips: int, **options: Any) -> None:
     try:
         entries = []
         settings = vizdoom.VizdoomOptions(**options)
-        columns = (
-            TextColumn("record"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("clips"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with tempfile.TemporaryDirectory() as scratch, Progress(*columns) as progress:
+        with tempfile.TemporaryDirectory() as scratch, clip_progress("record") as progress:
             for clip in progress.track(vizdoom.record_clips(settings, clips, scratch), total=clips):
                 entries.append(
                     write_clip(

@@ -126,3 +126,17 @@ def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def declare_package() -> Callable[..., None]:
+    """declare_package(folder, name, points): leave beside a package the metadata that an installer
+    writes: its name and the text of its entry points."""
+
+    def declare(folder: Path, name: str, points: str) -> None:
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(points)
+
+    return declare

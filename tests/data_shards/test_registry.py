@@ -61,14 +61,11 @@ grey = lab_package:grey
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
+def lab(tmp_path, monkeypatch, declare_package):
     """An installed package, as importlib.metadata sees it."""
     folder = tmp_path / "site"
-    info = folder / "lab_package-1.0.dist-info"
-    info.mkdir(parents=True)
+    declare_package(folder, "lab_package", POINTS)
     (folder / "lab_package.py").write_text(textwrap.dedent(LAB))
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(POINTS)
     monkeypatch.syspath_prepend(folder)
     return folder
 

@@ -42,15 +42,12 @@ def forget_rows() -> None:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory: pytest.TempPathFactory, declare_package: Callable[..., None]) -> Path:
     """A folder with the laboratory's package and another one, as an installer leaves them."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(LAB, folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
     for name, points in (("lab", POINTS), ("others", OTHERS)):
-        info = folder / f"{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(points)
+        declare_package(folder, name, points)
     return folder
 
 

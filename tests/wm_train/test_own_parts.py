@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +50,7 @@ CHOSEN += [STAGE + "sampler.name=my_heun"]
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(tmp_path_factory: pytest.TempPathFactory, declare_package: Callable[..., None]) -> Path:
     """The page's files, as an installer leaves them."""
     folder, text = tmp_path_factory.mktemp("site"), PAGE.read_text()
     for name, code in re.findall(r"```(?:python|yaml)\n# (my_lab/\S+)\n(.*?)```", text, re.DOTALL):
@@ -62,10 +62,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in rows.items())
         for group, rows in groups.items()
     ]
-    info = folder / "my_lab-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_lab\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("".join(lines))
+    declare_package(folder, "my_lab", "".join(lines))
     return folder
 
 

@@ -29,14 +29,11 @@ R = 8  # raw frames in a latent after the first
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
+def package(tmp_path_factory, declare_package):
     """The folder of an installed package that declares the field `depth`."""
     folder = tmp_path_factory.mktemp("package")
     (folder / "laboratory.py").write_text(PACKAGE)
-    facts = folder / "laboratory-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: laboratory\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[data_shards.fields]\ndepth = laboratory:DEPTH\n")
+    declare_package(folder, "laboratory", "[data_shards.fields]\ndepth = laboratory:DEPTH\n")
     return folder
 
 
