@@ -63,9 +63,13 @@ def clip_flops(
     """
     whole = longest.frames
     points = sorted({1, (whole + 1) // 2, whole})
-    counts = [forward_flops(model, replace(longest, frames=n), chunk_frames) for n in points]
-    if frames in points:
-        return float(counts[points.index(frames)])
+
+    def count(latent_frames: int) -> float:
+        return float(forward_flops(model, replace(longest, frames=latent_frames), chunk_frames))
+
+    if frames in points:  # most runs have clips of one length; a count takes seconds
+        return count(frames)
+    counts = [count(n) for n in points]
     total = 0.0
     for i, x in enumerate(points):  # Lagrange
         weight = 1.0
