@@ -113,7 +113,7 @@ def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
         ValueError,
         KeyError,
         EOFError,
-        NotImplementedError,
+        NotImplementedError,  # zipfile's word for a compression or flag that it cannot read
         zipfile.BadZipFile,
     ) as error:
         raise DataError(

@@ -86,6 +86,7 @@ def _row(what: str, dtype: torch.dtype, errors: Callable[[], Iterator[tuple[str,
         worst, error = max(
             errors(), key=lambda pair: float("inf") if pair[1] != pair[1] else pair[1]
         )
+    # the last is torch's word for an operator that a device lacks: a row of the table, no end of it
     except (RuntimeError, ValueError, NotImplementedError) as reason:
         return Row(
             what,
