@@ -1,10 +1,11 @@
-"""Run the tests in two pytest processes at once and print one closing line for both.
+"""Run the tests in three pytest processes at once and print one closing line for all.
 
     python tests/run_parts.py -m "not full and not drill and not slurm"
 
-Every argument goes to both processes. pytest-xdist is not used: Ray's daemons inherit the pipes of
+Every argument goes to all processes. pytest-xdist is not used: Ray's daemons inherit the pipes of
 its workers and keep them open, so that it never ends. A part is a set of folders, because fixtures
-that record a data set live as long as a process. Exits with 0 only if both parts do.
+that record a data set live as long as a process. Three keep two cores busy while a test waits for
+processes of its own. Exits with 0 only if all parts do.
 """
 
 import re
@@ -17,42 +18,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-ALONE = "wm_train"  # takes about as long as all others together
+LARGE = ("wm_train/training", "wm_train")  # a part each, without the parts before it
 CLOSING = re.compile(r"^=*\s*(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s", re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both parts; return the first exit code that is not 0."""
+    """Run the parts; print the first one's output as it comes and the others' at the end. Return
+    the first exit code that is not 0."""
     started = time.monotonic()
-    others = [
-        path
-        for path in sorted(TESTS.iterdir())
-        if path.name != ALONE
-        and (path.name.startswith("test_") or (path.is_dir() and any(path.rglob("test_*.py"))))
-    ]
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "pytest", *arguments]
-        behind = subprocess.Popen(
-            [*command, *map(str, others)], stdout=log, stderr=subprocess.STDOUT, cwd=TESTS.parent
+    command = [sys.executable, "-m", "pytest", *arguments]
+    logs, processes = [], []
+    for part in parts():
+        logs.append(tempfile.TemporaryFile("w+"))
+        processes.append(
+            subprocess.Popen(
+                [*command, *part],
+                stdout=logs[-1] if processes else subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=TESTS.parent,
+            )
         )
-        ahead = subprocess.Popen(
-            [*command, str(TESTS / ALONE)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=TESTS.parent,
-        )
-        outputs = [""]
-        assert ahead.stdout
-        for line in ahead.stdout:
-            print(line, end="", flush=True)
-            outputs[0] += line
-        codes = [ahead.wait(), behind.wait()]
+    outputs = [""]
+    assert processes[0].stdout
+    for line in processes[0].stdout:
+        print(line, end="", flush=True)
+        outputs[0] += line
+    codes = [process.wait() for process in processes]
+    for log in logs[1:]:
         log.seek(0)
         outputs.append(log.read())
-    print(outputs[1])
+        print(outputs[-1])
     print(closing_line(outputs, time.monotonic() - started))
     return next((code for code in codes if code), 0)
+
+
+def parts() -> list[list[str]]:
+    """Return the arguments of pytest for each part; together they are all of tests/."""
+    large = [TESTS / folder for folder in LARGE]
+    others = [path for path in sorted(TESTS.iterdir()) if holds_tests(path) and path not in large]
+    found = [
+        [str(folder), *(f"--ignore={inner}" for inner in large[:place] if folder in inner.parents)]
+        for place, folder in enumerate(large)
+    ]
+    return [*found, [str(path) for path in others]]
+
+
+def holds_tests(path: Path) -> bool:
+    return path.name.startswith("test_") or (path.is_dir() and any(path.rglob("test_*.py")))
 
 
 def closing_line(outputs: Sequence[str], seconds: float) -> str:

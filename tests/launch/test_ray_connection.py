@@ -17,6 +17,7 @@ from launch import on_ray
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.full
 def test_a_local_ray_is_started_and_ended_without_a_dashboard_or_statistics_and_with_a_token(
     spec, view, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

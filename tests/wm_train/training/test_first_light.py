@@ -14,6 +14,7 @@ from wm_train.checkpoint import store
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_bit_identical_losses(
     alone, worker_config, losses, tmp_path, run_ranks
 ):
@@ -21,6 +22,7 @@ def test_the_same_seed_gives_bit_identical_losses(
     assert losses(tmp_path) == alone
 
 
+@pytest.mark.full
 def test_another_seed_gives_other_losses(alone, train_here, losses, tmp_path):
     train_here(tmp_path, "seed=1")
     assert losses(tmp_path) != alone
@@ -61,6 +63,7 @@ def test_a_killed_run_ends_with_the_curve_of_the_undisturbed_one(
     assert losses(tmp_path) == alone
 
 
+@pytest.mark.full
 def test_sigterm_saves_leaves_with_its_own_exit_code_and_the_run_goes_on(
     alone, worker_config, losses, tmp_path
 ):

@@ -97,6 +97,7 @@ def test_continuing_with_another_optimizer_is_refused(train_here, five_steps):
         train_here(five_steps, *FIVE, STAGE + "optimizer.name=normuon")
 
 
+@pytest.mark.full
 def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(
     alone, train_here, losses, tmp_path
 ):
@@ -229,6 +230,7 @@ def test_a_stage_without_its_source_says_which_to_train_first(train_here, tmp_pa
         )
 
 
+@pytest.mark.full
 def test_looking_at_held_out_clips_changes_neither_training_nor_what_is_saved(
     alone, train_here, losses, tmp_path
 ):
