@@ -1,10 +1,10 @@
-"""Run the tests in three pytest processes at once and print one closing line for all.
+"""Run the tests in four pytest processes at once and print one closing line for all.
 
     python tests/run_parts.py -m "not full and not drill and not slurm"
 
 Every argument goes to all processes. pytest-xdist is not used: Ray's daemons inherit the pipes of
 its workers and keep them open, so that it never ends. A part is a set of folders, because fixtures
-that record a data set live as long as a process. Three keep two cores busy while a test waits for
+that record a data set live as long as a process. Four keep two cores busy while a test waits for
 processes of its own. Exits with 0 only if all parts do.
 """
 
@@ -18,7 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-LARGE = ("wm_train/training", "wm_train")  # a part each, without the parts before it
+LARGE = (  # a part each, without folders of the parts before it; the last part is all else
+    ("wm_train/training",),
+    ("wm_train",),
+    ("kernels", "parallel"),
+)
 CLOSING = re.compile(r"^=*\s*(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s", re.MULTILINE)
 
 
@@ -27,41 +31,42 @@ def main(arguments: Sequence[str]) -> int:
     the first exit code that is not 0."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", *arguments]
-    logs, processes = [], []
-    for part in parts():
-        logs.append(tempfile.TemporaryFile("w+"))
-        processes.append(
-            subprocess.Popen(
-                [*command, *part],
-                stdout=logs[-1] if processes else subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=TESTS.parent,
-            )
-        )
-    outputs = [""]
-    assert processes[0].stdout
-    for line in processes[0].stdout:
-        print(line, end="", flush=True)
-        outputs[0] += line
-    codes = [process.wait() for process in processes]
-    for log in logs[1:]:
-        log.seek(0)
-        outputs.append(log.read())
-        print(outputs[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{place}.log" for place in range(len(parts()))]
+        processes = []
+        for part, log in zip(parts(), logs, strict=True):
+            with log.open("w") as file:
+                processes.append(
+                    subprocess.Popen(
+                        [*command, *part], stdout=file, stderr=subprocess.STDOUT, cwd=TESTS.parent
+                    )
+                )
+        show_until_end(logs[0], processes[0])
+        codes = [process.wait() for process in processes]
+        outputs = [log.read_text() for log in logs]
+    print(*outputs[1:], sep="\n")
     print(closing_line(outputs, time.monotonic() - started))
     return next((code for code in codes if code), 0)
 
 
+def show_until_end(log: Path, process: subprocess.Popen[bytes]) -> None:
+    """Print a log while its process writes it."""
+    with log.open() as file:
+        while process.poll() is None:
+            print(file.read(), end="", flush=True)
+            time.sleep(0.2)
+        print(file.read(), end="", flush=True)
+
+
 def parts() -> list[list[str]]:
     """Return the arguments of pytest for each part; together they are all of tests/."""
-    large = [TESTS / folder for folder in LARGE]
-    others = [path for path in sorted(TESTS.iterdir()) if holds_tests(path) and path not in large]
-    found = [
-        [str(folder), *(f"--ignore={inner}" for inner in large[:place] if folder in inner.parents)]
-        for place, folder in enumerate(large)
-    ]
-    return [*found, [str(path) for path in others]]
+    found, taken = [], []
+    for folders in [[TESTS / name for name in names] for names in LARGE]:
+        inside = [f"--ignore={path}" for path in taken if any(f in path.parents for f in folders)]
+        found.append([*map(str, folders), *inside])
+        taken += folders
+    rest = [path for path in sorted(TESTS.iterdir()) if holds_tests(path) and path not in taken]
+    return [*found, [str(path) for path in rest]]
 
 
 def holds_tests(path: Path) -> bool:
