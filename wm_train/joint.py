@@ -8,7 +8,6 @@ boundaries (Wan2.2; MoWorld §3). Results are in `<out>/<name>/joint/<stage>`.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from wm_train.errors import SetupError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.samples import show_samples
 from wm_train.resilience.preemption import StopRequest
+from wm_train.tracking.rows import to_line
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.stage import Stage, open_stage
 from wm_train.training.state import EvaluationState, build_for_evaluation
@@ -59,7 +59,7 @@ def judge(
     tracker = None
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
+        (folder / "losses.json").write_text(to_line(losses))
         tracker = Tracker(joint, folder, 0, progress.say)
         tracker.step(steps, losses)
         progress.say("joint " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))

@@ -19,6 +19,7 @@ from typing import Any
 from wm_train.console import process_age
 
 NAME = "life.json"
+CLOCK_S = 1.0  # by which clocks may differ
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,25 @@ class Life:
 
     @property
     def wall_s(self) -> float:
-        return max(self.ended - self.started - self.paused_s, 1e-9)
+        return self.ended - self.started - self.paused_s
 
     @property
-    def goodput(self) -> float:
+    def goodput(self) -> float | None:
+        """Return the share of useful time, None when a clock that was set back made it
+        meaningless."""
+        if self.wall_s <= 0 or self.productive_s > self.wall_s + CLOCK_S:
+            return None
         return self.productive_s / self.wall_s
 
     def __str__(self) -> str:
         again = f", {self.redone_steps} steps done again" if self.redone_steps else ""
-        starts = f"{self.starts} start{'s' if self.starts > 1 else ''}"
+        starts = f"{self.starts} start{'s' if self.starts > 1 else ''}{again}"
+        if self.goodput is None:
+            steps = f"{self.productive_s:.1f} s of steps"
+            return f"goodput unknown, as the clock was set back: {steps} ({starts})"
         return (
             f"goodput {self.goodput:.1%}: {self.productive_s:.1f} s of steps in {self.wall_s:.1f} s"
-            f" ({starts}{again})"
+            f" ({starts})"
         )
 
 

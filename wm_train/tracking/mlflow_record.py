@@ -19,6 +19,7 @@ from typing import Any
 from wm_train.config.schema import TrackerConfig
 from wm_train.config.typed import without_login
 from wm_train.tracking.goodput import read_life
+from wm_train.tracking.rows import parse_row
 
 NOTE = "mlflow.json"
 METRICS, ARTIFACTS = "metrics.jsonl", "artifacts.jsonl"
@@ -104,7 +105,7 @@ class MlflowRecord:
         self._send_artifacts()
         if status is not None and status != self._sent.status:
             life = read_life(self.folder)
-            if life is not None and life.ended:
+            if life is not None and life.ended and life.goodput is not None:
                 self._client.log_metric(
                     self._sent.run_id,
                     "goodput",
@@ -124,7 +125,9 @@ class MlflowRecord:
         """Return the number of recorded steps that the store does not have."""
         have = self._sent.step if self._sent else (note.step if (note := self._read_note()) else 0)
         return sum(
-            json.loads(line)["step"] > have for line in _whole_lines(self.folder / METRICS, 0)[0]
+            row["step"] > have
+            for line in _whole_lines(self.folder / METRICS, 0)[0]
+            if (row := parse_row(line))
         )
 
     def _open(self) -> None:
@@ -182,7 +185,8 @@ class MlflowRecord:
         steps = 0
         while True:
             lines, end = _whole_lines(self.folder / METRICS, self._offset, most=100)
-            rows = [row for line in lines if (row := json.loads(line))["step"] > self._sent.step]
+            read = [row for line in lines if (row := parse_row(line))]
+            rows = [row for row in read if row["step"] > self._sent.step]
             metrics = [
                 Metric(key, float(value), int(row.get("time", 0) * 1000), row["step"])
                 for row in rows

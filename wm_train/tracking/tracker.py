@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,21 +26,30 @@ from wm_train.config.schema import RunConfig
 from wm_train.config.typed import from_json, public_config
 from wm_train.tracking.goodput import begin_life, productive, read_life, write_life
 from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord, Subject
+from wm_train.tracking.rows import read_rows, to_line
 
 
 class StepLog:
     """Write `metrics.jsonl`: one JSON object per step, in order, each step once.
 
-    dropped: the number of steps after `first_step` that it contained.
+    dropped: the number of steps after `first_step` that it contained; news: what a person should
+    know of what was there, or "".
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        rows = read_steps(path) if path.exists() else []
+        rows, damaged = read_rows(path) if path.exists() else ([], [])
         kept = [row for row in rows if row["step"] <= first_step]
         self.dropped = len(rows) - len(kept)
         self.productive_s = sum(map(productive, kept))
+        self.news = ""
+        if damaged:
+            what = f"{len(damaged)} damaged lines (the first is line {damaged[0]}) are left out"
+            self.news = f"record: {what}; the file as it was is {_set_aside(path, 'damaged')}"
+        elif rows and not kept:
+            what = f"begins anew, and {len(rows)} steps were recorded"
+            self.news = f"record: {what}; they are kept in {_set_aside(path, 'before')}"
         draft = path.with_suffix(".tmp-rewrite")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        draft.write_text("".join(map(to_line, kept)))
         draft.replace(path)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._unwritten = b""
@@ -48,7 +59,7 @@ class StepLog:
 
         Such lines are kept and written first next time.
         """
-        self._unwritten += (json.dumps(row) + "\n").encode()
+        self._unwritten += to_line(row).encode()
         self.productive_s += productive(row)
         return self._flush()
 
@@ -66,15 +77,16 @@ class StepLog:
         return problem
 
 
+def _set_aside(path: Path, why: str) -> Path:
+    """Copy a record that is about to be rewritten; return the copy."""
+    copy = path.with_name(f"{path.name}.{why}-{secrets.token_hex(4)}")
+    shutil.copyfile(path, copy)
+    return copy
+
+
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`, without a last line cut by a crash."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # only the last line can be cut, and its step will be repeated
-    return rows
+    """Return the rows of a `metrics.jsonl`, without damaged lines."""
+    return read_rows(path)[0]
 
 
 class Tracker:
@@ -88,6 +100,8 @@ class Tracker:
     ) -> None:
         self.folder, self.report = folder, report
         self._steps = StepLog(folder / METRICS, first_step)
+        if self._steps.news:
+            report(self._steps.news)
         self._life = begin_life(folder, self._steps.dropped)
         self._worked = self._full = False
         self._forwarder: Forwarder | None = None
