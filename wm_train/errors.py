@@ -12,3 +12,14 @@ PREEMPTED = 75
 
 class SetupError(ValueError):
     """Report a user's mistake, found before or in the first step. Nothing was changed."""
+
+
+class StorageError(ValueError):
+    """Report storage that could not be read or written, though the run itself is in order.
+
+    passing: it may be there again, so a restart may help; else somebody must act, make room say.
+    """
+
+    def __init__(self, message: str, passing: bool) -> None:
+        self.passing = passing
+        super().__init__(message)

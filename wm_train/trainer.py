@@ -9,11 +9,10 @@ from functools import partial
 
 from data_shards.schema import DataError
 from wm_train.backends.protocol import Backend
-from wm_train.checkpoint.manifest import CheckpointError
 from wm_train.checkpoint.saver import Saver
 from wm_train.config.curriculum import StagePlan
 from wm_train.console import Progress, complain
-from wm_train.errors import SetupError
+from wm_train.errors import SetupError, StorageError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.samples import show_samples
 from wm_train.resilience.guard import Guard, RewindError
@@ -106,8 +105,8 @@ def run_steps(
     """Take the remaining steps and record each, with a checkpoint every `trainer.checkpoint_every`,
     at the end and on a stop request.
 
-    Errors: BadStepError and RewindError from the guard, CorruptionError when replicas differ,
-    Preempted.
+    Errors: StorageError when the last one could not be saved, BadStepError and RewindError from the
+    guard, CorruptionError when replicas differ, Preempted.
     """
     plan, trainer, steps = stage.plan, stage.config.trainer, stage.config.steps
     if start.steps_done >= steps or gate_passed(stage, start.validation_loss):
@@ -190,9 +189,10 @@ def run_steps(
                     f" {steps}"
                 )
     if not saver.wait():
-        raise CheckpointError(
-            f"stage {plan.stage}: its last checkpoint could not be saved. Fix: make room and start"
-            " it again"
+        raise StorageError(
+            f"stage {plan.stage}: its last checkpoint could not be saved, as said above. Fix: make"
+            " room and start it again; it goes on from the checkpoint before",
+            saver.passing,
         )
 
 

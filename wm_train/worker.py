@@ -3,24 +3,35 @@ resolved.json`.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the
 resolved config, whose `stage` names one stage. Exit codes: 0 the stage is done; 2 a person must
-change something (a mistake, a damaged shard, another run holds the folder's lock), so a restart
-would not help; 74 storage was unreachable for `data.retry_s`; 75 stopped by SIGTERM or SIGUSR1,
-with the state saved: start the same command again to resume; 1 anything else.
+change something (a mistake, a damaged shard, a full disk, another run holds the folder's lock), so
+a restart would not help; 74 storage was unreachable for `data.retry_s`, or at the last save; 75
+stopped by SIGTERM or SIGUSR1, with the state saved: start the same command again to resume; 1
+anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from wm_train.errors import DONE, FAILED, NO_STORAGE, PREEMPTED, USER_ERROR, SetupError
+from wm_train.errors import (
+    DONE,
+    FAILED,
+    NO_STORAGE,
+    PREEMPTED,
+    USER_ERROR,
+    SetupError,
+    StorageError,
+)
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
@@ -34,25 +45,32 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     parser.add_argument(
         "--config", type=Path, required=True, help="resolved config of the run, as JSON"
     )
-    config_path = parser.parse_args(argv).config
+    parser.add_argument("--sha256", help="of that file, as the command wrote it")
+    parser.add_argument(
+        "--command", help="names the command that started this rank, the same after a restart"
+    )
+    options = parser.parse_args(argv)
 
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
+    from wm_train.checkpoint.manifest import TakenError
     from wm_train.checks.nodes import preflight
     from wm_train.config.curriculum import plan_stage
     from wm_train.config.problems import ConfigError
     from wm_train.config.typed import from_json
     from wm_train.console import Progress, complain
+    from wm_train.resilience.one_run import only_run
     from wm_train.resilience.preemption import Preempted, StopRequest
-    from wm_train.resilience.run_lock import OwnedError, only_run
+    from wm_train.resilience.run_lock import OwnedError
     from wm_train.trainer import train_stage
     from wm_train.world import join_world, leave_world
 
     rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest().listen()
     try:
-        run = from_json(config_path.read_text(encoding="utf-8"))
-        plan = plan_stage(run, run.stage)
+        text, digest = read_config(options.config, options.sha256)
+        run = from_json(text)
+        plan = replace(plan_stage(run, run.stage), command=options.command or digest)
         try:
             backend = get_backend(
                 run.backend.name, run.backend.threads, int(os.environ.get("LOCAL_RANK", "0"))
@@ -66,7 +84,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
         progress.mark("imports")
         world = join_world(backend, run.backend.collective_timeout_s)
         progress.mark("rendezvous")
-        with only_run(plan.directory, world):
+        with only_run(plan.directory, world, None if work else plan.checkpoints):
             if run.launcher.preflight:
                 preflight(plan, backend, world, progress)
                 progress.mark("checks")
@@ -74,11 +92,11 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
                 train_stage(plan, backend, world, progress, stop)
             else:
                 work(run, backend, world, progress, stop)
-    except (ConfigError, SetupError, OwnedError) as error:
+    except (ConfigError, SetupError, OwnedError, TakenError) as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return USER_ERROR
     # what lies there will not mend itself, what could not be reached may be there again
-    except DataError as error:
+    except (DataError, StorageError) as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return NO_STORAGE if error.passing else USER_ERROR
     except Preempted as reason:
@@ -91,6 +109,20 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
         return FAILED
     leave_world()
     return DONE
+
+
+def read_config(path: Path, expected: str | None) -> tuple[str, str]:
+    """Return the text of a config and its sha256. Raises SetupError when it is not `expected`: the
+    file lies in the run's folder, where another command may have written since."""
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if expected and digest != expected:
+        raise SetupError(
+            f"config {path}: got another config than the command that started this worker wrote"
+            f" (sha256 {digest[:12]}, expected {expected[:12]}). Fix: start the command again, and"
+            " other settings under another name=..."
+        )
+    return data.decode("utf-8"), digest
 
 
 def end_process(code: int) -> NoReturn:

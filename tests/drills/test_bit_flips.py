@@ -38,7 +38,7 @@ def test_two_hundred_flipped_bits(tmp_path):
         data[place] ^= 1 << draws.randrange(8)
         file.write_bytes(data)
         reports: list[str] = []
-        newest = store.find_newest(root, ALONE, reports.append)
+        newest = store.find_newest(root, ALONE, reports.append, mine=True)
         assert newest is not None
         if newest[0] == good and len(reports) == 1 and "quarantined" in reports[0]:
             found += 1

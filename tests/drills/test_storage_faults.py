@@ -36,7 +36,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def newest(root: Path) -> tuple[int, list[str]]:
     reports: list[str] = []
-    found = store.find_newest(root, ALONE, reports.append)
+    found = store.find_newest(root, ALONE, reports.append, mine=True)
     assert found is not None
     targets = {name: torch.empty_like(tensor) for name, tensor in state(0).items()}
     store.load(*found, targets)

@@ -12,6 +12,8 @@ from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import STEP_FOLDER, CheckpointError, Manifest, read_manifest
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class
+from wm_train.resilience.one_run import owned_place
+from wm_train.resilience.run_lock import COMMAND, check_free
 from wm_train.storage import Place, place
 from wm_train.world import World
 
@@ -159,14 +161,34 @@ def model_config(manifest: Manifest) -> ModelConfig:
 
 
 def prune(arguments: argparse.Namespace) -> int:
-    if arguments.keep_last < 1:
-        raise CheckpointError(f"prune: got --keep-last {arguments.keep_last}, expected at least 1")
-    before = store.committed(arguments.folder)
-    writer.prune(arguments.folder, arguments.keep_last, 0, ALONE)
-    print(
-        f"deleted {len(before) - len(store.committed(arguments.folder))} of {len(before)}"
-        f" checkpoints in {arguments.folder}"
-    )
+    """Delete drafts and all checkpoints but the newest that are whole. What is no checkpoint of
+    ours, is damaged, or lies under a wrong name, is left alone. Refused while a run owns the
+    folder."""
+    root, keep = arguments.folder, arguments.keep_last
+    if keep < 1:
+        raise CheckpointError(f"prune: got --keep-last {keep}, expected at least 1")
+    if not root.is_dir():
+        raise CheckpointError(f"prune: got {root}, expected a stage's checkpoints folder")
+    for stage in root.resolve().parents[:1] if isinstance(root, Path) else ():
+        check_free(stage, COMMAND)  # between two attempts nobody else is there
+    with owned_place(root):
+        good, old = 0, list[Place]()
+        folders = store.committed(root)
+        for folder in reversed(folders):
+            try:
+                # what is kept must be usable, of the rest it is enough that it is ours
+                read_manifest(folder) if good == keep else store.check(folder, ALONE)
+            except CheckpointError as error:
+                print(f"left alone: {error}")
+                continue
+            if good < keep:
+                good += 1
+            else:
+                old.append(folder)
+        problems = writer.delete([*old, *writer.drafts(root)])
+    if problems:
+        raise CheckpointError(f"prune {root}: {'; '.join(problems)}. Fix: delete them by hand")
+    print(f"deleted {len(old)} of {len(folders)} checkpoints in {root}")
     return 0
 
 

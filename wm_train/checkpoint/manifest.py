@@ -20,15 +20,29 @@ from wm_train.storage import Place
 
 NAME = "manifest.json"
 BAD = "manifest.bad"  # the manifest of a bad checkpoint in a store, which cannot rename
-STEP_FOLDER = re.compile(
-    r"step_(\d{8})(-[0-9a-f]{8})?"
-)  # the token: in a store, where a save begins under its last name
+# with a token: in a store, where a save begins under its last name, and beside a folder that has
+# the plain name and is no checkpoint of that step
+STEP_FOLDER = re.compile(r"step_(\d{8}|[1-9]\d{8,})(-[0-9a-f]{8})?")
+DRAFT = re.compile(STEP_FOLDER.pattern + r"\.tmp-[0-9a-f]+")
 FORMAT = 1
 T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """Report a checkpoint that must not be used, and the reason."""
+    """Report a checkpoint that must not be used, or could not be written, and the reason.
+
+    passing: trying again later may help.
+    """
+
+    passing = False
+
+
+class MisnamedError(CheckpointError):
+    """Report a checkpoint whose folder says another step than its manifest: a copy, perhaps."""
+
+
+class TakenError(CheckpointError):
+    """Report that somebody else saves where this run does, so that it cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +114,24 @@ def read_manifest(folder: Place) -> Manifest:
             " version that wrote it"
         )
     try:
-        return _from_body(body)
+        manifest = _from_body(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {folder}: {NAME} says something impossible ({error}). Fix: use another"
             " checkpoint"
         ) from error
+    named = step_of(folder)
+    if named not in (-1, manifest.step):
+        raise MisnamedError(
+            f"checkpoint {folder}: got a folder named after step {named} with the manifest of step"
+            f" {manifest.step}, expected one step. Fix: move it away, or give it its own name back"
+        )
+    return manifest
+
+
+def same_facts(manifest: Manifest, facts: dict[str, Any]) -> bool:
+    """Return True if a checkpoint was written with these facts."""
+    return _canonical(manifest.facts) == _canonical(facts)
 
 
 def _from_body(body: dict[str, Any]) -> Manifest:
@@ -193,13 +219,12 @@ def committed(root: Place) -> list[Place]:
     names; in a store, which does not rename, an unfinished one has no manifest yet. May raise
     OSError."""
     if isinstance(root, Path):
-        return (
-            [*sorted(p for p in root.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name))]
-            if root.is_dir()
-            else []
-        )
-    folders = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / NAME).is_file()]
-    return sorted(folders, key=lambda folder: folder.name)
+        there = root.iterdir() if root.is_dir() else []
+        folders: list[Place] = [p for p in there if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
+    else:
+        named = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name)]
+        folders = [p for p in named if (p / NAME).is_file()]
+    return sorted(folders, key=lambda folder: (step_of(folder), folder.name))
 
 
 def step_of(folder: Place) -> int:

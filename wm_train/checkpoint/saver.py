@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from wm_train.checkpoint import writer
-from wm_train.checkpoint.manifest import CheckpointError
+from wm_train.checkpoint.manifest import CheckpointError, TakenError
 from wm_train.config.schema import TrainerConfig
 from wm_train.storage import Place
 from wm_train.world import World
@@ -45,6 +45,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._crash: Exception | None = None
+        self.passing = False  # of the last failure: trying again may help
 
     def save(
         self, step: int, tensors: Iterable[tuple[str, torch.Tensor]], facts: dict[str, Any]
@@ -100,8 +101,11 @@ class Saver:
     def _commit(self, step: int, state: writer.HostCopy, facts: dict[str, Any]) -> None:
         try:
             writer.commit(self.root, step, self.stage, state, facts, self._world)
+        except TakenError as error:  # no later save would do better
+            self._crash = error
+            return
         except CheckpointError as error:  # the same on all ranks, so all of them go on
-            self._failure = error
+            self._failure, self.passing = error, error.passing
             return
         try:
             writer.prune(

@@ -3,9 +3,10 @@
     copy   each rank's boxes go to the host, into buffers that are reused by every save
     commit every rank writes them into step_N.tmp-<id>/rank_R.safetensors, hashing as it writes;
            rank 0 writes the manifest last, renames the folder to step_N, points `latest` at it
-    find   rank 0 goes from the newest folder down; the ranks divide its files and hash them; a
-           bad folder is renamed to step_N.bad-<id>, the reason is reported, and the next older
-           one is tried; rank 0's choice holds for all ranks
+    find   rank 0 goes from the newest folder down; the ranks divide its files and hash them; the
+           reason against a bad folder is reported, and the next older one is tried; rank 0's
+           choice holds for all ranks. The run that the folder belongs to renames a bad one to
+           step_N.bad-<id>; readers of other runs' checkpoints change nothing
     load   each rank reads just the boxes it needs, so any mesh can read what another wrote
 
 A store without rename (s3://, see storage.py) gets step_N-<id>/ at once; it counts when the
@@ -32,6 +33,7 @@ from wm_train.checkpoint.manifest import (
     NAME,
     CheckpointError,
     Manifest,
+    MisnamedError,
     TensorEntry,
     check_names,
     committed,
@@ -57,24 +59,59 @@ def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -
 
 
 def find_newest(
-    root: Place, world: World, report: Callable[[str], None], before: int | None = None
+    root: Place,
+    world: World,
+    report: Callable[[str], None],
+    before: int | None = None,
+    mine: bool = False,
 ) -> tuple[Place, Manifest] | None:
     """Return the newest valid checkpoint under `root` (of a step less than `before`), the same on
-    all ranks, or None. Bad ones are quarantined and reported."""
+    all ranks, or None. Bad ones are reported, and set aside if the folder is `mine`: others may be
+    reading it, or be its owner.
+
+    Errors: CheckpointError on all ranks when a bad one could not be set aside.
+    """
+    passed: set[str] = set()
     while True:
         folders = committed(root) if world.rank == 0 else []
-        folders = [folder for folder in folders if before is None or step_of(folder) < before]
-        name = world.from_first(folders[-1].name if folders else None)
+        names = [f.name for f in folders if before is None or step_of(f) < before]
+        name = world.from_first(next((n for n in reversed(names) if n not in passed), None))
         if name is None:
             return None
         folder = root / name
         try:
             return folder, check(folder, world)
         except CheckpointError as error:
+            passed.add(name)
+            problem = None
             if world.rank == 0:
-                aside = _set_aside(folder)
-                report(f"quarantined a bad checkpoint as {aside}: {error}")
-            world.barrier()
+                try:
+                    line = _pass_over(folder, str(error), mine)
+                    if line:
+                        report(line)
+                except OSError as failure:
+                    problem = (
+                        f"setting aside {folder}: {failure}. It is bad: {error}. Fix: move it away"
+                    )
+            problem = world.from_first(problem)
+            if problem:
+                raise CheckpointError(problem) from error
+
+
+def _pass_over(folder: Place, reason: str, mine: bool) -> str:
+    """Deal with a folder that is not usable; return what to say, "" for one that its run has
+    deleted meanwhile."""
+    if folder not in committed(folder.parent):
+        return ""
+    try:
+        read_manifest(folder)
+    except MisnamedError as error:
+        return f"passed over, and left alone: {error}"
+    except (CheckpointError, OSError):
+        pass  # that is the reason
+    if not mine:
+        return f"passed over a bad checkpoint: {reason}"
+    return f"quarantined a bad checkpoint as {_set_aside(folder)}: {reason}"
 
 
 def _set_aside(folder: Place) -> Place:

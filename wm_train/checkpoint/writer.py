@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,20 +15,26 @@ import torch
 from wm_train.boxes import Box, is_first_copy, local_box, local_tensor
 from wm_train.checkpoint.manifest import (
     BAD,
+    DRAFT,
     NAME,
     STEP_FOLDER,
     CheckpointError,
     Manifest,
     Part,
+    TakenError,
     TensorEntry,
     committed,
     read_manifest,
+    same_facts,
     step_of,
     to_text,
 )
 from wm_train.checkpoint.tensor_file import DTYPES, sync_folder, write_tensors, write_text
 from wm_train.storage import Place, Remote
 from wm_train.world import World
+
+# a full disk, a quota, a folder that may not be written: somebody must act
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class HostCopy(NamedTuple):
@@ -76,13 +83,13 @@ def save(
 def commit(
     root: Place, step: int, stage: str, state: HostCopy, facts: dict[str, Any], world: World
 ) -> Place:
-    """Write and publish a state; return its folder on every rank. A step that is committed already
-    is left as it is.
+    """Write and publish a state; return its folder on every rank. A step that was committed with
+    the same facts already is left as it is.
 
-    Errors: CheckpointError on all ranks when any rank could not write; committed checkpoints are
-    untouched.
+    Errors: CheckpointError on all ranks when any rank could not write, TakenError when the step is
+    there and another's; committed checkpoints are untouched.
     """
-    final, draft = _names(root, step, world)
+    final, draft = _names(root, step, facts, world)
     if draft is None:
         return final
     part, problem = None, None
@@ -93,7 +100,7 @@ def commit(
             )  # the name is fresh, so the first rank makes it
         part = _write_part(draft, state, world.rank)
     except OSError as error:
-        problem = f"rank {world.rank}: {error}"
+        problem = _described(error, world.rank)
     gathered = world.gather({"part": part, "problem": problem})
     problems = [g["problem"] for g in gathered if g["problem"]]
     if not problems and world.rank == 0:
@@ -104,43 +111,90 @@ def commit(
                 Manifest(step, stage, facts, *_merge(state.shapes, [g["part"] for g in gathered])),
             )
         except OSError as error:
-            problems = [f"rank 0: {error}"]
+            problems = [_described(error, 0)]
     problems = world.from_first(problems)
     if problems:
         if world.rank == 0:
             with suppress(OSError):
                 _remove(draft)
-        raise CheckpointError(
-            f"saving {final}: {'; '.join(problems)}. Earlier checkpoints are untouched. Fix: make"
-            " room or fix the folder"
+        texts = "; ".join(text for text, _ in problems)
+        failure = CheckpointError(
+            f"saving {final}: {texts}. Earlier checkpoints are untouched. Fix: make room or fix the"
+            " folder"
         )
+        failure.passing = all(passing for _, passing in problems)
+        raise failure
     return final
 
 
-def _names(root: Place, step: int, world: World) -> tuple[Place, Place | None]:
+def _described(error: OSError, rank: int) -> tuple[str, bool]:
+    """Return an error's text, and if it may pass by itself."""
+    return f"rank {rank}: {error}", error.errno not in LASTING
+
+
+def _names(
+    root: Place, step: int, facts: dict[str, Any], world: World
+) -> tuple[Place, Place | None]:
     """Return the folder of a step and the one to write to, the same on all ranks; None if it
     exists."""
-    known = (
-        [folder for folder in committed(root) if step_of(folder) == step] if world.rank == 0 else []
-    )
-    token = secrets.token_hex(4)
-    fresh = f"step_{step:08d}" + (f"-{token}" if isinstance(root, Remote) else "")
-    name, token = world.from_first((known[0].name, None) if known else (fresh, token))
-    final = root / name
-    return final, (
-        None
-        if token is None
-        else final
-        if isinstance(root, Remote)
-        else root / f"{name}.tmp-{token}"
-    )
+    token, found = secrets.token_hex(4), _Found(None, False, "")
+    if world.rank == 0:
+        found = _find_step(root, step, facts)
+    token, (known, occupied, problem) = world.from_first((token, found))
+    if problem:
+        raise TakenError(problem)
+    if known:
+        return root / known, None
+    plain = f"step_{step:08d}"
+    if isinstance(root, Remote):
+        return root / f"{plain}-{token}", root / f"{plain}-{token}"
+    name = f"{plain}-{token}" if occupied else plain
+    return root / name, root / f"{name}.tmp-{token}"
+
+
+class _Found(NamedTuple):
+    """Hold the folder of a step that was saved before, if the plain name is taken by something
+    else, and whose the step is if it is another's."""
+
+    known: str | None
+    occupied: bool
+    problem: str
+
+
+def _find_step(root: Place, step: int, facts: dict[str, Any]) -> _Found:
+    try:
+        folders = [folder for folder in committed(root) if step_of(folder) == step]
+    except OSError:  # a store that does not answer: writing will say so
+        folders = []
+    for folder in folders:
+        try:
+            if same_facts(read_manifest(folder), facts):
+                return _Found(folder.name, False, "")
+        except (CheckpointError, OSError):
+            continue  # damaged, or a copy under a wrong name: it stays beside ours
+        return _Found(
+            None,
+            True,
+            f"saving {folder}: step {step} is there already, and was written by another run or"
+            " command. It is untouched. Fix: one run per place: another name=..., out=... or"
+            " trainer.checkpoint_to=...",
+        )
+    return _Found(None, bool(folders), "")
 
 
 def _remove(folder: Place) -> None:
+    """Delete a checkpoint or a draft. It ceases to be a checkpoint first: a reader, and whoever
+    comes after a kill in the middle, never takes a half for a damaged one."""
     if isinstance(folder, Path):
-        shutil.rmtree(folder)
+        draft = folder
+        if ".tmp-" not in folder.name:
+            draft = folder.rename(f"{folder}.tmp-{secrets.token_hex(4)}")
+        shutil.rmtree(draft)
     else:
-        folder.remove()
+        if (folder / NAME).is_file():
+            (folder / NAME).unlink()
+        if folder.exists():
+            folder.remove()
 
 
 def _write_part(draft: Place, state: HostCopy, rank: int) -> dict[str, Any]:
@@ -200,21 +254,41 @@ def prune(root: Place, keep_last: int, keep_every: int, world: World, keep_best:
     """
     problems = []
     if world.rank == 0:
-        kept, unfinished = best(root, keep_best), drafts(root)
-        for folder in [*committed(root)[:-keep_last], *unfinished]:
-            step = STEP_FOLDER.fullmatch(folder.name)
-            if folder not in kept and not (
-                step and keep_every and int(step[1]) % keep_every == 0 and folder not in unfinished
-            ):
-                try:
-                    _remove(folder)
-                except OSError as error:
-                    problems.append(str(error))
+        problems = delete([*_old(root, keep_last, keep_every, keep_best), *drafts(root)])
     problems = world.from_first(problems)
     if problems:
         raise CheckpointError(
             f"deleting old checkpoints in {root}: {'; '.join(problems)}. Fix: delete them by hand"
         )
+
+
+def _old(root: Place, keep_last: int, keep_every: int, keep_best: int) -> list[Place]:
+    """Return the checkpoints to delete, of those whose manifest says that they are ours and of that
+    step."""
+    kept, newest, old = best(root, keep_best), 0, list[Place]()
+    for folder in reversed(committed(root)):
+        step = step_of(folder)
+        spared = folder in kept or (keep_every and step % keep_every == 0)
+        if newest == keep_last and spared:
+            continue
+        with suppress(CheckpointError):  # not ours, or damaged: left alone
+            read_manifest(folder)
+            if newest < keep_last:
+                newest += 1
+            else:
+                old.append(folder)
+    return old
+
+
+def delete(folders: Iterable[Place]) -> list[str]:
+    """Delete checkpoints and drafts; return what could not be deleted."""
+    problems = []
+    for folder in folders:
+        try:
+            _remove(folder)
+        except OSError as error:
+            problems.append(str(error))
+    return problems
 
 
 def best(root: Place, count: int) -> list[Place]:
@@ -229,12 +303,9 @@ def best(root: Place, count: int) -> list[Place]:
 
 
 def drafts(root: Place) -> list[Place]:
-    """Return the folders of saves that did not finish."""
+    """Return the folders of saves that did not finish, by the names that only we give."""
     if isinstance(root, Path):
-        return (
-            [*sorted(p for p in root.iterdir() if p.is_dir() and ".tmp-" in p.name)]
-            if root.is_dir()
-            else []
-        )
-    folders = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name)]
-    return [p for p in folders if not (p / NAME).is_file() and not (p / BAD).is_file()]
+        there = root.iterdir() if root.is_dir() else []
+        return sorted(p for p in there if DRAFT.fullmatch(p.name) and p.is_dir())
+    named = [p for p in root.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)) and m[2]]
+    return [p for p in named if not (p / NAME).is_file() and not (p / BAD).is_file()]

@@ -38,7 +38,8 @@ class StagePlan:
 
     run: the run's name; pool: which group of workers, None without pools; source: None when the
     weights start from the seed; record: the whole run's configuration without logins, as it is
-    stored with checkpoints and shown.
+    stored with checkpoints and shown; command: names the command that started the workers, and is
+    stored with checkpoints, too.
     """
 
     run: str
@@ -55,6 +56,7 @@ class StagePlan:
     checkpoints: Place
     source: Source | None
     record: Mapping[str, Any] = field(repr=False)
+    command: str = ""
 
 
 def plan_stage(config: RunConfig, stage: str) -> StagePlan:

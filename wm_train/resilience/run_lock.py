@@ -1,11 +1,14 @@
 """Lock a stage's folder, so that only one run writes to it.
 
 `owner.json` in the folder names the process that holds the lock, which rewrites it every second. A
-second run is refused, with the holder's name. A stale lock is taken over: at once when its process
-has ended on this machine, or when a lock of another machine has not been rewritten for STALE_S. So
-a restart by a launcher never waits on one machine. Only exclusive creation and rename are needed
-from the file system, and no clocks are compared. A process whose lock was taken over ends itself
-when it runs again.
+second run is refused, with the holder's name. The workers hold it while they run (rank 0), and the
+command that starts them holds `command.json` from before it writes anything until it ends: also
+before the first attempt and between two of them the folder is in one hand.
+
+A stale lock is taken over: at once when its process has ended on this machine, or when a lock of
+another machine has not been rewritten for STALE_S. So a restart by a launcher never waits on one
+machine. Only exclusive creation and rename are needed from the file system, and no clocks are
+compared. A process whose lock was taken over ends itself when it runs again.
 """
 
 from __future__ import annotations
@@ -20,14 +23,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wm_train.console import complain
 
-if TYPE_CHECKING:
-    from wm_train.world import World
-
-NAME = "owner.json"
+NAME = "owner.json"  # of the workers
+COMMAND = "command.json"  # of the command that starts them
 BEAT_S = 1.0
 STALE_S = 10.0
 LENGTH = 512  # bytes of the file, padded: rewritten in one piece
@@ -78,28 +78,36 @@ def born_at(pid: int) -> str:
     return "" if state in "ZX" else rest[18]
 
 
-def read_owner(folder: Path) -> Owner | None:
+def read_owner(folder: Path, name: str = NAME) -> Owner | None:
     """Return the lock's holder, None without a lock file.
 
     A partial lock file counts as held by an unknown host.
     """
     try:
-        text = (folder / NAME).read_text()
+        text = (folder / name).read_text(errors="replace")
     except FileNotFoundError:
         return None
+    return parse_owner(text)
+
+
+def parse_owner(text: str) -> Owner:
+    """Parse a lock file; anything else is a lock that an unknown host holds."""
     try:
-        return Owner(**json.loads(text))
-    except (ValueError, TypeError):
-        return Owner("unfinished", "unknown", 0, "", "")
+        owner = Owner(**json.loads(text))
+        if owner.token.isalnum():  # it becomes part of a file's name
+            return owner
+    except (ValueError, TypeError, AttributeError):
+        pass  # said below
+    return Owner("unfinished", "unknown", 0, "", "")
 
 
-def lives(folder: Path, owner: Owner, me: Owner) -> bool:
+def lives(folder: Path, owner: Owner, me: Owner, name: str = NAME) -> bool:
     """Return True if the holder of `folder` is running; takes up to STALE_S for another machine."""
     if owner.machine == me.machine:
         return bool(owner.born) and born_at(owner.pid) == owner.born
     until = time.monotonic() + STALE_S
     while time.monotonic() < until:
-        now = read_owner(folder)
+        now = read_owner(folder, name)
         if now is None:
             return False
         if now != owner:
@@ -108,11 +116,16 @@ def lives(folder: Path, owner: Owner, me: Owner) -> bool:
     return False
 
 
-def check_free(folder: Path) -> None:
-    """Raise OwnedError when a running process holds `folder`; change nothing."""
-    owner = read_owner(folder)
-    if owner is not None and lives(folder, owner, this_process()):
-        raise _refusal(folder, owner)
+def check_free(folder: Path, *names: str) -> None:
+    """Raise OwnedError when a running process holds one of the locks of `folder`; change nothing.
+
+    names: of the locks, without any both.
+    """
+    me = this_process()
+    for name in names or (NAME, COMMAND):
+        owner = read_owner(folder, name)
+        if owner is not None and lives(folder, owner, me, name):
+            raise _refusal(folder, owner)
 
 
 def _refusal(folder: Path, owner: Owner) -> OwnedError:
@@ -124,17 +137,17 @@ def _refusal(folder: Path, owner: Owner) -> OwnedError:
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[Owner]:
-    """Hold the lock of `folder` while inside.
+def owned(folder: Path, name: str = NAME) -> Iterator[Owner]:
+    """Hold the lock `name` of `folder` while inside.
 
     Raises OwnedError when another running process holds it, or takes it at the same moment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     me = this_process()
-    file = _take(folder, me)
+    file = _take(folder, me, name)
     ended = threading.Event()
     thread = threading.Thread(
-        target=_beat, args=(folder, me, file, ended), name="owner", daemon=True
+        target=_beat, args=(folder, me, file, ended, name), name="owner", daemon=True
     )
     thread.start()
     try:
@@ -143,57 +156,66 @@ def owned(folder: Path) -> Iterator[Owner]:
         ended.set()
         thread.join()
         os.close(file)
-        there = read_owner(folder)
-        if there is not None and there.token == me.token:
-            (folder / NAME).unlink(missing_ok=True)
+        _give_up(folder, me, name)
+
+
+def _give_up(folder: Path, me: Owner, name: str) -> None:
+    there = read_owner(folder, name)
+    if there is not None and there.token == me.token:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _text(owner: Owner) -> bytes:
     return json.dumps(asdict(owner)).ljust(LENGTH).encode()
 
 
-def _take(folder: Path, me: Owner) -> int:
+def _take(folder: Path, me: Owner, name: str) -> int:
     """Take the lock and return its open file, which stays ours if others replace it on disk."""
-    path = folder / NAME
+    path = folder / name
     with contextlib.suppress(FileExistsError):
         return _create(path, _text(me))
-    before = read_owner(folder)
-    if before is not None and lives(folder, before, me):
+    before = read_owner(folder, name)
+    if before is not None and lives(folder, before, me, name):
         raise _refusal(folder, before)
-    # Two processes may try to take over one stale lock: the first to create the claim file wins, if
-    # the lock is still the same by then.
+    # Two processes may try to take over one stale lock: the first to hold the claim file wins, if
+    # the lock is still the same by then. The claim is a lock like the other: one whose process died
+    # within the take-over is itself taken over.
     token = before.token if before else "gone"
-    claim, draft = folder / f"{NAME}.claim-{token}", folder / f"{NAME}.tmp-{me.token}"
+    claim, draft = f"{name}.claim-{token}", folder / f"{name}.tmp-{me.token}"
+    os.close(_take(folder, me, claim))
     try:
-        os.close(_create(claim, b""))
-    except FileExistsError:
-        raise OwnedError(
-            f"run folder {folder}: got another command that is taking it over from a dead run,"
-            f" expected none. Fix: wait for it; if nothing else is being started, delete {claim}"
-        ) from None
-    try:
-        now = read_owner(folder)
+        now = read_owner(folder, name)
         if now is not None and now.token != token:
             raise _refusal(folder, now)
         file = _create(draft, _text(me))
+        mine = read_owner(folder, claim)
+        if mine is None or mine.token != me.token:  # we slept, and were succeeded
+            os.close(file)
+            draft.unlink()
+            raise _refusal(folder, mine or me)
         draft.replace(path)
         return file
     finally:
-        claim.unlink()
+        _give_up(folder, me, claim)
 
 
 def _create(path: Path, data: bytes) -> int:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    os.write(file, data)
+    try:
+        os.write(file, data)
+    except OSError:  # a full disk: half a lock would keep others waiting
+        os.close(file)
+        path.unlink()
+        raise
     return file
 
 
-def _beat(folder: Path, me: Owner, file: int, ended: threading.Event) -> None:
+def _beat(folder: Path, me: Owner, file: int, ended: threading.Event, name: str = NAME) -> None:
     beat = 0
     while not ended.wait(BEAT_S):
         beat += 1
         try:
-            there = read_owner(folder)
+            there = read_owner(folder, name)
             if there is None or there.token != me.token:
                 whose = f"process {there.pid} on {there.host}" if there else "nobody"
                 complain(
@@ -206,22 +228,3 @@ def _beat(folder: Path, me: Owner, file: int, ended: threading.Event) -> None:
             OSError
         ):  # a file system that fails for a while; others see a lock that is not rewritten
             continue
-
-
-@contextlib.contextmanager
-def only_run(folder: Path, world: World) -> Iterator[None]:
-    """Hold the lock of `folder` on rank 0 for all processes while inside.
-
-    Raises OwnedError on all of them.
-    """
-    with contextlib.ExitStack() as held:
-        problem = None
-        if world.rank == 0:
-            try:
-                held.enter_context(owned(folder))
-            except (OwnedError, OSError) as error:
-                problem = str(error)
-        problem = world.from_first(problem)
-        if problem:
-            raise OwnedError(problem)
-        yield

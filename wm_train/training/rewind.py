@@ -26,7 +26,7 @@ def rewind(
     Errors: BadStepError when there is no such checkpoint.
     """
     root = plan.checkpoints
-    newest = store.find_newest(root, world, report, before=request.first)
+    newest = store.find_newest(root, world, report, before=request.first, mine=True)
     if newest is None:
         raise BadStepError(
             f"{request.text}, and no checkpoint before step {request.first} to go back to. Fix:"
@@ -35,7 +35,7 @@ def rewind(
     folder, manifest = newest
     if world.rank == 0:
         for later in store.committed(root):
-            if later.name > folder.name:
+            if store.step_of(later) > manifest.step:
                 store.withdraw(later)
     world.barrier()
     held = state.tensors()

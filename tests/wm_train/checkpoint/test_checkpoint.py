@@ -32,7 +32,7 @@ def save(root, step, seed=0):
 
 def newest(root):
     reports = []
-    return store.find_newest(root, ALONE, reports.append), reports
+    return store.find_newest(root, ALONE, reports.append, mine=True), reports
 
 
 def test_round_trip_is_bitwise(tmp_path):

@@ -120,7 +120,7 @@ def test_a_damaged_one_is_found_set_aside_and_the_one_before_taken(root, damage)
     else:
         (bad / NAME).unlink()
     reports: list[str] = []
-    found = store.find_newest(root, ALONE, reports.append)
+    found = store.find_newest(root, ALONE, reports.append, mine=True)
     assert found is not None
     assert found[0] == good
     assert len(reports) == (0 if damage == "no manifest" else 1), (

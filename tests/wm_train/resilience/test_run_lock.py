@@ -17,6 +17,7 @@ from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.launch import run_groups, spec_of
 from wm_train.resilience import run_lock
+from wm_train.resilience.one_run import only_run
 from wm_train.resilience.run_lock import (
     NAME,
     OwnedError,
@@ -167,7 +168,7 @@ def test_an_owner_that_was_thought_dead_leaves_when_it_wakes(tmp_path, rival):
 
 
 def test_every_process_of_the_run_is_refused(tmp_path, rival):
-    with pytest.raises(OwnedError, match=str(rival.pid)), run_lock.only_run(tmp_path, World(0, 1)):
+    with pytest.raises(OwnedError, match=str(rival.pid)), only_run(tmp_path, World(0, 1)):
         pass
 
 
