@@ -20,9 +20,12 @@ if not __package__:
     sys.exit(2)
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +52,8 @@ from wm_train.config.problems import COMMAND, ConfigError, Problem, report
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import public_config, to_json, without_login
 from wm_train.config.worlds import smaller_worlds
-from wm_train.resilience.run_lock import OwnedError, check_free
+from wm_train.resilience.run_lock import COMMAND as HELD
+from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
 JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
@@ -187,7 +191,8 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSp
     title = f"all pools of stage {stage.stage} as one model -> {own.directory}"
     spec = spec_of(joint, own, [own])
     batch = dataclasses.replace(spec.batch, after=after) if spec.batch else None
-    return dataclasses.replace(spec, command=JUDGE, fewer=(), title=title, batch=batch)
+    command = (*JUDGE, *spec.command[len(WORKER) :])
+    return dataclasses.replace(spec, command=command, fewer=(), title=title, batch=batch)
 
 
 def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) -> LaunchSpec:
@@ -196,15 +201,20 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
     place = stages.index(stage)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    text = to_json(dataclasses.replace(config, stage=stage.stage))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    # typed on several machines it is one command, and must be one name
+    shared = config.launcher.name == "torchrun" and config.launcher.nodes > 1
+    token = digest if shared else secrets.token_hex(16)
     return LaunchSpec(
         title=(
             f"stage {stage.stage} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
             f" {stage.directory}"
         ),
-        command=WORKER,
+        command=(*WORKER, "--sha256", digest, "--command", token),
         workers=config.launcher.workers,
         config_path=(stage.directory / "config.json").absolute(),
-        config_text=to_json(dataclasses.replace(config, stage=stage.stage)),
+        config_text=text,
         logs=(stage.directory / "logs").absolute(),
         environment={
             **passed,
@@ -240,35 +250,45 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
     """Store the resolved configs, run the workers of one group after the other, return the exit
     code of the first that fails, or 0."""
     whole = launch.takes_all_stages(launcher, next(iter(groups[0].values())))
-    for group in groups:
-        try:
-            for spec in group.values():
-                if (
-                    spec.nodes == 1 and launcher not in launch.LATER
-                ):  # else another machine may have started the run
-                    check_free(spec.config_path.parent)
-                spec.config_path.parent.mkdir(parents=True, exist_ok=True)
-                write_private(spec.config_path, spec.config_text)
-        except OwnedError as error:
-            print(error, file=sys.stderr)
-            return USER_ERROR
-        except OSError as error:
-            print(
-                f"run folder: got {error}, expected a folder that can be written (key out). Fix:"
-                " out=<folder>",
-                file=sys.stderr,
-            )
-            return USER_ERROR
-        if not whole:
-            with ProgressView() as view:
-                for spec in group.values():
-                    view.text(spec.title)
-                code = launch.run(launcher, group, view)
+    with contextlib.ExitStack() as all_stages:
+        for group in groups:
+            with contextlib.ExitStack() as held:
+                code = prepare(group, launcher, all_stages if whole else held)
+                if code == 0 and not whole:
+                    with ProgressView() as view:
+                        for spec in group.values():
+                            view.text(spec.title)
+                        code = launch.run(launcher, group, view)
             if code != 0:
                 return code
-    if whole:
-        with ProgressView() as view:
-            return launch.run_whole(launcher, groups, view)
+        if whole:
+            with ProgressView() as view:
+                return launch.run_whole(launcher, groups, view)
+    return 0
+
+
+def prepare(group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.ExitStack) -> int:
+    """Take the folders of a group for this command, until `held` ends, and store the resolved
+    configs there; return 0, or the exit code."""
+    try:
+        for spec in group.values():
+            folder = spec.config_path.parent
+            # the same command on several machines is one: there the workers' lock must do
+            if spec.nodes == 1 or launcher in launch.LATER:
+                held.enter_context(owned(folder, HELD))
+                check_free(folder, NAME)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_private(spec.config_path, spec.config_text)
+    except OwnedError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(
+            f"run folder: got {error}, expected a folder that can be written (key out). Fix:"
+            " out=<folder>",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     return 0
 
 

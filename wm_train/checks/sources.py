@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from wm_train.checkpoint.manifest import committed
 from wm_train.config.curriculum import PREVIOUS, StagePlan, checkpoints_of, ordered
 from wm_train.config.problems import AT, COMMAND, Problem
 from wm_train.config.schema import RunConfig
+from wm_train.tracking.mlflow_record import METRICS
 
 
 def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Problem]:
@@ -35,6 +37,30 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
         rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
         problems.append(Problem(where, f"none in {source}", rule, fix))
     return problems
+
+
+def anew_problems(plans: Iterable[StagePlan]) -> Iterator[Problem]:
+    """Yield the stages that shall start anew where another start has left its work: two lives in
+    one folder would pass the older one's checkpoints off as the newer one's."""
+    for plan in plans:
+        if plan.resume:
+            continue
+        try:
+            left = [(folder.name, plan.checkpoints) for folder in committed(plan.checkpoints)]
+        except OSError as error:
+            rule, fix = "a store that can be reached", "check the address and your credentials"
+            yield Problem("trainer.checkpoint_to", str(error), rule, fix)
+            continue
+        record = plan.directory / METRICS
+        if not left and record.is_file() and record.stat().st_size:
+            left = [(METRICS, plan.directory)]
+        if left:
+            name, where = left[-1]
+            rule = f"nothing of an earlier start of stage {plan.stage} there"
+            inside = isinstance(where, Path) and where.is_relative_to(plan.directory)
+            away = f"move {plan.directory} away" if inside else "another trainer.checkpoint_to"
+            fix = f"name=<new run>, or {away}, or resume=true to go on from there"
+            yield Problem("resume", f"false, and {name} in {where}", rule, fix)
 
 
 def untrained(config: RunConfig, last: str) -> str:

@@ -10,7 +10,7 @@ from data_shards.schema import DatasetInfo
 from wm_train.checks.data import data_problems
 from wm_train.checks.launcher import launcher_problems
 from wm_train.checks.mesh import mesh_problems
-from wm_train.checks.sources import inherit_problems, store_problems
+from wm_train.checks.sources import anew_problems, inherit_problems, store_problems
 from wm_train.checks.stages import stage_problems
 from wm_train.config.curriculum import StageError, StagePlan, ordered, plan_stage, select, source_of
 from wm_train.config.problems import AT, OWN, Problem
@@ -31,7 +31,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
         own = [*stage_problems(plan), *mesh_problems(plan), *store_problems(plan)]
         own += data_problems(plan, infos)
         problems += [lift_problem(config, plan.stage, problem) for problem in own]
-    problems += inherit_problems(config, plans)
+    problems += [*inherit_problems(config, plans), *anew_problems(plans)]
     wrong = {problem.where for problem in values}
     return [p for p in dict.fromkeys(problems) if p in values or p.where not in wrong]
 

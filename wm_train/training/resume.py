@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,18 @@ def restore(
     when there is nothing to inherit.
     """
     root = plan.checkpoints
-    newest = store.find_newest(root, world, report) if plan.resume else None
+    newest = store.find_newest(root, world, report, mine=True)
     if newest is None:
         inherit(plan, state, world, report)
         return Start()
     folder, manifest = newest
+    # `resume=false` speaks of the first start of a command: its restarts go on from what it saved
+    if not plan.resume and not (plan.command and manifest.facts.get("command") == plan.command):
+        raise SetupError(
+            f"resume=false: got {folder}, which another command has saved, expected no checkpoint"
+            " of an earlier start. Fix: name=<new run>, or move the folder away, or resume=true to"
+            " go on from it"
+        )
     mine, theirs = identity(plan, data_fingerprint), manifest.facts["identity"]
     if "noise" not in theirs:
         raise SetupError(
@@ -65,10 +72,11 @@ def restore(
         for key in mine
         if theirs.get(key) != _as_json(mine[key])
     ]
+    different += _other_tensors(manifest.facts["config"], plan.record, plan.stage)
     if different:
         raise SetupError(
             f"cannot continue {folder}: {'; '.join(different)}. Fix: restore those values, start a"
-            " new run with another name=..., or set resume=false with an empty run directory"
+            " new run with another name=..."
         )
     held = state.tensors()
     store.load(folder, manifest, held)
@@ -184,9 +192,20 @@ def _restart_average(state: TrainState) -> None:
 
 def _difference(key: str, theirs: Any, mine: Any) -> str:
     if isinstance(theirs, dict) and isinstance(mine, dict):
-        inner = [k for k in mine if theirs.get(k) != _as_json(mine[k])]
-        return "; ".join(_difference(f"{key}.{k}", theirs.get(k), mine[k]) for k in inner)
+        inner = [k for k in theirs | mine if theirs.get(k) != _as_json(mine.get(k))]
+        return "; ".join(_difference(f"{key}.{k}", theirs.get(k), mine.get(k)) for k in inner)
     return f"{key} was {theirs!r} and is now {mine!r}"
+
+
+def _other_tensors(theirs: Mapping[str, Any], mine: Mapping[str, Any], stage: str) -> list[str]:
+    """Return the settings that give a checkpoint other tensors, of two run configurations: the
+    kind of optimizer, and if there is an average."""
+    before, now = (config["recipe"]["stages"][stage]["optimizer"] for config in (theirs, mine))
+    different = []
+    for key, kind in (("name", str), ("ema_decay", bool)):
+        if kind(before[key]) != kind(now[key]):
+            different.append(_difference(f"optimizer.{key}", before[key], now[key]))
+    return different
 
 
 def _as_json(value: Any) -> Any:

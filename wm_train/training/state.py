@@ -307,6 +307,7 @@ def facts(
         "validation_loss": validation_loss,
         "identity": identity(plan, data_fingerprint),
         "config": plan.record,
+        "command": plan.command,
         "world": world.size,
         "guard": guard,
         "quarantined": list(quarantined),

@@ -16,6 +16,7 @@ from wm_train.objectives import flow_matching
 from wm_train.resilience.guard import BadStepError
 from wm_train.resilience.preemption import StopRequest
 from wm_train.tracking.tracker import read_steps
+from wm_train.training import resume
 
 
 def newest(folder, stage="short"):
@@ -92,9 +93,26 @@ def test_continuing_on_another_data_set_is_refused_and_both_are_named(
         train_here(five_steps, *FIVE, f"data.path={other}")
 
 
-def test_continuing_with_another_optimizer_is_refused(train_here, five_steps):
-    with pytest.raises(SetupError, match=r"missing optimizer/blocks\..*/momentum"):
-        train_here(five_steps, *FIVE, STAGE + "optimizer.name=normuon")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("optimizer.name=normuon", "optimizer.name was 'adamw' and is now 'normuon'"),
+        ("optimizer.ema_decay=0", "optimizer.ema_decay was 0.99[0-9]* and is now 0.0"),
+    ],
+)
+def test_continuing_with_another_optimizer_or_average_is_refused(
+    train_here, five_steps, change, words
+):
+    with pytest.raises(SetupError, match=words) as caught:
+        train_here(five_steps, *FIVE, STAGE + change)
+    assert "missing" not in str(caught.value)
+    assert "use the model" not in str(caught.value)
+
+
+def test_a_setting_that_the_old_run_had_and_the_new_one_lacks_is_named():
+    assert resume._difference("model", {"a": 1, "b": 2}, {"a": 1}) == (
+        "model.b was 2 and is now None"
+    )
 
 
 @pytest.mark.full
