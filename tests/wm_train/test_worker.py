@@ -16,14 +16,14 @@ from wm_train.checkpoint.saver import Saver
 from wm_train.config.schema import TrainerConfig
 from wm_train.errors import NO_STORAGE, USER_ERROR, StorageError
 from wm_train.worker import main
-from wm_train.world import World
+from wm_train.world import World, leave_world
 
 
 @pytest.fixture
 def end(monkeypatch, worker_config, tmp_path, capsys):
     """end(error): exit code and errors of a worker whose training ends so."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before |= {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
     threads = torch.get_num_threads()
 
     def run(error: Exception) -> tuple[int, str]:
@@ -33,7 +33,7 @@ def end(monkeypatch, worker_config, tmp_path, capsys):
         monkeypatch.setattr(trainer, "train_stage", fail)
         config = worker_config(tmp_path, "launcher.preflight=false")
         code = main(["--config", str(config)])
-        torch.distributed.destroy_process_group()
+        leave_world()
         return code, capsys.readouterr().err
 
     yield run

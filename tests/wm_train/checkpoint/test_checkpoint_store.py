@@ -9,7 +9,9 @@ import torch
 
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
-from wm_train.checkpoint.manifest import NAME, CheckpointError, step_of
+from wm_train.checkpoint.manifest import NAME, CheckpointError, TakenError, step_of
+from wm_train.resilience import store_lock
+from wm_train.resilience.run_lock import OwnedError
 from wm_train.storage import Remote, place
 from wm_train.world import World
 
@@ -179,6 +181,24 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(monkeypatch):
     monkeypatch.setattr(type(root.fs), "ls", refuse)
     with pytest.raises(OSError, match=r"memory://checkpoints/silent: RuntimeError: no route"):
         store.find_newest(root, ALONE, print)
+
+
+def test_a_place_has_one_owner(root, monkeypatch):
+    monkeypatch.setattr(store_lock, "SETTLE_S", 0.01)
+    with store_lock.owned_in_store(root):
+        save(root, 1)
+        with pytest.raises(OwnedError, match="is owned by process"):
+            store_lock.owned_in_store(root).__enter__()
+        assert main(["prune", str(root), "--keep-last", "1"]) == 2
+        assert steps(root) == [1]
+    assert [path.name for path in root.iterdir()] == ["latest", store.committed(root)[0].name]
+
+
+def test_a_step_of_another_run_is_not_taken_for_ones_own(root):
+    save(root, 3)
+    with pytest.raises(TakenError, match="another run"):
+        save(root, 3, loss=0.5)
+    assert steps(root) == [3]
 
 
 def test_a_login_does_not_reach_messages():

@@ -16,16 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch import on_slurm
 from wm_train import launch as command
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import read_manifest
 from wm_train.config.curriculum import plan_stage
 from wm_train.resilience.run_lock import COMMAND, owned
 from wm_train.worker import main as work
-from wm_train.world import World
+from wm_train.world import World, leave_world
 
 ROOT = Path(__file__).resolve().parents[3]
 ALONE = World(0, 1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 TELL = "import json, sys; print('trained with seed', json.load(open(sys.argv[1]))['seed'])"
 
 
@@ -93,21 +95,22 @@ def test_every_stage_that_would_start_anew_is_named(train, tmp_path, capsys):
 
 
 @pytest.fixture
-def handlers():
-    """The signal handlers of this process, put back at the end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before |= {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+def in_this_process():
+    """Put back what a worker changes in its process: signal handlers, threads, process group."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    threads = torch.get_num_threads()
     yield
+    leave_world()
+    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_a_restart_of_one_command_goes_on_and_another_command_is_refused(
-    worker_config, tmp_path, handlers, capsys
+    worker_config, tmp_path, in_this_process, capsys
 ):
     """With resume=false: the second start of a command, as after a death, takes what the first one
     has saved; whoever comes with another command finds a stranger's checkpoints."""
-    threads = torch.get_num_threads()
     quick = ("recipe.stages.short.steps=2", "trainer.async_checkpoint=false", "resume=false")
     quick += ("trainer.checkpoint_every=1", "launcher.preflight=false")
     config = str(worker_config(tmp_path, *quick))
@@ -123,7 +126,6 @@ def test_a_restart_of_one_command_goes_on_and_another_command_is_refused(
     assert "resume=false" in shown
     assert "another command" in shown
     assert state_of(root) == before
-    torch.set_num_threads(threads)
 
 
 def test_a_step_of_another_life_is_not_taken_for_ones_own(tmp_path):
@@ -136,7 +138,7 @@ def test_a_step_of_another_life_is_not_taken_for_ones_own(tmp_path):
 
 
 def test_a_config_that_another_command_has_written_over_is_refused(
-    worker_config, tmp_path, capsys, handlers
+    worker_config, tmp_path, capsys, in_this_process
 ):
     config = worker_config(tmp_path, "seed=111")
     mine = hashlib.sha256(config.read_bytes()).hexdigest()
@@ -161,6 +163,8 @@ def test_workers_get_the_hash_of_their_own_config_and_one_token_per_command(
     judge = command.judge_spec(run, run, stage)
     assert judge.command[: len(command.JUDGE)] == command.JUDGE
     assert hashlib.sha256(judge.config_text.encode()).hexdigest() in judge.command
+    script = on_slurm.render({"": specs[0]})
+    assert words[0]["--command"] in script, "a requeued job is the same command"
     nodes = demo_run(tmp_path, "launcher.name=torchrun", "launcher.nodes=2")
     both = [command.spec_of(nodes, stage, [stage]).command for _ in range(2)]
     assert both[0] == both[1], "the same command on each machine is one command"
