@@ -3,10 +3,12 @@ made itself, and its workers train with its own config."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +23,15 @@ from wm_train import launch as command
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import read_manifest
 from wm_train.config.curriculum import plan_stage
-from wm_train.resilience.run_lock import COMMAND, owned
+from wm_train.resilience.run_lock import COMMAND, owned, this_process
+from wm_train.tracking.tracker import read_steps
 from wm_train.worker import main as work
 from wm_train.world import World, leave_world
 
 ROOT = Path(__file__).resolve().parents[3]
 ALONE = World(0, 1)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+RECORD = "metrics.jsonl"
 TELL = "import json, sys; print('trained with seed', json.load(open(sys.argv[1]))['seed'])"
 
 
@@ -184,6 +188,55 @@ def test_a_command_owns_the_folder_before_it_writes_and_while_nothing_runs(
         (folder / COMMAND).unlink()
         assert state_of(folder) == before
     assert not (folder / COMMAND).exists()
+
+
+def test_a_command_that_was_killed_is_succeeded_at_once(train, tmp_path, capsys):
+    """Its locks are left, as in a copy or an archive of the folder of a run that was alive."""
+    folder = tmp_path / "runs" / "demo" / "short"
+    folder.mkdir(parents=True)
+    dead = dataclasses.replace(this_process(), born="1", token="dead")
+    for name in (COMMAND, "owner.json"):
+        (folder / name).write_text(json.dumps(dataclasses.asdict(dead)))
+    assert train(TELL, "seed=3") == 0
+    assert "trained with seed 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(28, "No space left on device"), (30, "Read-only file system")]
+)
+def test_a_full_or_read_only_disk_at_the_start_is_one_clear_error(
+    train, tmp_path, monkeypatch, capsys, code, words
+):
+    def fail(*_, **__):
+        raise OSError(code, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write" if code == 28 else "mkdir", fail)
+        assert train(TELL) == 2
+    said = capsys.readouterr()
+    assert "run folder: got" in said.err
+    assert words in said.err
+    assert "Fix: out=<folder>" in said.err
+    assert "trained" not in said.out
+    assert not list(tmp_path.glob("runs/demo/short/*"))
+    assert train(TELL) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["moved", "zipped"])
+def test_a_run_goes_on_where_it_was_taken_to(train_here, tmp_path, how):
+    steps = "recipe.stages.short.steps="
+    train_here(tmp_path / "one", steps + "2", "trainer.async_checkpoint=false")
+    train_here(tmp_path / "calm", steps + "4", "trainer.async_checkpoint=false")
+    if how == "moved":
+        (tmp_path / "one").rename(tmp_path / "two")
+    else:
+        archive = shutil.make_archive(str(tmp_path / "run"), "zip", tmp_path / "one")
+        shutil.unpack_archive(archive, tmp_path / "two")
+    train_here(tmp_path / "two", steps + "4", "trainer.async_checkpoint=false")
+    rows = [read_steps(tmp_path / out / "demo" / "short" / RECORD) for out in ("two", "calm")]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert len(rows[0]) == 4
 
 
 HELD = """
