@@ -13,6 +13,7 @@ USER_ERROR = 2  # a worker's exit code for a user's mistake: trying again cannot
 # sysexits' EX_IOERR, a worker's exit code for storage that did not answer: trying again may help,
 # at the same step too
 NO_STORAGE = 74
+PREEMPTED = 75  # EX_TEMPFAIL, a worker's exit code when it was asked to leave and has saved
 INTERRUPTED = 128  # plus the signal's number, as shells do
 JOB_ID = "slurm_job_id"  # file in a stage's folder
 TAIL = 20  # last lines of a rank's log that its death is reported with

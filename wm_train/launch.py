@@ -7,6 +7,7 @@ the worker's.
 
 from __future__ import annotations
 
+import os
 import sys
 
 # `python wm_train/launch.py` puts wm_train/ first on the path, where `import launch` would find
@@ -19,16 +20,23 @@ if not __package__:
     )
     sys.exit(2)
 
+import signal
+
+# until the run begins there is nothing to save, so a Ctrl-C needs no traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
+from launch.screen import LOST_OUTPUT, print_result, safe_output
 from launch.spec import (
     INTERRUPTED,
     JOB_ID,
@@ -67,6 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
+    if options.help or options.dry_run:
+        return print_result(partial(run_command, options, arguments))
+    with safe_output() as output:
+        output.note = LOST_OUTPUT
+        try:
+            return run_command(options, arguments)
+        except KeyboardInterrupt:  # the second one: without waiting for anything
+            return INTERRUPTED + signal.SIGINT
+
+
+def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Do what the parsed `arguments` ask for; return the exit code."""
     from wm_train.plan.report import latent_frame, print_pool_plans
 
     try:

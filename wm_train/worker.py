@@ -4,8 +4,8 @@ resolved.json`.
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher, the rest from the
 resolved config, whose `stage` names one stage. Exit codes: 0 the stage is done; 2 a person must
 change something (a mistake, a damaged shard, another run holds the folder's lock), so a restart
-would not help; 74 storage was unreachable for `data.retry_s`; 75 stopped by SIGTERM or SIGUSR1,
-with the state saved: start the same command again to resume; 1 anything else.
+would not help; 74 storage was unreachable for `data.retry_s`; 75 stopped by SIGTERM, SIGUSR1 or
+Ctrl-C, with the state saved: start the same command again to resume; 1 anything else.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from wm_train.console import complain
 from wm_train.errors import DONE, FAILED, NO_STORAGE, PREEMPTED, USER_ERROR, SetupError
+
+if TYPE_CHECKING:
+    from wm_train.resilience.preemption import StopRequest
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
@@ -36,20 +40,34 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     )
     config_path = parser.parse_args(argv).config
 
+    from wm_train.resilience.preemption import Preempted, StopRequest
+
+    rank = int(os.environ.get("RANK", "0"))
+    stop = StopRequest()
+    try:
+        stop.listen()
+        return run_rank(rank, config_path, work, stop)
+    except Preempted as reason:
+        if rank == 0:
+            complain(str(reason))
+        return PREEMPTED
+
+
+def run_rank(
+    rank: int, config_path: Path, work: Callable[..., None] | None, stop: StopRequest
+) -> int:
+    """Do the work of one rank; return its exit code. Raises Preempted when asked to stop."""
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
     from wm_train.checks.nodes import preflight
     from wm_train.config.curriculum import plan_stage
     from wm_train.config.problems import ConfigError
     from wm_train.config.typed import from_json
-    from wm_train.console import Progress, complain
-    from wm_train.resilience.preemption import Preempted, StopRequest
+    from wm_train.console import Progress
     from wm_train.resilience.run_lock import OwnedError, only_run
     from wm_train.trainer import train_stage
     from wm_train.world import join_world, leave_world
 
-    rank = int(os.environ.get("RANK", "0"))
-    stop = StopRequest().listen()
     try:
         run = from_json(config_path.read_text(encoding="utf-8"))
         plan = plan_stage(run, run.stage)
@@ -81,12 +99,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     except DataError as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return NO_STORAGE if error.passing else USER_ERROR
-    except Preempted as reason:
-        if rank == 0:
-            complain(str(reason))
-        return PREEMPTED
     # the outermost frame: report the rank, and exit with the code that launchers act on
     except Exception:
+        stop.leave_if_saved()  # a peer that left sooner breaks what this rank waits for
         complain(f"rank {rank} failed:\n{traceback.format_exc()}")
         return FAILED
     leave_world()
