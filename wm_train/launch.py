@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Do what the parsed `arguments` ask for; return the exit code."""
+    """Run what the parsed `arguments` ask for; return the exit code."""
     from wm_train.plan.report import latent_frame, print_pool_plans
 
     try:

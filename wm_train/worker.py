@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 def run_rank(
     rank: int, config_path: Path, work: Callable[..., None] | None, stop: StopRequest
 ) -> int:
-    """Do the work of one rank; return its exit code. Raises Preempted when asked to stop."""
+    """Run the work of one rank; return its exit code. Raises Preempted when asked to stop."""
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
     from wm_train.checks.nodes import preflight
