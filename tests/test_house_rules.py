@@ -65,7 +65,7 @@ FLOORS = {
         "on_kubernetes on_ray on_slurm on_torchrun",
         "attempt",
         "rank_actor",
-        "child inline frozen pools restart token torchrun_agent",
+        "child inline frozen local_ray pools restart token torchrun_agent",
         "screen",
         "progress signals spec leash compat __init__",
     ),
