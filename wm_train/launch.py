@@ -204,7 +204,7 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSp
     after = stage.directory.absolute() / JOB_ID
     joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
     own = dataclasses.replace(plan_stage(joint, stage.stage), source=None)
-    title = f"all pools of stage {stage.stage} as one model -> {own.directory}"
+    title = f"all pools of stage {stage.stage} as one model -> {own.directory.absolute()}"
     spec = spec_of(joint, own, [own])
     batch = dataclasses.replace(spec.batch, after=after) if spec.batch else None
     return dataclasses.replace(spec, command=JUDGE, fewer=(), title=title, batch=batch)
@@ -219,7 +219,7 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
     return LaunchSpec(
         title=(
             f"stage {stage.stage} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
-            f" {stage.directory}"
+            f" {stage.directory.absolute()}"
         ),
         command=WORKER,
         workers=config.launcher.workers,
@@ -302,14 +302,19 @@ def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
         f"{', '.join(stage.stage for stage in stages)}"
     ]
     if saved:
-        lines.append(f"  checkpoint  {saved[-1]}")
+        newest = saved[-1]
+        shown = newest.absolute() if isinstance(newest, Path) else newest
+        lines.append(f"  checkpoint  {shown}")
     lines += [
         f"  samples     {sheet}"
         for stage in stages
-        for sheet in sorted((stage.directory / "samples").glob("*.png"))
+        for sheet in sorted((stage.directory.absolute() / "samples").glob("*.png"))
     ]
     if config.tracker.name == "mlflow":
-        store = without_login(config.tracker.uri) or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
+        store = (
+            without_login(config.tracker.uri)
+            or f"sqlite:///{Path(config.out).absolute() / 'mlflow.db'}"
+        )
         lines.append(
             f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1"
             f" --backend-store-uri {store})"
