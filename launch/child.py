@@ -29,6 +29,8 @@ class LogFile:
         self._file: int | None = None
         self._missing = 0  # lines since the last one that was written
         self._torn = False  # the last one was cut in the middle
+        with contextlib.suppress(OSError):  # said with the first line that is lost
+            self._put(b"")
 
     def write(self, line: str) -> str:
         """Add a line; return the news for a person when writing begins or ceases to fail."""

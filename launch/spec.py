@@ -121,6 +121,8 @@ def rank_environment(
         "LOCAL_WORLD_SIZE": str(local_world),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
+        # what a shell inside another torchrun has: no agent serves this rendezvous
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
     }
 
 

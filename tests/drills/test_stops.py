@@ -48,7 +48,7 @@ def processes(mark: str) -> list[str]:
     return found
 
 
-def until(happened: Callable[[], object], seconds: float = 120.0) -> bool:
+def until(happened: Callable[[], object], seconds: float = 600.0) -> bool:
     limit = time.monotonic() + seconds
     while not happened() and time.monotonic() < limit:
         time.sleep(0.1)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import child as module
 from launch.child import Child, LogFile
+from launch.spec import rank_environment
 
 MANY = 4_000  # lines of 100 bytes: several times what a pipe holds
 
@@ -71,3 +74,26 @@ def test_lines_are_written_again_when_there_is_room(tmp_path: Path, monkeypatch)
         "(2 lines are missing here: they could not be written)",
         "fourth",
     ]
+
+
+def test_a_copy_of_the_config_goes_with_its_worker(
+    spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that does not share the run's folder gets one, with the tracker's password in it."""
+    from launch.rank_actor import RankActor
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    asked = replace(spec("open(sys.argv[1]).read()"), config_path=tmp_path / "elsewhere")
+    actor = RankActor()
+    actor.start(asked, {"RANK": "0"}, str(tmp_path / "log"))
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
+    while actor.listen(5.0, False).code is None:
+        pass
+    assert not list((tmp_path / "scratch").iterdir())
+    assert actor.stop(0.0) == 0
+
+
+def test_an_agent_of_another_launcher_is_forgotten() -> None:
+    """A shell inside a torchrun hands its variables on, and no agent serves our rendezvous."""
+    assert rank_environment(0, 2, 0, 2, "h", 1)["TORCHELASTIC_USE_AGENT_STORE"] == "False"
