@@ -9,6 +9,7 @@ starts.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Any
 from data_shards.schema import DataError
 
 WIDTH, INDENT = 100, 24  # of the help
+# exit codes when the standard output is closed, as by SIGPIPE, and when it cannot be written
+CLOSED, NO_STORAGE = 128 + 13, 74
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,19 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
     return values
 
 
+def output_failed(error: OSError) -> bool:
+    """Return whether an error is one of the standard output, and drop what waits there: it would
+    fail again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as again:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return again.errno == error.errno
+    return False
+
+
 def run(
     command: str,
     about: str,
@@ -137,10 +153,23 @@ def run(
     try:
         given = {name: value for _, name, value in split(arguments) if value is not None}
         options = {**options, **more(given)}
+        code = 0
         if helps:
             print(usage(command, about, options))
-            return 0
-        return main(**parse(arguments, options)) or 0
+        else:
+            code = main(**parse(arguments, options)) or 0
+        if sys.stdout is not None:  # it is without a standard output
+            sys.stdout.flush()
+        return code
+    except OSError as error:
+        if not output_failed(error):
+            raise
+        if not isinstance(error, BrokenPipeError):  # `| head` has read enough
+            print(
+                f"{command}: output: got {error}, expected to write it. Fix: make room",
+                file=sys.stderr,
+            )
+        return CLOSED if isinstance(error, BrokenPipeError) else NO_STORAGE
     except DataError as error:
         print(
             f"{command}: cannot go on\n"

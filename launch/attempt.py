@@ -37,14 +37,16 @@ class NoRoomError(RuntimeError):
 
 
 def run_attempt(
-    spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
+    spec: LaunchSpec, number: int, view: ProgressView, stop: Caught, broken: Callable[[], str] = str
 ) -> Death | Growth | None:
     """Place the workers, start them and watch them.
+
+    broken: returns what of Ray itself has ended, "" while it is whole.
 
     When the run continues with fewer workers after a loss, the attempt ends as soon as there is
     room for more again (Growth). Raises NoRoomError.
     """
-    with _placed(spec, spec.fewer if number else (), view) as actors:
+    with _placed(spec, spec.fewer if number else (), view, broken) as actors:
         actors, environments, where = _seats(actors, spec)
         view.text(f"{len(actors)} workers on {where}")
         logs = [spec.logs / f"attempt_{number}" / f"rank_{rank}.log" for rank in range(len(actors))]
@@ -62,8 +64,10 @@ def run_attempt(
             + " ".join(f"rank {rank}: {pid}" for rank, pid in enumerate(pids[:8]))
             + (" ..." if len(pids) > 8 else "")
         )
-        with _more_room(spec, len(actors)) as larger:
-            deaths, workers = _watch(actors, view, stop, larger)
+        with _more_room(spec, len(actors), broken) as larger:
+            deaths, workers = _watch(actors, view, stop, larger, broken)
+            if broken():
+                return cause(deaths)  # nobody answers any more
             if deaths:
                 _end(actors, STOP_BROKEN_S, view)
             elif workers or stop.number is not None:
@@ -74,7 +78,9 @@ def run_attempt(
 
 
 @contextmanager
-def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
+def _more_room(
+    spec: LaunchSpec, workers: int, broken: Callable[[], str]
+) -> Iterator[Callable[[], int]]:
     """Yield a function that returns a larger number of workers for which there is room, else 0.
 
     The missing resources stay requested from Ray, so that an autoscaler can provide them.
@@ -96,11 +102,14 @@ def _more_room(spec: LaunchSpec, workers: int) -> Iterator[Callable[[], int]]:
     try:
         yield look
     finally:
-        remove_placement_group(group)
+        if not broken():
+            remove_placement_group(group)
 
 
 @contextmanager
-def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Iterator[list[Any]]:
+def _placed(
+    spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView, broken: Callable[[], str]
+) -> Iterator[list[Any]]:
     """Yield one actor per worker, all or none, packed on few nodes.
 
     On exit the actors and everything they started are removed.
@@ -129,9 +138,10 @@ def _placed(spec: LaunchSpec, fewer: tuple[int, ...], view: ProgressView) -> Ite
             )
         yield actors
     finally:
-        for actor in actors:
-            ray.kill(actor)  # the leash ends its worker, too
-        remove_placement_group(group)
+        if not broken():  # else they have gone with it, and a call would wait for an answer
+            for actor in actors:
+                ray.kill(actor)  # the leash ends its worker, too
+            remove_placement_group(group)
 
 
 def _room(spec: LaunchSpec, fewer: tuple[int, ...]) -> tuple[PlacementGroup, int]:
@@ -238,7 +248,11 @@ def _seats(actors: list[Any], spec: LaunchSpec) -> tuple[list[Any], list[dict[st
 
 
 def _watch(
-    actors: list[Any], view: ProgressView, stop: Caught, larger: Callable[[], int]
+    actors: list[Any],
+    view: ProgressView,
+    stop: Caught,
+    larger: Callable[[], int],
+    broken: Callable[[], str],
 ) -> tuple[list[Death], int]:
     """Watch the ranks until all ended, some died, the driver must stop, or more workers fit.
 
@@ -250,6 +264,8 @@ def _watch(
     while running and stop.number is None:
         if until is not None and time.monotonic() > until:
             break
+        if gone := broken():
+            return [Death(0, None, f"Ray's own process has ended: {gone}")], 0
         if until is None and (workers := larger()):
             return [], workers
         ready, _ = ray.wait(list(running), num_returns=1, timeout=LISTEN_S)

@@ -10,12 +10,56 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 from launch.leash import leashed
 from launch.spec import TAIL
 
 MOST_LINES = 5000  # kept if nobody reads them; a worker never waits for a reader
+
+
+class LogFile:
+    """Write lines to a file, and drop those that it does not take.
+
+    The thread that writes also empties the worker's pipe, so it must neither end nor wait: a full
+    disk costs lines of the log, not the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._missing = 0  # lines since the last one that was written
+        self._torn = False  # the last one was cut in the middle
+        with contextlib.suppress(OSError):  # said with the first line that is lost
+            self._put(b"")
+
+    def write(self, line: str) -> str:
+        """Add a line; return the news for a person when writing begins or ceases to fail."""
+        text = line + "\n"
+        if self._missing:
+            gap = f"({self._missing} lines are missing here: they could not be written)\n"
+            text = "\n" * self._torn + gap + text
+        try:
+            self._put(text.encode(errors="replace"))
+        except OSError as error:
+            self._missing += 1
+            reason = f"log {self.path} cannot be written ({error}); its lines are dropped until it"
+            return "" if self._missing > 1 else f"{reason} can. Fix: make room"
+        missing, self._missing, self._torn = self._missing, 0, False
+        return f"log {self.path} is written again; {missing} lines are missing" if missing else ""
+
+    def _put(self, data: bytes) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        while data:
+            data = data[os.write(self._file, data) :]
+            self._torn = bool(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 class Child:
@@ -31,10 +75,7 @@ class Child:
         self.tail: deque[str] = deque(maxlen=TAIL)
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._news = threading.Event()
-        self._log: IO[str] | None = None
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = log.open("a", encoding="utf-8", errors="replace")
+        self._log = LogFile(log) if log is not None else None
         self.process = subprocess.Popen(
             leashed(command),
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
@@ -57,9 +98,8 @@ class Child:
             self._lines.append(line)
             if not line.startswith("@"):
                 self.tail.append(line)
-            if self._log is not None:
-                self._log.write(line + "\n")
-                self._log.flush()
+            if self._log is not None and (news := self._log.write(line)):
+                self._lines.append(news)
             self._news.set()
         self.process.wait()
         if self._log is not None:

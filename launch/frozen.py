@@ -24,6 +24,7 @@ from typing import Any
 
 import launch
 from launch.progress import ProgressView
+from launch.screen import LOST_OUTPUT, safe_output
 from launch.spec import LaunchSpec
 
 LOOK_S = 1.0
@@ -97,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.stop_file:
         threading.Thread(target=_stop_when, args=(options.stop_file,), daemon=True).start()
-    return run(*from_text(options.job.read_text(encoding="utf-8")))
+    with safe_output() as output:
+        output.note = LOST_OUTPUT
+        return run(*from_text(options.job.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

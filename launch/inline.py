@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 from launch.leash import leashed
 from launch.progress import ProgressView
-from launch.signals import caught
-from launch.spec import INTERRUPTED, LaunchSpec, fill, rank_environment
+from launch.signals import caught, held_back
+from launch.spec import INTERRUPTED, PREEMPTED, LaunchSpec, fill, rank_environment
 
 # above Ray's worker ports, below the range that systems use for outgoing connections
 PORTS = range(20000, 32768)
@@ -24,7 +24,7 @@ DRAWS = 100
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
-    """Run one worker to its end; return its exit code, 128 + n if signal n ended it.
+    """Run one worker to its end; return its exit code, 128 + n if signal n ended it or us.
 
     Raises ValueError for more than one worker.
     """
@@ -34,26 +34,33 @@ def run(spec: LaunchSpec, view: ProgressView) -> int:
             " launcher=ray"
         )
     environment = rank_environment(0, 1, 0, 1, "127.0.0.1", free_port("127.0.0.1"))
-    # A Ctrl-C reaches the worker from the terminal itself, as it is in our process group; SIGTERM
-    # reaches only us, so it is forwarded.
     with caught() as stop:
-        process = subprocess.Popen(
-            leashed(fill(spec.command, str(spec.config_path))),
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment, **environment},
-            cwd=spec.directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        # A terminal sends its signals to the worker, too, as it is in our process group; what
+        # `kill` sends reaches only us. So the worker gets none of them, and our SIGTERM for each.
+        with held_back(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            process = subprocess.Popen(
+                leashed(fill(spec.command, str(spec.config_path))),
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment, **environment},
+                cwd=spec.directory,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         told = False
-        for text in _output(process):
-            if text.endswith("\n"):
-                view.feed(text[:-1])
-            elif text:
-                view.partial(text)
-            if stop.number == signal.SIGTERM and not told:
-                process.terminate()
-                told = True
-        code = process.wait()
+        try:
+            for text in _output(process):
+                if text.endswith("\n"):
+                    view.feed(text[:-1])
+                elif text:
+                    view.partial(text)
+                if stop.number is not None and not told:
+                    process.terminate()
+                    told = True
+            code = process.wait()
+        finally:
+            process.kill()
+    if stop.number is not None and code in (0, PREEMPTED, -stop.number, -signal.SIGTERM):
+        view.text(f"stopped by signal {stop.number}")
+        return INTERRUPTED + stop.number
     return code if code >= 0 else INTERRUPTED - code
 
 

@@ -11,20 +11,22 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from launch.local_ray import LocalRay
 from launch.pools import run_together
 from launch.progress import ProgressView
-from launch.restart import run_attempts
-from launch.signals import Caught
-from launch.spec import USER_ERROR, LaunchSpec
+from launch.restart import Death, Growth, run_attempts
+from launch.signals import ASKING, Caught, caught
+from launch.spec import INTERRUPTED, USER_ERROR, LaunchSpec
 from launch.token import TokenError, protect_local_ray
 
 CONNECT_S = 10  # to a cluster that should be running
-STARTS = 3  # attempts to start a local Ray
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
@@ -48,40 +50,60 @@ def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
         return USER_ERROR
     import ray
 
-    problem = _connect(
-        address, sum(spec.workers * spec.cpus_per_worker for spec in pools.values()), view
-    )
-    if problem:
-        view.text(problem)
-        return USER_ERROR
-    pools = {name: replace(spec, address=address) for name, spec in pools.items()}
-    try:
-        return (
-            run_together(pools, view, _run_placed)
-            if len(pools) > 1
-            else _run_placed(next(iter(pools.values())), view, None)
-        )
-    finally:
-        ray.shutdown()
+    # on a laptop the workers may share cores
+    cpus = sum(spec.workers * spec.cpus_per_worker for spec in pools.values())
+    local = None if address else LocalRay(max(os.cpu_count() or 1, cpus))
+    code = 1
+    with caught() as stop:
+        try:
+            problem = _connect(address, view) if address else local.start(view) if local else ""
+        except SystemExit:  # Ray's own handler, while it starts
+            problem, stop.number = "", stop.number or signal.SIGTERM
+        try:
+            if problem:
+                view.text(problem)
+                return USER_ERROR
+            with caught(stop):  # Ray has put its own handler in the place of ours
+                pools = {name: replace(spec, address=address) for name, spec in pools.items()}
+                code = _run_placed_pools(pools, view, stop, local)
+            return code
+        finally:
+            if local:
+                local.end(keep_logs=code not in (0, *(INTERRUPTED + number for number in ASKING)))
+            ray.shutdown()
 
 
-def _run_placed(spec: LaunchSpec, view: ProgressView, stop: Caught | None) -> int:
-    from launch.attempt import NoRoomError, run_attempt
+def _run_placed_pools(
+    pools: Mapping[str, LaunchSpec], view: ProgressView, stop: Caught, local: LocalRay | None
+) -> int:
+    def run_one(spec: LaunchSpec, part: ProgressView, stop: Caught) -> int:
+        from launch.attempt import NoRoomError, run_attempt
 
-    try:
-        return run_attempts(spec, view, run_attempt, stop=stop)
-    except NoRoomError as error:
-        view.text(str(error))
-        return 1
+        def attempt(
+            spec: LaunchSpec, number: int, view: ProgressView, stop: Caught
+        ) -> Death | Growth | None:
+            problem = local.mend(view) if local else ""
+            if problem:
+                raise NoRoomError(problem)
+            return run_attempt(spec, number, view, stop, local.broken if local else str)
+
+        try:
+            return run_attempts(spec, part, attempt, stop=stop)
+        except NoRoomError as error:
+            part.text(str(error))
+            return 1
+
+    if stop.number is not None or len(pools) == 1:
+        return run_one(next(iter(pools.values())), view, stop)
+    return run_together(pools, view, run_one)
 
 
-def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
-    """Join or start Ray; return an error message, or ""."""
+def _connect(address: str, view: ProgressView) -> str:
+    """Join a cluster; return an error message, or ""."""
     import ray
 
-    if not address:
-        # on a laptop the workers may share cores
-        return _start_local(max(os.cpu_count() or 1, cpus), view)
+    if wrong := refused(address):
+        return "joining Ray: got {}, expected {}. Fix: {}".format(*wrong)
     reason = _unreachable(address)
     if not reason:
         try:
@@ -110,35 +132,22 @@ def _connect(address: str | None, cpus: int, view: ProgressView) -> str:
     return ""
 
 
-def _start_local(cpus: int, view: ProgressView) -> str:
-    """Start Ray on this machine alone; return an error message, or "".
-
-    Its processes choose their own ports. If another program takes one first, all of them start
-    again.
-    """
-    import ray
-
-    for left in reversed(range(STARTS)):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                dashboard_host="127.0.0.1",
-                _node_ip_address="127.0.0.1",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            return ""
-        # there is no narrower class: Ray raises Exception itself when one of its processes has died
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            ray.shutdown()
-            if left:
-                view.text(f"starting Ray: got {reason}; trying again")
+def refused(address: str) -> tuple[str, str, str] | None:
+    """Return what is wrong with an address to join, the rule and the fix; None if nothing is."""
+    scheme, _, rest = address.rpartition("://")
+    if not scheme:
+        return None
+    host = re.sub(r":\d*$", "", rest.split("/")[0]) or "<host>"
+    job_server = "that is the job server's, for `ray job submit --address`"
+    meant = {
+        "ray": "that is Ray Client's, which cannot watch the workers of a run",
+        "http": job_server,
+        "https": job_server,
+    }.get(scheme.lower(), "Ray has no such scheme")
     return (
-        f"starting Ray: got {reason} {STARTS} times, expected a Ray on this machine. Fix: its logs"
-        " below /tmp/ray, or launcher=torchrun"
+        f"{address}: {meant}",
+        "host:port of the cluster's head, as `ray start --head` prints it",
+        f"RAY_ADDRESS={host}:6379, or unset RAY_ADDRESS for a Ray of its own",
     )
 
 
@@ -147,7 +156,7 @@ def _unreachable(address: str) -> str:
 
     Ray itself would try for five minutes.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
         return ""  # `auto` and the like: Ray looks for the cluster itself
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from launch import frozen
 from launch.frozen import Stages
 from launch.progress import ProgressView
-from launch.spec import JOB_ID, USER_ERROR, LaunchSpec, fill, write_private
+from launch.spec import AGENT, JOB_ID, USER_ERROR, LaunchSpec, fill, write_private
 from launch.token import TokenError, ensure_token, environment
 
 SEEN_WITHIN_S = 60  # for a network file system to show how a stage has ended
@@ -276,7 +276,7 @@ def render(pools: Mapping[str, LaunchSpec]) -> str:
     variables = {**spec.environment, **(environment(folder / "ray_token") if ray else {})}
     step = (RAY if ray else TORCHRUN).format(
         srun="".join(shlex.quote(word) + " " for word in (*job.srun, *job.container)),
-        agent=shlex.join(fill(("{python}", "-m", "torch.distributed.run"), "")),
+        agent=shlex.join(fill(AGENT, "")),
         worker=shlex.join(fill(spec.command, str(spec.config_path))),
         bin=shlex.quote(str(Path(sys.executable).parent)),
         ray=shlex.join(fill(("{python}", "-m", "ray.scripts.scripts"), "")),

@@ -21,7 +21,8 @@ from launch.pools import run_together
 from launch.progress import ProgressView
 from launch.restart import Death, cause, run_attempts
 from launch.signals import Caught
-from launch.spec import TAIL, LaunchSpec, fill
+from launch.spec import AGENT, TAIL, LaunchSpec, fill, on_this_machine
+from launch.torchrun_agent import ALONE
 
 # prefix of a worker's message about a failure that it understands
 TOLD = re.compile(r"rank (\d+) on \S+: ")
@@ -54,7 +55,7 @@ def run_pools(pools: Mapping[str, LaunchSpec], view: ProgressView) -> int:
 def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
     """Return the agent's command line; each attempt of a run has its own rendezvous id."""
     if spec.nodes == 1:
-        meeting = ["--standalone"]
+        meeting = [ALONE]
     else:
         assert spec.endpoint is not None
         meeting = [
@@ -64,9 +65,8 @@ def torchrun_command(spec: LaunchSpec, attempt: int) -> list[str]:
             f"--rdzv-id={spec.logs.parent.name}-{attempt}",
         ]
     worker = leashed_to_anybody(fill(spec.command, str(spec.config_path)))
-    agent = fill(("{python}", "-m", "torch.distributed.run"), "")
     return [
-        *agent,
+        *fill(AGENT, ""),
         *meeting,
         f"--nproc-per-node={spec.workers // spec.nodes}",
         "--max-restarts=0",
@@ -85,7 +85,8 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
         + (f", meeting at {spec.endpoint}" if spec.nodes > 1 else "")
     )
     log = spec.logs / f"attempt_{number}" / "all_ranks.log"
-    agent = Child(torchrun_command(spec, number), spec.environment, spec.directory, log)
+    variables = {**(on_this_machine() if spec.nodes == 1 else {}), **spec.environment}
+    agent = Child(torchrun_command(spec, number), variables, spec.directory, log)
     last: deque[str] = deque(maxlen=REPORT_LINES)
     told: dict[int, str] = {}
     asked_at: float | None = None

@@ -24,11 +24,12 @@ def parse(line: str) -> dict[str, Any] | None:
         return None
     try:
         figures = json.loads(line[len(MARK) :])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return (
-        figures if isinstance(figures, dict) and "step" in figures and "steps" in figures else None
+    known = isinstance(figures, dict) and all(
+        type(figures.get(name)) is int for name in ("step", "steps")
     )
+    return figures if known else None
 
 
 def figures_text(figures: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ class RankActor:
 
     def __init__(self) -> None:
         self._child: Child | None = None
+        self._copy: Path | None = None  # of the config, with its passwords
 
     def seat(self) -> Seat:
         devices = {
@@ -56,7 +57,9 @@ class RankActor:
     def start(self, spec: LaunchSpec, environment: dict[str, str], log: str) -> int:
         """Start the worker; return its process id."""
         assert self._child is None
-        command = fill(spec.command, str(_config_here(spec)))
+        config = _config_here(spec)
+        self._copy = config if config != spec.config_path else None
+        command = fill(spec.command, str(config))
         self._child = Child(command, {**spec.environment, **environment}, spec.directory, Path(log))
         return self._child.process.pid
 
@@ -64,13 +67,21 @@ class RankActor:
         """Wait at most `seconds` for new output (if `for_lines`) or the end of the worker."""
         assert self._child is not None
         lines, code = self._child.wait(seconds, for_lines)
+        if code is not None:
+            self._clear()
         return News(
             lines if for_lines else [], code, list(self._child.tail) if code is not None else []
         )
 
     def stop(self, grace_s: float) -> int | None:
         """End the worker and everything it started; return its exit code."""
-        return self._child.stop(grace_s) if self._child is not None else None
+        code = self._child.stop(grace_s) if self._child is not None else None
+        self._clear()
+        return code
+
+    def _clear(self) -> None:
+        if self._copy is not None:
+            self._copy.unlink(missing_ok=True)
 
 
 def _config_here(spec: LaunchSpec) -> Path:

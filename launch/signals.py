@@ -1,4 +1,4 @@
-"""Turn SIGINT and SIGTERM into a flag, so that a launcher can stop its workers properly."""
+"""Turn signals that ask to stop into a flag, so that a launcher can stop its workers properly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+# a lost terminal and Ctrl-\ are no reason either to lose what was not saved
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+TYPED = (signal.SIGINT, signal.SIGQUIT)
 
 
 @dataclass
@@ -17,18 +21,41 @@ class Caught:
 
 
 @contextmanager
-def caught() -> Iterator[Caught]:
-    """Record the first SIGINT or SIGTERM while entered; the second one raises KeyboardInterrupt."""
-    state = Caught()
+def caught(state: Caught | None = None) -> Iterator[Caught]:
+    """Record the first signal of ASKING while entered, in `state` if given.
+
+    A second one that was typed raises KeyboardInterrupt. Others may come twice by themselves, as
+    the shell and the kernel both report a lost terminal. `nohup` stays in force.
+    """
+    state = state or Caught()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if state.number is not None:
+        if state.number is None:
+            state.number = number
+        elif number in TYPED:
             raise KeyboardInterrupt
-        state.number = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, note)
+        for number in ASKING
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield state
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_back(*numbers: signal.Signals) -> Iterator[None]:
+    """Deliver these signals only when this ends, and never to processes that are started inside.
+
+    A terminal sends them to all processes of its foreground, and those that hold the workers must
+    not go before these have saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -13,8 +14,12 @@ USER_ERROR = 2  # a worker's exit code for a user's mistake: trying again cannot
 # sysexits' EX_IOERR, a worker's exit code for storage that did not answer: trying again may help,
 # at the same step too
 NO_STORAGE = 74
+PREEMPTED = 75  # EX_TEMPFAIL, a worker's exit code when it was asked to leave and has saved
 INTERRUPTED = 128  # plus the signal's number, as shells do
 JOB_ID = "slurm_job_id"  # file in a stage's folder
+AGENT = ("{python}", "-m", "launch.torchrun_agent")
+HERE = "127.0.0.1"
+GLOO = "GLOO_SOCKET_IFNAME"
 TAIL = 20  # last lines of a rank's log that its death is reported with
 
 
@@ -95,17 +100,29 @@ class LaunchSpec:
     grow_s: float = 60.0  # with fewer of them, the least time between a start and growing again
 
 
+def on_this_machine() -> dict[str, str]:
+    """Return the variables that keep the processes of one machine off its networks.
+
+    Gloo would listen at the address of the machine's name, which need not be known either.
+    """
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {GLOO: loopback[0]} if loopback and GLOO not in os.environ else {}
+
+
 def rank_environment(
     rank: int, world: int, local_rank: int, local_world: int, address: str, port: int
 ) -> dict[str, str]:
     """Return the variables that torch.distributed's env:// rendezvous and the worker read."""
     return {
+        **(on_this_machine() if address == HERE else {}),
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(local_world),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
+        # what a shell inside another torchrun has: no agent serves this rendezvous
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
     }
 
 

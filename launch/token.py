@@ -18,6 +18,8 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
+from launch.screen import print_result
+
 MODE, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"  # read by Ray's servers and clients
 # what runs on the other machine
 TAKE = (
@@ -135,4 +137,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_result(main))

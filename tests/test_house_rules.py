@@ -66,8 +66,9 @@ FLOORS = {
         "on_kubernetes on_ray on_slurm on_torchrun",
         "attempt",
         "rank_actor",
-        "child inline frozen pools restart",
-        "progress signals spec leash compat token __init__",
+        "child inline frozen local_ray pools restart token torchrun_agent",
+        "screen",
+        "progress signals spec leash compat __init__",
     ),
 }
 MOST_FILES = 15  # of a room; kernels have one file per operation and direction

@@ -49,6 +49,46 @@ def test_every_module_and_every_config_is_in_the_wheel(wheel: Path) -> None:
     assert tops == set(PACKAGES), "nothing else is installed"
 
 
+@pytest.mark.parametrize(
+    ("foreign", "where"),
+    [
+        ("launch/__init__.py", "path"),  # ROS 2 sets PYTHONPATH for every shell
+        ("launch.py", "here"),
+        ("parallel/__init__.py", "here"),
+        ("data_shards.py", "path"),
+    ],
+)
+def test_a_foreign_package_of_our_names_is_named(
+    wheel: Path, tmp_path: Path, foreign: str, where: str
+) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    file = tmp_path / where / foreign
+    file.parent.mkdir(parents=True)
+    (tmp_path / "here").mkdir(exist_ok=True)
+    file.write_text("")
+
+    def run(*command: str, first: str = "") -> subprocess.CompletedProcess:
+        path = os.pathsep.join(filter(None, (first, str(tmp_path / "path"), str(site))))
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path / "here",
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    done = run("-m", "wm_train.launch", "--help")
+    assert done.returncode == 2
+    assert f"got {file} as the package" in done.stderr
+    assert f"Fix: PYTHONPATH={site}:$PYTHONPATH" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "ImportError: wm_train: got" in run("-c", "import wm_train").stderr
+    if where == "path":
+        assert run("-c", "import wm_train.launch", first=str(site)).returncode == 0, "the fix"
+
+
 def test_the_demo_trains_from_the_wheel_alone(wheel: Path, gameplay: Path, tmp_path: Path) -> None:
     site, here = tmp_path / "site", tmp_path / "here"
     here.mkdir()

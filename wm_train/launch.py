@@ -7,6 +7,7 @@ the worker's.
 
 from __future__ import annotations
 
+import os
 import sys
 
 # `python wm_train/launch.py` puts wm_train/ first on the path, where `import launch` would find
@@ -19,19 +20,26 @@ if not __package__:
     )
     sys.exit(2)
 
+import signal
+
+# until the run begins there is nothing to save, so a Ctrl-C needs no traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import launch
 from launch.progress import ProgressView
+from launch.screen import LOST_OUTPUT, print_result, safe_output
 from launch.spec import (
     INTERRUPTED,
     JOB_ID,
@@ -71,6 +79,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
+    if options.help or options.dry_run:
+        return print_result(partial(run_command, options, arguments))
+    with safe_output() as output:
+        output.note = LOST_OUTPUT
+        try:
+            return run_command(options, arguments)
+        except KeyboardInterrupt:  # the second one: without waiting for anything
+            return INTERRUPTED + signal.SIGINT
+
+
+def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run what the parsed `arguments` ask for; return the exit code."""
     from wm_train.plan.report import latent_frame, print_pool_plans
 
     try:
@@ -188,7 +208,7 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSp
     after = stage.directory.absolute() / JOB_ID
     joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
     own = dataclasses.replace(plan_stage(joint, stage.stage), source=None)
-    title = f"all pools of stage {stage.stage} as one model -> {own.directory}"
+    title = f"all pools of stage {stage.stage} as one model -> {own.directory.absolute()}"
     spec = spec_of(joint, own, [own])
     batch = dataclasses.replace(spec.batch, after=after) if spec.batch else None
     command = (*JUDGE, *spec.command[len(WORKER) :])
@@ -209,7 +229,7 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
     return LaunchSpec(
         title=(
             f"stage {stage.stage} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
-            f" {stage.directory}"
+            f" {stage.directory.absolute()}"
         ),
         command=(*WORKER, "--sha256", digest, "--command", token),
         workers=config.launcher.workers,
@@ -302,14 +322,19 @@ def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
         f"{', '.join(stage.stage for stage in stages)}"
     ]
     if saved:
-        lines.append(f"  checkpoint  {saved[-1]}")
+        newest = saved[-1]
+        shown = newest.absolute() if isinstance(newest, Path) else newest
+        lines.append(f"  checkpoint  {shown}")
     lines += [
         f"  samples     {sheet}"
         for stage in stages
-        for sheet in sorted((stage.directory / "samples").glob("*.png"))
+        for sheet in sorted((stage.directory.absolute() / "samples").glob("*.png"))
     ]
     if config.tracker.name == "mlflow":
-        store = without_login(config.tracker.uri) or f"sqlite:///{Path(config.out) / 'mlflow.db'}"
+        store = (
+            without_login(config.tracker.uri)
+            or f"sqlite:///{Path(config.out).absolute() / 'mlflow.db'}"
+        )
         lines.append(
             f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1"
             f" --backend-store-uri {store})"

@@ -17,7 +17,7 @@ from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.samples import show_samples
 from wm_train.resilience.guard import Guard, RewindError
 from wm_train.resilience.heartbeat import Heartbeat, missing_ranks, silent_ranks
-from wm_train.resilience.preemption import Preempted, StopRequest
+from wm_train.resilience.preemption import Preempted, StopRequest, StopSeenError
 from wm_train.resilience.replicas import check_replicas
 from wm_train.resilience.stragglers import Stragglers
 from wm_train.tracking.profiling import StepProfiler, steps_to_profile
@@ -47,6 +47,7 @@ def train_stage(
         start = restore(
             plan, state, stage.data_fingerprint, world, progress.say, stage.dataset.info.fps
         )
+    stop.work_from_here()
     folder = plan.directory
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(plan, folder, start.steps_done, progress.say) if world.rank == 0 else None
@@ -64,6 +65,7 @@ def train_stage(
                     if tracker:
                         tracker.rewind(start.steps_done)
             pulse.at(stage.config.steps, "samples")
+            stop.all_saved(f"asked to stop: stage {plan.stage} is saved, its samples are not made")
             show_samples(stage, state, folder, tracker, progress)
         outcome = "FINISHED"
     except Preempted:
@@ -111,7 +113,15 @@ def run_steps(
     guard, CorruptionError when replicas differ, Preempted.
     """
     plan, trainer, steps = stage.plan, stage.config.trainer, stage.config.steps
-    if start.steps_done >= steps or gate_passed(stage, start.validation_loss):
+
+    def due(step: int) -> bool:
+        return step == steps or bool(trainer.validate_every and step % trainer.validate_every == 0)
+
+    held_out = start.validation_loss
+    owed = start.steps_done and due(start.steps_done) and math.isnan(held_out)
+    if owed and stage.config.until_loss:  # a stop came before it, and it may end the stage here
+        held_out = held_out_loss(stage, state).get("validation_loss", math.nan)
+    if start.steps_done >= steps or gate_passed(stage, held_out):
         progress.say(
             f"stage {plan.stage} has ended already, after {start.steps_done} of {steps} steps"
         )
@@ -132,11 +142,39 @@ def run_steps(
     ) as loader:
         if loader.packing:
             progress.say(loader.packing)
+        saved = start.steps_done
+
+        def save(step: int) -> None:
+            nonlocal saved
+            if step == saved:
+                return
+            known = held_out if math.isfinite(held_out) else None
+            known_facts = facts(
+                plan,
+                stage.data_fingerprint,
+                stage.world,
+                guard.memory(),
+                known,
+                loader.quarantined,
+                stage.dataset.info.fps,
+            )
+            saver.save(step, state.saved(), known_facts)
+            saved = step
+
+        def leave(step: int) -> Preempted:
+            save(step)
+            done = "saved" if saver.wait() else "could not save"
+            return Preempted(f"asked to stop: {done} after step {step} of {steps}")
+
         for step in range(start.steps_done + 1, steps + 1):
             profiler.before(step)
             clock.begin()
             pulse.at(step, "data")
-            batch = on_device(stage, next(loader))
+            with clock.comm.on_host():  # the wait for a rank whose data come late
+                fetched = loader.next_unless(stop)
+            if fetched is None:
+                raise leave(step - 1)
+            batch = on_device(stage, fetched)
             pulse.at(step, "train")
             # Settings that do not fit show in the first step; a later ValueError is a fault.
             first = step == start.steps_done + 1
@@ -154,8 +192,12 @@ def run_steps(
             if news := stragglers.seen(step, report.times):
                 progress.say(news)
             pulse.at(step, "record, validate, save")
-            if step == steps or (trainer.validate_every and step % trainer.validate_every == 0):
-                figures |= held_out_loss(stage, state)
+            stopping = report.stop
+            if due(step) and not stopping:
+                try:
+                    figures |= held_out_loss(stage, state, stop)
+                except StopSeenError:
+                    stopping = True
             held_out = figures.get("validation_loss", math.nan)
             last = step == steps or gate_passed(stage, held_out)
             if tracker:
@@ -163,7 +205,7 @@ def run_steps(
             progress.step(
                 plan.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"]
             )
-            saving = step % trainer.checkpoint_every == 0 or last or report.stop
+            saving = step % trainer.checkpoint_every == 0 or last or stopping
             if (
                 trainer.sdc_every
                 and stage.world.size > 1
@@ -172,25 +214,11 @@ def run_steps(
             ):
                 check_replicas(step, state.tensors(), stage.world)
             if saving:
-                known = held_out if math.isfinite(held_out) else None
-                known_facts = facts(
-                    plan,
-                    stage.data_fingerprint,
-                    stage.world,
-                    guard.memory(),
-                    known,
-                    loader.quarantined,
-                    stage.dataset.info.fps,
-                )
-                saver.save(step, state.saved(), known_facts)
+                save(step)
+            if stopping:
+                raise leave(step)
             if last:
                 break
-            if report.stop:
-                saved = saver.wait()
-                raise Preempted(
-                    f"asked to stop: {'saved' if saved else 'could not save'} after step {step} of"
-                    f" {steps}"
-                )
     if not saver.wait():
         raise StorageError(
             f"stage {plan.stage}: its last checkpoint could not be saved, as said above. Fix: make"

@@ -5,8 +5,8 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher
 resolved config, whose `stage` names one stage. Exit codes: 0 the stage is done; 2 a person must
 change something (a mistake, a damaged shard, a full disk, another run holds the folder's lock), so
 a restart would not help; 74 storage was unreachable for `data.retry_s`, or at the last save; 75
-stopped by SIGTERM or SIGUSR1, with the state saved: start the same command again to resume; 1
-anything else.
+stopped by SIGTERM, SIGUSR1 or Ctrl-C, with the state saved: start the same command again to resume;
+1 anything else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from wm_train.console import complain
 from wm_train.errors import (
     DONE,
     FAILED,
@@ -32,6 +33,9 @@ from wm_train.errors import (
     SetupError,
     StorageError,
 )
+
+if TYPE_CHECKING:
+    from wm_train.resilience.preemption import StopRequest
 
 
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
@@ -51,6 +55,23 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     )
     options = parser.parse_args(argv)
 
+    from wm_train.resilience.preemption import Preempted, StopRequest
+
+    rank = int(os.environ.get("RANK", "0"))
+    stop = StopRequest()
+    try:
+        stop.listen()
+        return run_rank(rank, options, work, stop)
+    except Preempted as reason:
+        if rank == 0:
+            complain(str(reason))
+        return PREEMPTED
+
+
+def run_rank(
+    rank: int, options: argparse.Namespace, work: Callable[..., None] | None, stop: StopRequest
+) -> int:
+    """Run the work of one rank; return its exit code. Raises Preempted when asked to stop."""
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
     from wm_train.checkpoint.manifest import TakenError
@@ -58,15 +79,12 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     from wm_train.config.curriculum import plan_stage
     from wm_train.config.problems import ConfigError
     from wm_train.config.typed import from_json
-    from wm_train.console import Progress, complain
+    from wm_train.console import Progress
     from wm_train.resilience.one_run import only_run
-    from wm_train.resilience.preemption import Preempted, StopRequest
     from wm_train.resilience.run_lock import OwnedError
     from wm_train.trainer import train_stage
     from wm_train.world import join_world, leave_world
 
-    rank = int(os.environ.get("RANK", "0"))
-    stop = StopRequest().listen()
     try:
         text, digest = read_config(options.config, options.sha256)
         run = from_json(text)
@@ -99,12 +117,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     except (DataError, StorageError) as error:
         complain(f"rank {rank} on {socket.gethostname()}: {error}")
         return NO_STORAGE if error.passing else USER_ERROR
-    except Preempted as reason:
-        if rank == 0:
-            complain(str(reason))
-        return PREEMPTED
     # the outermost frame: report the rank, and exit with the code that launchers act on
     except Exception:
+        stop.leave_if_saved()  # a peer that left sooner breaks what this rank waits for
         complain(f"rank {rank} failed:\n{traceback.format_exc()}")
         return FAILED
     leave_world()

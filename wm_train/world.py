@@ -7,8 +7,11 @@ traffic never waits behind a device queue nor races with training's collectives.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +22,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from wm_train.backends.protocol import Backend
+from wm_train.console import complain
+
+BACKLOG = 4096  # ranks that connect at the same moment
+LOOK_S = 5.0  # for a machine to answer
+HERE = "here"  # key of the number of workers that have come
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def join_world(backend: Backend, timeout_s: float) -> World:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # a single process uses the same code as many, but needs no address
-    store = dist.HashStore() if size == 1 else None
+    store = dist.HashStore() if size == 1 else meeting_place(rank, size, timeout_s)
     dist.init_process_group(
         backend.collectives,
         store=store,
@@ -126,6 +134,56 @@ def join_world(backend: Backend, timeout_s: float) -> World:
         size,
         None if backend.collectives == "gloo" or size == 1 else dist.new_group(backend="gloo"),
     )
+
+
+def meeting_place(rank: int, size: int, timeout_s: float) -> dist.Store | None:
+    """Return the store where the workers meet, which rank 0 serves at MASTER_ADDR and nowhere else:
+    torch's own listens on all networks, and takes keys from anybody.
+
+    None under torchrun, whose agent serves it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = None
+    if rank == 0:
+        try:
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+            served = listener.detach()
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # an address that a gateway translates
+                raise
+            complain(f"{host} is no address of this machine: the rendezvous listens on all of them")
+    # torch waits deaf to signals: so it is called when there is nothing left to wait for
+    until = time.monotonic() + timeout_s
+    while rank and not _answers(host, port):
+        _wait_more(until, f"no answer of rank 0 at {host}:{port}", timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(host, port, size, rank == 0, timeout, False, master_listen_fd=served)
+    here = store.add(HERE, 1)
+    while here < size:
+        _wait_more(until, f"{here} of {size} workers", timeout_s)
+        here = store.add(HERE, 0)
+    return store
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=LOOK_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _wait_more(until: float, got: str, timeout_s: float) -> None:
+    """Pause for a moment. Raises TimeoutError when `until` is over."""
+    if time.monotonic() > until:
+        raise TimeoutError(
+            f"rendezvous: got {got} within {timeout_s:.0f} s, expected all (key"
+            " backend.collective_timeout_s). Fix: see what the logs of the others say"
+        )
+    time.sleep(LOOK_S / 100)
 
 
 def leave_world() -> None:

@@ -275,6 +275,13 @@ class ClipLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def ready(self, wait_s: float) -> bool:
+        """Return whether a batch, or its error, is there; wait for it at most so long."""
+        with self._queue.not_empty:
+            return bool(
+                self._queue.queue or self._queue.not_empty.wait(wait_s) or self._queue.queue
+            )
+
     def __next__(self) -> Batch:
         if self._stop.is_set():
             raise DataError(
@@ -288,11 +295,12 @@ class ClipLoader:
         self.step += 1
         return replace(item, data_wait_s=time.perf_counter() - started)
 
-    def close(self) -> None:
-        """Stop reading ahead and wait for the threads."""
+    def close(self, wait: bool = True) -> None:
+        """Stop reading ahead, and wait for the threads unless told not to."""
         self._stop.set()
-        self._thread.join()
-        self._readers.shutdown()
+        if wait:
+            self._thread.join()
+        self._readers.shutdown(wait)
 
     def __enter__(self) -> ClipLoader:
         return self

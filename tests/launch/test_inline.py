@@ -89,6 +89,66 @@ time.sleep(60)
     assert signal.getsignal(signal.SIGTERM) is before, "our handler must not stay"
 
 
+@pytest.mark.parametrize(
+    ("number", "left"), [("INT", 75), ("HUP", 0), ("QUIT", -signal.SIGTERM), ("TERM", 75)]
+)
+def test_every_signal_lets_the_worker_save_and_gives_its_own_exit_code(
+    spec, view, tmp_path: Path, number: str, left: int
+) -> None:
+    """Sent as a terminal does, to the whole group of processes, so to the worker as well."""
+    leave = f"sys.exit({left})" if left >= 0 else f"os.kill(os.getpid(), {-left})"
+    program = f"""
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    (place / "saved").touch()
+    {leave}
+signal.signal(signal.SIGTERM, stop)
+(place / "pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    (tmp_path / "run.py").write_text(
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import inline\nfrom"
+        " launch.progress import ProgressView\nfrom launch.spec import"
+        f" LaunchSpec\nsys.exit(inline.run({spec(program)!r}, ProgressView()))\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")],
+        env={**os.environ, "PYTHONPATH": str(Path(inline.__file__).parents[1])},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    worker = pid_in(tmp_path / "pid")
+    signum = signal.Signals[f"SIG{number}"]
+    os.killpg(run.pid, signum)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + signum, said
+    assert (tmp_path / "saved").exists()
+    assert said == f"stopped by signal {signum}\n"
+    assert gone(worker)
+
+
+def test_a_second_ctrl_c_does_not_wait(spec, view, tmp_path: Path) -> None:
+    program = """
+signal.signal(signal.SIGTERM, lambda *_: (place / "asked").write_text("1"))
+(place / "pid").write_text(str(os.getpid()))
+while True:
+    time.sleep(1)
+"""
+
+    def type_twice() -> None:
+        pid_in(tmp_path / "pid")
+        os.kill(os.getpid(), signal.SIGINT)
+        pid_in(tmp_path / "asked")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=type_twice).start()
+    with pytest.raises(KeyboardInterrupt):
+        inline.run(spec(program), view)
+    assert gone(pid_in(tmp_path / "pid"))
+
+
 def test_a_worker_dies_with_its_launcher(tmp_path: Path) -> None:
     inner = (
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()));"

@@ -152,3 +152,42 @@ def test_two_machines_meet_at_an_endpoint(spec, view, tmp_path: Path) -> None:
         "rank_3",
     ]
     assert (tmp_path / "rank_3").read_text() == "4 2"
+
+
+@pytest.mark.full
+def test_one_machine_needs_no_name_and_meets_on_its_loopback(spec, tmp_path: Path) -> None:
+    """On a machine whose name nobody can resolve, as in containers: its own UTS namespace."""
+    if subprocess.run(["unshare", "-Ur", "-u", "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces of its own for this user")
+    program = """
+import socket
+address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+socket.create_connection(address).close()
+listens = [line.split()[1] for name in ("tcp", "tcp6")
+           for line in open(f"/proc/net/{name}").readlines()[1:] if line.split()[3] == "0A"]
+port = f":{address[1]:04X}"
+(place / f"rank_{rank}").write_text(json.dumps(
+    [address[0], [one for one in listens if one.endswith(port)], os.environ["GLOO_SOCKET_IFNAME"]]))
+"""
+    (tmp_path / "run.py").write_text(
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_torchrun\nfrom"
+        " launch.progress import ProgressView\nfrom launch.spec import"
+        f" LaunchSpec\nsys.exit(on_torchrun.run({spec(program, workers=2)!r}, ProgressView()))\n"
+    )
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    name = "hostname nobody-knows-this-name && exec "
+    done = subprocess.run(
+        ["unshare", "-Ur", "-u", "sh", "-c", f"{name}{sys.executable} {tmp_path / 'run.py'}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(scratch.iterdir())
+    for rank in range(2):
+        address, listens, interface = json.loads((tmp_path / f"rank_{rank}").read_text())
+        assert (address, interface) == ("127.0.0.1", "lo")
+        assert len(listens) == 1
+        assert listens[0].startswith("0100007F:"), "the loopback interface alone"

@@ -4,8 +4,10 @@ dashboard."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -186,3 +188,98 @@ def test_an_open_dashboard_is_refused_unless_it_asks_for_a_token(
     assert ("got a dashboard at 10.0.0.5:8265 without authentication" in view.out.getvalue()) is (
         code == 2
     )
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_ray_of_our_own_that_breaks_is_started_again(spec, tmp_path: Path, part: str) -> None:
+    program = """
+(place / f"begun_{rank}_{os.getpid()}").touch()
+if (place / "killed").exists():
+    print("finished")
+else:
+    time.sleep(300)
+"""
+    asked = spec(program, workers=2, max_restarts=1, place_s=60.0)
+    (tmp_path / "driver.py").write_text(
+        "import sys\nfrom pathlib import Path, PosixPath\nfrom launch import on_ray\nfrom"
+        " launch.progress import ProgressView\nfrom launch.spec import"
+        f" LaunchSpec\nsys.exit(on_ray.run({asked!r}, ProgressView()))\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="d") as scratch:
+        driver = subprocess.Popen(
+            [sys.executable, str(tmp_path / "driver.py")],
+            env={
+                **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+                "PYTHONPATH": str(ROOT),
+                "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+                "TMPDIR": scratch,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        limit = time.monotonic() + 120
+        while len(list(tmp_path.glob("begun_*"))) < 2 and time.monotonic() < limit:
+            time.sleep(0.1)
+        (tmp_path / "killed").touch()
+        children = subprocess.run(
+            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(driver.pid)],
+            capture_output=True,
+            text=True,
+        ).stdout
+        victims = [
+            int(line.split()[0])
+            for line in children.splitlines()
+            if line.split()[1].endswith(f"/{part}")
+        ]
+        assert len(victims) == 1, children
+        os.kill(victims[0], signal.SIGKILL)
+        said = driver.communicate(timeout=300)[0]
+        assert driver.returncode == 0, said
+        assert f"has ended ({part}): starting Ray again" in said, said
+        assert "finished" in said
+        assert "Traceback" not in said
+        assert not list(Path(scratch).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "fix"),
+    [
+        ("ray://127.0.0.1:10001", "RAY_ADDRESS=127.0.0.1:6379"),
+        ("http://head.cluster:8265", "RAY_ADDRESS=head.cluster:6379"),
+        ("https://head.cluster/path", "RAY_ADDRESS=head.cluster:6379"),
+        ("tcp://10.0.0.5:6379", "RAY_ADDRESS=10.0.0.5:6379"),
+        ("RAY://[::1]:10001", "RAY_ADDRESS=[::1]:6379"),
+    ],
+)
+def test_an_address_of_another_service_is_refused_with_the_one_that_is_meant(
+    spec, view, monkeypatch: pytest.MonkeyPatch, address: str, fix: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert on_ray.run(spec(""), view) == 2
+    assert f"joining Ray: got {address}" in view.out.getvalue()
+    assert f"Fix: {fix}" in view.out.getvalue()
+    for good in ("auto", "local", "head:6379", "127.0.0.1:6379", "[::1]:6379"):
+        assert on_ray.refused(good) is None
+
+
+def test_a_folder_too_long_for_sockets_is_named_once(
+    spec, view, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    def init(**options: object) -> None:
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes: /tmp/x")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp/" + "x" * 95)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert on_ray.run(spec(""), view) == 2
+    said = view.out.getvalue()
+    assert "which is 100 bytes long, expected at most" in said
+    assert "Fix: RAY_TMPDIR=/tmp" in said
+    assert "again" not in said

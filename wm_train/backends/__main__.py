@@ -11,6 +11,8 @@ import argparse
 import logging
 import sys
 
+from launch.screen import print_result
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -40,4 +42,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_result(main))

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from launch.screen import print_result
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import STEP_FOLDER, CheckpointError, Manifest, read_manifest
 from wm_train.config.kinds import ModelConfig
@@ -204,4 +205,4 @@ def _bytes(manifest: Manifest) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_result(main))

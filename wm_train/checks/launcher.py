@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ def launcher_problems(config: RunConfig) -> list[Problem]:
         *_choices(config),
         *_worker_problems(launcher),
         *_endpoint_problems(launcher),
+        *_address_problems(launcher),
         *_shrinking_problems(config),
         *(_kubernetes_problems(config) if launcher.name == "kubernetes" else ()),
     ]
@@ -53,11 +56,36 @@ def _worker_problems(launcher: LauncherConfig) -> Iterator[Problem]:
 
 
 def _endpoint_problems(launcher: LauncherConfig) -> Iterator[Problem]:
-    needed = launcher.nodes > 1 and launcher.name == "torchrun"
-    if needed and not re.fullmatch(r"[^:\s]+:\d{1,5}", launcher.endpoint or ""):
+    if launcher.nodes == 1 or launcher.name != "torchrun":
+        return
+    fix = "launcher.endpoint=<first node>:29400"
+    found = re.fullmatch(r"([^:\s/]+):(\d{1,5})", launcher.endpoint or "")
+    if found is None or not 0 < int(found[2]) < 2**16:
         rule = "host:port of one of the nodes, the same on all of them"
-        fix = "launcher.endpoint=<first node>:29400"
         yield Problem("launcher.endpoint", repr(launcher.endpoint), rule, fix)
+        return
+    try:
+        socket.getaddrinfo(found[1], int(found[2]), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter: a label of over 63 letters
+        rule = "a host that this machine can resolve; an address needs no resolver"
+        got = f"{launcher.endpoint} ({error})"
+        fix = f"launcher.endpoint=<address of the first node>:{found[2]}"
+        yield Problem("launcher.endpoint", got, rule, fix)
+
+
+def _address_problems(launcher: LauncherConfig) -> Iterator[Problem]:
+    """Yield the address of another service in the place of a Ray cluster's."""
+    from launch.on_ray import refused
+
+    if launcher.name != "ray":
+        return
+    given = {
+        "launcher.address": launcher.address,
+        "RAY_ADDRESS": None if launcher.address else os.environ.get("RAY_ADDRESS"),
+    }
+    for where, address in given.items():
+        if address and (wrong := refused(address)):
+            yield Problem(where, *wrong)
 
 
 def _shrinking_problems(config: RunConfig) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from data_shards.schema import DatasetInfo
 from wm_train.checks.data import data_problems
 from wm_train.checks.launcher import launcher_problems
 from wm_train.checks.mesh import mesh_problems
+from wm_train.checks.paths import path_problems
 from wm_train.checks.sources import anew_problems, inherit_problems, store_problems
 from wm_train.checks.stages import stage_problems
 from wm_train.config.curriculum import StageError, StagePlan, ordered, plan_stage, select, source_of
@@ -25,6 +26,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     First the rules beside the keys, then what sections ask of each other, the data and the disk.
     """
     values = reported_once(broken_rules(config))
+    values += path_problems(config.out, config, config.recipe.stages)
     problems = [*values, *_recipe_problems(config), *launcher_problems(config)]
     plans, infos = _plans(config), dict[str, DatasetInfo | Problem]()
     for plan in plans:

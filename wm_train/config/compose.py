@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from wm_train.config.overrides import as_typed_text, read_overrides
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
-from wm_train.config.typed import build, nearest
+from wm_train.config.typed import build
 
 DEMO = ("experiment=demo", "recipe=sana_wm")
 NOT_DEMO = ("experiment", "recipe", "model", "data", "data.path")  # keys that choose another run
@@ -77,8 +78,15 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    try:
+        Path.cwd()
+    except OSError as error:
+        got = "a folder that was deleted"
+        problem = Problem("working directory", got, "one that exists", "cd to another folder")
+        raise ConfigError([problem]) from error
     folders = [config_directory(), *([extra.resolve()] if extra else [])]
-    lines, problems = _read_overrides(with_demo(overrides), groups(folders))
+    given = with_demo(overrides)
+    lines, problems = read_overrides(given, groups(folders))
     if extra and not extra.is_dir():
         problems.append(Problem("--config-dir", str(extra), "an existing folder"))
     if problems:
@@ -113,79 +121,11 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
         problems.append(_translate(error))
     if problems:
         raise ConfigError([*problems, *(p for p in _others(plain) if "${" not in p.got)])
-    return build(plain)
-
-
-def _read_overrides(
-    overrides: list[str], choices: dict[str, list[str]]
-) -> tuple[list[str], list[Problem]]:
-    """Check each override by itself; values become `++key=value`, so that unknown keys reach
-    `_convert`, which lists them all."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import OverrideType
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    lines: list[str] = []
-    problems: list[Problem] = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            problems.append(
-                Problem(repr(text), "an argument that cannot be read", "key=value", "see --help")
-            )
-            continue
-        key = override.key_or_group
-        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-            problems.append(
-                Problem(
-                    key,
-                    repr(text),
-                    "a key of wm_train; Hydra itself has no settings here",
-                    "leave it out",
-                )
-            )
-        elif override.is_sweep_override():
-            problems.append(
-                Problem(
-                    key,
-                    repr(text),
-                    "one value; a command runs one configuration",
-                    "start one command per value",
-                )
-            )
-        elif override.type == OverrideType.DEL:
-            if key in choices:
-                problems.append(
-                    Problem(
-                        key,
-                        repr(text),
-                        f"one of {', '.join(choices[key])}; a group cannot be left out",
-                        f"{key}=<choice>",
-                    )
-                )
-            lines.append(text)
-        elif "@" in text.split("=")[0]:
-            problems.append(
-                Problem(key, repr(text), "a group without a package", f"{key}=<choice>")
-            )
-        elif key in choices:
-            problems.extend(_check_choice(key, override.value(), choices))
-            lines.append(text.lstrip("+"))
-        else:
-            lines.append("++" + text.lstrip("+"))
-    return lines, problems
-
-
-def _check_choice(group: str, value: Any, choices: dict[str, list[str]]) -> list[Problem]:
-    if isinstance(value, str) and value in choices[group]:
-        return []
-    listed = ", ".join(choices[group])
-    fix = nearest(str(value), choices[group], lambda name: f"{group}={name}")
-    if group == "data" and isinstance(value, str) and ("/" in value or Path(value).exists()):
-        fix = f"data.path={value}"
-    return [Problem(group, repr(value), f"one of {listed}", fix)]
+    try:
+        return build(plain)
+    except ConfigError as error:
+        problems = [as_typed_text(problem, given) for problem in error.problems]
+        raise ConfigError(problems, error.rest) from None
 
 
 def _resolver_calls(value: Any, where: str) -> list[Problem]:

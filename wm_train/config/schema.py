@@ -47,7 +47,8 @@ def steps_of(text: str | None) -> range | None:
 # Rules that name other things stand here: inside a class their names would not be found.
 FOLDER_NAME = Rule(
     lambda name: NAME.fullmatch(name) is not None,
-    "letters, digits, '.', '_' and '-', as it names a folder",
+    "at most 100 letters, digits, '.', '_' and '-', the first a letter or digit, as it names a"
+    " folder",
 )
 STEP_RULE = Rule(lambda text: steps_of(text) is not None, "steps such as 10-15, or null")
 WEIGHTS = Rule(

@@ -10,27 +10,37 @@ import torch
 
 from wm_train.config.registry import builder
 from wm_train.noise import VALIDATION, NoiseKey
+from wm_train.resilience.preemption import StopRequest, StopSeenError
 from wm_train.training.data import batch_parts, clips_of, on_device, open_loader
 from wm_train.training.stage import Stage
 from wm_train.training.state import EvaluationState, TrainState
 
 
 @torch.no_grad()
-def held_out_loss(stage: Stage, state: TrainState | EvaluationState) -> dict[str, float]:
+def held_out_loss(
+    stage: Stage, state: TrainState | EvaluationState, stop: StopRequest | None = None
+) -> dict[str, float]:
     """Return the mean loss of the averaged weights over the first `trainer.validation_clips`
-    held-out clips: `validation_loss`, and per noise level of the objective's grid."""
+    held-out clips: `validation_loss`, and per noise level of the objective's grid.
+
+    Raises StopSeenError on all processes when `stop` was raised on one.
+    """
+    stop = stop or StopRequest()
     objective = stage.config.objective
     wanted = min(stage.config.trainer.validation_clips, len(stage.dataset.clips("validation")))
     if not wanted:
         return {}
     share = -(-wanted // stage.mesh.data_size)
     with open_loader(stage, "validation", share * stage.mesh.data_size) as loader:
-        batch = on_device(stage, next(loader))
+        fetched = loader.next_unless(stop)
+        if fetched is None:
+            raise StopSeenError
+        batch = on_device(stage, fetched)
     # No more clips at once than in training.
     parts = math.ceil(share * stage.mesh.data_size / stage.config.global_batch)
     sums, levels = [], objective.held_out_levels()
     configs = [objective.held_out(sigma) for sigma in levels] or [objective]
-    with state.averaged():
+    with state.averaged(), stop.watched(state.model, stage.world):
         for config in configs:
             total = 0.0
             for part in batch_parts(batch, parts):

@@ -65,7 +65,7 @@ def show_samples(
         tracker.artifact(path)
     write_png(target / "contact_sheet.png", contact_sheet(clips))
     tracker.artifact(target / "contact_sheet.png")
-    progress.say(f"samples: {target / 'contact_sheet.png'} (truth above, sample below)")
+    progress.say(f"samples: {target.absolute() / 'contact_sheet.png'} (truth above, sample below)")
 
 
 def sample(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launch.screen import print_result
 from parallel.degrees import MeshDegrees, sequence_size
 from wm_train.config.compose import DEMO_LINE, compose, is_demo
 from wm_train.config.curriculum import StagePlan, plan_stage, select
@@ -105,4 +106,4 @@ def degrees_of(plan: StagePlan, processes: bool) -> MeshDegrees:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_result(main))

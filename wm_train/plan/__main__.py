@@ -2,7 +2,8 @@
 
 import sys
 
+from launch.screen import print_result
 from wm_train.plan.report import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_result(main))

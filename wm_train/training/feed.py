@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from data_shards.loading.load import Batch, ClipLoader
 from data_shards.schema import DataError, ShardError
 from wm_train.config.schema import DataConfig
+from wm_train.resilience.preemption import StopRequest
 from wm_train.world import World
+
+LOOK_S = 0.2  # longest delay of a request to stop while data are awaited
 
 
 class Feed:
@@ -55,6 +58,15 @@ class Feed:
             f" {packing.left_out_clips} of {clips} clips find no room"
             f" (the first {packing.sequences} rows)"
         )
+
+    def next_unless(self, stop: StopRequest) -> Batch | None:
+        """Return the next batch, or None when a process was asked to stop before all had theirs.
+
+        Every process must call this.
+        """
+        while not (stop.raised or self._loader.ready(LOOK_S)):
+            pass
+        return None if stop.agreed(self._world) else next(self)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -99,5 +111,5 @@ class Feed:
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._loader.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._loader.close(wait=kind is None)  # storage may be silent, and nobody waits for it now

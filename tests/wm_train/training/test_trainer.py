@@ -14,7 +14,7 @@ from wm_train.checkpoint.manifest import read_manifest
 from wm_train.errors import SetupError
 from wm_train.objectives import flow_matching
 from wm_train.resilience.guard import BadStepError
-from wm_train.resilience.preemption import StopRequest
+from wm_train.resilience.preemption import Preempted, StopRequest
 from wm_train.tracking.tracker import read_steps
 from wm_train.training import resume
 
@@ -127,14 +127,21 @@ def test_asynchronous_saves_accumulation_and_a_second_start_change_nothing(
     assert losses(tmp_path / "accumulated") == pytest.approx(alone, rel=1e-6, abs=0)
 
 
-def test_both_signals_of_schedulers_ask_to_stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def test_signals_of_schedulers_and_of_a_terminal_ask_to_stop():
+    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in asking}
     try:
         for number in before:
             asked = StopRequest().listen()
+            with pytest.raises(Preempted, match="nothing to save"):
+                signal.raise_signal(number)
+            asked = StopRequest().listen()
+            asked.work_from_here()
             assert not asked.raised
             signal.raise_signal(number)
             assert asked.raised
+            with pytest.raises(Preempted, match="all is saved"):
+                asked.all_saved("all is saved")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
