@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from wm_train.errors import DONE, FAILED, NO_STORAGE, PREEMPTED, USER_ERROR, SetupError
+from wm_train.redact import clean_output
 
 
+@clean_output()
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
     """Run one rank of one stage: train it, or do other `work` on it.
 

@@ -12,12 +12,14 @@ from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import STEP_FOLDER, CheckpointError, Manifest, read_manifest
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class
+from wm_train.redact import clean_output
 from wm_train.storage import Place, place
 from wm_train.world import World
 
 ALONE = World(0, 1)
 
 
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """Run one of the four commands."""
     parser = argparse.ArgumentParser(
