@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Callable
 
@@ -36,7 +37,7 @@ class Forwarder:
         self.report(
             f"MLflow at {self.record.shown_uri} {why}: {self.record.missing()} steps are in"
             f" {self.record.folder / METRICS} only."
-            f" Fix: python -m wm_train.tracking replay {self.record.folder}"
+            f" Fix: python -m wm_train.tracking replay {shlex.quote(str(self.record.folder))}"
         )
 
     def _run(self) -> None:
