@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from wm_train.config import registry
 from wm_train.config.kinds import Named
 from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.rules import broken_rules
 from wm_train.config.schema import PER_STAGE, RunConfig
 from wm_train.redact import clean_value
 
@@ -40,6 +41,20 @@ def build(plain: Any) -> RunConfig:
         raise ConfigError(reported_once(problems), _rest(plain, problems))
     built: RunConfig = config
     return built
+
+
+def build_section(kind: type, plain: Any, where: str) -> Any:
+    """Return one typed section, such as the model that a checkpoint names, and check its rules.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    problems: list[Problem] = []
+    section = _convert(kind, plain, where, problems)
+    if not problems:
+        problems = [problem.under(f"{where}.") for problem in broken_rules(section)]
+    if problems:
+        raise ConfigError(problems)
+    return section
 
 
 def _rest(plain: Any, problems: Sequence[Problem]) -> RunConfig | None:
