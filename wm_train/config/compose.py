@@ -16,6 +16,7 @@ from typing import Any
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import build, nearest
+from wm_train.config.yaml_files import yaml_problems
 
 DEMO = ("experiment=demo", "recipe=sana_wm")
 NOT_DEMO = ("experiment", "recipe", "model", "data", "data.path")  # keys that choose another run
@@ -81,6 +82,7 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
     lines, problems = _read_overrides(with_demo(overrides), groups(folders))
     if extra and not extra.is_dir():
         problems.append(Problem("--config-dir", str(extra), "an existing folder"))
+    problems += yaml_problems(extra) if extra else []
     if problems:
         raise ConfigError(problems)
     if extra:
