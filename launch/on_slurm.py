@@ -146,7 +146,7 @@ def run_stages(stages: Stages, view: ProgressView) -> int:
         return USER_ERROR
     first = next(iter(stages[0].values()))
     script = first.logs.parent / "slurm_array.sh"
-    script.write_text(render_array(stages), encoding="utf-8")
+    write_private(script, render_array(stages))  # setup lines may hold secrets
     return submit(script, first, view)
 
 
@@ -163,7 +163,7 @@ def write(pools: Mapping[str, LaunchSpec]) -> Path:
         write_private(folder / "slurm_job.json", frozen.to_text("ray", [_inside(pools)]))
         ensure_token(folder / "ray_token")
     script = folder / "slurm.sh"
-    script.write_text(render(pools), encoding="utf-8")
+    write_private(script, render(pools))
     return script
 
 

@@ -41,7 +41,7 @@ FLOORS = {
         "conditioning kernels",
         "config",
         "errors console noise boxes storage",
-        "compat __init__",
+        "compat redact __init__",
     ),
     "parallel": (
         "streaming checkpointing",

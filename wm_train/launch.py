@@ -58,8 +58,9 @@ from wm_train.config.help import help_text
 from wm_train.config.pools import JOINT, boundaries, name_pool, pool_runs
 from wm_train.config.problems import COMMAND, ConfigError, Problem, report
 from wm_train.config.schema import RunConfig
-from wm_train.config.typed import public_config, to_json, without_login
+from wm_train.config.typed import public_config, to_json
 from wm_train.config.worlds import smaller_worlds
+from wm_train.redact import clean_output, clean_text
 from wm_train.resilience.run_lock import COMMAND as HELD
 from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 
@@ -68,6 +69,7 @@ JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
 PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
 
 
+@clean_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the selected stages one after the other; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -152,10 +154,9 @@ def as_typed(problem: Problem, arguments: Sequence[str]) -> Problem:
 
 
 def other_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return what was typed but for the stage and --dry-run, without passwords in addresses."""
+    """Return what was typed but for the stage and --dry-run, without secrets."""
     kept = [a for a in arguments if not a.startswith("stage=") and a != "--dry-run"]
-    parts = [argument.partition("=") for argument in kept]
-    return [key + sign + without_login(value) for key, sign, value in parts]
+    return [clean_text(argument) for argument in kept]
 
 
 def warnings_in(stages: Sequence[StagePlan]) -> list[Problem]:
@@ -331,19 +332,14 @@ def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
         for sheet in sorted((stage.directory.absolute() / "samples").glob("*.png"))
     ]
     if config.tracker.name == "mlflow":
-        store = (
-            without_login(config.tracker.uri)
-            or f"sqlite:///{Path(config.out).absolute() / 'mlflow.db'}"
-        )
-        lines.append(
-            f"  MLflow      {store}  (to look at it: pip install mlflow; mlflow ui --host 127.0.0.1"
-            f" --backend-store-uri {store})"
-        )
+        from wm_train.tracking.tracker import where_to_look
+
+        lines.append(f"  MLflow      {where_to_look(config)}")
     return "\n".join(lines)
 
 
 def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
-    """Return the command to type after stage `last`, with passwords in addresses left out."""
+    """Return the command to type after stage `last`, with secrets left out."""
     names = ordered(config.recipe)
     place = names.index(last) + 1
     if place < len(names):

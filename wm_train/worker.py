@@ -33,11 +33,13 @@ from wm_train.errors import (
     SetupError,
     StorageError,
 )
+from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
     from wm_train.resilience.preemption import StopRequest
 
 
+@clean_output()
 def main(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> int:
     """Run one rank of one stage: train it, or do other `work` on it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from launch.screen import print_result
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import STEP_FOLDER, CheckpointError, Manifest, read_manifest
 from wm_train.config.kinds import ModelConfig
+from wm_train.config.problems import ConfigError
 from wm_train.config.registry import config_class
+from wm_train.config.typed import build_section
+from wm_train.redact import clean_output
 from wm_train.resilience.one_run import owned_place
 from wm_train.resilience.run_lock import COMMAND, check_free
 from wm_train.storage import Place, place
@@ -21,6 +25,7 @@ from wm_train.world import World
 ALONE = World(0, 1)
 
 
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """Run one of the four commands."""
     parser = argparse.ArgumentParser(
@@ -118,13 +123,15 @@ def export(arguments: argparse.Namespace) -> int:
     """Write weights under their names in the model, each whole, to one file or to the directory of
     a public checkpoint."""
     import torch
-    from safetensors.torch import save_file
 
     from wm_train.checkpoint.tensor_file import DTYPES
     from wm_train.models.public import export_pretrained
+    from wm_train.models.public_files import save_weights
 
     folder = select_checkpoints(arguments.folder)[-1]
+    check_out(arguments.out, arguments.layout)
     manifest = store.check(folder, ALONE)
+    model = model_config(folder, manifest) if arguments.layout == "diffusers" else None
     torch_types = {word: dtype for dtype, word in DTYPES.items()}
     averaged = (
         {n.removeprefix("ema/") for n in manifest.tensors if n.startswith("ema/")}
@@ -136,15 +143,19 @@ def export(arguments: argparse.Namespace) -> int:
     for name in names:
         key = ("ema/" if name in averaged else "model/") + name
         entry = manifest.tensors[key]
-        targets[key] = torch.empty(entry.shape, dtype=torch_types[entry.dtype])
+        try:
+            targets[key] = torch.empty(entry.shape, dtype=torch_types[entry.dtype])
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"export: got {key} of shape {entry.shape}, expected what fits in memory"
+                f" ({_bytes(manifest):,} bytes in all). Fix: a machine with more"
+            ) from error
     store.load(folder, manifest, targets, may_ignore=manifest.tensors)
     weights = {key.split("/", 1)[1]: tensor for key, tensor in targets.items()}
-    if arguments.layout == "diffusers":
-        export_pretrained(weights, model_config(manifest), arguments.out)
-    elif arguments.out.exists():
-        raise CheckpointError(f"export: got {arguments.out}, which exists. Fix: name another file")
+    if model is not None:
+        export_pretrained(weights, model, arguments.out)
     else:
-        save_file(weights, arguments.out, metadata={"step": str(manifest.step)})
+        save_weights(weights, arguments.out, {"step": str(manifest.step)})
     print(
         f"{len(targets)} tensors of {folder} ({'averaged' if averaged else 'as trained'}) in"
         f" {arguments.out}"
@@ -152,13 +163,41 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def model_config(manifest: Manifest) -> ModelConfig:
-    """Return the model that a checkpoint holds, as its stage trained it."""
-    held = manifest.facts["identity"]["model"]
-    kind = config_class("models", held["name"])
-    known = {field.name for field in dataclasses.fields(kind)}
-    model: ModelConfig = kind(**{key: value for key, value in held.items() if key in known})
-    return model
+def check_out(out: Path, layout: str) -> None:
+    """Raise CheckpointError for a place that an export cannot be written to, before the checkpoint
+    is read."""
+    new = "a new or empty directory" if layout == "diffusers" else "a new file"
+    taken = out.exists() and not (layout == "diffusers" and out.is_dir())
+    if taken or out.is_symlink():
+        raise CheckpointError(f"export: got {out}, which exists, expected {new}. Fix: name another")
+    if layout == "file" and not out.parent.is_dir():
+        raise CheckpointError(
+            f"export: got {out}, expected a file in an existing folder. Fix: mkdir -p"
+            f" {shlex.quote(str(out.parent))}"
+        )
+
+
+def model_config(folder: Place, manifest: Manifest) -> ModelConfig:
+    """Return the model that a checkpoint holds, as its stage trained it.
+
+    Errors: CheckpointError when its facts do not say it.
+    """
+    where = "identity.model"
+    held = manifest.facts.get("identity", {}).get("model")
+    try:
+        kind = config_class("models", held["name"])
+        known = {field.name for field in dataclasses.fields(kind)}
+        plain = {key: value for key, value in held.items() if key in known}
+        model: ModelConfig = build_section(ModelConfig, plain, where)
+        return model
+    except ConfigError as error:
+        wrong = "; ".join(str(problem) for problem in error.problems)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        wrong = f"{type(error).__name__} {error}"
+    raise CheckpointError(
+        f"checkpoint {folder}: got {where} {str(held)[:200]}, expected a model's configuration"
+        f" ({wrong[:300]}). Fix: --layout file"
+    )
 
 
 def prune(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,9 @@ BAD = "manifest.bad"  # the manifest of a bad checkpoint in a store, which canno
 STEP_FOLDER = re.compile(r"step_(\d{8}|[1-9]\d{8,})(-[0-9a-f]{8})?")
 DRAFT = re.compile(STEP_FOLDER.pattern + r"\.tmp-[0-9a-f]+")
 FORMAT = 1
+MOST_STEPS = 10**12  # beyond any run
+# bytes of an element by its kind, in the words of safetensors
+DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 T = TypeVar("T")
 
 
@@ -110,15 +113,16 @@ def read_manifest(folder: Place) -> Manifest:
     version = body.get("format") if isinstance(body, dict) else None
     if version != FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder}: got format {version}, expected {FORMAT}. Fix: read it with the"
-            " version that wrote it"
+            f"checkpoint {folder}: got format {str(version)[:40]}, expected {FORMAT}. Fix: read it"
+            " with the version that wrote it"
         )
     try:
         manifest = _from_body(body)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"checkpoint {folder}: {NAME} says something impossible ({error}). Fix: use another"
-            " checkpoint"
+            f"checkpoint {folder}: {NAME} says something impossible ({said[:300]}). Fix: use"
+            " another checkpoint"
         ) from error
     named = step_of(folder)
     if named not in (-1, manifest.step):
@@ -136,12 +140,16 @@ def same_facts(manifest: Manifest, facts: dict[str, Any]) -> bool:
 
 def _from_body(body: dict[str, Any]) -> Manifest:
     """Build a manifest from a JSON object. Any exception means that the object is no manifest."""
-    files = {
+    files: dict[str, dict[str, Any]] = {
         _is(str, name): {"size": _is(int, entry["size"]), "sha256": _is(str, entry["sha256"])}
         for name, entry in body["files"].items()
     }
+    left: dict[str, int] = {name: entry["size"] for name, entry in files.items()}
     tensors = {}
     for name, entry in body["tensors"].items():
+        if entry["dtype"] not in DTYPE_BYTES:
+            kinds = ", ".join(DTYPE_BYTES)
+            raise ValueError(f"{name} is of kind {entry['dtype']!r}, expected one of {kinds}")
         shape = _sizes(entry["shape"])
         parts = [
             Part(_is(str, part["file"]), _sizes(part["offset"]), _sizes(part["shape"]))
@@ -157,17 +165,68 @@ def _from_body(body: dict[str, Any]) -> Manifest:
                 for start, size, whole in zip(part.offset, part.shape, shape, strict=True)
             ):
                 raise ValueError(f"{name} has a part outside its shape")
+            left[part.file] -= math.prod(part.shape) * DTYPE_BYTES[entry["dtype"]]
+            if left[part.file] < 0:
+                raise ValueError(f"{part.file} is smaller than its tensors, {name} among them")
         if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
             raise ValueError(f"{name} is not covered by its parts")
         tensors[name] = TensorEntry(_is(str, entry["dtype"]), shape, parts)
+    if not 0 <= _is(int, body["step"]) <= MOST_STEPS:
+        raise ValueError(f"step {body['step']} is outside 0 to {MOST_STEPS:,}")
     return Manifest(
-        _is(int, body["step"]),
+        body["step"],
         _is(str, body["stage"]),
-        _is(dict, body["facts"]),
+        _checked_facts(_is(dict, body["facts"])),
         tensors,
         files,
         body["format"],
     )
+
+
+def _checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts, each of those that the trainer reads of its own type. They may be missing:
+    `resume_facts` asks for those that a run needs to go on."""
+    for key, kind in {"identity": dict, "config": dict, "guard": dict, "quarantined": list}.items():
+        if key in facts and not isinstance(facts[key], kind):
+            raise TypeError(f"{key} is {facts[key]!r}, no {kind.__name__}")
+    for name in facts.get("quarantined", []):
+        _is(str, name)
+    loss = facts.get("validation_loss")
+    if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
+        raise TypeError(f"validation_loss is {loss!r}, no number")
+    guard = facts.get("guard", {})
+    for loss in _is(list, guard.get("recent", [])):
+        _is(float, float(_is(int, loss)) if isinstance(loss, int) else loss)
+    for step in _is(list, guard.get("skipped", [])):
+        _is(int, step)
+    for span in _is(list, guard.get("rewound", [])):
+        if len([_is(int, end) for end in _is(list, span)]) != 2:
+            raise ValueError(f"guard.rewound holds {span!r}, no pair of steps")
+    return facts
+
+
+def resume_facts(folder: Place, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the identity and the configuration of the run that wrote a checkpoint.
+
+    Errors: CheckpointError when it does not say them.
+    """
+    identity, config = manifest.facts.get("identity", {}), manifest.facts.get("config", {})
+    data = config.get("data")
+    lacks = [
+        name
+        for name, value, kind in (
+            ("identity.data", identity.get("data"), str),
+            ("identity.model", identity.get("model"), dict),
+            ("config.data.path", data.get("path") if isinstance(data, dict) else None, str),
+        )
+        if not isinstance(value, kind)
+    ]
+    if lacks:
+        raise CheckpointError(
+            f"checkpoint {folder}: got no {', '.join(lacks)} among its facts, expected what the"
+            " trainer writes. Fix: use another checkpoint, or name=<new run>"
+        )
+    return identity, config
 
 
 def _is(kind: type[T], value: Any) -> T:

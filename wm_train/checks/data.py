@@ -13,7 +13,7 @@ from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import AT, Problem
-from wm_train.config.typed import without_login
+from wm_train.redact import clean_text
 
 PATIENCE_S = 5.0  # with a store that does not answer, before anything has started
 MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for others"
@@ -60,7 +60,7 @@ def dataset_info(path: str) -> DatasetInfo | Problem:
         try:
             return read_info(path, RetryPolicy(budget_s=PATIENCE_S))[2]
         except (DataError, TypeError, AttributeError) as error:
-            got = f"{without_login(path)} ({str(error).splitlines()[0]})"
+            got = clean_text(f"{path} ({str(error).splitlines()[0]})")
             rule = "a reachable folder with dataset.json"
             return Problem(PATH, got, rule, "check the address and your credentials")
     text = _dataset_json(path)

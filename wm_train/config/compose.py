@@ -17,6 +17,7 @@ from wm_train.config.overrides import as_typed_text, read_overrides
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import build
+from wm_train.config.yaml_files import yaml_problems
 
 DEMO = ("experiment=demo", "recipe=sana_wm")
 NOT_DEMO = ("experiment", "recipe", "model", "data", "data.path")  # keys that choose another run
@@ -89,6 +90,7 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
     lines, problems = read_overrides(given, groups(folders))
     if extra and not extra.is_dir():
         problems.append(Problem("--config-dir", str(extra), "an existing folder"))
+    problems += yaml_problems(extra) if extra else []
     if problems:
         raise ConfigError(problems)
     if extra:

@@ -38,6 +38,14 @@ def one_of(*choices: str) -> Rule:
 
 Count = Annotated[int, from_to(1)]
 CountOrZero = Annotated[int, from_to(0)]
+MOST_S = 10**7  # four months: beyond any wait, and below what clocks and locks overflow at
+Seconds = Annotated[
+    float, Rule(lambda value: 0 < value <= MOST_S, f"seconds above 0, at most {MOST_S:,}")
+]
+Gigabytes = Annotated[
+    float, Rule(lambda value: 0 < value <= 10**6, "a number above 0, at most 1,000,000")
+]
+Few = Annotated[int, from_to(1, 256)]  # things that each take memory at the same time
 Positive = Annotated[float, Rule(lambda value: 0 < value < math.inf, "a finite number above 0")]
 Finite = Annotated[float, Rule(math.isfinite, "a finite number")]
 AtLeastZero = Annotated[float, Rule(lambda value: 0 <= value < math.inf, "0 or more")]

@@ -21,9 +21,11 @@ from wm_train.config.rules import (
     Count,
     CountOrZero,
     Factor,
+    Few,
+    Gigabytes,
     NoiseLevel,
-    Positive,
     Rule,
+    Seconds,
     from_to,
     one_of,
 )
@@ -76,17 +78,17 @@ class DataConfig:
     # files that `data_shards.filter` wrote: of the data set that each was made for, only what it
     # keeps
     selection: tuple[str, ...] = ()
-    prefetch: Count = 2  # batches read ahead
-    readers: Count = 2  # clips read at the same time
+    prefetch: Few = 2  # batches read ahead
+    readers: Few = 2  # clips read at the same time
     # fail | quarantine: leave the shard out on all processes and draw other clips in its place
     on_bad_shard: Annotated[str, one_of("fail", "quarantine")] = "fail"
     bad_shard_budget: CountOrZero = 8  # quarantined shards before the run stops all the same
     # how long a read that storage does not answer is tried again before all processes start anew
-    retry_s: Positive = 60.0
+    retry_s: Seconds = 60.0
     # a folder on a local disk that keeps what was read from shards, for all processes of a node;
     # null: none
     cache: Annotated[str, Rule(bool, "a folder or null")] | None = None
-    cache_gb: Positive = 50.0  # 10^9 bytes that it may take
+    cache_gb: Gigabytes = 50.0  # 10^9 bytes that it may take
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,10 @@ class BackendConfig:
     kernels: Annotated[str, one_of("auto", "triton", "reference")] = "auto"
     # auto, or one engine of wm_train/kernels/attention/choose.py for the softmax blocks
     attention: str = "auto"
-    threads: Count = 1  # CPU threads per worker; a fixed number makes CPU runs repeat to the bit
-    collective_timeout_s: Positive = 120.0
+    threads: Annotated[int, from_to(1, 4096)] = (
+        1  # CPU threads per worker; a fixed number makes CPU runs repeat to the bit
+    )
+    collective_timeout_s: Seconds = 120.0
 
 
 @dataclass(frozen=True)
@@ -300,12 +304,12 @@ class LauncherConfig:
     address: str | None = None
     max_restarts: CountOrZero = 3
     # ray: how long to wait for free resources, also for a lost node to come back
-    place_s: Positive = 60.0
+    place_s: Seconds = 60.0
     # ray: after a loss go on with as many as there is room for, down to this; null: with all or not
     # at all
     min_workers: int | None = None
     # ray: with fewer, the least time between a start and growing again, once a lost node is back
-    grow_s: Positive = 60.0
+    grow_s: Seconds = 60.0
     preflight: bool = True  # check every node before the first step
     # torchrun: machines, each of which starts the same command; slurm, kubernetes: nodes of the job
     nodes: Count = 1

@@ -16,12 +16,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from wm_train.config import registry
 from wm_train.config.kinds import Named
 from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.rules import broken_rules
 from wm_train.config.schema import PER_STAGE, RunConfig
+from wm_train.redact import clean_value
 
 MISSING = "???"
 UNKNOWN = "an unknown key"
@@ -40,6 +41,20 @@ def build(plain: Any) -> RunConfig:
         raise ConfigError(reported_once(problems), _rest(plain, problems))
     built: RunConfig = config
     return built
+
+
+def build_section(kind: type, plain: Any, where: str) -> Any:
+    """Return one typed section, such as the model that a checkpoint names, and check its rules.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    problems: list[Problem] = []
+    section = _convert(kind, plain, where, problems)
+    if not problems:
+        problems = [problem.under(f"{where}.") for problem in broken_rules(section)]
+    if problems:
+        raise ConfigError(problems)
+    return section
 
 
 def _rest(plain: Any, problems: Sequence[Problem]) -> RunConfig | None:
@@ -124,20 +139,9 @@ def from_json(text: str) -> RunConfig:
 
 
 def public_config(config: RunConfig) -> dict[str, Any]:
-    """Return the config as it may be stored and shown, without user names and passwords."""
-    plain: dict[str, Any] = json.loads(
-        json.dumps(dataclasses.asdict(config)),
-        object_hook=lambda d: {k: without_login(v) for k, v in d.items()},
-    )
+    """Return the config as it may be stored and shown, without secrets."""
+    plain: dict[str, Any] = clean_value(dataclasses.asdict(config))
     return plain
-
-
-def without_login(value: Any) -> Any:
-    """Return an address without the user name and password in it; anything else as it is."""
-    if isinstance(value, str) and "://" in value and "@" in value:
-        parts = urlsplit(value)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return value
 
 
 def nearest(name: str, names: Iterable[str], show: Callable[[str], str] = str) -> str:

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wm_train.boxes import Box, local_box, local_tensor
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class, load, names
+from wm_train.models.public_files import (
+    COPY_AGAIN,
+    REFUSED,
+    STEM,
+    PublicFiles,
+    read_object,
+    refusal,
+    save_weights,
+)
 
-STEM = "diffusion_pytorch_model"
 LISTED = 20  # names shown per kind of error
 
 
@@ -66,62 +71,21 @@ class Loaded:
     fresh: tuple[str, ...]
 
 
-class PublicFiles:
-    """Read the tensors of a public directory lazily; use as a context manager."""
-
-    def __init__(self, directory: Path) -> None:
-        self.config: dict[str, Any] = json.loads(_existing(directory / "config.json").read_text())
-        index, single = (
-            directory / f"{STEM}.safetensors.index.json",
-            directory / f"{STEM}.safetensors",
-        )
-        names = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.is_file()
-            else [single.name]
-        )
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(
-                f"public checkpoint cannot be read: got files {outside}, expected plain names"
-                f" ({index}). Fix: use an intact copy"
-            )
-        self._paths = [_existing(directory / name) for name in names]
-        self._open = ExitStack()
-
-    def __enter__(self) -> PublicFiles:
-        self._where: dict[str, Any] = {}
-        for path in self._paths:
-            handle = self._open.enter_context(safe_open(path, framework="pt"))
-            self._where |= dict.fromkeys(handle.keys(), handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._open.close()
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()
-        }
-
-    def read(self, name: str, box: Box) -> Tensor:
-        """Read a part of one tensor."""
-        part = self._where[name].get_slice(name)
-        return (
-            part[tuple(slice(start, start + size) for start, size in zip(*box))]
-            if box.shape
-            else part[...]
-        )
-
-
 def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig:
     """Read our configuration from a released model's directory.
 
     base: gives the keys that config.json lacks. Raises ValueError if the model needs something we
     do not have.
     """
-    public = json.loads(_existing(directory / "config.json").read_text())
-    return layout_of(public, directory).from_public(public, base)
+    file = directory / "config.json"
+    public = read_object(file)
+    try:
+        return layout_of(public, directory).from_public(public, base)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        if str(error).startswith(REFUSED):
+            raise
+        got = f"{file} with a value of another kind ({error})"
+        raise refusal(got, "numbers and lists as diffusers writes them", COPY_AGAIN) from error
 
 
 def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
@@ -150,16 +114,23 @@ def load_pretrained_(model: nn.Module, directory: Path) -> Loaded:
     nothing has changed then.
     """
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    broken = list[str]()
     with PublicFiles(directory) as files:
         layout = layout_of(files.config, directory)
         sources = layout.sources(files.config["_class_name"], targets)
         shapes = files.shapes()
         _check(targets, sources.parts, shapes, sources.ignored, directory)
+        files.check_floats({part for parts in sources.parts.values() for part in parts})
         for name, parts in sources.parts.items():
             local, box = local_tensor(targets[name]), local_box(targets[name])
             if not box.empty:
                 pieces = [files.read(part, piece) for part, piece in _pieces(parts, shapes, box)]
                 local.copy_((torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(local.dtype))
+                if not all(piece.isfinite().all() for piece in pieces):
+                    broken.append(name)
+    if broken:
+        got = f"{_listed(broken)} with NaN or infinity in {directory}"
+        raise refusal(got, "finite weights", "use another checkpoint")
     fresh = tuple(name for name in targets if name not in sources.parts)
     for name in fresh:
         for ending, value in sources.opened.items():
@@ -207,7 +178,7 @@ def export_pretrained(
     )
     files = [directory / name for name in names]
     for path, group in zip(files, groups):
-        save_file({name: whole[name] for name in group}, path, metadata={"format": "pt"})
+        save_weights({name: whole[name] for name in group}, path, {"format": "pt"})
     if count > 1:
         index = {
             "metadata": {"total_size": sum(_size(value) for value in whole.values())},
@@ -233,8 +204,9 @@ def _check(
     for name, parts in sources.items():
         if any(part not in shapes for part in parts):
             continue
-        rows = sum(shapes[part][0] for part in parts)
-        shape = (rows, *shapes[parts[0]][1:])
+        shape = shapes[parts[0]]
+        if len(parts) > 1:  # a scalar has no rows to stack: it stays mis-shaped
+            shape = (sum((*shapes[part], 0)[0] for part in parts), *shape[1:])
         if shape != tuple(targets[name].shape) or any(
             shapes[part][1:] != shape[1:] for part in parts
         ):
@@ -252,6 +224,9 @@ def _pieces(
     parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], box: Box
 ) -> Iterator[tuple[str, Box]]:
     """Yield the boxes of the stacked tensors `parts` that make up `box` of the whole tensor."""
+    if not box.shape:  # a scalar
+        yield parts[0], box
+        return
     first = 0
     for part in parts:
         rows = shapes[part][0]
@@ -283,12 +258,3 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (
         f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     )
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(
-            f"public checkpoint cannot be read: got no file {path}, expected a diffusers directory."
-            " Fix: give the folder of the transformer"
-        )
-    return path

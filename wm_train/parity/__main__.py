@@ -23,8 +23,10 @@ from wm_train.config.curriculum import StagePlan, plan_stage, select
 from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
+from wm_train.redact import clean_output
 
 
+@clean_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m wm_train.parity",

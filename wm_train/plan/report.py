@@ -23,6 +23,7 @@ from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
+from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
     from wm_train.plan.memory import Memory
@@ -40,6 +41,7 @@ class Frame:
     temporal_stride: int
 
 
+@clean_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; exit code 2 when the configuration is wrong, 3 when a stage does not fit in
     --memory."""

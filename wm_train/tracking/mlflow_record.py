@@ -10,42 +10,44 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wm_train.config.schema import TrackerConfig
-from wm_train.config.typed import without_login
+from wm_train.redact import clean_text, clean_value, environment_secrets, logins_in
+from wm_train.tracking.answer import check_answer
 from wm_train.tracking.goodput import read_life
 from wm_train.tracking.rows import parse_row
 
 NOTE = "mlflow.json"
 METRICS, ARTIFACTS = "metrics.jsonl", "artifacts.jsonl"
-EVERY_S = 2.0  # time between sendings, so that many steps share one call
-RETRY_S, RETRY_LIMIT_S = 5.0, 60.0  # between attempts at a store that does not answer; doubles
 MOST = 1000  # metrics in one call: MLflow's limit
 NOT_METRICS = ("step", "time")
 PARENT_METRICS = ("loss", "validation_loss")  # of a pool, also recorded in the run of all pools
+PLAIN_KEY = re.compile(r"[\w.-]+")  # a part of a parameter's name; MLflow refuses most other signs
+UNKNOWN_RUN = "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Store how much of a record a store has received."""
+    """Store how much of a record a store has received. described: the run has its parameters."""
 
     uri: str
     run_id: str
     step: int = 0
     artifacts: int = 0
     status: str = "RUNNING"
+    described: bool = True
 
 
 @dataclass(frozen=True)
 class Subject:
     """Identify the stage that a record is about, or with stage "" the run of all pools.
 
-    config: the whole run's configuration without logins.
+    config: the whole run's configuration without secrets.
     """
 
     run: str
@@ -68,14 +70,23 @@ class Subject:
         return self.tracker.uri or f"sqlite:///{self.out.resolve() / 'mlflow.db'}"
 
 
-class MlflowRecord:
-    """Send one stage's folder to MLflow. Not thread-safe."""
+class DeletedError(ValueError):
+    """Report an experiment that somebody has deleted in the store, so that no run can be made in
+    it."""
 
-    def __init__(self, subject: Subject, folder: Path) -> None:
-        self.subject, self.folder, self.uri = subject, folder, subject.uri
-        self.shown_uri = without_login(subject.uri)
+
+class MlflowRecord:
+    """Send one stage's folder to MLflow. Not thread-safe.
+
+    report: told when the run that the folder notes is gone and a new one takes its place.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, report: Callable[[str], None]) -> None:
+        self.subject, self.folder, self.uri, self.report = subject, folder, subject.uri, report
+        self.shown_uri: str = clean_value(subject.uri)
         self._client: Any = None
         self._sent: Sent | None = None
+        self._parent: str | None = None
         self._offset = 0  # bytes of the metrics file that are sent
         self._back_to: int | None = None
 
@@ -124,11 +135,14 @@ class MlflowRecord:
     def missing(self) -> int:
         """Return the number of recorded steps that the store does not have."""
         have = self._sent.step if self._sent else (note.step if (note := self._read_note()) else 0)
-        return sum(
-            row["step"] > have
-            for line in _whole_lines(self.folder / METRICS, 0)[0]
-            if (row := parse_row(line))
-        )
+        lines, _ = _whole_lines(self.folder / METRICS, 0)
+        return sum(row["step"] > have for row in _rows(lines))
+
+    def first_line(self, error: Exception) -> str:
+        """Return the first line of an error, without the store's password in any form."""
+        known = [*logins_in(self.uri), *environment_secrets()]
+        text = (clean_text(str(error), known).strip() or "-").splitlines()[0]
+        return f"{type(error).__name__}: {text[:400]}"
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -142,16 +156,32 @@ class MlflowRecord:
             "alembic",
         ):  # they log every table that they create
             logging.getLogger(chatter).setLevel(logging.WARNING)
+        check_answer(self.uri)
         client = MlflowClient(tracking_uri=self.uri)
-        self._sent, self._offset = self._read_note() or self._create(client), 0
-        self._keep(self._sent)
+        note, self._offset = self._read_note(), 0
+        if note is not None and (gone := _gone(client, note.run_id)):
+            self.report(
+                f"MLflow at {self.shown_uri}: run {note.run_id} {gone}; a new run gets the whole"
+                f" record of {self.folder}"
+            )
+            note = None
+        self._keep(note or self._create(client))
+        self._describe(client)
+        self._parent = self.subject.tracker.parent
+        if self._parent and (gone := _gone(client, self._parent)):
+            self.report(f"MLflow at {self.shown_uri}: the run of all pools, {self._parent}, {gone}")
+            self._parent = None
         self._client = client
 
     def _create(self, client: Any) -> Sent:
-        from mlflow.entities import Param
-
         name = self.subject.tracker.experiment
         found = client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage != "active":
+            raise DeletedError(
+                f"experiment {name!r} has been deleted there, expected one that takes runs. Fix:"
+                f" mlflow experiments restore --experiment-id {found.experiment_id}, or"
+                f" tracker.experiment=<another> (replay --experiment <another>)"
+            )
         place = (
             (self.subject.out.resolve() / "mlartifacts").as_uri()
             if self.subject.tracker.uri is None
@@ -171,12 +201,22 @@ class MlflowRecord:
             else {}
         )
         run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        return Sent(self.shown_uri, run_id, described=False)
+
+    def _describe(self, client: Any) -> None:
+        """Send the parameters, unless the run has them. The run is noted before, so that an
+        attempt that fails here is followed by one with the same run."""
+        from mlflow.entities import Param
+
+        assert self._sent is not None
+        if self._sent.described:
+            return
         params = [
             Param(key, str(value)[:500]) for key, value in _flat("", self.subject.parameters())
         ]
         for start in range(0, len(params), 100):  # MLflow's limit per call
-            client.log_batch(run_id, params=params[start : start + 100])
-        return Sent(self.shown_uri, run_id)
+            client.log_batch(self._sent.run_id, params=params[start : start + 100])
+        self._keep(replace(self._sent, described=True))
 
     def _send_metrics(self) -> int:
         from mlflow.entities import Metric
@@ -185,17 +225,16 @@ class MlflowRecord:
         steps = 0
         while True:
             lines, end = _whole_lines(self.folder / METRICS, self._offset, most=100)
-            read = [row for line in lines if (row := parse_row(line))]
-            rows = [row for row in read if row["step"] > self._sent.step]
+            rows = [row for row in _rows(lines) if row["step"] > self._sent.step]
             metrics = [
-                Metric(key, float(value), int(row.get("time", 0) * 1000), row["step"])
+                Metric(key, number, int((_number(row.get("time")) or 0) * 1000), row["step"])
                 for row in rows
                 for key, value in row.items()
-                if key not in NOT_METRICS
+                if key not in NOT_METRICS and (number := _number(value)) is not None
             ]
             for start in range(0, len(metrics), MOST):
                 self._client.log_batch(self._sent.run_id, metrics=metrics[start : start + MOST])
-            if (parent := self.subject.tracker.parent) and rows:
+            if (parent := self._parent) and rows:
                 name = f"{self.subject.pool}/{self.subject.stage}/"
                 losses = [
                     Metric(name + m.key, m.value, m.timestamp, m.step)
@@ -221,75 +260,17 @@ class MlflowRecord:
     def _read_note(self) -> Sent | None:
         try:
             note = Sent(**json.loads((self.folder / NOTE).read_text()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):  # damaged: a new run gets all
             return None
-        return note if note.uri == self.shown_uri else None
+        kinds = {"step": int, "artifacts": int, "described": bool}
+        whole = all(type(value) is kinds.get(key, str) for key, value in vars(note).items())
+        return note if whole and note.uri == self.shown_uri else None
 
     def _keep(self, sent: Sent) -> None:
         self._sent = sent
         draft = self.folder / f"{NOTE}.tmp-{os.getpid()}"
         draft.write_text(json.dumps(asdict(sent)) + "\n")
         draft.replace(self.folder / NOTE)
-
-
-class Forwarder:
-    """Call `catch_up` every EVERY_S in a thread, and again after a failure.
-
-    Only `close` waits for it.
-    """
-
-    def __init__(self, record: MlflowRecord, report: Callable[[str], None]) -> None:
-        self.record, self.report = record, report
-        self._ended = threading.Event()
-        self._status = "FAILED"
-        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def close(self, status: str, timeout_s: float) -> None:
-        """Send the rest and the end, or report the number of missing steps after `timeout_s`."""
-        self._status = status
-        self._ended.set()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._say_missing("did not answer in time")
-
-    def _say_missing(self, why: str) -> None:
-        self.report(
-            f"MLflow at {self.record.shown_uri} {why}: {self.record.missing()} steps are in"
-            f" {self.record.folder / METRICS} only."
-            f" Fix: python -m wm_train.tracking replay {self.record.folder}"
-        )
-
-    def _run(self) -> None:
-        pause, failed = EVERY_S, ""
-        while True:
-            ended = self._ended.wait(pause)
-            try:
-                steps = self.record.catch_up(self._status if ended else None)
-                if failed:
-                    self.report(
-                        f"MLflow at {self.record.shown_uri} answers again; {steps} steps were sent"
-                    )
-                pause, failed = EVERY_S, ""
-            # any failure of a tracking store, of whatever library, must not stop training
-            except Exception as error:
-                self.record.forget()
-                pause = min(2 * pause, RETRY_LIMIT_S) if failed else RETRY_S
-                if not failed and not ended:
-                    self.report(
-                        f"MLflow at {self.record.shown_uri} failed, the run goes on without it"
-                        f" ({_first_line(error)}). Every figure is in"
-                        f" {self.record.folder / METRICS} and is sent when the store answers"
-                    )
-                failed = _first_line(error)
-            if ended:
-                if failed:
-                    self._say_missing(f"failed ({failed})")
-                return
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
 def _whole_lines(path: Path, offset: int, most: int | None = None) -> tuple[list[bytes], int]:
@@ -305,8 +286,37 @@ def _whole_lines(path: Path, offset: int, most: int | None = None) -> tuple[list
     return lines, offset + sum(map(len, lines))
 
 
+def _rows(lines: list[bytes]) -> list[dict[str, Any]]:
+    """Return the steps in lines of the record. A damaged line is left out: the trainer reports it
+    when it opens the record."""
+    return [row for line in lines if (row := parse_row(line))]
+
+
+def _number(value: Any) -> float | None:
+    """Return a figure as MLflow takes it, "NaN" and "Infinity" too; None for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _gone(client: Any, run_id: str) -> str:
+    """Return how a run was lost, "" if it takes figures."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        stage = client.get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code != UNKNOWN_RUN:
+            raise
+        return "is not there any more"
+    return "" if stage == "active" else "has been deleted there"
+
+
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
+    """Return the values of nested mappings by their full key. A mapping with keys that are no plain
+    names, such as the addresses of a mixture, counts as one value."""
+    if isinstance(value, dict) and all(PLAIN_KEY.fullmatch(key) for key in value):
         return [
             row
             for key, inner in value.items()

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -24,8 +25,10 @@ from typing import Any
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import from_json, public_config
+from wm_train.redact import clean_output, clean_text, clean_value
+from wm_train.tracking.forwarder import Forwarder
 from wm_train.tracking.goodput import begin_life, productive, read_life, write_life
-from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, Forwarder, MlflowRecord, Subject
+from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, MlflowRecord, Subject
 from wm_train.tracking.rows import read_rows, to_line
 
 
@@ -107,7 +110,9 @@ class Tracker:
         self._forwarder: Forwarder | None = None
         if plan.tracker.name == "mlflow":
             names = (plan.run, plan.pool, plan.stage)
-            record = MlflowRecord(Subject(*names, plan.tracker, plan.out, plan.record), folder)
+            record = MlflowRecord(
+                Subject(*names, plan.tracker, plan.out, plan.record), folder, report
+            )
             record.rewind(first_step)
             self._forwarder = Forwarder(record, report)
 
@@ -170,18 +175,31 @@ def parent_run(
     """
     if run.tracker.name != "mlflow":
         return None
-    record = MlflowRecord(subject_of(run, ""), folder)
+    record = MlflowRecord(subject_of(run, ""), folder, report)
     try:
         record.catch_up(status)
     except Exception as error:  # of whatever library: a tracking store must not stop training
         report(
             f"MLflow at {record.shown_uri} failed, the run of all pools misses what it would have"
-            f" said ({type(error).__name__})"
+            f" said ({record.first_line(error)})"
         )
         return None
     return record.run_id
 
 
+def where_to_look(run: RunConfig) -> str:
+    """Return where MLflow keeps a run, with the command or the place to look at it."""
+    uri: str = clean_value(subject_of(run, "").uri)
+    protocol = uri.partition("://")[0].lower() if "://" in uri else "file"
+    if protocol in ("http", "https"):
+        return f"{uri}  (open it in a browser)"
+    if protocol.partition("+")[0] not in ("file", "sqlite", "postgresql", "mysql", "mssql"):
+        return uri
+    show = f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
+    return f"{uri}  (to look at it: pip install mlflow; {show})"
+
+
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m wm_train.tracking replay <folder>`; exit code 1 when the store still fails."""
     parser = argparse.ArgumentParser(
@@ -194,20 +212,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("folder", type=Path, nargs="+", help="<out>/<name>/<stage>, one or more")
     command.add_argument("--uri", help="another store than the run's")
+    command.add_argument("--experiment", help="another experiment than the run's")
     arguments = parser.parse_args(argv)
     for folder in arguments.folder:
+        record = None
         try:
             run = from_json((folder / "config.json").read_text(encoding="utf-8"))
             subject = subject_of(run, folder.name)
-            uri = arguments.uri or subject.tracker.uri
-            moved = replace(subject, tracker=replace(subject.tracker, uri=uri))
-            record = MlflowRecord(moved, folder)
+            given = {key: getattr(arguments, key) for key in ("uri", "experiment")}
+            tracker = replace(subject.tracker, **{k: v for k, v in given.items() if v})
+            record = MlflowRecord(replace(subject, tracker=tracker), folder, print)
             life = read_life(folder)
             steps = record.catch_up(life.status if life and life.status != "RUNNING" else None)
         except (
             Exception
         ) as error:  # a missing file, or any failure of whatever library the store uses
-            print(f"replay of {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+            why = record.first_line(error) if record else f"{type(error).__name__}: {error}"
+            print(f"replay of {folder}: {clean_text(why)}", file=sys.stderr)
             return 1
         print(f"{folder}: {steps} steps sent")
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 from data_shards.fields import same_rate
 from wm_train.checkpoint import store
 from wm_train.checkpoint.handover import handover
-from wm_train.checkpoint.manifest import Manifest
+from wm_train.checkpoint.manifest import Manifest, resume_facts
 from wm_train.config.curriculum import StagePlan
 from wm_train.errors import SetupError
 from wm_train.models.public import load_pretrained_
@@ -58,13 +58,14 @@ def restore(
             " of an earlier start. Fix: name=<new run>, or move the folder away, or resume=true to"
             " go on from it"
         )
-    mine, theirs = identity(plan, data_fingerprint), manifest.facts["identity"]
+    theirs, their_config = resume_facts(folder, manifest)
+    mine = identity(plan, data_fingerprint)
     if "noise" not in theirs:
         raise SetupError(
             f"cannot continue {folder}: it was trained with noise keyed by the stage's position, "
             f"got keying 1, expected {KEYING} (by the stage's name). Fix: name=<new run>"
         )
-    sides = ((theirs, manifest.facts["config"]), (mine, plan.record))
+    sides = ((theirs, their_config), (mine, plan.record))
     before, now = (
         {**facts, "data": f"{config['data']['path']} ({facts['data'][:12]})"}
         for facts, config in sides
@@ -74,7 +75,7 @@ def restore(
         for key in mine
         if theirs.get(key) != _as_json(mine[key])
     ]
-    different += _other_tensors(manifest.facts["config"], plan.record, plan.stage)
+    different += _other_tensors(their_config, plan.record, plan.stage)
     if different:
         raise SetupError(
             f"cannot continue {folder}: {'; '.join(different)}. Fix: restore those values, start a"

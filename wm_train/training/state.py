@@ -26,6 +26,7 @@ from wm_train.noise import KEYING
 from wm_train.optim.adamw import Optimizer, adamw_groups, optimizer_tensors
 from wm_train.optim.config import AdamWConfig
 from wm_train.optim.ema import ema_start, ema_update, ema_weights
+from wm_train.redact import clean_value
 from wm_train.world import World
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def identity(plan: StagePlan, data_fingerprint: str) -> dict[str, Any]:
     noise and the trained function."""
     stage, model = plan.config, asdict(plan.config.model)
     del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
-    return {
+    settings: dict[str, Any] = {
         "stage": plan.stage,
         "noise": {"stage": plan.stage, "keying": KEYING},
         "seed": plan.seed,
@@ -290,6 +291,7 @@ def identity(plan: StagePlan, data_fingerprint: str) -> dict[str, Any]:
         "frozen": list(stage.frozen),
         "data": data_fingerprint,
     }
+    return clean_value(settings)  # it is stored with checkpoints, which others may read
 
 
 def facts(

@@ -11,7 +11,7 @@ import pytest
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stage
 from wm_train.config.typed import public_config, to_json
-from wm_train.tracking import goodput, mlflow_record
+from wm_train.tracking import forwarder, goodput, mlflow_record
 from wm_train.tracking import tracker as tracking
 from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps
 
@@ -109,7 +109,7 @@ def test_no_step_waits_for_a_store_that_hangs(tmp_path, monkeypatch):
     """A server that takes the call and never answers: the thread is stuck in its first call, and
     every step is recorded meanwhile."""
     calls, answer = [], threading.Event()
-    monkeypatch.setattr(mlflow_record, "EVERY_S", 0.01)
+    monkeypatch.setattr(forwarder, "EVERY_S", 0.01)
 
     def hang(self, status=None):
         calls.append(status)

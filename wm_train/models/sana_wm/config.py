@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from wm_train.config.kinds import ModelConfig, Needs
 from wm_train.config.problems import AT, Problem
-from wm_train.config.rules import Count, CountOrZero, Positive
+from wm_train.config.rules import Count, CountOrZero, Positive, from_to
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SanaWMConfig(ModelConfig):
     }
 
     name: str = "sana_wm"
-    depth: Count = 4
+    depth: Annotated[int, from_to(1, 1000)] = 4
     width: Count = 128
     heads: Count = 4
     # block i is softmax when (i + 1) % softmax_every == 0, else frame-wise GDN; 0 = none is
