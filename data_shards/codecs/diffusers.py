@@ -164,5 +164,6 @@ class DiffusersCodec:
 
 OPTIONS = {"model": Option(text, "folder or hub name of the autoencoder", required=True)}
 LTX2, WAN, TINY = (
-    CodecRow(partial(DiffusersCodec, name), OPTIONS, on_device=True) for name in CLASSES
+    CodecRow(partial(DiffusersCodec, name), OPTIONS, True, ("diffusers", "torch"))
+    for name in CLASSES
 )

@@ -237,4 +237,5 @@ TAEHV = CodecRow(
     TaehvCodec,
     {"model": Option(text, "safetensors file of the weights, or a folder with one", required=True)},
     on_device=True,
+    libraries=("torch",),
 )

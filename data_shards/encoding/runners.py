@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from data_shards.encoding.job import Job, encode_in_worker
+from data_shards.encoding.job import Bad, Job, encode_in_worker
 from data_shards.schema import DataError
 
+Done = tuple[int, Bad]  # number of a job, and its clips that cannot be read
 
-def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
-    """Run the jobs in a pool of processes, yielding the number of each as it finishes."""
+
+def run_in_processes(jobs: list[Job], workers: int) -> Iterator[Done]:
+    """Run the jobs in a pool of processes, yielding the result of each as it finishes."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -57,7 +59,7 @@ def leave_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
+def run_on_ray(jobs: list[Job], workers: int) -> Iterator[Done]:
     """Run at most `workers` tasks at a time, each on one CPU.
 
     A task is repeated if its worker or node dies. It joins the cluster of RAY_ADDRESS, whose nodes
@@ -101,7 +103,7 @@ def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
         ray.shutdown()
 
 
-RUNNERS: Mapping[str, Callable[[list[Job], int], Iterator[int]]] = {
+RUNNERS: Mapping[str, Callable[[list[Job], int], Iterator[Done]]] = {
     "processes": run_in_processes,
     "ray": run_on_ray,
 }

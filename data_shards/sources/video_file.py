@@ -64,6 +64,36 @@ def probe(file: Any, where: str) -> tuple[int, int, int, Any]:
     return count, height, width, rate
 
 
+def check_packets(file: Any, frames: int, where: str) -> None:
+    """Check that a video (a path or a binary file) holds whole packets for so many frames.
+
+    Raises:
+        DataError: a file that is cut or damaged, or no video.
+    """
+    count = count_packets(file, where)
+    if count < frames:
+        raise DataError(
+            f"video: got {count} whole frames in {where}, expected {frames}: the file is cut or"
+            " damaged. Fix: copy it again, or take it out"
+        )
+
+
+def count_packets(file: Any, where: str) -> int:
+    """Return how many whole frames a video holds, without decoding them."""
+    av = import_av()
+    count = 0
+    try:
+        with av.open(file) as container:
+            for packet in container.demux(video=0):
+                count += packet.size > 0 and not packet.is_corrupt
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DataError(
+            f"video: cannot read {where} ({error}), expected a whole video file. Fix: copy it"
+            " again, or take it out"
+        ) from error
+    return count
+
+
 def whole_groups(frames: int) -> int:
     """Return how many frames a clip keeps: a multiple of STRIDE plus 1."""
     return (frames - 1) // STRIDE * STRIDE + 1

@@ -17,13 +17,14 @@ Instead of c2w and intrinsics there may be a COLMAP text model in the folder `na
 (cameras.txt, images.txt; images sorted by name are the frames); instead of controls,
 `name.events.npz` with the columns of `data_shards.controls.Events`. Either every clip has poses or
 none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
-note.
+note. Hidden files are left out too, and two videos of one name (a.mp4, a.mkv) are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,23 @@ from data_shards.controls import CONTROL_NAMES, Events
 from data_shards.schema import DataError, check_key
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
-from data_shards.sources.video_file import LENGTHS, SUFFIXES, probe, read_frames, whole_groups
+from data_shards.sources.digests import FileDigests, is_hidden, list_files
+from data_shards.sources.video_file import (
+    LENGTHS,
+    SUFFIXES,
+    check_packets,
+    probe,
+    read_frames,
+    whole_groups,
+)
 from data_shards.storage.files import read_json
 
 PARAMETERS = {
     "SIMPLE_PINHOLE": (0, 0, 1, 2),
     "PINHOLE": (0, 1, 2, 3),
 }  # COLMAP camera model -> where fx, fy, cx, cy are
+
+BESIDE = (".npz", ".json", ".txt", ".colmap")  # what lies beside videos
 
 Camera = tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None]
 
@@ -141,30 +152,59 @@ def read_sidecar(video: Path) -> dict[str, Any]:
     return read_json(text, "sidecar") if text.exists() else {}
 
 
+def list_videos(folder: Path) -> tuple[dict[str, Path], dict[str, str], int]:
+    """Return key -> video of the files in a folder, file name -> what is wrong with it, and how
+    many videos are left out as hidden (`._clip.mp4`, as desktops write them)."""
+    found: dict[str, Path] = {}
+    problems: dict[str, str] = {}
+    hidden = 0
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
+        if is_hidden(file.name):
+            hidden += 1
+            continue
+        try:
+            key = check_key(file.stem)
+        except DataError as error:
+            problems[file.name] = str(error)
+            continue
+        other = found.setdefault(key, file)
+        if other != file:
+            problems[file.name] = (
+                f"clip key: got {other.name} and {file.name}, which are both the clip {key!r},"
+                " expected one video of a name. Fix: rename one of them, and what lies beside it"
+            )
+    return found, problems, hidden
+
+
 class VideosSource:
     """Read clips from a folder of video files."""
+
+    libraries = ("av",)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored: StoredLatents | None = None
-        self._files = {
-            check_key(file.stem): file
-            for file in sorted(folder.iterdir())
-            if file.suffix.lower() in SUFFIXES
-        }
+        self._digests = FileDigests()
+        self._files, problems, hidden = list_videos(folder)
+        self.problems: Mapping[str, str] = problems
         clips, rates, trimmed = [], set(), 0
         names: set[tuple[str, ...]] = set()
         sums: tuple[bool, ...] = ()
         scales = set()
         for key, file in self._files.items():
-            frames, height, width, rate = probe(str(file), file.name)
-            sidecar = read_sidecar(file)
+            try:
+                frames, height, width, rate = probe(str(file), file.name)
+                sidecar = read_sidecar(file)
+                episode = check_key(str(sidecar.get("episode", key)))
+            except DataError as error:
+                problems[file.name] = str(error)
+                continue
             kept = whole_groups(frames)
             trimmed += frames - kept
             rates.add(rate)
-            clips.append(
-                SourceClip(key, check_key(str(sidecar.get("episode", key))), kept, height, width)
-            )
+            clips.append(SourceClip(key, episode, kept, height, width))
             scales.add(float(sidecar.get("metres_per_unit", 1.0)))
             found = (
                 CONTROL_NAMES
@@ -179,30 +219,66 @@ class VideosSource:
             ("metres_per_unit", scales),
         ):
             if len(values) > 1:
-                raise DataError(
+                different = (
                     f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
                     " Fix: encode them separately"
                 )
+                raise DataError("\n".join([*problems.values(), different]))
         self.clips, self.control_sums = tuple(clips), sums
         self.fps, self.control_names = (
             (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
         )
         self.metres_per_unit = next(iter(scales), 1.0)
-        note = f"{trimmed} frames at the ends of clips are left out: {LENGTHS}"
-        self.notes: tuple[str, ...] = (note,) if trimmed else ()
-        # the files themselves, by size and time: an edited video makes another data set, and an
-        # interrupted run does not go on with it
-        facts = [
-            (key, file.stat().st_size, file.stat().st_mtime_ns) for key, file in self._files.items()
-        ]
-        self.description = (
-            f"videos, {len(clips)} files, content"
-            f" {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
-        )
+        notes = {
+            f"{trimmed} frames at the ends of clips are left out: {LENGTHS}": trimmed,
+            f"{hidden} hidden videos are left out (names that begin with a dot)": hidden,
+        }
+        if alone := [path.name for path in self._without_video()]:
+            shown = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
+            notes[f"{len(alone)} files are left out that belong to no video: {shown}"] = len(alone)
+        self.notes: tuple[str, ...] = tuple(note for note, count in notes.items() if count)
+        self.description = f"videos, {len(clips)} files"
 
     def load(self, clip: SourceClip) -> ClipContent:
+        file = self._files[clip.key]
+        return replace(self._beside(clip), video=read_frames(str(file), clip, file.name))
+
+    def check(self, clip: SourceClip) -> ClipContent:
+        """Return what lies beside the video; the file must hold all packets of the clip."""
+        file = self._files[clip.key]
+        check_packets(str(file), clip.frames, file.name)
+        return self._beside(clip)
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return the digest of the video and of everything beside it that has the clip's name."""
+        file = self._files[clip.key]
+        beside = [file, *self._sidecars.get(file.stem, ())]
+        files = [inner for path in beside for inner in list_files(path)]
+        return {path.relative_to(self.folder).as_posix(): self._digests.of(path) for path in files}
+
+    @cached_property
+    def _sidecars(self) -> dict[str, list[Path]]:
+        """Return stem -> what lies beside the video of that stem: a key holds no dot, so a name is
+        its stem up to the first."""
+        videos, found = set(self._files.values()), dict[str, list[Path]]()
+        for path in sorted(self.folder.iterdir()):
+            if path not in videos and not is_hidden(path.name):
+                found.setdefault(path.name.partition(".")[0], []).append(path)
+        return found
+
+    def _without_video(self) -> list[Path]:
+        """Return what looks as if it lay beside a video, but has the name of none."""
+        stems = {file.stem for file in self._files.values()} | {
+            name.partition(".")[0] for name in self.problems
+        }
+        others = [
+            path for stem, paths in self._sidecars.items() for path in paths if stem not in stems
+        ]
+        return [path for path in others if path.suffix in BESIDE]
+
+    def _beside(self, clip: SourceClip) -> ClipContent:
+        """Return all of a clip but its pixels."""
         file, frames = self._files[clip.key], clip.frames
-        video = read_frames(str(file), clip, file.name)
         sidecar, where = read_sidecar(file), file.name
         colmap = file.with_suffix(".colmap")
         camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)
@@ -219,7 +295,7 @@ class VideosSource:
                 f" as control_names ({where})"
             )
         return ClipContent(
-            video,
+            None,
             c2w,
             intrinsics,
             None if controls is None else controls[:frames],
