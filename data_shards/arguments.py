@@ -9,6 +9,7 @@ starts.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,20 @@ def text(value: str) -> str:
     if not value:
         raise ValueError("some text")
     return value
+
+
+def path(value: str) -> str:
+    """Convert a file, folder, URL or hub name; a leading `~` is expanded, which no shell does
+    behind a `=`."""
+    expanded = os.path.expanduser(text(value))
+    if expanded.startswith("~"):
+        raise ValueError("a path; ~ is a home folder, ~name that of a user here, and ./~ a name")
+    return expanded
+
+
+def paths(value: str) -> str:
+    """Convert several paths with commas."""
+    return ",".join(map(path, value.split(",")))
 
 
 def usage(command: str, about: str, options: Mapping[str, Option]) -> str:

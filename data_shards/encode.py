@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from data_shards.arguments import Option, choice, number, run, text, whole
+from data_shards.arguments import Option, choice, number, path, run, text, whole
 from data_shards.codecs import CODECS, LatentCodec, codec_row
 from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.fields import own_fields
@@ -51,14 +51,14 @@ def one_of(registry: Registry, *more: str) -> Callable[[str], str]:
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
     "source": Option(
-        text,
+        path,
         "a recording, a folder of videos, tars of videos in the WebDataset layout (a folder, or"
         " names and URLs: shards/{000000..000099}.tar), or the folder of zips of SANA-WM's public"
         " training layout",
         required=True,
     ),
     "out": Option(
-        text, "folder to make, or the URL of one in a store: s3://bucket/set", required=True
+        path, "folder to make, or the URL of one in a store: s3://bucket/set", required=True
     ),
     "kind": Option(
         one_of(SOURCES, "auto"),
@@ -66,9 +66,9 @@ OPTIONS = {
         " package offers; auto: one of the first four, as found",
         "auto",
     ),
-    "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
+    "latents": Option(path, "folder of the zips with ready latents (SANA-WM's layout)", None),
     "captions": Option(
-        text, "JSON file {key: caption}; it goes before the source's own captions", None
+        path, "JSON file {key: caption}; it goes before the source's own captions", None
     ),
     "codec": Option(
         one_of(CODECS),
@@ -92,7 +92,7 @@ OPTIONS = {
         "no",
     ),
     "text": Option(
-        text,
+        path,
         "folder or hub name of a transformers encoder; `ready`: the source's own embeddings",
         None,
     ),
@@ -106,7 +106,7 @@ OPTIONS = {
         choice("float16", "bfloat16", "float32"), "of the stored text", "bfloat16"
     ),
     "null_text": Option(
-        text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
+        path, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
     ),
     "fields": Option(
         text, "names of fields of other packages to take from the source too, with commas", None

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.arguments import Option, choice, number, run, text, whole
+from data_shards.arguments import Option, choice, number, path, run, whole
 from data_shards.progress import clip_progress
 from data_shards.schema import DataError, latent_frame_count
 from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
@@ -32,7 +32,7 @@ ABOUT = (
     " motion."
 )
 OPTIONS = {
-    "out": Option(text, "folder to make", required=True),
+    "out": Option(path, "folder to make", required=True),
     "clips": Option(whole(1, 10**6), "number of clips", 32),
     "frames": Option(whole(9, 10**5), "raw frames in a clip, 8k+1", 81),
     "fps": Option(number(1, 35), "frames per second of game time", 16.0),
