@@ -201,8 +201,7 @@ def encode(
             raise run.refusal()
         jobs, todo = run.choose()  # without them; what is encoded is kept
     info, cut_captions = finish(target, jobs, source, run.plan, settings, codec, encoder)
-    for name in ("rows", KEPT):
-        target.remove(name)
+    target.remove("rows", KEPT)
     size_mb = sum(target.sizes().values()) / 1e6
     target.publish()
     seconds = time.perf_counter() - started

@@ -18,11 +18,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data_shards.encoding.target import Target
-from data_shards.schema import ClipEntry, DataError, MemberEntry
+from data_shards.schema import DataError, MemberEntry
 from data_shards.storage.files import array_from_bytes, as_float32, crc32c
-from data_shards.storage.shard_bytes import lies_in
 from data_shards.storage.write import shard_size
-from data_shards.storage.zarr_store import shard_files
+from data_shards.storage.zarr_store import pieces, shard_files
 
 KEPT = "kept"
 
@@ -118,9 +117,7 @@ def set_aside(
             target.rename(shard.shard, moved.shard)  # killed here: the clips are encoded again
             target.rename(shard.result, moved.result)
             kept.append(moved)
-    for name in every:
-        if name not in stay and not name.startswith(f"{KEPT}/"):
-            target.remove(name)
+    target.remove(*(name for name in every if name not in stay and not name.startswith(f"{KEPT}/")))
     return kept
 
 
@@ -132,12 +129,11 @@ def read_made(
     Raises:
         DataError: bytes that are not those written.
     """
-    key, episode, split, latent_frames, raw_frames = clip.row["clip"]
-    entry = ClipEntry(key, 0, clip.shard, episode, split, latent_frames, raw_frames)
+    key = clip.row["clip"][0]
     arrays: dict[str, tuple[str, NDArray[Any]]] = {}
     description: dict[str, Any] = {}
     for member in members_of(clip.row):
-        data = read_member(place, entry, member)
+        data = read_member(place, clip.shard, key, member)
         if crc32c(data) != member.crc32c:
             raise DataError(
                 f"kept clip: got other bytes than were written (shard {clip.shard}, key {key},"
@@ -154,13 +150,13 @@ def read_made(
     return arrays, description
 
 
-def read_member(place: str, entry: ClipEntry, member: MemberEntry) -> bytes:
+def read_member(place: str, shard: str, key: str, member: MemberEntry) -> bytes:
     """Read all bytes of a member: of a tar with its npy header, of a Zarr shard its numbers."""
-    if entry.shard.endswith(".zarr"):
-        pieces = lies_in(entry, member, 0, member.shape[0]) if member.length else ()
-        ranges = [(piece.name, piece.offset, piece.length) for piece in pieces]
+    if shard.endswith(".zarr"):
+        found = pieces(key, member, 0, member.shape[0]) if member.length else ()
+        ranges = [(f"{shard}/{piece.name}", piece.offset, piece.length) for piece in found]
     else:
-        ranges = [(entry.shard, member.offset, member.length)]
+        ranges = [(shard, member.offset, member.length)]
     parts = []
     for name, start, length in ranges:
         try:

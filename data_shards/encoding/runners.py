@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -36,6 +38,8 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[Done]:
                 " perhaps with fewer"
             ) from error
         except BaseException:
+            for worker in multiprocessing.active_children():  # not after the shards under way
+                worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -43,8 +47,10 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[Done]:
 def leave_with_parent() -> None:
     """End this worker when its parent process dies in any way.
 
-    Otherwise a pool's workers would wait for ever.
+    Otherwise a pool's workers would wait for ever. SIGTERM ends the shard under way, with its
+    temporary files.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     import multiprocessing
     from multiprocessing.connection import wait
 

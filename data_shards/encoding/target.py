@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from data_shards.schema import FACTS, DataError
@@ -24,6 +24,11 @@ from data_shards.storage.remote import RetryPolicy, connect, is_transient, with_
 T = TypeVar("T")
 POLICY = RetryPolicy(read_timeout_s=60.0)
 TOGETHER = 16  # small files that are read or removed at a time
+
+
+def parts_of(name: str) -> list[str]:
+    """Return a file's name, and those of the folders that it is in."""
+    return [name, *map(str, PurePosixPath(name).parents)]
 
 
 class Target:
@@ -146,13 +151,14 @@ class Target:
                 is_transient(error),
             ) from error
 
-    def remove(self, name: str) -> None:
-        """Remove a file, or a folder and everything in it."""
-        path = Path(self.place) / name
+    def remove(self, *names: str) -> None:
+        """Remove files, and folders with everything in them."""
         if not self.in_store:
-            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            for path in (Path(self.place) / name for name in names):
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
             return
-        gone = [file for file in self.sizes() if file == name or file.startswith(f"{name}/")]
+        there = self.sizes() if names else ()
+        gone = [file for file in there if any(part in names for part in parts_of(file))]
         with ThreadPoolExecutor(TOGETHER) as pool:  # not `rm`, which takes patterns
             list(pool.map(self._remove_object, gone))
 

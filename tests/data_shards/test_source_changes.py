@@ -177,12 +177,17 @@ def test_captions_are_part_of_their_clips(videos, tmp_path, loaded, monkeypatch,
     assert "got 1 keys that no clip has: 'z'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("container", ["tar", "zarr"])
+@pytest.mark.parametrize(
+    ("container", "dtype"), [("tar", "float16"), ("tar", "bfloat16"), ("zarr", "bfloat16")]
+)
 def test_clips_that_come_and_go_leave_the_others_encoded(
-    videos, tmp_path, loaded, monkeypatch, capsys, container
+    videos, tmp_path, loaded, monkeypatch, capsys, container, dtype
 ):
     """Two clips a shard, so what is taken out moves all after it into other shards."""
-    out, more = tmp_path / "set", (f"container={container}", "validation=0.4")
+    out, more = (
+        tmp_path / "set",
+        (f"container={container}", "validation=0.4", f"latent_dtype={dtype}"),
+    )
     command = arguments(videos, out, *more, channels=32)
     interrupted(command, monkeypatch)
     assert len(list((tmp_path / "set.partial" / "shards").iterdir())) == 2
