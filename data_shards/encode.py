@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 from data_shards.arguments import Option, choice, number, run, text, whole
@@ -23,6 +24,7 @@ from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.fields import own_fields
 from data_shards.encoding.finish import finish
 from data_shards.encoding.job import Job, encode_shard, left_to_do, plan_jobs
+from data_shards.encoding.memory import check_memory
 from data_shards.encoding.runners import RUNNERS
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
@@ -32,6 +34,7 @@ from data_shards.registry import Registry, names
 from data_shards.schema import PLAN, DataError
 from data_shards.sources import SOURCES, Place, open_source
 from data_shards.sources.clips import ClipSource
+from data_shards.sources.reading import Reading, frame_rate
 
 
 def one_of(registry: Registry, *more: str) -> Callable[[str], str]:
@@ -60,6 +63,14 @@ OPTIONS = {
     "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
     "captions": Option(
         text, "JSON file {key: caption}; it goes before the source's own captions", None
+    ),
+    "fps": Option(frame_rate, "resample videos to this rate by their time stamps", None),
+    "clip_frames": Option(
+        whole(9), "cut each video of a folder into clips of so many frames, 8k + 1", None
+    ),
+    "clip_overlap": Option(whole(0), "frames that a clip shares with the one before", 0),
+    "damaged": Option(
+        choice("refuse", "allow"), "pictures that a video's decoder had to make up", "refuse"
     ),
     "codec": Option(
         one_of(CODECS),
@@ -148,6 +159,9 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
         )
     codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
     target = Target(out)
+    if clips.stored is None:
+        on_machine = workers if runner == "processes" else 1
+        check_memory(clips.clips, 2 if settings.psnr == "yes" else 1, on_machine)
     jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
     own_fields(settings.fields)  # names that nobody knows are refused before any work
     facts = dataclasses.asdict(settings)
@@ -242,11 +256,16 @@ def main(arguments: list[str]) -> int:
         out: str,
         workers: int,
         runner: str,
+        fps: Fraction | None,
+        clip_frames: int | None,
+        clip_overlap: int,
+        damaged: str,
         **values: Any,
     ) -> None:
         own = tuple((name, values.pop(name)) for name in sorted(values.keys() - OPTIONS.keys()))
         settings = Settings(**values, codec_options=own)
-        encode(Place(source, latents, captions, kind), out, workers, runner, settings)
+        reading = Reading(fps, clip_frames, clip_overlap, damaged)
+        encode(Place(source, latents, captions, kind, reading), out, workers, runner, settings)
 
     return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments, codec_options)
 

@@ -17,13 +17,16 @@ Instead of c2w and intrinsics there may be a COLMAP text model in the folder `na
 (cameras.txt, images.txt; images sorted by name are the frames); instead of controls,
 `name.events.npz` with the columns of `data_shards.controls.Events`. Either every clip has poses or
 none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
-note.
+note. `Reading` (`encode fps=`, `clip_frames=`) resamples videos and cuts them into clips, and what
+lies beside them along with their frames. Intrinsics are of the picture as it is shown: a video that
+its file says is turned is turned.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import CONTROL_NAMES, Events
+from data_shards.fields import registered
 from data_shards.schema import DataError, check_key
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
-from data_shards.sources.video_file import LENGTHS, SUFFIXES, probe, read_frames, whole_groups
+from data_shards.sources.cuts import cut_controls, cut_events
+from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
+from data_shards.sources.video_file import SUFFIXES, Turn, VideoFacts, probe
+from data_shards.sources.video_reader import VideoReader
 from data_shards.storage.files import read_json
 
 PARAMETERS = {
@@ -144,27 +151,40 @@ def read_sidecar(video: Path) -> dict[str, Any]:
 class VideosSource:
     """Read clips from a folder of video files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, reading: Reading = DEFAULT) -> None:
+        self.folder, self.reading = folder, reading
         self.stored: StoredLatents | None = None
         self._files = {
             check_key(file.stem): file
             for file in sorted(folder.iterdir())
             if file.suffix.lower() in SUFFIXES
         }
-        clips, rates, trimmed = [], set(), 0
+        self._open: tuple[str, VideoReader, dict[str, Any]] | None = None
+        self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
+        clips, problems = [], []
         names: set[tuple[str, ...]] = set()
         sums: tuple[bool, ...] = ()
         scales = set()
+        self._facts: dict[str, VideoFacts] = {}
+        trimmed, short = 0, []
         for key, file in self._files.items():
-            frames, height, width, rate = probe(str(file), file.name)
-            sidecar = read_sidecar(file)
-            kept = whole_groups(frames)
-            trimmed += frames - kept
-            rates.add(rate)
-            clips.append(
-                SourceClip(key, check_key(str(sidecar.get("episode", key))), kept, height, width)
-            )
+            try:
+                facts = probe(str(file), file.name)
+                if reading.fps is None:
+                    facts.times.require_even(file.name)
+                sidecar = read_sidecar(file)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            self._facts[key] = facts
+            cuts = reading.starts(frames := facts.times.count(reading.fps))
+            trimmed += frames - max((at + kept for at, kept in cuts), default=frames)
+            short += [] if cuts else [file.name]
+            episode = check_key(str(sidecar.get("episode", key)))
+            for start, kept in cuts:
+                name = key if reading.clip_frames is None else check_key(f"{key}_{start:06d}")
+                clips.append(SourceClip(name, episode, kept, facts.height, facts.width))
+                self._places[name] = key, start
             scales.add(float(sidecar.get("metres_per_unit", 1.0)))
             found = (
                 CONTROL_NAMES
@@ -173,74 +193,140 @@ class VideosSource:
             )
             names.add(found)
             sums = tuple(bool(x) for x in sidecar.get("control_sums", [False] * len(found)))
-        for what, values in (
-            ("frame rates", rates),
-            ("control names", names),
-            ("metres_per_unit", scales),
-        ):
+        for what, values in (("control names", names), ("metres_per_unit", scales)):
             if len(values) > 1:
-                raise DataError(
+                problems.append(
                     f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
                     " Fix: encode them separately"
                 )
+        rate = Fraction(0)
+        try:
+            rates = [facts.times.rate for facts in self._facts.values()]
+            rate = reading.fps or (common_rate(rates) if rates else rate)
+        except DataError as error:
+            problems.append(str(error))
+        if problems:
+            raise DataError("\n".join(problems))
         self.clips, self.control_sums = tuple(clips), sums
-        self.fps, self.control_names = (
-            (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
-        )
+        self.fps, self.control_names = float(rate), next(iter(names), ())
         self.metres_per_unit = next(iter(scales), 1.0)
-        note = f"{trimmed} frames at the ends of clips are left out: {LENGTHS}"
-        self.notes: tuple[str, ...] = (note,) if trimmed else ()
+        self.notes = notes_of(self._facts, reading, trimmed, short)
         # the files themselves, by size and time: an edited video makes another data set, and an
         # interrupted run does not go on with it
-        facts = [
+        stats = [
             (key, file.stat().st_size, file.stat().st_mtime_ns) for key, file in self._files.items()
         ]
-        self.description = (
-            f"videos, {len(clips)} files, content"
-            f" {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
-        )
+        digest = hashlib.sha256(repr([*stats, "shown as turned"]).encode()).hexdigest()[:16]
+        asked = f", {reading.changes()}" if reading.changes() else ""
+        self.description = f"videos, {len(self._files)} files{asked}, content {digest}"
+
+    def _opened(self, stem: str) -> tuple[VideoReader, dict[str, Any]]:
+        """Return the reader and the sidecar of a file; those of the last one stay open."""
+        if self._open is None or self._open[0] != stem:
+            if self._open is not None:
+                self._open[1].close()
+            file, keep = self._files[stem], self.reading.clip_overlap
+            reader = VideoReader(
+                str(file), self._facts[stem], file.name, keep, self.reading.damaged
+            )
+            self._open = stem, reader, read_sidecar(file)
+        return self._open[1:]
+
+    def _frames_of(self, clip: SourceClip) -> tuple[NDArray[np.int64], int]:
+        """Return the numbers of a clip's frames in its file, and that of the frame shown before;
+        -1: there is none."""
+        stem, start = self._places[clip.key]
+        shown = self._facts[stem].times.shown(self.reading.fps)
+        return shown[start : start + clip.frames], int(shown[start - 1]) if start else -1
 
     def load(self, clip: SourceClip) -> ClipContent:
-        file, frames = self._files[clip.key], clip.frames
-        video = read_frames(str(file), clip, file.name)
-        sidecar, where = read_sidecar(file), file.name
+        stem, start = self._places[clip.key]
+        file, (numbers, before) = self._files[stem], self._frames_of(clip)
+        reader, sidecar = self._opened(stem)
+        video, where = reader.read(numbers), file.name
         colmap = file.with_suffix(".colmap")
         camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)
-        c2w, intrinsics = cut_camera(camera, frames, self.metres_per_unit, where)
+        c2w, intrinsics = cut_camera(camera, numbers, self.metres_per_unit, where)
         controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
-        if controls is not None and len(controls) < frames:
+        if controls is not None and len(controls) <= numbers[-1]:
             raise DataError(
-                f"sidecar: got controls for {len(controls)} frames, expected at least {frames}"
-                f" ({where})"
+                f"sidecar: got controls for {len(controls)} frames, expected at least"
+                f" {numbers[-1] + 1} ({where})"
             )
         if controls is not None and controls.shape[1:] != (len(self.control_names),):
             raise DataError(
                 f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}]"
                 f" as control_names ({where})"
             )
+        if controls is not None:
+            controls = cut_controls(controls, self.control_sums, numbers, before)
+        events = read_events(file.with_suffix(".events.npz"))
+        if events is not None:
+            stored = self.reading.fps or Fraction(self.fps).limit_denominator(100_000)
+            own = self.reading.fps or self._facts[stem].times.rate
+            events = cut_events(events, start / own, clip.frames / own, 1 / own, own / stored)
         return ClipContent(
             video,
             c2w,
             intrinsics,
-            None if controls is None else controls[:frames],
-            read_events(file.with_suffix(".events.npz")),
+            controls,
+            events,
             caption=read_caption(file.with_suffix(".txt"), sidecar),
             text=read_text(sidecar, where),
         )
 
     def array(self, key: str, name: str) -> NDArray[Any]:
-        """Return an array of the clip's sidecar.
+        """Return an array of the clip's sidecar, of a field per raw frame the rows of its frames.
 
         Raises:
-            DataError: a sidecar without it.
+            DataError: a sidecar without it, or a field per latent frame of a video that is cut or
+                resampled.
         """
-        sidecar = read_sidecar(self._files[key])
+        stem = self._places[key][0]
+        sidecar = self._opened(stem)[1]
         if name not in sidecar:
             raise DataError(
                 f"sidecar: got no {name}, expected it for every clip (key {key}). Fix: add it, or"
                 " encode without fields="
             )
-        return np.array(sidecar[name])
+        values = np.array(sidecar[name])
+        if self.reading.fps is None and self.reading.clip_frames is None:
+            return values
+        field = registered().get(name)
+        if field is not None and field.rate == "clip":
+            return values
+        clip = next(clip for clip in self.clips if clip.key == key)
+        numbers = self._frames_of(clip)[0]
+        if field is None or field.rate != "raw" or len(values) <= numbers[-1]:
+            raise DataError(
+                f"field {name}: got {len(values)} entries, expected one for each raw frame, as"
+                f" others cannot be cut along with a video (key {key}). Fix: encode without"
+                f" {self.reading.changes()}, or without fields="
+            )
+        return values[numbers]
+
+
+def notes_of(
+    facts: Mapping[str, VideoFacts], reading: Reading, trimmed: int, short: Sequence[str]
+) -> tuple[str, ...]:
+    """Return what is to be said of a folder: frames left out, videos turned and resampled."""
+    notes = []
+    if trimmed and reading.clip_frames is None:
+        notes.append(f"{trimmed} frames at the ends of clips are left out: {LENGTHS}")
+    elif trimmed:
+        notes.append(f"{trimmed} frames at the ends of videos fill no clip and are left out")
+    if short:
+        shown = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
+        asked = f"clip_frames={reading.clip_frames}"
+        notes.append(f"{len(short)} videos are shorter than {asked} and are left out: {shown}")
+    if turned := [stem for stem, one in facts.items() if one.turn != Turn()]:
+        shown = ", ".join(turned[:5]) + (", ..." if len(turned) > 5 else "")
+        notes.append(f"{len(turned)} videos are turned as their files say: {shown}")
+    if reading.fps is not None:
+        before = sum(one.times.frames for one in facts.values())
+        after = sum(one.times.count(reading.fps) for one in facts.values())
+        notes.append(f"fps={reading.fps}: {before} frames became {after} by their time stamps")
+    return tuple(notes)
 
 
 def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:
@@ -285,19 +371,22 @@ def read_camera(sidecar: Mapping[str, Any], where: str) -> Camera:
     return c2w, square_intrinsics(np.array(sidecar["intrinsics"], np.float64), len(c2w), where)
 
 
-def cut_camera(camera: Camera, frames: int, metres_per_unit: float, where: str) -> Camera:
-    """Return the camera of the first frames, in metres."""
+def cut_camera(
+    camera: Camera, numbers: NDArray[np.int64], metres_per_unit: float, where: str
+) -> Camera:
+    """Return the camera of the frames of these numbers, in metres."""
     c2w, intrinsics = camera
     if c2w is None or intrinsics is None:
         return None, None
-    if len(c2w) < frames:
+    if len(c2w) <= numbers[-1]:
         raise DataError(
-            f"sidecar: got poses for {len(c2w)} frames, expected at least {frames} ({where})"
+            f"sidecar: got poses for {len(c2w)} frames, expected at least {numbers[-1] + 1}"
+            f" ({where})"
         )
-    c2w = c2w[:frames].copy()
+    c2w = c2w[numbers]
     c2w[:, :3, 3] *= metres_per_unit
-    return c2w, intrinsics[:frames]
+    return c2w, intrinsics[numbers]
 
 
 def open_videos(place: Place) -> VideosSource:
-    return VideosSource(Path(place.path))
+    return VideosSource(Path(place.path), place.reading)

@@ -39,8 +39,10 @@ from numpy.typing import NDArray
 from data_shards.schema import DataError
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
 from data_shards.sources.tar_listing import TarClip, list_tar, read_caption, read_facts
-from data_shards.sources.video_file import LENGTHS, SUFFIXES, read_frames
+from data_shards.sources.video_file import SUFFIXES
+from data_shards.sources.video_reader import VideoReader
 from data_shards.sources.videos import cut_camera, read_camera, read_text
 from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
 
@@ -50,7 +52,13 @@ TOGETHER = 16  # tars listed at a time: a listing waits for the store
 
 
 class WebDatasetSource:
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], reading: Reading = DEFAULT) -> None:
+        self.reading = reading
+        if reading.clip_frames is not None:
+            raise DataError(
+                f"clip_frames: got {reading.clip_frames} with tars of videos, expected none: each"
+                " clip would fetch its whole video again. Fix: unpack the tars into a folder"
+            )
         self.stored: StoredLatents | None = None
         self.metres_per_unit = 1.0
         self.control_names: tuple[str, ...] = ()
@@ -61,7 +69,8 @@ class WebDatasetSource:
         with ThreadPoolExecutor(TOGETHER) as pool:
             facts = list(pool.map(lambda name: tar_facts(name, *self._tars[name]), self._tars))
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        self.description = f"webdataset, {len(facts)} tars, content {digest}"
+        asked = f", {reading.changes()}" if reading.changes() else ""
+        self.description = f"webdataset, {len(facts)} tars{asked}, content {digest}"
 
     def _list(self, tar: str) -> tuple[list[TarClip], list[str]]:
         """Return the clips of a tar, and the names of what is left out."""
@@ -70,7 +79,7 @@ class WebDatasetSource:
         def attempt() -> tuple[list[TarClip], list[str]]:
             # a store's own read-ahead, of 50 MB in S3, would fetch the videos between the headers
             with filesystem.open(path, "rb", block_size=READ_AHEAD) as file:
-                return list_tar(file, tar)
+                return list_tar(file, tar, self.reading)
 
         with named(tar):
             return with_retries(attempt, POLICY)
@@ -80,12 +89,8 @@ class WebDatasetSource:
         with ThreadPoolExecutor(TOGETHER) as pool:
             listed = list(pool.map(self._list, self._tars))
         clips = tuple(clip for of_tar, _ in listed for clip in of_tar)
-        rates = sorted({float(clip.rate) for clip in clips})
-        if len(rates) > 1:
-            raise DataError(
-                f"tars: got different frame rates {rates[:3]}, expected one. Fix: encode them"
-                " separately"
-            )
+        if clips and self.reading.fps is None:
+            common_rate([clip.facts.times.rate for clip in clips])
         return clips, [name for _, left_out in listed for name in left_out]
 
     @property
@@ -106,20 +111,26 @@ class WebDatasetSource:
     @cached_property
     def fps(self) -> float:
         """Return the frame rate of the first clip; workers list no more than its tar."""
+        if self.reading.fps is not None:
+            return float(self.reading.fps)
         first = next((clip for tar in self._tars for clip in self._list(tar)[0]), None)
-        return float(first.rate) if first else 0.0
+        return float(first.facts.times.rate) if first else 0.0
 
     def load(self, clip: SourceClip) -> ClipContent:
         assert isinstance(clip, TarClip), "it is one of ours"
         parts = {suffix: (start, size) for suffix, start, size in clip.members}
         suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
-        video = read_frames(io.BytesIO(self._read(clip, *parts[suffix])), clip, clip.name)
+        data = io.BytesIO(self._read(clip, *parts[suffix]))
+        reader = VideoReader(data, clip.facts, clip.name, damaged=self.reading.damaged)
+        numbers = clip.facts.times.shown(self.reading.fps)[: clip.frames]
+        video = reader.read(numbers)
+        reader.close()
         facts = read_facts(self._read(clip, *parts["json"]), clip.name) if "json" in parts else {}
         caption = facts.get("caption")
         if "txt" in parts:
             caption = read_caption(self._read(clip, *parts["txt"]), clip.name)
         scale = float(facts.get("metres_per_unit", 1.0))
-        c2w, intrinsics = cut_camera(read_camera(facts, clip.name), clip.frames, scale, clip.name)
+        c2w, intrinsics = cut_camera(read_camera(facts, clip.name), numbers, scale, clip.name)
         return ClipContent(
             video,
             c2w,
@@ -229,4 +240,4 @@ def tar_facts(name: str, filesystem: Any, path: str) -> tuple[Any, ...]:
 
 
 def open_webdataset(place: Place) -> WebDatasetSource:
-    return WebDatasetSource(expand(place.path))
+    return WebDatasetSource(expand(place.path), place.reading)
