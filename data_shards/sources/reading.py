@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
+from data_shards.fields import same_rate
 from data_shards.schema import DataError
 
 STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it
 LENGTHS = f"a clip has {STRIDE}k + 1 frames"
-SAME_RATE = 0.005  # relative difference of frame rates that count as one: 29.97 is also called 30
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,11 @@ def frame_rate(text: str) -> Fraction:
     return rate
 
 
-def same_rate(one: float, other: float) -> bool:
-    """Return True if two frame rates differ by no more than `SAME_RATE`."""
-    return math.isclose(one, other, rel_tol=SAME_RATE)
-
-
 def common_rate(rates: list[Fraction]) -> Fraction:
     """Return the rate that most of these files have; of several the lowest.
 
     Raises:
-        DataError: rates that are not one within `SAME_RATE`.
+        DataError: rates that are not one by `same_rate`.
     """
     usual = min(set(rates), key=lambda rate: (-rates.count(rate), rate))
     if not all(same_rate(float(usual), float(rate)) for rate in rates):
