@@ -57,19 +57,20 @@ class Times:
     def shown(self, fps: Fraction | None) -> NDArray[np.int64]:
         """Return the numbers of the frames that a video of `fps` frames per second shows.
 
-        A frame is shown from the time nearest to its own until the next one is, as FFmpeg's filter
-        `fps` does it; so frames are repeated or left out.
+        Each shows what is on the screen at its time, or comes there within half a frame: so jitter
+        changes nothing. Frames are repeated or left out.
         """
-        numbers = np.arange(self.frames, dtype=np.int64)
         if fps is None:
-            return numbers
-        if self.stamps is None:
-            scaled, unit = numbers, fps / self.rate
-        else:
-            scaled = np.array(self.stamps, np.int64) - self.start
-            unit = fps * self.base
-        places = (2 * scaled * unit.numerator + unit.denominator) // (2 * unit.denominator)
-        return np.searchsorted(places, np.arange(places[-1] + 1), side="right") - 1
+            return np.arange(self.frames)
+        unit = fps / self.rate if self.stamps is None else fps * self.base
+        stamps = range(self.frames) if self.stamps is None else self.stamps
+        early = min(Fraction(1, 2), fps / self.rate / 2)  # half a frame, of the faster rate
+        # (stamp * unit - early) as a whole number over `down`: exact, in Python's own integers
+        down = unit.denominator * early.denominator
+        up, less = unit.numerator * early.denominator, early.numerator * unit.denominator
+        first = [-((less - (stamp - stamps[0]) * up) // down) for stamp in stamps]
+        last = ((stamps[-1] - stamps[0]) * up + less) // down
+        return np.searchsorted(first, np.arange(last + 1), side="right") - 1
 
     def require_even(self, where: str) -> None:
         """Raise DataError, which names the largest gap, unless the rate is even."""

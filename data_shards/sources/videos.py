@@ -159,7 +159,7 @@ class VideosSource:
             for file in sorted(folder.iterdir())
             if file.suffix.lower() in SUFFIXES
         }
-        self._open: tuple[str, VideoReader, dict[str, Any]] | None = None
+        self._open: tuple[str, VideoReader, dict[str, Any], NDArray[np.int64]] | None = None
         self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
         clips, problems = [], []
         names: set[tuple[str, ...]] = set()
@@ -220,8 +220,9 @@ class VideosSource:
         asked = f", {reading.changes()}" if reading.changes() else ""
         self.description = f"videos, {len(self._files)} files{asked}, content {digest}"
 
-    def _opened(self, stem: str) -> tuple[VideoReader, dict[str, Any]]:
-        """Return the reader and the sidecar of a file; those of the last one stay open."""
+    def _opened(self, stem: str) -> tuple[VideoReader, dict[str, Any], NDArray[np.int64]]:
+        """Return the reader, the sidecar and the numbers of the frames that are shown of a file;
+        the last one stays open."""
         if self._open is None or self._open[0] != stem:
             if self._open is not None:
                 self._open[1].close()
@@ -229,20 +230,21 @@ class VideosSource:
             reader = VideoReader(
                 str(file), self._facts[stem], file.name, keep, self.reading.damaged
             )
-            self._open = stem, reader, read_sidecar(file)
+            shown = self._facts[stem].times.shown(self.reading.fps)
+            self._open = stem, reader, read_sidecar(file), shown
         return self._open[1:]
 
     def _frames_of(self, clip: SourceClip) -> tuple[NDArray[np.int64], int]:
         """Return the numbers of a clip's frames in its file, and that of the frame shown before;
         -1: there is none."""
         stem, start = self._places[clip.key]
-        shown = self._facts[stem].times.shown(self.reading.fps)
+        shown = self._opened(stem)[2]
         return shown[start : start + clip.frames], int(shown[start - 1]) if start else -1
 
     def load(self, clip: SourceClip) -> ClipContent:
         stem, start = self._places[clip.key]
         file, (numbers, before) = self._files[stem], self._frames_of(clip)
-        reader, sidecar = self._opened(stem)
+        reader, sidecar, _ = self._opened(stem)
         video, where = reader.read(numbers), file.name
         colmap = file.with_suffix(".colmap")
         camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)

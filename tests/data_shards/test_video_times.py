@@ -10,7 +10,8 @@ import webdataset
 from data_shards import encode
 from data_shards.schema import DataError
 from data_shards.sources import Place, open_source
-from data_shards.sources.reading import Reading
+from data_shards.sources.reading import Reading, whole_groups
+from data_shards.sources.video_times import Times
 from data_shards.storage.read import open_dataset
 
 # of 25 per second: 15 frames, a pause of 0.4 s, then every third
@@ -61,10 +62,11 @@ def test_resampling_shows_what_is_on_the_screen_at_that_time(films, uneven, tmp_
     rate = Fraction(fps)
     source = open_source(Place(str(uneven), reading=Reading(fps=rate)))
     content = source.load(source.clips[0])
-    # by the times themselves: the latest frame whose own place is not after this one
-    places = [int(Fraction(t, 25) * rate + Fraction(1, 2)) for t in KEPT]
-    expected = [max(i for i, p in enumerate(places) if p <= k) for k in range(places[-1] + 1)]
-    expected = np.array(expected[: source.clips[0].frames])
+    # by the times themselves, in seconds: the latest frame that is due, give or take half a frame
+    times, half = [Fraction(t, 25) for t in KEPT], min(1 / rate, Fraction(1, 25)) / 2
+    due = [Fraction(k) / rate + half for k in range(source.clips[0].frames)]
+    expected = np.array([max(i for i, t in enumerate(times) if t <= now) for now in due])
+    assert source.clips[0].frames == whole_groups(int((times[-1] + half) * rate) + 1)
     assert (source.fps, len(expected) % 8) == (float(rate), 1)
     numbers = np.rint(content.c2w[:, 2, 3] / 0.1).astype(int)
     np.testing.assert_array_equal(numbers, expected)
@@ -142,3 +144,15 @@ def test_an_empty_packet_shows_nothing(films, tmp_path):
     source = open_source(Place(str(tmp_path), reading=Reading(fps=Fraction(25))))
     video = source.load(source.clips[0]).video
     np.testing.assert_array_equal(video[9], video[8])
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "step"), [(30, 30, 1), (30, 10, 3), (60, 30, 2), (8, 1, 8)]
+)
+def test_a_whole_fraction_of_a_rate_takes_every_so_many_frames(rate, fps, step):
+    """From the first: no picture comes later than its time, though jitter may move it."""
+    even = Times(91, Fraction(rate), Fraction(1, 90000), 0)
+    np.testing.assert_array_equal(even.shown(Fraction(fps)), np.arange(0, 91, step))
+    shaken = tuple(i * 90000 // rate + (-1) ** i * 180 for i in range(91))  # 2 ms
+    uneven = Times(91, Fraction(rate), Fraction(1, 90000), shaken[0], shaken)
+    np.testing.assert_array_equal(uneven.shown(Fraction(fps)), np.arange(0, 91, step))
