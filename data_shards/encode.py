@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 from data_shards.arguments import Option, choice, number, path, run, text, whole
@@ -24,6 +25,7 @@ from data_shards.encoding.fields import own_fields
 from data_shards.encoding.finish import finish
 from data_shards.encoding.job import Bad, Job, encode_shard
 from data_shards.encoding.kept import KEPT
+from data_shards.encoding.memory import check_memory
 from data_shards.encoding.plan import (
     Plan,
     compare_finished,
@@ -41,6 +43,7 @@ from data_shards.registry import Registry, names
 from data_shards.schema import PLAN, DataError
 from data_shards.sources import SOURCES, Place, open_source
 from data_shards.sources.clips import ClipSource, SourceClip
+from data_shards.sources.reading import Reading, frame_rate
 
 
 def one_of(registry: Registry, *more: str) -> Callable[[str], str]:
@@ -69,6 +72,14 @@ OPTIONS = {
     "latents": Option(path, "folder of the zips with ready latents (SANA-WM's layout)", None),
     "captions": Option(
         path, "JSON file {key: caption}; it goes before the source's own captions", None
+    ),
+    "fps": Option(frame_rate, "resample videos to this rate by their time stamps", None),
+    "clip_frames": Option(
+        whole(9), "cut each video of a folder into clips of so many frames, 8k + 1", None
+    ),
+    "clip_overlap": Option(whole(0), "frames that a clip shares with the one before", 0),
+    "damaged": Option(
+        choice("refuse", "allow"), "pictures that a video's decoder had to make up", "refuse"
     ),
     "codec": Option(
         one_of(CODECS),
@@ -183,6 +194,9 @@ def encode(
         tuple(sorted(plan.libraries.items())),
     )
     run = begin(source, codec, target, plan, old, model, on_bad_clip == "skip")
+    if source.stored is None and source.clips:
+        on_machine = workers if runner == "processes" else 1
+        check_memory(source.clips, 2 if settings.psnr == "yes" else 1, on_machine)
     started = time.perf_counter()
     jobs, todo = run.choose()
     for note in [*(changes(old, plan, source.problems) if old else ()), *source.notes]:
@@ -297,11 +311,16 @@ def main(arguments: list[str]) -> int:
         workers: int,
         runner: str,
         on_bad_clip: str,
+        fps: Fraction | None,
+        clip_frames: int | None,
+        clip_overlap: int,
+        damaged: str,
         **values: Any,
     ) -> None:
         own = tuple((name, values.pop(name)) for name in sorted(values.keys() - OPTIONS.keys()))
         settings = Settings(**values, codec_options=own)
-        place = Place(source, latents, captions, kind)
+        reading = Reading(fps, clip_frames, clip_overlap, damaged)
+        place = Place(source, latents, captions, kind, reading)
         encode(place, out, workers, runner, settings, on_bad_clip)
 
     return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments, codec_options)

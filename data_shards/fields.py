@@ -8,6 +8,7 @@ the group `data_shards.fields`, `<name> = "module:FIELD"`, where FIELD is a `Fie
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from data_shards.schema import ITEM_BYTES, ClipEntry, DataError, DatasetInfo, im
 
 GROUP = "data_shards.fields"
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")  # it becomes part of a file name
+SAME_RATE = 0.005  # relative difference of frame rates that count as one: 29.97 is also called 30
 Rate = Literal["latent", "raw", "image", "clip"]
 ENTRY_NAMES: Mapping[Rate, str] = {
     "latent": "latent frame",
@@ -192,6 +194,18 @@ def alike_in_mixture() -> tuple[str, ...]:
     """Return what data sets must have in common to be mixed in one training stream."""
     own = ("codec", "codec_options", "channels", "temporal_stride", "spatial_stride")
     return (*own, *(fact for field in batch_fields() for fact in field.alike), "fields")
+
+
+def same_rate(one: float, other: float) -> bool:
+    """Return True if two frame rates differ by no more than `SAME_RATE`."""
+    return math.isclose(one, other, rel_tol=SAME_RATE)
+
+
+def unlike(mine: DatasetInfo, theirs: DatasetInfo, mixed_rates: bool) -> list[str]:
+    """Return the facts that keep two data sets from being mixed; `mixed_rates`: frame rates are
+    meant to differ."""
+    names = [name for name in alike_in_mixture() if getattr(mine, name) != getattr(theirs, name)]
+    return names + ([] if mixed_rates or same_rate(mine.fps, theirs.fps) else ["fps"])
 
 
 def expected_shape(field: Field, info: DatasetInfo, entry: ClipEntry) -> tuple[int | None, ...]:

@@ -45,7 +45,9 @@ def train_stage(
     with setup_mistakes():
         stage = open_stage(plan, backend, world)
         state = build_state(plan, stage.mesh.fsdp, backend.device)
-        start = restore(plan, state, stage.data_fingerprint, world, progress.say)
+        start = restore(
+            plan, state, stage.data_fingerprint, world, progress.say, stage.dataset.info.fps
+        )
     folder = plan.directory
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(plan, folder, start.steps_done, progress.say) if world.rank == 0 else None
@@ -179,6 +181,7 @@ def run_steps(
                     guard.memory(),
                     known,
                     loader.quarantined,
+                    stage.dataset.info.fps,
                 )
                 saver.save(step, state.saved(), known_facts)
             if last:

@@ -128,18 +128,12 @@ class LinearCodec:
         h, w = height // s, width // s
         first, later = self._bases()
         out = np.empty((count, self.channels, h, w), dtype=np.float32)
-        # [F, H, W, 3] -> [F, h, s, w, s, 3] -> [F, h, w, 3, s, s]: every block contiguous
-        blocks = (
-            video.reshape(frames, h, s, w, s, 3).transpose(0, 1, 3, 5, 2, 4).astype(np.float32)
-            / 127.5
-            - 1.0
-        )
-        out[0] = (blocks[0].reshape(h * w, -1) @ first.T).T.reshape(self.channels, h, w)
-        for t in range(1, count):
-            group = (
-                blocks[1 + (t - 1) * r : 1 + t * r].transpose(1, 2, 0, 3, 4, 5).reshape(h * w, -1)
-            )
-            out[t] = (group @ later.T).T.reshape(self.channels, h, w)
+        for t in range(count):  # a latent at a time: floats of a long clip would fill the memory
+            part = video[:1] if t == 0 else video[1 + (t - 1) * r : 1 + t * r]
+            # [n, H, W, 3] -> [n, h, s, w, s, 3] -> [h, w, n, 3, s, s]: every block contiguous
+            blocks = part.reshape(len(part), h, s, w, s, 3).transpose(1, 3, 0, 5, 2, 4)
+            group = blocks.astype(np.float32).reshape(h * w, -1) / 127.5 - 1.0
+            out[t] = (group @ (later if t else first).T).T.reshape(self.channels, h, w)
         return out
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -153,13 +147,14 @@ class LinearCodec:
         count, _, h, w = latents.shape
         r, s = self.temporal_stride, self.spatial_stride
         first, later = self._bases()
-        blocks = np.empty(((count - 1) * r + 1, h, w, 3, s, s), dtype=np.float32)
-        blocks[0] = (latents[0].reshape(self.channels, h * w).T @ first).reshape(h, w, 3, s, s)
-        for t in range(1, count):
-            group = (latents[t].reshape(self.channels, h * w).T @ later).reshape(h, w, r, 3, s, s)
-            blocks[1 + (t - 1) * r : 1 + t * r] = group.transpose(2, 0, 1, 3, 4, 5)
-        video = blocks.transpose(0, 1, 4, 2, 5, 3).reshape(len(blocks), h * s, w * s, 3)
-        return np.clip(np.rint((video + 1.0) * 127.5), 0, 255).astype(np.uint8)
+        video = np.empty(((count - 1) * r + 1, h * s, w * s, 3), dtype=np.uint8)
+        for t in range(count):
+            n, basis = (r, later) if t else (1, first)
+            group = (latents[t].reshape(self.channels, h * w).T @ basis).reshape(h, w, n, 3, s, s)
+            part = group.transpose(2, 0, 4, 1, 5, 3).reshape(n, h * s, w * s, 3)
+            at = 1 + (t - 1) * r if t else 0
+            video[at : at + n] = np.clip(np.rint((part + 1.0) * 127.5), 0, 255)
+        return video
 
 
 LINEAR = CodecRow(

@@ -29,7 +29,6 @@ TOGETHER = 8  # clips whose files are read at a time
 SHOWN = 20  # differences that a message lists
 # FFmpeg's parts that make pixels; PyAV may come with its own or use the system's
 FFMPEG = ("libavcodec", "libswscale")
-PLACES = ("path", "latents", "captions", "kind")  # of Place: where things lie, not what is made
 
 Files = Mapping[str, str]  # file -> digest
 
@@ -88,7 +87,7 @@ def make_plan(
     if settings.fields is None:  # the plan of a set without them stays the same bytes
         del arguments["fields"]
     arguments["codec_options"] = dict(settings.codec_options)
-    arguments |= {k: v for k, v in dataclasses.asdict(place).items() if k not in PLACES}
+    arguments["reading"] = place.reading.changes()
     row = codec_row(settings.codec)
     names = {*source.libraries, *(() if source.stored else row.libraries)}
     if encoder is not None:

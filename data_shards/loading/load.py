@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.fields import alike_in_mixture, batch_fields, relative_poses, row_entries
+from data_shards.fields import batch_fields, relative_poses, row_entries, unlike
 from data_shards.loading.batch import Batch, denormalise, joined, normalise, padded
 from data_shards.loading.cut import read_fields, read_latents, unread
 from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
@@ -43,7 +43,7 @@ class ClipLoader:
         clip_frames: T, the longest cut. A stored clip may be longer.
         shorter: further lengths that clips too short for T are cut to; each step has one length.
         mixture: data sets to draw from instead of `dataset` alone, by weight. They must share what
-            `alike_in_mixture` lists.
+            `alike_in_mixture` lists, and the frame rate but for `mixed_rates`.
         pack: fill rows of T latent frames with several clips of any length up to T.
         cost: of a clip of so many latent frames; packed rows are then dealt so that all ranks have
             equally much to compute.
@@ -74,6 +74,7 @@ class ClipLoader:
         clip_frames: int,
         shorter: Sequence[int] = (),
         mixture: Mapping[ClipDataset, float] | None = None,
+        mixed_rates: bool = False,
         pack: bool = False,
         cost: Callable[[int], float] | None = None,
         start_step: int = 0,
@@ -86,7 +87,7 @@ class ClipLoader:
         self.dataset, self.datasets = dataset, tuple(mixture or {dataset: 1.0})
         self.tables = tuple(other.clips(split) for other in self.datasets)
         for other, table in zip(self.datasets, self.tables, strict=True):
-            check_alike(dataset, other)
+            check_alike(dataset, other, mixed_rates)
             if not len(table):
                 raise DataError(
                     f"data: got an empty split {split!r}, expected clips ({other.path}). Fix:"
@@ -311,12 +312,11 @@ def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
     )
 
 
-def check_alike(dataset: ClipDataset, other: ClipDataset) -> None:
+def check_alike(dataset: ClipDataset, other: ClipDataset, mixed_rates: bool) -> None:
     """Raise DataError unless two data sets can share one batch and one model."""
-    for name in alike_in_mixture():
+    for name in unlike(dataset.info, other.info, mixed_rates):
         mine, theirs = getattr(dataset.info, name), getattr(other.info, name)
-        if mine != theirs:
-            raise DataError(
-                f"mixture: got {name} {theirs!r} in {other.path}, expected {mine!r} as in"
-                f" {dataset.path} (key data.mixture). Fix: encode both alike, or leave one out"
-            )
+        raise DataError(
+            f"mixture: got {name} {theirs!r} in {other.path}, expected {mine!r} as in"
+            f" {dataset.path} (key data.mixture). Fix: encode both alike, or leave one out"
+        )

@@ -19,18 +19,20 @@ from data_shards.registry import Registry, load
 from data_shards.schema import DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
 from data_shards.sources.digests import digest, visible
+from data_shards.sources.reading import DEFAULT, Reading
 from data_shards.storage.files import read_json
 
 
 @dataclass(frozen=True)
 class Place:
     """Locate a source: its folder; the folder of latents that belong to it; a JSON file {key:
-    caption}; and its kind, a name of `SOURCES` or auto."""
+    caption}; its kind, a name of `SOURCES` or auto; and how videos are read."""
 
     path: str
     latents: str | None = None
     captions: str | None = None
     kind: str = "auto"
+    reading: Reading = DEFAULT
 
     def resolved(self) -> Place:
         """Return the same with absolute paths, for workers that start elsewhere."""
@@ -39,7 +41,7 @@ class Place:
             for path in (self.path, self.latents, self.captions)
         )
         assert path is not None, "it is no option"
-        return Place(path, latents, captions, self.kind)
+        return replace(self, path=path, latents=latents, captions=captions)
 
 
 SOURCES = Registry(
@@ -52,6 +54,7 @@ SOURCES = Registry(
         "webdataset": "data_shards.sources.webdataset:open_webdataset",
     },
 )
+OF_VIDEOS = ("videos", "webdataset")  # kinds that a `Reading` other than the default applies to
 
 
 OPTIONAL = ("problems", "libraries", "check", "digests")  # of a source of another package
@@ -146,7 +149,13 @@ def open_source(path: str | Place) -> ClipSource:
         DataError: nothing there, or nothing known.
     """
     place = Place(path) if isinstance(path, str) else path
-    source: ClipSource = load(SOURCES, detect(place) if place.kind == "auto" else place.kind)(place)
+    kind = detect(place) if place.kind == "auto" else place.kind
+    if place.reading != DEFAULT and kind not in OF_VIDEOS:
+        raise DataError(
+            f"source: got {place.reading.changes()} with a source of the kind {kind}, expected one"
+            f" of {', '.join(OF_VIDEOS)}. Fix: leave it out"
+        )
+    source: ClipSource = load(SOURCES, kind)(place)
     if not all(offers(source, name) for name in OPTIONAL):
         source = cast(ClipSource, Completed(source))
     if place.captions is None:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from data_shards.schema import KEY_PATTERN, DataError
 from data_shards.sources.clips import SourceClip, safe_key
-from data_shards.sources.video_file import SUFFIXES, probe, whole_groups
+from data_shards.sources.reading import Reading, whole_groups
+from data_shards.sources.video_file import SUFFIXES, VideoFacts, probe
 
 MAX_TEXT_BYTES = 2**24  # of a caption or JSON
 PADDING = 2**20  # no writer pads a tar's end with more
@@ -31,7 +32,7 @@ class TarClip(SourceClip):
     """
 
     tar: str
-    rate: Any
+    facts: VideoFacts
     trimmed: int  # frames past the last that is kept
     members: tuple[tuple[str, int, int], ...]
     name: str
@@ -47,7 +48,7 @@ class TarList:
     problems: dict[str, str]
 
 
-def list_tar(file: BinaryIO, tar: str) -> TarList:
+def list_tar(file: BinaryIO, tar: str, reading: Reading) -> TarList:
     """List the clips of an open tar.
 
     Raises:
@@ -86,7 +87,7 @@ def list_tar(file: BinaryIO, tar: str) -> TarList:
                     )
                 elif videos:
                     try:
-                        clips.append(describe(archive, tar, key, videos[0], members))
+                        clips.append(describe(archive, tar, key, videos[0], members, reading))
                     except DataError as error:
                         problems[f"{tar}/{key}"] = str(error)
                 else:
@@ -127,11 +128,18 @@ def check_end(file: BinaryIO, end: int, tar: str) -> None:
 
 
 def describe(
-    archive: tarfile.TarFile, tar: str, key: str, video: str, members: dict[str, tarfile.TarInfo]
+    archive: tarfile.TarFile,
+    tar: str,
+    key: str,
+    video: str,
+    members: dict[str, tarfile.TarInfo],
+    reading: Reading,
 ) -> TarClip:
     """Return what is known of a clip from the head of its video and from its JSON."""
     name = f"{tar}/{key}"
-    frames, height, width, rate = probe(archive.extractfile(members[video]), f"{name}.{video}")
+    of_video = probe(archive.extractfile(members[video]), f"{name}.{video}")
+    if reading.fps is None:
+        of_video.times.require_even(f"{name}.{video}")
     facts: dict[str, Any] = {}
     for suffix in members.keys() & {"txt", "json"}:
         if members[suffix].size > MAX_TEXT_BYTES:
@@ -154,8 +162,9 @@ def describe(
         episode
     ):  # say a URL: any name will do that is the same for its clips
         episode = hashlib.sha256(episode.encode()).hexdigest()[:32]
-    kept = whole_groups(frames)
-    return TarClip(clip_key, episode, kept, height, width, tar, rate, frames - kept, parts, name)
+    frames = of_video.times.count(reading.fps)
+    kept, size = whole_groups(frames), (of_video.height, of_video.width)
+    return TarClip(clip_key, episode, kept, *size, tar, of_video, frames - kept, parts, name)
 
 
 def read_facts(data: bytes, name: str) -> dict[str, Any]:

@@ -1,19 +1,56 @@
-"""Read one video with PyAV: its number of frames, and its pixels."""
+"""Look into one video with PyAV: how many frames it shows, of what size, how they are turned, and
+when each is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError
-from data_shards.sources.clips import SourceClip
+from data_shards.sources.video_times import Times, judge
 
+OLDEST_AV = 17
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it
-LENGTHS = f"a clip has {STRIDE}k + 1 frames"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Say how stored pictures are turned to be shown: rows and columns are exchanged first, then
+    rows and columns are reversed. As the display matrix says that phones and editors write."""
+
+    exchange: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    def apply(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return a picture [H, W, 3] as it is shown, [W, H, 3] if rows and columns change."""
+        if self.exchange:
+            picture = picture.transpose(1, 0, 2)
+        return picture[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) as shown of pictures stored in this size."""
+        return (width, height) if self.exchange else (height, width)
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """Describe a video as it is shown: height and width after turning."""
+
+    times: Times
+    height: int
+    width: int
+    turn: Turn
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Return (height, width) of the pictures in the file."""
+        return self.turn.size(self.height, self.width)
 
 
 def import_av() -> Any:
@@ -24,97 +61,129 @@ def import_av() -> Any:
             "videos: PyAV is not installed, expected it to read videos. Fix: pip install"
             " 'wm-train[demo]'"
         ) from error
+    if int(av.__version__.split(".")[0]) < OLDEST_AV:
+        raise DataError(
+            f"videos: got PyAV {av.__version__}, expected {OLDEST_AV} or newer: older ones read the"
+            f" colours of HD video wrongly. Fix: pip install 'av>={OLDEST_AV}'"
+        )
     return av
 
 
-def decode(file: Any, where: str) -> Iterator[Any]:
-    av = import_av()
-    try:
-        with av.open(file) as container:
-            yield from container.decode(video=0)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(
-            f"video: cannot decode {where} ({error}), expected a video file. Fix: take it out"
-        ) from error
+@contextmanager
+def opened(file: Any, where: str, to: str = "open") -> Iterator[tuple[Any, Any]]:
+    """Open a path or a binary file from its start: (container, its main video stream).
 
-
-def probe(file: Any, where: str) -> tuple[int, int, int, Any]:
-    """Return (frames, height, width, frame rate as a fraction) of a path or a binary file.
-
-    Frames are counted by decoding when the file does not state their number.
+    What FFmpeg raises inside becomes a DataError.
     """
     av = import_av()
+    if not isinstance(file, str):
+        file.seek(0)
     try:
         with av.open(file) as container:
-            stream = container.streams.video[0]
-            count, height, width, rate = (
-                stream.frames,
-                stream.height,
-                stream.width,
-                stream.average_rate,
-            )
-            if not count:
-                count = sum(1 for _ in container.decode(video=0))
-    except (av.error.FFmpegError, IndexError) as error:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise DataError(
+                    f"video: cannot open {where} (it has no pictures), expected a video file. Fix:"
+                    " take it out"
+                )
+            yield container, stream
+    except av.error.FFmpegError as error:
         raise DataError(
-            f"video: cannot open {where} ({error}), expected a video file. Fix: take it out"
+            f"video: cannot {to} {where} ({error}), expected a video file. Fix: copy it again, or"
+            " take it out"
         ) from error
-    if not rate:
-        raise DataError(f"video: got no frame rate in {where}, expected one. Fix: remux it")
-    return count, height, width, rate
 
 
-def check_packets(file: Any, frames: int, where: str) -> None:
-    """Check that a video (a path or a binary file) holds whole packets for so many frames.
+def probe(file: Any, where: str) -> VideoFacts:
+    """Return the facts of a path or a binary file.
+
+    Frames hidden by an edit list do not count. Where the container lists all its frames, one
+    picture is decoded; else, or where the list shows an uneven rate, all of them are looked at.
 
     Raises:
-        DataError: a file that is cut or damaged, or no video.
+        DataError: something that is no video, or a turn by no quarter of a circle.
     """
-    count = count_packets(file, where)
-    if count < frames:
+    with opened(file, where) as (container, stream):
+        base, stated = stream.time_base, stream.guessed_rate
+        listed = stream.frames and len(stream.index_entries) == stream.frames
+        # in the order of decoding: where it is even, so is the order of showing. Copied at once, as
+        # reading on moves the list in memory
+        stamps = sorted(e.timestamp for e in stream.index_entries if e.size and not e.is_discard)
+        first, picture = stream.start_time, next(container.decode(stream), None)
+        if picture is None:
+            raise DataError(f"video: got no frames in {where}, expected some. Fix: take it out")
+        turn = read_turn(picture, where)
+        height, width = turn.size(picture.height, picture.width)
+    times = None
+    if listed and stamps and picture.pts is not None and picture.pts == first:
+        times = judge(stamps, base, stated, first, exact=False)
+    if times is None:
+        stamps = shown_stamps(file, where, count=len(stamps) if listed else None)
+        times = judge(stamps, base, stated, stamps[0], exact=True)
+    assert times is not None, "exact stamps have a verdict"
+    return VideoFacts(times, height, width, turn)
+
+
+def check_packets(file: Any, facts: VideoFacts, where: str) -> None:
+    """Check that a video (a path or a binary file) holds all that it lists, without decoding it.
+
+    Raises:
+        DataError: a file that is cut.
+    """
+    count = 0
+    with opened(file, where, "read") as (container, stream):
+        for packet in container.demux(stream):
+            count += packet.size > 0 and not packet.is_corrupt and not packet.is_discard
+    if count < facts.times.frames:
         raise DataError(
-            f"video: got {count} whole frames in {where}, expected {frames}: the file is cut or"
-            " damaged. Fix: copy it again, or take it out"
+            f"video: got {count} whole frames in {where}, expected {facts.times.frames}: the file"
+            " is cut or damaged. Fix: copy it again, or take it out"
         )
 
 
-def count_packets(file: Any, where: str) -> int:
-    """Return how many whole frames a video holds, without decoding them."""
-    av = import_av()
-    count = 0
-    try:
-        with av.open(file) as container:
-            for packet in container.demux(video=0):
-                count += packet.size > 0 and not packet.is_corrupt
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(
-            f"video: cannot read {where} ({error}), expected a whole video file. Fix: copy it"
-            " again, or take it out"
-        ) from error
-    return count
+def shown_stamps(file: Any, where: str, count: int | None) -> list[int]:
+    """Return the time stamps of all frames that are shown, in order.
+
+    count: how many there are, if the container says so; then nothing need be decoded.
+    """
+    with opened(file, where) as (container, stream):
+        if count is not None:
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            stamps = sorted(p.pts for p in packets if p.pts is not None)
+            if len(stamps) == count:
+                return stamps
+    with opened(file, where) as (container, stream):
+        stamps = [frame.pts for frame in container.decode(stream)]
+        if None in stamps:
+            if not stream.guessed_rate:
+                raise DataError(
+                    f"video: got no time stamps and no frame rate in {where}, expected one. Fix:"
+                    " remux it"
+                )
+            ticks = 1 / (stream.guessed_rate * stream.time_base)
+            stamps = [int(number * ticks) for number in range(len(stamps))]
+        return stamps
 
 
-def whole_groups(frames: int) -> int:
-    """Return how many frames a clip keeps: a multiple of STRIDE plus 1."""
-    return (frames - 1) // STRIDE * STRIDE + 1
+def read_turn(picture: Any, where: str) -> Turn:
+    """Return how a decoded picture is to be turned: quarter turns, mirrored or not.
 
-
-def read_frames(file: Any, clip: SourceClip, where: str) -> NDArray[np.uint8]:
-    """Return the first frames of a video (a path or a binary file): [F, H, W, 3] as `clip` says.
+    The matrix of nine numbers [a b u; c d v; x y w] maps a stored pixel (column p, row q) to
+    (a p + c q, b p + d q), up to a shift.
 
     Raises:
-        DataError: fewer frames, or something that is no video.
+        DataError: another turn.
     """
-    video = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
-    count = 0
-    for frame in decode(file, where):
-        if count == clip.frames:
-            break
-        video[count] = frame.to_ndarray(format="rgb24")
-        count += 1
-    if count < clip.frames:
-        raise DataError(
-            f"video: got {count} frames, expected {clip.frames} ({where}). Fix: the file is cut or"
-            " damaged; copy it again"
-        )
-    return video
+    found = [bytes(data) for data in picture.side_data if data.type.name == "DISPLAYMATRIX"]
+    if not found:
+        return Turn()
+    a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(found[0], "<i4"))
+    small = max(map(abs, (a, b, c, d))) / 1000
+    if abs(b) <= small and abs(c) <= small:
+        return Turn(False, flip_rows=d < 0, flip_columns=a < 0)
+    if abs(a) <= small and abs(d) <= small:
+        return Turn(True, flip_rows=b < 0, flip_columns=c < 0)
+    raise DataError(
+        f"video: got pictures turned by {np.degrees(np.arctan2(b, a)):.0f} degrees in {where},"
+        " expected a multiple of 90. Fix: ffmpeg -i <file> <new file>, which turns them"
+    )

@@ -17,14 +17,18 @@ Instead of c2w and intrinsics there may be a COLMAP text model in the folder `na
 (cameras.txt, images.txt; images sorted by name are the frames); instead of controls,
 `name.events.npz` with the columns of `data_shards.controls.Events`. Either every clip has poses or
 none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
-note. Hidden files are left out too, and two videos of one name (a.mp4, a.mkv) are refused.
+note. `Reading` (`encode fps=`, `clip_frames=`) resamples videos and cuts them into clips, and what
+lies beside them along with their frames. Intrinsics are of the picture as it is shown: a video that
+its file says is turned is turned. Hidden files are left out, and two videos of one name (a.mp4,
+a.mkv) are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +36,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import CONTROL_NAMES, Events
+from data_shards.fields import registered
 from data_shards.schema import DataError, check_key
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.cuts import cut_controls, cut_events
 from data_shards.sources.digests import FileDigests, is_hidden, list_files
-from data_shards.sources.video_file import (
-    LENGTHS,
-    SUFFIXES,
-    check_packets,
-    probe,
-    read_frames,
-    whole_groups,
-)
+from data_shards.sources.reading import DEFAULT, Reading, common_rate
+from data_shards.sources.video_file import VideoFacts, check_packets, import_av, probe
+from data_shards.sources.video_folder import left_out, list_videos, notes_of
+from data_shards.sources.video_reader import VideoReader
 from data_shards.storage.files import read_json
 
 PARAMETERS = {
@@ -152,59 +154,49 @@ def read_sidecar(video: Path) -> dict[str, Any]:
     return read_json(text, "sidecar") if text.exists() else {}
 
 
-def list_videos(folder: Path) -> tuple[dict[str, Path], dict[str, str], int]:
-    """Return key -> video of the files in a folder, file name -> what is wrong with it, and how
-    many videos are left out as hidden (`._clip.mp4`, as desktops write them)."""
-    found: dict[str, Path] = {}
-    problems: dict[str, str] = {}
-    hidden = 0
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in SUFFIXES:
-            continue
-        if is_hidden(file.name):
-            hidden += 1
-            continue
-        try:
-            key = check_key(file.stem)
-        except DataError as error:
-            problems[file.name] = str(error)
-            continue
-        other = found.setdefault(key, file)
-        if other != file:
-            problems[file.name] = (
-                f"clip key: got {other.name} and {file.name}, which are both the clip {key!r},"
-                " expected one video of a name. Fix: rename one of them, and what lies beside it"
-            )
-    return found, problems, hidden
-
-
 class VideosSource:
     """Read clips from a folder of video files."""
 
     libraries = ("av",)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, reading: Reading = DEFAULT) -> None:
+        self.folder, self.reading = folder, reading
         self.stored: StoredLatents | None = None
         self._digests = FileDigests()
-        self._files, problems, hidden = list_videos(folder)
-        self.problems: Mapping[str, str] = problems
-        clips, rates, trimmed = [], set(), 0
+        self._files, self.problems, hidden = list_videos(folder)
+        import_av()  # a fault of the installation is no fault of the files
+        self._open: tuple[str, VideoReader] | None = None
+        # clips of one video come one after the other
+        self._sidecar = lru_cache(maxsize=8)(self._read_sidecar)
+        self._camera = lru_cache(maxsize=8)(self._read_camera)
+        self._whole = lru_cache(maxsize=None)(self._check_whole)
+        self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
+        clips: list[SourceClip] = []
+        wrong: list[str] = []
         names: set[tuple[str, ...]] = set()
         sums: tuple[bool, ...] = ()
         scales = set()
+        self._facts: dict[str, VideoFacts] = {}
+        trimmed, short = 0, []
         for key, file in self._files.items():
             try:
-                frames, height, width, rate = probe(str(file), file.name)
+                facts = probe(str(file), file.name)
+                if reading.fps is None:
+                    facts.times.require_even(file.name)
                 sidecar = read_sidecar(file)
                 episode = check_key(str(sidecar.get("episode", key)))
+                cuts = reading.starts(frames := facts.times.count(reading.fps))
+                cut = reading.clip_frames is not None
+                keys = [check_key(f"{key}_{start:06d}") if cut else key for start, _ in cuts]
             except DataError as error:
-                problems[file.name] = str(error)
+                self.problems[file.name] = str(error)
                 continue
-            kept = whole_groups(frames)
-            trimmed += frames - kept
-            rates.add(rate)
-            clips.append(SourceClip(key, episode, kept, height, width))
+            self._facts[key] = facts
+            trimmed += frames - max((at + kept for at, kept in cuts), default=frames)
+            short += [] if cuts else [file.name]
+            for name, (start, kept) in zip(keys, cuts, strict=True):
+                clips.append(SourceClip(name, episode, kept, facts.height, facts.width))
+                self._places[name] = key, start
             scales.add(float(sidecar.get("metres_per_unit", 1.0)))
             found = (
                 CONTROL_NAMES
@@ -213,45 +205,76 @@ class VideosSource:
             )
             names.add(found)
             sums = tuple(bool(x) for x in sidecar.get("control_sums", [False] * len(found)))
-        for what, values in (
-            ("frame rates", rates),
-            ("control names", names),
-            ("metres_per_unit", scales),
-        ):
+        for what, values in (("control names", names), ("metres_per_unit", scales)):
             if len(values) > 1:
-                different = (
+                wrong.append(
                     f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
                     " Fix: encode them separately"
                 )
-                raise DataError("\n".join([*problems.values(), different]))
+        rate = Fraction(0)
+        try:
+            rates = [facts.times.rate for facts in self._facts.values()]
+            rate = reading.fps or (common_rate(rates) if rates else rate)
+        except DataError as error:
+            wrong.append(str(error))
+        if wrong:
+            raise DataError("\n".join([*self.problems.values(), *wrong]))
         self.clips, self.control_sums = tuple(clips), sums
-        self.fps, self.control_names = (
-            (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
-        )
+        self.fps, self.control_names = float(rate), next(iter(names), ())
         self.metres_per_unit = next(iter(scales), 1.0)
-        notes = {
-            f"{trimmed} frames at the ends of clips are left out: {LENGTHS}": trimmed,
-            f"{hidden} hidden videos are left out (names that begin with a dot)": hidden,
-        }
-        if alone := [path.name for path in self._without_video()]:
-            shown = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
-            notes[f"{len(alone)} files are left out that belong to no video: {shown}"] = len(alone)
-        self.notes: tuple[str, ...] = tuple(note for note, count in notes.items() if count)
-        self.description = f"videos, {len(clips)} files"
+        alone = [path.name for path in self._without_video()]
+        self.notes = notes_of(self._facts, reading, trimmed, short) + left_out(hidden, alone)
+        asked = f", {reading.changes()}" if reading.changes() else ""
+        self.description = f"videos, {len(self._facts)} files{asked}"
+
+    def _reader(self, stem: str) -> VideoReader:
+        """Return the reader of a file; the last one stays open."""
+        if self._open is None or self._open[0] != stem:
+            if self._open is not None:
+                self._open[1].close()
+            file, keep = self._files[stem], self.reading.clip_overlap
+            self._open = (
+                stem,
+                VideoReader(str(file), self._facts[stem], file.name, keep, self.reading.damaged),
+            )
+        return self._open[1]
+
+    def _read_sidecar(self, stem: str) -> tuple[dict[str, Any], NDArray[np.int64]]:
+        """Return the sidecar of a file, and the numbers of its frames that are shown."""
+        return read_sidecar(self._files[stem]), self._facts[stem].times.shown(self.reading.fps)
+
+    def _read_camera(self, stem: str) -> Camera:
+        file = self._files[stem]
+        colmap = file.with_suffix(".colmap")
+        if colmap.is_dir():
+            return read_colmap(colmap)
+        return read_camera(self._sidecar(stem)[0], file.name)
+
+    def _check_whole(self, stem: str) -> None:
+        file = self._files[stem]
+        if self.reading.damaged == "refuse":
+            check_packets(str(file), self._facts[stem], file.name)
+
+    def _frames_of(self, clip: SourceClip) -> tuple[NDArray[np.int64], int]:
+        """Return the numbers of a clip's frames in its file, and that of the frame shown before;
+        -1: there is none."""
+        stem, start = self._places[clip.key]
+        shown = self._sidecar(stem)[1]
+        return shown[start : start + clip.frames], int(shown[start - 1]) if start else -1
 
     def load(self, clip: SourceClip) -> ClipContent:
-        file = self._files[clip.key]
-        return replace(self._beside(clip), video=read_frames(str(file), clip, file.name))
+        stem = self._places[clip.key][0]
+        video = self._reader(stem).read(self._frames_of(clip)[0])
+        return replace(self._beside(clip), video=video)
 
     def check(self, clip: SourceClip) -> ClipContent:
-        """Return what lies beside the video; the file must hold all packets of the clip."""
-        file = self._files[clip.key]
-        check_packets(str(file), clip.frames, file.name)
+        """Return what lies beside the video; the file must hold all that it lists."""
+        self._whole(self._places[clip.key][0])
         return self._beside(clip)
 
     def digests(self, clip: SourceClip) -> dict[str, str]:
         """Return the digest of the video and of everything beside it that has the clip's name."""
-        file = self._files[clip.key]
+        file = self._files[self._places[clip.key][0]]
         beside = [file, *self._sidecars.get(file.stem, ())]
         files = [inner for path in beside for inner in list_files(path)]
         return {path.relative_to(self.folder).as_posix(): self._digests.of(path) for path in files}
@@ -278,45 +301,67 @@ class VideosSource:
 
     def _beside(self, clip: SourceClip) -> ClipContent:
         """Return all of a clip but its pixels."""
-        file, frames = self._files[clip.key], clip.frames
-        sidecar, where = read_sidecar(file), file.name
-        colmap = file.with_suffix(".colmap")
-        camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)
-        c2w, intrinsics = cut_camera(camera, frames, self.metres_per_unit, where)
+        stem, start = self._places[clip.key]
+        file, (numbers, before) = self._files[stem], self._frames_of(clip)
+        sidecar, where = self._sidecar(stem)[0], file.name
+        c2w, intrinsics = cut_camera(self._camera(stem), numbers, self.metres_per_unit, where)
         controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
-        if controls is not None and len(controls) < frames:
+        if controls is not None and len(controls) <= numbers[-1]:
             raise DataError(
-                f"sidecar: got controls for {len(controls)} frames, expected at least {frames}"
-                f" ({where})"
+                f"sidecar: got controls for {len(controls)} frames, expected at least"
+                f" {numbers[-1] + 1} ({where})"
             )
         if controls is not None and controls.shape[1:] != (len(self.control_names),):
             raise DataError(
                 f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}]"
                 f" as control_names ({where})"
             )
+        if controls is not None:
+            controls = cut_controls(controls, self.control_sums, numbers, before)
+        events = read_events(file.with_suffix(".events.npz"))
+        if events is not None:
+            stored = self.reading.fps or Fraction(self.fps).limit_denominator(100_000)
+            own = self.reading.fps or self._facts[stem].times.rate
+            events = cut_events(events, start / own, clip.frames / own, 1 / own, own / stored)
         return ClipContent(
             None,
             c2w,
             intrinsics,
-            None if controls is None else controls[:frames],
-            read_events(file.with_suffix(".events.npz")),
+            controls,
+            events,
             caption=read_caption(file.with_suffix(".txt"), sidecar),
             text=read_text(sidecar, where),
         )
 
     def array(self, key: str, name: str) -> NDArray[Any]:
-        """Return an array of the clip's sidecar.
+        """Return an array of the clip's sidecar, of a field per raw frame the rows of its frames.
 
         Raises:
-            DataError: a sidecar without it.
+            DataError: a sidecar without it, or a field per latent frame of a video that is cut or
+                resampled.
         """
-        sidecar = read_sidecar(self._files[key])
+        stem = self._places[key][0]
+        sidecar = self._sidecar(stem)[0]
         if name not in sidecar:
             raise DataError(
                 f"sidecar: got no {name}, expected it for every clip (key {key}). Fix: add it, or"
                 " encode without fields="
             )
-        return np.array(sidecar[name])
+        values = np.array(sidecar[name])
+        if self.reading.fps is None and self.reading.clip_frames is None:
+            return values
+        field = registered().get(name)
+        if field is not None and field.rate == "clip":
+            return values
+        clip = next(clip for clip in self.clips if clip.key == key)
+        numbers = self._frames_of(clip)[0]
+        if field is None or field.rate != "raw" or len(values) <= numbers[-1]:
+            raise DataError(
+                f"field {name}: got {len(values)} entries, expected one for each raw frame, as"
+                f" others cannot be cut along with a video (key {key}). Fix: encode without"
+                f" {self.reading.changes()}, or without fields="
+            )
+        return values[numbers]
 
 
 def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:
@@ -361,19 +406,22 @@ def read_camera(sidecar: Mapping[str, Any], where: str) -> Camera:
     return c2w, square_intrinsics(np.array(sidecar["intrinsics"], np.float64), len(c2w), where)
 
 
-def cut_camera(camera: Camera, frames: int, metres_per_unit: float, where: str) -> Camera:
-    """Return the camera of the first frames, in metres."""
+def cut_camera(
+    camera: Camera, numbers: NDArray[np.int64], metres_per_unit: float, where: str
+) -> Camera:
+    """Return the camera of the frames of these numbers, in metres."""
     c2w, intrinsics = camera
     if c2w is None or intrinsics is None:
         return None, None
-    if len(c2w) < frames:
+    if len(c2w) <= numbers[-1]:
         raise DataError(
-            f"sidecar: got poses for {len(c2w)} frames, expected at least {frames} ({where})"
+            f"sidecar: got poses for {len(c2w)} frames, expected at least {numbers[-1] + 1}"
+            f" ({where})"
         )
-    c2w = c2w[:frames].copy()
+    c2w = c2w[numbers]
     c2w[:, :3, 3] *= metres_per_unit
-    return c2w, intrinsics[:frames]
+    return c2w, intrinsics[numbers]
 
 
 def open_videos(place: Place) -> VideosSource:
-    return VideosSource(Path(place.path))
+    return VideosSource(Path(place.path), place.reading)

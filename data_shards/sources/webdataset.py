@@ -34,6 +34,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
@@ -41,8 +42,10 @@ from data_shards.schema import DataError
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.digests import digest, visible
+from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
 from data_shards.sources.tar_listing import TarClip, TarList, list_tar, read_caption, read_facts
-from data_shards.sources.video_file import LENGTHS, SUFFIXES, check_packets, read_frames
+from data_shards.sources.video_file import SUFFIXES, check_packets, import_av
+from data_shards.sources.video_reader import VideoReader
 from data_shards.sources.videos import cut_camera, read_camera, read_text
 from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
 
@@ -55,7 +58,13 @@ TOGETHER = 16  # tars listed at a time: a listing waits for the store
 class WebDatasetSource:
     libraries = ("av",)
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], reading: Reading = DEFAULT) -> None:
+        self.reading = reading
+        if reading.clip_frames is not None:
+            raise DataError(
+                f"clip_frames: got {reading.clip_frames} with tars of videos, expected none: each"
+                " clip would fetch its whole video again. Fix: unpack the tars into a folder"
+            )
         self.stored: StoredLatents | None = None
         self.metres_per_unit = 1.0
         self.control_names: tuple[str, ...] = ()
@@ -67,7 +76,8 @@ class WebDatasetSource:
             facts = list(pool.map(lambda name: tar_facts(name, *self._tars[name]), self._tars))
         self._facts = dict(zip(self._tars, facts, strict=True))
         content = digest(repr([told_by(*item) for item in self._facts.items()]).encode())[:16]
-        self.description = f"webdataset, {len(facts)} tars, content {content}"
+        asked = f", {reading.changes()}" if reading.changes() else ""
+        self.description = f"webdataset, {len(facts)} tars{asked}, content {content}"
 
     def _list(self, tar: str) -> TarList:
         filesystem, path = self._tars[tar]
@@ -75,7 +85,7 @@ class WebDatasetSource:
         def attempt() -> TarList:
             # a store's own read-ahead, of 50 MB in S3, would fetch the videos between the headers
             with filesystem.open(path, "rb", block_size=READ_AHEAD) as file:
-                return list_tar(file, tar)
+                return list_tar(file, tar, self.reading)
 
         with named(tar):
             return with_retries(attempt, POLICY)
@@ -88,6 +98,7 @@ class WebDatasetSource:
             except DataError as error:
                 return error
 
+        import_av()  # a fault of the installation is no fault of the files
         with ThreadPoolExecutor(TOGETHER) as pool:
             found = list(pool.map(attempt, self._tars))
         if wrong := [item for item in found if isinstance(item, DataError)]:
@@ -95,13 +106,11 @@ class WebDatasetSource:
         listed = [item for item in found if isinstance(item, TarList)]
         clips = [clip for tar in listed for clip in tar.clips]
         problems = {name: why for tar in listed for name, why in tar.problems.items()}
-        rates = sorted({float(clip.rate) for clip in clips})
-        if len(rates) > 1:
-            different = (
-                f"tars: got different frame rates {rates[:3]}, expected one. Fix: encode them"
-                " separately"
-            )
-            raise DataError("\n".join([*problems.values(), different]))
+        if clips and self.reading.fps is None:
+            try:
+                common_rate([clip.facts.times.rate for clip in clips])
+            except DataError as error:
+                raise DataError("\n".join([*problems.values(), str(error)])) from None
         return TarList(clips, [name for tar in listed for name in tar.left_out], problems)
 
     @property
@@ -126,24 +135,29 @@ class WebDatasetSource:
     @cached_property
     def fps(self) -> float:
         """Return the frame rate of the first clip; workers list no more than its tar."""
+        if self.reading.fps is not None:
+            return float(self.reading.fps)
         first = next((clip for tar in self._tars for clip in self._list(tar).clips), None)
-        return float(first.rate) if first else 0.0
+        return float(first.facts.times.rate) if first else 0.0
 
     def load(self, clip: SourceClip) -> ClipContent:
         assert isinstance(clip, TarClip), "it is one of ours"
         parts = {suffix: (start, size) for suffix, start, size in clip.members}
         suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
-        video = read_frames(io.BytesIO(self._read(clip, *parts[suffix])), clip, clip.name)
+        data = io.BytesIO(self._read(clip, *parts[suffix]))
+        reader = VideoReader(data, clip.facts, clip.name, damaged=self.reading.damaged)
+        video = reader.read(self._numbers(clip))
+        reader.close()
         return replace(self._beside(clip), video=video)
 
     def check(self, clip: SourceClip) -> ClipContent:
         """Return what lies beside the video; one on a disk must hold all packets of the clip. That
         would fetch a video from a store twice, so there it is seen when the clip is loaded."""
         assert isinstance(clip, TarClip), "it is one of ours"
-        if self._is_local(clip.tar):
+        if self._is_local(clip.tar) and self.reading.damaged == "refuse":
             parts = {suffix: (start, size) for suffix, start, size in clip.members}
             suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
-            check_packets(io.BytesIO(self._read(clip, *parts[suffix])), clip.frames, clip.name)
+            check_packets(io.BytesIO(self._read(clip, *parts[suffix])), clip.facts, clip.name)
         return self._beside(clip)
 
     def digests(self, clip: SourceClip) -> dict[str, str]:
@@ -161,6 +175,10 @@ class WebDatasetSource:
     def _is_local(self, tar: str) -> bool:
         return isinstance(self._tars[tar][0], LocalFileSystem)
 
+    def _numbers(self, clip: TarClip) -> NDArray[np.int64]:
+        """Return the numbers of a clip's frames in its video."""
+        return clip.facts.times.shown(self.reading.fps)[: clip.frames]
+
     def _beside(self, clip: TarClip) -> ClipContent:
         """Return all of a clip but its pixels."""
         parts = {suffix: (start, size) for suffix, start, size in clip.members}
@@ -169,7 +187,9 @@ class WebDatasetSource:
         if "txt" in parts:
             caption = read_caption(self._read(clip, *parts["txt"]), clip.name)
         scale = float(facts.get("metres_per_unit", 1.0))
-        c2w, intrinsics = cut_camera(read_camera(facts, clip.name), clip.frames, scale, clip.name)
+        c2w, intrinsics = cut_camera(
+            read_camera(facts, clip.name), self._numbers(clip), scale, clip.name
+        )
         return ClipContent(
             None,
             c2w,
@@ -284,4 +304,4 @@ def told_by(name: str, facts: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def open_webdataset(place: Place) -> WebDatasetSource:
-    return WebDatasetSource(expand(place.path))
+    return WebDatasetSource(expand(place.path), place.reading)

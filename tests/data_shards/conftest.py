@@ -3,12 +3,14 @@ work on copies."""
 
 import http.client
 import http.server
+import importlib.util
 import re
 import shutil
 import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -136,6 +138,16 @@ def write_video():
                 container.mux(packet)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def films():
+    """The module beside this file that writes videos as the field makes them."""
+    path = Path(__file__).with_name("films.py")
+    spec = importlib.util.spec_from_file_location("films", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ trainer."""
 import itertools
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.loading.load import ClipLoader, denormalise, normalise, relative_poses
+from data_shards.loading.load import ClipLoader, check_alike, denormalise, normalise, relative_poses
 from data_shards.loading.order import SampleOrder
 from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
@@ -269,3 +271,14 @@ def test_close_while_the_queue_is_full(dataset):
 def test_bad_requests_are_refused(dataset, options, report):
     with pytest.raises(DataError, match=report):
         take(dataset, 1, **options)
+
+
+def test_unlike_frame_rates_are_mixed_on_purpose_only(dataset_path):
+    dataset = open_dataset(str(dataset_path))
+    other = SimpleNamespace(path="other", info=replace(dataset.info, fps=dataset.info.fps * 2))
+    with pytest.raises(DataError, match=r"mixture: got fps 32\.0 in other, expected 16\.0"):
+        check_alike(dataset, other, mixed_rates=False)
+    check_alike(dataset, other, mixed_rates=True)
+    other.info = replace(other.info, channels=1)
+    with pytest.raises(DataError, match="mixture: got channels 1"):
+        check_alike(dataset, other, mixed_rates=True)

@@ -262,3 +262,25 @@ def test_nothing_is_written_beside_the_source(videos, tmp_path):
     before = bytes_of(videos), sorted(p.name for p in tmp_path.iterdir())
     assert encode.main(arguments(videos, tmp_path / "set")) == 0
     assert (bytes_of(videos), sorted({p.name for p in tmp_path.iterdir()} - {"set"})) == before
+
+
+def test_clips_cut_from_one_film_go_with_its_files(
+    write_video, tmp_path, loaded, monkeypatch, capsys
+):
+    """Each clip is kept by itself; a change beside the film is one of all its clips."""
+    folder, out = tmp_path / "films", tmp_path / "set"
+    folder.mkdir()
+    for key in "ab":
+        write_video(folder / f"{key}.mp4", frames=25)
+        write_poses(folder / f"{key}.npz", 1.0, 25)
+    command = arguments(folder, out, "clip_frames=9", "clip_overlap=1", channels=32)
+    interrupted(command, monkeypatch)
+    assert len(loaded) == 6
+    in_place(folder / "b.npz", lambda path: write_poses(path, 2.0, 25))
+    loaded.clear()
+    assert encode.main(command) == 0
+    assert loaded == ["b_000000", "b_000008", "b_000016"]
+    assert "clip b_000008: b.npz has changed" in capsys.readouterr().out
+    anew = tmp_path / "anew"
+    assert encode.main([*command[:1], f"out={anew}", *command[2:]]) == 0
+    assert bytes_of(out) == bytes_of(anew)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_shards.fields import alike_in_mixture
+from data_shards.fields import unlike
 from data_shards.schema import DataError, DatasetInfo, info_from_json, latent_frame_count
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
@@ -128,13 +128,14 @@ def _mixture_problems(
     them."""
     data = plan.config.data
     for path, other in mixed.items():
-        unlike = [
-            name for name in alike_in_mixture() if getattr(info, name) != getattr(other, name)
-        ]
-        if unlike:
-            got = f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in unlike)}"
-            rule = f"as in {data.path}: {', '.join(repr(getattr(info, name)) for name in unlike)}"
-            yield Problem(MIXTURE, got, rule, "encode both alike, or leave one out")
+        names = unlike(info, other, data.mixed_rates)
+        if names:
+            got = f"{path} with {', '.join(f'{name} {getattr(other, name)!r}' for name in names)}"
+            rule = f"as in {data.path}: {', '.join(repr(getattr(info, name)) for name in names)}"
+            fix = "encode both alike, or leave one out"
+            if names == ["fps"]:
+                fix = f"encode with fps={info.fps:.4g}, or {AT}data.mixed_rates=true if it is meant"
+            yield Problem(MIXTURE, got, rule, fix)
         if not other.clips.get("train"):
             got = f"{path}, no training clips"
             yield Problem(MIXTURE, got, "at least one", "record or encode more clips")

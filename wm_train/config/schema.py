@@ -64,6 +64,8 @@ class DataConfig:
     path: str = "???"
     # data sets to train on, path -> weight; empty: `path` alone
     mixture: Annotated[dict[str, float], WEIGHTS] = field(default_factory=dict)
+    # allow a mixture of unlike frame rates: latents of a step then span different times
+    mixed_rates: bool = False
     # raw frames below a stage's `frames` that shorter clips are cut to; a step's clips have one
     # length
     buckets: Annotated[

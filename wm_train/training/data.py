@@ -59,6 +59,7 @@ def open_loader(
                 else []
             ),
             mixture=stage.mixture if training else None,
+            mixed_rates=data.mixed_rates,
             pack=pack,
             cost=lambda length: stage.clip_flops(length, *size),  # packed rows have one size
             start_step=step,

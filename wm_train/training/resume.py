@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_shards.fields import same_rate
 from wm_train.checkpoint import store
 from wm_train.checkpoint.handover import handover
 from wm_train.checkpoint.manifest import Manifest
@@ -36,9 +37,10 @@ def restore(
     data_fingerprint: str,
     world: World,
     report: Callable[[str], None],
+    fps: float | None = None,
 ) -> Start:
     """Fill the state from this stage's newest valid checkpoint, or from the stage it inherits;
-    return the start.
+    return the start. fps: of the stage's clips.
 
     Errors: SetupError when the checkpoint belongs to another model, data set, seed or batch, or
     when there is nothing to inherit.
@@ -46,7 +48,7 @@ def restore(
     root = plan.checkpoints
     newest = store.find_newest(root, world, report) if plan.resume else None
     if newest is None:
-        inherit(plan, state, world, report)
+        inherit(plan, state, world, report, fps)
         return Start()
     folder, manifest = newest
     mine, theirs = identity(plan, data_fingerprint), manifest.facts["identity"]
@@ -82,10 +84,14 @@ def restore(
 
 
 def inherit(
-    plan: StagePlan, state: TrainState, world: World, report: Callable[[str], None]
+    plan: StagePlan,
+    state: TrainState,
+    world: World,
+    report: Callable[[str], None],
+    fps: float | None = None,
 ) -> None:
     """Load the weights of the source by name, and its moments if configured; the average starts
-    from the weights.
+    from the weights. fps: of this stage's clips; that of the source's is reported if it differs.
 
     Errors: SetupError when there is no source, or its names do not match and the stage does not
     declare the difference.
@@ -132,6 +138,12 @@ def inherit(
         else ""
     )
     with_moments = f", with {len(moments)} tensors of its optimizer" if moments else ""
+    theirs = manifest.facts.get("fps")
+    if fps and isinstance(theirs, float) and not same_rate(fps, theirs):
+        report(
+            f"stage {plan.stage} has clips of {fps:.4g} frames per second, its source was trained"
+            f" on {theirs:.4g}: from latent to latent things move {theirs / fps:.3g} times as far"
+        )
     report(
         f"weights from {folder} ({'averaged' if averaged else 'as trained'}{changes}{with_moments})"
     )

@@ -299,10 +299,11 @@ def facts(
     guard: dict[str, Any],
     validation_loss: float | None,
     quarantined: tuple[str, ...] = (),
+    fps: float | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a checkpoint besides its tensors. validation_loss: of this very step,
     None if there was none. The position in the data is the step; with it go only the quarantined
-    shards."""
+    shards. fps: of the clips, which a stage that inherits compares with its own."""
     return {
         "validation_loss": validation_loss,
         "identity": identity(plan, data_fingerprint),
@@ -310,4 +311,5 @@ def facts(
         "world": world.size,
         "guard": guard,
         "quarantined": list(quarantined),
+        "fps": fps,
     }

@@ -64,6 +64,14 @@ def test_data_sets_that_are_mixed_must_be_alike(
         )
     write(other, control_names=("jump",))
     assert "control_names ('jump',)" in found({"data.mixture": mixture})["data.mixture"].got
+    write(other, fps=2.0)  # of 1
+    assert found({"data.mixture": mixture})["data.mixture"].got.endswith("with fps 2.0")
+    problem = found({"data.mixture": mixture})["data.mixture"]
+    assert problem.fix.startswith("encode with fps=1, or ")
+    assert problem.fix.endswith("data.mixed_rates=true if it is meant")
+    assert found({"data.mixture": mixture, "data.mixed_rates": True}) == {}
+    write(other, fps=0.999)  # another name of one rate
+    assert found({"data.mixture": mixture}) == {}
     write(other, clips={"train": 0, "validation": 10})
     assert "no training clips" in found({"data.mixture": mixture})["data.mixture"].got
     write(other, latent_height=16)

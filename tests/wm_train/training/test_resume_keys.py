@@ -14,7 +14,8 @@ from wm_train.errors import SetupError
 from wm_train.noise import normal
 from wm_train.tracking.tracker import read_steps
 from wm_train.training.data import open_loader
-from wm_train.training.state import identity
+from wm_train.training.resume import inherit
+from wm_train.training.state import build_state, identity
 
 BEFORE = "+recipe.stages.before={index: 0, frames: 41, global_batch: 2, steps: 1}"
 STEPS = "recipe.stages.short.steps="
@@ -66,3 +67,19 @@ def test_a_checkpoint_whose_noise_was_keyed_by_position_is_not_continued(train_h
     (folder / "manifest.json").write_text(to_text(manifest))
     with pytest.raises(SetupError, match=r"keyed by the stage's position.*Fix: name=<new run>"):
         train_here(tmp_path, STEPS + "3", "trainer.async_checkpoint=false")
+
+
+def test_a_source_of_another_frame_rate_is_named(train_here, stage_of, tmp_path):
+    train_here(tmp_path, STEPS + "1", "trainer.async_checkpoint=false")
+    folder = store.committed(tmp_path / "demo" / "short" / "checkpoints")[-1]
+    manifest = read_manifest(folder)
+    assert manifest.facts["fps"] == 16.0
+    stage, said = stage_of(f"recipe.stages.short.inherit={folder.parent}"), []
+    state = build_state(stage.plan, stage.mesh.fsdp, stage.backend.device)
+    inherit(stage.plan, state, stage.world, said.append, 16.0)
+    assert not any("frames per second" in line for line in said)
+    manifest.facts["fps"] = 8.0
+    (folder / "manifest.json").write_text(to_text(manifest))
+    inherit(stage.plan, state, stage.world, said.append, 16.0)
+    assert "clips of 16 frames per second, its source was trained on 8: from latent" in said[-2]
+    assert "0.5 times as far" in said[-2]
