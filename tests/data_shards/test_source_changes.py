@@ -134,7 +134,8 @@ def prepare(kind, videos):
     }[kind]
 
 
-KINDS = ("video", "npz", "json", "text", "events", "colmap")
+ALSO = [pytest.param(kind, marks=pytest.mark.full) for kind in ("json", "events")]
+KINDS = ("video", "npz", "text", "colmap", *ALSO)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +179,12 @@ def test_captions_are_part_of_their_clips(videos, tmp_path, loaded, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("container", "dtype"), [("tar", "float16"), ("tar", "bfloat16"), ("zarr", "bfloat16")]
+    ("container", "dtype"),
+    [
+        ("tar", "bfloat16"),
+        pytest.param("tar", "float16", marks=pytest.mark.full),
+        pytest.param("zarr", "bfloat16", marks=pytest.mark.full),
+    ],
 )
 def test_clips_that_come_and_go_leave_the_others_encoded(
     videos, tmp_path, loaded, monkeypatch, capsys, container, dtype
