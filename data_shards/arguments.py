@@ -8,10 +8,13 @@ starts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +38,36 @@ class Option:
     help: str
     default: Any = None
     required: bool = False
+
+
+class Ended(KeyboardInterrupt):
+    """Report a signal that asks the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into `Ended` in the main thread, unless they are ignored (nohup)."""
+
+    def end(number: int, _: object) -> None:
+        raise Ended(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            if before[number] != signal.SIG_IGN:
+                signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 def whole(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
@@ -73,6 +106,20 @@ def text(value: str) -> str:
     if not value:
         raise ValueError("some text")
     return value
+
+
+def path(value: str) -> str:
+    """Convert a file, folder, URL or hub name; a leading `~` is expanded, which no shell does
+    behind a `=`."""
+    expanded = os.path.expanduser(text(value))
+    if expanded.startswith("~"):
+        raise ValueError("a path; ~ is a home folder, ~name that of a user here, and ./~ a name")
+    return expanded
+
+
+def paths(value: str) -> str:
+    """Convert several paths with commas."""
+    return ",".join(map(path, value.split(",")))
 
 
 def usage(command: str, about: str, options: Mapping[str, Option]) -> str:
@@ -147,20 +194,25 @@ def run(
     more: Callable[[Mapping[str, str]], Mapping[str, Option]] = lambda given: {},
 ) -> int:
     """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one
-    report and exit code 2. `more` tells the options that depend on what is given."""
+    report and exit code 2. `more` tells the options that depend on what is given.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that nothing is left behind: exit code 128 plus the
+    signal's number.
+    """
     helps = [argument for argument in arguments if argument in ("-h", "--help", "help")]
     arguments = [argument for argument in arguments if argument not in helps]
     try:
         given = {name: value for _, name, value in split(arguments) if value is not None}
         options = {**options, **more(given)}
-        code = 0
-        if helps:
-            print(usage(command, about, options))
-        else:
-            code = main(**parse(arguments, options)) or 0
-        if sys.stdout is not None:  # it is without a standard output
-            sys.stdout.flush()
-        return code
+        with ended_by_signals():
+            code = 0
+            if helps:
+                print(usage(command, about, options))
+            else:
+                code = main(**parse(arguments, options)) or 0
+            if sys.stdout is not None:  # it is without a standard output
+                sys.stdout.flush()
+            return code
     except OSError as error:
         if not output_failed(error):
             raise
@@ -177,6 +229,8 @@ def run(
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        ended = error if isinstance(error, Ended) else Ended(signal.SIGINT)
+        with contextlib.suppress(OSError):  # a terminal that was closed takes no words
+            print(f"{command}: interrupted ({ended.signal.name})", file=sys.stderr)
+        return 128 + ended.signal

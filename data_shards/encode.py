@@ -1,30 +1,39 @@
 """Encode clips into a data set of latent shards.
 
-`python -m data_shards.encode source=<recording> codec=linear out=…`. Work is cut into shards
-beforehand, by the clips' known sizes. Each shard is a job of its own (`encoding/job.py`), run here,
-in processes or on Ray (`encoding/runners.py`), and the results become index and dataset.json
-(`encoding/finish.py`). An interrupted run leaves `<out>.partial`, or in an object store a prefix
-without dataset.json (`encoding/target.py`), and the same command resumes it; the finished bytes do
-not depend on interruptions, on `runner` or on `workers`.
+`python -m data_shards.encode source=<recording> codec=linear out=…`. All clips are checked first
+(`encoding/check.py`). Work is cut into shards beforehand, by the clips' known sizes. Each shard is
+a job of its own (`encoding/job.py`), run here, in processes or on Ray (`encoding/runners.py`), and
+the results become index and dataset.json (`encoding/finish.py`). An interrupted run leaves
+`<out>.partial`, or in an object store a prefix without dataset.json (`encoding/target.py`), and the
+same command resumes it: clips whose files have changed (`encoding/plan.py`) are encoded again, the
+others are kept (`encoding/kept.py`). The finished bytes depend on the source as it is now, not on
+interruptions, on `runner` or on `workers`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from data_shards.arguments import Option, choice, number, run, text, whole
+from data_shards.arguments import Option, choice, number, path, run, text, whole
 from data_shards.codecs import CODECS, LatentCodec, codec_row
 from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.fields import own_fields
 from data_shards.encoding.finish import finish
-from data_shards.encoding.job import Job, encode_shard, left_to_do, plan_jobs
+from data_shards.encoding.job import Bad, Job, encode_shard
+from data_shards.encoding.kept import KEPT
 from data_shards.encoding.memory import check_memory
+from data_shards.encoding.plan import (
+    Plan,
+    compare_finished,
+    differing_arguments,
+    make_plan,
+    plan_from_json,
+)
+from data_shards.encoding.run import begin, changes
 from data_shards.encoding.runners import RUNNERS
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
@@ -33,7 +42,7 @@ from data_shards.progress import clip_progress
 from data_shards.registry import Registry, names
 from data_shards.schema import PLAN, DataError
 from data_shards.sources import SOURCES, Place, open_source
-from data_shards.sources.clips import ClipSource
+from data_shards.sources.clips import ClipSource, SourceClip
 from data_shards.sources.reading import Reading, frame_rate
 
 
@@ -45,14 +54,14 @@ def one_of(registry: Registry, *more: str) -> Callable[[str], str]:
 ABOUT = "Encode video clips into latent shards that training reads."
 OPTIONS = {
     "source": Option(
-        text,
+        path,
         "a recording, a folder of videos, tars of videos in the WebDataset layout (a folder, or"
         " names and URLs: shards/{000000..000099}.tar), or the folder of zips of SANA-WM's public"
         " training layout",
         required=True,
     ),
     "out": Option(
-        text, "folder to make, or the URL of one in a store: s3://bucket/set", required=True
+        path, "folder to make, or the URL of one in a store: s3://bucket/set", required=True
     ),
     "kind": Option(
         one_of(SOURCES, "auto"),
@@ -60,9 +69,9 @@ OPTIONS = {
         " package offers; auto: one of the first four, as found",
         "auto",
     ),
-    "latents": Option(text, "folder of the zips with ready latents (SANA-WM's layout)", None),
+    "latents": Option(path, "folder of the zips with ready latents (SANA-WM's layout)", None),
     "captions": Option(
-        text, "JSON file {key: caption}; it goes before the source's own captions", None
+        path, "JSON file {key: caption}; it goes before the source's own captions", None
     ),
     "fps": Option(frame_rate, "resample videos to this rate by their time stamps", None),
     "clip_frames": Option(
@@ -94,7 +103,7 @@ OPTIONS = {
         "no",
     ),
     "text": Option(
-        text,
+        path,
         "folder or hub name of a transformers encoder; `ready`: the source's own embeddings",
         None,
     ),
@@ -108,7 +117,7 @@ OPTIONS = {
         choice("float16", "bfloat16", "float32"), "of the stored text", "bfloat16"
     ),
     "null_text": Option(
-        text, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
+        path, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
     ),
     "fields": Option(
         text, "names of fields of other packages to take from the source too, with commas", None
@@ -124,6 +133,11 @@ OPTIONS = {
     "validation": Option(number(0, 0.9), "share of the episodes kept out of training", 0.1),
     "container": Option(choice("tar", "zarr"), "tar, or Zarr v3 for very long clips", "tar"),
     "shard_mb": Option(number(0.001, 100_000), "target size of a shard", 256.0),
+    "on_bad_clip": Option(
+        choice("fail", "skip"),
+        "clips that cannot be encoded: report all and stop, or leave them out and list them",
+        "fail",
+    ),
     "workers": Option(whole(1, 1024), "processes, or Ray tasks at a time", 1),
     "runner": Option(choice(*RUNNERS), "who runs them", "processes"),
 }
@@ -136,93 +150,75 @@ def run_jobs(
     source: ClipSource,
     codec: LatentCodec,
     encoder: TextEncoder | None,
-) -> Iterator[int]:
-    """Run the jobs, yielding the number of each as it finishes."""
+) -> Iterator[tuple[int, Bad]]:
+    """Run the jobs, yielding of each that finishes its number and the clips that cannot be read."""
     if runner == "processes" and workers == 1:
         for job in jobs:
-            encode_shard(job, source, codec, encoder)
-            yield job.number
+            yield job.number, encode_shard(job, source, codec, encoder)
     else:
         yield from RUNNERS[runner](jobs, workers)
 
 
-def encode(place: Place, out: str, workers: int, runner: str, settings: Settings) -> None:
+def encode(
+    place: Place, out: str, workers: int, runner: str, settings: Settings, on_bad_clip: str = "fail"
+) -> None:
     """Encode the source at `place` into the data set `out`, resuming an interrupted run.
 
     Raises:
-        DataError: a source that cannot be read, or an `out` that holds something else.
+        DataError: a source or clips that cannot be read, or an `out` that holds something else.
     """
-    clips = open_source(place)
-    if not clips.clips:
+    source = open_source(place)
+    if not source.clips and not source.problems:
         raise DataError(
             f"source: got no clips in {place.path}, expected at least one. Fix: record some"
         )
-    codec, encoder = settings.make_codec(clips), settings.make_text_encoder()
+    codec, encoder = settings.make_codec(source), settings.make_text_encoder()
     target = Target(out)
-    if clips.stored is None:
-        on_machine = workers if runner == "processes" else 1
-        check_memory(clips.clips, 2 if settings.psnr == "yes" else 1, on_machine)
-    jobs = plan_jobs(clips, place.resolved(), target.out, settings, codec)
     own_fields(settings.fields)  # names that nobody knows are refused before any work
-    facts = dataclasses.asdict(settings)
-    if settings.fields is None:  # the plan of a set without them stays the same bytes
-        del facts["fields"]
-    plan = json.dumps(
-        {
-            "source": clips.description,
-            **facts,
-            "codec_options": dict(settings.codec_options),
-            "shards": len(jobs),
-        },
-        indent=1,
-        sort_keys=True,
-    ).encode()
+    plan = make_plan(source, place, settings, codec, encoder)
     if target.finished():
-        if target.read(PLAN, done=True) != plan:
-            raise DataError(
-                f"out: got {out}, a data set made with other arguments, expected a new folder. Fix:"
-                f" rm -r {out}"
-            )
+        old = plan_from_json(target.read(PLAN, done=True) or b"")
+        for note in compare_finished(old, plan, source.problems, out):
+            print(note)
         target.remove("rows")  # of a run that was killed at its very end
         print(f"{out} already holds this data set; nothing to do")
         return
-    left = target.read(PLAN)
-    if left not in (None, plan):
-        raise DataError(
-            f"out: got {target.place}, left by a run with other arguments, expected none or one"
-            f" like this. Fix: rm -r {target.place}"
-        )
-    target.prepare()
-    target.write(PLAN, plan)
-    first = clips.clips[0]
-    stride = codec.spatial_stride
-    size = crop_size(first, stride)
-    if size != (first.height, first.width):
-        before = f"{first.height}x{first.width}"
-        print(
-            f"frames are cropped at the centre from {before} to {size[0]}x{size[1]}, multiples of"
-            f" {stride}"
-        )
-    for note in clips.notes:
-        print(note)
+    old = left_by_earlier_run(target, plan)
+    model = Job(
+        place.resolved(),
+        source.description,
+        target.out,
+        0,
+        (),
+        settings,
+        tuple(sorted(plan.libraries.items())),
+    )
+    run = begin(source, codec, target, plan, old, model, on_bad_clip == "skip")
+    if source.stored is None and source.clips:
+        on_machine = workers if runner == "processes" else 1
+        check_memory(source.clips, 2 if settings.psnr == "yes" else 1, on_machine)
     started = time.perf_counter()
-    todo = left_to_do(jobs, target)
-    with clip_progress("encode") as progress:
-        task = progress.add_task(
-            "encode",
-            total=len(clips.clips),
-            completed=len(clips.clips) - sum(len(job.clips) for job in todo),
+    jobs, todo = run.choose()
+    for note in [*(changes(old, plan, source.problems) if old else ()), *source.notes]:
+        print(note)
+    print_crop(source.clips[0], codec.spatial_stride)
+    frames = 0
+    while todo:
+        frames += sum(
+            p.clip.frames for job in todo for p in job.clips if p.identity not in job.made
         )
-        for job in run_jobs(todo, runner, workers, clips, codec, encoder):
-            progress.advance(task, len(jobs[job].clips))
-    info, cut_captions = finish(target, jobs, clips, settings, codec, encoder)
-    target.remove("rows")
+        bad = run_with_progress(jobs, todo, runner, workers, source, codec, encoder)
+        if not bad:
+            break
+        run.found |= bad
+        if not run.skip:
+            raise run.refusal()
+        jobs, todo = run.choose()  # without them; what is encoded is kept
+    info, cut_captions = finish(target, jobs, source, run.plan, settings, codec, encoder)
+    target.remove("rows", KEPT)
     size_mb = sum(target.sizes().values()) / 1e6
     target.publish()
-    seconds, frames = (
-        time.perf_counter() - started,
-        sum(clip.frames for job in todo for clip, _ in job.clips),
-    )
+    seconds = time.perf_counter() - started
     print(
         f"encoded {info.clips['train']} training and {info.clips['validation']} validation clips"
         f" into {info.shards} shards of latents [{info.channels}, {info.latent_height},"
@@ -234,6 +230,64 @@ def encode(place: Place, out: str, workers: int, runner: str, settings: Settings
             f"{cut_captions} captions were longer than text_length={settings.text_length} tokens"
             " and were cut there"
         )
+    if run.found:
+        print(f"{len(run.found)} are left out (on_bad_clip=skip; {PLAN} lists them too):")
+        for name, why in sorted(run.found.items()):
+            print(f"  {name}: {why}")
+
+
+def left_by_earlier_run(target: Target, plan: Plan) -> Plan | None:
+    """Return the plan of an interrupted run, None if there was none.
+
+    Raises:
+        DataError: it had other arguments.
+    """
+    left = target.read(PLAN)
+    if left is None:
+        return None
+    old = plan_from_json(left)
+    if words := differing_arguments(old, plan):
+        raise DataError(
+            f"out: got {target.place}, left by a run with other arguments ({words}), expected none"
+            f" or one like this. Fix: rm -r {target.place}"
+        )
+    return old
+
+
+def print_crop(clip: SourceClip, stride: int) -> None:
+    """Tell if pictures are cropped to multiples of the codec's stride."""
+    size = crop_size(clip, stride)
+    if size != (clip.height, clip.width):
+        print(
+            f"frames are cropped at the centre from {clip.height}x{clip.width} to"
+            f" {size[0]}x{size[1]}, multiples of {stride}"
+        )
+
+
+def run_with_progress(
+    jobs: list[Job],
+    todo: list[Job],
+    runner: str,
+    workers: int,
+    source: ClipSource,
+    codec: LatentCodec,
+    encoder: TextEncoder | None,
+) -> Bad:
+    """Run the jobs that are left to do, and return the clips that cannot be read.
+
+    One such clip does not stop the others.
+    """
+    bad: Bad = {}
+    total = sum(len(job.clips) for job in jobs)
+    with clip_progress("encode") as progress:
+        done = total - sum(len(job.clips) for job in todo)
+        task = progress.add_task("encode", total=total, completed=done)
+        for number, found in run_jobs(todo, runner, workers, source, codec, encoder):
+            for key, why in found.items():
+                progress.console.print(f"clip {key}: {why}", markup=False, highlight=False)
+            bad |= found
+            progress.advance(task, len(jobs[number].clips))
+    return bad
 
 
 def codec_options(given: Mapping[str, str]) -> Mapping[str, Option]:
@@ -256,6 +310,7 @@ def main(arguments: list[str]) -> int:
         out: str,
         workers: int,
         runner: str,
+        on_bad_clip: str,
         fps: Fraction | None,
         clip_frames: int | None,
         clip_overlap: int,
@@ -265,7 +320,8 @@ def main(arguments: list[str]) -> int:
         own = tuple((name, values.pop(name)) for name in sorted(values.keys() - OPTIONS.keys()))
         settings = Settings(**values, codec_options=own)
         reading = Reading(fps, clip_frames, clip_overlap, damaged)
-        encode(Place(source, latents, captions, kind, reading), out, workers, runner, settings)
+        place = Place(source, latents, captions, kind, reading)
+        encode(place, out, workers, runner, settings, on_bad_clip)
 
     return run("python -m data_shards.encode", ABOUT, OPTIONS, call, arguments, codec_options)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.arguments import Option, run, text
+from data_shards.arguments import Option, path, paths, run, text
 from data_shards.codecs import make_codec
 from data_shards.metrics import (
     CAMERA_METRICS,
@@ -41,20 +41,20 @@ ABOUT = (
     " dropped and why."
 )
 OPTIONS = {
-    "path": Option(text, "data set folder or URL", required=True),
-    "out": Option(text, "selection file to write", required=True),
+    "path": Option(path, "data set folder or URL", required=True),
+    "out": Option(path, "selection file to write", required=True),
     "table": Option(text, "which thresholds of the file, besides the camera's", "game"),
-    "thresholds": Option(text, "YAML file of thresholds; the built-in one if not given", None),
+    "thresholds": Option(path, "YAML file of thresholds; the built-in one if not given", None),
     "scores": Option(
-        text, "JSON, CSV or Parquet files with scores of outside models, separated by commas", None
+        paths, "JSON, CSV or Parquet files with scores of outside models, separated by commas", None
     ),
     "captions": Option(
-        text,
+        path,
         "JSON file {key: caption} to check for words that name camera motion; `shards`: those in"
         " the data set",
         None,
     ),
-    "scores_cache": Option(text, "JSON file that keeps measurements between runs", None),
+    "scores_cache": Option(path, "JSON file that keeps measurements between runs", None),
 }
 Range = tuple[float, float]
 

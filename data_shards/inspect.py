@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, run, text, whole
+from data_shards.arguments import Option, path, run, text, whole
 from data_shards.codecs import make_codec
 from data_shards.schema import SPLITS, DataError
 from data_shards.storage.read import Clip, open_dataset
@@ -22,9 +22,9 @@ ABOUT = (
     " timeline of the controls."
 )
 OPTIONS = {
-    "path": Option(text, "data set folder or URL", required=True),
+    "path": Option(path, "data set folder or URL", required=True),
     "key": Option(text, "clip; the first training clip if not given", None),
-    "out": Option(text, "PNG to write", "clip.png"),
+    "out": Option(path, "PNG to write", "clip.png"),
     "columns": Option(whole(1, 64), "frames in a row", 6),
     "rows": Option(whole(1, 64), "rows of frames", 2),
 }

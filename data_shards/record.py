@@ -2,7 +2,8 @@
 
 A recording is a folder with `clips/<key>/{video,depth,c2w,intrinsics,buttons,mouse}.npy` (raw,
 lossless) and `recording.json`, which is written last and has every file's crc32c. Cameras are
-exact. The same arguments give the same bytes. See `sources/vizdoom.py` for axes, units and time.
+exact. The same arguments give the same bytes, also after an interruption: the same command goes on
+with the episodes that are complete. See `sources/vizdoom.py` for axes, units and time.
 """
 
 from __future__ import annotations
@@ -15,24 +16,31 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.arguments import Option, choice, number, run, text, whole
+from data_shards.arguments import Option, choice, number, path, run, whole
 from data_shards.progress import clip_progress
 from data_shards.schema import DataError, latent_frame_count
 from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
 
+if TYPE_CHECKING:
+    from data_shards.sources.vizdoom import VizdoomOptions
+
 RECORDING_FORMAT = 1
+# in the folder of an unfinished recording: its arguments, the episodes that are complete, and what
+# becomes the recording
+WANTED, EPISODES, MADE = "options.json", "episodes", "made"
 ARRAYS = ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")
 ABOUT = (
     "Record gameplay with ViZDoom: RGB frames, depth, camera poses, intrinsics, buttons and mouse"
     " motion."
 )
 OPTIONS = {
-    "out": Option(text, "folder to make", required=True),
+    "out": Option(path, "folder to make", required=True),
     "clips": Option(whole(1, 10**6), "number of clips", 32),
     "frames": Option(whole(9, 10**5), "raw frames in a clip, 8k+1", 81),
     "fps": Option(number(1, 35), "frames per second of game time", 16.0),
@@ -57,7 +65,8 @@ def npy_bytes(array: Any) -> bytes:
 
 
 def record(out: str, clips: int, **options: Any) -> None:
-    """Record into `out`. An existing recording made with the same arguments is kept as it is.
+    """Record into `out`. An existing recording made with the same arguments is kept as it is, and
+    an interrupted one is gone on with.
 
     Raises:
         DataError: a frame count that is not 8k+1, an unknown size or scenario, or `out` holds
@@ -80,20 +89,13 @@ def record(out: str, clips: int, **options: Any) -> None:
                 f"out: got {out}, which holds a recording made with other arguments"
                 f" {found.get('options')}. Fix: remove it"
             )
+        for draft in abandoned(final):  # of a run that was killed at its very end
+            shutil.rmtree(draft, ignore_errors=True)
         print(f"{out} already holds this recording of {clips} clips; nothing to do")
         return
-    remove_unfinished(final)
-    temporary = fresh_folder(final.with_name(f"{_unfinished(final)}{os.getpid()}"))
+    draft = take_draft(final, wanted)
     try:
-        entries = []
-        settings = vizdoom.VizdoomOptions(**options)
-        with tempfile.TemporaryDirectory() as scratch, clip_progress("record") as progress:
-            for clip in progress.track(vizdoom.record_clips(settings, clips, scratch), total=clips):
-                entries.append(
-                    write_clip(
-                        temporary / "clips", f"e{clip.episode:05d}-t{clip.first_tic:06d}", clip
-                    )
-                )
+        entries = record_into(draft, vizdoom.VizdoomOptions(**options), clips)
         zero, one = vizdoom.depth_metres(np.arange(2, dtype=np.uint8)).tolist()
         description = {
             "format": RECORDING_FORMAT,
@@ -107,13 +109,13 @@ def record(out: str, clips: int, **options: Any) -> None:
             "depth_metres": {"scale": one - zero, "offset": zero},
             "clips": entries,
         }
-        write_durably(
-            temporary / "recording.json", (json.dumps(description, indent=1) + "\n").encode()
-        )
-        publish_folder(temporary, final)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        text = json.dumps(description, indent=1) + "\n"
+        write_durably(draft / MADE / "recording.json", text.encode())
+        publish_folder(draft / MADE, final)
+        shutil.rmtree(draft)
+    except DataError:
+        shutil.rmtree(draft)
+        raise
     size = sum(file.stat().st_size for file in final.rglob("*.npy"))
     episodes = len({entry["episode"] for entry in entries})
     print(
@@ -122,23 +124,113 @@ def record(out: str, clips: int, **options: Any) -> None:
     )
 
 
+def record_into(draft: Path, settings: VizdoomOptions, clips: int) -> list[dict[str, Any]]:
+    """Record what is missing of `clips` clips, and return the lines of recording.json of all.
+
+    A file notes each episode that is complete: a later one does not depend on it.
+    """
+    from data_shards.sources import leash, vizdoom
+
+    entries, first = keep_episodes(draft)
+    if entries:
+        print(f"{len(entries)} clips are kept of a recording that was interrupted")
+    missing, episode = clips - len(entries), list[dict[str, Any]]()
+    scratch = tempfile.mkdtemp(prefix="record-")
+    with leash.leashed(scratch), clip_progress("record") as progress:
+        task = progress.add_task("record", total=clips, completed=len(entries))
+        for clip in vizdoom.record_clips(settings, missing, scratch, first) if missing else ():
+            entry = write_clip(clips_of(draft), f"e{clip.episode:05d}-t{clip.first_tic:06d}", clip)
+            if episode and episode[-1]["episode"] != entry["episode"]:
+                note = json.dumps(episode).encode()
+                write_durably(draft / EPISODES / f"{episode[-1]['episode']}.json", note)
+                episode = []
+            episode.append(entry)
+            entries.append(entry)
+            progress.advance(task)
+    return entries
+
+
+def keep_episodes(draft: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of the clips that an interrupted recording has left whole, and the episode
+    to go on with; all other clips are removed."""
+    entries: list[dict[str, Any]] = []
+    first = 0
+    for file in sorted((draft / EPISODES).glob("e*.json")):
+        episode = json.loads(file.read_bytes())
+        if not all(is_whole(clips_of(draft), entry) for entry in episode):
+            break
+        entries += episode
+        first = int(file.stem[1:]) + 1
+    for file in sorted((draft / EPISODES).iterdir()):
+        if file.suffix != ".json" or int(file.stem[1:]) >= first:
+            file.unlink()
+    kept = {entry["key"] for entry in entries}
+    for folder in clips_of(draft).iterdir():
+        if folder.name not in kept:
+            shutil.rmtree(folder)
+    return entries, first
+
+
+def is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
+    """Return True if all files of a clip have the bytes that were recorded."""
+    try:
+        return all(
+            crc32c((folder / entry["key"] / f"{name}.npy").read_bytes()) == expected
+            for name, expected in entry["crc32c"].items()
+        )
+    except OSError:
+        return False
+
+
 def _unfinished(final: Path) -> str:
     """Return the name, without its process id, of the folder in which this machine records."""
     return f"{final.name}.tmp-{socket.gethostname()}-"
 
 
-def remove_unfinished(final: Path) -> None:
-    """Delete the drafts of `final` that recordings interrupted on this machine left behind."""
-    for left in final.absolute().parent.glob(f"{glob.escape(_unfinished(final))}*"):
-        try:
-            os.kill(int(left.name.removeprefix(_unfinished(final))), 0)  # sends nothing
-        except ProcessLookupError:
-            shutil.rmtree(left)
-        except (
-            ValueError,
-            PermissionError,
-        ):  # no number, or another user's process: not one of these
-            continue
+def take_draft(final: Path, wanted: Mapping[str, Any]) -> Path:
+    """Return the folder in which this process records: what an interrupted recording on this
+    machine with the same arguments has left, or a new one. Other such drafts are deleted."""
+    mine = final.absolute().with_name(f"{_unfinished(final)}{os.getpid()}")
+    left = abandoned(final)
+    usable = [
+        draft
+        for draft in left
+        if (draft / WANTED).exists() and read_json(draft / WANTED, "recording") == wanted
+    ]
+    best = max(usable, key=lambda draft: len(list((draft / EPISODES).iterdir())), default=None)
+    for draft in left:
+        if draft != best:
+            shutil.rmtree(draft, ignore_errors=True)
+    if best is not None:
+        os.replace(best, mine)
+        return mine
+    fresh_folder(mine)
+    clips_of(mine).mkdir(parents=True)
+    (mine / EPISODES).mkdir()
+    write_durably(mine / WANTED, json.dumps(wanted).encode())
+    return mine
+
+
+def clips_of(draft: Path) -> Path:
+    return draft / MADE / "clips"
+
+
+def abandoned(final: Path) -> list[Path]:
+    """Return the drafts of `final` that recordings on this machine have left behind."""
+    mine = final.absolute().with_name(f"{_unfinished(final)}{os.getpid()}")
+    drafts = mine.parent.glob(f"{glob.escape(_unfinished(final))}*")
+    return [draft for draft in drafts if draft == mine or is_left(draft, final)]
+
+
+def is_left(draft: Path, final: Path) -> bool:
+    """Return True for a draft whose process has ended."""
+    try:
+        os.kill(int(draft.name.removeprefix(_unfinished(final))), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (ValueError, PermissionError):  # no number, or another user's process: not one of these
+        return False
+    return False
 
 
 def write_clip(folder: Path, key: str, clip: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Layout of a data set directory:
                        crc32c of each latent frame
   null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt,
                        real tokens only
-  plan.json            the arguments of the command that encoded it
+  plan.json            what it is made of: arguments, library versions, digests of each clip's files
   SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
   dataset.json         written last: without it the directory is no data set
 
@@ -163,6 +163,9 @@ class DatasetInfo:
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
     null_text_crc32c: int = 0  # of the file null_text
+    # versions of the packages by which the numbers can differ; not in the fingerprint, which is of
+    # the numbers themselves
+    libraries: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def expected_fields(info: DatasetInfo, raw_frames: int) -> frozenset[str]:
@@ -260,7 +263,7 @@ def info_from_json(text: str, where: str) -> DatasetInfo:
             f"dataset.json: got schema_version {found}, expected {SCHEMA_VERSION} ({where}). Fix:"
             " encode again"
         )
-    if set(raw) != names:
+    if set(raw) | {"libraries"} != names:  # sets of earlier versions do not state them
         wrong = sorted(names ^ set(raw))
         raise DataError(
             f"dataset.json: got missing or unknown fields {wrong}, expected exactly those of"

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, choice, run, text, whole
+from data_shards.arguments import Option, choice, path, run, whole
 from data_shards.schema import IMAGE_LATENTS, SPLITS, ClipEntry
 from data_shards.storage.files import as_float32
 from data_shards.storage.read import ClipDataset, open_dataset
 
 ABOUT = "Durations, motion and controls of a data set, and its latent statistics measured again."
 OPTIONS = {
-    "path": Option(text, "data set folder or URL", required=True),
+    "path": Option(path, "data set folder or URL", required=True),
     "split": Option(choice(*SPLITS), "which clips", "train"),
     "limit": Option(whole(1), "clips to read, evenly spread", 1000),
-    "out": Option(text, "JSON file to write as well", None),
+    "out": Option(path, "JSON file to write as well", None),
 }
 PERCENTILES = (0, 5, 50, 95, 100)
 BINS = 12

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from data_shards.arguments import Option, run, text, whole
+from data_shards.arguments import Option, path, run, whole
 from data_shards.schema import FACTS, INDEX, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
 from data_shards.storage.read import ClipDataset, open_dataset
 from data_shards.storage.remote import RetryPolicy, connect
@@ -21,7 +21,7 @@ from data_shards.storage.write import fingerprint, sums_text
 
 ABOUT = "Check every byte of a data set against its index. Exit code 1 when something is wrong."
 OPTIONS = {
-    "path": Option(text, "data set folder or URL", required=True),
+    "path": Option(path, "data set folder or URL", required=True),
     "workers": Option(whole(1, 1024), "processes", 1),
     "show": Option(whole(0, 10**6), "problems to print", 50),
 }

@@ -45,11 +45,12 @@ class LatentCodec(Protocol):
 class CodecRow:
     """Describe one registered codec. `make` takes the codec's options as dataset.json keeps them
     (`LatentCodec.options`), and `device` if `on_device`; `options` are those of the command
-    `encode`."""
+    `encode`; `libraries` are installed packages by whose version the latents can differ."""
 
     make: Callable[..., LatentCodec]
     options: Mapping[str, Option] = field(default_factory=dict)
     on_device: bool = False
+    libraries: tuple[str, ...] = ()
 
 
 CODECS = Registry(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, text
+from data_shards.arguments import Option, path
 from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
 
@@ -162,7 +162,8 @@ class DiffusersCodec:
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
-OPTIONS = {"model": Option(text, "folder or hub name of the autoencoder", required=True)}
+OPTIONS = {"model": Option(path, "folder or hub name of the autoencoder", required=True)}
 LTX2, WAN, TINY = (
-    CodecRow(partial(DiffusersCodec, name), OPTIONS, on_device=True) for name in CLASSES
+    CodecRow(partial(DiffusersCodec, name), OPTIONS, True, ("diffusers", "torch"))
+    for name in CLASSES
 )

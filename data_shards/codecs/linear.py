@@ -158,7 +158,9 @@ class LinearCodec:
 
 
 LINEAR = CodecRow(
-    LinearCodec, {"channels": Option(whole(1, 4096), "latent channels", LinearCodec.channels)}
+    LinearCodec,
+    {"channels": Option(whole(1, 4096), "latent channels", LinearCodec.channels)},
+    libraries=("numpy",),
 )
 
 

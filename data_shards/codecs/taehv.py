@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, text
+from data_shards.arguments import Option, path
 from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
 
@@ -235,6 +235,7 @@ class TaehvCodec:
 
 TAEHV = CodecRow(
     TaehvCodec,
-    {"model": Option(text, "safetensors file of the weights, or a folder with one", required=True)},
+    {"model": Option(path, "safetensors file of the weights, or a folder with one", required=True)},
     on_device=True,
+    libraries=("torch",),
 )

@@ -46,8 +46,8 @@ def crop(
 
 @dataclass
 class Tally:
-    """Hold a shard's share of the data set's statistics: sums [first|later, sum|sum of squares, C]
-    and counts, over training clips."""
+    """Hold a clip's share of the data set's statistics: sums [first|later, sum|sum of squares, C]
+    and counts."""
 
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
@@ -69,12 +69,7 @@ class Tally:
 
 
 def latent_arrays(
-    clip: SourceClip,
-    content: ClipContent,
-    codec: LatentCodec,
-    settings: Settings,
-    tally: Tally,
-    count: bool,
+    clip: SourceClip, content: ClipContent, codec: LatentCodec, settings: Settings, tally: Tally
 ) -> Arrays:
     """Return latents, image latents, and the camera of the encoded frames."""
     size, intrinsics = crop_size(clip, codec.spatial_stride), content.intrinsics
@@ -92,14 +87,18 @@ def latent_arrays(
     else:
         assert content.latents is not None, "a source gives one or the other"
         latents = content.latents
-    if count:
-        tally.add(latents, images)
+    tally.add(latents, images)
     arrays: Arrays = {"latent.npy": (settings.latent_dtype, latents)}
     if len(images):
         arrays[IMAGE_LATENTS] = (settings.latent_dtype, images)
-    if content.c2w is not None and intrinsics is not None:
-        arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
-    return arrays
+    return arrays | camera_arrays(content.c2w, intrinsics)
+
+
+def camera_arrays(c2w: NDArray[Any] | None, intrinsics: NDArray[Any] | None) -> Arrays:
+    """Return the camera of a clip that has one."""
+    if c2w is None or intrinsics is None:
+        return {}
+    return {"c2w.npy": ("float64", c2w), "intrinsics.npy": ("float64", intrinsics)}
 
 
 def image_latents(
@@ -127,41 +126,47 @@ def control_arrays(
     return {"controls.npy": ("float32", rows)}
 
 
-def text_arrays(
-    clip: SourceClip,
-    content: ClipContent,
-    settings: Settings,
-    encoder: TextEncoder | None,
-    tally: Tally,
-) -> Arrays:
-    """Return the text embedding of a clip: encoded here, or ready-made by the source."""
-    if encoder is not None:
+def ready_text(clip: SourceClip, content: ClipContent, settings: Settings) -> Arrays:
+    """Return the ready text of a clip (`text=ready`), and see that one to be encoded is there.
+
+    Raises:
+        DataError: a clip without what is asked for, or with another shape.
+    """
+    if settings.text is None:
+        return {}
+    if settings.text != READY:
         if content.caption is None:
             raise DataError(
                 f"text: got no caption, expected one for every clip (key {clip.key}). Fix:"
                 " captions=<JSON file>, or a sidecar's `caption`"
             )
-        embedding, mask, cut = encoder.encode(content.caption)
-        tally.cut_captions += cut
-    elif settings.text == READY:
-        if content.text is None:
-            raise DataError(
-                "text: got no ready embedding, expected `text` and `text_mask` for every clip (key"
-                f" {clip.key}). Fix: text=<encoder>"
-            )
-        embedding, mask = content.text
-        length = settings.text_length
-        if (
-            embedding.ndim != 2
-            or len(embedding) != length
-            or mask.shape != (length,)
-            or not set(np.unique(mask)) <= {0, 1}
-        ):
-            raise DataError(
-                f"text: got {embedding.shape} with a mask {mask.shape}, expected [{length}, E] and"
-                f" [{length}] of 0 and 1 (key {clip.key}). Fix: text_length={len(embedding)}, or"
-                " pad them alike"
-            )
-    else:
         return {}
+    if content.text is None:
+        raise DataError(
+            "text: got no ready embedding, expected `text` and `text_mask` for every clip (key"
+            f" {clip.key}). Fix: text=<encoder>"
+        )
+    embedding, mask = content.text
+    length = settings.text_length
+    if (
+        embedding.ndim != 2
+        or len(embedding) != length
+        or mask.shape != (length,)
+        or not set(np.unique(mask)) <= {0, 1}
+    ):
+        raise DataError(
+            f"text: got {embedding.shape} with a mask {mask.shape}, expected [{length}, E] and"
+            f" [{length}] of 0 and 1 (key {clip.key}). Fix: text_length={len(embedding)}, or"
+            " pad them alike"
+        )
+    return {"text.npy": (settings.text_dtype, embedding), "text_mask.npy": ("uint8", mask)}
+
+
+def encode_text(
+    clip: SourceClip, content: ClipContent, settings: Settings, encoder: TextEncoder, tally: Tally
+) -> Arrays:
+    """Return the text embedding of a clip's caption."""
+    assert content.caption is not None, "`ready_text` has looked"
+    embedding, mask, cut = encoder.encode(content.caption)
+    tally.cut_captions += cut
     return {"text.npy": (settings.text_dtype, embedding), "text_mask.npy": ("uint8", mask)}

@@ -14,6 +14,8 @@ from data_shards.codecs import LatentCodec
 from data_shards.codecs.linear import psnr_db
 from data_shards.encoding.arrays import crop_size
 from data_shards.encoding.job import Job
+from data_shards.encoding.kept import members_of
+from data_shards.encoding.plan import Plan
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder, read_null_text
@@ -45,11 +47,12 @@ def finish(
     target: Target,
     jobs: list[Job],
     source: ClipSource,
+    plan: Plan,
     settings: Settings,
     codec: LatentCodec,
     encoder: TextEncoder | None,
 ) -> tuple[DatasetInfo, int]:
-    """Merge the shards' results in shard order; write the index and, last, dataset.json.
+    """Merge the shards' results in shard order; write the plan, the index and, last, dataset.json.
 
     Returns its content, and the number of captions that were cut.
     """
@@ -65,21 +68,18 @@ def finish(
         result = json.loads(data)
         for row in result["rows"]:
             key, episode, split, latent_frames, raw_frames = row["clip"]
-            members = tuple(
-                MemberEntry(
-                    **{**m, "shape": tuple(m["shape"]), "row_crc32c": tuple(m["row_crc32c"])}
-                )
-                for m in row["members"]
-            )
             rows.append(
                 (
                     ClipEntry(key, len(rows), job.shard, episode, split, latent_frames, raw_frames),
-                    members,
+                    tuple(members_of(row)),
                 )
             )
-        sums, counts = sums + np.array(result["sums"]), counts + np.array(result["counts"])
-        squared_error, values = squared_error + result["squared_error"], values + result["values"]
-        cut_captions += result["cut_captions"]
+            tally = row["tally"]
+            if split == SPLITS[0]:
+                sums, counts = sums + np.array(tally["sums"]), counts + np.array(tally["counts"])
+            squared_error += tally["squared_error"]
+            values += tally["values"]
+            cut_captions += tally["cut_captions"]
     # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
     counts[counts == 0] = np.inf
     mean = sums[:, 0] / counts[:, None]
@@ -87,7 +87,7 @@ def finish(
     index = io.BytesIO()
     write_index(index, rows)
     files = {INDEX: index.getvalue()}
-    height, width = crop_size(source.clips[0], codec.spatial_stride)
+    height, width = crop_size(jobs[0].clips[0].clip, codec.spatial_stride)
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
         codec=codec.name,
@@ -113,14 +113,15 @@ def finish(
         null_text=NULL_TEXT if settings.text else None,
         index_bytes=len(files[INDEX]),
         index_sha256=hashlib.sha256(files[INDEX]).hexdigest(),
-        source=source.description,
+        source=f"{source.description}, clips {plan.content()}",
+        libraries=plan.libraries,
         fingerprint="",
         fields=common_fields(rows),
         image_latents_every=settings.image_latents_every,
         **text_facts(files, rows, settings, encoder),
     )
     info = dataclasses.replace(info, fingerprint=fingerprint(rows, info))
-    files |= {PLAN: target.read(PLAN) or b"", FACTS: info_to_json(info).encode()}
+    files |= {PLAN: plan.to_json(), FACTS: info_to_json(info).encode()}
     files[SUMS] = sums_text(
         {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     ).encode()

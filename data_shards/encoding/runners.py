@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from data_shards.encoding.job import Job, encode_in_worker
+from data_shards.encoding.job import Bad, Job, encode_in_worker
 from data_shards.schema import DataError
 
+Done = tuple[int, Bad]  # number of a job, and its clips that cannot be read
 
-def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
-    """Run the jobs in a pool of processes, yielding the number of each as it finishes."""
+
+def run_in_processes(jobs: list[Job], workers: int) -> Iterator[Done]:
+    """Run the jobs in a pool of processes, yielding the result of each as it finishes."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +38,8 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
                 " perhaps with fewer"
             ) from error
         except BaseException:
+            for worker in multiprocessing.active_children():  # not after the shards under way
+                worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -41,8 +47,10 @@ def run_in_processes(jobs: list[Job], workers: int) -> Iterator[int]:
 def leave_with_parent() -> None:
     """End this worker when its parent process dies in any way.
 
-    Otherwise a pool's workers would wait for ever.
+    Otherwise a pool's workers would wait for ever. SIGTERM ends the shard under way, with its
+    temporary files.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -57,7 +65,7 @@ def leave_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
+def run_on_ray(jobs: list[Job], workers: int) -> Iterator[Done]:
     """Run at most `workers` tasks at a time, each on one CPU.
 
     A task is repeated if its worker or node dies. It joins the cluster of RAY_ADDRESS, whose nodes
@@ -101,7 +109,7 @@ def run_on_ray(jobs: list[Job], workers: int) -> Iterator[int]:
         ray.shutdown()
 
 
-RUNNERS: Mapping[str, Callable[[list[Job], int], Iterator[int]]] = {
+RUNNERS: Mapping[str, Callable[[list[Job], int], Iterator[Done]]] = {
     "processes": run_in_processes,
     "ray": run_on_ray,
 }

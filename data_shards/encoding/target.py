@@ -8,12 +8,13 @@ disk and uploaded when complete.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from data_shards.schema import FACTS, DataError
@@ -22,7 +23,12 @@ from data_shards.storage.remote import RetryPolicy, connect, is_transient, with_
 
 T = TypeVar("T")
 POLICY = RetryPolicy(read_timeout_s=60.0)
-TOGETHER = 256  # small files that are read at a time
+TOGETHER = 16  # small files that are read or removed at a time
+
+
+def parts_of(name: str) -> list[str]:
+    """Return a file's name, and those of the folders that it is in."""
+    return [name, *map(str, PurePosixPath(name).parents)]
 
 
 class Target:
@@ -77,10 +83,11 @@ class Target:
 
     def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
         """Yield the files of these names, in their order."""
-        for start in range(0, len(names), TOGETHER):
-            paths = [f"{self._root}/{name}" for name in names[start : start + TOGETHER]]
-            found = self._try(partial(self._fs.cat, paths))
-            yield from (bytes(found[path]) for path in paths)
+        with ThreadPoolExecutor(TOGETHER) as pool:  # not `cat`: it takes [ ] * ? for patterns
+            yield from pool.map(self._read_object, names)
+
+    def _read_object(self, name: str) -> bytes:
+        return self._try(lambda: bytes(self._fs.cat_file(f"{self._root}/{name}")))
 
     def sizes(self) -> dict[str, int]:
         """Return name -> bytes of all existing files."""
@@ -144,12 +151,26 @@ class Target:
                 is_transient(error),
             ) from error
 
-    def remove(self, name: str) -> None:
-        """Remove a folder and everything in it."""
+    def remove(self, *names: str) -> None:
+        """Remove files, and folders with everything in them."""
         if not self.in_store:
-            shutil.rmtree(Path(self.place) / name, ignore_errors=True)
-        elif any(file.startswith(f"{name}/") for file in self.sizes()):
-            self._try(lambda: self._fs.rm(f"{self._root}/{name}", recursive=True))
+            for path in (Path(self.place) / name for name in names):
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            return
+        there = self.sizes() if names else ()
+        gone = [file for file in there if any(part in names for part in parts_of(file))]
+        with ThreadPoolExecutor(TOGETHER) as pool:  # not `rm`, which takes patterns
+            list(pool.map(self._remove_object, gone))
+
+    def _remove_object(self, name: str) -> None:
+        self._try(lambda: self._fs.rm_file(f"{self._root}/{name}"))
+
+    def rename(self, name: str, to: str) -> None:
+        """Rename a file or folder; not in a store."""
+        target = Path(self.place) / to
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # what an earlier run had set aside: the same
+        os.replace(Path(self.place) / name, target)
 
     def publish(self) -> None:
         """Rename the finished folder to its final name."""

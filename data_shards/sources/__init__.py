@@ -6,10 +6,11 @@ the group `data_shards.sources` that names a function of a `Place`; `kind=<name>
 
 from __future__ import annotations
 
-import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from data_shards.registry import Registry, load
 from data_shards.schema import DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
+from data_shards.sources.digests import digest, visible
 from data_shards.sources.reading import DEFAULT, Reading
 from data_shards.storage.files import read_json
 
@@ -55,29 +57,89 @@ SOURCES = Registry(
 OF_VIDEOS = ("videos", "webdataset")  # kinds that a `Reading` other than the default applies to
 
 
+OPTIONAL = ("problems", "libraries", "check", "digests")  # of a source of another package
+
+
 class Captioned:
     """Wrap a source with captions from a file, which override those of the source."""
 
     def __init__(self, source: ClipSource, file: Path) -> None:
         captions = read_json(file, "captions")
-        self._source = source
+        self._source, self._file = source, file.name
         self._captions = {
             key: str(value["prompt"] if isinstance(value, dict) else value)
             for key, value in captions.items()
         }
-        digest = hashlib.sha256(repr(sorted(self._captions.items())).encode()).hexdigest()[:16]
-        self.description = f"{source.description}, captions {digest}"
+        self.description = f"{source.description}, captions {digest(file.read_bytes())[:16]}"
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Return those of the source, and the captions that are of no clip in it."""
+        keys = {clip.key for clip in self._source.clips}
+        unknown = sorted(self._captions.keys() - keys)
+        problems = dict(self._source.problems)
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            problems[self._file] = (
+                f"captions: got {len(unknown)} keys that no clip has: {shown}, expected the keys of"
+                f" clips ({self._file}). Fix: take them out, or correct them"
+            )
+        return problems
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)  # when asked for: a source may list its clips late
 
     def load(self, clip: SourceClip) -> ClipContent:
-        content = self._source.load(clip)
+        return self._captioned(clip, self._source.load(clip))
+
+    def check(self, clip: SourceClip) -> ClipContent | None:
+        """Return what the source itself checks, with the caption."""
+        content = self._source.check(clip)
+        return None if content is None else self._captioned(clip, content)
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return those of the source, and that of the clip's own caption."""
+        found = dict(self._source.digests(clip))
+        if clip.key in self._captions:
+            found[self._file] = digest(self._captions[clip.key].encode())
+        return found
+
+    def _captioned(self, clip: SourceClip, content: ClipContent) -> ClipContent:
         return replace(content, caption=self._captions.get(clip.key, content.caption))
 
     def array(self, key: str, name: str) -> NDArray[Any]:
         """Return what the source itself has under this name."""
         return self._source.array(key, name)
+
+
+class Completed:
+    """Wrap a source of another package that lacks `problems`, `libraries`, `check` or `digests`:
+    then nothing is checked beforehand, and a clip has changed when the description has."""
+
+    problems: Mapping[str, str] = MappingProxyType({})
+    libraries: tuple[str, ...] = ()
+
+    def __init__(self, source: ClipSource) -> None:
+        self._source = source
+        for name in OPTIONAL:
+            if offers(source, name):
+                setattr(self, name, getattr(source, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def check(self, clip: SourceClip) -> ClipContent | None:
+        """Return None: what the clip holds is seen when it is loaded."""
+        return None
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return the source's description."""
+        return {"source": self._source.description}
+
+
+def offers(source: ClipSource, name: str) -> bool:
+    """Return True if a source has this attribute, without computing it."""
+    return name in vars(source) or hasattr(type(source), name)
 
 
 def open_source(path: str | Place) -> ClipSource:
@@ -94,6 +156,8 @@ def open_source(path: str | Place) -> ClipSource:
             f" of {', '.join(OF_VIDEOS)}. Fix: leave it out"
         )
     source: ClipSource = load(SOURCES, kind)(place)
+    if not all(offers(source, name) for name in OPTIONAL):
+        source = cast(ClipSource, Completed(source))
     if place.captions is None:
         return source
     return cast(ClipSource, Captioned(source, Path(place.captions)))
@@ -104,7 +168,7 @@ def detect(place: Place) -> str:
     from data_shards.sources.video_file import SUFFIXES
 
     folder = Path(place.path)
-    tars = folder.is_dir() and any(folder.glob("*.tar"))
+    tars = folder.is_dir() and any(visible(folder, "*.tar"))
     if tars or (not folder.is_dir() and re.search(r"^pipe:|://|\.tar|\.tgz", place.path)):
         return "webdataset"
     if not folder.exists():
@@ -112,7 +176,7 @@ def detect(place: Place) -> str:
         raise DataError(
             f"source: got {folder}, which does not exist, expected a recording. Fix: {fix}"
         )
-    zips = folder.is_dir() and any(folder.glob("*.zip"))
+    zips = folder.is_dir() and any(visible(folder, "*.zip"))
     if place.latents and not zips:
         raise DataError(
             f"latents: got {place.latents} with {folder}, which holds no zips, expected zips in"
@@ -122,7 +186,7 @@ def detect(place: Place) -> str:
         return "recording"
     if zips:
         return "latent_zips"
-    if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
+    if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in visible(folder, "*")):
         return "videos"
     raise DataError(
         f"source: got {folder}, which holds no recording.json and no videos, tars or zips, expected"

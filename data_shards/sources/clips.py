@@ -79,8 +79,19 @@ class ClipSource(Protocol):
     ]  # per control: True = amounts that add up (mouse motion), False = states, which are averaged
     clips: tuple[SourceClip, ...]
     stored: StoredLatents | None  # set where clips come as latents
+    # what cannot be listed as a clip -> why, as one message: `encode` reports all, or leaves it out
+    problems: Mapping[str, str]
+    libraries: tuple[str, ...]  # installed packages by whose version the pixels can differ
 
     def load(self, clip: SourceClip) -> ClipContent: ...
+
+    # All but video and latents, refusing what `load` would refuse, as far as can be told without
+    # decoding; None: nothing can be told. Called in threads, as is `digests`.
+    def check(self, clip: SourceClip) -> ClipContent | None: ...
+
+    # file -> digest of its content, of all that the clip is made of: the video and what lies beside
+    # it. A clip whose digests change is encoded again.
+    def digests(self, clip: SourceClip) -> Mapping[str, str]: ...
 
     def array(self, key: str, name: str) -> NDArray[Any]: ...  # more of a clip: encode fields=
 

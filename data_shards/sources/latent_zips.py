@@ -26,7 +26,7 @@ import math
 import stat
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from data_shards.schema import MAX_MEMBER_BYTES, DataError
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents, safe_key
+from data_shards.sources.digests import digest_arrays, visible
 from data_shards.sources.videos import square_intrinsics, square_poses
 from data_shards.storage.files import read_json
 
@@ -55,6 +56,7 @@ class Entry:
     facts: Mapping[str, Any]
     camera: tuple[int, int] | None
     metres: float
+    checksums: tuple[int, int]  # CRC-32 of its JSON and its npz, as the zips state them
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -138,28 +140,31 @@ def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
 class LatentZipsSource:
     """Read clips from zips of latents and the files beside them."""
 
+    libraries: tuple[str, ...] = ()
+
     def __init__(self, folder: Path, latents: Path) -> None:
         self.folder, self.latents = folder, latents
         self.metres_per_unit = 1.0
         self.control_names: tuple[str, ...] = ()
         self.control_sums: tuple[bool, ...] = ()
+        self.problems: dict[str, str] = {}
         self._entries: dict[str, Entry] = {}
         # clips come zip by zip
         self._track = lru_cache(maxsize=1)(partial(self._camera, names=("pose", "intrinsics")))
-        clips, digest = [], hashlib.sha256()
+        clips, content = [], hashlib.sha256()
         self._without_latents = self._without_camera = 0
         shapes: set[tuple[int, int, int]] = set()
         rates = set()
-        for file in sorted(folder.glob("*.zip")):
-            cache = latents / file.name
-            if not cache.exists():
-                raise DataError(
-                    f"latents: got no {file.name} in {latents}, expected one beside each zip of"
-                    f" {folder}. Fix: copy it there"
-                )
-            for key, entry, (channels, count, height, width) in self._list(file, cache, digest):
+        wrong: list[str] = []
+        for file in visible(folder, "*.zip"):
+            try:
+                listed = self._list(file, latents / file.name, content)
+            except DataError as error:
+                wrong.append(str(error))
+                continue
+            for key, entry, (channels, count, height, width) in listed:
                 if key in self._entries:
-                    raise DataError(
+                    wrong.append(
                         f"clip key: got {key!r} in {self._entries[key].stem}.zip and {file.name},"
                         " expected unique keys"
                     )
@@ -175,10 +180,12 @@ class LatentZipsSource:
                 )
         for what, values in (("latent shapes", shapes), ("frame rates", rates)):
             if len(values) > 1:
-                raise DataError(
+                wrong.append(
                     f"zips: got different {what} {sorted(values)[:3]} in {folder}, expected one."
                     " Fix: encode them separately"
                 )
+        if wrong:
+            raise DataError("\n".join([*wrong, *self.problems.values()]))
         self.clips, self.fps = tuple(clips), next(iter(rates), FPS)
         channels = next(iter(shapes))[0] if shapes else 0
         self.stored: StoredLatents | None = StoredLatents(
@@ -191,15 +198,20 @@ class LatentZipsSource:
         self.notes: tuple[str, ...] = tuple(
             f"{count} clips are left out: {why}" for count, why in left_out if count
         )
-        self.description = f"latent zips, {len(clips)} clips, content {digest.hexdigest()[:16]}"
+        self.description = f"latent zips, {len(clips)} clips, content {content.hexdigest()[:16]}"
 
     def _list(
-        self, file: Path, cache: Path, digest: Any
+        self, file: Path, cache: Path, content: Any
     ) -> list[tuple[str, Entry, tuple[int, ...]]]:
         """Return the usable clips of a zip.
 
-        digest: updated with what identifies their content, the zips' own checksums.
+        content: updated with what identifies their content, the zips' own checksums.
         """
+        if not cache.exists():
+            raise DataError(
+                f"latents: got no {file.name} in {cache.parent}, expected one beside each zip of"
+                f" {file.parent}. Fix: copy it there"
+            )
         camera, scales, found = (
             self._camera(file.stem, ("ids", "ranges")),
             self._scales(file.stem),
@@ -223,17 +235,19 @@ class LatentZipsSource:
                 ):
                     self._without_camera += 1
                     continue
-                facts = read_facts(raw, info, file)
                 scale = 1.0 if scales is None else scales[name]
-                digest.update(
-                    repr(
-                        (file.name, name, info.CRC, stored[name].CRC, ranges.get(name), scale)
-                    ).encode()
+                checksums = info.CRC, stored[name].CRC
+                content.update(
+                    repr((file.name, name, *checksums, ranges.get(name), scale)).encode()
                 )
-                shape = latent_shape(latents, stored[name], cache)
-                found.append(
-                    (safe_key(name), Entry(file.stem, name, facts, ranges.get(name), scale), shape)
-                )
+                try:
+                    facts = read_facts(raw, info, file)
+                    shape = latent_shape(latents, stored[name], cache)
+                except DataError as error:
+                    self.problems[f"{file.name}/{name}"] = str(error)
+                    continue
+                entry = Entry(file.stem, name, facts, ranges.get(name), scale, checksums)
+                found.append((safe_key(name), entry, shape))
         return found
 
     def _camera(self, stem: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]] | None:
@@ -288,17 +302,32 @@ class LatentZipsSource:
                 raise DataError(
                     f"latents: cannot read {info.filename} in {path} ({error}). Fix: copy it again"
                 ) from error
+        return replace(self.check(clip), latents=latents)
+
+    def check(self, clip: SourceClip) -> ClipContent:
+        """Return the content without its latents, whose header was read with the list of clips."""
+        entry = self._entries[clip.key]
         c2w = intrinsics = None
         if entry.camera is not None:
             c2w, intrinsics = self._poses(entry, clip)
         caption = entry.facts.get("prompt")
-        return ClipContent(
-            None,
-            c2w,
-            intrinsics,
-            latents=latents,
-            caption=None if caption is None else str(caption),
-        )
+        return ClipContent(None, c2w, intrinsics, caption=None if caption is None else str(caption))
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return the checksums that the zips state, and a digest of the clip's own cameras."""
+        entry = self._entries[clip.key]
+        name = f"{entry.stem}.zip/{entry.name}"
+        found = {
+            f"{name}{suffix}": f"crc32 {crc:08x}"
+            for suffix, crc in zip((".json", ".npz"), entry.checksums, strict=True)
+        }
+        if entry.camera is not None:
+            camera, (start, count) = self._track(entry.stem), entry.camera
+            assert camera is not None, "it was there when the clips were listed"
+            rows = [camera[array][start : start + count] for array in ("pose", "intrinsics")]
+            found[f"{entry.stem}_camera.npz"] = digest_arrays(rows)
+        found[f"{entry.stem}_metric_scale_stats.json"] = repr(entry.metres)
+        return found
 
     def array(self, key: str, name: str) -> NDArray[Any]:
         """Refuse: this layout has no further arrays.

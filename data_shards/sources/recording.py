@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from data_shards.storage.files import crc32c, read_json
 class RecordingSource:
     """Read the clips of a recording."""
 
+    libraries: tuple[str, ...] = ()
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: tuple[str, ...] = ()
         self.stored: StoredLatents | None = None
+        self.problems: dict[str, str] = {}
         facts = read_json(folder / "recording.json", "recording")
         try:
             self.fps, self.metres_per_unit = float(facts["fps"]), float(facts["metres_per_unit"])
@@ -56,6 +60,17 @@ class RecordingSource:
         )
         controls = np.concatenate([buttons.astype(np.float32), mouse.astype(np.float32)], axis=1)
         return ClipContent(video, c2w, intrinsics, controls)
+
+    def check(self, clip: SourceClip) -> ClipContent:
+        """Return the content without its video, whose bytes have been compared too."""
+        return replace(self.load(clip), video=None)
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return the recorded checksums: `load` refuses files that have others."""
+        return {
+            f"clips/{clip.key}/{name}.npy": f"crc32c {crc}"
+            for name, crc in self._checksums[clip.key].items()
+        }
 
     def array(self, key: str, name: str) -> NDArray[Any]:
         """Read one array of a clip (also `depth`), verified.

@@ -38,11 +38,21 @@ class TarClip(SourceClip):
     name: str
 
 
-def list_tar(file: BinaryIO, tar: str, reading: Reading) -> tuple[list[TarClip], list[str]]:
-    """Return the clips of an open tar, in its order, and the names of what is left out.
+@dataclass(frozen=True)
+class TarList:
+    """Hold the clips of a tar, in its order, the names of what is left out, and clip -> what is
+    wrong with it."""
+
+    clips: list[TarClip]
+    left_out: list[str]
+    problems: dict[str, str]
+
+
+def list_tar(file: BinaryIO, tar: str, reading: Reading) -> TarList:
+    """List the clips of an open tar.
 
     Raises:
-        DataError: a cut or damaged tar, a name that comes twice, or a clip that is unusable.
+        DataError: a cut or damaged tar, or a name that comes twice.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     left_out = []
@@ -67,22 +77,26 @@ def list_tar(file: BinaryIO, tar: str, reading: Reading) -> tuple[list[TarClip],
                     )
                 members[suffix] = info
             check_end(file, archive.offset, tar)
-            clips = []
+            clips: list[TarClip] = []
+            problems: dict[str, str] = {}
             for key, members in samples.items():
                 videos = [suffix for suffix in members if f".{suffix}" in SUFFIXES]
                 if len(videos) > 1:
-                    raise DataError(
+                    problems[f"{tar}/{key}"] = (
                         f"tar: got {' and '.join(videos)} of the clip {tar}/{key}, expected one"
                     )
-                if videos:
-                    clips.append(describe(archive, tar, key, videos[0], members, reading))
+                elif videos:
+                    try:
+                        clips.append(describe(archive, tar, key, videos[0], members, reading))
+                    except DataError as error:
+                        problems[f"{tar}/{key}"] = str(error)
                 else:
                     left_out.append(f"{tar}/{key} (no video)")
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"tar: cannot read {tar}.tar ({error}), expected a whole tar. Fix: copy it again"
         ) from error
-    return clips, left_out
+    return TarList(clips, left_out, problems)
 
 
 def plain_members(archive: tarfile.TarFile, tar: str) -> Iterator[tuple[str, tarfile.TarInfo]]:

@@ -124,6 +124,23 @@ def probe(file: Any, where: str) -> VideoFacts:
     return VideoFacts(times, height, width, turn)
 
 
+def check_packets(file: Any, facts: VideoFacts, where: str) -> None:
+    """Check that a video (a path or a binary file) holds all that it lists, without decoding it.
+
+    Raises:
+        DataError: a file that is cut.
+    """
+    count = 0
+    with opened(file, where, "read") as (container, stream):
+        for packet in container.demux(stream):
+            count += packet.size > 0 and not packet.is_corrupt and not packet.is_discard
+    if count < facts.times.frames:
+        raise DataError(
+            f"video: got {count} whole frames in {where}, expected {facts.times.frames}: the file"
+            " is cut or damaged. Fix: copy it again, or take it out"
+        )
+
+
 def shown_stamps(file: Any, where: str, count: int | None) -> list[int]:
     """Return the time stamps of all frames that are shown, in order.
 

@@ -19,14 +19,16 @@ Instead of c2w and intrinsics there may be a COLMAP text model in the folder `na
 none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
 note. `Reading` (`encode fps=`, `clip_frames=`) resamples videos and cuts them into clips, and what
 lies beside them along with their frames. Intrinsics are of the picture as it is shown: a video that
-its file says is turned is turned.
+its file says is turned is turned. Hidden files are left out, and two videos of one name (a.mp4,
+a.mkv) are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,10 @@ from data_shards.schema import DataError, check_key
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.cuts import cut_controls, cut_events
-from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
-from data_shards.sources.video_file import SUFFIXES, Turn, VideoFacts, probe
+from data_shards.sources.digests import FileDigests, is_hidden, list_files
+from data_shards.sources.reading import DEFAULT, Reading, common_rate
+from data_shards.sources.video_file import VideoFacts, check_packets, import_av, probe
+from data_shards.sources.video_folder import left_out, list_videos, notes_of
 from data_shards.sources.video_reader import VideoReader
 from data_shards.storage.files import read_json
 
@@ -48,6 +52,8 @@ PARAMETERS = {
     "SIMPLE_PINHOLE": (0, 0, 1, 2),
     "PINHOLE": (0, 1, 2, 3),
 }  # COLMAP camera model -> where fx, fy, cx, cy are
+
+BESIDE = (".npz", ".json", ".txt", ".colmap")  # what lies beside videos
 
 Camera = tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None]
 
@@ -151,17 +157,22 @@ def read_sidecar(video: Path) -> dict[str, Any]:
 class VideosSource:
     """Read clips from a folder of video files."""
 
+    libraries = ("av",)
+
     def __init__(self, folder: Path, reading: Reading = DEFAULT) -> None:
         self.folder, self.reading = folder, reading
         self.stored: StoredLatents | None = None
-        self._files = {
-            check_key(file.stem): file
-            for file in sorted(folder.iterdir())
-            if file.suffix.lower() in SUFFIXES
-        }
-        self._open: tuple[str, VideoReader, dict[str, Any], NDArray[np.int64]] | None = None
+        self._digests = FileDigests()
+        self._files, self.problems, hidden = list_videos(folder)
+        import_av()  # a fault of the installation is no fault of the files
+        self._open: tuple[str, VideoReader] | None = None
+        # clips of one video come one after the other
+        self._sidecar = lru_cache(maxsize=8)(self._read_sidecar)
+        self._camera = lru_cache(maxsize=8)(self._read_camera)
+        self._whole = lru_cache(maxsize=None)(self._check_whole)
         self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
-        clips, problems = [], []
+        clips: list[SourceClip] = []
+        wrong: list[str] = []
         names: set[tuple[str, ...]] = set()
         sums: tuple[bool, ...] = ()
         scales = set()
@@ -173,16 +184,17 @@ class VideosSource:
                 if reading.fps is None:
                     facts.times.require_even(file.name)
                 sidecar = read_sidecar(file)
+                episode = check_key(str(sidecar.get("episode", key)))
+                cuts = reading.starts(frames := facts.times.count(reading.fps))
+                cut = reading.clip_frames is not None
+                keys = [check_key(f"{key}_{start:06d}") if cut else key for start, _ in cuts]
             except DataError as error:
-                problems.append(str(error))
+                self.problems[file.name] = str(error)
                 continue
             self._facts[key] = facts
-            cuts = reading.starts(frames := facts.times.count(reading.fps))
             trimmed += frames - max((at + kept for at, kept in cuts), default=frames)
             short += [] if cuts else [file.name]
-            episode = check_key(str(sidecar.get("episode", key)))
-            for start, kept in cuts:
-                name = key if reading.clip_frames is None else check_key(f"{key}_{start:06d}")
+            for name, (start, kept) in zip(keys, cuts, strict=True):
                 clips.append(SourceClip(name, episode, kept, facts.height, facts.width))
                 self._places[name] = key, start
             scales.add(float(sidecar.get("metres_per_unit", 1.0)))
@@ -195,7 +207,7 @@ class VideosSource:
             sums = tuple(bool(x) for x in sidecar.get("control_sums", [False] * len(found)))
         for what, values in (("control names", names), ("metres_per_unit", scales)):
             if len(values) > 1:
-                problems.append(
+                wrong.append(
                     f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
                     " Fix: encode them separately"
                 )
@@ -204,51 +216,95 @@ class VideosSource:
             rates = [facts.times.rate for facts in self._facts.values()]
             rate = reading.fps or (common_rate(rates) if rates else rate)
         except DataError as error:
-            problems.append(str(error))
-        if problems:
-            raise DataError("\n".join(problems))
+            wrong.append(str(error))
+        if wrong:
+            raise DataError("\n".join([*self.problems.values(), *wrong]))
         self.clips, self.control_sums = tuple(clips), sums
         self.fps, self.control_names = float(rate), next(iter(names), ())
         self.metres_per_unit = next(iter(scales), 1.0)
-        self.notes = notes_of(self._facts, reading, trimmed, short)
-        # the files themselves, by size and time: an edited video makes another data set, and an
-        # interrupted run does not go on with it
-        stats = [
-            (key, file.stat().st_size, file.stat().st_mtime_ns) for key, file in self._files.items()
-        ]
-        digest = hashlib.sha256(repr([*stats, "shown as turned"]).encode()).hexdigest()[:16]
+        alone = [path.name for path in self._without_video()]
+        self.notes = notes_of(self._facts, reading, trimmed, short) + left_out(hidden, alone)
         asked = f", {reading.changes()}" if reading.changes() else ""
-        self.description = f"videos, {len(self._files)} files{asked}, content {digest}"
+        self.description = f"videos, {len(self._facts)} files{asked}"
 
-    def _opened(self, stem: str) -> tuple[VideoReader, dict[str, Any], NDArray[np.int64]]:
-        """Return the reader, the sidecar and the numbers of the frames that are shown of a file;
-        the last one stays open."""
+    def _reader(self, stem: str) -> VideoReader:
+        """Return the reader of a file; the last one stays open."""
         if self._open is None or self._open[0] != stem:
             if self._open is not None:
                 self._open[1].close()
             file, keep = self._files[stem], self.reading.clip_overlap
-            reader = VideoReader(
-                str(file), self._facts[stem], file.name, keep, self.reading.damaged
+            self._open = (
+                stem,
+                VideoReader(str(file), self._facts[stem], file.name, keep, self.reading.damaged),
             )
-            shown = self._facts[stem].times.shown(self.reading.fps)
-            self._open = stem, reader, read_sidecar(file), shown
-        return self._open[1:]
+        return self._open[1]
+
+    def _read_sidecar(self, stem: str) -> tuple[dict[str, Any], NDArray[np.int64]]:
+        """Return the sidecar of a file, and the numbers of its frames that are shown."""
+        return read_sidecar(self._files[stem]), self._facts[stem].times.shown(self.reading.fps)
+
+    def _read_camera(self, stem: str) -> Camera:
+        file = self._files[stem]
+        colmap = file.with_suffix(".colmap")
+        if colmap.is_dir():
+            return read_colmap(colmap)
+        return read_camera(self._sidecar(stem)[0], file.name)
+
+    def _check_whole(self, stem: str) -> None:
+        file = self._files[stem]
+        if self.reading.damaged == "refuse":
+            check_packets(str(file), self._facts[stem], file.name)
 
     def _frames_of(self, clip: SourceClip) -> tuple[NDArray[np.int64], int]:
         """Return the numbers of a clip's frames in its file, and that of the frame shown before;
         -1: there is none."""
         stem, start = self._places[clip.key]
-        shown = self._opened(stem)[2]
+        shown = self._sidecar(stem)[1]
         return shown[start : start + clip.frames], int(shown[start - 1]) if start else -1
 
     def load(self, clip: SourceClip) -> ClipContent:
+        stem = self._places[clip.key][0]
+        video = self._reader(stem).read(self._frames_of(clip)[0])
+        return replace(self._beside(clip), video=video)
+
+    def check(self, clip: SourceClip) -> ClipContent:
+        """Return what lies beside the video; the file must hold all that it lists."""
+        self._whole(self._places[clip.key][0])
+        return self._beside(clip)
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return the digest of the video and of everything beside it that has the clip's name."""
+        file = self._files[self._places[clip.key][0]]
+        beside = [file, *self._sidecars.get(file.stem, ())]
+        files = [inner for path in beside for inner in list_files(path)]
+        return {path.relative_to(self.folder).as_posix(): self._digests.of(path) for path in files}
+
+    @cached_property
+    def _sidecars(self) -> dict[str, list[Path]]:
+        """Return stem -> what lies beside the video of that stem: a key holds no dot, so a name is
+        its stem up to the first."""
+        videos, found = set(self._files.values()), dict[str, list[Path]]()
+        for path in sorted(self.folder.iterdir()):
+            if path not in videos and not is_hidden(path.name):
+                found.setdefault(path.name.partition(".")[0], []).append(path)
+        return found
+
+    def _without_video(self) -> list[Path]:
+        """Return what looks as if it lay beside a video, but has the name of none."""
+        stems = {file.stem for file in self._files.values()} | {
+            name.partition(".")[0] for name in self.problems
+        }
+        others = [
+            path for stem, paths in self._sidecars.items() for path in paths if stem not in stems
+        ]
+        return [path for path in others if path.suffix in BESIDE]
+
+    def _beside(self, clip: SourceClip) -> ClipContent:
+        """Return all of a clip but its pixels."""
         stem, start = self._places[clip.key]
         file, (numbers, before) = self._files[stem], self._frames_of(clip)
-        reader, sidecar, _ = self._opened(stem)
-        video, where = reader.read(numbers), file.name
-        colmap = file.with_suffix(".colmap")
-        camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)
-        c2w, intrinsics = cut_camera(camera, numbers, self.metres_per_unit, where)
+        sidecar, where = self._sidecar(stem)[0], file.name
+        c2w, intrinsics = cut_camera(self._camera(stem), numbers, self.metres_per_unit, where)
         controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
         if controls is not None and len(controls) <= numbers[-1]:
             raise DataError(
@@ -268,7 +324,7 @@ class VideosSource:
             own = self.reading.fps or self._facts[stem].times.rate
             events = cut_events(events, start / own, clip.frames / own, 1 / own, own / stored)
         return ClipContent(
-            video,
+            None,
             c2w,
             intrinsics,
             controls,
@@ -285,7 +341,7 @@ class VideosSource:
                 resampled.
         """
         stem = self._places[key][0]
-        sidecar = self._opened(stem)[1]
+        sidecar = self._sidecar(stem)[0]
         if name not in sidecar:
             raise DataError(
                 f"sidecar: got no {name}, expected it for every clip (key {key}). Fix: add it, or"
@@ -306,29 +362,6 @@ class VideosSource:
                 f" {self.reading.changes()}, or without fields="
             )
         return values[numbers]
-
-
-def notes_of(
-    facts: Mapping[str, VideoFacts], reading: Reading, trimmed: int, short: Sequence[str]
-) -> tuple[str, ...]:
-    """Return what is to be said of a folder: frames left out, videos turned and resampled."""
-    notes = []
-    if trimmed and reading.clip_frames is None:
-        notes.append(f"{trimmed} frames at the ends of clips are left out: {LENGTHS}")
-    elif trimmed:
-        notes.append(f"{trimmed} frames at the ends of videos fill no clip and are left out")
-    if short:
-        shown = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
-        asked = f"clip_frames={reading.clip_frames}"
-        notes.append(f"{len(short)} videos are shorter than {asked} and are left out: {shown}")
-    if turned := [stem for stem, one in facts.items() if one.turn != Turn()]:
-        shown = ", ".join(turned[:5]) + (", ..." if len(turned) > 5 else "")
-        notes.append(f"{len(turned)} videos are turned as their files say: {shown}")
-    if reading.fps is not None:
-        before = sum(one.times.frames for one in facts.values())
-        after = sum(one.times.count(reading.fps) for one in facts.values())
-        notes.append(f"fps={reading.fps}: {before} frames became {after} by their time stamps")
-    return tuple(notes)
 
 
 def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:

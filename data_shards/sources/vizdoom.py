@@ -18,6 +18,7 @@ requested one (`tics_until`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -203,12 +204,15 @@ def open_game(options: VizdoomOptions, config_folder: str) -> Any:
     game.add_game_args("-nomonsters +turbo 35")
     game.set_episode_timeout(0)
     game.set_seed(options.seed)
-    game.init()
+    with contextlib.chdir(config_folder):  # the engine makes a folder in the current one
+        game.init()
     return game
 
 
-def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Iterator[RecordedClip]:
-    """Yield `clips` clips that passed `rejection`.
+def record_clips(
+    options: VizdoomOptions, clips: int, config_folder: str, first_episode: int = 0
+) -> Iterator[RecordedClip]:
+    """Yield `clips` clips that are of use, from episode `first_episode` on.
 
     Every episode has its own seed, so a clip depends on (seed, episode) alone.
 
@@ -218,7 +222,7 @@ def record_clips(options: VizdoomOptions, clips: int, config_folder: str) -> Ite
     """
     game = open_game(options, config_folder)
     try:
-        done, episode, barren = 0, 0, 0
+        done, episode, barren = 0, first_episode, 0
         while done < clips:
             found = 0
             for clip in record_episode(game, options, episode):

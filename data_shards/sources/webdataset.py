@@ -24,34 +24,40 @@ read.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.digests import digest, visible
 from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
-from data_shards.sources.tar_listing import TarClip, list_tar, read_caption, read_facts
-from data_shards.sources.video_file import SUFFIXES
+from data_shards.sources.tar_listing import TarClip, TarList, list_tar, read_caption, read_facts
+from data_shards.sources.video_file import SUFFIXES, check_packets, import_av
 from data_shards.sources.video_reader import VideoReader
 from data_shards.sources.videos import cut_camera, read_camera, read_text
 from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
 
 POLICY = RetryPolicy(read_timeout_s=60.0)
 READ_AHEAD = 2**18
+STATED = ("ETag", "generation", "md5Hash")  # by stores, of an object's content
 TOGETHER = 16  # tars listed at a time: a listing waits for the store
 
 
 class WebDatasetSource:
+    libraries = ("av",)
+
     def __init__(self, urls: Sequence[str], reading: Reading = DEFAULT) -> None:
         self.reading = reading
         if reading.clip_frames is not None:
@@ -68,15 +74,15 @@ class WebDatasetSource:
         }
         with ThreadPoolExecutor(TOGETHER) as pool:
             facts = list(pool.map(lambda name: tar_facts(name, *self._tars[name]), self._tars))
-        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        self._facts = dict(zip(self._tars, facts, strict=True))
+        content = digest(repr([told_by(*item) for item in self._facts.items()]).encode())[:16]
         asked = f", {reading.changes()}" if reading.changes() else ""
-        self.description = f"webdataset, {len(facts)} tars{asked}, content {digest}"
+        self.description = f"webdataset, {len(facts)} tars{asked}, content {content}"
 
-    def _list(self, tar: str) -> tuple[list[TarClip], list[str]]:
-        """Return the clips of a tar, and the names of what is left out."""
+    def _list(self, tar: str) -> TarList:
         filesystem, path = self._tars[tar]
 
-        def attempt() -> tuple[list[TarClip], list[str]]:
+        def attempt() -> TarList:
             # a store's own read-ahead, of 50 MB in S3, would fetch the videos between the headers
             with filesystem.open(path, "rb", block_size=READ_AHEAD) as file:
                 return list_tar(file, tar, self.reading)
@@ -85,21 +91,39 @@ class WebDatasetSource:
             return with_retries(attempt, POLICY)
 
     @cached_property
-    def _listed(self) -> tuple[tuple[TarClip, ...], list[str]]:
+    def _listed(self) -> TarList:
+        def attempt(tar: str) -> TarList | DataError:
+            try:
+                return self._list(tar)
+            except DataError as error:
+                return error
+
+        import_av()  # a fault of the installation is no fault of the files
         with ThreadPoolExecutor(TOGETHER) as pool:
-            listed = list(pool.map(self._list, self._tars))
-        clips = tuple(clip for of_tar, _ in listed for clip in of_tar)
+            found = list(pool.map(attempt, self._tars))
+        if wrong := [item for item in found if isinstance(item, DataError)]:
+            raise DataError("\n".join(map(str, wrong)), all(error.passing for error in wrong))
+        listed = [item for item in found if isinstance(item, TarList)]
+        clips = [clip for tar in listed for clip in tar.clips]
+        problems = {name: why for tar in listed for name, why in tar.problems.items()}
         if clips and self.reading.fps is None:
-            common_rate([clip.facts.times.rate for clip in clips])
-        return clips, [name for _, left_out in listed for name in left_out]
+            try:
+                common_rate([clip.facts.times.rate for clip in clips])
+            except DataError as error:
+                raise DataError("\n".join([*problems.values(), str(error)])) from None
+        return TarList(clips, [name for tar in listed for name in tar.left_out], problems)
 
     @property
     def clips(self) -> tuple[SourceClip, ...]:
-        return self._listed[0]
+        return tuple(self._listed.clips)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        return self._listed.problems
 
     @property
     def notes(self) -> tuple[str, ...]:
-        clips, left_out = self._listed
+        clips, left_out = self._listed.clips, self._listed.left_out
         notes = []
         if trimmed := sum(clip.trimmed for clip in clips):
             notes.append(f"{trimmed} frames at the ends of clips are left out: {LENGTHS}")
@@ -113,7 +137,7 @@ class WebDatasetSource:
         """Return the frame rate of the first clip; workers list no more than its tar."""
         if self.reading.fps is not None:
             return float(self.reading.fps)
-        first = next((clip for tar in self._tars for clip in self._list(tar)[0]), None)
+        first = next((clip for tar in self._tars for clip in self._list(tar).clips), None)
         return float(first.facts.times.rate) if first else 0.0
 
     def load(self, clip: SourceClip) -> ClipContent:
@@ -122,17 +146,52 @@ class WebDatasetSource:
         suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
         data = io.BytesIO(self._read(clip, *parts[suffix]))
         reader = VideoReader(data, clip.facts, clip.name, damaged=self.reading.damaged)
-        numbers = clip.facts.times.shown(self.reading.fps)[: clip.frames]
-        video = reader.read(numbers)
+        video = reader.read(self._numbers(clip))
         reader.close()
+        return replace(self._beside(clip), video=video)
+
+    def check(self, clip: SourceClip) -> ClipContent:
+        """Return what lies beside the video; one on a disk must hold all packets of the clip. That
+        would fetch a video from a store twice, so there it is seen when the clip is loaded."""
+        assert isinstance(clip, TarClip), "it is one of ours"
+        if self._is_local(clip.tar) and self.reading.damaged == "refuse":
+            parts = {suffix: (start, size) for suffix, start, size in clip.members}
+            suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
+            check_packets(io.BytesIO(self._read(clip, *parts[suffix])), clip.facts, clip.name)
+        return self._beside(clip)
+
+    def digests(self, clip: SourceClip) -> dict[str, str]:
+        """Return the digests of the clip's members; of a tar in a store that states a hash or a
+        generation of the object, that of the tar, so that nothing is fetched."""
+        assert isinstance(clip, TarClip), "it is one of ours"
+        stated = [self._facts[clip.tar].get(name) for name in STATED]
+        if not self._is_local(clip.tar) and any(stated):
+            return {f"{clip.tar}.tar": digest(repr((stated, clip.members)).encode())}
+        return {
+            f"{clip.name}.{suffix}": digest(self._read(clip, start, size))
+            for suffix, start, size in clip.members
+        }
+
+    def _is_local(self, tar: str) -> bool:
+        return isinstance(self._tars[tar][0], LocalFileSystem)
+
+    def _numbers(self, clip: TarClip) -> NDArray[np.int64]:
+        """Return the numbers of a clip's frames in its video."""
+        return clip.facts.times.shown(self.reading.fps)[: clip.frames]
+
+    def _beside(self, clip: TarClip) -> ClipContent:
+        """Return all of a clip but its pixels."""
+        parts = {suffix: (start, size) for suffix, start, size in clip.members}
         facts = read_facts(self._read(clip, *parts["json"]), clip.name) if "json" in parts else {}
         caption = facts.get("caption")
         if "txt" in parts:
             caption = read_caption(self._read(clip, *parts["txt"]), clip.name)
         scale = float(facts.get("metres_per_unit", 1.0))
-        c2w, intrinsics = cut_camera(read_camera(facts, clip.name), numbers, scale, clip.name)
+        c2w, intrinsics = cut_camera(
+            read_camera(facts, clip.name), self._numbers(clip), scale, clip.name
+        )
         return ClipContent(
-            video,
+            None,
             c2w,
             intrinsics,
             caption=None if caption is None else str(caption),
@@ -165,7 +224,8 @@ def expand(path: str) -> list[str]:
     import braceexpand
 
     try:
-        urls = list(braceexpand.braceexpand(path)) if "{" in path else [path]
+        is_range = "{" in path and not Path(path).exists()
+        urls = list(braceexpand.braceexpand(path)) if is_range else [path]
     except ValueError as error:
         raise DataError(
             f"source: got braces that do not close ({error}), expected {{a..b}}"
@@ -176,7 +236,7 @@ def expand(path: str) -> list[str]:
             " URL itself"
         )
     if len(urls) == 1 and Path(path).is_dir():
-        urls = [str(file) for file in sorted(Path(path).glob("*.tar"))]
+        urls = [str(file) for file in visible(Path(path), "*.tar")]
     wrong = [url for url in urls if not bare(url).endswith(".tar")]
     if wrong or not urls:
         raise DataError(
@@ -231,12 +291,16 @@ def named(tar: str) -> Iterator[None]:
         ) from None
 
 
-def tar_facts(name: str, filesystem: Any, path: str) -> tuple[Any, ...]:
-    """Return what tells a tar from one of the same name: size, time, the store's own hash."""
+def tar_facts(name: str, filesystem: Any, path: str) -> Mapping[str, Any]:
+    """Return what the file system states about a tar."""
     with named(name):
-        info = with_retries(lambda: filesystem.info(path), POLICY)
+        return dict(with_retries(lambda: filesystem.info(path), POLICY))
+
+
+def told_by(name: str, facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a tar from one of the same name: size, time, the store's own hash."""
     told = ("size", "mtime", "ETag", "LastModified", "generation", "md5Hash")
-    return name, *(str(info.get(key)) for key in told)
+    return name, *(str(facts.get(key)) for key in told)
 
 
 def open_webdataset(place: Place) -> WebDatasetSource:

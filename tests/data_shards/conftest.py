@@ -68,7 +68,7 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
         }
         self.answer(reply.status, headers, data, fault)
 
-    do_HEAD = do_PUT = do_POST = do_GET
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def answer(self, status, headers, data, fault=None):
         self.send_response(status)

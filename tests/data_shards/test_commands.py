@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data_shards import encode, inspect, stats
-from data_shards.arguments import Option, number, parse, text, whole
-from data_shards.codecs import make_codec
+from data_shards import encode, filter, inspect, record, stats, verify
+from data_shards.arguments import Option, number, parse, path, paths, text, whole
+from data_shards.codecs import CODECS, codec_row, make_codec
 from data_shards.schema import DataError
 from data_shards.storage.read import open_dataset
 
@@ -29,6 +29,43 @@ def test_options_may_be_given_as_words():
         parse(["--workers"], options)
     with pytest.raises(DataError, match="argument: got 'x', expected key=value"):
         parse(["source=a", "x"], options)
+
+
+NO_PATHS = {"device", "key", "table", "text_prefix", "fields"}
+
+
+def test_a_leading_tilde_is_a_home_folder_in_every_path(monkeypatch, tmp_path):
+    """No shell expands it behind a `=`; without this a folder named ~ appears."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    commands = (encode, filter, inspect, record, stats, verify)
+    tables = [command.OPTIONS for command in commands]
+    tables += [codec_row(name).options for name in CODECS.table]
+    words = {name for table in tables for name, option in table.items() if option.convert is text}
+    assert words <= NO_PATHS, "an option for a path that takes any text"
+    places = [option for table in tables for option in table.values() if option.convert is path]
+    assert len(places) > 15
+    assert path("~/x") == f"{tmp_path}/x"
+    assert path("~") == str(tmp_path)
+    assert path("./~/x") == "./~/x"
+    assert path("s3://bucket/~x") == "s3://bucket/~x"
+    assert paths("a,~/b") == f"a,{tmp_path}/b"
+    with pytest.raises(DataError, match="out: got '~nobody-here/x', expected a path; ~ is a home"):
+        parse(["out=~nobody-here/x"], {"out": Option(path, "")})
+
+
+@pytest.mark.parametrize("name", ["set[1]*", pytest.param("wh?t {b,c}", marks=pytest.mark.full)])
+def test_folders_may_have_names_that_look_like_patterns(recording, tmp_path, name, capsys):
+    """Source and out; a pattern of the same letters must not be matched beside them."""
+    (tmp_path / "set1").mkdir()
+    (tmp_path / "set1" / "mine").write_text("kept")
+    source, out = tmp_path / f"{name} source", tmp_path / name
+    source.symlink_to(recording)
+    command = [f"source={source}", f"out={out}", "channels=4", "psnr=no", "shard_mb=0.01"]
+    assert encode.main(command) == 0
+    assert verify.main([f"path={out}"]) == 0
+    assert encode.main(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "set1" / "mine").read_text() == "kept"
 
 
 def test_help_fits_and_names_every_option(capsys):

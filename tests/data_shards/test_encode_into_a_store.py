@@ -52,6 +52,21 @@ def test_encode_writes_into_a_bucket_what_it_writes_on_a_disk(
     assert len(proxy.served) == uploads
 
 
+def test_a_prefix_may_have_a_name_that_looks_like_a_pattern(bucket, recording, faults):
+    from s3fs import S3FileSystem
+
+    store = S3FileSystem()
+    store.pipe_file("shards-test/odd1/mine", b"kept")
+    command = [f"source={recording}", "shard_mb=0.03", "psnr=no", "out=s3://shards-test/odd[1]"]
+    assert encode.main(command) == 0
+    assert verify.main(["path=s3://shards-test/odd[1]"]) == 0
+    store.invalidate_cache()
+    made = store.find("shards-test/odd[1]")
+    assert made
+    assert not [name for name in made if "/rows/" in name]
+    assert store.find("shards-test/odd1") == ["shards-test/odd1/mine"]
+
+
 @pytest.mark.full
 def test_shards_that_are_in_the_bucket_already_are_not_made_again(
     bucket, recording, faults, monkeypatch, proxy

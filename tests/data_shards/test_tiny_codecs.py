@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, interpolate, pixel_shuffle, pixel_unshuffle
 
+from data_shards import encode
 from data_shards.codecs import make_codec
 from data_shards.schema import DataError
 
@@ -176,3 +177,33 @@ def test_single_image_autoencoders_go_frame_by_frame(tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(latents, network.encode(pixels).latents.numpy(), atol=1e-5)
     assert codec.decode(latents).shape == video.shape
+
+
+def test_other_weights_behind_one_name_are_seen(taehv, write_video, tmp_path, monkeypatch, capsys):
+    """An interrupted run encodes all clips anew; a finished set says what has changed."""
+    videos, out = tmp_path / "videos", tmp_path / "set"
+    videos.mkdir()
+    for key in "ab":
+        write_video(videos / f"{key}.mp4", frames=9)
+    command = [f"source={videos}", f"out={out}", "psnr=no", "codec=taehv", f"model={taehv}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "finish", interrupt)
+        assert encode.main(command) == 130
+    weights = load_file(taehv)
+    weights["encoder.17.bias"] += 1
+    save_file(weights, taehv)
+    assert encode.main(command) == 0
+    assert "model= has other content than before" in capsys.readouterr().out
+    assert encode.main([*command[:1], f"out={tmp_path / 'anew'}", *command[2:]]) == 0
+    names = [file.relative_to(out) for file in out.rglob("*") if file.is_file()]
+    assert [(out / name).read_bytes() for name in names] == [
+        (tmp_path / "anew" / name).read_bytes() for name in names
+    ]
+    weights["encoder.17.bias"] += 1
+    save_file(weights, taehv)
+    assert encode.main(command) == 2
+    assert "model= has other content than before" in capsys.readouterr().err
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt

@@ -36,8 +36,7 @@ def test_a_tar_with_a_variable_rate_is_refused_and_resampled_alike(uneven, tmp_p
     with webdataset.TarWriter(str(tmp_path / "t.tar")) as writer:
         writer.write({"__key__": "x", "mp4": (uneven / "a.mp4").read_bytes()})
     tar = str(tmp_path / "t.tar")
-    with pytest.raises(DataError, match=r"a gap of 0\.4 s after frame 14"):
-        len(open_source(tar).clips)
+    assert "a gap of 0.4 s after frame 14" in open_source(tar).problems["t/x"]
     reading = Reading(fps=Fraction(25))
     one, other = open_source(Place(tar, reading=reading)), None
     (uneven / "t.tar").rename(tmp_path.parent / f"{tmp_path.name}.tar")
@@ -139,8 +138,8 @@ def test_an_empty_packet_shows_nothing(films, tmp_path):
                 if i != 9:
                     container.mux(packet)
         container.mux(stream.encode(None))
-    with pytest.raises(DataError, match=r"variable frame rate in a\.avi, a gap of 0\.08 s"):
-        open_source(str(tmp_path))
+    problem = open_source(str(tmp_path)).problems["a.avi"]
+    assert "variable frame rate in a.avi, a gap of 0.08 s" in problem
     source = open_source(Place(str(tmp_path), reading=Reading(fps=Fraction(25))))
     video = source.load(source.clips[0]).video
     np.testing.assert_array_equal(video[9], video[8])

@@ -1,11 +1,16 @@
 """Recorded cameras against the recorded pictures: carried through depth and pose, pixels must land
 on their like."""
 
+import contextlib
 import filecmp
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +248,84 @@ def test_a_users_folder_is_refused_and_kept(command, recording, tmp_path, capsys
     assert main[command]() == 2
     assert "videos, which exists and is no" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["videos", "mine.mp4"]
+
+
+STOPPED_RUN = """
+import os, signal, sys, time
+from data_shards import record
+from data_shards.sources import vizdoom
+def stopping(folder, key, clip):
+    made = write_clip(folder, key, clip)
+    if len(os.listdir(folder)) == {after}:
+        print("instance", game.get_instance_id(), flush=True)
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+    return made
+def opened(*arguments):
+    global game
+    game = open_game(*arguments)
+    return game
+write_clip, record.write_clip = record.write_clip, stopping
+open_game, vizdoom.open_game = vizdoom.open_game, opened
+sys.exit(record.main({arguments!r}))
+"""
+
+
+def engines(folder):
+    """Processes that were started in this folder and are alive, by their command lines."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes()
+            if b"vizdoom" in words and str(folder).encode() in words:
+                found.append(words)
+    return found
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_a_recording_that_is_stopped_leaves_no_engine_and_is_gone_on_with(
+    recording, tmp_path, monkeypatch, name
+):
+    """Output through a pipe, which an engine that lives on would hold open."""
+    scratch, home = tmp_path / "scratch", tmp_path / "home"
+    scratch.mkdir()
+    home.mkdir()
+    out = home / "rec"
+    arguments = ["vizdoom", f"out={out}", "clips=6", "frames=17", "seed=3"]
+    script = STOPPED_RUN.format(arguments=arguments, name=name, after=4)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        timeout=60,
+        cwd=home,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        check=False,
+    )
+    number = getattr(signal, name)
+    assert done.returncode == (-9 if name == "SIGKILL" else 128 + number), done.stderr
+    assert name == "SIGKILL" or f"interrupted ({name})".encode() in done.stderr
+    assert b"Traceback" not in done.stderr
+    deadline = time.monotonic() + 30
+    while engines(scratch) or list(scratch.iterdir()):
+        assert time.monotonic() < deadline, "something outlived the recording"
+        time.sleep(0.05)
+    instance = done.stdout.decode().split("instance ")[1].split()[0]
+    assert not list(Path("/dev/shm").glob(f"ViZDoom*{instance}"))
+    (draft,) = home.iterdir()
+    kept = {path: path.stat().st_mtime_ns for path in draft.rglob("video.npy")}
+    assert len(kept) == 4
+    assert record.main(arguments) == 0
+    assert [path.name for path in home.iterdir()] == ["rec"]
+    files = sorted(str(f.relative_to(recording)) for f in recording.rglob("*") if f.is_file())
+    assert files == sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file())
+    assert filecmp.cmpfiles(recording, out, files, shallow=False)[1:] == ([], [])
+    times = {path.stat().st_mtime_ns for path in out.rglob("video.npy")}
+    assert len(times & set(kept.values())) >= 2, "complete episodes are not recorded again"
+
+
+def test_recording_leaves_nothing_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert record.main(["vizdoom", "out=rec", "clips=1", "frames=9", "seed=3"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rec"]
+    assert {path.name for path in (tmp_path / "rec").iterdir()} == {"clips", "recording.json"}

@@ -75,3 +75,39 @@ def test_random_kills(tmp_path, container, whole_group):
     assert bytes_of(tmp_path / "set") == expected
     what = "the whole group" if whole_group else "the command alone"
     print(f"{container}, {what} killed: {killed} kills, {len(expected)} files the same")
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals(tmp_path, name, workers):
+    """Sent to the command alone, in the middle of a shard: it ends at once with the documented code
+    and one line, nothing lives on, and the next run gives the bytes of an undisturbed one."""
+    recording, scratch = tmp_path / "rec", tmp_path / "scratch"
+    scratch.mkdir()
+    assert record.main(["vizdoom", f"out={recording}", "clips=24", "frames=41", "seed=5"]) == 0
+    arguments = [f"source={recording}", "shard_mb=0.05", f"workers={workers}"]
+    assert encode.main([*arguments, f"out={tmp_path / 'undisturbed'}"]) == 0
+    command = [sys.executable, "-m", "data_shards.encode", *arguments, f"out={tmp_path / 'set'}"]
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    rows = tmp_path / "set.partial" / "rows"
+    deadline = time.monotonic() + 120
+    while not (rows.is_dir() and list(rows.iterdir())):
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(getattr(signal, name))
+    _, words = child.communicate(timeout=60)
+    assert child.returncode == 128 + getattr(signal, name), words
+    assert words.decode().splitlines()[-1].endswith(f"interrupted ({name})")
+    assert b"Traceback" not in words
+    assert not processes_of_group(child.pid)
+    assert not list(scratch.iterdir())
+    assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
+    assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "undisturbed")
