@@ -44,9 +44,10 @@ def check_memory(clips: Sequence[SourceClip], copies: int, workers: int) -> None
     need = each * copies * workers
     if free is not None and need > free:
         many = f" for {workers} workers" if workers > 1 else ""
+        ways = ["clip_frames=<frames>, which cuts videos into clips"]
+        ways += ["psnr=no"] * (copies > 1) + ["fewer workers"] * (workers > 1)
         raise DataError(
             f"memory: got {largest.frames} frames of {largest.height}x{largest.width} in clip"
             f" {largest.key}, {need / 1e9:.3g} GB{many}, expected at most the"
-            f" {free / 1e9:.3g} GB that are free. Fix: clip_frames=<frames> cuts videos into clips,"
-            f" psnr=no{', or fewer workers' if workers > 1 else ''}"
+            f" {free / 1e9:.3g} GB that are free. Fix: {', or '.join(ways)}"
         )
