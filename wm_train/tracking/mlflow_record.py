@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -227,7 +228,7 @@ class MlflowRecord:
             lines, end = _whole_lines(self.folder / METRICS, self._offset, most=100)
             rows = [row for row in _rows(lines) if row["step"] > self._sent.step]
             metrics = [
-                Metric(key, number, int((_number(row.get("time")) or 0) * 1000), row["step"])
+                Metric(key, number, _milliseconds(row.get("time")), row["step"])
                 for row in rows
                 for key, value in row.items()
                 if key not in NOT_METRICS and (number := _number(value)) is not None
@@ -290,6 +291,12 @@ def _rows(lines: list[bytes]) -> list[dict[str, Any]]:
     """Return the steps in lines of the record. A damaged line is left out: the trainer reports it
     when it opens the record."""
     return [row for line in lines if (row := parse_row(line))]
+
+
+def _milliseconds(seconds: Any) -> int:
+    """Return a time as MLflow takes it, 0 for one that is not known."""
+    known = _number(seconds)
+    return int(known * 1000) if known is not None and math.isfinite(known) else 0
 
 
 def _number(value: Any) -> float | None:

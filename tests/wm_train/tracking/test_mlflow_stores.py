@@ -177,7 +177,7 @@ def test_an_attempt_that_fails_half_way_leaves_one_run(stage, monkeypatch):
 def test_figures_that_are_no_numbers_and_damaged_lines_stop_nothing(stage):
     rows = [
         '{"step": 1, "time": null, "loss": null}',
-        '{"step": 2, "time": 2.0, "loss": "NaN", "lr": 0.1}',
+        '{"step": 2, "time": 2.0, "loss": NaN, "lr": 0.1}',
         "{half a li",
         "[]",
         '{"step": "3"}',
@@ -186,7 +186,7 @@ def test_figures_that_are_no_numbers_and_damaged_lines_stop_nothing(stage):
     (stage / METRICS).write_text("\n".join(rows) + "\n")
     record = MlflowRecord(subject_of(make_run(stage.parent), "short"), stage, print)
     assert record.catch_up() == 3
-    assert steps_of(client_of(stage), active_run(client_of(stage))) == [2, 4]
+    assert steps_of(client_of(stage), active_run(client_of(stage))) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("change", [{"step": "7"}, {"artifacts": None}, {"run_id": 3}, {"x": 1}])

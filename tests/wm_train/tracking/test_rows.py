@@ -64,7 +64,7 @@ def test_a_damaged_line_costs_that_line_and_is_said(run, tmp_path, kind):
 def test_mlflow_gets_what_is_whole_of_a_damaged_record(run, tmp_path):
     lines = [to_line({"step": 1}).encode(), b"\xff\n", to_line({"step": 2}).encode()]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
-    record = MlflowRecord(subject_of(run, "short"), tmp_path)
+    record = MlflowRecord(subject_of(run, "short"), tmp_path, print)
     assert record.missing() == 2
 
 
