@@ -76,6 +76,7 @@ def test_lines_are_written_again_when_there_is_room(tmp_path: Path, monkeypatch)
     ]
 
 
+@pytest.mark.usefixtures("nodes")  # they come first: Ray reads the way of its login only once
 def test_a_copy_of_the_config_goes_with_its_worker(
     spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
