@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from data_shards.schema import MAX_MEMBER_BYTES, DataError
 from data_shards.sources import Place
+from data_shards.sources.beside_video import square_intrinsics, square_poses
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents, safe_key
 from data_shards.sources.digests import digest_arrays, visible
-from data_shards.sources.videos import square_intrinsics, square_poses
 from data_shards.storage.files import read_json
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 8, 32  # of the LTX-2 autoencoder

@@ -40,13 +40,13 @@ from numpy.typing import NDArray
 
 from data_shards.schema import DataError
 from data_shards.sources import Place
+from data_shards.sources.beside_video import cut_camera, read_camera, read_text
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.digests import digest, visible
 from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
 from data_shards.sources.tar_listing import TarClip, TarList, list_tar, read_caption, read_facts
 from data_shards.sources.video_file import SUFFIXES, check_packets, import_av
 from data_shards.sources.video_reader import VideoReader
-from data_shards.sources.videos import cut_camera, read_camera, read_text
 from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
 
 POLICY = RetryPolicy(read_timeout_s=60.0)

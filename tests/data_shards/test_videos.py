@@ -10,7 +10,7 @@ from data_shards import encode
 from data_shards.controls import BUTTONS, KEY_DOWN, MOUSE
 from data_shards.schema import DataError
 from data_shards.sources import open_source
-from data_shards.sources.videos import read_colmap, square_intrinsics, square_poses
+from data_shards.sources.beside_video import read_colmap, square_intrinsics, square_poses
 from data_shards.storage.read import open_dataset
 
 FRAMES = 20  # 17 of them make a clip
