@@ -173,10 +173,11 @@ def parse(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, 
 
 
 def output_failed(error: OSError) -> bool:
-    """Return whether an error is one of the standard output, and drop what waits there: it would
-    fail again when the interpreter ends."""
+    """Return whether an error is one of the standard output, which another try shows, and drop what
+    waits there: it would fail again when the interpreter ends."""
     try:
         sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"\n")
     except OSError as again:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
