@@ -40,7 +40,7 @@ FLOORS = {
         "conditioning kernels",
         "config",
         "errors console noise boxes storage",
-        "compat __init__",
+        "compat remote __init__",
     ),
     "parallel": (
         "streaming checkpointing",

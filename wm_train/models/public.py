@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wm_train.boxes import Box, local_box, local_tensor
@@ -90,6 +88,8 @@ class PublicFiles:
         self._open = ExitStack()
 
     def __enter__(self) -> PublicFiles:
+        from safetensors import safe_open
+
         self._where: dict[str, Any] = {}
         for path in self._paths:
             handle = self._open.enter_context(safe_open(path, framework="pt"))
@@ -186,6 +186,8 @@ def export_pretrained(
             f"export failed: got model {config.name}, which has no public layout, expected one that"
             " has. Fix: --layout file"
         )
+    from safetensors.torch import save_file
+
     layout: PublicLayout = load(config.public)
     text = json.dumps(layout.to_public(config), indent=2)
     if directory.exists() and any(directory.iterdir()):
