@@ -11,6 +11,8 @@ import torch
 from gdn_kernels import Shape
 from measuring import Ceilings, Row, ceilings
 
+from parallel.halo import Taps
+
 # A dry run has Triton's interpreter for a device, so its times say nothing: its ranges end this
 # many times higher and only show that they are computed.
 DRY_SLACK = 1e6
@@ -41,10 +43,10 @@ class Day:
 
         if not interpreted():
             return "triton is not installed, or not told to interpret"
-        from wm_train.kernels.gdn.launching import norm_pre_pass
+        from wm_train.kernels.gdn.convolution import short_convolution
 
-        try:
-            norm_pre_pass(torch.ones(1, 1, 4, 64), 64, 1e-5)
+        try:  # a kernel with a loop: Triton 3.6 cannot interpret one with NumPy 2.4
+            short_convolution(Taps(torch.ones(1, 7, 1, 16), 3, 1), torch.ones(16, 1, 4), 1e-5)
         except Exception as error:  # whatever a release of Triton and one of NumPy make of it
             return f"{type(error).__name__}: {error}"
         return None
