@@ -23,13 +23,12 @@ fp64. "max tr(A)" above 1 is allowed (one RMS over all heads), see parallel/READ
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from measuring import Work, copy_bandwidth, device_name, milliseconds, ratio
 from torch import Tensor
 
 from parallel.halo import Taps
@@ -59,6 +58,18 @@ class Shape:
         tokens = 2 * self.frames * self.tokens * self.heads * self.dim * branches
         states = 4 * self.frames * self.heads * self.dim**2 * (7 if camera else 4)
         return tokens * (4 + (7 if backward else 0)) + states * 2 * (3 if backward else 1)
+
+    def flops(self, camera: bool, backward: bool) -> int:
+        """Return the FLOPs of the products: A and U of the numerator and A of the normaliser per
+        token, S q per token, and S A of both directions per frame; backward twice that."""
+        tokens = 2 * self.frames * self.tokens * self.heads * self.dim**2 * (7 if camera else 4)
+        states = 2 * self.frames * self.heads * self.dim**3 * 2 * (2 if camera else 1)
+        return (tokens + states) * (3 if backward else 1)
+
+    def work(self, camera: bool, backward: bool) -> Work:
+        """Return the least work of the layer; launches as ours has them."""
+        launches = (8 if camera else 6) * (4 if backward else 1)
+        return Work(self.bytes(camera, backward), self.flops(camera, backward), launches)
 
 
 def make_inputs(
@@ -162,94 +173,114 @@ def run(
     ]
 
 
-def milliseconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Median over repeats after three warm-up calls."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    times = []
-    for i in range(repeats + 3):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        if i >= 3:
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
-
-
-def copy_bandwidth(device: torch.device, repeats: int) -> float:
-    """GB/s read and written by a large copy."""
-    source = torch.empty(
-        1 << (30 if device.type == "cuda" else 24), dtype=torch.uint8, device=device
-    )
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), repeats, device) / 1e6
-
-
 def error(call: Callable, x: dict[str, Tensor], reference: Callable, backward: bool) -> str:
     """Largest RMS ratio to fp64, or why there is none."""
     try:
         exact = run(reference, {name: value.double() for name, value in x.items()}, backward)
         pairs = zip(run(call, x, backward), exact, strict=True)
-        return f"{max(((a.double() - e).norm() / e.norm()).item() for a, e in pairs):.1e}"
+        return f"{max(ratio(a, e) for a, e in pairs):.1e}"
     except torch.OutOfMemoryError:
         return "fp64 does not fit"
 
 
-def rows(shape: Shape, device: torch.device, repeats: int, bandwidth: float) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """Store one line of the table; `failed` names the exception instead of figures."""
+
+    frames: int
+    camera: bool
+    backward: bool
+    method: str
+    ms: float = 0.0
+    peak_gb: float = 0.0
+    error: str = ""
+    failed: str = ""
+
+    @property
+    def name(self) -> str:
+        branches, passes = (
+            "+camera" if self.camera else "main",
+            "fwd+bwd" if self.backward else "fwd",
+        )
+        return f"{self.frames} | {branches} | {passes} | {self.method}"
+
+
+def methods(
+    shape: Shape, camera: bool, device: torch.device, engine: str, backend: str = "inductor"
+) -> dict[str, Callable[[dict[str, Tensor]], tuple[Tensor, ...]]]:
+    """Return what is compared, by name. `engine`: of ours; `backend`: of torch.compile."""
+    table = sequence_kernels(device, engine)
+
+    def reference(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return layer(x, shape, camera, "reference", REFERENCE)
+
+    found: dict[str, Callable[[dict[str, Tensor]], tuple[Tensor, ...]]] = {
+        "ours": lambda x: layer(x, shape, camera, engine, table),
+        "reference": reference,
+        "compiled reference": torch.compile(reference, backend=backend),
+    }
+    if not camera:
+        found["fla token-wise"] = lambda x: token_wise(x, shape)
+    return found
+
+
+def measure(
+    shape: Shape,
+    camera: bool,
+    backward: bool,
+    method: str,
+    calls: dict[str, Callable[[dict[str, Tensor]], tuple[Tensor, ...]]],
+    x: dict[str, Tensor],
+    repeats: int,
+    check: bool = True,
+    **timing: Any,
+) -> Measured:
+    """Measure one method in one direction; compare with fp64 if `check`."""
+    device, call = x["query"].device, calls[method]
+    line = Measured(shape.frames, camera, backward, method)
+    try:
+        ms = milliseconds(lambda: run(call, x, backward), repeats, device, **timing)
+        peak = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            run(call, x, backward)
+            peak = torch.cuda.max_memory_allocated() / 1e9
+    except (torch.OutOfMemoryError, ImportError) as reason:
+        return replace(line, failed=f"{type(reason).__name__}: {reason}")
+    wrong = "not compared"
+    if method.startswith("fla"):
+        wrong = "another model"
+    elif check:
+        wrong = error(call, x, calls["reference"], backward)
+    return replace(line, ms=ms, peak_gb=peak, error=wrong)
+
+
+def rows(shape: Shape, device: torch.device, repeats: int, engine: str) -> Iterator[Measured]:
+    """Yield all lines of one clip length."""
     x = make_inputs(shape, device)
-    table = sequence_kernels(device)
-    compiled: Any = torch.compile(lambda x, camera: layer(x, shape, camera, "reference", REFERENCE))
     for camera in (False, True):
-        methods: dict[str, Callable] = {
-            "ours": lambda x, camera=camera: layer(x, shape, camera, "auto", table),
-            "reference": lambda x, camera=camera: layer(x, shape, camera, "reference", REFERENCE),
-            "compiled reference": lambda x, camera=camera: compiled(x, camera),
-        }
-        if not camera and device.type == "cuda":
-            methods["fla token-wise"] = lambda x: token_wise(x, shape)
+        calls = methods(shape, camera, device, engine)
         for backward in (False, True):
-            for name, call in methods.items():
-                try:
-                    ms = milliseconds(
-                        lambda call=call, backward=backward: run(call, x, backward), repeats, device
-                    )
-                    peak = 0.0
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                        run(call, x, backward)
-                        peak = torch.cuda.max_memory_allocated() / 1e9
-                except (torch.OutOfMemoryError, ImportError) as reason:
-                    print(
-                        f"| {shape.frames} | {camera} | {backward} | {name} |"
-                        f" {type(reason).__name__} |"
-                    )
-                    continue
-                rate = shape.bytes(camera, backward) / ms / 1e6
-                wrong = (
-                    "another model"
-                    if name.startswith("fla")
-                    else error(call, x, methods["reference"], backward)
-                )
-                which = (
-                    f"| {shape.frames} | {'+camera' if camera else 'main'} |"
-                    f" {'fwd+bwd' if backward else 'fwd'} | {name}"
-                )
-                print(
-                    f"{which} | {ms:.3f} | {rate:.0f} | {rate / bandwidth:.0%} | {peak:.2f} |"
-                    f" {wrong} |",
-                    flush=True,
-                )
-    gram = gdn_gram(
-        x["key"],
-        x["value"],
-        x["beta"],
-        x["weight"],
-        x["angle"].cos(),
-        x["angle"].sin(),
-        (shape.dim * shape.tokens) ** -0.5,
-    )[0]
-    print(
-        f"T={shape.frames}: max tr(A) = {gram.diagonal(dim1=-2, dim2=-1).sum(-1).max().item():.3f}"
+            for method in calls:
+                yield measure(shape, camera, backward, method, calls, x, repeats)
+
+
+def largest_trace(shape: Shape, x: dict[str, Tensor]) -> float:
+    """Return the largest tr(A) over frames and heads."""
+    tables = (x["angle"].cos(), x["angle"].sin())
+    scale = (shape.dim * shape.tokens) ** -0.5
+    gram = gdn_gram(x["key"], x["value"], x["beta"], x["weight"], *tables, scale)[0]
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1).max().item()
+
+
+def table_row(line: Measured, shape: Shape, bandwidth: float) -> str:
+    """Format one line of the table in RESULTS.md; bandwidth in GB/s."""
+    if line.failed:
+        return f"| {line.name} | {line.failed} |"
+    rate = shape.bytes(line.camera, line.backward) / line.ms / 1e6
+    return (
+        f"| {line.name} | {line.ms:.3f} | {rate:.0f} | {rate / bandwidth:.0%} |"
+        f" {line.peak_gb:.2f} | {line.error} |"
     )
 
 
@@ -266,26 +297,20 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     bandwidth = copy_bandwidth(device, arguments.repeats)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else "CPU (shows only that the script runs)"
-    )
     print(
-        f"{name}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s, S={arguments.tokens}"
-        f" H={arguments.heads} D={arguments.dim}"
+        f"{device_name(device)}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s,"
+        f" S={arguments.tokens} H={arguments.heads} D={arguments.dim}"
     )
     print(
         "| T | branches | pass | method | ms | GB/s | share of copy | peak GB | error"
         " |\n|---|---|---|---|---|---|---|---|---|"
     )
     for frames in arguments.frames:
-        rows(
-            Shape(frames, arguments.tokens, arguments.heads, arguments.dim),
-            device,
-            arguments.repeats,
-            bandwidth,
-        )
+        shape = Shape(frames, arguments.tokens, arguments.heads, arguments.dim)
+        for line in rows(shape, device, arguments.repeats, "auto"):
+            print(table_row(line, shape, bandwidth), flush=True)
+        trace = largest_trace(shape, make_inputs(shape, device))
+        print(f"T={frames}: max tr(A) = {trace:.3f}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from measuring import device_name, synchronize
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
@@ -46,14 +48,17 @@ def seconds_per_step(
     device: torch.device,
     repeats: int,
     after: Callable[[], None] = lambda: None,
+    engine: str = "auto",
+    warm_up: int = 2,
 ) -> float:
     """Median time of forward, backward and optimizer on one clip; `after` is called after every
-    step but the last."""
+    step but the last. `engine`: of our kernels."""
     with torch.device("meta"):
         model = build_model(config)
     model = model.to_empty(device=device)
     initialise_(model, 0)
     model = model.to(torch.bfloat16)
+    model.use_kernels(engine)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=device.type == "cuda"
     )
@@ -62,40 +67,43 @@ def seconds_per_step(
     sigma, conditions = torch.rand(1, frames, device=device), example_conditions(needs, shape, 0)
     held = {name: value.to(device) for name, value in conditions.fields.items()}
     conditions = conditions.with_fields(**held)
-    sequence = LocalSequence(ClipLayout(frames), sequence_kernels(device))
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    sequence = LocalSequence(ClipLayout(frames), sequence_kernels(device, engine))
     times = []
-    for i in range(repeats + 2):
-        synchronize()
+    for i in range(repeats + warm_up):
+        synchronize(device)
         start = time.perf_counter()
         velocity = model(latents, sigma, conditions, sequence)
         (velocity.float() - latents.float()).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        synchronize()
-        if i >= 2:
+        synchronize(device)
+        if i >= warm_up:
             times.append(time.perf_counter() - start)
-        if i < repeats + 1:
+        if i < repeats + warm_up - 1:
             after()
     return statistics.median(times)
 
 
-def profile(
-    config: SanaWMConfig, frames: int, grid: tuple[int, int], device: torch.device, trace: str
-) -> None:
-    """Print the operators of one step by their own time, and write a trace for chrome://tracing."""
+def profiled(
+    config: SanaWMConfig,
+    frames: int,
+    grid: tuple[int, int],
+    device: torch.device,
+    trace: str,
+    engine: str = "auto",
+    warm_up: int = 2,
+) -> Any:
+    """Profile one step after those to warm up, write a trace for chrome://tracing, and return the
+    averages by operator."""
     activities = [
         torch.profiler.ProfilerActivity.CPU,
         *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []),
     ]
-    schedule = torch.profiler.schedule(
-        wait=0, warmup=2, active=1
-    )  # the two warm-up steps, then the one that counts
+    schedule = torch.profiler.schedule(wait=0, warmup=warm_up, active=1)
     with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
-        seconds_per_step(config, frames, grid, device, 1, profiler.step)
-    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60))
+        seconds_per_step(config, frames, grid, device, 1, profiler.step, engine, warm_up)
     profiler.export_chrome_trace(trace)
+    return profiler.key_averages()
 
 
 def row(
@@ -162,14 +170,14 @@ def main() -> None:
         activation_checkpointing="block",
     )
     if arguments.profile:
-        profile(config, arguments.frames[0], grid, device, arguments.profile)
+        averages = profiled(config, arguments.frames[0], grid, device, arguments.profile)
+        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(averages.table(sort_by=by, row_limit=40, max_name_column_width=60))
         return
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else "CPU (shows only that the script runs)"
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, {arguments.depth} blocks of width"
+        f" {arguments.width}"
     )
-    print(f"{name}, torch {torch.__version__}, {arguments.depth} blocks of width {arguments.width}")
     print(
         "| clip | T | tokens | s/step | tokens/s | TFLOP/s | MFU | peak GB"
         " |\n|---|---|---|---|---|---|---|---|"

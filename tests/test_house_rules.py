@@ -41,7 +41,7 @@ FLOORS = {
         "conditioning kernels",
         "config",
         "errors console noise boxes storage",
-        "compat redact __init__",
+        "compat redact remote __init__",
     ),
     "parallel": (
         "streaming checkpointing",

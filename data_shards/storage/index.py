@@ -13,8 +13,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_shards.fields import expected_shape, field_of, known_members
@@ -67,13 +65,15 @@ class ClipIndex:
 
     def keep(self, keys: Sequence[str]) -> None:
         """Drop all clips but these."""
-        kept = nonzero(pc.is_in(self._keys, value_set=pa.array(list(keys), pa.string())))
+        kept = positions(self._keys, keys)
         self._rows = {
             split: np.intersect1d(rows, kept, assume_unique=True)
             for split, rows in self._rows.items()
         }
 
     def find(self, key: str) -> ClipEntry:
+        import pyarrow.compute as pc
+
         row = pc.index(self._keys, key).as_py()
         if row < 0:
             raise DataError(
@@ -85,7 +85,7 @@ class ClipIndex:
     def in_shards(self, shards: Sequence[str]) -> NDArray[np.int64]:
         """Return the rows of the clips in these shards."""
         names = self._read(lambda: self._file.read(columns=["shard"]), "its shard names")["shard"]
-        return nonzero(pc.is_in(names, value_set=pa.array(list(shards), pa.string())))
+        return positions(names, shards)
 
     def entry(self, row: int) -> ClipEntry:
         group, place = self._place(row)
@@ -189,8 +189,12 @@ def integers(array: Any, dtype: Any) -> NDArray[Any]:
     return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
-def nonzero(mask: Any) -> NDArray[np.int64]:
-    """Return the ascending positions at which a mask of Arrow is true."""
+def positions(column: Any, names: Sequence[str]) -> NDArray[np.int64]:
+    """Return the ascending positions at which a column of Arrow holds one of `names`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    mask = pc.is_in(column, value_set=pa.array(list(names), pa.string()))
     return integers(pc.indices_nonzero(mask), np.uint64).astype(np.int64)
 
 

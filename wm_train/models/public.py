@@ -157,6 +157,7 @@ def export_pretrained(
             f"export failed: got model {config.name}, which has no public layout, expected one that"
             " has. Fix: --layout file"
         )
+
     layout: PublicLayout = load(config.public)
     text = json.dumps(layout.to_public(config), indent=2)
     if directory.exists() and any(directory.iterdir()):

@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wm_train.boxes import Box
@@ -125,6 +123,9 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
     Raises ValueError if it cannot be written; what was there, nothing or a file, stays then.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     message = "export failed: got {}, expected a new file in a folder that can be written. Fix: {}"
     try:
         with path.open("xb"):  # the library's own files are for their owner only
@@ -164,6 +165,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     rule = "a safetensors file"
     try:
         return safe_open(path, framework="pt")

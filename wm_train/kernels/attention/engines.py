@@ -55,11 +55,23 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Pair:
 
     Its kernels exist for certain head dims up to 128, so 112 is padded inside.
     """
+    _use_flash(None)
+    return _aten_flash(q, k, v)
+
+
+def _aten_flash(q: Tensor, k: Tensor, v: Tensor) -> Pair:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out, lse
 
 
 def flash_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Triple:
+    _use_flash(None)
+    return _aten_flash_backward(grad, q, k, v, out, lse)
+
+
+def _aten_flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Triple:
     # no dropout
@@ -69,7 +81,7 @@ def flash_attention_backward(
     )
     sizes = (None, None, q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state
+        grad.to(q.dtype), q, k, v, out, lse.contiguous(), *sizes, 0.0, False, *state
     )
 
 
@@ -120,22 +132,32 @@ def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Pair:
 
     `torch.nn.attention` installs it there. Not run on any device yet.
     """
-    _install_flash_3()
-    return flash_attention(q, k, v)
+    _use_flash("FA3")
+    return _aten_flash(q, k, v)
 
 
 def flash_attn_3_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Triple:
-    _install_flash_3()
-    return flash_attention_backward(grad, q, k, v, out, lse)
+    _use_flash("FA3")
+    return _aten_flash_backward(grad, q, k, v, out, lse)
 
 
-def _install_flash_3() -> None:
+def _use_flash(wanted: str | None) -> None:
+    """Put flash attention 3 behind ATen's flash operator, or PyTorch's own (None) again: an engine
+    that failed its trial must not go on under the name of the next. torch 2.11 to 2.13."""
     from torch.nn import attention
 
-    if attention.current_flash_attention_impl() != "FA3":
-        attention.activate_flash_attention_impl("FA3")
+    if not hasattr(attention, "restore_flash_attention_impl"):
+        if wanted is not None:
+            raise ImportError(f"torch {torch.__version__} cannot exchange its flash attention")
+        return
+    if attention.current_flash_attention_impl() == wanted:
+        return
+    if wanted is None:
+        attention.restore_flash_attention_impl()
+    else:
+        attention.activate_flash_attention_impl(wanted)
 
 
 def npu_fusion(q: Tensor, k: Tensor, v: Tensor) -> Pair:

@@ -21,7 +21,7 @@ from wm_train.kernels.numerics import gram_mode, token_mode
 
 # per step of a program; with more, registers spill
 GRAM_TOKENS, READ_TOKENS, BACKWARD_TOKENS = (16, 32, 16)
-WARPS = 8
+WARPS, STAGES = 8, 2
 
 
 class CameraGram(torch.autograd.Function):
@@ -58,7 +58,7 @@ class CameraGram(torch.autograd.Function):
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
             D=n.d, HP=n.padded_half, BS=n.block(GRAM_TOKENS), MODE=gram_mode(key.dtype, n.tokens),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         ctx.save_for_backward(
             key, value, beta, weight, rstd, matrix, cos, sin, gram, update, inflation
@@ -87,7 +87,7 @@ class CameraGram(torch.autograd.Function):
             d_key, d_value, d_beta, share, d_weight, n.tokens, n.heads, ctx.key_stride,
             ctx.value_stride, rotary_tokens, ctx.scale,
             D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
         return (
@@ -131,7 +131,7 @@ class CameraOutput(torch.autograd.Function):
             query, state, weight, rstd, matrix, cos, sin, out, n.tokens, n.heads, stride,
             rotary_tokens,
             D=n.d, HP=n.padded_half, BS=n.block(READ_TOKENS), MODE=token_mode(query.dtype),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         ctx.save_for_backward(query, state, weight, rstd, matrix, cos, sin)
         ctx.stride = stride
@@ -151,7 +151,7 @@ class CameraOutput(torch.autograd.Function):
             query, state, weight, rstd, matrix, cos, sin, grad, d_query, d_state, share, d_weight,
             n.tokens, n.heads, ctx.stride, grad_stride, rotary_tokens,
             D=n.d, HP=n.padded_half, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return d_query, d_state, d_weight.sum(0).to(weight.dtype), None, None, None, None

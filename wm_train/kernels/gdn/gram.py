@@ -15,7 +15,7 @@ from wm_train.kernels.gdn.launching import by_token, fp32, norm_finish, norm_pre
 from wm_train.kernels.numerics import gram_mode, token_mode
 
 FORWARD_TOKENS, BACKWARD_TOKENS = 32, 16  # per step of a program; with more, registers spill
-WARPS = 8
+WARPS, STAGES = 8, 2
 
 
 class Gram(torch.autograd.Function):
@@ -51,7 +51,7 @@ class Gram(torch.autograd.Function):
             key, value, beta, weight, rstd, cos, sin, gram, update, gram_z, update_z,
             n.tokens, n.heads, key_stride, value_stride, rotary_tokens, scale,
             D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=gram_mode(key.dtype, n.tokens),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         ctx.save_for_backward(key, value, beta, weight, rstd, cos, sin)
         ctx.scale, ctx.key_stride, ctx.value_stride = scale, key_stride, value_stride
@@ -75,7 +75,7 @@ class Gram(torch.autograd.Function):
             d_beta, share, d_weight,
             n.tokens, n.heads, ctx.key_stride, ctx.value_stride, rotary_tokens, ctx.scale,
             D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(key.dtype),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         norm_finish(d_key, key, ctx.key_stride, rstd, share)
         return (

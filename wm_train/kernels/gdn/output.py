@@ -15,7 +15,7 @@ from wm_train.kernels.gdn.output_kernels import output_backward_kernel, output_k
 from wm_train.kernels.numerics import token_mode
 
 FORWARD_TOKENS, BACKWARD_TOKENS = 64, 16  # per step of a program; with more, registers spill
-WARPS = 8
+WARPS, STAGES = 8, 2
 
 
 class Output(torch.autograd.Function):
@@ -46,7 +46,7 @@ class Output(torch.autograd.Function):
             query, state, normaliser, weight, rstd, cos, sin, out, n.tokens, n.heads, stride,
             rotary_tokens, eps,
             D=n.d, DP=n.padded, BS=n.block(FORWARD_TOKENS), MODE=token_mode(query.dtype),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         ctx.save_for_backward(query, state, normaliser, weight, rstd, cos, sin)
         ctx.eps, ctx.stride = eps, stride
@@ -67,7 +67,7 @@ class Output(torch.autograd.Function):
             share, d_weight,
             n.tokens, n.heads, ctx.stride, grad_stride, rotary_tokens, ctx.eps,
             D=n.d, DP=n.padded, BS=n.block(BACKWARD_TOKENS), MODE=token_mode(query.dtype),
-            num_warps=WARPS, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         norm_finish(d_query, query, ctx.stride, rstd, share)
         return (

@@ -21,6 +21,8 @@ from wm_train.kernels.numerics import exact_mode, state_mode
 
 # three TF32 products per product need the registers of more rows
 COMPOSITE_ROWS, COMPOSE_ROWS = (32, 16)
+WARPS = 8  # with fewer, A does not fit the registers
+STAGES = 2  # more would not fit the shared memory of capability 8.0
 SHORTEST_SEGMENT = 8  # frames; below this a second level costs more walks than it saves
 
 
@@ -69,8 +71,8 @@ class _Plan(NamedTuple):
             "ROWS": self.rows,
             "REVERSE": reverse or "none",
             "MODE": self.mode,
-            "num_warps": 8,  # with fewer, A does not fit the registers
-            "num_stages": 2,  # more would not fit the shared memory of capability 8.0
+            "num_warps": WARPS,
+            "num_stages": STAGES,
         }
 
 
