@@ -123,7 +123,8 @@ def clean_output() -> Iterator[None]:
     """Remove secrets from what this process prints, from libraries and uncaught
     exceptions too."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_CleanStream(stream) for stream in before)  # type: ignore[assignment]
+    cleaned = [_CleanStream(stream) if stream else None for stream in before]  # None: closed, `>&-`
+    sys.stdout, sys.stderr = cleaned  # type: ignore[assignment]
     try:
         yield
     except Exception:  # the interpreter prints it after this block: through the cleaned stream

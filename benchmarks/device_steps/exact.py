@@ -134,7 +134,8 @@ def token_rows(what: str, case: Case, shape: Shape, bound: float) -> Iterator[Ro
     """Yield the worst output and the worst gradient of a kernel."""
     leaves = {name: x.detach().requires_grad_() for name, x in case.inputs.items()}
     out = as_tuple(case.kernel(**leaves, **case.fixed, **case.numbers))
-    upstream = [torch.randn_like(y) for y in out]
+    generator = torch.Generator(out[0].device).manual_seed(2)
+    upstream = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in out]
     torch.autograd.backward(out, upstream)
     actual = {f"out[{i}]": y.detach() for i, y in enumerate(out)}
     grads = {f"d {name}": x.grad for name, x in leaves.items()}
