@@ -11,7 +11,7 @@ import torch
 from gdn_kernels import Shape
 from measuring import Ceilings, Row, ceilings
 
-from parallel.halo import Taps
+from parallel.reference import Cuts, Stream
 
 # A dry run has Triton's interpreter for a device, so its times say nothing: its ranges end this
 # many times higher and only show that they are computed.
@@ -43,10 +43,11 @@ class Day:
 
         if not interpreted():
             return "triton is not installed, or not told to interpret"
-        from wm_train.kernels.gdn.convolution import short_convolution
+        from wm_train.kernels.gdn.scan import local_states
 
-        try:  # a kernel with a loop: Triton 3.6 cannot interpret one with NumPy 2.4
-            short_convolution(Taps(torch.ones(1, 7, 1, 16), 3, 1), torch.ones(16, 1, 4), 1e-5)
+        one = Stream(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, 16, 16), torch.ones(1, 1, 1, 16, 16))
+        try:  # a loop over a number of frames: Triton 3.6 cannot interpret it with NumPy 2.4
+            local_states(one, Cuts((False,), (False,)), None, None, None)
         except Exception as error:  # whatever a release of Triton and one of NumPy make of it
             return f"{type(error).__name__}: {error}"
         return None
