@@ -57,6 +57,26 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
 SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
 MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips belong in Zarr
 LOGIN = re.compile(r"://[^/@\s]*@")  # user name and password in an address: never shown
+SHOWN = 60  # characters of a value that messages repeat
+
+
+def plain(text: str) -> str:
+    """Replace what a terminal or a launcher would obey: control characters other than the end of a
+    line, and a line that begins with `@`, as a worker's progress does."""
+    safe = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return safe.replace("\n@", "\\n@")
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as a message shows it: in quotes, on one line, and short."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if value.shape or value.dtype.kind not in "biufUS":
+            return f"an array {value.dtype} {value.shape}"
+        value = value.item()
+    if isinstance(value, list | tuple | dict):
+        return f"a {'table' if isinstance(value, dict) else 'list'} of {len(value)}"
+    text = repr(value[:SHOWN]) if isinstance(value, str | bytes) else str(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 class DataError(ValueError):
@@ -67,7 +87,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str, passing: bool = False) -> None:
-        super().__init__(LOGIN.sub("://", message))
+        super().__init__(plain(LOGIN.sub("://", message)))
         self.passing = passing
 
 

@@ -58,7 +58,7 @@ FLOORS = {
         "encoding",
         "sources loading",
         "codecs storage",
-        "arguments progress controls metrics fields registry",
+        "arguments progress cameras controls metrics fields registry",
         "schema __init__",
     ),
     "launch": (

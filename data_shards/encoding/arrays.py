@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.cameras import camera_problem
 from data_shards.codecs import LatentCodec
 from data_shards.controls import bucket_controls, bucket_events
 from data_shards.encoding.fields import crop_pictures
@@ -97,6 +98,8 @@ def latent_arrays(
     if len(images):
         arrays[IMAGE_LATENTS] = (settings.latent_dtype, images)
     if content.c2w is not None and intrinsics is not None:
+        if problem := camera_problem(content.c2w, intrinsics, *size, cropped=codec.spatial_stride):
+            raise DataError(f"{problem} (key {clip.key}). Fix: mend the source")
         arrays |= {"c2w.npy": ("float64", content.c2w), "intrinsics.npy": ("float64", intrinsics)}
     return arrays
 

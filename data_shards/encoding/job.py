@@ -28,7 +28,7 @@ from data_shards.schema import (
     latent_frame_count,
 )
 from data_shards.sources import Place, open_source
-from data_shards.sources.clips import ClipSource, SourceClip
+from data_shards.sources.clips import ClipSource, SourceClip, load_clip
 from data_shards.storage.write import ShardWriter, shard_size
 from data_shards.storage.zarr_store import ZarrWriter, shard_files
 
@@ -120,7 +120,7 @@ def encode_shard(
     make = ShardWriter if job.settings.container == "tar" else ZarrWriter
     with target.room(job.shard) as path, make(path) as writer:
         for clip, split in job.clips:
-            content = source.load(clip)
+            content = load_clip(source, clip)
             arrays = latent_arrays(
                 clip, content, codec, job.settings, tally, count=split == SPLITS[0]
             )

@@ -15,7 +15,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from data_shards.registry import Registry, load
-from data_shards.schema import DataError
+from data_shards.schema import DataError, shown
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
 from data_shards.storage.files import read_json
 
@@ -56,12 +56,8 @@ class Captioned:
     """Wrap a source with captions from a file, which override those of the source."""
 
     def __init__(self, source: ClipSource, file: Path) -> None:
-        captions = read_json(file, "captions")
         self._source = source
-        self._captions = {
-            key: str(value["prompt"] if isinstance(value, dict) else value)
-            for key, value in captions.items()
-        }
+        self._captions = read_captions(file)
         digest = hashlib.sha256(repr(sorted(self._captions.items())).encode()).hexdigest()[:16]
         self.description = f"{source.description}, captions {digest}"
 
@@ -75,6 +71,24 @@ class Captioned:
     def array(self, key: str, name: str) -> NDArray[Any]:
         """Return what the source itself has under this name."""
         return self._source.array(key, name)
+
+
+def read_captions(file: Path) -> dict[str, str]:
+    """Read a JSON file {key: caption, or object with `prompt`}.
+
+    Raises:
+        DataError: a file that cannot be read, or a caption that is no text.
+    """
+    captions = {}
+    for key, value in read_json(file, "captions").items():
+        caption = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(caption, str):
+            raise DataError(
+                f"captions: got {shown(value)}, expected a text or an object with `prompt` ({file},"
+                f" key {shown(key)})"
+            )
+        captions[key] = caption
+    return captions
 
 
 def open_source(path: str | Place) -> ClipSource:

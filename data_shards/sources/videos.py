@@ -4,7 +4,8 @@ These are in a file beside `name.mp4`, `name.npz` or `name.json` (same keys; npz
 
     c2w or w2c   [F, 4, 4] or [F, 3, 4], OpenCV axes (+x right, +y down, +z forward), in metres
                  (or units of `metres_per_unit`)
-    intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels, or a 3x3 matrix [3, 3] or [F, 3, 3]
+    intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels of the video, or a 3x3 matrix [3, 3] or
+                 [F, 3, 3]
     controls     [F, A] per raw frame, with `control_names` [A] and optionally `control_sums` [A]
                  (true: amounts that add up over frames)
     caption      text that describes the scene; or it is the content of `name.txt`
@@ -13,132 +14,27 @@ These are in a file beside `name.mp4`, `name.npz` or `name.json` (same keys; npz
     episode      name of the source video: clips of one episode go to the same side of the
                  validation split (default: the clip's own name)
 
-Instead of c2w and intrinsics there may be a COLMAP text model in the folder `name.colmap`
-(cameras.txt, images.txt; images sorted by name are the frames); instead of controls,
-`name.events.npz` with the columns of `data_shards.controls.Events`. Either every clip has poses or
-none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
-note.
+F counts all frames of the video. Other keys are refused. Instead of c2w and intrinsics there may be
+a COLMAP text model of the video's frames in the folder `name.colmap` (cameras.txt, images.txt; see
+colmap.py); instead of controls, `name.events.npz` with the columns of
+`data_shards.controls.Events`. Either every clip has poses or none has; the same for controls.
+Frames after the last multiple of 8 plus 1 are left out, with a note.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.controls import CONTROL_NAMES, Events
-from data_shards.schema import DataError, check_key
+from data_shards.schema import MAX_MEMBER_BYTES, DataError, check_key
 from data_shards.sources import Place
+from data_shards.sources.beside import read_beside, read_listed
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.sidecars import read_sidecar
 from data_shards.sources.video_file import LENGTHS, SUFFIXES, probe, read_frames, whole_groups
-from data_shards.storage.files import read_json
-
-PARAMETERS = {
-    "SIMPLE_PINHOLE": (0, 0, 1, 2),
-    "PINHOLE": (0, 1, 2, 3),
-}  # COLMAP camera model -> where fx, fy, cx, cy are
-
-Camera = tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None]
-
-
-def square_poses(poses: NDArray[np.float64], inverted: bool, where: str) -> NDArray[np.float64]:
-    """Convert [F,3,4] or [F,4,4], c2w or (inverted) w2c -> c2w [F,4,4], checked to be rigid."""
-    if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)):
-        raise DataError(
-            f"poses: got shape {poses.shape}, expected [F, 3, 4] or [F, 4, 4] ({where})"
-        )
-    full = np.tile(np.eye(4), (len(poses), 1, 1))
-    full[:, : poses.shape[1]] = poses
-    rotation = full[:, :3, :3]
-    error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max()
-    if not error < 1e-3 or np.linalg.det(rotation).min() < 0:
-        raise DataError(
-            f"poses: got rotations off by {error:.3g} or mirrored, expected rigid OpenCV poses"
-            f" ({where}). Fix: see its axes and scale"
-        )
-    return np.asarray(np.linalg.inv(full) if inverted else full, np.float64)
-
-
-def square_intrinsics(values: NDArray[np.float64], frames: int, where: str) -> NDArray[np.float64]:
-    """Convert [4], [F,4], [3,3] or [F,3,3] -> [F,4]."""
-    if values.shape in ((3, 3), (frames, 3, 3)):
-        values = np.stack(
-            [values[..., 0, 0], values[..., 1, 1], values[..., 0, 2], values[..., 1, 2]], axis=-1
-        )
-    if values.shape not in ((4,), (frames, 4)) or not (values[..., :2] > 0).all():
-        raise DataError(
-            f"intrinsics: got shape {values.shape}, expected [4] or [{frames}, 4] with fx, fy > 0"
-            f" ({where})"
-        )
-    return np.broadcast_to(values, (frames, 4)).copy()
-
-
-def read_colmap(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Read (c2w [F,4,4], intrinsics [F,4]) of a COLMAP text model, images sorted by name.
-
-    Raises:
-        DataError: missing files, a camera model with distortion, or lines that COLMAP does not
-        write.
-    """
-    try:
-        cameras = {}
-        for line in (folder / "cameras.txt").read_text().splitlines():
-            if line.strip() and not line.startswith("#"):
-                number, model, _, _, *parameters = line.split()
-                if model not in PARAMETERS:
-                    raise DataError(
-                        f"colmap: got camera model {model}, expected one of {sorted(PARAMETERS)}"
-                        f" ({folder}). Fix: undistort first"
-                    )
-                cameras[number] = [float(parameters[i]) for i in PARAMETERS[model]]
-        lines = [
-            line
-            for line in (folder / "images.txt").read_text().splitlines()
-            if not line.startswith("#")
-        ]
-        # every second line lists points
-        images = [lines[i].split(maxsplit=9) for i in range(0, len(lines), 2) if lines[i].strip()]
-        images.sort(key=lambda image: image[9])
-        w2c = np.tile(np.eye(4), (len(images), 1, 1))
-        for i, image in enumerate(images):
-            w, x, y, z = (float(value) for value in image[1:5])
-            w2c[i, :3, :3] = np.array(
-                [
-                    [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-                    [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-                    [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-                ]
-            )
-            w2c[i, :3, 3] = [float(value) for value in image[5:8]]
-        intrinsics = np.array([cameras[image[8]] for image in images])
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DataError(
-            f"colmap: cannot read the text model in {folder} ({type(error).__name__}: {error}),"
-            " expected COLMAP's files"
-        ) from error
-    return square_poses(w2c, inverted=True, where=str(folder)), intrinsics
-
-
-def read_sidecar(video: Path) -> dict[str, Any]:
-    """Read name.npz or name.json, with arrays as numpy arrays; {} if there is neither."""
-    npz, text = video.with_suffix(".npz"), video.with_suffix(".json")
-    if npz.exists() and text.exists():
-        raise DataError(
-            f"sidecar: got {npz.name} and {text.name}, expected one of them. Fix: merge them"
-        )
-    if npz.exists():
-        try:
-            with np.load(npz, allow_pickle=False) as content:
-                return {name: content[name] for name in content.files}
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"sidecar: cannot read {npz} ({error}), expected an npz of numbers without pickles"
-            ) from error
-    return read_json(text, "sidecar") if text.exists() else {}
 
 
 class VideosSource:
@@ -154,28 +50,24 @@ class VideosSource:
         }
         clips, rates, trimmed = [], set(), 0
         names: set[tuple[str, ...]] = set()
-        sums: tuple[bool, ...] = ()
+        sums_of: set[tuple[bool, ...]] = set()
         scales = set()
+        self._counts: dict[str, int] = {}  # of all frames, also of those that are left out
         for key, file in self._files.items():
             frames, height, width, rate = probe(str(file), file.name)
-            sidecar = read_sidecar(file)
+            episode, scale, found, sums = read_listed(file)
             kept = whole_groups(frames)
             trimmed += frames - kept
             rates.add(rate)
-            clips.append(
-                SourceClip(key, check_key(str(sidecar.get("episode", key))), kept, height, width)
-            )
-            scales.add(float(sidecar.get("metres_per_unit", 1.0)))
-            found = (
-                CONTROL_NAMES
-                if file.with_suffix(".events.npz").exists()
-                else tuple(str(n) for n in sidecar.get("control_names", ()))
-            )
+            self._counts[key] = frames
+            clips.append(SourceClip(key, episode, kept, height, width))
+            scales.add(scale)
             names.add(found)
-            sums = tuple(bool(x) for x in sidecar.get("control_sums", [False] * len(found)))
+            sums_of.add(sums)
         for what, values in (
             ("frame rates", rates),
             ("control names", names),
+            ("control sums", sums_of),
             ("metres_per_unit", scales),
         ):
             if len(values) > 1:
@@ -183,13 +75,21 @@ class VideosSource:
                     f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
                     " Fix: encode them separately"
                 )
-        self.clips, self.control_sums = tuple(clips), sums
+        self.clips, self.control_sums = tuple(clips), next(iter(sums_of), ())
         self.fps, self.control_names = (
             (float(next(iter(rates))), next(iter(names))) if clips else (0.0, ())
         )
         self.metres_per_unit = next(iter(scales), 1.0)
         note = f"{trimmed} frames at the ends of clips are left out: {LENGTHS}"
-        self.notes: tuple[str, ...] = (note,) if trimmed else ()
+        alone = sorted(
+            file.name
+            for file in folder.iterdir()
+            if file.suffix in (".npz", ".colmap")
+            and file.name.removesuffix(".npz").removesuffix(".events").removesuffix(".colmap")
+            not in self._files
+        )
+        unused = f"{len(alone)} sidecars belong to no video: {', '.join(alone[:5])}"
+        self.notes: tuple[str, ...] = (*((note,) if trimmed else ()), *((unused,) if alone else ()))
         # the files themselves, by size and time: an edited video makes another data set, and an
         # interrupted run does not go on with it
         facts = [
@@ -202,30 +102,16 @@ class VideosSource:
 
     def load(self, clip: SourceClip) -> ClipContent:
         file, frames = self._files[clip.key], clip.frames
-        video = read_frames(str(file), clip, file.name)
-        sidecar, where = read_sidecar(file), file.name
-        colmap = file.with_suffix(".colmap")
-        camera = read_colmap(colmap) if colmap.is_dir() else read_camera(sidecar, where)
-        c2w, intrinsics = cut_camera(camera, frames, self.metres_per_unit, where)
-        controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
-        if controls is not None and len(controls) < frames:
-            raise DataError(
-                f"sidecar: got controls for {len(controls)} frames, expected at least {frames}"
-                f" ({where})"
-            )
-        if controls is not None and controls.shape[1:] != (len(self.control_names),):
-            raise DataError(
-                f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}]"
-                f" as control_names ({where})"
-            )
+        size = clip.height, clip.width
+        beside = read_beside(file, self._counts[clip.key], size, self.fps)
         return ClipContent(
-            video,
-            c2w,
-            intrinsics,
-            None if controls is None else controls[:frames],
-            read_events(file.with_suffix(".events.npz")),
-            caption=read_caption(file.with_suffix(".txt"), sidecar),
-            text=read_text(sidecar, where),
+            read_frames(str(file), clip, file.name),
+            None if beside.c2w is None else beside.c2w[:frames],
+            None if beside.intrinsics is None else beside.intrinsics[:frames],
+            None if beside.controls is None else beside.controls[:frames],
+            beside.events,
+            caption=beside.caption,
+            text=beside.text,
         )
 
     def array(self, key: str, name: str) -> NDArray[Any]:
@@ -234,69 +120,13 @@ class VideosSource:
         Raises:
             DataError: a sidecar without it.
         """
-        sidecar = read_sidecar(self._files[key])
-        if name not in sidecar:
+        sidecar = read_sidecar(self._files[key], (name,), MAX_MEMBER_BYTES)
+        if name not in sidecar.values:
             raise DataError(
                 f"sidecar: got no {name}, expected it for every clip (key {key}). Fix: add it, or"
                 " encode without fields="
             )
-        return np.array(sidecar[name])
-
-
-def read_caption(path: Path, sidecar: Mapping[str, Any]) -> str | None:
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip()
-    return str(sidecar["caption"]) if "caption" in sidecar else None
-
-
-def read_text(
-    sidecar: Mapping[str, Any], where: str
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]] | None:
-    if "text" not in sidecar:
-        return None
-    if "text_mask" not in sidecar:
-        raise DataError(f"sidecar: got text without text_mask, expected both ({where})")
-    return np.array(sidecar["text"], np.float32), np.array(sidecar["text_mask"]).astype(np.uint8)
-
-
-def read_events(path: Path) -> Events | None:
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return Events(*(content[name] for name in ("time_ns", "kind", "code", "dx", "dy")))
-    except (OSError, KeyError) as error:
-        raise DataError(
-            f"control events: cannot read {path.name} ({error}), expected time_ns, kind, code,"
-            " dx, dy"
-        ) from error
-
-
-def read_camera(sidecar: Mapping[str, Any], where: str) -> Camera:
-    """Return (c2w [F,4,4] in the sidecar's units, intrinsics [F,4]) of a sidecar, or two None."""
-    if "c2w" in sidecar and "w2c" in sidecar:
-        raise DataError(f"sidecar: got c2w and w2c, expected one of them ({where})")
-    if "c2w" not in sidecar and "w2c" not in sidecar:
-        return None, None
-    if "intrinsics" not in sidecar:
-        raise DataError(f"sidecar: got poses without intrinsics, expected both ({where})")
-    poses = np.array(sidecar["c2w" if "c2w" in sidecar else "w2c"], np.float64)
-    c2w = square_poses(poses, "c2w" not in sidecar, where)
-    return c2w, square_intrinsics(np.array(sidecar["intrinsics"], np.float64), len(c2w), where)
-
-
-def cut_camera(camera: Camera, frames: int, metres_per_unit: float, where: str) -> Camera:
-    """Return the camera of the first frames, in metres."""
-    c2w, intrinsics = camera
-    if c2w is None or intrinsics is None:
-        return None, None
-    if len(c2w) < frames:
-        raise DataError(
-            f"sidecar: got poses for {len(c2w)} frames, expected at least {frames} ({where})"
-        )
-    c2w = c2w[:frames].copy()
-    c2w[:, :3, 3] *= metres_per_unit
-    return c2w, intrinsics[:frames]
+        return sidecar.array(name)
 
 
 def open_videos(place: Place) -> VideosSource:

@@ -38,10 +38,11 @@ from numpy.typing import NDArray
 
 from data_shards.schema import DataError
 from data_shards.sources import Place
+from data_shards.sources.beside import check_count, read_camera, read_embedding
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.sidecars import Sidecar
 from data_shards.sources.tar_listing import TarClip, list_tar, read_caption, read_facts
 from data_shards.sources.video_file import LENGTHS, SUFFIXES, read_frames
-from data_shards.sources.videos import cut_camera, read_camera, read_text
 from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
 
 POLICY = RetryPolicy(read_timeout_s=60.0)
@@ -114,18 +115,20 @@ class WebDatasetSource:
         parts = {suffix: (start, size) for suffix, start, size in clip.members}
         suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
         video = read_frames(io.BytesIO(self._read(clip, *parts[suffix])), clip, clip.name)
-        facts = read_facts(self._read(clip, *parts["json"]), clip.name) if "json" in parts else {}
-        caption = facts.get("caption")
+        facts = Sidecar(clip.name)
+        if "json" in parts:
+            facts = read_facts(self._read(clip, *parts["json"]), clip.name)
+        caption = facts.words("caption") if "caption" in facts.values else None
         if "txt" in parts:
             caption = read_caption(self._read(clip, *parts["txt"]), clip.name)
-        scale = float(facts.get("metres_per_unit", 1.0))
-        c2w, intrinsics = cut_camera(read_camera(facts, clip.name), clip.frames, scale, clip.name)
+        c2w, intrinsics = read_camera(facts, (clip.height, clip.width))
+        check_count("poses", c2w, clip.frames + clip.trimmed, facts.where)
         return ClipContent(
             video,
-            c2w,
-            intrinsics,
-            caption=None if caption is None else str(caption),
-            text=read_text(facts, clip.name),
+            None if c2w is None else c2w[: clip.frames],
+            None if intrinsics is None else intrinsics[: clip.frames],
+            caption=caption,
+            text=read_embedding(facts),
         )
 
     def array(self, key: str, name: str) -> NDArray[Any]:

@@ -132,7 +132,7 @@ def test_a_mistake_in_a_ray_task_is_one_report(recording, tmp_path, capsys):
     assert (
         encode.main([f"source={broken}", f"out={tmp_path / 'set'}", "runner=ray", "workers=2"]) == 2
     )
-    assert "recording: cannot read" in capsys.readouterr().err
+    assert "recording: got no file" in capsys.readouterr().err
 
 
 def test_leftovers_of_other_arguments_are_not_mixed_in(recording, tmp_path, capsys):
