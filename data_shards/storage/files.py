@@ -190,7 +190,8 @@ def parse_json(data: bytes, what: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError, MemoryError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        deep = isinstance(error, RecursionError)
+        why = "it is nested too deep" if deep else f"it is not JSON: {error}"
         raise DataError(
             f"{what}: cannot read {where} ({why}), expected a JSON object in UTF-8. Fix: write it"
             " again"
@@ -235,11 +236,15 @@ def read_file(path: Path, what: str) -> bytes:
         ) from error
 
 
+class NotRegular(OSError):
+    """Report a pipe, socket, device or folder in place of a file: reading could wait for ever."""
+
+
 def open_regular(path: Path | str) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        OSError: none there, or a pipe, socket, device or folder: reading could wait for ever.
+        OSError: none there, or NotRegular.
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -251,11 +256,11 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def check_regular(mode: int) -> None:
-    """Raise OSError unless a file's mode is that of a regular file."""
+    """Raise NotRegular unless a file's mode is that of a regular file."""
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
+        raise NotRegular(errno.EINVAL, f"it is {kind}, expected a regular file")
 
 
 def error_text(error: BaseException) -> str:
