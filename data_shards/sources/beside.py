@@ -92,7 +92,7 @@ def read_controls(sidecar: Sidecar) -> NDArray[np.float32] | None:
             f"sidecar: got controls {controls.shape}, expected {rule} ({sidecar.where}). Fix: name"
             " every control"
         )
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         narrow = controls.astype(np.float32)
     if not np.isfinite(narrow).all():
         raise sidecar.error("controls", "numbers that float32 can hold")
@@ -112,7 +112,7 @@ def read_embedding(sidecar: Sidecar) -> Text | None:
         raise sidecar.error("text", "[L, E]")
     if mask.shape != text.shape[:1] or not np.isin(mask, (0, 1)).all():
         raise sidecar.error("text_mask", f"[{len(text)}] of 0 and 1")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         narrow = text.astype(np.float32)
     if not np.isfinite(narrow).all():
         raise sidecar.error("text", "numbers that float32 can hold")

@@ -56,7 +56,7 @@ class Sidecar:
     def numbers(self, key: str, rule: str) -> NDArray[np.float64]:
         """Return an array of finite numbers."""
         array = self.array(key)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             wide = array.astype(np.float64)
         if not np.isfinite(wide).all():
             raise self.error(key, f"{rule}, finite numbers")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_shards.schema import ITEM_BYTES, DataError, shown
 
+MOST_SAID = 200  # characters of what a library says: some repeat the bytes they cannot read
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 INFINITY_BITS = {
     "float16": 0x7C00,
@@ -191,7 +192,7 @@ def parse_json(data: bytes, what: str, where: str) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError, MemoryError) as error:
         deep = isinstance(error, RecursionError)
-        why = "it is nested too deep" if deep else f"it is not JSON: {error}"
+        why = "it is nested too deep" if deep else f"it is not JSON: {error_text(error)}"
         raise DataError(
             f"{what}: cannot read {where} ({why}), expected a JSON object in UTF-8. Fix: write it"
             " again"
@@ -264,6 +265,7 @@ def check_regular(mode: int) -> None:
 
 
 def error_text(error: BaseException) -> str:
-    """Return what an exception says, on one line; its kind where it says nothing."""
+    """Return what an exception says, on one line and short; its kind where it says nothing."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
+    line = " ".join(said.split()) or type(error).__name__
+    return line if len(line) <= MOST_SAID else f"{line[:MOST_SAID]}..."

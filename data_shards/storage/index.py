@@ -81,7 +81,9 @@ class ClipIndex:
         self._file, self._path, self._info, self._policy = file, path, info, policy
         self._lock = threading.Lock()  # the file's position is shared
         check_size(file.metadata, path, info)
-        columns = self._read(lambda: file.read(columns=["split", "latent_frames"]), "its columns")
+        columns = self._read(
+            lambda: checked(file.read(columns=["split", "latent_frames"])), "its columns"
+        )
         if any(column.null_count for column in columns.columns):
             raise DataError(f"index: got rows without split or length ({path}). Fix: encode again")
         # numbers instead of a million Python strings
@@ -172,7 +174,7 @@ class ClipIndex:
 
     def _read_group(self, group: int) -> Any:
         return self._read(
-            lambda: self._file.read_row_group(group, use_threads=False).combine_chunks(),
+            lambda: checked(self._file.read_row_group(group, use_threads=False).combine_chunks()),
             f"row group {group}",
         )
 
@@ -228,6 +230,13 @@ class ClipTable(Sequence[ClipEntry]):
 
     def __iter__(self) -> Iterator[ClipEntry]:
         return (self[i] for i in range(len(self)))
+
+
+def checked(table: Any) -> Any:
+    """Return an Arrow table whose texts are text and whose lists end inside it; raise an
+    ArrowException otherwise, as damaged pages need not say so."""
+    table.validate(full=True)
+    return table
 
 
 def integers(array: Any, dtype: Any) -> NDArray[Any]:

@@ -358,7 +358,7 @@ def open_dataset(
         dataset = ClipDataset(
             path, filesystem, root, info, ClipIndex(index, path, info, policy), policy, cache
         )
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
         reason = (
             f"index: cannot read {path}/index.parquet ({' '.join(str(error).split())}). Fix: copy"
             " it again or encode again"

@@ -3,12 +3,14 @@ work on copies."""
 
 import http.client
 import http.server
+import importlib.util
 import re
 import shutil
 import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -92,6 +94,15 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+@pytest.fixture(scope="session")
+def damage():
+    """The functions of damage.py, which several tests of damaged files share."""
+    spec = importlib.util.spec_from_file_location("damage", Path(__file__).with_name("damage.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
