@@ -57,6 +57,7 @@ FLOORS = {
         "record encode verify inspect stats filter",
         "encoding",
         "sources loading",
+        "beside",
         "codecs storage",
         "arguments progress cameras controls metrics fields registry",
         "schema __init__",

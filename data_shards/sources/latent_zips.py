@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.beside.sidecar import UNITS
 from data_shards.cameras import camera_problem, square_intrinsics, square_poses
 from data_shards.schema import MAX_MEMBER_BYTES, DataError, shown
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents, safe_key
-from data_shards.sources.sidecars import UNITS
 from data_shards.sources.zip_members import (
     FPS,
     Facts,

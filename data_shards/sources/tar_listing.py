@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from data_shards.beside.sidecar import Sidecar, check_names, of_json
 from data_shards.schema import KEY_PATTERN, DataError
 from data_shards.sources.clips import SourceClip, safe_key
-from data_shards.sources.sidecars import Sidecar, check_names, of_json
 from data_shards.sources.video_file import SUFFIXES, probe, whole_groups
 from data_shards.storage.files import parse_json
 

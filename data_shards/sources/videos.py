@@ -16,7 +16,7 @@ These are in a file beside `name.mp4`, `name.npz` or `name.json` (same keys; npz
 
 F counts all frames of the video. Other keys are refused. Instead of c2w and intrinsics there may be
 a COLMAP text model of the video's frames in the folder `name.colmap` (cameras.txt, images.txt; see
-colmap.py); instead of controls, `name.events.npz` with the columns of
+beside/colmap.py); instead of controls, `name.events.npz` with the columns of
 `data_shards.controls.Events`. Either every clip has poses or none has; the same for controls.
 Frames after the last multiple of 8 plus 1 are left out, with a note.
 """
@@ -29,11 +29,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from data_shards.beside.sidecar import read_sidecar
+from data_shards.beside.video import read_beside, read_listed
 from data_shards.schema import MAX_MEMBER_BYTES, DataError, check_key
 from data_shards.sources import Place
-from data_shards.sources.beside import read_beside, read_listed
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
-from data_shards.sources.sidecars import read_sidecar
 from data_shards.sources.video_file import LENGTHS, SUFFIXES, probe, read_frames, whole_groups
 
 

@@ -36,11 +36,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from data_shards.beside.sidecar import Sidecar
+from data_shards.beside.video import check_count, read_camera, read_embedding
 from data_shards.schema import DataError
 from data_shards.sources import Place
-from data_shards.sources.beside import check_count, read_camera, read_embedding
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
-from data_shards.sources.sidecars import Sidecar
 from data_shards.sources.tar_listing import TarClip, list_tar, read_caption, read_facts
 from data_shards.sources.video_file import LENGTHS, SUFFIXES, read_frames
 from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries

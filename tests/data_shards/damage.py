@@ -161,7 +161,7 @@ def draw(reader, name, number, folder):
 
 
 def draw_all(reader, name, draws, folder):
-    """Draw so many files, and print what came of them; each must be right or one error."""
+    """Draw so many files and print what came of them; each must be right or one error."""
     said = [draw(reader, name, number, folder / str(number)) for number in range(draws)]
     assert said[0] == "", f"{name}: the good file is refused: {said[0]}"
     refused = sum(message != "" for message in said)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from data_shards.beside.colmap import read_colmap
 from data_shards.schema import DataError
-from data_shards.sources.colmap import read_colmap
 
 FRAMES, SIZE = 20, (64, 160)
 CAMERA = "1 SIMPLE_PINHOLE 160 64 120 80 32"

@@ -10,12 +10,12 @@ import math
 import numpy as np
 import pytest
 
+from data_shards.beside.colmap import read_colmap
+from data_shards.beside.video import read_beside, read_listed
 from data_shards.cameras import camera_problem
 from data_shards.controls import CONTROL_NAMES
 from data_shards.encoding.text import read_null_text
 from data_shards.sources import read_captions
-from data_shards.sources.beside import read_beside, read_listed
-from data_shards.sources.colmap import read_colmap
 from data_shards.storage.files import read_selection
 
 FRAMES, SIZE, FEW = 17, (32, 32), 25

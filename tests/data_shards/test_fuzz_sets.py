@@ -140,7 +140,7 @@ class Tar:
 class LatentZips:
     """The JSON, latents, cameras and scales of SANA-WM's layout."""
 
-    FACTS = {"prompt": "room", "height": 64, "width": 64, "fps": 16.0, "episode": "e"}  # noqa: RUF012
+    FACTS = {"prompt": "room", "height": 64, "width": 64, "fps": 16.0}  # noqa: RUF012
     CAMERA = {  # noqa: RUF012
         "ids": np.array(["x"]),
         "ranges": np.array([[0, FRAMES]]),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data_shards import encode
+from data_shards.beside.colmap import read_colmap
 from data_shards.cameras import square_intrinsics, square_poses
 from data_shards.controls import BUTTONS, KEY_DOWN, MOUSE
 from data_shards.schema import DataError
 from data_shards.sources import open_source
-from data_shards.sources.colmap import read_colmap
 from data_shards.storage.read import open_dataset
 
 FRAMES = 20  # 17 of them make a clip

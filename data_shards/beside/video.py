@@ -1,6 +1,6 @@
 """Read what lies beside a video: camera, controls, caption and text, checked against the video.
 
-Their file is read by sidecars.py, a COLMAP model by colmap.py.
+Their file is read by sidecar.py, a COLMAP model by colmap.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.beside.colmap import read_colmap
+from data_shards.beside.sidecar import FACTS, MOST_TEXT, Sidecar, read_sidecar
 from data_shards.cameras import camera_problem, square_intrinsics, square_poses
 from data_shards.controls import CONTROL_NAMES, Events
 from data_shards.schema import DataError, check_key
-from data_shards.sources.colmap import read_colmap
-from data_shards.sources.sidecars import FACTS, MOST_TEXT, Sidecar, read_sidecar
 from data_shards.storage.files import read_text
 from data_shards.storage.npz import open_npz
 
