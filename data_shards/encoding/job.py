@@ -156,9 +156,8 @@ def encode_shard(
                 except DataError as error:
                     if error.passing:
                         raise
-                    bad[clip.key] = str(error).removeprefix(
-                        f"clip {clip.key}: "
-                    )  # the report says it
+                    # the report names the clip, as `load_clip` does
+                    bad[clip.key] = str(error).removeprefix(f"clip {clip.key}: ")
                     continue
                 check_unchanged(planned, source)
                 made = encode_clip(planned, content, beside, source, codec, encoder, job.settings)

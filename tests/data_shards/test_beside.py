@@ -13,6 +13,7 @@ from data_shards.controls import Events
 from data_shards.schema import DataError
 from data_shards.sources import Place, open_source
 from data_shards.sources.clips import load_clip
+from data_shards.sources.reading import Reading
 from data_shards.storage.npz import open_npz
 from data_shards.storage.read import open_dataset
 
@@ -210,6 +211,26 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(folder):
         os.mkfifo(folder / name)
         refused(folder, f"{name}.*it is a pipe")
         (folder / name).unlink()
+
+
+def test_encode_does_not_wait_for_a_pipe(folder, tmp_path_factory, capsys):
+    os.mkfifo(folder / "a.txt")
+    out = tmp_path_factory.mktemp("out") / "set"
+    assert encode.main([f"source={folder}", f"out={out}", "validation=0"]) == 2
+    assert "a.txt (it is a pipe" in capsys.readouterr().err
+
+
+def test_clips_of_one_video_are_checked_against_all_its_frames(folder):
+    place = Place(str(folder), reading=Reading(clip_frames=9, clip_overlap=1))
+    np.savez(folder / "a.npz", **GOOD)
+    source = open_source(place)
+    assert [clip.key for clip in source.clips] == ["a_000000", "a_000008"]
+    np.testing.assert_array_equal(source.check(source.clips[1]).c2w, poses()[8:])
+    np.savez(folder / "a.npz", c2w=poses(2 * FRAMES), intrinsics=K)
+    source = open_source(place)
+    for clip in source.clips:
+        with pytest.raises(DataError, match=f"clip {clip.key}: .*34 frames, .*video's 17"):
+            load_clip(source, clip)
 
 
 def test_captions(folder):
