@@ -36,6 +36,14 @@ def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
     return height, width
 
 
+def crop(
+    video: NDArray[np.uint8], intrinsics: NDArray[np.float64] | None, size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.float64] | None]:
+    """Crop [F,H,W,3] in the centre, and move the principal point accordingly."""
+    height, width = video.shape[1:3]
+    return crop_pictures(video, size), crop_intrinsics(intrinsics, (height, width), size)
+
+
 def crop_intrinsics(
     intrinsics: NDArray[np.float64] | None, whole: tuple[int, int], size: tuple[int, int]
 ) -> NDArray[np.float64] | None:
@@ -79,9 +87,7 @@ def latent_arrays(
         (0, codec.channels, *(side // codec.spatial_stride for side in size)), np.float32
     )
     if content.video is not None:
-        height, width = content.video.shape[1:3]
-        intrinsics = crop_intrinsics(intrinsics, (height, width), size)
-        video = crop_pictures(content.video, size)
+        video, intrinsics = crop(content.video, content.intrinsics, size)
         latents = codec.encode(video)
         images = np.concatenate(
             [images, *image_latents(video, codec, settings.image_latents_every)]
