@@ -11,6 +11,7 @@ counts as held there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -27,6 +28,15 @@ CONTROL_NAMES = (
     "mouse_dy",
     "scroll_sign",
 )
+LIMITS: Mapping[str, tuple[int, int]] = {
+    "time_ns": (-(2**62), 2**62),
+    "kind": (KEY_DOWN, SCROLL),
+    "code": (0, BUTTONS - 1),
+    "dx": (-(2**31), 2**31 - 1),
+    "dy": (-(2**31), 2**31 - 1),
+}
+TYPES = {"time_ns": np.int64, "kind": np.uint8, "code": np.uint8, "dx": np.int32, "dy": np.int32}
+KINDS = " (key down, key up, mouse, scroll)"
 
 
 @dataclass(frozen=True)
@@ -45,27 +55,31 @@ class Events:
     dy: NDArray[np.int32]
 
     def __post_init__(self) -> None:
-        lengths = {len(column) for column in (self.time_ns, self.kind, self.code, self.dx, self.dy)}
+        for name, (low, high) in LIMITS.items():
+            column = np.asarray(getattr(self, name))
+            if column.ndim != 1 or column.dtype.kind not in "iu":
+                raise DataError(
+                    f"control events: got {name} of {column.dtype} {column.shape}, expected whole"
+                    f" {'nanoseconds' if name == 'time_ns' else 'numbers'} [events]"
+                )
+            wrong = np.flatnonzero((column < low) | (column > high))
+            if len(wrong):
+                raise DataError(
+                    f"control events: got {name} {column[wrong[0]]} at event {wrong[0]}, expected"
+                    f" {low} to {high}{KINDS if name == 'kind' else ''}"
+                )
+            object.__setattr__(self, name, column.astype(TYPES[name]))
+        lengths = {len(getattr(self, name)) for name in LIMITS}
         if len(lengths) > 1:
             raise DataError(
                 f"control events: got columns of {sorted(lengths)} events, expected the same number"
                 " in each"
-            )
-        if not np.issubdtype(self.time_ns.dtype, np.integer):
-            raise DataError(
-                f"control events: got times of {self.time_ns.dtype}, expected whole nanoseconds"
-                " (int64)"
             )
         backwards = np.flatnonzero(np.diff(self.time_ns) < 0)
         if len(backwards):
             raise DataError(
                 f"control events: got time going back at event {backwards[0] + 1}, expected"
                 " ascending times. Fix: sort by time"
-            )
-        if len(self.kind) and self.kind.max() > SCROLL:
-            raise DataError(
-                f"control events: got kind {self.kind.max()}, expected 0 to {SCROLL} (key down, key"
-                " up, mouse, scroll)"
             )
 
 

@@ -57,6 +57,26 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,71}")
 SHARD_PATTERN = re.compile(r"shards/[0-9]{6}\.(tar|zarr)")
 MAX_MEMBER_BYTES = 8 * 2**30 - 1  # what a ustar header can state; longer clips belong in Zarr
 LOGIN = re.compile(r"://[^/@\s]*@")  # user name and password in an address: never shown
+SHOWN = 60  # characters of a value that messages repeat
+
+
+def plain(text: str) -> str:
+    """Replace what a terminal or a launcher would obey: control characters other than the end of a
+    line, and a line that begins with `@`, as a worker's progress does."""
+    safe = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return safe.replace("\n@", "\\n@")
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as a message shows it: in quotes, on one line, and short."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if value.shape or value.dtype.kind not in "biufUS":
+            return f"an array {value.dtype} {value.shape}"
+        value = value.item()
+    if isinstance(value, list | tuple | dict):
+        return f"a {'table' if isinstance(value, dict) else 'list'} of {len(value)}"
+    text = repr(value[:SHOWN]) if isinstance(value, str | bytes) else str(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 class DataError(ValueError):
@@ -67,7 +87,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str, passing: bool = False) -> None:
-        super().__init__(LOGIN.sub("://", message))
+        super().__init__(plain(LOGIN.sub("://", message)))
         self.passing = passing
 
 
@@ -240,56 +260,3 @@ def index_schema() -> Any:
 
 def info_to_json(info: DatasetInfo) -> str:
     return json.dumps(dataclasses.asdict(info), indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def info_from_json(text: str, where: str) -> DatasetInfo:
-    """Parse and check dataset.json.
-
-    Raises:
-        DataError: not JSON, missing or unknown fields, another schema version, statistics that are
-        not finite.
-    """
-    try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"dataset.json: got text that is not JSON ({error}), expected the file `encode` wrote"
-            f" ({where})"
-        ) from error
-    names = {f.name for f in dataclasses.fields(DatasetInfo)}
-    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
-        found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
-        raise DataError(
-            f"dataset.json: got schema_version {found}, expected {SCHEMA_VERSION} ({where}). Fix:"
-            " encode again"
-        )
-    if set(raw) | {"libraries"} != names:  # sets of earlier versions do not state them
-        wrong = sorted(names ^ set(raw))
-        raise DataError(
-            f"dataset.json: got missing or unknown fields {wrong}, expected exactly those of"
-            f" DatasetInfo ({where})"
-        )
-    raw["mean"] = tuple(tuple(float(x) for x in row) for row in raw["mean"])
-    raw["std"] = tuple(tuple(float(x) for x in row) for row in raw["std"])
-    raw["control_names"], raw["fields"] = tuple(raw["control_names"]), tuple(raw["fields"])
-    info = DatasetInfo(**raw)
-    for name, table in (("mean", info.mean), ("std", info.std)):
-        if [len(row) for row in table] != [info.channels] * 2 or not all(
-            math.isfinite(x) for row in table for x in row
-        ):
-            raise DataError(
-                f"dataset.json: got a {name} that is not [2][{info.channels}] finite numbers"
-                f" ({where}). Fix: encode again"
-            )
-    every, stride = info.image_latents_every, info.temporal_stride
-    if not isinstance(every, int) or every < 0 or every % stride:
-        raise DataError(
-            f"dataset.json: got image_latents_every {every}, expected 0 or a multiple of {stride}"
-            f" ({where}). Fix: encode again"
-        )
-    if min(min(row) for row in info.std) <= 0:
-        raise DataError(
-            f"dataset.json: got a std of 0 or less, expected positive numbers ({where}). Fix:"
-            " encode again"
-        )
-    return info

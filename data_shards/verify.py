@@ -15,7 +15,7 @@ from typing import Any
 from data_shards.arguments import Option, path, run, whole
 from data_shards.schema import FACTS, INDEX, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
 from data_shards.storage.read import ClipDataset, open_dataset
-from data_shards.storage.remote import RetryPolicy, connect
+from data_shards.storage.remote import RetryPolicy, connect, open_file, read_whole
 from data_shards.storage.verify_shard import CHUNK, Problem, Rows, verify_shard, verify_zarr
 from data_shards.storage.write import fingerprint, sums_text
 
@@ -38,15 +38,15 @@ def index_rows(dataset: ClipDataset) -> Iterator[tuple[ClipEntry, tuple[MemberEn
         yield entry, tuple(dataset.members(entry).values())
 
 
-def verify_one(path: str, shard: str, rows: Rows) -> list[Problem]:
+def verify_one(path: str, shard: str, rows: Rows, info: DatasetInfo) -> list[Problem]:
     """Verify one shard, tar or Zarr."""
     filesystem, root = connect(path, POLICY)
     name = f"{root}/{shard}"
     try:
         if shard.endswith(".zarr"):
-            return verify_zarr(filesystem, name, shard, rows)
-        with filesystem.open(name, "rb") as file:
-            return verify_shard(file, filesystem.size(name), shard, rows)
+            return verify_zarr(filesystem, name, shard, rows, info)
+        with open_file(filesystem, name) as file:
+            return verify_shard(file, filesystem.size(name), shard, rows, info)
     except OSError as error:
         return [
             Problem(shard, "-", "-", f"shard: cannot read it ({type(error).__name__}: {error})")
@@ -59,7 +59,7 @@ def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
     It must list those needed, exactly as `encode` writes it.
     """
     try:
-        written = bytes(filesystem.cat_file(f"{root}/{SUMS}")).decode(errors="replace")
+        written = read_whole(filesystem, f"{root}/{SUMS}").decode(errors="replace")
     except OSError as error:
         return [
             Problem(
@@ -95,7 +95,7 @@ def check_sums(filesystem: Any, root: str, needed: set[str]) -> list[Problem]:
 def sha256_of(filesystem: Any, path: str) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
-    with filesystem.open(path, "rb") as file:
+    with open_file(filesystem, path) as file:
         while data := file.read(CHUNK):
             digest.update(data)
     return digest.hexdigest()
@@ -109,7 +109,7 @@ def verify_dataset(
     Raises:
         DataError: dataset.json or the index cannot be read at all.
     """
-    dataset = open_dataset(path)
+    dataset = open_dataset(path, check=False)  # it is checked below
     filesystem, root = connect(path, POLICY)
     problems = check_sums(filesystem, root, {FACTS, INDEX, *filter(None, [dataset.info.null_text])})
     if sha256_of(filesystem, f"{root}/{INDEX}") != dataset.info.index_sha256:
@@ -140,13 +140,16 @@ def verify_dataset(
         )
     if workers == 1:
         for shard in progress(list(shards)):
-            problems += verify_one(path, shard, shards[shard])
+            problems += verify_one(path, shard, shards[shard], dataset.info)
     else:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(verify_one, path, shard, shards[shard]) for shard in shards]
+            futures = [
+                pool.submit(verify_one, path, shard, shards[shard], dataset.info)
+                for shard in shards
+            ]
             for future in progress(futures):
                 problems += future.result()
     return dataset.info, problems, {problem.shard for problem in problems if problem.shard != "-"}

@@ -58,8 +58,9 @@ FLOORS = {
         "record encode verify inspect stats filter",
         "encoding",
         "sources loading",
+        "beside",
         "codecs storage",
-        "arguments progress controls metrics fields registry",
+        "arguments progress cameras controls metrics fields registry",
         "schema __init__",
     ),
     "launch": (

@@ -30,7 +30,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print one line for a person."""
         if self.speaks:
-            print(text, flush=True)
+            print(readable(text), flush=True)
 
     def step(self, stage: str, step: int, steps: int, **figures: Any) -> None:
         """Report that step `step` of `steps` is done.
@@ -56,7 +56,14 @@ class Progress:
 
 def complain(text: str) -> None:
     """Print one line on the error stream, from any rank."""
-    print(text, file=sys.stderr, flush=True)
+    print(readable(text), file=sys.stderr, flush=True)
+
+
+def readable(text: str) -> str:
+    """Return a message whose values, which may be a data set's, command no terminal and pass for no
+    progress line."""
+    safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "\n".join(f" {line}" if line.startswith("@") else line for line in safe.split("\n"))
 
 
 def process_age() -> float:

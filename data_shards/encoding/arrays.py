@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.cameras import camera_problem
 from data_shards.codecs import LatentCodec
 from data_shards.controls import bucket_controls, bucket_events
 from data_shards.encoding.fields import crop_pictures
@@ -37,11 +38,20 @@ def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
 
 def crop(
     video: NDArray[np.uint8], intrinsics: NDArray[np.float64] | None, size: tuple[int, int]
-) -> tuple[NDArray[np.uint8], Any]:
+) -> tuple[NDArray[np.uint8], NDArray[np.float64] | None]:
     """Crop [F,H,W,3] in the centre, and move the principal point accordingly."""
-    top, left = (video.shape[1] - size[0]) // 2, (video.shape[2] - size[1]) // 2
-    moved = None if intrinsics is None else intrinsics - np.array([0.0, 0.0, left, top])
-    return crop_pictures(video, size), moved
+    height, width = video.shape[1:3]
+    return crop_pictures(video, size), crop_intrinsics(intrinsics, (height, width), size)
+
+
+def crop_intrinsics(
+    intrinsics: NDArray[np.float64] | None, whole: tuple[int, int], size: tuple[int, int]
+) -> NDArray[np.float64] | None:
+    """Move the principal point as the centred crop of pictures (height, width) to `size` does."""
+    if intrinsics is None:
+        return None
+    top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    return intrinsics - np.array([0.0, 0.0, left, top])
 
 
 @dataclass
@@ -91,13 +101,22 @@ def latent_arrays(
     arrays: Arrays = {"latent.npy": (settings.latent_dtype, latents)}
     if len(images):
         arrays[IMAGE_LATENTS] = (settings.latent_dtype, images)
-    return arrays | camera_arrays(content.c2w, intrinsics)
+    return arrays | camera_arrays(clip, content.c2w, intrinsics, codec)
 
 
-def camera_arrays(c2w: NDArray[Any] | None, intrinsics: NDArray[Any] | None) -> Arrays:
-    """Return the camera of a clip that has one."""
+def camera_arrays(
+    clip: SourceClip, c2w: NDArray[Any] | None, intrinsics: NDArray[Any] | None, codec: LatentCodec
+) -> Arrays:
+    """Return the camera of a clip that has one; intrinsics are of the cropped pictures.
+
+    Raises:
+        DataError: one that no such pictures can have.
+    """
     if c2w is None or intrinsics is None:
         return {}
+    stride = codec.spatial_stride
+    if problem := camera_problem(c2w, intrinsics, *crop_size(clip, stride), cropped=stride):
+        raise DataError(f"{problem} (key {clip.key}). Fix: mend the source")
     return {"c2w.npy": ("float64", c2w), "intrinsics.npy": ("float64", intrinsics)}
 
 

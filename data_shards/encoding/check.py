@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_shards.codecs import LatentCodec
-from data_shards.encoding.arrays import camera_arrays, crop_size
+from data_shards.encoding.arrays import camera_arrays, crop_intrinsics, crop_size
 from data_shards.encoding.job import PlannedClip, beside_arrays
 from data_shards.encoding.settings import Settings
 from data_shards.progress import clip_progress
@@ -68,7 +68,11 @@ def check_clip(
     if content is None:
         return None
     arrays = beside_arrays(clip, content, source, codec, settings)
-    arrays |= camera_arrays(content.c2w, content.intrinsics)
+    intrinsics = content.intrinsics
+    if source.stored is None:  # pictures are cropped, ready latents are not
+        size = crop_size(clip, codec.spatial_stride)
+        intrinsics = crop_intrinsics(intrinsics, (clip.height, clip.width), size)
+    arrays |= camera_arrays(clip, content.c2w, intrinsics, codec)
     for member, (dtype, array) in arrays.items():
         try:
             encode_array(array, dtype)

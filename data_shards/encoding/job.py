@@ -33,7 +33,7 @@ from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
 from data_shards.schema import ITEM_BYTES, SPLITS, DataError, image_latent_count, latent_frame_count
 from data_shards.sources import Place, open_source
-from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
+from data_shards.sources.clips import ClipContent, ClipSource, SourceClip, load_clip
 from data_shards.storage.write import ShardWriter
 from data_shards.storage.zarr_store import ZarrWriter
 
@@ -156,7 +156,8 @@ def encode_shard(
                 except DataError as error:
                     if error.passing:
                         raise
-                    bad[clip.key] = str(error)
+                    # the report names the clip, as `load_clip` does
+                    bad[clip.key] = str(error).removeprefix(f"clip {clip.key}: ")
                     continue
                 check_unchanged(planned, source)
                 made = encode_clip(planned, content, beside, source, codec, encoder, job.settings)
@@ -197,7 +198,7 @@ def read_clip(
         DataError: a clip that cannot be read, or lacks something.
     """
     clip = planned.clip
-    content = source.load(clip)
+    content = load_clip(source, clip)
     return content, beside_arrays(clip, content, source, codec, settings)
 
 

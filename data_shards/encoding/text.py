@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError
+from data_shards.storage.files import read_file
+from data_shards.storage.npz import read_npy
 
 READY = "ready"  # `text=ready`: the sources' own embeddings are taken over
 
@@ -114,19 +116,16 @@ def read_null_text(path: str) -> NDArray[np.float32]:
         DataError: no such file, or no finite numbers of that shape.
     """
     try:
-        array = np.load(Path(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = read_npy(read_file(Path(path), "null_text"))
+    except ValueError as error:
         raise DataError(
             f"null_text: cannot read {path} ({error}), expected an npy file without pickles"
         ) from error
-    if (
-        array.ndim != 2
-        or 0 in array.shape
-        or array.dtype.kind != "f"
-        or not np.isfinite(array).all()
-    ):
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow = array.astype(np.float32) if array.dtype.kind == "f" else None
+    if narrow is None or array.ndim != 2 or 0 in array.shape or not np.isfinite(narrow).all():
         raise DataError(
             f"null_text: got {array.dtype} {array.shape}, expected finite numbers [L0, E], L0 real"
             f" tokens ({path})"
         )
-    return array.astype(np.float32)
+    return narrow

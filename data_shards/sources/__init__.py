@@ -16,7 +16,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from data_shards.registry import Registry, load
-from data_shards.schema import DataError
+from data_shards.schema import DataError, shown
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
 from data_shards.sources.digests import digest, visible
 from data_shards.sources.reading import DEFAULT, Reading
@@ -64,13 +64,10 @@ class Captioned:
     """Wrap a source with captions from a file, which override those of the source."""
 
     def __init__(self, source: ClipSource, file: Path) -> None:
-        captions = read_json(file, "captions")
         self._source, self._file = source, file.name
-        self._captions = {
-            key: str(value["prompt"] if isinstance(value, dict) else value)
-            for key, value in captions.items()
-        }
-        self.description = f"{source.description}, captions {digest(file.read_bytes())[:16]}"
+        self._captions = read_captions(file)
+        content = digest(repr(sorted(self._captions.items())).encode())[:16]
+        self.description = f"{source.description}, captions {content}"
 
     @property
     def problems(self) -> dict[str, str]:
@@ -79,9 +76,9 @@ class Captioned:
         unknown = sorted(self._captions.keys() - keys)
         problems = dict(self._source.problems)
         if unknown:
-            shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            some = ", ".join(map(shown, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             problems[self._file] = (
-                f"captions: got {len(unknown)} keys that no clip has: {shown}, expected the keys of"
+                f"captions: got {len(unknown)} keys that no clip has: {some}, expected the keys of"
                 f" clips ({self._file}). Fix: take them out, or correct them"
             )
         return problems
@@ -101,7 +98,7 @@ class Captioned:
         """Return those of the source, and that of the clip's own caption."""
         found = dict(self._source.digests(clip))
         if clip.key in self._captions:
-            found[self._file] = digest(self._captions[clip.key].encode())
+            found[self._file] = digest(self._captions[clip.key].encode(errors="surrogatepass"))
         return found
 
     def _captioned(self, clip: SourceClip, content: ClipContent) -> ClipContent:
@@ -140,6 +137,24 @@ class Completed:
 def offers(source: ClipSource, name: str) -> bool:
     """Return True if a source has this attribute, without computing it."""
     return name in vars(source) or hasattr(type(source), name)
+
+
+def read_captions(file: Path) -> dict[str, str]:
+    """Read a JSON file {key: caption, or object with `prompt`}.
+
+    Raises:
+        DataError: a file that cannot be read, or a caption that is no text.
+    """
+    captions = {}
+    for key, value in read_json(file, "captions").items():
+        caption = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(caption, str):
+            raise DataError(
+                f"captions: got {shown(value)}, expected a text or an object with `prompt` ({file},"
+                f" key {shown(key)})"
+            )
+        captions[key] = caption
+    return captions
 
 
 def open_source(path: str | Place) -> ClipSource:

@@ -96,6 +96,23 @@ class ClipSource(Protocol):
     def array(self, key: str, name: str) -> NDArray[Any]: ...  # more of a clip: encode fields=
 
 
+def load_clip(source: ClipSource, clip: SourceClip) -> ClipContent:
+    """Load a clip; an error names the clip besides its file.
+
+    Raises:
+        DataError: files that cannot be read, or facts that are not those of this clip.
+    """
+    try:
+        return source.load(clip)
+    except DataError as error:
+        raise DataError(f"clip {clip.key}: {error}", error.passing) from error
+    except MemoryError as error:
+        raise DataError(
+            f"clip {clip.key}: got {clip.frames} frames of {clip.width}x{clip.height}, which do not"
+            " fit in memory. Fix: cut the clip, or use fewer workers"
+        ) from error
+
+
 def safe_key(name: str, what: str = "zip member") -> str:
     """Return a clip key for a member's name.
 

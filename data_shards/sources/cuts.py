@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.controls import KEY_UP, Events
+
+
+def cut_rows(rows: NDArray[Any] | None, numbers: NDArray[np.int64]) -> NDArray[Any] | None:
+    """Return the rows of the frames of these numbers; None of None."""
+    return None if rows is None else rows[numbers]
 
 
 def cut_controls(

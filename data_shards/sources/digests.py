@@ -18,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError
+from data_shards.storage.files import open_regular
 
 LENGTH = 32  # hexadecimal digits that are kept: 128 bits
 Stamp = tuple[str, int, int, int, int]
@@ -40,7 +41,7 @@ def digest_file(path: Path) -> str:
         DataError: a file that cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:  # a pipe would be waited for
             return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
     except OSError as error:
         raise DataError(

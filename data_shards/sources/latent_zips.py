@@ -20,12 +20,6 @@ names an `episode`, because the published clips overlap in time. Nothing is unpi
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import math
-import stat
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,17 +28,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.schema import MAX_MEMBER_BYTES, DataError
+from data_shards.beside.sidecar import UNITS
+from data_shards.cameras import camera_problem, square_intrinsics, square_poses
+from data_shards.schema import MAX_MEMBER_BYTES, DataError, shown
 from data_shards.sources import Place
-from data_shards.sources.beside_video import square_intrinsics, square_poses
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents, safe_key
 from data_shards.sources.digests import digest_arrays, visible
-from data_shards.storage.files import read_json
+from data_shards.sources.zip_members import (
+    FPS,
+    Facts,
+    is_between,
+    latent_shape,
+    members,
+    open_zip,
+    read_facts,
+)
+from data_shards.storage.files import error_text, read_json
+from data_shards.storage.npz import open_npz
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 8, 32  # of the LTX-2 autoencoder
-FPS = 16.0  # of the published clips; a clip's JSON may say otherwise
-MAX_JSON_BYTES = 2**20
-LATENT_DTYPES = ("float16", "float32")
+CAMERA_ARRAYS = {"ids": ("U", 1), "ranges": ("iu", 2), "pose": ("f", 3), "intrinsics": ("f", 2)}
 
 
 @dataclass(frozen=True)
@@ -53,88 +56,10 @@ class Entry:
 
     stem: str
     name: str  # of the members, without suffix
-    facts: Mapping[str, Any]
+    facts: Facts
     camera: tuple[int, int] | None
     metres: float
     checksums: tuple[int, int]  # CRC-32 of its JSON and its npz, as the zips state them
-
-
-def open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"zip: cannot open {path} ({error}), expected a zip. Fix: copy it again"
-        ) from error
-
-
-def members(archive: zipfile.ZipFile, suffix: str, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Return name without suffix -> entry, of the regular files of one kind."""
-    found: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        if info.is_dir() or not info.filename.endswith(suffix):
-            continue
-        name = info.filename.removesuffix(suffix)
-        safe_key(name)
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise DataError(
-                f"zip member: got {info.filename!r}, a link, expected a file ({path}). Fix: make"
-                " the zip again"
-            )
-        if name in found:
-            raise DataError(
-                f"zip member: got {info.filename!r} twice, expected unique names ({path}). Fix:"
-                " make the zip again"
-            )
-        found[name] = info
-    return found
-
-
-def latent_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[int, ...]:
-    """Return [C, T, h, w] of a clip's `z`, read from its header alone.
-
-    The shape must fit the size of the member.
-
-    Raises:
-        DataError: no array `z` of numbers, or a header that does not fit.
-    """
-    try:
-        with archive.open(info) as outer, zipfile.ZipFile(outer) as npz:  # type: ignore[arg-type]
-            inner = npz.getinfo("z.npy")
-            with npz.open(inner) as file:
-                version = np.lib.format.read_magic(file)
-                read_header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read_header(file)
-                header = file.tell()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        NotImplementedError,  # zipfile's word for a compression or flag that it cannot read
-        zipfile.BadZipFile,
-    ) as error:
-        raise DataError(
-            f"latents: cannot read {info.filename} in {path} ({error}), expected an npz with `z`."
-            " Fix: copy it again"
-        ) from error
-    size = math.prod(shape) * dtype.itemsize
-    if dtype.name not in LATENT_DTYPES or len(shape) != 4 or 0 in shape:
-        raise DataError(
-            f"latents: got z {dtype} {shape}, expected [C, T, h, w] of {' or '.join(LATENT_DTYPES)}"
-            f" ({info.filename} in {path})"
-        )
-    if inner.file_size != header + size or size > MAX_MEMBER_BYTES:
-        raise DataError(
-            f"latents: got z {dtype} {shape}, which is {size} bytes, in a member of"
-            f" {inner.file_size} ({info.filename} in {path}). Fix: copy it again; at most"
-            f" {MAX_MEMBER_BYTES} bytes"
-        )
-    return tuple(int(n) for n in shape)
 
 
 class LatentZipsSource:
@@ -170,9 +95,9 @@ class LatentZipsSource:
                     )
                 self._entries[key] = entry
                 shapes.add((channels, height, width))
-                rates.add(float(entry.facts.get("fps", FPS)))
+                rates.add(entry.facts.fps)
                 frames = (count - 1) * TEMPORAL_STRIDE + 1
-                episode = safe_key(str(entry.facts.get("episode", entry.stem)))
+                episode = safe_key(entry.facts.episode)
                 clips.append(
                     SourceClip(
                         key, episode, frames, height * SPATIAL_STRIDE, width * SPATIAL_STRIDE
@@ -221,7 +146,8 @@ class LatentZipsSource:
             {}
             if camera is None
             else {
-                str(key): (int(a), int(b)) for key, (a, b) in zip(camera["ids"], camera["ranges"])
+                str(key): (int(a), int(b))
+                for key, (a, b) in zip(camera["ids"], camera["ranges"], strict=True)
             }
         )
         with open_zip(file) as raw, open_zip(cache) as latents:
@@ -241,7 +167,7 @@ class LatentZipsSource:
                     repr((file.name, name, *checksums, ranges.get(name), scale)).encode()
                 )
                 try:
-                    facts = read_facts(raw, info, file)
+                    facts = read_facts(raw, info, file, camera is not None)
                     shape = latent_shape(latents, stored[name], cache)
                 except DataError as error:
                     self.problems[f"{file.name}/{name}"] = str(error)
@@ -255,19 +181,24 @@ class LatentZipsSource:
         path = self.folder / f"{stem}_camera.npz"
         if not path.exists():
             return None
-        try:
-            with np.load(
-                path, allow_pickle=False
-            ) as file:  # which reads an array anew each time it is asked for
-                camera = {name: file[name] for name in names}
-                absent = {"ids", "ranges", "pose", "intrinsics"} - set(file.files)
-            if absent or len({len(array) for array in camera.values()}) > 1:
-                raise ValueError("arrays are missing or of different lengths")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        with open_npz(path, path.name, "camera") as file:
+            if absent := {"ids", "ranges", "pose", "intrinsics"} - file.names:
+                raise file.error(f"it has no {' and no '.join(sorted(absent))}")
+            camera = {name: file.read(name, MAX_MEMBER_BYTES) for name in names}
+        for name, array in camera.items():
+            kinds, dims = CAMERA_ARRAYS[name]
+            if array.dtype.kind not in kinds or array.ndim != dims:
+                raise DataError(
+                    f"camera: got {name} {array.dtype} {array.shape}, expected"
+                    f" {'text' if 'U' in kinds else 'numbers'} of {dims} dimensions ({path.name})"
+                )
+        if len({len(array) for array in camera.values()}) > 1 or (
+            "ranges" in camera and camera["ranges"].shape[1] != 2
+        ):
             raise DataError(
-                f"camera: cannot read {path} ({error}), expected ids, ranges, pose, intrinsics"
-                " without pickles"
-            ) from error
+                f"camera: got {', '.join(f'{n} {a.shape}' for n, a in camera.items())}, expected"
+                f" as many rows in each, and ranges [N, 2] ({path.name})"
+            )
         return camera
 
     def _scales(self, stem: str) -> dict[str, float] | None:
@@ -276,11 +207,11 @@ class LatentZipsSource:
             return None
         scales = {}
         for key, value in read_json(path, "metric scale").items():
-            number = value.get("median") if isinstance(value, dict) else value
-            if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
+            number: Any = value.get("median") if isinstance(value, dict) else value
+            if not is_between(number, *UNITS):
                 raise DataError(
-                    f"metric scale: got {value!r}, expected a positive number or one under `median`"
-                    f" ({path}, key {key})"
+                    f"metric scale: got {shown(number)}, expected a number from {UNITS[0]:g} to"
+                    f" {UNITS[1]:g}, or one under `median` ({path}, key {shown(key)})"
                 )
             scales[key] = float(number)
         return scales
@@ -289,19 +220,30 @@ class LatentZipsSource:
         entry = self._entries[clip.key]
         path = self.latents / f"{entry.stem}.zip"
         with open_zip(path) as archive:
-            info = archive.getinfo(f"{entry.name}.npz")
-            latent_shape(archive, info, path)
             try:
-                with (
-                    archive.open(info) as file,
-                    np.load(io.BytesIO(file.read()), allow_pickle=False) as npz,
-                ):
-                    # [C, T, h, w] -> [T, C, h, w]
-                    latents = npz["z"].astype(np.float32).transpose(1, 0, 2, 3)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                info = archive.getinfo(f"{entry.name}.npz")
+            except KeyError:
                 raise DataError(
-                    f"latents: cannot read {info.filename} in {path} ({error}). Fix: copy it again"
+                    f"latents: got no {entry.name!r}.npz in {path}, which had one when the clips"
+                    " were listed. Fix: leave it alone while encoding"
+                ) from None
+            shape = latent_shape(archive, info, path)
+            if (shape[1] - 1) * TEMPORAL_STRIDE + 1 != clip.frames:
+                raise DataError(
+                    f"latents: got z {shape}, expected the frames that were there when the clips"
+                    f" were listed ({info.filename!r} in {path}). Fix: leave it alone while"
+                    " encoding"
+                )
+            try:
+                data = archive.read(info)
+            except Exception as error:  # as above
+                raise DataError(
+                    f"latents: cannot read {info.filename!r} in {path} ({error_text(error)}). Fix:"
+                    " copy it again"
                 ) from error
+        with open_npz(data, f"{entry.name}.npz in {path.name}", "latents") as npz:
+            # [C, T, h, w] -> [T, C, h, w]
+            latents = npz.read("z", MAX_MEMBER_BYTES).astype(np.float32).transpose(1, 0, 2, 3)
         return replace(self.check(clip), latents=latents)
 
     def check(self, clip: SourceClip) -> ClipContent:
@@ -310,8 +252,7 @@ class LatentZipsSource:
         c2w = intrinsics = None
         if entry.camera is not None:
             c2w, intrinsics = self._poses(entry, clip)
-        caption = entry.facts.get("prompt")
-        return ClipContent(None, c2w, intrinsics, caption=None if caption is None else str(caption))
+        return ClipContent(None, c2w, intrinsics, caption=entry.facts.prompt)
 
     def digests(self, clip: SourceClip) -> dict[str, str]:
         """Return the checksums that the zips state, and a digest of the clip's own cameras."""
@@ -348,10 +289,17 @@ class LatentZipsSource:
         assert entry.camera is not None, "callers look"
         assert camera is not None, "it was there when the clips were listed"
         start, count = entry.camera
-        if count < clip.frames or start < 0 or start + count > len(camera["pose"]):
+        # latents hold whole groups of frames: the video may have had some more at its end
+        if not clip.frames <= count < clip.frames + TEMPORAL_STRIDE:
             raise DataError(
-                f"camera: got {count} poses from {start}, expected at least {clip.frames} inside"
-                f" the file ({where})"
+                f"camera: got {count} poses, expected one for each of {clip.frames} to"
+                f" {clip.frames + TEMPORAL_STRIDE - 1} frames ({where}). Fix: take those of this"
+                " clip"
+            )
+        if start < 0 or start + count > len(camera["pose"]):
+            raise DataError(
+                f"camera: got {count} poses from row {start}, expected rows inside the"
+                f" {len(camera['pose'])} of the file ({where})"
             )
         rows = slice(start, start + clip.frames)
         c2w = square_poses(np.asarray(camera["pose"][rows], np.float64), False, where)
@@ -359,35 +307,12 @@ class LatentZipsSource:
         intrinsics = square_intrinsics(
             np.asarray(camera["intrinsics"][rows], np.float64), clip.frames, where
         )
-        width, height = (entry.facts.get(name) for name in ("width", "height"))
-        if not all(isinstance(side, (int, float)) and side > 0 for side in (width, height)):
-            raise DataError(
-                f"zip: got width {width} and height {height}, expected what the intrinsics refer to"
-                f" ({entry.stem}.zip, {entry.name}.json)"
-            )
+        width, height = entry.facts.width, entry.facts.height
+        if problem := camera_problem(c2w, intrinsics, round(height), round(width)):
+            raise DataError(f"camera: {problem} ({where}). Fix: see units and order")
         # the videos were resized, not cropped, before encoding
         scale = np.array([clip.width, clip.height]) / np.array([width, height], np.float64)
         return c2w, intrinsics * np.tile(scale, 2)
-
-
-def read_facts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> dict[str, Any]:
-    if info.file_size > MAX_JSON_BYTES:
-        raise DataError(
-            f"zip member: got {info.file_size} bytes, expected at most {MAX_JSON_BYTES}"
-            f" ({info.filename} in {path})"
-        )
-    try:
-        facts = json.loads(archive.read(info))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"zip: cannot read {info.filename} in {path} ({error}), expected a JSON object. Fix:"
-            " copy it again"
-        ) from error
-    if not isinstance(facts, dict):
-        raise DataError(
-            f"zip: got {type(facts).__name__} in {info.filename} of {path}, expected a JSON object"
-        )
-    return facts
 
 
 def open_latent_zips(place: Place) -> LatentZipsSource:

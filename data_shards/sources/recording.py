@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from data_shards.schema import DataError, check_key
 from data_shards.sources import Place
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
-from data_shards.storage.files import crc32c, read_json
+from data_shards.storage.files import crc32c, read_file, read_json
+from data_shards.storage.npz import read_npy
 
 
 class RecordingSource:
@@ -34,7 +35,7 @@ class RecordingSource:
             self.control_names = tuple(buttons + mouse)
             self.control_sums = (False,) * len(buttons) + (True,) * len(mouse)
             width, height = int(facts["options"]["width"]), int(facts["options"]["height"])
-            self._checksums = {clip["key"]: clip["crc32c"] for clip in facts["clips"]}
+            self._checksums = {clip["key"]: dict(clip["crc32c"]) for clip in facts["clips"]}
             self.clips = tuple(
                 SourceClip(
                     check_key(clip["key"]),
@@ -45,13 +46,16 @@ class RecordingSource:
                 )
                 for clip in facts["clips"]
             )
-        except (KeyError, TypeError, ValueError) as error:
+            made = f"{facts['source']} {facts['options']}"
+            if not (0 < self.fps < math.inf and 0 < self.metres_per_unit < math.inf):
+                raise ValueError(f"fps {self.fps:g} or metres_per_unit {self.metres_per_unit:g}")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"recording: {folder / 'recording.json'} lacks or misstates {error}. Fix: record it"
                 " again"
             ) from error
         digest = hashlib.sha256(repr(sorted(self._checksums.items())).encode()).hexdigest()[:16]
-        self.description = f"recording {facts['source']} {facts['options']} content {digest}"
+        self.description = f"recording {made} content {digest}"
 
     def load(self, clip: SourceClip) -> ClipContent:
         video, c2w, intrinsics, buttons, mouse = (
@@ -79,19 +83,18 @@ class RecordingSource:
             DataError: a missing file or one whose bytes are not those recorded.
         """
         path = self.folder / "clips" / key / f"{name}.npy"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"recording: cannot read {path} ({error.strerror}), expected it for clip {key}."
-                " Fix: record again"
-            ) from error
+        data = read_file(path, "recording")
         if crc32c(data) != self._checksums[key].get(name):
             raise DataError(
                 f"recording: got other bytes in {path} than were recorded (clip {key}, {name})."
                 " Fix: record again"
             )
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        try:
+            return read_npy(data, len(data))
+        except ValueError as error:
+            raise DataError(
+                f"recording: cannot read {path} ({error}), expected an array. Fix: record again"
+            ) from error
 
 
 def open_recording(place: Place) -> RecordingSource:

@@ -6,17 +6,18 @@ See data_shards/sources/webdataset.py.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from data_shards.beside.sidecar import Sidecar, check_names, of_json
 from data_shards.schema import KEY_PATTERN, DataError
 from data_shards.sources.clips import SourceClip, safe_key
 from data_shards.sources.reading import Reading, whole_groups
 from data_shards.sources.video_file import SUFFIXES, VideoFacts, probe
+from data_shards.storage.files import parse_json
 
 MAX_TEXT_BYTES = 2**24  # of a caption or JSON
 PADDING = 2**20  # no writer pads a tar's end with more
@@ -140,7 +141,7 @@ def describe(
     of_video = probe(archive.extractfile(members[video]), f"{name}.{video}")
     if reading.fps is None:
         of_video.times.require_even(f"{name}.{video}")
-    facts: dict[str, Any] = {}
+    facts = Sidecar(name)
     for suffix in members.keys() & {"txt", "json"}:
         if members[suffix].size > MAX_TEXT_BYTES:
             raise DataError(
@@ -151,13 +152,14 @@ def describe(
         file = archive.extractfile(members["json"])
         assert file is not None, "it is a file"
         facts = read_facts(file.read(), name)
-    if any(control in facts for control in CONTROLS):
+    if any(control in facts.names for control in CONTROLS):
         raise DataError(
             f"tar: got controls in {name}.json, expected none: they are read beside videos in a"
             " folder only. Fix: unpack the tars"
         )
     parts = tuple((suffix, info.offset_data, info.size) for suffix, info in members.items())
-    clip_key, episode = safe_key(name, "clip"), str(facts.get("episode", safe_key(name)))
+    clip_key, episode = safe_key(name, "clip"), facts.episode
+    episode = safe_key(name) if episode is None else episode
     if not KEY_PATTERN.fullmatch(
         episode
     ):  # say a URL: any name will do that is the same for its clips
@@ -167,20 +169,15 @@ def describe(
     return TarClip(clip_key, episode, kept, *size, tar, of_video, frames - kept, parts, name)
 
 
-def read_facts(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        facts = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"tar member: cannot read {name}.json ({error}), expected JSON") from error
-    if not isinstance(facts, dict):
-        raise DataError(
-            f"tar member: got {type(facts).__name__} in {name}.json, expected a JSON object"
-        )
-    return facts
+def read_facts(data: bytes, name: str) -> Sidecar:
+    """Return the facts in a clip's JSON, which may hold others of the program that wrote it."""
+    found = parse_json(data, "tar member", f"{name}.json")
+    check_names(found, f"{name}.json", foreign=True)
+    return of_json(found, f"{name}.json")
 
 
 def read_caption(data: bytes, name: str) -> str:
     try:
-        return data.decode().strip()
+        return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"tar member: got {name}.txt, which is no UTF-8 ({error})") from error

@@ -31,6 +31,13 @@ class Times:
     start: int
     stamps: tuple[int, ...] | None = None
 
+    @property
+    def seconds(self) -> Fraction:
+        """Return the time from the first frame to the end of the last."""
+        if self.stamps is None:
+            return self.frames / self.rate
+        return (self.stamps[-1] - self.stamps[0]) * self.base + 1 / self.rate
+
     def early(self, number: int, stamp: int) -> float:
         """Return by how many frames a time stamp is before that of a frame."""
         if self.stamps is not None:

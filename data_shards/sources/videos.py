@@ -4,7 +4,8 @@ These are in a file beside `name.mp4`, `name.npz` or `name.json` (same keys; npz
 
     c2w or w2c   [F, 4, 4] or [F, 3, 4], OpenCV axes (+x right, +y down, +z forward), in metres
                  (or units of `metres_per_unit`)
-    intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels, or a 3x3 matrix [3, 3] or [F, 3, 3]
+    intrinsics   [4] or [F, 4] fx, fy, cx, cy in pixels of the video, or a 3x3 matrix [3, 3] or
+                 [F, 3, 3]
     controls     [F, A] per raw frame, with `control_names` [A] and optionally `control_sums` [A]
                  (true: amounts that add up over frames)
     caption      text that describes the scene; or it is the content of `name.txt`
@@ -13,14 +14,14 @@ These are in a file beside `name.mp4`, `name.npz` or `name.json` (same keys; npz
     episode      name of the source video: clips of one episode go to the same side of the
                  validation split (default: the clip's own name)
 
-Instead of c2w and intrinsics there may be a COLMAP text model in the folder `name.colmap`
-(cameras.txt, images.txt; images sorted by name are the frames); instead of controls,
-`name.events.npz` with the columns of `data_shards.controls.Events`. Either every clip has poses or
-none has; the same for controls. Frames after the last multiple of 8 plus 1 are left out, with a
-note. `Reading` (`encode fps=`, `clip_frames=`) resamples videos and cuts them into clips, and what
-lies beside them along with their frames. Intrinsics are of the picture as it is shown: a video that
-its file says is turned is turned. Hidden files are left out, and two videos of one name (a.mp4,
-a.mkv) are refused.
+F counts all frames that the video shows. Other keys are refused. Instead of c2w and intrinsics,
+there may be a COLMAP text model of the video's frames in the folder `name.colmap` (cameras.txt,
+images.txt; see beside/colmap.py); instead of controls, `name.events.npz` with the columns of
+`data_shards.controls.Events`. Either every clip has poses or none has; the same for controls.
+Frames after the last multiple of 8 plus 1 are left out, with a note. `Reading` (`encode fps=`,
+`clip_frames=`) resamples videos and cuts them into clips, and what lies beside them along with
+their frames. Intrinsics are of the picture as it is shown: a video that its file says is turned is
+turned. Hidden files are left out, and two videos of one name (a.mp4, a.mkv) are refused.
 """
 
 from __future__ import annotations
@@ -34,22 +35,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.controls import CONTROL_NAMES
+from data_shards.beside.sidecar import read_sidecar
+from data_shards.beside.video import Beside, read_beside, read_listed
 from data_shards.fields import registered
-from data_shards.schema import DataError, check_key
+from data_shards.schema import MAX_MEMBER_BYTES, DataError, check_key
 from data_shards.sources import Place
-from data_shards.sources.beside_video import (
-    Camera,
-    cut_camera,
-    read_camera,
-    read_caption,
-    read_colmap,
-    read_events,
-    read_sidecar,
-    read_text,
-)
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
-from data_shards.sources.cuts import cut_controls, cut_events
+from data_shards.sources.cuts import cut_controls, cut_events, cut_rows
 from data_shards.sources.digests import FileDigests, is_hidden, list_files
 from data_shards.sources.reading import DEFAULT, Reading, common_rate
 from data_shards.sources.video_file import VideoFacts, check_packets, import_av, probe
@@ -72,14 +64,15 @@ class VideosSource:
         import_av()  # a fault of the installation is no fault of the files
         self._open: tuple[str, VideoReader] | None = None
         # clips of one video come one after the other
-        self._sidecar = lru_cache(maxsize=8)(self._read_sidecar)
-        self._camera = lru_cache(maxsize=8)(self._read_camera)
+        self._beside_file = lru_cache(maxsize=8)(self._read_beside)
+        self._shown = lru_cache(maxsize=8)(self._list_shown)
+        self._field = lru_cache(maxsize=4)(self._read_field)
         self._whole = lru_cache(maxsize=None)(self._check_whole)
         self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
         clips: list[SourceClip] = []
         wrong: list[str] = []
         names: set[tuple[str, ...]] = set()
-        sums: tuple[bool, ...] = ()
+        sums: set[tuple[bool, ...]] = set()
         scales = set()
         self._facts: dict[str, VideoFacts] = {}
         trimmed, short = 0, []
@@ -88,8 +81,7 @@ class VideosSource:
                 facts = probe(str(file), file.name)
                 if reading.fps is None:
                     facts.times.require_even(file.name)
-                sidecar = read_sidecar(file)
-                episode = check_key(str(sidecar.get("episode", key)))
+                episode, scale, control_names, control_sums = read_listed(file)
                 cuts = reading.starts(frames := facts.times.count(reading.fps))
                 cut = reading.clip_frames is not None
                 keys = [check_key(f"{key}_{start:06d}") if cut else key for start, _ in cuts]
@@ -102,15 +94,14 @@ class VideosSource:
             for name, (start, kept) in zip(keys, cuts, strict=True):
                 clips.append(SourceClip(name, episode, kept, facts.height, facts.width))
                 self._places[name] = key, start
-            scales.add(float(sidecar.get("metres_per_unit", 1.0)))
-            found = (
-                CONTROL_NAMES
-                if file.with_suffix(".events.npz").exists()
-                else tuple(str(n) for n in sidecar.get("control_names", ()))
-            )
-            names.add(found)
-            sums = tuple(bool(x) for x in sidecar.get("control_sums", [False] * len(found)))
-        for what, values in (("control names", names), ("metres_per_unit", scales)):
+            scales.add(scale)
+            names.add(control_names)
+            sums.add(control_sums)
+        for what, values in (
+            ("control names", names),
+            ("control sums", sums),
+            ("metres_per_unit", scales),
+        ):
             if len(values) > 1:
                 wrong.append(
                     f"videos: got different {what} {sorted(values)[:3]} in {folder}, expected one."
@@ -124,7 +115,7 @@ class VideosSource:
             wrong.append(str(error))
         if wrong:
             raise DataError("\n".join([*self.problems.values(), *wrong]))
-        self.clips, self.control_sums = tuple(clips), sums
+        self.clips, self.control_sums = tuple(clips), next(iter(sums), ())
         self.fps, self.control_names = float(rate), next(iter(names), ())
         self.metres_per_unit = next(iter(scales), 1.0)
         alone = [path.name for path in self._without_video()]
@@ -144,16 +135,24 @@ class VideosSource:
             )
         return self._open[1]
 
-    def _read_sidecar(self, stem: str) -> tuple[dict[str, Any], NDArray[np.int64]]:
-        """Return the sidecar of a file, and the numbers of its frames that are shown."""
-        return read_sidecar(self._files[stem]), self._facts[stem].times.shown(self.reading.fps)
+    def _list_shown(self, stem: str) -> NDArray[np.int64]:
+        """Return the numbers of the frames of a file that are shown."""
+        return self._facts[stem].times.shown(self.reading.fps)
 
-    def _read_camera(self, stem: str) -> Camera:
-        file = self._files[stem]
-        colmap = file.with_suffix(".colmap")
-        if colmap.is_dir():
-            return read_colmap(colmap)
-        return read_camera(self._sidecar(stem)[0], file.name)
+    def _read_beside(self, stem: str) -> Beside:
+        """Return what lies beside a file, checked against all its frames."""
+        facts = self._facts[stem]
+        size, frames = (facts.height, facts.width), facts.times.frames
+        return read_beside(self._files[stem], frames, size, float(frames / facts.times.seconds))
+
+    def _read_field(self, stem: str, name: str) -> NDArray[Any]:
+        sidecar = read_sidecar(self._files[stem], (name,), MAX_MEMBER_BYTES)
+        if name not in sidecar.values:
+            raise DataError(
+                f"sidecar: got no {name}, expected it for every clip ({sidecar.where}). Fix: add"
+                " it, or encode without fields="
+            )
+        return sidecar.array(name)
 
     def _check_whole(self, stem: str) -> None:
         file = self._files[stem]
@@ -164,7 +163,7 @@ class VideosSource:
         """Return the numbers of a clip's frames in its file, and that of the frame shown before;
         -1: there is none."""
         stem, start = self._places[clip.key]
-        shown = self._sidecar(stem)[1]
+        shown = self._shown(stem)
         return shown[start : start + clip.frames], int(shown[start - 1]) if start else -1
 
     def load(self, clip: SourceClip) -> ClipContent:
@@ -207,35 +206,22 @@ class VideosSource:
     def _beside(self, clip: SourceClip) -> ClipContent:
         """Return all of a clip but its pixels."""
         stem, start = self._places[clip.key]
-        file, (numbers, before) = self._files[stem], self._frames_of(clip)
-        sidecar, where = self._sidecar(stem)[0], file.name
-        c2w, intrinsics = cut_camera(self._camera(stem), numbers, self.metres_per_unit, where)
-        controls = np.array(sidecar["controls"], np.float32) if "controls" in sidecar else None
-        if controls is not None and len(controls) <= numbers[-1]:
-            raise DataError(
-                f"sidecar: got controls for {len(controls)} frames, expected at least"
-                f" {numbers[-1] + 1} ({where})"
-            )
-        if controls is not None and controls.shape[1:] != (len(self.control_names),):
-            raise DataError(
-                f"sidecar: got controls {controls.shape}, expected [F, {len(self.control_names)}]"
-                f" as control_names ({where})"
-            )
+        (numbers, before), beside = self._frames_of(clip), self._beside_file(stem)
+        controls, events = beside.controls, beside.events
         if controls is not None:
             controls = cut_controls(controls, self.control_sums, numbers, before)
-        events = read_events(file.with_suffix(".events.npz"))
         if events is not None:
             stored = self.reading.fps or Fraction(self.fps).limit_denominator(100_000)
             own = self.reading.fps or self._facts[stem].times.rate
             events = cut_events(events, start / own, clip.frames / own, 1 / own, own / stored)
         return ClipContent(
             None,
-            c2w,
-            intrinsics,
+            cut_rows(beside.c2w, numbers),
+            cut_rows(beside.intrinsics, numbers),
             controls,
             events,
-            caption=read_caption(file.with_suffix(".txt"), sidecar),
-            text=read_text(sidecar, where),
+            caption=beside.caption,
+            text=beside.text,
         )
 
     def array(self, key: str, name: str) -> NDArray[Any]:
@@ -246,15 +232,9 @@ class VideosSource:
                 resampled.
         """
         stem = self._places[key][0]
-        sidecar = self._sidecar(stem)[0]
-        if name not in sidecar:
-            raise DataError(
-                f"sidecar: got no {name}, expected it for every clip (key {key}). Fix: add it, or"
-                " encode without fields="
-            )
-        values = np.array(sidecar[name])
         if self.reading.fps is None and self.reading.clip_frames is None:
-            return values
+            return self._read_field(stem, name)
+        values = self._field(stem, name)
         field = registered().get(name)
         if field is not None and field.rate == "clip":
             return values

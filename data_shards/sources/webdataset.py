@@ -38,10 +38,12 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from data_shards.beside.sidecar import Sidecar
+from data_shards.beside.video import check_count, read_camera, read_embedding
 from data_shards.schema import DataError
 from data_shards.sources import Place
-from data_shards.sources.beside_video import cut_camera, read_camera, read_text
 from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
+from data_shards.sources.cuts import cut_rows
 from data_shards.sources.digests import digest, visible
 from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
 from data_shards.sources.tar_listing import TarClip, TarList, list_tar, read_caption, read_facts
@@ -182,20 +184,21 @@ class WebDatasetSource:
     def _beside(self, clip: TarClip) -> ClipContent:
         """Return all of a clip but its pixels."""
         parts = {suffix: (start, size) for suffix, start, size in clip.members}
-        facts = read_facts(self._read(clip, *parts["json"]), clip.name) if "json" in parts else {}
-        caption = facts.get("caption")
+        facts = Sidecar(clip.name)
+        if "json" in parts:
+            facts = read_facts(self._read(clip, *parts["json"]), clip.name)
+        caption = facts.words("caption") if "caption" in facts.values else None
         if "txt" in parts:
             caption = read_caption(self._read(clip, *parts["txt"]), clip.name)
-        scale = float(facts.get("metres_per_unit", 1.0))
-        c2w, intrinsics = cut_camera(
-            read_camera(facts, clip.name), self._numbers(clip), scale, clip.name
-        )
+        c2w, intrinsics = read_camera(facts, (clip.height, clip.width))
+        check_count("poses", c2w, clip.facts.times.frames, facts.where)
+        numbers = self._numbers(clip)
         return ClipContent(
             None,
-            c2w,
-            intrinsics,
-            caption=None if caption is None else str(caption),
-            text=read_text(facts, clip.name),
+            cut_rows(c2w, numbers),
+            cut_rows(intrinsics, numbers),
+            caption=caption,
+            text=read_embedding(facts),
         )
 
     def array(self, key: str, name: str) -> NDArray[Any]:

@@ -5,19 +5,22 @@ The headers are made without numpy's pickle support.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.schema import ITEM_BYTES, DataError
+from data_shards.schema import ITEM_BYTES, DataError, shown
 
+MOST_SAID = 200  # characters of what a library says: some repeat the bytes they cannot read
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 INFINITY_BITS = {
     "float16": 0x7C00,
@@ -166,15 +169,103 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises:
         DataError: no such file, not JSON, or not an object.
     """
+    return parse_json(read_file(path, what), what, str(path))
+
+
+def parse_json(data: bytes, what: str, where: str) -> dict[str, Any]:
+    """Return the JSON object in the bytes of a file, which may begin with a byte-order mark.
+
+    Raises:
+        DataError: not JSON, numbers or nesting beyond every use, a key that comes twice, or not an
+        object.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {shown(twice)} comes twice")
+        return found
+
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
+    except (ValueError, RecursionError, MemoryError) as error:
+        deep = isinstance(error, RecursionError)
+        why = "it is nested too deep" if deep else f"it is not JSON: {error_text(error)}"
+        raise DataError(
+            f"{what}: cannot read {where} ({why}), expected a JSON object in UTF-8. Fix: write it"
+            " again"
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(f"{what}: got {shown(value)} in {where}, expected a JSON object")
+    return value
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a text file in UTF-8, which may begin with a byte-order mark.
+
+    Raises:
+        DataError: no such file, or other bytes than text.
+    """
+    try:
+        return read_file(path, what).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{what}: got {path}, which is no UTF-8 (byte {error.start}), expected text. Fix:"
+            f" iconv -t utf-8 -f <its encoding> {path.name}"
+        ) from error
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """Read a whole file; refuse a pipe or device, which may never end.
+
+    Raises:
+        DataError: no such file, or one that cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
         raise DataError(
             f"{what}: got no file {path.name} in {path.parent}, expected one. Fix: give the folder"
             " that holds it"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{what}: cannot read {path} ({error}), expected a JSON object") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{what}: got {type(value).__name__} in {path}, expected a JSON object")
-    return value
+    except (OSError, MemoryError) as error:
+        raise DataError(
+            f"{what}: cannot read {path} ({error_text(error)}), expected a file. Fix: copy it again"
+        ) from error
+
+
+class NotRegular(OSError):
+    """Report a pipe, socket, device or folder in place of a file: reading could wait for ever."""
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        OSError: none there, or NotRegular.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_regular(os.fstat(number).st_mode)
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def check_regular(mode: int) -> None:
+    """Raise NotRegular unless a file's mode is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise NotRegular(errno.EINVAL, f"it is {kind}, expected a regular file")
+
+
+def error_text(error: BaseException) -> str:
+    """Return what an exception says, on one line and short; its kind where it says nothing."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = " ".join(said.split()) or type(error).__name__
+    return line if len(line) <= MOST_SAID else f"{line[:MOST_SAID]}..."

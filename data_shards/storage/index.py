@@ -7,6 +7,7 @@ megabytes and tenths of a second, and a draw costs one small row group.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -27,13 +28,48 @@ from data_shards.schema import (
     DataError,
     DatasetInfo,
     MemberEntry,
+    ShardError,
     check_key,
     expected_fields,
+    shown,
 )
-from data_shards.storage.remote import RetryPolicy, is_transient, with_retries
+from data_shards.storage.files import all_finite, error_text
+from data_shards.storage.remote import RetryPolicy, is_transient, open_file, with_retries
 
 MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
 KEPT_GROUPS = 64  # some hundred kilobytes each
+READ_BYTES = 4 * 2**20
+MAX_GROUP_BYTES = 2**30  # of a row group: ours have 256 clips
+
+
+def check_index_file(
+    filesystem: Any, file: str, path: str, info: DatasetInfo, policy: RetryPolicy
+) -> None:
+    """Raise DataError unless the index at `file` has the bytes that dataset.json states.
+
+    What is read later, a clip at a time, then has the checksums of the set's fingerprint.
+    """
+
+    def attempt() -> str:
+        digest = hashlib.sha256()
+        with open_file(filesystem, file) as stream:
+            while data := stream.read(READ_BYTES):
+                digest.update(data)
+        return digest.hexdigest()
+
+    try:
+        found = with_retries(attempt, policy)
+    except OSError as error:
+        raise DataError(
+            f"index: cannot read {path}/index.parquet ({error_text(error)}). Fix: copy it again or"
+            " encode again",
+            is_transient(error),
+        ) from error
+    if found != info.index_sha256:
+        raise DataError(
+            "index: got other bytes than dataset.json states; nothing it says about the shards can"
+            f" be trusted ({path}/index.parquet). Fix: copy the data set again, or encode again"
+        )
 
 
 class ClipIndex:
@@ -42,7 +78,12 @@ class ClipIndex:
     def __init__(self, file: Any, path: str, info: DatasetInfo, policy: RetryPolicy) -> None:
         self._file, self._path, self._info, self._policy = file, path, info, policy
         self._lock = threading.Lock()  # the file's position is shared
-        columns = self._read(lambda: file.read(columns=["split", "latent_frames"]), "its columns")
+        check_size(file.metadata, path, info)
+        columns = self._read(
+            lambda: checked(file.read(columns=["split", "latent_frames"])), "its columns"
+        )
+        if any(column.null_count for column in columns.columns):
+            raise DataError(f"index: got rows without split or length ({path}). Fix: encode again")
         # numbers instead of a million Python strings
         encoded = columns["split"].combine_chunks().dictionary_encode()
         names, codes = encoded.dictionary.to_pylist(), integers(encoded.indices, np.int32)
@@ -92,13 +133,20 @@ class ClipIndex:
         key, shard, episode, split, latent_frames, raw_frames = (
             column[place].as_py() for column in group.columns[:-1]
         )
-        return ClipEntry(key, row, shard, episode, split, latent_frames, raw_frames)
+        entry = ClipEntry(key, row, shard, episode, split, latent_frames, raw_frames)
+        check_entry(entry, self._info)
+        return entry
 
     def members(self, entry: ClipEntry) -> dict[str, MemberEntry]:
         """Return field -> member, checked against the allow-list and dataset.json."""
         group, place = self._place(entry.row)
         found: dict[str, MemberEntry] = {}
-        for raw in group["members"][place].as_py():
+        for raw in group["members"][place].as_py() or ():
+            if raw is None or None in raw.values() or None in raw["shape"] + raw["row_crc32c"]:
+                raise DataError(
+                    f"index: got a member without all its facts (shard {entry.shard}, key"
+                    f" {entry.key}). Fix: encode again"
+                )
             member = MemberEntry(
                 **{**raw, "shape": tuple(raw["shape"]), "row_crc32c": tuple(raw["row_crc32c"])}
             )
@@ -126,7 +174,7 @@ class ClipIndex:
 
     def _read_group(self, group: int) -> Any:
         return self._read(
-            lambda: self._file.read_row_group(group, use_threads=False).combine_chunks(),
+            lambda: checked(self._file.read_row_group(group, use_threads=False).combine_chunks()),
             f"row group {group}",
         )
 
@@ -134,6 +182,8 @@ class ClipIndex:
         def attempt() -> Any:
             try:
                 return what()
+            except (pa.ArrowException, ValueError, MemoryError) as error:
+                raise self._damage(name, error) from error
             except OSError as error:
                 if is_arrows(error):
                     raise self._damage(name, error) from error
@@ -145,13 +195,14 @@ class ClipIndex:
         except OSError as error:
             raise self._damage(name, error) from error
 
-    def _damage(self, name: str, error: OSError) -> DataError:
+    def _damage(self, name: str, error: Exception) -> DataError:
         what = " ".join(str(error).split())  # Arrow's has lines
         reason = (
             f"index: cannot read {name} of {self._path}/index.parquet ({what}). Fix: copy it again,"
             " or encode again"
         )
-        return DataError(reason, is_transient(error) and not is_arrows(error))
+        store = isinstance(error, OSError) and not is_arrows(error)
+        return DataError(reason, store and is_transient(error))
 
 
 class ClipTable(Sequence[ClipEntry]):
@@ -181,6 +232,13 @@ class ClipTable(Sequence[ClipEntry]):
         return (self[i] for i in range(len(self)))
 
 
+def checked(table: Any) -> Any:
+    """Return an Arrow table whose texts are text and whose lists end inside it; raise an
+    ArrowException otherwise, as damaged pages need not say so."""
+    table.validate(full=True)
+    return table
+
+
 def integers(array: Any, dtype: Any) -> NDArray[Any]:
     """Return an Arrow array of integers without nulls as a numpy view.
 
@@ -204,8 +262,75 @@ def is_arrows(error: OSError) -> bool:
 
 
 def where(entry: ClipEntry, member: MemberEntry) -> str:
-    """Return the place of a member for an error message."""
-    return f"(shard {entry.shard}, key {entry.key}, field {member.field})"
+    """Return the place of a member for an error message, on one line whatever the index says."""
+    shard, key, field = (
+        text if text.isprintable() else shown(text)
+        for text in (entry.shard, entry.key, member.field)
+    )
+    return f"(shard {shard}, key {key}, field {field})"
+
+
+def check_size(metadata: Any, path: str, info: DatasetInfo) -> None:
+    """Raise DataError for an index of more or larger rows than dataset.json speaks of, before they
+    are read."""
+    clips = sum(info.clips.values())
+    if metadata.num_rows != clips:
+        raise DataError(
+            f"index: got {metadata.num_rows} rows, expected {dict(info.clips)} clips as"
+            f" dataset.json says ({path}). Fix: encode again"
+        )
+    for number in range(metadata.num_row_groups):
+        if (size := metadata.row_group(number).total_byte_size) > MAX_GROUP_BYTES:
+            raise DataError(
+                f"index: got {size} bytes in row group {number}, expected at most {MAX_GROUP_BYTES}"
+                f" ({path}). Fix: encode again"
+            )
+
+
+def check_entry(entry: ClipEntry, info: DatasetInfo) -> None:
+    """Raise DataError for a row of the index that describes no clip."""
+    row = f"row {entry.row}"
+    if not all(isinstance(text, str) for text in (entry.key, entry.shard, entry.episode)):
+        raise DataError(f"index: got {row} without key, shard or episode. Fix: encode again")
+    if not SHARD_PATTERN.fullmatch(entry.shard):
+        raise DataError(
+            f"index: got shard name {shown(entry.shard)}, expected shards/NNNNNN.tar or .zarr"
+            f" ({row}). Fix: encode again"
+        )
+    check_key(entry.key)
+    lengths = (entry.latent_frames, entry.raw_frames)
+    whole = all(isinstance(length, int) and length > 0 for length in lengths)
+    if not whole or not entry.episode.isprintable():
+        raise DataError(
+            f"index: got {lengths} frames and episode {shown(entry.episode)}, expected lengths and"
+            f" a name (key {entry.key}). Fix: encode again"
+        )
+    if entry.latent_frames != (entry.raw_frames - 1) // info.temporal_stride + 1:
+        raise DataError(
+            f"index: got {entry.latent_frames} latents of {entry.raw_frames} frames, expected one"
+            f" and one more for every {info.temporal_stride} (key {entry.key}). Fix: encode again"
+        )
+
+
+def check_finite(
+    array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]
+) -> None:
+    """Raise ShardError if stored rows hold anything but numbers: their bytes are as written, but
+    their writer did not look."""
+    if not all_finite(array, member.dtype):
+        place = where(entry, member)
+        raise ShardError(
+            f"values: got NaN or infinite values {place}, {entry_name(member)}s"
+            f" {rows[0]}:{rows[1]}. Fix: encode again",
+            entry.shard,
+        )
+
+
+def entry_name(member: MemberEntry) -> str:
+    """Return what messages call a row of this member."""
+    field = field_of(member.field)
+    assert field is not None, "the index has been checked"
+    return field.entry_name
 
 
 def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, duplicate: bool) -> None:
@@ -214,9 +339,7 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
     Names and dtypes must be on the lists, shapes and sizes must agree.
     """
     problem, fix, field = "", "encode again", field_of(member.field)
-    if not SHARD_PATTERN.fullmatch(entry.shard):
-        problem = f"got shard name {entry.shard!r}, expected shards/NNNNNN.tar or .zarr"
-    elif duplicate:
+    if duplicate:
         problem = "got this field twice"
     elif field is None or member.dtype not in field.dtypes:
         problem = (
@@ -256,4 +379,3 @@ def check_member(member: MemberEntry, entry: ClipEntry, info: DatasetInfo, dupli
             problem = f"got {len(member.row_crc32c)} frame checksums, expected {member.shape[0]}"
     if problem:
         raise DataError(f"index: {problem} {where(entry, member)}. Fix: {fix}")
-    check_key(entry.key)

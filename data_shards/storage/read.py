@@ -8,7 +8,6 @@ failure is one DataError naming shard, key and field. `shard_bytes` fetches the 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from data_shards.fields import Field, batch_fields, entries_of, field_of
+from data_shards.fields import Field, batch_fields, entries_of
 from data_shards.schema import (
+    INDEX,
     NULL_TEXT,
     SPLITS,
     TIME_SHARDED,
@@ -27,7 +27,6 @@ from data_shards.schema import (
     DataError,
     DatasetInfo,
     MemberEntry,
-    ShardError,
     index_schema,
 )
 from data_shards.storage.files import (
@@ -37,17 +36,29 @@ from data_shards.storage.files import (
     as_float32,
     crc32c,
     npy_header,
+    parse_json,
     read_selection,
 )
-from data_shards.storage.index import ClipIndex, ClipTable, is_arrows, where
+from data_shards.storage.index import (
+    ClipIndex,
+    ClipTable,
+    check_finite,
+    check_index_file,
+    entry_name,
+    is_arrows,
+    where,
+)
+from data_shards.storage.npz import read_npy
 from data_shards.storage.remote import (
     RangeCache,
     RetryPolicy,
     is_transient,
+    must_be_file,
     read_info,
+    read_whole,
     with_retries,
 )
-from data_shards.storage.shard_bytes import ShardBytes, lies_in
+from data_shards.storage.shard_bytes import ShardBytes, joined, lies_in
 from data_shards.storage.zarr_store import Piece
 
 DEFAULT_POLICY = RetryPolicy()
@@ -261,7 +272,9 @@ class ClipDataset:
 
     def description(self, entry: ClipEntry) -> dict[str, Any]:
         """Return the clip's `json` member."""
-        return dict(json.loads(self.whole(entry, [self.members(entry)["json"]])["json"].tobytes()))
+        member = self.members(entry)["json"]
+        data = self.whole(entry, [member])["json"].tobytes()
+        return parse_json(data, "description", where(entry, member))
 
     def null_text(self) -> NDArray[np.float32] | None:
         """Return the verified embedding [L0, E] of the empty prompt; None without text (or
@@ -270,7 +283,7 @@ class ClipDataset:
             return None
         try:
             data = with_retries(
-                lambda: bytes(self._fs.cat_file(f"{self._root}/{NULL_TEXT}")), self._policy
+                lambda: read_whole(self._fs, f"{self._root}/{NULL_TEXT}"), self._policy
             )
         except OSError as error:
             reason = (
@@ -283,43 +296,23 @@ class ClipDataset:
                 f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy"
                 " it again or encode again"
             )
-        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.float32)
+        try:
+            array = read_npy(data)
+            if array.ndim != 2 or array.shape[1] != self.info.text_width or array.dtype.kind != "f":
+                raise ValueError(f"got {array.dtype} {array.shape}")
+            if not np.isfinite(array).all():
+                raise ValueError("got NaN or infinite numbers")
+        except ValueError as error:
+            raise DataError(
+                f"null text: {error}, expected finite numbers [L0, {self.info.text_width}]"
+                f" ({self.path}/{NULL_TEXT}). Fix: encode again"
+            ) from error
+        return array.astype(np.float32)
 
-
-def check_finite(
-    array: NDArray[Any], entry: ClipEntry, member: MemberEntry, rows: tuple[int, int]
-) -> None:
-    """Raise ShardError if stored rows hold anything but numbers: their bytes are as written, but
-    their writer did not look."""
-    if not all_finite(array, member.dtype):
-        place = where(entry, member)
-        raise ShardError(
-            f"values: got NaN or infinite values {place}, {entry_name(member)}s"
-            f" {rows[0]}:{rows[1]}. Fix: encode again",
-            entry.shard,
-        )
-
-
-def entry_name(member: MemberEntry) -> str:
-    """Return what messages call a row of this member."""
-    field = field_of(member.field)
-    assert field is not None, "the index has been checked"
-    return field.entry_name
-
-
-def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:
-    """Group members that are read at once: in file order, at most `gap` bytes between them."""
-    groups: list[list[MemberEntry]] = []
-    for member in sorted(members, key=lambda member: member.offset):
-        if (
-            groups
-            and gap >= 0
-            and member.offset - (groups[-1][-1].offset + groups[-1][-1].length) <= gap
-        ):
-            groups[-1].append(member)
-        else:
-            groups.append([member])
-    return groups
+    def check_index(self) -> None:
+        """Read the whole index and compare it with what dataset.json states of it; see
+        `check_index_file`."""
+        check_index_file(self._fs, f"{self._root}/{INDEX}", self.path, self.info, self._policy)
 
 
 def open_dataset(
@@ -327,6 +320,7 @@ def open_dataset(
     selection: str | None = None,
     policy: RetryPolicy = DEFAULT_POLICY,
     cache: RangeCache | None = None,
+    check: bool = True,
 ) -> ClipDataset:
     """Open a local folder or an fsspec URL (s3://…, gs://…, https://…).
 
@@ -334,6 +328,7 @@ def open_dataset(
         selection: a file made by `data_shards.filter`; all other clips are dropped.
         policy: time-outs and how long to retry when an object store fails.
         cache: keeps the ranges read from shards on a local disk.
+        check: compare the whole index with dataset.json; of many processes one is enough.
 
     Raises:
         DataError: no dataset.json there, one that this version cannot read, or an index that does
@@ -344,12 +339,15 @@ def open_dataset(
 
     filesystem, root, info = read_info(path, policy)
     try:
+        must_be_file(filesystem, f"{root}/index.parquet")
         size = with_retries(lambda: filesystem.size(f"{root}/index.parquet"), policy)
         if size != info.index_bytes:
             raise DataError(
                 f"index: got {size} bytes, expected {info.index_bytes} ({path}/index.parquet). Fix:"
                 " copy it again"
             )
+        if check:
+            check_index_file(filesystem, f"{root}/index.parquet", path, info, policy)
         # Arrow opens a local file itself: thousands of row groups through a Python file cost a
         # second
         place = f"{root}/index.parquet"
@@ -360,7 +358,7 @@ def open_dataset(
         dataset = ClipDataset(
             path, filesystem, root, info, ClipIndex(index, path, info, policy), policy, cache
         )
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
         reason = (
             f"index: cannot read {path}/index.parquet ({' '.join(str(error).split())}). Fix: copy"
             " it again or encode again"

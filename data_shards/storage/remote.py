@@ -12,17 +12,23 @@ import contextlib
 import hashlib
 import os
 import random
+import re
+import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_shards.schema import DataError, DatasetInfo, info_from_json
+from fsspec.implementations.local import LocalFileSystem
+
+from data_shards.schema import DataError, DatasetInfo
+from data_shards.storage.facts import info_from_json
+from data_shards.storage.files import NotRegular, check_regular
 
 T = TypeVar("T")
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotRegular)
 # what a client library may raise for a lost connection; others (a bug, a wrong argument) are not
 # retried
 TRANSIENT_NAMES = (
@@ -35,6 +41,8 @@ TRANSIENT_NAMES = (
 )
 # packages whose own exceptions are about a store
 CLIENTS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")
+CACHE_FOLDER = "wm_train_ranges"
+RANGE, DRAFT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.tmp-\d+-\d+")
 BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to retry later
 
 
@@ -89,9 +97,7 @@ def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
     """
     filesystem, root = connect(path, policy)
     try:
-        text = with_retries(
-            lambda: bytes(filesystem.cat_file(f"{root}/dataset.json")), policy
-        ).decode()
+        text = with_retries(lambda: read_whole(filesystem, f"{root}/dataset.json"), policy)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"data.path: got {path}, which holds no dataset.json, expected a finished data set. "
@@ -103,11 +109,26 @@ def read_info(path: str, policy: RetryPolicy) -> tuple[Any, str, DatasetInfo]:
             " see access rights and the network",
             is_transient(error),
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"dataset.json: got bytes that are not text ({path}/dataset.json). Fix: encode again"
-        ) from error
     return filesystem, root, info_from_json(text, f"{path}/dataset.json")
+
+
+def open_file(filesystem: Any, path: str) -> Any:
+    """Open a file of any store for reading; on a disk only a regular one, as a pipe could wait for
+    ever."""
+    must_be_file(filesystem, path)
+    return filesystem.open(path, "rb")
+
+
+def read_whole(filesystem: Any, path: str) -> bytes:
+    """Return the bytes of a file of any store; on a disk only of a regular one."""
+    must_be_file(filesystem, path)
+    return bytes(filesystem.cat_file(path))
+
+
+def must_be_file(filesystem: Any, path: str) -> None:
+    """Raise NotRegular for a pipe, device or folder on a local disk."""
+    if type(filesystem) is LocalFileSystem:
+        check_regular(os.stat(path).st_mode)
 
 
 def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
@@ -179,6 +200,7 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
     """
 
     def attempt() -> bytes:
+        must_be_file(filesystem, path)
         data = bytes(filesystem.cat_file(path, start=start, end=stop))
         if len(data) != stop - start and filesystem.size(path) >= stop:
             raise ShortRead(f"got {len(data)} of {stop - start} bytes")
@@ -190,6 +212,7 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
 class RangeCache:
     """Cache ranges as files in a local folder, up to `limit_bytes`.
 
+    They lie in a folder of their own inside it; no file that the cache did not write is touched.
     The least recently used are evicted first. Safe to share between processes: a file is filled
     under another name and renamed, so it is complete or absent; two that fill the same range write
     the same bytes. The folder is checked each time a process has added a hundredth of the limit, so
@@ -202,15 +225,15 @@ class RangeCache:
                 f"cache size: got {limit_bytes} bytes, expected more than 0. Fix: leave the"
                 " cache out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.limit_bytes = folder, limit_bytes
+        self.folder, self.limit_bytes = folder / CACHE_FOLDER, limit_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         # since the folder was last checked; others may have filled it before
         self._added = limit_bytes
-        for stale in folder.glob("*.tmp-*"):
+        for stale, facts in self._files(DRAFT):
             # a younger one may belong to a process that is writing it
-            if time.time() - stale.stat().st_mtime > 3600:
-                stale.unlink(missing_ok=True)
+            if time.time() - facts.st_mtime > 3600:
+                remove_if_there(stale)
 
     def get(self, identity: str, length: int, fill: Callable[[], bytes]) -> bytes:
         """Return the bytes called `identity`, cached if of the right length, else from `fill`."""
@@ -227,7 +250,7 @@ class RangeCache:
 
     def drop(self, identity: str) -> None:
         """Drop a range, for instance because its bytes turned out to be wrong."""
-        (self.folder / hashlib.sha256(identity.encode()).hexdigest()).unlink(missing_ok=True)
+        remove_if_there(self.folder / hashlib.sha256(identity.encode()).hexdigest())
 
     def _store(self, path: Path, data: bytes) -> None:
         if len(data) > self.limit_bytes:
@@ -236,10 +259,8 @@ class RangeCache:
         try:
             temporary.write_bytes(data)
             os.replace(temporary, path)
-        except (
-            OSError
-        ):  # a full disk must not stop training: the range was read, it is just not kept
-            temporary.unlink(missing_ok=True)
+        except OSError:  # a full disk must not stop training: the range was read, it is not kept
+            remove_if_there(temporary)
             return
         with self._lock:
             self._added += len(data)
@@ -249,13 +270,29 @@ class RangeCache:
 
     def _evict(self) -> None:
         """Reduce the cache to nine tenths of the limit, if it is larger."""
-        files, most = [], 0.9 * self.limit_bytes
-        for file in self.folder.iterdir():
-            with contextlib.suppress(OSError):  # another process may have evicted it
-                files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        files = [(facts.st_mtime_ns, facts.st_size, file) for file, facts in self._files(RANGE)]
         total = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):
-            if total <= most:
+            if total <= 0.9 * self.limit_bytes:
                 return
-            file.unlink(missing_ok=True)
+            remove_if_there(file)
             total -= size
+
+    def _files(self, name: re.Pattern[str]) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield the files that a cache wrote under such names; nothing else in the folder."""
+        try:
+            found = [file for file in self.folder.iterdir() if name.fullmatch(file.name)]
+        except OSError:  # somebody removed the folder: nothing is kept, and nothing is to go
+            return
+        for file in found:
+            with contextlib.suppress(OSError):  # another process may have evicted it
+                facts = file.lstat()
+                if stat.S_ISREG(facts.st_mode):
+                    yield file, facts
+
+
+def remove_if_there(file: Path) -> None:
+    """Remove a file of the cache. One that cannot be removed takes room and harms nothing: the read
+    that is being served must not fail for it."""
+    with contextlib.suppress(OSError):
+        file.unlink()

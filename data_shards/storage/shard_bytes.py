@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from data_shards.schema import ClipEntry, MemberEntry, ShardError
+from data_shards.storage.files import check_regular
 from data_shards.storage.index import where
 from data_shards.storage.remote import (
     RangeCache,
@@ -79,9 +80,12 @@ class ShardBytes:
 
         def attempt() -> tuple[NDArray[np.uint8], str]:
             problem = ""
-            file = os.open(f"{self._root}/{piece.name}", os.O_RDONLY)
+            # O_NONBLOCK: a pipe in place of the shard must not wait for a writer
+            file = os.open(f"{self._root}/{piece.name}", os.O_RDONLY | os.O_NONBLOCK)
             try:
-                size = os.fstat(file).st_size
+                facts = os.fstat(file)
+                check_regular(facts.st_mode)
+                size = facts.st_size
                 if size < end:  # before a wrong index makes us allocate its gigabytes
                     return (
                         np.empty(0, np.uint8),
@@ -184,6 +188,21 @@ def lies_in(entry: ClipEntry, member: MemberEntry, start: int, stop: int) -> Ite
             member.data_offset + start * member.row_bytes,
             (stop - start) * member.row_bytes,
         )
+
+
+def joined(members: Sequence[MemberEntry], gap: int) -> list[list[MemberEntry]]:
+    """Group members that are read at once: in file order, at most `gap` bytes between them."""
+    groups: list[list[MemberEntry]] = []
+    for member in sorted(members, key=lambda member: member.offset):
+        if (
+            groups
+            and gap >= 0
+            and member.offset - (groups[-1][-1].offset + groups[-1][-1].length) <= gap
+        ):
+            groups[-1].append(member)
+        else:
+            groups.append([member])
+    return groups
 
 
 def read_ahead(file: int, offset: int, length: int) -> None:

@@ -9,14 +9,16 @@ followed. Each function returns what is wrong, or ''.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from data_shards.cameras import camera_problem
 from data_shards.fields import is_by_row
-from data_shards.schema import ITEM_BYTES, ClipEntry, MemberEntry
+from data_shards.schema import ITEM_BYTES, ClipEntry, DatasetInfo, MemberEntry, plain
 from data_shards.storage.files import all_finite, array_from_bytes, crc32c, npy_header
-from data_shards.storage.read import entry_name
+from data_shards.storage.index import entry_name
+from data_shards.storage.remote import open_file, read_whole
 from data_shards.storage.write import BLOCK, shard_size, tar_header
 from data_shards.storage.zarr_store import pieces, shard_files
 
@@ -27,7 +29,10 @@ TAR_KINDS = {
     tarfile.DIRTYPE: "a directory",
     tarfile.FIFOTYPE: "a fifo",
 }
+CAMERA = ("c2w.npy", "intrinsics.npy")
+MAX_CAMERA_BYTES = 64 * 2**20  # of a clip; no more are kept to be judged
 Rows = Sequence[tuple[ClipEntry, tuple[MemberEntry, ...]]]
+Kept = dict[tuple[str, str], bytearray]  # (key, member) -> its numbers
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.what} (shard {self.shard}, key {self.key}, field {self.field})"
+        text = f"{self.what} (shard {self.shard}, key {self.key}, field {self.field})"
+        return plain(text).replace("\n", "\\n")
 
 
 def describe_header(block: bytes, expected: bytes) -> str:
@@ -60,15 +66,19 @@ def describe_header(block: bytes, expected: bytes) -> str:
     )
 
 
-def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -> str:
-    """Read a member of a tar and return what is wrong with it, or ''."""
+def check_payload(
+    file: BinaryIO, member: MemberEntry, expected_header: bytes, kept: bytearray | None
+) -> str:
+    """Read a member of a tar and return what is wrong with it, or ''. kept: see `check_rows`."""
     header = file.read(len(expected_header))
     problem = (
         ""
         if header == expected_header
         else f"npy header: got another one than {member.dtype} {member.shape}"
     )
-    total, wrong = check_rows(file, member, 0, member.length - len(expected_header), crc32c(header))
+    total, wrong = check_rows(
+        file, member, 0, member.length - len(expected_header), crc32c(header), kept
+    )
     return (
         problem
         or wrong
@@ -77,12 +87,17 @@ def check_payload(file: BinaryIO, member: MemberEntry, expected_header: bytes) -
 
 
 def check_rows(
-    file: BinaryIO, member: MemberEntry, row: int, length: int, total: int
+    file: BinaryIO,
+    member: MemberEntry,
+    row: int,
+    length: int,
+    total: int,
+    kept: bytearray | None = None,
 ) -> tuple[int, str]:
     """Read `length` bytes, the rows from `row` on, and check them.
 
     Returns (checksum of all bytes so far, given `total` of those before; what is wrong or ''). At
-    most CHUNK bytes are in memory, whatever the index claims.
+    most CHUNK bytes are in memory, whatever the index claims. kept: the bytes are added to it.
     """
     problem, by_row = "", is_by_row(member.field)
     size = member.row_bytes if by_row else length
@@ -94,6 +109,8 @@ def check_rows(
                 return total, f"member: the shard ends {length - size + left} bytes before it does"
             left -= len(data)
             total, row_crc = crc32c(data, total), crc32c(data, row_crc)
+            if kept is not None:
+                kept += data
             problem = problem or not_finite(data, member, place)
         if by_row and row_crc != member.row_crc32c[row]:
             problem = problem or f"checksum: got other bytes than were written{place}"
@@ -110,9 +127,35 @@ def not_finite(data: bytes, member: MemberEntry, place: str) -> str:
     return f"values: got NaN or infinite ones{place}"
 
 
-def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Problem]:
+def check_cameras(shard: str, rows: Rows, kept: Kept, info: DatasetInfo) -> Iterator[Problem]:
+    """Yield the clips whose poses and intrinsics, as read, are those of no camera of their
+    pictures."""
+    size, cropped = (info.image_height, info.image_width), info.spatial_stride
+    for entry, members in rows:
+        named = {member.field: member for member in members if member.field in CAMERA}
+        read = [kept.get((entry.key, field), b"") for field in CAMERA]
+        if len(named) < len(CAMERA) or not all(read):
+            continue
+        c2w, intrinsics = (
+            array_from_bytes(bytes(data), named[field].dtype, named[field].shape)
+            for field, data in zip(CAMERA, read, strict=True)
+        )
+        if what := camera_problem(c2w, intrinsics, *size, cropped):
+            yield Problem(shard, entry.key, CAMERA[0], what)
+
+
+def room_for(kept: Kept, key: str, member: MemberEntry) -> bytearray | None:
+    """Return where to keep the bytes of a camera; None for other members."""
+    if member.field not in CAMERA or member.length > MAX_CAMERA_BYTES:
+        return None
+    return kept.setdefault((key, member.field), bytearray())
+
+
+def verify_shard(
+    file: BinaryIO, size: int, shard: str, rows: Rows, info: DatasetInfo
+) -> list[Problem]:
     """Read a shard once, from start to end, and list the deviations from the index."""
-    problems = []
+    problems, kept = [], Kept()
     members = sorted(
         ((m.offset, entry.key, m) for entry, group in rows for m in group), key=lambda item: item[0]
     )
@@ -138,7 +181,7 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
         if block != expected:
             problems.append(Problem(shard, key, member.field, describe_header(block, expected)))
         npy = b"" if member.field == "json" else npy_header(member.dtype, member.shape)
-        problem = check_payload(file, member, npy)
+        problem = check_payload(file, member, npy, room_for(kept, key, member))
         if problem:
             problems.append(Problem(shard, key, member.field, problem))
         padding = -member.length % BLOCK
@@ -158,14 +201,17 @@ def verify_shard(file: BinaryIO, size: int, shard: str, rows: Rows) -> list[Prob
                 shard, "-", "-", "end of shard: got something else than two zero blocks and the end"
             )
         )
-    return problems
+    return problems or list(check_cameras(shard, rows, kept, info))
 
 
-def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Problem]:
+def verify_zarr(
+    filesystem: Any, folder: str, shard: str, rows: Rows, info: DatasetInfo
+) -> list[Problem]:
     """Check every file of a Zarr shard, and that there are no others.
 
     Each file has one right content, which follows from the index.
     """
+    kept = Kept()
     problems, expected = (
         [],
         shard_files((entry.key, member) for entry, members in rows for member in members),
@@ -184,7 +230,13 @@ def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Pr
             total, row, problem = 0, 0, ""
             for piece in pieces(entry.key, member, 0, member.shape[0]):
                 total, wrong = check_piece(
-                    filesystem, f"{folder}/{piece.name}", expected[piece.name], member, row, total
+                    filesystem,
+                    f"{folder}/{piece.name}",
+                    expected[piece.name],
+                    member,
+                    row,
+                    total,
+                    room_for(kept, entry.key, member),
                 )
                 row, problem = row + piece.length // max(1, member.row_bytes), problem or wrong
             if problem or total != member.crc32c:
@@ -196,7 +248,7 @@ def verify_zarr(filesystem: Any, folder: str, shard: str, rows: Rows) -> list[Pr
                         problem or "checksum: got other bytes than were written",
                     )
                 )
-    return problems
+    return problems or list(check_cameras(shard, rows, kept, info))
 
 
 def check_piece(
@@ -206,11 +258,12 @@ def check_piece(
     member: MemberEntry,
     row: int,
     total: int,
+    kept: bytearray | None,
 ) -> tuple[int, str]:
     """Check one file of an array like `check_rows`, and what follows the rows in it."""
     length, rest = expected
     try:
-        with filesystem.open(path, "rb") as file:
+        with open_file(filesystem, path) as file:
             size = filesystem.size(path)
             if size != length + len(rest):
                 return (
@@ -220,7 +273,7 @@ def check_piece(
                         f" {path.rsplit('/', 1)[1]}"
                     ),
                 )
-            total, wrong = check_rows(file, member, row, length, total)
+            total, wrong = check_rows(file, member, row, length, total, kept)
             return total, wrong or (
                 ""
                 if file.read() == rest
@@ -235,7 +288,7 @@ def differs(filesystem: Any, path: str, content: bytes) -> str:
     try:
         return (
             ""
-            if filesystem.cat_file(path) == content
+            if read_whole(filesystem, path) == content
             else "got other bytes than `encode` writes for what the index says"
         )
     except OSError as error:

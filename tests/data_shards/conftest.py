@@ -97,6 +97,15 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
+def damage():
+    """The functions of damage.py, which several tests of damaged files share."""
+    spec = importlib.util.spec_from_file_location("damage", Path(__file__).with_name("damage.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def recording(tmp_path_factory):
     """6 clips of 17 frames from at least 2 episodes."""
     out = tmp_path_factory.mktemp("recording") / "rec"

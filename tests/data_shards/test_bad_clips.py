@@ -98,7 +98,7 @@ def test_all_problems_are_named_before_anything_is_encoded(
         ("clip a", "the file is cut"),
         ("b.mp4", "cannot open b.mp4"),
         ("clip c", "poses without intrinsics"),
-        ("e.mp4", "got list in"),
+        ("e.mp4", "got a list of 0 in e.json"),
         ("clip f", "got 64x64, expected 32x32"),
         ("d.mp4", "got d.mkv and d.mp4, which are both the clip 'd'"),
         ("not a key.mp4", "clip key"),
@@ -248,7 +248,7 @@ def test_a_tar_names_all_of_its_bad_clips(videos, tmp_path, loaded, faststart, c
             tar.add(file, file.name)
     assert encode.main(arguments(tmp_path / "clips.tar", tmp_path / "set")) == 2
     error = capsys.readouterr().err
-    for name, words in (("clips/b", "cut"), ("clips/c", "cannot open"), ("clips/d", "got list")):
+    for name, words in (("clips/b", "cut"), ("clips/c", "cannot open"), ("clips/d", "a list of 0")):
         assert any(name in line and words in line for line in error.splitlines()), name
     dataset = tmp_path / "skipped"
     assert encode.main(arguments(tmp_path / "clips.tar", dataset, "on_bad_clip=skip")) == 0

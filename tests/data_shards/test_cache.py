@@ -1,6 +1,8 @@
 """The cache of ranges: its limit, several processes, and a process that is killed while it fills
 one."""
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -65,7 +67,7 @@ def test_a_kill_while_the_cache_is_filled_leaves_no_partial_range(tmp_path, patc
         check=False,
     )
     assert killed.returncode == -9
-    left = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    left = {file.name: file.stat().st_size for file in RangeCache(tmp_path, 10**6).folder.iterdir()}
     assert [size for name, size in left.items() if ".tmp-" not in name] == [1000]
     assert any(".tmp-" in name for name in left)
     cache, filled = RangeCache(tmp_path, 10**6), []
@@ -80,5 +82,43 @@ def test_processes_that_share_a_cache_stay_below_its_limit(tmp_path):
     for i in range(60):
         for number, cache in enumerate(caches):
             assert len(cache.get(f"{number} {i}", 500, lambda: bytes(500))) == 500
-            assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 100_000
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 80_000
+            assert sum(file.stat().st_size for file in cache.folder.iterdir()) <= 100_000
+    assert sum(file.stat().st_size for file in caches[0].folder.iterdir()) > 80_000
+
+
+def test_files_that_the_cache_did_not_write_stay(tmp_path):
+    """Old files, drafts and folders of others, in the folder given and in the cache's own."""
+    cache = RangeCache(tmp_path, 1000)
+    theirs = []
+    for folder in (tmp_path, cache.folder):
+        for name in ("notes.txt", "model.tmp-1", "f" * 64 + ".safetensors"):
+            theirs.append(folder / name)
+        (folder / "models").mkdir()
+        (folder / ("e" * 64)).mkdir()  # a folder under a name of ours
+        theirs += [folder / "models" / "weights", folder / ("e" * 64) / "kept"]
+    theirs.append(tmp_path / ("d" * 64))  # a content-addressed store has such names
+    for file in theirs:
+        file.write_bytes(bytes(2000))
+        os.utime(file, (0, 0))
+    cache = RangeCache(tmp_path, 1000)
+    for name in "abcdef":
+        assert cache.get(name, 300, lambda: bytes(300)) == bytes(300)
+    assert all(file.stat().st_size == 2000 for file in theirs)
+    own = [file for file in cache.folder.iterdir() if len(file.name) == 64 and file.is_file()]
+    assert sum(file.stat().st_size for file in own) <= 1000, "its own are evicted"
+
+
+def test_a_cache_that_cannot_be_cleared_fails_no_read(tmp_path, monkeypatch):
+    cache = RangeCache(tmp_path, 1000)
+
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    for name in "abcdef":
+        assert cache.get(name, 300, lambda: bytes(300)) == bytes(300)
+    cache.drop("a")
+    monkeypatch.undo()
+    shutil.rmtree(cache.folder)
+    assert cache.get("g", 300, lambda: bytes(300)) == bytes(300)

@@ -10,14 +10,9 @@ import pytest
 
 from data_shards import encode, stats, verify
 from data_shards.codecs import make_codec
-from data_shards.schema import (
-    IMAGE_LATENTS,
-    DataError,
-    image_latent_count,
-    info_from_json,
-    info_to_json,
-)
+from data_shards.schema import IMAGE_LATENTS, DataError, image_latent_count, info_to_json
 from data_shards.sources import open_source
+from data_shards.storage.facts import info_from_json
 from data_shards.storage.read import open_dataset
 
 

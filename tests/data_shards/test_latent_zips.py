@@ -147,12 +147,12 @@ def test_no_code_runs_and_lies_about_size_are_refused(layout, tmp_path):
     cut = npz(z=latents_of(2))[:-40]
     for data, report in (
         (npz(z=np.array([Bomb(ran)], dtype=object)), "got z object"),
-        (pickle.dumps(Bomb(ran)), "cannot read clip_2.npz"),
-        (npz(y=latents_of(2)), "cannot read clip_2.npz"),
+        (pickle.dumps(Bomb(ran)), "cannot read 'clip_2.npz'"),
+        (npz(y=latents_of(2)), "cannot read 'clip_2.npz'"),
         (npz(z=latents_of(2)[0]), r"expected \[C, T, h, w\]"),
         (npz(z=latents_of(2).astype(np.int32)), "got z int32"),
         (outer.getvalue(), "which is 10737418240 bytes, in a member of"),
-        (cut, "cannot read clip_2.npz"),
+        (cut, "cannot read 'clip_2.npz'"),
     ):
         write_zip(cache / "s1.zip", [("clip_2.npz", data), ("clip_3.npz", npz(z=latents_of(3)))])
         source = source_of(layout)
@@ -170,7 +170,7 @@ def test_a_flipped_bit_in_a_latent_is_seen(layout):
     place = data.index(latents_of(3).tobytes()[:64])
     data[place + 9] ^= 4
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"cannot read clip_3\.npz .*CRC"):
+    with pytest.raises(DataError, match=r"cannot read 'clip_3\.npz' .*CRC"):
         source.load(source.clips[3])
     source.load(source.clips[2])
 

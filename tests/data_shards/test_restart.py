@@ -140,7 +140,7 @@ def test_a_mistake_in_a_ray_task_is_one_report(recording, tmp_path):
     arguments = [f"source={broken}", f"out={tmp_path / 'set'}", "runner=ray", "workers=2"]
     found = encode_in_a_process(arguments)
     assert found.returncode == 2, found.stderr
-    assert "recording: cannot read" in found.stderr
+    assert "recording: got no file" in found.stderr
 
 
 def test_leftovers_of_other_arguments_are_not_mixed_in(recording, tmp_path, capsys):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from data_shards import encode
+from data_shards.beside.colmap import read_colmap
+from data_shards.cameras import square_intrinsics, square_poses
 from data_shards.controls import BUTTONS, KEY_DOWN, MOUSE
 from data_shards.schema import DataError
 from data_shards.sources import open_source
-from data_shards.sources.beside_video import read_colmap, square_intrinsics, square_poses
 from data_shards.storage.read import open_dataset
 
 FRAMES = 20  # 17 of them make a clip
@@ -40,6 +41,11 @@ def write_colmap(folder, c2w):
             "1.0 2.0 -1",
         ]
     (folder / "images.txt").write_text("\n".join(lines) + "\n")
+
+
+def of_frames(folder):
+    """The camera of a model, of a video of FRAMES frames of 32x32."""
+    return read_colmap(folder, FRAMES, (32, 32))
 
 
 def test_videos_with_sidecars_become_a_data_set(write_video, tmp_path, capsys):
@@ -88,12 +94,12 @@ def test_videos_with_sidecars_become_a_data_set(write_video, tmp_path, capsys):
 
 def test_colmap_poses_are_the_same_camera(tmp_path):
     write_colmap(tmp_path / "m", poses())
-    c2w, intrinsics = read_colmap(tmp_path / "m")
+    c2w, intrinsics = of_frames(tmp_path / "m")
     np.testing.assert_allclose(c2w, poses(), atol=1e-9)
     np.testing.assert_array_equal(intrinsics[5], [20, 21, 16, 17])
 
 
-POSES = poses()
+POSES, PINHOLE = poses(), [20, 21, 16, 17]
 
 
 @pytest.mark.parametrize(
@@ -133,13 +139,13 @@ def test_poses_of_every_kind_of_sidecar_are_the_same_camera(write_video, tmp_pat
 def test_colmap_cameras(tmp_path):
     write_colmap(tmp_path / "m", POSES)
     (tmp_path / "m" / "cameras.txt").write_text("1 SIMPLE_PINHOLE 32 32 20 16 17\n")
-    np.testing.assert_array_equal(read_colmap(tmp_path / "m")[1][0], [20, 20, 16, 17])
+    np.testing.assert_array_equal(of_frames(tmp_path / "m")[1][0], [20, 20, 16, 17])
     (tmp_path / "m" / "cameras.txt").write_text("1 OPENCV 32 32 20 21 16 17 0.1 0 0 0\n")
     with pytest.raises(DataError, match=r"got camera model OPENCV.*Fix: undistort first"):
-        read_colmap(tmp_path / "m")
+        of_frames(tmp_path / "m")
     (tmp_path / "m" / "cameras.txt").write_text("2 PINHOLE 32 32 20 21 16 17\n")
-    with pytest.raises(DataError, match="cannot read the text model"):
-        read_colmap(tmp_path / "m")
+    with pytest.raises(DataError, match=r"got camera '1', expected one of cameras\.txt"):
+        of_frames(tmp_path / "m")
 
 
 def test_events_are_bucketed_at_the_latent_rate(write_video, tmp_path):
@@ -172,14 +178,14 @@ def test_what_does_not_fit_is_refused(write_video, tmp_path, capsys):
     assert (source.fps, source.clips[0].frames) == (float(Fraction(16)), 17)
     for content, report in (
         ({"c2w": poses().tolist()}, "poses without intrinsics"),
-        ({"c2w": (2 * poses()).tolist(), "intrinsics": [1, 1, 0, 0]}, "expected rigid"),
+        ({"c2w": (2 * poses()).tolist(), "intrinsics": PINHOLE}, "expected rigid"),
         (
-            {"c2w": poses().tolist(), "w2c": poses().tolist(), "intrinsics": [1, 1, 0, 0]},
+            {"c2w": poses().tolist(), "w2c": poses().tolist(), "intrinsics": PINHOLE},
             "got c2w and w2c, expected one",
         ),
         (
-            {"c2w": poses(5).tolist(), "intrinsics": [1, 1, 0, 0]},
-            "poses for 5 frames, expected at least 17",
+            {"c2w": poses(5).tolist(), "intrinsics": PINHOLE},
+            "poses for 5 frames, expected one for each of the video's 20",
         ),
         ({"controls": [[1.0]] * FRAMES, "control_names": ["a", "b"]}, r"got controls \(20, 1\)"),
     ):
@@ -189,7 +195,9 @@ def test_what_does_not_fit_is_refused(write_video, tmp_path, capsys):
             source.load(source.clips[0])
     (folder / "a.json").unlink()
     np.savez(folder / "a.npz", c2w=np.array([{"a": 1}], dtype=object))
-    assert "without pickles" in open_source(str(folder)).problems["a.mp4"]
+    source = open_source(str(folder))
+    with pytest.raises(DataError, match="without pickles"):
+        source.check(source.clips[0])
     (folder / "a.npz").unlink()
     write_video(folder / "b.mp4", rate=30)
     assert encode.main([f"source={folder}", f"out={tmp_path / 'set'}"]) == 2

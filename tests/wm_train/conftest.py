@@ -54,7 +54,7 @@ DATASET = {
     "latent_dtype": "float32",
     "source": "test",
     "fingerprint": "",
-    "fields": ["latent.npy"],
+    "fields": ["c2w.npy", "intrinsics.npy", "latent.npy"],
     "image_latents_every": 0,
     "text_encoder": None,
     "text_length": 0,
@@ -87,6 +87,11 @@ def write_info(folder: Path, **changes: object) -> None:
         "raw_frames": 810,
         "null_text": None,
         "control_names": (),
+        "latent_dtype": "float32",
+        "index_sha256": "",
+        "source": "test",
+        "fingerprint": "test",
+        "fields": ("c2w.npy", "intrinsics.npy", "latent.npy"),
     }
     values["schema_version"] = SCHEMA_VERSION
     values |= {"latent_height": 8, "latent_width": 12, **changes}

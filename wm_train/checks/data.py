@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_shards.fields import unlike
-from data_shards.schema import DataError, DatasetInfo, info_from_json, latent_frame_count
+from data_shards.schema import DataError, DatasetInfo, latent_frame_count
+from data_shards.storage.facts import info_from_json
+from data_shards.storage.files import read_file
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
@@ -59,7 +61,7 @@ def dataset_info(path: str) -> DatasetInfo | Problem:
 
         try:
             return read_info(path, RetryPolicy(budget_s=PATIENCE_S))[2]
-        except (DataError, TypeError, AttributeError) as error:
+        except DataError as error:
             got = clean_text(f"{path} ({str(error).splitlines()[0]})")
             rule = "a reachable folder with dataset.json"
             return Problem(PATH, got, rule, "check the address and your credentials")
@@ -68,11 +70,11 @@ def dataset_info(path: str) -> DatasetInfo | Problem:
         return text
     try:
         return info_from_json(text, f"{path}/dataset.json")
-    except (DataError, TypeError, AttributeError) as error:
+    except DataError as error:
         return Problem(PATH, f"{path}: {error}", "a data set of this version", "encode it again")
 
 
-def _dataset_json(path: str) -> str | Problem:
+def _dataset_json(path: str) -> bytes | Problem:
     folder = Path(path)
     shards = "a folder of latent shards"
     if not folder.exists():
@@ -86,7 +88,10 @@ def _dataset_json(path: str) -> str | Problem:
         kind = "an empty folder" if empty else "a folder without dataset.json"
         rule = "a folder that `encode` has finished (dataset.json comes last)"
         return Problem(PATH, f"{path}, {kind}", rule, MADE_BY)
-    return file.read_text(encoding="utf-8", errors="replace")
+    try:
+        return read_file(file, "dataset.json")
+    except DataError as error:
+        return Problem(PATH, str(error), "a data set that can be read", "see its access rights")
 
 
 def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
@@ -104,6 +109,12 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
         rule = f"the data set's {controls} ({', '.join(info.control_names) or 'no controls'})"
         fix = model.cure("control_width", str(controls))
         yield Problem(model.key("control_width"), str(needs.control_width), rule, fix)
+    absent = sorted({"c2w.npy", "intrinsics.npy"} - set(info.fields))
+    if "camera" in needs.fields and absent:
+        got = f"true, which needs {' and '.join(absent)} of every clip"
+        rule = f"false, as the data set {stage.data.path} has no camera"
+        fix = f"{model.cure('camera', 'false')}, or encode with poses and intrinsics"
+        yield Problem(model.key("camera"), got, rule, fix)
     if needs.text_width and needs.text_width != info.text_width:
         key, fix = model.key("text_width"), model.cure("text_width", str(info.text_width))
         rule = f"the data set's {info.text_width} ({info.text_encoder})"

@@ -23,6 +23,11 @@ class Problem:
     rule: str
     fix: str = ""
 
+    def __post_init__(self) -> None:
+        """Keep every part on one line that commands no terminal: values come from files, too."""
+        for name in ("where", "got", "rule", "fix"):
+            object.__setattr__(self, name, one_line(getattr(self, name)))
+
     def __str__(self) -> str:
         fix = f". Fix: {self.fix}" if self.fix else ""
         return f"{self.where}: got {self.got}, expected {self.rule}{fix}"
@@ -44,6 +49,11 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
         self.rest = rest
         super().__init__(report(self.problems))
+
+
+def one_line(text: str) -> str:
+    """Replace characters that end a line or command a terminal by their escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def report(problems: Iterable[Problem]) -> str:

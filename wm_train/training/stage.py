@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_shards.loading.load import Batch
-from data_shards.schema import latent_frame_count
+from data_shards.schema import DataError, latent_frame_count
 from data_shards.storage.read import ClipDataset, open_dataset, select_clips
 from data_shards.storage.remote import RangeCache, RetryPolicy
 from parallel.degrees import MeshDegrees
@@ -105,6 +106,7 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
     except ValueError as error:
         raise SetupError(str(error)) from error
     dataset, mixture = open_data(config.data)
+    check_indices({dataset, *mixture}, world)
     degrees = MeshDegrees.from_config(config.parallel, world.size, config.model.needs().heads)
     mesh = build_mesh(
         degrees, backend.device.type, timedelta(seconds=plan.backend.collective_timeout_s)
@@ -138,12 +140,29 @@ def tokens_per_frame(model: ModelConfig, latent_height: int, latent_width: int) 
     return latent_height * latent_width // model.needs().patch ** 2
 
 
+def check_indices(datasets: Iterable[ClipDataset], world: World) -> None:
+    """Raise DataError on every process unless each index is the one its dataset.json states.
+
+    One process reads them, as they may be large.
+    """
+    problem = None
+    if world.rank == 0:
+        try:
+            for dataset in datasets:
+                dataset.check_index()
+        except DataError as error:
+            problem = [str(error), error.passing]
+    problem = world.from_first(problem)
+    if problem:
+        raise DataError(*problem)
+
+
 def open_data(data: DataConfig) -> tuple[ClipDataset, dict[ClipDataset, float]]:
     """Open the data set of `data.path`; return it, and the weight of each data set in training."""
     policy = RetryPolicy(budget_s=data.retry_s)
     cache = RangeCache(Path(data.cache), round(data.cache_gb * 1e9)) if data.cache else None
     datasets = {
-        path: open_dataset(path, policy=policy, cache=cache)
+        path: open_dataset(path, policy=policy, cache=cache, check=False)
         for path in dict.fromkeys([data.path, *data.mixture])
     }
     for file in data.selection:

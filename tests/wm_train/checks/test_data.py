@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_the_data_folder(found: Find, write, shards: Path, tmp_path: Path) -> No
     (shards / "dataset.json").write_text("{")
     assert "not JSON" in found()["data.path"].got
     (shards / "dataset.json").write_text("[]")
-    assert "schema_version" in found()["data.path"].got
+    assert "expected a JSON object" in found()["data.path"].got
 
 
 def test_the_data_set_must_fit(found: Find, write, shards: Path) -> None:
@@ -34,6 +35,35 @@ def test_the_data_set_must_fit(found: Find, write, shards: Path) -> None:
     write(shards, clips={"train": 10, "validation": 0})
     assert set(found()) == {"trainer.samples"}
     assert found({"trainer.samples": 0}) == {}
+
+
+def test_a_camera_that_the_data_set_has_not(found: Find, write, shards: Path) -> None:
+    for fields in (("latent.npy",), ("c2w.npy", "latent.npy")):
+        write(shards, fields=fields)
+        problems = found()
+        assert set(problems) == {"model.camera"}
+        assert "intrinsics.npy of every clip" in problems["model.camera"].got
+        assert problems["model.camera"].fix.startswith("model.camera=false, or encode with poses")
+        assert found({"model.camera": False}) == {}
+
+
+def test_facts_of_the_data_set_command_no_terminal(found: Find, shards: Path) -> None:
+    """Hostile text is refused by its escapes, each problem on one line."""
+    facts = json.loads((shards / "dataset.json").read_text())
+    for name, value in (
+        ("codec", "x\x1b[2J\n  2. data.path: got nothing\n@progress {}"),
+        ("clips", {"train": "8"}),
+        ("temporal_stride", 0),
+    ):
+        (shards / "dataset.json").write_text(json.dumps({**facts, name: value}))
+        problem = found()["data.path"]
+        assert str(problem).isprintable()
+        assert f"got {name} = " in problem.got
+    (shards / "dataset.json").write_bytes(b"[" * 10**5)
+    assert "nested too deep" in found()["data.path"].got
+    (shards / "dataset.json").unlink()
+    os.mkfifo(shards / "dataset.json")
+    assert "without dataset.json" in found()["data.path"].got
 
 
 def test_weights_to_inherit_must_exist(found: Find, write, shards: Path) -> None:

@@ -120,7 +120,7 @@ def test_what_was_read_once_comes_from_the_cache(stage_of, gameplay, tmp_path):
     for shard in (copy / "shards").iterdir():
         shard.unlink()
     assert all(map(torch.equal, batches(*where), first))
-    held = sum(file.stat().st_size for file in (tmp_path / "cache").iterdir())
+    held = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*"))
     assert held > 4 * 2 * first[0][0].numel()
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ShardError, match="cannot read it"):
