@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ray._private import accelerators, worker
 
 
@@ -17,9 +15,3 @@ def ended_parts() -> list[str]:
     such as raylet. Ray 2.60."""
     node = worker._global_node
     return [] if node is None else [str(kind) for kind, _ in node.dead_processes()]
-
-
-def session_folder() -> set[Path]:
-    """Return the folder of that Ray's logs and sockets, if there is one. Ray 2.60."""
-    node = worker._global_node
-    return set() if node is None else {Path(node.get_session_dir_path())}

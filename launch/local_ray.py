@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -24,7 +25,6 @@ class LocalRay:
     def __init__(self, cpus: int) -> None:
         self._cpus = cpus
         self._lock = threading.Lock()
-        self._sessions: set[Path] = set()
 
     def start(self, view: ProgressView) -> str:
         """Start it; return an error message, or "".
@@ -33,8 +33,6 @@ class LocalRay:
         again.
         """
         import ray
-
-        from launch.compat import session_folder
 
         for left in reversed(range(STARTS)):
             try:
@@ -49,7 +47,6 @@ class LocalRay:
                         log_to_driver=False,
                         logging_level=logging.ERROR,
                     )
-                self._sessions |= session_folder()
                 return ""
             # there is no narrower class: Ray raises Exception itself when one of its processes has
             # died
@@ -87,13 +84,15 @@ class LocalRay:
         import ray
 
         ray.shutdown()
-        for folder in () if keep_logs else self._sessions:
+        place = Path(_temporary(), "ray")
+        # named after the process that started it, also where it did not come up
+        for folder in () if keep_logs else place.glob(f"session_*_{os.getpid()}"):
             shutil.rmtree(folder, ignore_errors=True)
-            latest = folder.with_name("session_latest")
-            if latest.is_symlink() and not latest.exists():
-                latest.unlink(missing_ok=True)
-            if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-                shutil.rmtree(folder.parent, ignore_errors=True)
+        latest = place / "session_latest"
+        if latest.is_symlink() and not latest.exists():
+            latest.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are in it
+            place.rmdir()
 
 
 def _temporary() -> str:

@@ -77,6 +77,11 @@ def test_a_ray_of_our_own_that_does_not_come_up_is_started_again(
     from launch import attempt
 
     started: list[dict[str, object]] = []
+    ours, place = f"session_2026_{os.getpid()}", tmp_path / "ray"
+    for name in (ours, "session_2026_1"):  # and somebody else's
+        (place / name).mkdir(parents=True)
+    (place / "session_latest").symlink_to(place / ours)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
 
     def init(**options: object) -> None:
         started.append(options)
@@ -93,6 +98,8 @@ def test_a_ray_of_our_own_that_does_not_come_up_is_started_again(
     shown = view.out.getvalue()
     assert shown.count("got The current node timed out during startup.; trying again") == 2
     assert ("3 times, expected a Ray on this machine. Fix:" in shown) is (code == 2)
+    kept = {path.name for path in place.iterdir()}
+    assert kept == {"session_2026_1", *((ours, "session_latest") if code else ())}
 
 
 @pytest.mark.full
