@@ -179,6 +179,8 @@ class ClipIndex:
         )
 
     def _read(self, what: Callable[[], Any], name: str) -> Any:
+        import pyarrow as pa
+
         def attempt() -> Any:
             try:
                 return what()
