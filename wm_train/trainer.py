@@ -15,7 +15,7 @@ from wm_train.console import Progress, complain
 from wm_train.errors import SetupError, StorageError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.samples import show_samples
-from wm_train.resilience.guard import Guard, RewindError
+from wm_train.resilience.guard import BadStepError, Guard, RewindError
 from wm_train.resilience.heartbeat import Heartbeat, missing_ranks, silent_ranks
 from wm_train.resilience.preemption import Preempted, StopRequest, StopSeenError
 from wm_train.resilience.replicas import check_replicas
@@ -181,7 +181,7 @@ def run_steps(
             try:
                 with setup_mistakes() if first else nullcontext():
                     report = train_step(stage, state, batch, step, guard, stop, clock)
-            except RewindError:
+            except (RewindError, BadStepError):  # on all ranks; a save that is under way ends first
                 saver.wait()
                 raise
             stage.backend.synchronize()
