@@ -12,8 +12,9 @@ import shutil
 import stat
 from collections.abc import Callable
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,7 +242,7 @@ class NotRegular(OSError):
     """Report a pipe, socket, device or folder in place of a file: reading could wait for ever."""
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a file for reading.
 
     Raises:

@@ -32,6 +32,8 @@ PLAYLISTS = [
 
 def load_first(folder):
     source = open_source(str(folder))
+    if source.problems:  # what keeps a file from being listed
+        raise DataError("\n".join(source.problems.values()))
     return source.load(source.clips[0])
 
 

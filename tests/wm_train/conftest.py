@@ -77,6 +77,7 @@ def write_info(folder: Path, **changes: object) -> None:
     values |= {
         "codec": "dct",
         "codec_options": {},
+        "libraries": {},
         "channels": CHANNELS,
         "temporal_stride": 8,
         "mean": statistics,
