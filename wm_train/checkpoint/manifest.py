@@ -210,23 +210,28 @@ def resume_facts(folder: Place, manifest: Manifest) -> tuple[dict[str, Any], dic
 
     Errors: CheckpointError when it does not say them.
     """
-    identity, config = manifest.facts.get("identity", {}), manifest.facts.get("config", {})
-    data = config.get("data")
-    lacks = [
-        name
-        for name, value, kind in (
-            ("identity.data", identity.get("data"), str),
-            ("identity.model", identity.get("model"), dict),
-            ("config.data.path", data.get("path") if isinstance(data, dict) else None, str),
-        )
-        if not isinstance(value, kind)
+    optimizer = ("config", "recipe", "stages", manifest.stage, "optimizer")
+    kinds: list[tuple[tuple[str, ...], Any]] = [
+        (("identity", "data"), str),
+        (("identity", "model"), dict),
+        (("config", "data", "path"), str),
+        ((*optimizer, "name"), str),
+        ((*optimizer, "ema_decay"), int | float),
     ]
+    lacks = [".".join(p) for p, kind in kinds if not isinstance(_at(manifest.facts, p), kind)]
     if lacks:
         raise CheckpointError(
             f"checkpoint {folder}: got no {', '.join(lacks)} among its facts, expected what the"
             " trainer writes. Fix: use another checkpoint, or name=<new run>"
         )
-    return identity, config
+    return manifest.facts["identity"], manifest.facts["config"]
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """Return the value at a path of nested mappings, None where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _is(kind: type[T], value: Any) -> T:

@@ -20,7 +20,10 @@ TINY = SanaWMConfig(latent_channels=6, depth=1, width=16, heads=2, text_width=10
 FACTS = {
     "validation_loss": 0.5,
     "identity": {"stage": "short", "data": "abc", "model": asdict(TINY)},
-    "config": {"data": {"path": "data"}},
+    "config": {
+        "data": {"path": "data"},
+        "recipe": {"stages": {"short": {"optimizer": {"name": "adamw", "ema_decay": 0.5}}}},
+    },
     "world": 1,
     "guard": {"recent": [0.5, 1], "skipped": [3], "rewound": [[1, 2]]},
     "quarantined": ["shards/000000.tar"],
@@ -80,6 +83,8 @@ def test_whatever_stands_in_a_manifest_it_is_right_or_one_error(folder, values):
                 Guard(TrainerConfig(), manifest.facts.get("guard")).memory()
                 identity, config = resume_facts(folder, manifest)
                 assert identity["data"][:12] + config["data"]["path"]
+                optimizer = config["recipe"]["stages"][manifest.stage]["optimizer"]
+                assert str(optimizer["name"]), bool(optimizer["ema_decay"])
                 model_config(folder, manifest).needs()
             except CheckpointError as error:
                 said.append(str(error))

@@ -16,13 +16,12 @@ LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         (LAUGHS, "aliases make more than"),
         ("a: &a [*a]\n", "aliases make more than"),
         ("a: &a {b: *a}\n", "aliases make more than"),
-        ("x: " + "[" * 5000 + "]" * 5000, "too deeply"),
+        ("x: " + "[" * 1500 + "]" * 1500, "too deeply"),
         ("# " + "x" * (1 << 20), "at most 1,048,576"),
     ],
 )
-@pytest.mark.parametrize("place", ["experiment/mine.yaml", "mine.yaml"])
-def test_a_file_that_grows_beyond_measure_is_named(tmp_path, place, text, words):
-    file = tmp_path / place
+def test_a_file_that_grows_beyond_measure_is_named(tmp_path, text, words):
+    file = tmp_path / "experiment/mine.yaml"
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
     with pytest.raises(ConfigError, match=words) as caught:
