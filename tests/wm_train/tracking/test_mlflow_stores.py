@@ -55,7 +55,7 @@ def record_steps(folder, first, last, said, *overrides):
     tracker = Tracker(plan_stage(run, "short"), folder, first, said.append)
     for step in range(first + 1, last + 1):
         tracker.step(step, {"loss": 1.0 / step})
-    tracker.close()
+    tracker.close(timeout_s=600.0)  # waits only as long as it must
 
 
 def client_of(folder):
