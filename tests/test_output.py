@@ -18,11 +18,11 @@ GONE, FULL = "| { exec 0<&-; sleep 3; }", "> /dev/full"
     ("module", "where", "code", "said"),
     [
         ("wm_train.launch", GONE, 0, ""),
-        ("wm_train.launch", FULL, 74, "output: got [Errno 28]"),
-        ("wm_train.launch", ">&-", 0, ""),
-        ("data_shards.stats", GONE, 141, ""),
+        pytest.param("wm_train.launch", FULL, 74, "output: got [Errno 28]", marks=pytest.mark.full),
+        pytest.param("wm_train.launch", ">&-", 0, "", marks=pytest.mark.full),
+        pytest.param("data_shards.stats", GONE, 141, "", marks=pytest.mark.full),
         ("data_shards.stats", FULL, 74, "output: got [Errno 28]"),
-        ("data_shards.stats", ">&-", 0, ""),
+        pytest.param("data_shards.stats", ">&-", 0, "", marks=pytest.mark.full),
     ],
 )
 def test_help_that_cannot_be_shown(module: str, where: str, code: int, said: str) -> None:
@@ -40,6 +40,7 @@ def test_help_that_cannot_be_shown(module: str, where: str, code: int, said: str
     assert len(done.stderr.splitlines()) == bool(said), done.stderr
 
 
+@pytest.mark.full
 def test_a_ctrl_c_before_anything_runs_needs_no_traceback() -> None:
     """While modules are imported or the configuration is composed."""
     program = (

@@ -90,7 +90,13 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("number", "left"), [("INT", 75), ("HUP", 0), ("QUIT", -signal.SIGTERM), ("TERM", 75)]
+    ("number", "left"),
+    [
+        ("INT", 75),
+        ("HUP", -signal.SIGTERM),
+        pytest.param("QUIT", 0, marks=pytest.mark.full),
+        pytest.param("TERM", 75, marks=pytest.mark.full),
+    ],
 )
 def test_every_signal_lets_the_worker_save_and_gives_its_own_exit_code(
     spec, view, tmp_path: Path, number: str, left: int
