@@ -114,6 +114,7 @@ print("finished", rank)
     assert all_gone(tmp_path, 4)
 
 
+@pytest.mark.full
 def test_a_lost_actor_takes_its_worker_along_and_is_replaced(
     spec, view, cluster: str, tmp_path: Path
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 
+@pytest.mark.full
 def test_collectives_give_the_same_bits_under_their_old_names(processes):
     whole = torch.cat([torch.arange(3.0), torch.arange(3.0) + 10])
     total = torch.arange(6.0).sin() + torch.arange(6.0).sin() * 2

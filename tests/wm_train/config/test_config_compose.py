@@ -259,7 +259,7 @@ def attempt(overrides: list[str]) -> tuple[tuple[Problem, ...], RunConfig | None
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(7, 120), pytest.param(8, 2000, marks=pytest.mark.drill)]
+    ("seed", "count"), [(7, 60), pytest.param(8, 2000, marks=pytest.mark.drill)]
 )
 def test_random_overrides_give_a_config_or_one_report(tmp_path, seed: int, count: int) -> None:
     """Never another exception, and what composes is judged by the rules without an exception

@@ -40,6 +40,7 @@ def test_two_processes_give_the_losses_of_one(
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5, abs=0)
 
 
+@pytest.mark.full  # tests/outside kills and resumes a smaller model in the quick suite
 def test_a_killed_run_ends_with_the_curve_of_the_undisturbed_one(
     alone, worker_config, losses, tmp_path
 ):

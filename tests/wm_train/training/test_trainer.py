@@ -147,7 +147,9 @@ def test_signals_of_schedulers_and_of_a_terminal_ask_to_stop():
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "factor", [float("inf"), pytest.param(float("nan"), marks=pytest.mark.full)]
+)
 def test_a_bad_step_stops_the_run_before_its_update(train_here, tmp_path, monkeypatch, factor):
     train_here(tmp_path / "reference", "recipe.stages.short.steps=7", "trainer.checkpoint_every=7")
     poison(monkeypatch, 8, factor)
@@ -159,6 +161,7 @@ def test_a_bad_step_stops_the_run_before_its_update(train_here, tmp_path, monkey
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.full
 def test_skipping_a_bad_step_equals_the_run_without_that_batch(train_here, tmp_path, monkeypatch):
     train_here(tmp_path / "without", "trainer.skip_steps=[8]")
     poison(monkeypatch, 8, float("nan"))
