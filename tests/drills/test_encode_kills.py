@@ -35,6 +35,14 @@ def processes_of_group(group):
     ]
 
 
+def wait_until_gone(group):
+    """A process that is ending closes its files before it leaves the list of processes."""
+    deadline = time.monotonic() + 20
+    while processes_of_group(group):
+        assert time.monotonic() < deadline, "workers outlived the command"
+        time.sleep(0.1)
+
+
 @pytest.mark.drill
 @pytest.mark.parametrize("container", ["tar", "zarr"])
 @pytest.mark.parametrize("whole_group", [True, False])
@@ -67,10 +75,7 @@ def test_random_kills(tmp_path, container, whole_group):
             killed += 1
             (os.killpg if whole_group else os.kill)(child.pid, signal.SIGKILL)
             child.wait()
-        deadline = time.monotonic() + 20
-        while processes_of_group(child.pid):
-            assert time.monotonic() < deadline, "workers outlived the command"
-            time.sleep(0.1)
+        wait_until_gone(child.pid)
     assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
     assert bytes_of(tmp_path / "set") == expected
     what = "the whole group" if whole_group else "the command alone"
@@ -107,7 +112,7 @@ def test_signals(tmp_path, name, workers):
     assert child.returncode == 128 + getattr(signal, name), words
     assert words.decode().splitlines()[-1].endswith(f"interrupted ({name})")
     assert b"Traceback" not in words
-    assert not processes_of_group(child.pid)
+    wait_until_gone(child.pid)
     assert not list(scratch.iterdir())
     assert encode.main([*arguments, f"out={tmp_path / 'set'}"]) == 0
     assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "undisturbed")
