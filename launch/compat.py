@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ray._private import accelerators, worker
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray._private import accelerators, utils, worker
 
 
 def accelerator_resources() -> set[str]:
@@ -15,3 +18,17 @@ def ended_parts() -> list[str]:
     such as raylet. Ray 2.60."""
     node = worker._global_node
     return [] if node is None else [str(kind) for kind, _ in node.dead_processes()]
+
+
+@contextmanager
+def command_line_as_utf8() -> Iterator[None]:
+    """Let Ray start where the locale cannot read the command line: Ray sends it along as text, and
+    fails with bytes that Python has kept as surrogates. Ray 2.60."""
+    known = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: (
+        known().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    )
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = known

@@ -34,10 +34,12 @@ class LocalRay:
         """
         import ray
 
+        from launch.compat import command_line_as_utf8
+
         for left in reversed(range(STARTS)):
             try:
                 # A terminal that goes must not take Ray along before the workers have saved.
-                with held_back(signal.SIGHUP, signal.SIGQUIT):
+                with held_back(signal.SIGHUP, signal.SIGQUIT), command_line_as_utf8():
                     ray.init(
                         address="local",
                         num_cpus=self._cpus,

@@ -118,9 +118,9 @@ def test_a_run_ends_as_elsewhere(
         finally:
             ended.set()
     said = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, said
     rows = (out / "demo" / "short" / "metrics.jsonl").read_text().splitlines()
     print(f"{launcher}, {surrounding}: code {done.returncode}, {len(rows)} steps, {len(hit)} ports")
-    assert done.returncode == 0, said
     assert [json.loads(row)["step"] for row in rows] == list(range(1, 41))
     assert "Traceback" not in said, said
     assert bool(hit) == surrounding.startswith("garbage")

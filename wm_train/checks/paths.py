@@ -25,7 +25,7 @@ def path_problems(out: str, run: Any, stages: Mapping[str, StageConfig]) -> Iter
     whole = dict(_paths("", run))
     for key, value in [("out", out), *whole.items(), *_of_stages(stages, whole)]:
         name = key.split(".", 3)[-1] if key.startswith("recipe.stages.") else key
-        if not value.isprintable():
+        if not _decoded(value).isprintable():
             yield Problem(key, repr(value), "a path of printable letters on one line")
         elif value.startswith("~"):
             rule = "a path from / or relative; only a shell expands ~, and it did not"
@@ -38,6 +38,12 @@ def path_problems(out: str, run: Any, stages: Mapping[str, StageConfig]) -> Iter
                 " deletes it"
             )
             yield Problem(key, value, rule, f"{key}=/<shared folder>/{value}")
+
+
+def _decoded(path: str) -> str:
+    """Return a path whose bytes are read as UTF-8; Python in the C locale keeps those of a command
+    line beyond ASCII as surrogates. Bytes that are no UTF-8 stay such."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 def _paths(prefix: str, sections: Any) -> Iterator[tuple[str, str]]:

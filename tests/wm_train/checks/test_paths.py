@@ -37,6 +37,12 @@ def test_a_path_that_cannot_be_meant(
     assert not list(tmp_path.glob("s3*"))
 
 
+def test_a_path_beyond_ascii_is_taken_in_the_c_locale_too(found) -> None:
+    """Python keeps the bytes of a command line that its locale cannot read as surrogates."""
+    as_in_c = "läufe µ".encode().decode("ascii", "surrogateescape")
+    assert "out" not in found({"out": as_in_c})
+
+
 @pytest.mark.parametrize("key", ["data.mixture", "data.selection"])
 def test_paths_inside_lists_and_mappings_are_judged_as_well(found, key: str) -> None:
     value = {"~/other": 1.0} if key == "data.mixture" else ["~/other"]
