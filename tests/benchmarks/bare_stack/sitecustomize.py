@@ -3,8 +3,7 @@ this module first when its folder is on PYTHONPATH."""
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import packages_distributions
 
 NEEDED = (
@@ -16,13 +15,17 @@ OURS = ("wm_train", "parallel", "data_shards", "launch", "benchmarks", "tests")
 REFUSED = set(packages_distributions()) - {*NEEDED, *OURS}
 
 
-class Refuse(MetaPathFinder):
+class BarePathFinder(PathFinder):
+    """Find what PathFinder finds, but for the refused packages: they are not installed, also for a
+    program that only asks whether they are, as torch's compiler does."""
+
+    @classmethod
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: object = None
+        cls, fullname: str, path: Sequence[str] | None = None, target: object = None
     ) -> ModuleSpec | None:
-        if name.partition(".")[0] in REFUSED:
-            raise ModuleNotFoundError(f"No module named {name!r} on the bare stack", name=name)
-        return None
+        if fullname.partition(".")[0] in REFUSED:
+            return None
+        return super().find_spec(fullname, path, target)  # type: ignore[arg-type]
 
 
-sys.meta_path.insert(0, Refuse())  # type: ignore[arg-type]
+sys.meta_path[sys.meta_path.index(PathFinder)] = BarePathFinder
