@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.beside.sidecar import read_sidecar
-from data_shards.beside.video import Beside, read_beside, read_listed
+from data_shards.beside.video import Beside, check_count, read_beside, read_listed
 from data_shards.fields import registered
 from data_shards.schema import MAX_MEMBER_BYTES, DataError, check_key
 from data_shards.sources import Place
@@ -228,25 +228,28 @@ class VideosSource:
         """Return an array of the clip's sidecar, of a field per raw frame the rows of its frames.
 
         Raises:
-            DataError: a sidecar without it, or a field per latent frame of a video that is cut or
-                resampled.
+            DataError: a sidecar without it, one of another number of frames than the video, or a
+                field per latent frame of a video that is cut or resampled.
         """
         stem = self._places[key][0]
-        if self.reading.fps is None and self.reading.clip_frames is None:
-            return self._read_field(stem, name)
-        values = self._field(stem, name)
-        field = registered().get(name)
-        if field is not None and field.rate == "clip":
-            return values
-        clip = next(clip for clip in self.clips if clip.key == key)
-        numbers = self._frames_of(clip)[0]
-        if field is None or field.rate != "raw" or len(values) <= numbers[-1]:
+        whole = self.reading.fps is None and self.reading.clip_frames is None
+        values = (self._read_field if whole else self._field)(stem, name)
+        rate = registered()[name].rate
+        if not values.ndim or rate == "clip" or (whole and rate != "raw"):
+            return values  # their shape is judged with those of other sources
+        if rate != "raw":
             raise DataError(
-                f"field {name}: got {len(values)} entries, expected one for each raw frame, as"
-                f" others cannot be cut along with a video (key {key}). Fix: encode without"
-                f" {self.reading.changes()}, or without fields="
+                f"field {name}: got one entry for each {rate} frame, expected one for each raw"
+                f" frame, as others cannot be cut along with a video (key {key}). Fix: encode"
+                f" without {self.reading.changes()}, or without fields="
             )
-        return values[numbers]
+        where = read_sidecar(self._files[stem], ()).where
+        check_count(name, values, self._facts[stem].times.frames, where)
+        return values[self._frames_of(self._by_key[key])[0]]
+
+    @cached_property
+    def _by_key(self) -> dict[str, SourceClip]:
+        return {clip.key: clip for clip in self.clips}
 
 
 def open_videos(place: Place) -> VideosSource:
