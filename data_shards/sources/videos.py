@@ -44,7 +44,7 @@ from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.cuts import cut_controls, cut_events, cut_rows
 from data_shards.sources.digests import FileDigests, is_hidden, list_files
 from data_shards.sources.reading import DEFAULT, Reading, common_rate
-from data_shards.sources.video_file import VideoFacts, check_packets, import_av, probe
+from data_shards.sources.video_file import VideoFacts, check_whole, count_packets, import_av, probe
 from data_shards.sources.video_folder import left_out, list_videos, notes_of
 from data_shards.sources.video_reader import VideoReader
 
@@ -67,7 +67,7 @@ class VideosSource:
         self._beside_file = lru_cache(maxsize=8)(self._read_beside)
         self._shown = lru_cache(maxsize=8)(self._list_shown)
         self._field = lru_cache(maxsize=4)(self._read_field)
-        self._whole = lru_cache(maxsize=None)(self._check_whole)
+        self._packets = lru_cache(maxsize=None)(self._count_packets)
         self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
         clips: list[SourceClip] = []
         wrong: list[str] = []
@@ -139,11 +139,15 @@ class VideosSource:
         """Return the numbers of the frames of a file that are shown."""
         return self._facts[stem].times.shown(self.reading.fps)
 
-    def _read_beside(self, stem: str) -> Beside:
-        """Return what lies beside a file, checked against all its frames."""
+    def _read_beside(self, stem: str) -> Beside | DataError:
+        """Return what lies beside a file, checked against all its frames, or what is wrong with
+        it."""
         facts = self._facts[stem]
         size, frames = (facts.height, facts.width), facts.times.frames
-        return read_beside(self._files[stem], frames, size, float(frames / facts.times.seconds))
+        try:
+            return read_beside(self._files[stem], frames, size, float(frames / facts.times.seconds))
+        except DataError as error:
+            return error
 
     def _read_field(self, stem: str, name: str) -> NDArray[Any]:
         sidecar = read_sidecar(self._files[stem], (name,), MAX_MEMBER_BYTES)
@@ -154,10 +158,14 @@ class VideosSource:
             )
         return sidecar.array(name)
 
-    def _check_whole(self, stem: str) -> None:
+    def _count_packets(self, stem: str) -> int | DataError:
+        """Return the number of whole frames of a file, or why it cannot be read: for all its clips,
+        of which a film may have thousands."""
         file = self._files[stem]
-        if self.reading.damaged == "refuse":
-            check_packets(str(file), self._facts[stem], file.name)
+        try:
+            return count_packets(str(file), file.name)
+        except DataError as error:
+            return error
 
     def _frames_of(self, clip: SourceClip) -> tuple[NDArray[np.int64], int]:
         """Return the numbers of a clip's frames in its file, and that of the frame shown before;
@@ -172,8 +180,15 @@ class VideosSource:
         return replace(self._beside(clip), video=video)
 
     def check(self, clip: SourceClip) -> ClipContent:
-        """Return what lies beside the video; the file must hold all that it lists."""
-        self._whole(self._places[clip.key][0])
+        """Return what lies beside the video; the file must hold all that it lists, one that is cut
+        into clips all up to the clip's last frame. A file of many clips is read once."""
+        stem = self._places[clip.key][0]
+        if self.reading.damaged == "refuse":
+            if isinstance(count := self._packets(stem), DataError):
+                raise count
+            part = self.reading.clip_frames is not None
+            needed = int(self._frames_of(clip)[0][-1]) + 1 if part else None
+            check_whole(count, needed or self._facts[stem].times.frames, self._files[stem].name)
         return self._beside(clip)
 
     def digests(self, clip: SourceClip) -> dict[str, str]:
@@ -207,6 +222,8 @@ class VideosSource:
         """Return all of a clip but its pixels."""
         stem, start = self._places[clip.key]
         (numbers, before), beside = self._frames_of(clip), self._beside_file(stem)
+        if isinstance(beside, DataError):
+            raise beside
         controls, events = beside.controls, beside.events
         if controls is not None:
             controls = cut_controls(controls, self.control_sums, numbers, before)

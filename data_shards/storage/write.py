@@ -7,6 +7,7 @@ without dataset.json a folder is no data set.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -178,14 +179,17 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._write(b"\0" * (2 * BLOCK))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self.path)
-        else:
+        try:
+            if kind is None:
+                self._write(b"\0" * (2 * BLOCK))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._temporary, self.path)
+        finally:
+            # on a full disk closing writes, and fails, once more
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
