@@ -3,6 +3,8 @@ real S3 server and in memory."""
 
 from __future__ import annotations
 
+import json
+
 import fsspec
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
 from wm_train.checkpoint.manifest import NAME, CheckpointError, TakenError, step_of
+from wm_train.errors import SetupError
 from wm_train.resilience import store_lock
 from wm_train.resilience.run_lock import OwnedError
 from wm_train.storage import Remote, place
@@ -214,3 +217,38 @@ def test_a_stage_trains_into_a_store_and_goes_on_from_it(alone, train_here, loss
     train_here(tmp_path, to)
     assert losses(tmp_path) == alone
     assert steps(place(f"{s3}/runs/demo/short"))[-1] == 20  # type: ignore[arg-type]
+
+
+DAMAGE = {
+    "dtype": ({"dtype": "F8_E4M3"}, r"got tensor model/a of dtype F8_E4M3, expected one of F64"),
+    "no dtype": ({"dtype": None}, "got tensor model/a of dtype None"),
+    "shape": ({"shape": [3, 3]}, r"got tensor model/a F32 \[3, 3\] in \d+ bytes"),
+    "text": ({"shape": "wide"}, "got no tensor model/a"),
+    "place": ({"data_offsets": [1]}, "got no tensor model/a"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_header_that_says_something_else_is_one_error(root, kind):
+    """A dtype that nobody knows was a StopIteration, as bare as that."""
+    changed, told = DAMAGE[kind]
+    file = save(root, 1) / "rank_00000.safetensors"
+    data = file.read(None, None)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model/a"] |= changed
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(SetupError, match=told) as caught:
+        store.RemoteTensors(file).get_tensor("model/a")
+    assert file.name in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\0" * 8, b"\xff" * 20, b"\5" + b"\0" * 7 + b"abcde"])
+def test_a_file_without_a_header_is_one_error(root, data):
+    file = root / "x.safetensors"
+    with file.open("wb") as out:
+        out.write(data)
+    with pytest.raises(SetupError, match=r"x\.safetensors: got a header"):
+        store.RemoteTensors(file)
