@@ -89,13 +89,16 @@ def _flush(path: Place, file: Any) -> None:
         os.fsync(file.fileno())
 
 
-def read_digest(path: Place) -> FileDigest:
-    """Return size and sha256 of a file as it is on the disk."""
+def read_digest(path: Place, most: int | None = None) -> FileDigest:
+    """Return size and sha256 of a file as it is on the disk. most: bytes after which it is too long
+    in any case, and the rest is left out: a web server's answer may have no end."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) if isinstance(path, Path) else path.open("rb") as file:
         while data := file.read(CHUNK):
             digest.update(data)
             size += len(data)
+            if most is not None and size > most:
+                break
     return FileDigest(size, digest.hexdigest())
 
 

@@ -3,7 +3,10 @@ real S3 server and in memory."""
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
+import threading
 
 import fsspec
 import pytest
@@ -12,6 +15,7 @@ import torch
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
 from wm_train.checkpoint.manifest import NAME, CheckpointError, TakenError, step_of
+from wm_train.checkpoint.tensor_file import read_digest
 from wm_train.errors import SetupError
 from wm_train.resilience import store_lock
 from wm_train.resilience.run_lock import OwnedError
@@ -252,3 +256,39 @@ def test_a_file_without_a_header_is_one_error(root, data):
         out.write(data)
     with pytest.raises(SetupError, match=r"x\.safetensors: got a header"):
         store.RemoteTensors(file)
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Answers that never end."""
+
+    def do_GET(self):
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(2**15 if self.command == "GET" else 0):
+                self.wfile.write(b"x" * 2**16)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_address_whose_answers_have_no_end_is_an_error(monkeypatch):
+    """They were taken into memory, or hashed, for as long as they came."""
+    monkeypatch.setattr("data_shards.storage.remote.MOST_WHOLE", 2**20)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = place(f"http://127.0.0.1:{server.server_address[1]}/runs")
+    try:
+        for ask in (
+            lambda: list(there.iterdir()),
+            lambda: (there / "manifest.json").read_text(),
+            lambda: (there / "x.safetensors").read(0, 8),
+        ):
+            with pytest.raises(OSError, match="got more than"):
+                ask()
+        assert 10**6 < read_digest(there / "x.safetensors", 10**6).size < 10**8
+    finally:
+        server.shutdown()
+        server.server_close()
