@@ -9,6 +9,8 @@ starts.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import math
 import os
 import signal
@@ -19,11 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_shards.schema import DataError
+from data_shards.redact import clean_output
+from data_shards.schema import DataError, plain
 
 WIDTH, INDENT = 100, 24  # of the help
 # exit codes when the standard output is closed, as by SIGPIPE, and when it cannot be written
 CLOSED, NO_STORAGE = 128 + 13, 74
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # NO_STORAGE too
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ def output_failed(error: OSError) -> bool:
     try:
         sys.stdout.flush()
         os.write(sys.stdout.fileno(), b"\n")
+    except (AttributeError, io.UnsupportedOperation):  # there is none, or a notebook's
+        return False
     except OSError as again:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -186,6 +192,22 @@ def output_failed(error: OSError) -> bool:
     return False
 
 
+def describe(error: OSError) -> str:
+    """Return one line about a file or folder that could not be read or written."""
+    where = error.filename or "a file"
+    said = error.strerror or str(error) or type(error).__name__
+    if error.errno in FULL:
+        return (
+            f"disk: got no room for {where} ({said}), expected some. Fix: make room, and run the"
+            " same command again: it goes on where it stopped"
+        )
+    return (
+        f"storage: cannot use {where} ({said}), expected a file or folder that can be read and"
+        " written. Fix: see its access rights and its disk, and run the same command again"
+    )
+
+
+@clean_output(plain)
 def run(
     command: str,
     about: str,
@@ -194,8 +216,9 @@ def run(
     arguments: Sequence[str],
     more: Callable[[Mapping[str, str]], Mapping[str, Option]] = lambda given: {},
 ) -> int:
-    """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError into one
-    report and exit code 2. `more` tells the options that depend on what is given.
+    """Parse, call `main(**values)`, whose result is the exit code, and turn a DataError, or an
+    error of a file, into one report and exit code 2, or 74 on a full disk. `more` tells the options
+    that depend on what is given. What is printed holds no secrets and commands no terminal.
 
     SIGTERM and SIGHUP end it as Ctrl-C does, so that nothing is left behind: exit code 128 plus the
     signal's number.
@@ -216,7 +239,8 @@ def run(
             return code
     except OSError as error:
         if not output_failed(error):
-            raise
+            print(f"{command}: cannot go on\n  - {describe(error)}", file=sys.stderr)
+            return NO_STORAGE if error.errno in FULL else 2
         if not isinstance(error, BrokenPipeError):  # `| head` has read enough
             print(
                 f"{command}: output: got {error}, expected to write it. Fix: make room",

@@ -39,8 +39,9 @@ from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
 from data_shards.progress import clip_progress
+from data_shards.redact import clean_text
 from data_shards.registry import Registry, names
-from data_shards.schema import PLAN, DataError
+from data_shards.schema import PLAN, DataError, plain
 from data_shards.sources import SOURCES, Place, open_source
 from data_shards.sources.clips import ClipSource, SourceClip
 from data_shards.sources.reading import Reading, frame_rate
@@ -284,7 +285,8 @@ def run_with_progress(
         task = progress.add_task("encode", total=total, completed=done)
         for number, found in run_jobs(todo, runner, workers, source, codec, encoder):
             for key, why in found.items():
-                progress.console.print(f"clip {key}: {why}", markup=False, highlight=False)
+                told = plain(clean_text(f"clip {key}: {why}"))
+                progress.console.print(told, markup=False, highlight=False)
             bad |= found
             progress.advance(task, len(jobs[number].clips))
     return bad

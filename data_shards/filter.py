@@ -32,6 +32,7 @@ from data_shards.metrics import (
     scale_cv,
     video_metrics,
 )
+from data_shards.progress import track
 from data_shards.schema import SPLITS, DataError
 from data_shards.storage.files import read_json, write_durably
 from data_shards.storage.read import ClipDataset, open_dataset
@@ -240,8 +241,6 @@ def filter_clips(
     scores_cache: str | None,
 ) -> int:
     """Write the selection and print the report; return 1 if a caption names camera motion."""
-    from rich.progress import track
-
     ranges = load_thresholds(thresholds, table)
     dataset = open_dataset(path)
     cache = Path(scores_cache) if scores_cache else None

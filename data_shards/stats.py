@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.arguments import Option, choice, path, run, whole
+from data_shards.progress import terminal, track
 from data_shards.schema import IMAGE_LATENTS, SPLITS, ClipEntry
 from data_shards.storage.files import as_float32
 from data_shards.storage.read import ClipDataset, open_dataset
@@ -125,14 +126,13 @@ def bars(counts: Sequence[float]) -> str:
 
 def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
     """Print the figures of a data set."""
-    from rich.console import Console
     from rich.table import Table
 
-    info, console = dataset.info, Console()
+    info, console = dataset.info, terminal()
     hours = info.raw_frames / info.fps / 3600
-    console.print(
+    print(
         f"{info.source}\n{sum(info.clips.values())} clips in {info.shards} shards, {hours:.3f} h at"
-        f" {info.fps:g} fps\ncodec {info.codec} {info.psnr_db} dB, latents \\[{info.channels},"
+        f" {info.fps:g} fps\ncodec {info.codec} {info.psnr_db} dB, latents [{info.channels},"
         f" {info.latent_height}, {info.latent_width}] {info.latent_dtype}"
     )
     table = Table("per clip", *(f"{p} %" for p in PERCENTILES), "least to largest")
@@ -142,20 +142,18 @@ def report(dataset: ClipDataset, figures: Mapping[str, Any]) -> None:
         )
     console.print(table)
     if figures["controls"]:
-        console.print(
+        print(
             "mean absolute control: "
             + ", ".join(f"{name} {value:.2f}" for name, value in figures["controls"].items())
         )
     low, high = figures["std_ratio"]
-    console.print(
+    print(
         f"normalisation, measured over {figures['clips']} clips against dataset.json: mean off by"
         f" at most {figures['mean_shift_in_std']:.4f} std, std ratio {low:.4f} to {high:.4f}"
     )
 
 
 def stats(path: str, split: str, limit: int, out: str | None) -> None:
-    from rich.progress import track
-
     dataset = open_dataset(path)
     figures = measure(dataset, split, limit, lambda items: track(items, "read"))
     report(dataset, figures)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_shards.arguments import Option, path, run, whole
+from data_shards.progress import track
 from data_shards.schema import FACTS, INDEX, SPLITS, SUMS, ClipEntry, DatasetInfo, MemberEntry
 from data_shards.storage.read import ClipDataset, open_dataset
 from data_shards.storage.remote import RetryPolicy, connect, open_file, read_whole
@@ -156,8 +157,6 @@ def verify_dataset(
 
 
 def verify(path: str, workers: int, show: int) -> int:
-    from rich.progress import track
-
     info, problems, bad = verify_dataset(path, workers, lambda items: track(items, "verify"))
     clips = sum(info.clips.values())
     if not problems:

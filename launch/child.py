@@ -14,6 +14,8 @@ from pathlib import Path
 from launch.leash import leashed
 from launch.spec import TAIL
 
+# without waiting for a reader where a pipe has the log's name
+MODE = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
 MOST_LINES = 5000  # kept if nobody reads them; a worker never waits for a reader
 
 
@@ -50,7 +52,7 @@ class LogFile:
     def _put(self, data: bytes) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(self.path, MODE, 0o644)
         while data:
             data = data[os.write(self._file, data) :]
             self._torn = bool(data)

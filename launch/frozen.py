@@ -9,6 +9,7 @@ the workers save and leave.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -23,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import launch
+from launch.child import Child
 from launch.progress import ProgressView
 from launch.screen import LOST_OUTPUT, safe_output
-from launch.spec import LaunchSpec
+from launch.spec import LaunchSpec, fill
 
 LOOK_S = 1.0
+HELD = "held"  # a holder's line
+HOLDER_GRACE_S = 5.0  # to give up the folder
+FAILED = 1
 Stages = Sequence[Mapping[str, LaunchSpec]]
 
 
@@ -69,14 +74,31 @@ def _build(kind: Any, value: Any) -> Any:
 def run(launcher: str, stages: Stages) -> int:
     """Run the stages in order; return the exit code of the first that fails, or 0."""
     for stage in stages:
-        with ProgressView() as view:
+        with ProgressView() as view, contextlib.ExitStack() as held:
             for spec in stage.values():
                 spec.config_path.parent.mkdir(parents=True, exist_ok=True)
                 view.text(spec.title)
+                if spec.holder and (code := hold(spec, view, held)):
+                    return code
             code = launch.run(launcher, stage, view)
         if code != 0:
             return code
     return 0
+
+
+def hold(spec: LaunchSpec, view: ProgressView, held: contextlib.ExitStack) -> int:
+    """Run a group's holder until `held` ends; return 0 once it holds the folder, else its exit
+    code, with its words shown."""
+    child = Child(fill(spec.holder, str(spec.config_path)), spec.environment, spec.directory, None)
+    held.callback(child.stop, HOLDER_GRACE_S)
+    code: int | None = None
+    while code is None:
+        lines, code = child.wait(LOOK_S, for_lines=True)
+        if code is None and HELD in lines:
+            return 0
+        for line in lines:
+            view.text(line)
+    return code or FAILED
 
 
 def _stop_when(file: Path) -> None:

@@ -6,6 +6,7 @@ Without a terminal they become a line every few seconds.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 MARK = "@progress "
+COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
 def parse(line: str) -> dict[str, Any] | None:
@@ -49,6 +51,16 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def shown(text: str) -> str:
+    """Return a worker's text as a terminal may have it: without colours, and with all else that
+    would command the terminal as escapes. Of a line that a bar has written over itself, the end."""
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in COLOUR.sub("", text).split("\n")]
+    return "\n".join(
+        "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)
+        for line in lines
+    )
 
 
 class ProgressView:
@@ -111,6 +123,7 @@ class ProgressView:
 
     def text(self, line: str) -> None:
         """Show an ordinary line, above the bar if there is one."""
+        line = shown(line)
         with self._lock:
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
@@ -122,7 +135,7 @@ class ProgressView:
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}
-        print(text, end="", file=self.out, flush=True)
+        print(shown(text), end="", file=self.out, flush=True)
 
     def _draw(self, figures: Mapping[str, Any]) -> None:
         from rich.console import Console
@@ -130,14 +143,14 @@ class ProgressView:
 
         if self._bar is None:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
             )
             self._bar = Progress(*columns, console=Console(file=self.out), refresh_per_second=4)
             self._bar.start()
-        stage = str(figures.get("stage", ""))
+        stage = shown(str(figures.get("stage", "")))
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=figures["steps"], figures="")
         self._bar.update(

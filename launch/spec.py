@@ -89,6 +89,9 @@ class LaunchSpec:
     endpoint: str | None = None  # host:port of their rendezvous
     batch: BatchJob | None = None  # for a queueing system
     pods: Pods | None = None  # for Kubernetes
+    # runs beside the workers where the command that made this has ended: it prints `held` once it
+    # holds the stage's folder, also between two attempts, and fails where it may not
+    holder: tuple[str, ...] = ()
     max_restarts: int = 0
     backoff_s: float = 1.0  # before the first restart; doubles each time
     backoff_limit_s: float = 60.0

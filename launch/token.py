@@ -70,6 +70,8 @@ def ensure_token(path: Path) -> Path:
             f"Ray's token: got {error}, expected a file of our own for our eyes only. Fix:"
             f" {PATH}=<file>"
         ) from error
+    if not path.is_file():  # of a pipe no reader would come to an end
+        raise TokenError(f"Ray's token: got {path}, expected a file. Fix: {PATH}=<file>")
     if not path.read_text(encoding="ascii", errors="replace").strip():
         raise TokenError(
             f"Ray's token: got {path}, which is empty, expected a token. Fix: rm {path}"

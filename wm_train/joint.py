@@ -22,6 +22,7 @@ from wm_train.errors import SetupError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.samples import show_samples
 from wm_train.resilience.preemption import StopRequest
+from wm_train.storage import read_regular
 from wm_train.tracking.rows import to_line
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.stage import Stage, open_stage
@@ -75,7 +76,7 @@ def pool_run(run: RunConfig, pool: str) -> RunConfig:
     when it was never started."""
     file = stage_directory(replace(run, pool=pool), run.stage) / "config.json"
     try:
-        own = from_json(file.read_text(encoding="utf-8"))
+        own = from_json(read_regular(file).decode())
     except OSError as error:
         raise SetupError(
             f"joint evaluation: got {error}, expected the config of pool {pool}. Fix: train the"

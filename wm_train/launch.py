@@ -63,8 +63,10 @@ from wm_train.config.worlds import smaller_worlds
 from wm_train.redact import clean_output, clean_text
 from wm_train.resilience.run_lock import COMMAND as HELD
 from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
+from wm_train.storage import check_regular
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
+HOLDER = ("{python}", "-m", "wm_train.resilience.hold")
 JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
 PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -227,6 +229,7 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
     # typed on several machines it is one command, and must be one name
     shared = config.launcher.name == "torchrun" and config.launcher.nodes > 1
     token = digest if shared else secrets.token_hex(16)
+    later = config.launcher.name in launch.LATER  # this command will not be there to hold folders
     return LaunchSpec(
         title=(
             f"stage {stage.stage} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
@@ -261,6 +264,7 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
             else None
         ),
         max_restarts=config.launcher.max_restarts,
+        holder=(*HOLDER, str(stage.directory.absolute())) if later else (),
         place_s=config.launcher.place_s,
         fewer=smaller_worlds(stage),
         grow_s=config.launcher.grow_s,
@@ -294,6 +298,7 @@ def prepare(group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.Exi
     try:
         for spec in group.values():
             folder = spec.config_path.parent
+            check_regular(folder)
             # the same command on several machines is one: there the workers' lock must do
             if spec.nodes == 1 or launcher in launch.LATER:
                 held.enter_context(owned(folder, HELD))
@@ -306,7 +311,7 @@ def prepare(group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.Exi
     except OSError as error:
         print(
             f"run folder: got {error}, expected a folder that can be written (key out). Fix:"
-            " out=<folder>",
+            " out=<folder>, or remove what is in the way",
             file=sys.stderr,
         )
         return USER_ERROR

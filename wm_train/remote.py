@@ -12,6 +12,8 @@ from typing import Any
 
 from upath.extensions import ProxyUPath
 
+from data_shards.storage.remote import RetryPolicy, fetch, read_whole, speaks_http
+
 
 class Remote(ProxyUPath):
     """Wrap an address such as s3://bucket/runs: a UPath whose methods raise OSError for any error
@@ -23,6 +25,8 @@ class Remote(ProxyUPath):
         # a run would then begin anew beside its checkpoints
         with _as_os_errors(self):
             try:
+                if speaks_http(self.fs):
+                    read_whole(self.fs, self.path)  # the page behind the list must have an end
                 listed = self.fs.ls(self.path, detail=False)
             except FileNotFoundError:
                 listed = []
@@ -47,8 +51,12 @@ class Remote(ProxyUPath):
         return self.read(None, None).decode(encoding, errors)
 
     def read(self, start: int | None, stop: int | None) -> bytes:
-        """Return bytes [start, stop)."""
+        """Return bytes [start, stop); of a web server that sends more, an OSError."""
         with _as_os_errors(self):
+            if speaks_http(self.fs):
+                if stop is None:
+                    return read_whole(self.fs, self.path)[start:]
+                return fetch(self.fs, self.path, start or 0, stop, RetryPolicy())
             return bytes(self.fs.cat_file(self.path, start=start, end=stop))
 
     def unlink(self, missing_ok: bool = False) -> None:

@@ -34,6 +34,7 @@ from wm_train.errors import (
     StorageError,
 )
 from wm_train.redact import clean_output
+from wm_train.storage import read_regular
 
 if TYPE_CHECKING:
     from wm_train.resilience.preemption import StopRequest
@@ -131,7 +132,7 @@ def run_rank(
 def read_config(path: Path, expected: str | None) -> tuple[str, str]:
     """Return the text of a config and its sha256. Raises SetupError when it is not `expected`: the
     file lies in the run's folder, where another command may have written since."""
-    data = path.read_bytes()
+    data = read_regular(path)
     digest = hashlib.sha256(data).hexdigest()
     if expected and digest != expected:
         raise SetupError(

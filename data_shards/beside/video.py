@@ -16,10 +16,13 @@ from data_shards.beside.colmap import read_colmap
 from data_shards.beside.sidecar import FACTS, MOST_TEXT, Sidecar, read_sidecar
 from data_shards.cameras import camera_problem, square_intrinsics, square_poses
 from data_shards.controls import CONTROL_NAMES, Events
+from data_shards.fields import SAME_RATE
 from data_shards.schema import DataError, check_key
 from data_shards.storage.files import read_text
 from data_shards.storage.npz import open_npz
 
+# a log of inputs ends a little after the recording, and its clock is not that of the video
+EVENTS_AFTER_NS = 1e9
 Camera = tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None]
 Text = tuple[NDArray[np.float32], NDArray[np.uint8]]
 
@@ -153,6 +156,12 @@ def read_events(path: Path, frames: int, fps: float) -> Events | None:
             f"control events: got a first one {events.time_ns[0] / 1e9:.6g} s after frame 0,"
             f" expected some within the video's {end / 1e9:.6g} s ({path.name}). Fix: time_ns"
             " counts nanoseconds from frame 0"
+        )
+    if len(events.time_ns) and events.time_ns[-1] > end * (1 + SAME_RATE) + EVENTS_AFTER_NS:
+        raise DataError(
+            f"control events: got a last one {events.time_ns[-1] / 1e9:.6g} s after frame 0,"
+            f" expected all within the video's {end / 1e9:.6g} s, or soon after it ({path.name})."
+            " Fix: take those of this video, from its first frame to its last"
         )
     return events
 

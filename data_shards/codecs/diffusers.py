@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from data_shards.arguments import Option, path
 from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
+from data_shards.weight_files import PublicFiles
 
+MOST_SAID = 600  # characters of what the library says
 CLASSES = {"ltx2": "AutoencoderKLLTX2Video", "wan": "AutoencoderKLWan", "tiny": "AutoencoderTiny"}
 
 
@@ -57,6 +60,9 @@ class DiffusersCodec:
                 " diffusers"
             ) from error
         try:
+            if (folder := Path(self.model)).is_dir():  # the library takes 8-bit kinds for weights
+                with PublicFiles(folder) as files:
+                    files.check_floats(files.shapes())
             # safetensors only: a pickled checkpoint could run code
             network, report = getattr(diffusers, CLASSES[self.name]).from_pretrained(
                 self.model,
@@ -69,10 +75,12 @@ class DiffusersCodec:
                     f"no weights for {sorted(report['missing_keys'])[0]} and"
                     f" {len(report['missing_keys']) - 1} more"
                 )
-        except (OSError, ValueError) as error:
+        # for files that are not its own the library raises whatever its parts do
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"codec {self.name}: cannot load {self.model!r} ({error}), expected a diffusers"
-                f" folder or hub name of {CLASSES[self.name]}"
+                f"codec {self.name}: cannot load {self.model!r} ({said[:MOST_SAID]}), expected a"
+                f" diffusers folder or hub name of {CLASSES[self.name]}"
             ) from error
         return network.to(self.device).eval().requires_grad_(False)
 

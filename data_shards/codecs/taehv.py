@@ -16,7 +16,7 @@ that of one pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from data_shards.arguments import Option, path
 from data_shards.codecs import CodecRow
 from data_shards.schema import DataError, latent_frame_count
+from data_shards.weight_files import check_kinds, open_tensors
 
 CHUNK = 4
 STAGES = 3
@@ -70,9 +71,7 @@ class TaehvCodec:
     @cached_property
     def weights(self) -> dict[str, Any]:
         """Return name -> tensor, checked to be a network of this kind."""
-        import safetensors
         import torch
-        from safetensors.torch import load_file
 
         path = Path(self.model)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -82,33 +81,51 @@ class TaehvCodec:
                 " (codec taehv). Fix: convert a pickled .pth, which is not read here"
             )
         try:
-            weights = {
-                name: tensor.to(self.device, getattr(torch, self.dtype))
-                for name, tensor in load_file(files[0]).items()
-            }
-            grows = [weights[f"decoder.{grow_at(stage)}.conv.weight"] for stage in range(STAGES)]
-            pools = [weights[f"encoder.{pool_at(stage)}.conv.weight"] for stage in range(STAGES)]
+            with open_tensors(files[0]) as stored:
+                names = list(stored.keys())
+                check_kinds({n: str(stored.get_slice(n).get_dtype()) for n in names}, files[0])
+                weights = {
+                    name: stored.get_tensor(name).to(self.device, getattr(torch, self.dtype))
+                    for name in names
+                }
+        except ValueError as error:
+            raise DataError(f"model: {error} (codec taehv)") from error
+        try:
             for name in (ENCODER_IN, ENCODER_OUT, DECODER_IN, DECODER_OUT):
                 assert weights[f"{name}.weight"].ndim == 4
-        except (OSError, KeyError, AssertionError, safetensors.SafetensorError) as error:
+            self._match_strides(weights)
+            self._try_out(weights)
+        except (LookupError, AssertionError, ArithmeticError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split()) or "the shape of a convolution"
             raise DataError(
-                f"model: got {files[0]}, which lacks or misstates {error}, expected the weights of"
-                " a TAEHV (codec taehv)"
+                f"model: got {files[0]}, which lacks or misstates {said}, expected the weights of a"
+                " TAEHV (codec taehv)"
             ) from error
+        return weights
+
+    def _match_strides(self, weights: dict[str, Any]) -> None:
+        """Cut weights that were trained to grow more frames than their encoder pools: the last of
+        the frames is the one that is kept. Raises ValueError if that does not help."""
+        grows = [weights[f"decoder.{grow_at(stage)}.conv.weight"] for stage in range(STAGES)]
+        pools = [weights[f"encoder.{pool_at(stage)}.conv.weight"] for stage in range(STAGES)]
         stride = int(np.prod([pool.shape[1] // pool.shape[0] for pool in pools]))
         for stage, grow in enumerate(grows):
-            # weights trained to grow more than their encoder pools: the last of the frames is the
-            # one that is kept
             if int(np.prod([g.shape[0] // g.shape[1] for g in grows])) > stride:
                 grows[stage] = weights[f"decoder.{grow_at(stage)}.conv.weight"] = grow[
                     -grow.shape[1] :
                 ]
         if int(np.prod([grow.shape[0] // grow.shape[1] for grow in grows])) != stride:
-            raise DataError(
-                f"model: got {files[0]}, whose decoder has another time stride than its encoder's"
-                f" {stride} (codec taehv)"
-            )
-        return weights
+            raise ValueError(f"a decoder of another time stride than its encoder's {stride}")
+
+    def _try_out(self, weights: dict[str, Any]) -> None:
+        """Encode and decode the smallest picture, for which every layer must be there and fit."""
+        trial = replace(self)
+        trial.__dict__["weights"] = weights  # as `cached_property` keeps them
+        side = trial.spatial_stride
+        video = np.zeros((1, side, side, 3), np.uint8)
+        latents = trial.encode(video)
+        assert latents.shape[:2] == (1, trial.channels)
+        assert trial.decode(latents).shape == video.shape
 
     @property
     def options(self) -> Mapping[str, Any]:

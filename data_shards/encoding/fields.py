@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from data_shards.fields import GROUP, Field, registered
 from data_shards.schema import DataError
 from data_shards.sources import ClipSource, SourceClip
+from data_shards.sources.reading import STRIDE
 
 
 def other_arrays(
@@ -28,9 +29,16 @@ def other_arrays(
     arrays = {}
     for field in own_fields(names):
         array = source.array(clip.key, field.name)
-        # of the frames that a source leaves out at a clip's end too
-        array = array[: clip.frames] if field.rate == "raw" else array
+        if array.ndim != field.dimensions:
+            raise DataError(
+                f"field {field.name}: got an array {array.dtype} {array.shape}, expected"
+                f" {field.dimensions} dimensions (key {clip.key}). Fix: mend the source"
+            )
         expected = {"raw": clip.frames, "latent": latent_frames}.get(field.rate)
+        # a source may have those of the frames that fill no group at a clip's end, and no others:
+        # they would belong to another clip
+        if field.rate == "raw" and clip.frames <= len(array) < clip.frames + STRIDE:
+            array = array[: clip.frames]
         if expected is not None and len(array) != expected:
             raise DataError(
                 f"field {field.name}: got {len(array)} entries, expected {expected}, one for each"

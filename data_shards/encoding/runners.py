@@ -104,7 +104,7 @@ def run_on_ray(jobs: list[Job], workers: int) -> Iterator[Done]:
             done, running = ray.wait(running)
             yield ray.get(done[0])
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, DataError) else error from error
+        raise error.cause if isinstance(error.cause, DataError | OSError) else error from error
     finally:
         ray.shutdown()
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from data_shards.schema import FACTS, DataError
 from data_shards.storage.files import publish_folder, write_durably
-from data_shards.storage.remote import RetryPolicy, connect, is_transient, with_retries
+from data_shards.storage.remote import RetryPolicy, connect, is_transient, read_whole, with_retries
 
 T = TypeVar("T")
 POLICY = RetryPolicy(read_timeout_s=60.0)
@@ -76,7 +76,7 @@ class Target:
         """Return a file, or None if there is none; `done`: of the finished data set."""
         try:
             return self._try(
-                lambda: bytes(self._fs.cat_file(f"{self._final if done else self._root}/{name}"))
+                lambda: read_whole(self._fs, f"{self._final if done else self._root}/{name}")
             )
         except FileNotFoundError:
             return None

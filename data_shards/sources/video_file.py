@@ -3,6 +3,7 @@ when each is shown."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_shards.schema import DataError
 from data_shards.sources.video_times import Times, judge
+from data_shards.storage.files import check_regular, error_text
 
 OLDEST_AV = 17
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
@@ -78,6 +80,8 @@ def opened(file: Any, where: str, to: str = "open") -> Iterator[tuple[Any, Any]]
     av = import_av()
     if not isinstance(file, str):
         file.seek(0)
+    else:
+        refuse_pipe(file, where)
     try:
         with av.open(file) as container:
             stream = container.streams.best("video")
@@ -91,6 +95,17 @@ def opened(file: Any, where: str, to: str = "open") -> Iterator[tuple[Any, Any]]
         raise DataError(
             f"video: cannot {to} {where} ({error}), expected a video file. Fix: copy it again, or"
             " take it out"
+        ) from error
+
+
+def refuse_pipe(file: str, where: str) -> None:
+    """Raise DataError for a pipe or a device: FFmpeg would wait for it, and could not go back."""
+    try:
+        check_regular(os.stat(file).st_mode)
+    except OSError as error:
+        raise DataError(
+            f"video: cannot open {where} ({error_text(error)}), expected a video file. Fix: take it"
+            " out, or copy what it stands for"
         ) from error
 
 
@@ -124,20 +139,26 @@ def probe(file: Any, where: str) -> VideoFacts:
     return VideoFacts(times, height, width, turn)
 
 
-def check_packets(file: Any, facts: VideoFacts, where: str) -> None:
-    """Check that a video (a path or a binary file) holds all that it lists, without decoding it.
+def count_packets(file: Any, where: str) -> int:
+    """Return how many whole frames that are shown a video (a path or a binary file) holds, without
+    decoding it: of a file that was cut, fewer than it lists.
 
     Raises:
-        DataError: a file that is cut.
+        DataError: a file that cannot be read.
     """
-    count = 0
     with opened(file, where, "read") as (container, stream):
-        for packet in container.demux(stream):
-            count += packet.size > 0 and not packet.is_corrupt and not packet.is_discard
-    if count < facts.times.frames:
+        return sum(
+            packet.size > 0 and not packet.is_corrupt and not packet.is_discard
+            for packet in container.demux(stream)
+        )
+
+
+def check_whole(count: int, needed: int, where: str) -> None:
+    """Raise DataError for a video with fewer whole frames than are needed of it."""
+    if count < needed:
         raise DataError(
-            f"video: got {count} whole frames in {where}, expected {facts.times.frames}: the file"
-            " is cut or damaged. Fix: copy it again, or take it out"
+            f"video: got {count} whole frames in {where}, expected {needed}: the file is cut or"
+            " damaged. Fix: copy it again, or take it out"
         )
 
 

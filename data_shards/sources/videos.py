@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.beside.sidecar import read_sidecar
-from data_shards.beside.video import Beside, read_beside, read_listed
+from data_shards.beside.video import Beside, check_count, read_beside, read_listed
 from data_shards.fields import registered
 from data_shards.schema import MAX_MEMBER_BYTES, DataError, check_key
 from data_shards.sources import Place
@@ -44,7 +44,7 @@ from data_shards.sources.clips import ClipContent, SourceClip, StoredLatents
 from data_shards.sources.cuts import cut_controls, cut_events, cut_rows
 from data_shards.sources.digests import FileDigests, is_hidden, list_files
 from data_shards.sources.reading import DEFAULT, Reading, common_rate
-from data_shards.sources.video_file import VideoFacts, check_packets, import_av, probe
+from data_shards.sources.video_file import VideoFacts, check_whole, count_packets, import_av, probe
 from data_shards.sources.video_folder import left_out, list_videos, notes_of
 from data_shards.sources.video_reader import VideoReader
 
@@ -67,7 +67,7 @@ class VideosSource:
         self._beside_file = lru_cache(maxsize=8)(self._read_beside)
         self._shown = lru_cache(maxsize=8)(self._list_shown)
         self._field = lru_cache(maxsize=4)(self._read_field)
-        self._whole = lru_cache(maxsize=None)(self._check_whole)
+        self._packets = lru_cache(maxsize=None)(self._count_packets)
         self._places: dict[str, tuple[str, int]] = {}  # clip key -> (stem, first frame)
         clips: list[SourceClip] = []
         wrong: list[str] = []
@@ -139,11 +139,15 @@ class VideosSource:
         """Return the numbers of the frames of a file that are shown."""
         return self._facts[stem].times.shown(self.reading.fps)
 
-    def _read_beside(self, stem: str) -> Beside:
-        """Return what lies beside a file, checked against all its frames."""
+    def _read_beside(self, stem: str) -> Beside | DataError:
+        """Return what lies beside a file, checked against all its frames, or what is wrong with
+        it."""
         facts = self._facts[stem]
         size, frames = (facts.height, facts.width), facts.times.frames
-        return read_beside(self._files[stem], frames, size, float(frames / facts.times.seconds))
+        try:
+            return read_beside(self._files[stem], frames, size, float(frames / facts.times.seconds))
+        except DataError as error:
+            return error
 
     def _read_field(self, stem: str, name: str) -> NDArray[Any]:
         sidecar = read_sidecar(self._files[stem], (name,), MAX_MEMBER_BYTES)
@@ -154,10 +158,14 @@ class VideosSource:
             )
         return sidecar.array(name)
 
-    def _check_whole(self, stem: str) -> None:
+    def _count_packets(self, stem: str) -> int | DataError:
+        """Return the number of whole frames of a file, or why it cannot be read: for all its clips,
+        of which a film may have thousands."""
         file = self._files[stem]
-        if self.reading.damaged == "refuse":
-            check_packets(str(file), self._facts[stem], file.name)
+        try:
+            return count_packets(str(file), file.name)
+        except DataError as error:
+            return error
 
     def _frames_of(self, clip: SourceClip) -> tuple[NDArray[np.int64], int]:
         """Return the numbers of a clip's frames in its file, and that of the frame shown before;
@@ -172,8 +180,15 @@ class VideosSource:
         return replace(self._beside(clip), video=video)
 
     def check(self, clip: SourceClip) -> ClipContent:
-        """Return what lies beside the video; the file must hold all that it lists."""
-        self._whole(self._places[clip.key][0])
+        """Return what lies beside the video; the file must hold all that it lists, one that is cut
+        into clips all up to the clip's last frame. A file of many clips is read once."""
+        stem = self._places[clip.key][0]
+        if self.reading.damaged == "refuse":
+            if isinstance(count := self._packets(stem), DataError):
+                raise count
+            part = self.reading.clip_frames is not None
+            needed = int(self._frames_of(clip)[0][-1]) + 1 if part else None
+            check_whole(count, needed or self._facts[stem].times.frames, self._files[stem].name)
         return self._beside(clip)
 
     def digests(self, clip: SourceClip) -> dict[str, str]:
@@ -207,6 +222,8 @@ class VideosSource:
         """Return all of a clip but its pixels."""
         stem, start = self._places[clip.key]
         (numbers, before), beside = self._frames_of(clip), self._beside_file(stem)
+        if isinstance(beside, DataError):
+            raise beside
         controls, events = beside.controls, beside.events
         if controls is not None:
             controls = cut_controls(controls, self.control_sums, numbers, before)
@@ -228,25 +245,28 @@ class VideosSource:
         """Return an array of the clip's sidecar, of a field per raw frame the rows of its frames.
 
         Raises:
-            DataError: a sidecar without it, or a field per latent frame of a video that is cut or
-                resampled.
+            DataError: a sidecar without it, one of another number of frames than the video, or a
+                field per latent frame of a video that is cut or resampled.
         """
         stem = self._places[key][0]
-        if self.reading.fps is None and self.reading.clip_frames is None:
-            return self._read_field(stem, name)
-        values = self._field(stem, name)
-        field = registered().get(name)
-        if field is not None and field.rate == "clip":
-            return values
-        clip = next(clip for clip in self.clips if clip.key == key)
-        numbers = self._frames_of(clip)[0]
-        if field is None or field.rate != "raw" or len(values) <= numbers[-1]:
+        whole = self.reading.fps is None and self.reading.clip_frames is None
+        values = (self._read_field if whole else self._field)(stem, name)
+        rate = registered()[name].rate
+        if not values.ndim or rate == "clip" or (whole and rate != "raw"):
+            return values  # their shape is judged with those of other sources
+        if rate != "raw":
             raise DataError(
-                f"field {name}: got {len(values)} entries, expected one for each raw frame, as"
-                f" others cannot be cut along with a video (key {key}). Fix: encode without"
-                f" {self.reading.changes()}, or without fields="
+                f"field {name}: got one entry for each {rate} frame, expected one for each raw"
+                f" frame, as others cannot be cut along with a video (key {key}). Fix: encode"
+                f" without {self.reading.changes()}, or without fields="
             )
-        return values[numbers]
+        where = read_sidecar(self._files[stem], ()).where
+        check_count(name, values, self._facts[stem].times.frames, where)
+        return values[self._frames_of(self._by_key[key])[0]]
+
+    @cached_property
+    def _by_key(self) -> dict[str, SourceClip]:
+        return {clip.key: clip for clip in self.clips}
 
 
 def open_videos(place: Place) -> VideosSource:

@@ -47,9 +47,9 @@ from data_shards.sources.cuts import cut_rows
 from data_shards.sources.digests import digest, visible
 from data_shards.sources.reading import DEFAULT, LENGTHS, Reading, common_rate
 from data_shards.sources.tar_listing import TarClip, TarList, list_tar, read_caption, read_facts
-from data_shards.sources.video_file import SUFFIXES, check_packets, import_av
+from data_shards.sources.video_file import SUFFIXES, check_whole, count_packets, import_av
 from data_shards.sources.video_reader import VideoReader
-from data_shards.storage.remote import RetryPolicy, connect, fetch, with_retries
+from data_shards.storage.remote import RetryPolicy, connect, fetch, must_be_file, with_retries
 
 POLICY = RetryPolicy(read_timeout_s=60.0)
 READ_AHEAD = 2**18
@@ -159,7 +159,8 @@ class WebDatasetSource:
         if self._is_local(clip.tar) and self.reading.damaged == "refuse":
             parts = {suffix: (start, size) for suffix, start, size in clip.members}
             suffix = next(suffix for suffix in parts if f".{suffix}" in SUFFIXES)
-            check_packets(io.BytesIO(self._read(clip, *parts[suffix])), clip.facts, clip.name)
+            data = io.BytesIO(self._read(clip, *parts[suffix]))
+            check_whole(count_packets(data, clip.name), clip.facts.times.frames, clip.name)
         return self._beside(clip)
 
     def digests(self, clip: SourceClip) -> dict[str, str]:
@@ -297,6 +298,7 @@ def named(tar: str) -> Iterator[None]:
 def tar_facts(name: str, filesystem: Any, path: str) -> Mapping[str, Any]:
     """Return what the file system states about a tar."""
     with named(name):
+        must_be_file(filesystem, path)
         return dict(with_retries(lambda: filesystem.info(path), POLICY))
 
 

@@ -118,11 +118,15 @@ def all_finite(stored: NDArray[Any], dtype: str) -> bool:
 def write_durably(path: Path, data: bytes) -> None:
     """Write, fsync and rename, so that the file is either complete or absent."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # half a file takes room on a disk that may have none
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
@@ -250,7 +254,10 @@ def open_regular(path: Path | str) -> BufferedReader:
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        check_regular(os.fstat(number).st_mode)
+        try:
+            check_regular(os.fstat(number).st_mode)
+        except NotRegular as error:
+            raise NotRegular(error.errno, error.strerror, str(path)) from None
         return os.fdopen(number, "rb")
     except BaseException:
         os.close(number)

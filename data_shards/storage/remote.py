@@ -25,10 +25,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_shards.schema import DataError, DatasetInfo
 from data_shards.storage.facts import info_from_json
-from data_shards.storage.files import NotRegular, check_regular
+from data_shards.storage.files import NotRegular, check_regular, open_regular
 
 T = TypeVar("T")
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotRegular)
 # what a client library may raise for a lost connection; others (a bug, a wrong argument) are not
 # retried
 TRANSIENT_NAMES = (
@@ -43,7 +42,12 @@ TRANSIENT_NAMES = (
 CLIENTS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")
 CACHE_FOLDER = "wm_train_ranges"
 RANGE, DRAFT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.tmp-\d+-\d+")
+MOST_WHOLE = 2**28  # bytes of a file that is read as a whole: dataset.json, checksums, null text
 BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to retry later
+
+
+class EndlessError(OSError):
+    """Report a web server that sends more than was asked for, perhaps without an end."""
 
 
 class ShortRead(OSError):
@@ -56,6 +60,12 @@ class StoreError(OSError):
     def __init__(self, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
         self.transient = is_transient(error)
+
+
+PERMANENT = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(NotRegular, EndlessError),
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,33 @@ def open_file(filesystem: Any, path: str) -> Any:
 def read_whole(filesystem: Any, path: str) -> bytes:
     """Return the bytes of a file of any store; on a disk only of a regular one."""
     must_be_file(filesystem, path)
-    return bytes(filesystem.cat_file(path))
+    if not speaks_http(filesystem):
+        return bytes(filesystem.cat_file(path))
+    data = http_bytes(filesystem, path, None, MOST_WHOLE)
+    if len(data) > MOST_WHOLE:
+        raise EndlessError(f"got more than {MOST_WHOLE:,} bytes, expected a file of a data set")
+    return data
+
+
+def speaks_http(filesystem: Any) -> bool:
+    """Return True for a web server: unlike a store, it may send more than it was asked for."""
+    protocol = filesystem.protocol
+    return "http" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def http_bytes(filesystem: Any, url: str, start: int | None, stop: int) -> bytes:
+    """Return bytes [start, stop) of a web server's answer, and at most one more; start None: the
+    whole file. `cat_file` would take an answer without an end into memory."""
+    asked = {} if start is None else {"Range": f"bytes={start}-{stop - 1}"}
+    parts, left = list[bytes](), stop - (start or 0) + 1
+    # as a stream, of a size that need not be asked for
+    with filesystem.open(url, "rb", block_size=0, size=1, headers=asked) as file:
+        if start and file.r.status != 206:
+            raise EndlessError("got a whole file for a range of it, expected a server with ranges")
+        while left > 0 and (part := file.read(left)):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts)
 
 
 def must_be_file(filesystem: Any, path: str) -> None:
@@ -201,7 +237,12 @@ def fetch(filesystem: Any, path: str, start: int, stop: int, policy: RetryPolicy
 
     def attempt() -> bytes:
         must_be_file(filesystem, path)
-        data = bytes(filesystem.cat_file(path, start=start, end=stop))
+        if speaks_http(filesystem) and start < stop:
+            data = http_bytes(filesystem, path, start, stop)
+        else:
+            data = bytes(filesystem.cat_file(path, start=start, end=stop))
+        if len(data) > stop - start:
+            raise EndlessError(f"got more than the {stop - start} bytes of a range")
         if len(data) != stop - start and filesystem.size(path) >= stop:
             raise ShortRead(f"got {len(data)} of {stop - start} bytes")
         return data
@@ -239,7 +280,8 @@ class RangeCache:
         """Return the bytes called `identity`, cached if of the right length, else from `fill`."""
         path = self.folder / hashlib.sha256(identity.encode()).hexdigest()
         with contextlib.suppress(OSError):
-            data = path.read_bytes()
+            with open_regular(path) as file:
+                data = file.read()
             if len(data) == length:
                 os.utime(path)
                 return data

@@ -7,6 +7,7 @@ without dataset.json a folder is no data set.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ from data_shards.schema import (
     check_key,
     index_schema,
 )
-from data_shards.storage.files import crc32c, npy_header, to_bfloat16
+from data_shards.storage.files import all_finite, crc32c, npy_header, to_bfloat16
 
 BLOCK = 512
 ROW_GROUP = 256  # clips whose index rows are decoded together
@@ -38,24 +39,51 @@ ROW_GROUP = 256  # clips whose index rows are decoded together
 def encode_array(array: NDArray[Any], dtype: str) -> tuple[bytes, bytes]:
     """Return (npy header, little-endian elements) of the array stored as `dtype`.
 
+    A float type rounds to the nearest number that it has; an integer type takes whole numbers only.
+
     Raises:
-        DataError: values that are not finite, or that overflow `dtype`.
+        DataError: values that are not finite, or that `dtype` cannot hold.
     """
     if array.dtype.kind not in "fiu":
         raise DataError(f"got an array of dtype {array.dtype}, expected numbers")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("got NaN or infinite values, expected finite ones")
+    check_range(array, dtype)
     if dtype == "bfloat16":
         stored: NDArray[Any] = to_bfloat16(array.astype(np.float32)).astype("<u2")
     else:
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array).astype(np.dtype(dtype).newbyteorder("<"))
-        if array.dtype.kind == "f" and not np.isfinite(stored).all():
-            raise DataError(
-                f"got values up to {np.abs(array).max():g}, expected values that {dtype} can hold."
-                " Fix: latent_dtype=bfloat16"
-            )
+        stored = np.ascontiguousarray(array).astype(np.dtype(dtype).newbyteorder("<"))
     return npy_header(dtype, tuple(array.shape)), stored.tobytes()
+
+
+def check_range(array: NDArray[Any], dtype: str) -> None:
+    """Raise DataError for finite numbers that become infinite in `dtype`, or that wrap or lose
+    their fraction in an integer type, as numpy's conversion does without a word."""
+    if not array.size:
+        return
+    ends = [array.min(), array.max()]
+    whole = np.dtype(dtype).kind in "iu" if dtype != "bfloat16" else False
+    if whole:
+        least, most = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        wrong = [end for end in ends if not least <= end <= most]
+        if not wrong and array.dtype.kind == "f":
+            wrong = list(array[array != np.floor(array)][:1])
+        rule = f"whole numbers from {least} to {most}, which {dtype} can hold"
+    else:
+        wrong = [end for end in ends if not fits(end, dtype)]
+        rule = f"values that {dtype} can hold"
+    if wrong:
+        fix = ". Fix: latent_dtype=bfloat16" if dtype == "float16" else ""
+        raise DataError(f"got the value {wrong[-1]:g}, expected {rule}{fix}")
+
+
+def fits(value: Any, dtype: str) -> bool:
+    """Return True if a finite number, rounded to a float type, is finite still."""
+    with np.errstate(over="ignore"):
+        if dtype != "bfloat16":
+            return bool(np.isfinite(np.asarray(value).astype(dtype)))
+        narrow = np.asarray(value).astype(np.float32)
+        return bool(np.isfinite(narrow)) and all_finite(to_bfloat16(narrow), dtype)
 
 
 def tar_header(name: str, length: int) -> bytes:
@@ -151,14 +179,17 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._write(b"\0" * (2 * BLOCK))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self.path)
-        else:
+        try:
+            if kind is None:
+                self._write(b"\0" * (2 * BLOCK))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._temporary, self.path)
+        finally:
+            # on a full disk closing writes, and fails, once more
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 

@@ -131,7 +131,11 @@ class ZarrWriter:
         self.path = path
         self._temporary = fresh_folder(path.with_name(f"{path.name}.tmp-{os.getpid()}"))
         self._keys: set[str] = set()
-        self._write(DESCRIPTION, group_description())
+        try:
+            self._write(DESCRIPTION, group_description())
+        except OSError:  # nobody will leave a context that was not entered
+            shutil.rmtree(self._temporary)
+            raise
 
     def add(
         self,

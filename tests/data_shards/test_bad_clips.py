@@ -9,6 +9,7 @@ import pytest
 
 from data_shards import encode
 from data_shards.schema import DataError
+from data_shards.sources import videos as videos_source
 from data_shards.sources.videos import VideosSource
 from data_shards.storage.read import open_dataset
 
@@ -106,6 +107,45 @@ def test_all_problems_are_named_before_anything_is_encoded(
         assert any(f"- {name}: " in line and words in line for line in error.splitlines()), name
     assert not loaded
     assert not list(tmp_path.glob("set*"))
+
+
+def test_clips_before_the_cut_of_a_film_are_good(films, faststart, tmp_path, loaded, capsys):
+    (tmp_path / "films").mkdir()
+    film = films.write(tmp_path / "films" / "a.mp4", films.pictures(41), bf="0")
+    faststart(film)
+    cut(film, 0.6)
+    command = arguments(film.parent, tmp_path / "set", "clip_frames=9")
+    assert encode.main(command) == 2
+    error = capsys.readouterr().err
+    assert "clip a_000027: video: got" in error
+    assert "clip a_000000" not in error
+    assert not loaded
+    assert encode.main([*command, "on_bad_clip=skip"]) == 0
+    assert loaded[0] == "a_000000"
+    assert "a_000027" not in loaded
+
+
+@pytest.mark.parametrize("beside", ["cut", "sidecar"])
+def test_a_bad_film_of_many_clips_is_read_once(
+    films, faststart, tmp_path, monkeypatch, capsys, beside
+):
+    """It was read again for each of its clips, of which a film may have thousands."""
+    (tmp_path / "films").mkdir()
+    film = films.write(tmp_path / "films" / "a.mp4", films.pictures(41), bf="0")
+    faststart(film)
+    if beside == "cut":
+        cut(film, 0.6)
+    else:
+        (tmp_path / "films" / "a.json").write_text('{"caption": 5}')
+    read = []
+    for name in ("count_packets", "read_beside"):
+        real = getattr(videos_source, name)
+        monkeypatch.setattr(
+            videos_source, name, lambda *a, _r=real, _n=name: read.append(_n) or _r(*a)
+        )
+    assert encode.main(arguments(film.parent, tmp_path / "set", "clip_frames=9")) == 2
+    assert capsys.readouterr().err.count("clip a_0000") > 1
+    assert sorted(read) == ["count_packets", "read_beside"]
 
 
 def test_a_clip_that_lacks_what_the_others_have_is_named_before(videos, tmp_path, loaded, capsys):

@@ -97,6 +97,48 @@ def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
         make_codec("wan", {"model": str(folder)}).encode(np.zeros((5, 16, 16, 3), np.uint8))
 
 
+FOREIGN = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs"),
+    "page": (b"<!DOCTYPE html><html>", "a web page"),
+    "pickle": (b"\x80\x04 a pickle", "a pickle, which may run code"),
+    "cut": (None, "damaged or cut short at"),
+    "8 bit": (8, "I8 .*quantised"),
+    "mis-shaped": ((3, 3), "codec wan: cannot load"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_weights_that_are_none_are_one_error(models, tmp_path, kind):
+    from safetensors.torch import load_file, save_file
+
+    content, told = FOREIGN[kind]
+    folder = shutil.copytree(models["wan"], tmp_path / "wan")
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is None:
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        odd = weights[name].to(torch.int8) if content == 8 else torch.ones(content)
+        save_file({**weights, name: odd}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=told) as caught:
+        make_codec("wan", {"model": str(folder)}).network  # noqa: B018
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", '{"_class_name": "AutoencoderKLWan", "z_dim": "x"}']
+)
+def test_a_config_that_is_none_is_one_error(models, tmp_path, text):
+    folder = shutil.copytree(models["wan"], tmp_path / "wan")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(DataError, match="codec wan: cannot load"):
+        make_codec("wan", {"model": str(folder)}).network  # noqa: B018
+
+
 def test_a_recording_is_encoded_with_it(models, recording, tmp_path):
     out, short = tmp_path / "set", shutil.copytree(recording, tmp_path / "recording")
     facts = json.loads((short / "recording.json").read_text())

@@ -13,6 +13,7 @@ import pytest
 
 from data_shards import encode
 from data_shards.schema import DataError, ShardError
+from data_shards.storage import remote as remote_store
 from data_shards.storage.read import open_dataset
 from data_shards.storage.remote import RangeCache, RetryPolicy, with_retries
 
@@ -273,3 +274,49 @@ def test_retries_spare_what_will_not_mend():
     assert len(pauses) >= 2
     assert len(set(pauses)) == len(pauses), "ranks that fail together must not come back together"
     assert all(0.0005 * 2**i <= pause <= 0.001 * 2**i for i, pause in enumerate(pauses))
+
+
+class EndlessServer(PlainServer):
+    """Answers that never end, to every request or to those with a range; `whole` ignores ranges."""
+
+    kind = "all"
+
+    def do_GET(self):
+        if self.kind == "ranges" and "Range" not in self.headers:
+            super().do_GET()
+            return
+        self.send_response(206 if "Range" in self.headers and self.kind != "whole" else 200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        sent = 0
+        try:
+            while self.command == "GET" and sent < 2**31:
+                sent += self.wfile.write(b"x" * 2**16)
+        except OSError:
+            return
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.parametrize("kind", ["all", "ranges", "whole"])
+def test_an_answer_without_an_end_is_one_error(dataset_path, monkeypatch, kind):
+    """The whole of it was taken into memory."""
+    import fsspec
+
+    monkeypatch.setattr(remote_store, "MOST_WHOLE", 2**20)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EndlessServer)
+    EndlessServer.folder, EndlessServer.kind = dataset_path, kind
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    filesystem = fsspec.filesystem("http", skip_instance_cache=True)
+    try:
+        if kind == "all":
+            with pytest.raises(DataError, match="EndlessError: got more than 1,048,576 bytes"):
+                open_dataset(address, policy=FAST)
+        else:
+            start, told = (0, "got more than the 100") if kind == "ranges" else (5, "whole file")
+            with pytest.raises(OSError, match=told):
+                remote_store.fetch(filesystem, f"{address}/x.tar", start, start + 100, FAST)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -10,6 +10,7 @@ import pytest
 
 from data_shards import encode
 from data_shards.encoding import plan
+from data_shards.sources import digests
 from data_shards.sources.videos import VideosSource
 from data_shards.storage.read import open_dataset
 
@@ -290,3 +291,16 @@ def test_clips_cut_from_one_film_go_with_its_files(
     anew = tmp_path / "anew"
     assert encode.main([*command[:1], f"out={anew}", *command[2:]]) == 0
     assert bytes_of(out) == bytes_of(anew)
+
+
+def test_a_film_of_many_clips_is_hashed_once(write_video, tmp_path, monkeypatch):
+    read, digest_file = [], digests.digest_file
+    monkeypatch.setattr(
+        digests, "digest_file", lambda path: read.append(path.name) or digest_file(path)
+    )
+    (tmp_path / "films").mkdir()
+    write_video(tmp_path / "films" / "a.mp4", frames=25)
+    write_poses(tmp_path / "films" / "a.npz", 1.0, 25)
+    command = [f"source={tmp_path / 'films'}", f"out={tmp_path / 'set'}", "psnr=no", "validation=0"]
+    assert encode.main([*command, "channels=8", "clip_frames=9", "clip_overlap=1"]) == 0
+    assert sorted(read) == ["a.mp4", "a.npz"]

@@ -156,6 +156,45 @@ def test_other_files_are_refused(tmp_path, taehv):
             )
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+FOREIGN = {
+    "pointer": (POINTER.encode(), "git lfs pull"),
+    "page": (b"<!DOCTYPE html><html>", "a web page"),
+    "pickle": (b"PK\3\4 archive/data.pkl", "a pickle, which may run code"),
+    "empty": (b"", "which is empty"),
+    "cut": (None, "damaged or cut short at"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_that_are_no_safetensors_are_named_with_their_fix(taehv, kind):
+    content, told = FOREIGN[kind]
+    taehv.write_bytes(taehv.read_bytes()[:500] if content is None else content)
+    with pytest.raises(DataError, match=told) as caught:
+        make_codec("taehv", {"model": str(taehv)}).weights  # noqa: B018
+    assert str(taehv) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["int8", "missing", "shape", "flat"])
+def test_weights_that_make_no_network_are_refused_before_a_clip_is_encoded(taehv, kind):
+    """8-bit numbers were taken for weights, a missing layer was a KeyError in the first clip."""
+    weights = load_file(taehv)
+    name = "encoder.6.conv.2.weight"
+    changed = {
+        "int8": lambda w: (w * 100).to(torch.int8),
+        "shape": lambda w: w[:, :-1].contiguous(),
+        "flat": lambda w: w.flatten(),
+    }
+    if kind == "missing":
+        del weights[name]
+    else:
+        weights[name] = changed[kind](weights[name])
+    save_file(weights, taehv)
+    with pytest.raises(DataError, match=r"codec taehv") as caught:
+        make_codec("taehv", {"model": str(taehv)}).weights  # noqa: B018
+    assert kind not in ("int8", "missing") or name in str(caught.value)
+
+
 def test_single_image_autoencoders_go_frame_by_frame(tmp_path):
     from diffusers import AutoencoderTiny
 

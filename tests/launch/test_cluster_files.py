@@ -7,6 +7,7 @@ field that is not here is an error.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -227,3 +228,42 @@ def test_a_file_asks_a_frozen_job_to_save_and_leave(spec, tmp_path: Path) -> Non
         == 128 + signal.SIGTERM
     )
     assert (tmp_path / "saved").exists()
+
+
+def test_a_frozen_job_is_held_from_before_its_workers_until_they_have_ended(
+    spec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two attempts of a job nobody held the folder, and another command could take it."""
+    held, job = tmp_path / "held", tmp_path / "job.json"
+    program = f"""
+import pathlib, signal, sys, time
+place = pathlib.Path({str(held)!r})
+signal.signal(signal.SIGTERM, lambda *_: (place.unlink(), sys.exit(0)))
+place.touch()
+print("held", flush=True)
+time.sleep(60)"""
+    holder = ("{python}", "-c", program)
+    worker = f"import pathlib; print('is held', pathlib.Path({str(held)!r}).exists())"
+    job.write_text(frozen.to_text("inline", [{"": spec(worker, holder=holder)}]))
+    assert frozen.main([str(job)]) == 0
+    assert "is held True" in capsys.readouterr().out
+    assert not held.exists()
+
+
+def test_a_frozen_job_whose_folder_is_anothers_starts_nothing(
+    spec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job.json"
+    refusal = ("{python}", "-c", "print('owned by another'); raise SystemExit(2)")
+    job.write_text(frozen.to_text("inline", [{"": spec("print('ran')", holder=refusal)}]))
+    assert frozen.main([str(job)]) == 2
+    said = capsys.readouterr().out
+    assert "owned by another" in said
+    assert "ran" not in said.splitlines()
+
+
+def test_secrets_stand_in_the_secret_alone(asked: LaunchSpec) -> None:
+    text = '{"tracker": {"uri": "http://robot:hunter2@host"}}'
+    secret, job = on_kubernetes.manifest([{"": dataclasses.replace(asked, config_text=text)}])
+    assert "hunter2" in secret["stringData"]["job.json"]
+    assert "hunter2" not in yaml.safe_dump(job)

@@ -67,3 +67,33 @@ def test_what_is_no_progress_line_is_shown_as_it_is(text: str) -> None:
 def test_unknown_figures_are_left_out() -> None:
     assert figures_text({"step": 1, "steps": 2, "loss": None}) == ""
     assert [duration(s) for s in (7.9, 754, 11045)] == ["0:07", "12:34", "3:04:05"]
+
+
+HOSTILE = "\x1b[31mred\x1b[0m \x1b[2J\x1b]0;title\x07\x9b2J \u202eabc\ttab"
+HARMLESS = "red \\x1b[2J\\x1b]0;title\\x07\\x9b2J \\u202eabc\ttab"
+
+
+def test_what_a_worker_prints_commands_no_terminal():
+    """Names of clips and texts of errors come from files; libraries print them as they are."""
+    out = io.StringIO()
+    with ProgressView(out) as view:
+        view.feed(HOSTILE)
+        view.text(f"rank 1's last lines:\n{HOSTILE}")
+        view.of("high").feed(HOSTILE)
+        view.partial(f"{HOSTILE}> ")
+        view.feed("  0%\r 50%\r100%\r")
+    told = out.getvalue()
+    assert told.count(HARMLESS) == 4
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & {*told}
+    assert told.endswith("> 100%\n")
+
+
+def test_the_name_of_a_stage_commands_no_bar():
+    line = '@progress {"stage": "[red]a\\u001b[2J", "step": 1, "steps": 2}'
+    plain, bar = io.StringIO(), Terminal()
+    with ProgressView(plain) as view:
+        view.feed(line)
+    assert plain.getvalue().startswith("[red]a\\x1b[2J  step 1/2")
+    with ProgressView(bar) as view:
+        view.feed(line)
+    assert "[red]a\\x1b[2J" in bar.getvalue()

@@ -50,7 +50,7 @@ def verify(folder: Place, manifest: Manifest, share: tuple[int, int] = (0, 1)) -
     problems = []
     for name in sorted(manifest.files)[share[0] :: share[1]]:
         expected = manifest.files[name]
-        actual = read_digest(folder / name)
+        actual = read_digest(folder / name, expected["size"])
         if actual.size != expected["size"]:
             problems.append(f"{name}: got {actual.size} bytes, expected {expected['size']}")
         elif actual.sha256 != expected["sha256"]:

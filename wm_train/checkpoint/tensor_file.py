@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data_shards.storage.files import open_regular
+from wm_train.errors import SetupError
 from wm_train.storage import Place, Remote
 
 DTYPES = {
@@ -29,6 +32,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+AS_WRITTEN = "expected one as it was written. Fix: use another checkpoint"
 CHUNK = 16 * 2**20  # bytes hashed at a time
 
 
@@ -84,23 +89,35 @@ def _flush(path: Place, file: Any) -> None:
         os.fsync(file.fileno())
 
 
-def read_digest(path: Place) -> FileDigest:
-    """Return size and sha256 of a file as it is on the disk."""
+def read_digest(path: Place, most: int | None = None) -> FileDigest:
+    """Return size and sha256 of a file as it is on the disk. most: bytes after which it is too long
+    in any case, and the rest is left out: a web server's answer may have no end."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) if isinstance(path, Path) else path.open("rb") as file:
         while data := file.read(CHUNK):
             digest.update(data)
             size += len(data)
+            if most is not None and size > most:
+                break
     return FileDigest(size, digest.hexdigest())
 
 
 class RemoteTensors:
-    """Read tensors of a file in a store by byte range: of a slice, only the rows it spans."""
+    """Read tensors of a file in a store by byte range: of a slice, only the rows it spans.
+
+    Raises SetupError for a file that is not as this module writes it.
+    """
 
     def __init__(self, file: Remote) -> None:
         self.file = file
         length = int.from_bytes(file.read(0, 8), "little")
-        self.start, self.header = 8 + length, json.loads(file.read(8, 8 + length))
+        if not 0 < length <= MOST_HEADER:
+            raise SetupError(f"{file}: got a header of {length:,} bytes, {AS_WRITTEN}")
+        try:
+            self.start, self.header = 8 + length, json.loads(file.read(8, 8 + length))
+        except (ValueError, RecursionError) as error:
+            got = f"a header that is no JSON ({error})"
+            raise SetupError(f"{file}: got {got}, {AS_WRITTEN}") from error
 
     def get_tensor(self, key: str) -> torch.Tensor:
         return self._rows(key, slice(None))
@@ -108,9 +125,30 @@ class RemoteTensors:
     def get_slice(self, key: str) -> _Slices:
         return _Slices(self, key)
 
+    def _entry(self, key: str) -> tuple[torch.dtype, list[int], int, int]:
+        """Return dtype, shape and the place [begin, end) of a tensor, behind the header."""
+        kinds = {word: dtype for dtype, word in DTYPES.items()}
+        try:
+            word, shape = self.header[key]["dtype"], list(self.header[key]["shape"])
+            begin, end = map(int, self.header[key]["data_offsets"])
+            if word not in kinds:
+                raise SetupError(
+                    f"{self.file}: got tensor {key} of dtype {str(word)[:40]}, expected one of"
+                    f" {', '.join(kinds)}. Fix: use another checkpoint"
+                )
+            size = math.prod(shape) * kinds[word].itemsize
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, SetupError):
+                raise
+            got = f"no tensor {key} ({error!r})"
+            raise SetupError(f"{self.file}: got {got}, {AS_WRITTEN}") from error
+        if size < 0 or begin < 0 or end - begin != size:
+            got = f"tensor {key} {word} {shape} in {end - begin} bytes"
+            raise SetupError(f"{self.file}: got {got}, {AS_WRITTEN}")
+        return kinds[word], shape, begin, end
+
     def _rows(self, key: str, rows: slice) -> torch.Tensor:
-        entry = self.header[key]
-        shape, (begin, end) = list(entry["shape"]), entry["data_offsets"]
+        kind, shape, begin, end = self._entry(key)
         if shape:
             first, stop, _ = rows.indices(shape[0])
             row = (end - begin) // max(1, shape[0])
@@ -118,7 +156,6 @@ class RemoteTensors:
         data = self.file.read(self.start + begin, self.start + end) if end > begin else b""
         if len(data) != end - begin:
             raise OSError(f"{self.file}: got {len(data)} of {end - begin} bytes of {key}")
-        kind = next(dtype for dtype, word in DTYPES.items() if word == entry["dtype"])
         return (
             torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
             if data

@@ -38,6 +38,11 @@ def path_problems(out: str, run: Any, stages: Mapping[str, StageConfig]) -> Iter
                 " deletes it"
             )
             yield Problem(key, value, rule, f"{key}=/<shared folder>/{value}")
+    kept_here = run.tracker.name == "mlflow" and run.tracker.uri is None
+    if kept_here and set("?%") & {*str(Path(out).absolute())}:
+        # options would begin, or letters be decoded: the record would be kept in another file
+        rule = "a path without ? and %, as MLflow keeps its database there under an address"
+        yield Problem("out", out, rule, "out=<another folder>, or tracker.uri=<a store>")
 
 
 def _decoded(path: str) -> str:

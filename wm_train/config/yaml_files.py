@@ -6,6 +6,7 @@ kilobyte can hold a billion values.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ def yaml_problems(folder: Path) -> Iterator[Problem]:
     key = "--config-dir"
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
         try:
-            size = file.stat().st_size
+            size, mode = file.stat().st_size, file.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                yield Problem(key, f"{file}, a pipe or a device", "a file", f"rm {file}")
+                continue
             if size > MOST_BYTES:
                 got, rule = f"{file} of {size:,} bytes", f"at most {MOST_BYTES:,}"
                 yield Problem(key, got, rule, "give the files of this run only")

@@ -17,18 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_shards.weight_files import COPY_AGAIN, REFUSED, STEM, PublicFiles, read_object, refusal
 from wm_train.boxes import Box, local_box, local_tensor
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class, load, names
-from wm_train.models.public_files import (
-    COPY_AGAIN,
-    REFUSED,
-    STEM,
-    PublicFiles,
-    read_object,
-    refusal,
-    save_weights,
-)
+from wm_train.models.public_files import save_weights
 
 LISTED = 20  # names shown per kind of error
 
@@ -150,7 +143,8 @@ def export_pretrained(
     return its files.
 
     Buffers of the layout are added where `weights` lacks them. Raises ValueError when the directory
-    is not empty, or the model has no public class that can hold it.
+    is not empty or cannot be written, or the model has no public class that can hold it. An export
+    that fails, or is interrupted, leaves nothing behind.
     """
     if not config.public:
         raise ValueError(
@@ -165,6 +159,7 @@ def export_pretrained(
             f"export failed: got {directory}, which is not empty, expected a new or empty"
             " directory. Fix: name another one"
         )
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     buffers = layout.buffers(config)
     whole = {
@@ -178,17 +173,31 @@ def export_pretrained(
         else [f"{STEM}.safetensors"]
     )
     files = [directory / name for name in names]
-    for path, group in zip(files, groups):
-        save_weights({name: whole[name] for name in group}, path, {"format": "pt"})
+    texts = {}
     if count > 1:
         index = {
             "metadata": {"total_size": sum(_size(value) for value in whole.values())},
             "weight_map": {name: path.name for path, group in zip(files, groups) for name in group},
         }
-        files.append(directory / f"{STEM}.safetensors.index.json")
-        files[-1].write_text(json.dumps(index, indent=2))
-    (directory / "config.json").write_text(text)
-    return [*files, directory / "config.json"]
+        texts[directory / f"{STEM}.safetensors.index.json"] = json.dumps(index, indent=2)
+    texts[directory / "config.json"] = text  # last: without it nobody takes the directory for one
+    try:
+        for path, group in zip(files, groups):
+            save_weights({name: whole[name] for name in group}, path, {"format": "pt"})
+        for path, words in texts.items():
+            path.write_text(words)
+    except BaseException as error:
+        for path in (*files, *texts):
+            path.unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"export failed: got {error}, expected a directory that can be written. Fix: make"
+                " room, or name another one"
+            ) from error
+        raise
+    return [*files, *texts]
 
 
 def _check(

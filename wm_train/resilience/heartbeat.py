@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wm_train.resilience.run_lock import born_at, this_process
+from wm_train.storage import read_regular
 
 INTERVAL_S = 1.0
 SILENT_AFTER_S = 3 * INTERVAL_S
@@ -113,7 +114,7 @@ def is_dead(record: dict[str, Any]) -> bool:
 
 def _last_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(read_regular(path))
     except (OSError, ValueError):  # it died before its first record
         return {}
     return record if isinstance(record, dict) else {}

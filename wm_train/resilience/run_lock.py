@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wm_train.console import complain
+from wm_train.storage import read_regular
 
 NAME = "owner.json"  # of the workers
 COMMAND = "command.json"  # of the command that starts them
@@ -79,22 +80,23 @@ def born_at(pid: int) -> str:
 
 
 def read_owner(folder: Path, name: str = NAME) -> Owner | None:
-    """Return the lock's holder, None without a lock file.
+    """Return the lock's holder, None without a lock file. Raises OSError for a pipe or a device.
 
     A partial lock file counts as held by an unknown host.
     """
     try:
-        text = (folder / name).read_text(errors="replace")
+        data = read_regular(folder / name)
     except FileNotFoundError:
         return None
-    return parse_owner(text)
+    return parse_owner(data.decode(errors="replace"))
 
 
 def parse_owner(text: str) -> Owner:
     """Parse a lock file; anything else is a lock that an unknown host holds."""
     try:
         owner = Owner(**json.loads(text))
-        if owner.token.isalnum():  # it becomes part of a file's name
+        # the token becomes part of a file's name, the host is shown
+        if owner.token.isalnum() and owner.host.isprintable() and isinstance(owner.pid, int):
             return owner
     except (ValueError, TypeError, AttributeError):
         pass  # said below

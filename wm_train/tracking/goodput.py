@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wm_train.console import process_age
+from wm_train.storage import read_regular
 
 NAME = "life.json"
 CLOCK_S = 1.0  # by which clocks may differ
@@ -66,7 +67,7 @@ def productive(row: Mapping[str, Any]) -> float:
 def read_life(folder: Path) -> Life | None:
     """Read `life.json` of a stage's folder; None if it is missing or damaged."""
     try:
-        return Life(**json.loads((folder / NAME).read_text()))
+        return Life(**json.loads(read_regular(folder / NAME)))
     except (OSError, ValueError, TypeError):  # only informative: a damaged file is started afresh
         return None
 

@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_shards.storage.files import open_regular
 from wm_train.config.schema import TrackerConfig
 from wm_train.redact import clean_text, clean_value, environment_secrets, logins_in
+from wm_train.storage import read_regular
 from wm_train.tracking.answer import check_answer
 from wm_train.tracking.goodput import read_life
 from wm_train.tracking.rows import parse_row
@@ -260,7 +262,7 @@ class MlflowRecord:
 
     def _read_note(self) -> Sent | None:
         try:
-            note = Sent(**json.loads((self.folder / NOTE).read_text()))
+            note = Sent(**json.loads(read_regular(self.folder / NOTE)))
         except (OSError, ValueError, TypeError, RecursionError):  # damaged: a new run gets all
             return None
         kinds = {"step": int, "artifacts": int, "described": bool}
@@ -278,7 +280,7 @@ def _whole_lines(path: Path, offset: int, most: int | None = None) -> tuple[list
     """Return at most `most` complete lines from `offset` on, and the offset after them."""
     lines: list[bytes] = []
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(offset)
             while (most is None or len(lines) < most) and (line := file.readline()).endswith(b"\n"):
                 lines.append(line)

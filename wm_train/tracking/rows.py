@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wm_train.storage import read_regular
+
 INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 FINITE = {word: value for value, word in INFINITE.items()}
 
@@ -45,7 +47,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     The last line may be cut by a crash: that is no damage, as its step will be repeated.
     """
     rows, damaged = list[dict[str, Any]](), []
-    *lines, last = path.read_bytes().split(b"\n")
+    *lines, last = read_regular(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         row = parse_row(line)
         if row is not None:

@@ -26,6 +26,7 @@ from wm_train.config.curriculum import StagePlan
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import from_json, public_config
 from wm_train.redact import clean_output, clean_text, clean_value
+from wm_train.storage import read_regular
 from wm_train.tracking.forwarder import Forwarder
 from wm_train.tracking.goodput import begin_life, productive, read_life, write_life
 from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, MlflowRecord, Subject
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in arguments.folder:
         record = None
         try:
-            run = from_json((folder / "config.json").read_text(encoding="utf-8"))
+            run = from_json(read_regular(folder / "config.json").decode())
             subject = subject_of(run, folder.name)
             given = {key: getattr(arguments, key) for key in ("uri", "experiment")}
             tracker = replace(subject.tracker, **{k: v for k, v in given.items() if v})

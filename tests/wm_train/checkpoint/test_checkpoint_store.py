@@ -3,6 +3,11 @@ real S3 server and in memory."""
 
 from __future__ import annotations
 
+import contextlib
+import http.server
+import json
+import threading
+
 import fsspec
 import pytest
 import torch
@@ -10,6 +15,8 @@ import torch
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
 from wm_train.checkpoint.manifest import NAME, CheckpointError, TakenError, step_of
+from wm_train.checkpoint.tensor_file import read_digest
+from wm_train.errors import SetupError
 from wm_train.resilience import store_lock
 from wm_train.resilience.run_lock import OwnedError
 from wm_train.storage import Remote, place
@@ -214,3 +221,74 @@ def test_a_stage_trains_into_a_store_and_goes_on_from_it(alone, train_here, loss
     train_here(tmp_path, to)
     assert losses(tmp_path) == alone
     assert steps(place(f"{s3}/runs/demo/short"))[-1] == 20  # type: ignore[arg-type]
+
+
+DAMAGE = {
+    "dtype": ({"dtype": "F8_E4M3"}, r"got tensor model/a of dtype F8_E4M3, expected one of F64"),
+    "no dtype": ({"dtype": None}, "got tensor model/a of dtype None"),
+    "shape": ({"shape": [3, 3]}, r"got tensor model/a F32 \[3, 3\] in \d+ bytes"),
+    "text": ({"shape": "wide"}, "got no tensor model/a"),
+    "place": ({"data_offsets": [1]}, "got no tensor model/a"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_header_that_says_something_else_is_one_error(root, kind):
+    """A dtype that nobody knows was a StopIteration, as bare as that."""
+    changed, told = DAMAGE[kind]
+    file = save(root, 1) / "rank_00000.safetensors"
+    data = file.read(None, None)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model/a"] |= changed
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(SetupError, match=told) as caught:
+        store.RemoteTensors(file).get_tensor("model/a")
+    assert file.name in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\0" * 8, b"\xff" * 20, b"\5" + b"\0" * 7 + b"abcde"])
+def test_a_file_without_a_header_is_one_error(root, data):
+    file = root / "x.safetensors"
+    with file.open("wb") as out:
+        out.write(data)
+    with pytest.raises(SetupError, match=r"x\.safetensors: got a header"):
+        store.RemoteTensors(file)
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Answers that never end."""
+
+    def do_GET(self):
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(2**15 if self.command == "GET" else 0):
+                self.wfile.write(b"x" * 2**16)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_address_whose_answers_have_no_end_is_an_error(monkeypatch):
+    """They were taken into memory, or hashed, for as long as they came."""
+    monkeypatch.setattr("data_shards.storage.remote.MOST_WHOLE", 2**20)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = place(f"http://127.0.0.1:{server.server_address[1]}/runs")
+    try:
+        for ask in (
+            lambda: list(there.iterdir()),
+            lambda: (there / "manifest.json").read_text(),
+            lambda: (there / "x.safetensors").read(0, 8),
+        ):
+            with pytest.raises(OSError, match="got more than"):
+                ask()
+        assert 10**6 < read_digest(there / "x.safetensors", 10**6).size < 10**8
+    finally:
+        server.shutdown()
+        server.server_close()

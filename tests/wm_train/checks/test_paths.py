@@ -64,6 +64,21 @@ def test_a_shipped_job_takes_no_relative_paths(found, monkeypatch, tmp_path: Pat
     assert not any("an absolute path" in problem.rule for problem in found(absolute).values())
 
 
+@pytest.mark.parametrize("beside", [{"tracker.name": "none"}, {"tracker.uri": "http://host:5000"}])
+def test_a_folder_that_makes_another_address_of_mlflows_file(
+    found, monkeypatch, tmp_path: Path, beside: dict[str, str]
+) -> None:
+    """SQLite opened `runs` for `runs?1` and `runsA` for `runs%41`."""
+    for name in ("runs?1", "runs%41"):
+        assert "without ? and %" in found({"out": name, "tracker.name": "mlflow"})["out"].rule
+        assert "out" not in found({"out": name, **beside})
+    for name in ("runs#1", "runs;1&a=b"):
+        assert "out" not in found({"out": name, "tracker.name": "mlflow"})
+    (tmp_path / "a?b").mkdir()
+    monkeypatch.chdir(tmp_path / "a?b")
+    assert "without ?" in found({"out": "runs", "tracker.name": "mlflow"})["out"].rule
+
+
 @pytest.mark.parametrize("endpoint", ["nobody.invalid:29400", "a" * 64 + ":29400", "host:99999"])
 def test_an_endpoint_that_cannot_be_reached_is_named(found, endpoint: str) -> None:
     changes = {"launcher.name": "torchrun", "launcher.nodes": 2, "launcher.endpoint": endpoint}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wm_train.models import public
 from wm_train.models.init import initialise_
 from wm_train.models.public import export_pretrained, load_pretrained_, read_config
 from wm_train.models.public_files import save_weights
@@ -238,3 +239,38 @@ def test_a_place_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path):
     with pytest.raises((ValueError, RuntimeError)):
         save_weights({"a": shared, "b": shared}, tmp_path / "x.safetensors", {})
     assert not (tmp_path / "x.safetensors").exists(), "nothing half written stays"
+
+
+@pytest.mark.parametrize("failing", [1, 2, "index", "config"])
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, failing, there):
+    """Half a directory stayed, and refused the next try."""
+    place = tmp_path / "new" / "out"
+    if there:
+        place.mkdir(parents=True)
+    real, calls = public.save_weights, []
+    if isinstance(failing, int):
+
+        def save(*arguments):
+            calls.append(1)
+            if len(calls) > failing:
+                raise ValueError("export failed: no room")
+            real(*arguments)
+
+        monkeypatch.setattr(public, "save_weights", save)
+    else:
+        write = Path.write_text
+
+        def write_text(path, text):
+            if failing in path.name:
+                raise OSError(28, "No space left on device")
+            return write(path, text)
+
+        monkeypatch.setattr(Path, "write_text", write_text)
+    weights = dict(filled().named_parameters())
+    with pytest.raises(ValueError, match=r"^export failed: "):
+        export_pretrained(weights, CONFIG, place, max_bytes=12_000)
+    assert list(tmp_path.rglob("*")) == ([place.parent, place] if there else [])
+    monkeypatch.undo()
+    assert len(export_pretrained(weights, CONFIG, place, max_bytes=12_000)) > 3
+    assert read_config(place) == CONFIG

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from launch.spec import fill
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.launch import run_groups, spec_of
-from wm_train.resilience import run_lock
+from wm_train.resilience import hold, run_lock
 from wm_train.resilience.one_run import only_run
 from wm_train.resilience.run_lock import (
+    COMMAND,
     NAME,
     OwnedError,
     check_free,
     owned,
+    parse_owner,
     read_owner,
     this_process,
 )
@@ -182,3 +185,43 @@ def test_the_command_is_refused_before_it_touches_the_folder(tmp_path, capsys):
         assert run_groups([{"": spec_of(config, stages[0], stages)}], "inline") == 2
     assert f"owned by process {os.getpid()}" in capsys.readouterr().err
     assert not list(folder.iterdir()), "the config of the run that lives is not written over"
+
+
+@pytest.mark.parametrize("host", ["here\x1b[2J", 5, "a\n@progress {}"])
+def test_a_holder_that_could_not_be_named_is_unknown(host):
+    """The refusal shows it on a terminal."""
+    text = json.dumps({**dataclasses.asdict(this_process()), "host": host})
+    assert parse_owner(text).host == "unknown"
+
+
+def test_a_job_in_a_queue_holds_its_folder_as_a_command_does(tmp_path, data):
+    plain = ["experiment=demo", "recipe=demo", "stage=1", f"data.path={data}", f"out={tmp_path}"]
+    config = compose([*plain, "launcher=slurm", "launcher.slurm.runner=ray"])
+    stages = plan_stages(config)
+    spec = spec_of(config, stages[0], stages)
+    folder = spec.config_path.parent
+    process = subprocess.Popen(
+        fill(spec.holder, ""), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(OwnedError, match=f"owned by process {process.pid}"):
+        check_free(folder, COMMAND)
+    process.terminate()
+    assert process.wait(10) == 0
+    check_free(folder, COMMAND)
+    local = compose(plain)
+    stages = plan_stages(local)
+    assert spec_of(local, stages[0], stages).holder == (), "the command itself is there"
+
+
+def test_a_holder_that_another_run_keeps_out_says_so(tmp_path, rival, monkeypatch, capsys):
+    monkeypatch.setattr(hold, "WAIT_S", 0.6)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert hold.main([str(tmp_path)]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = capsys.readouterr()
+    assert f"owned by process {rival.pid}" in told.err
+    assert "held" not in told.out
