@@ -1,6 +1,7 @@
 # make train   set up .venv, record and encode gameplay, train the demo's first stage
 # make test    set up what tests need and run them; test-full, drills and test-slurm run the rest
 # make kernels compile every kernel for absent GPUs, and show registers, spills and shared memory
+# make browser open the page of a run in Chromium, where it is installed
 # make device-day pack what a machine with a GPU needs to prove the rest, into DEVICE_DAY=folder
 # Variables: PYTHON=python3.12   VENV=folder   TORCH="torch==2.13.0"
 #   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train"
@@ -20,7 +21,7 @@ ACCELERATOR := $(shell command -v nvidia-smi || command -v npu-smi)
 ONE_DEVICE := $(shell [ "$$( (nvidia-smi -L) 2>/dev/null | wc -l)" = 1 ] && echo launcher.workers=1)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-full drills test-slurm kernels device-day lint types clean
+.PHONY: train test test-full drills test-slurm kernels browser device-day lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo $(DATA)/dataset.json
@@ -40,6 +41,9 @@ test-slurm: $(VENV)/.dev
 
 kernels: $(VENV)/.dev
 	@$(PY) -m pytest -m full tests/kernels/test_ahead.py
+
+browser: $(VENV)/.dev
+	@$(PY) -m pytest tests/wm_train/report/test_page_in_browser.py
 
 device-day:
 	@$(PYTHON) benchmarks/device_day.py --pack "$(DEVICE_DAY)"

@@ -25,7 +25,7 @@ FLOORS = {
     "wm_train": (
         "launch joint parity",
         "worker",
-        "plan",
+        "plan report",
         "trainer",
         "checks",
         "evaluation",

@@ -43,8 +43,9 @@ def test_every_module_and_every_config_is_in_the_wheel(wheel: Path) -> None:
     modules = {str(p.relative_to(ROOT)) for top in PACKAGES for p in (ROOT / top).rglob("*.py")}
     configs = {f"wm_train/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
     data = {str(p.relative_to(ROOT)) for top in PACKAGES for p in (ROOT / top).rglob("*.yaml")}
+    page = {f"wm_train/report/page.{kind}" for kind in ("html", "css", "js")}
     assert configs
-    assert not (modules | configs | data) - held
+    assert not (modules | configs | data | page) - held
     tops = {name.split("/")[0] for name in held if ".dist-info/" not in name}
     assert tops == set(PACKAGES), "nothing else is installed"
 

@@ -61,7 +61,7 @@ def judge(
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "losses.json").write_text(to_line(losses))
-        tracker = Tracker(joint, folder, 0, progress.say)
+        tracker = Tracker(joint, folder, 0, progress.say, world.size)
         tracker.step(steps, losses)
         progress.say("joint " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     try:

@@ -128,6 +128,9 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return code
     for pool, run in pools.items():
         print(summary(run, plans[pool]))
+    from wm_train.report.write import page_line
+
+    print(page_line(stage_directory(config, "")))
     print(what_next(config, next(iter(plans.values()))[-1].stage, arguments))
     return 0
 

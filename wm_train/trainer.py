@@ -50,7 +50,9 @@ def train_stage(
     stop.work_from_here()
     folder = plan.directory
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(plan, folder, start.steps_done, progress.say) if world.rank == 0 else None
+    tracker = None
+    if world.rank == 0:
+        tracker = Tracker(plan, folder, start.steps_done, progress.say, world.size)
     outcome = "FAILED"
     try:
         progress.mark("model and data")

@@ -1,6 +1,7 @@
 """Compute goodput: the share of wall time since a stage's first start that went into useful steps.
 
-All restarts are included. `life.json` in the stage's folder is written at every start and end.
+All restarts are included. `life.json` in the stage's folder is written at every start and end, and
+`starts.jsonl` has a line per start: when, after which step, on how many workers.
 Repeated steps count once, skipped ones not at all; the rest is starting, saving, validating,
 repeating steps, and downtime. The pause between the end of a stage and an extension of it is not
 counted.
@@ -18,8 +19,10 @@ from typing import Any
 
 from wm_train.console import process_age
 from wm_train.storage import read_regular
+from wm_train.tracking.rows import read_rows, to_line
 
 NAME = "life.json"
+STARTS = "starts.jsonl"
 CLOCK_S = 1.0  # by which clocks may differ
 
 
@@ -79,8 +82,16 @@ def write_life(folder: Path, life: Life) -> None:
     draft.replace(folder / NAME)
 
 
-def begin_life(folder: Path, redone_steps: int) -> Life:
-    """Record one more start, dated from the start of this process."""
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Return the starts of a stage, oldest first: `time` (Unix seconds), `step` (the steps done
+    until then), `workers`, and `redone`, the steps recorded before that had to be repeated."""
+    path = folder / STARTS
+    return read_rows(path)[0] if path.exists() else []
+
+
+def begin_life(folder: Path, redone_steps: int, step: int = 0, workers: int = 1) -> Life:
+    """Record one more start, after `step` steps and on `workers` processes, dated from the start of
+    this process."""
     now = process_started()
     before = read_life(folder) or Life(now)
     pause = now - before.ended if before.status == "FINISHED" else 0.0
@@ -92,6 +103,8 @@ def begin_life(folder: Path, redone_steps: int) -> Life:
     )
     life = replace(life, paused_s=before.paused_s + max(pause, 0.0), ended=now)
     write_life(folder, life)
+    with (folder / STARTS).open("a") as file:
+        file.write(to_line({"step": step, "time": now, "workers": workers, "redone": redone_steps}))
     return life
 
 

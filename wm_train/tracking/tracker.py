@@ -100,13 +100,19 @@ class Tracker:
     """
 
     def __init__(
-        self, plan: StagePlan, folder: Path, first_step: int, report: Callable[[str], None]
+        self,
+        plan: StagePlan,
+        folder: Path,
+        first_step: int,
+        report: Callable[[str], None],
+        workers: int = 1,
     ) -> None:
+        """Open the record after `first_step`, on `workers` processes."""
         self.folder, self.report = folder, report
         self._steps = StepLog(folder / METRICS, first_step)
         if self._steps.news:
             report(self._steps.news)
-        self._life = begin_life(folder, self._steps.dropped)
+        self._life = begin_life(folder, self._steps.dropped, first_step, workers)
         self._worked = self._full = False
         self._forwarder: Forwarder | None = None
         if plan.tracker.name == "mlflow":

@@ -185,6 +185,7 @@ def test_stages_run_one_after_the_other_and_say_what_to_type_next(
     assert train(TELL, "stage=all") == 0
     shown = capsys.readouterr().out
     assert shown.index("training short 41") < shown.index("training long 81")
+    assert f"  page        {tmp_path / 'runs' / 'demo' / 'report.html'}" in shown
     assert "the last stage" in shown
     assert train(TELL, "stage=1", "name=other") == 0
     shown = capsys.readouterr().out

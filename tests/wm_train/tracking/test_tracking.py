@@ -159,15 +159,15 @@ def test_goodput_is_over_the_whole_life(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.time, "time", lambda: clock["now"])
     run, said = make_run(tmp_path, "tracker=none"), []
 
-    def attempt(first: int, last: int, ends: float, status: str) -> None:
-        tracker = Tracker(plan_stage(run, "short"), tmp_path, first, said.append)
+    def attempt(first: int, last: int, ends: float, status: str, workers: int = 2) -> None:
+        tracker = Tracker(plan_stage(run, "short"), tmp_path, first, said.append, workers)
         for step in range(first + 1, last + 1):
             tracker.step(step, {"step_s": 1.0, "skipped": float(step == 30)})
         clock["now"] = ends
         tracker.close(status)
 
     attempt(0, 15, 1030.0, "FAILED")
-    attempt(10, 20, 1060.0, "KILLED")  # five steps are done again and count once
+    attempt(10, 20, 1060.0, "KILLED", workers=1)  # five steps are done again and count once
     attempt(20, 31, 1100.0, "FINISHED")  # one of them is skipped
     assert said[-1] == "goodput 30.0%: 30.0 s of steps in 100.0 s (3 starts, 5 steps done again)"
     clock["now"] += 86400
@@ -176,6 +176,10 @@ def test_goodput_is_over_the_whole_life(tmp_path, monkeypatch):
     clock["now"] -= 5
     attempt(31, 41, clock["now"] + 20, "FINISHED")
     assert "40.0 s of steps in 120.0 s" in said[-1]
+    # the line of each start: when, after which step, on how many workers, steps done again
+    starts = [tuple(row.values()) for row in goodput.read_starts(tmp_path)]
+    assert starts[:3] == [(0, 1000.0, 2, 0), (10, 1030.0, 1, 5), (20, 1060.0, 2, 0)]
+    assert [step for step, *_ in starts[3:]] == [31, 31]
 
 
 @pytest.mark.parametrize(
