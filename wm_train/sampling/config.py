@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from wm_train.config.kinds import SamplerConfig
+from wm_train.config.rules import one_of
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,15 @@ class EulerConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class StreamConfig(SamplerConfig):
-    """Configure Euler steps chunk by chunk, with a clean past in a state, as chunk-causal models
-    are deployed. Such a model accepts no other sampler."""
+    """Configure steps chunk by chunk, with a clean past in a state, as chunk-causal models are
+    deployed. Such a model accepts no other sampler."""
 
     builds: ClassVar[str] = "wm_train.sampling.sample:stream"
 
     name: str = "stream"
+    # euler: follow the flow; renoise: mix the clean prediction with fresh noise, as students of
+    # self-forcing are trained
+    step: Annotated[str, one_of("euler", "renoise")] = "euler"
 
     def chunked(self) -> bool:
         return True

@@ -19,7 +19,6 @@ from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
-from wm_train.sampling.rollout import euler
 from wm_train.sampling.stream import stream_rollout
 
 CONFIG = SanaWMConfig(
@@ -89,7 +88,7 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
 @pytest.mark.parametrize("weight", [1.0, 2.5])
 @pytest.mark.parametrize("expert_count", [1, 2])
 def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
-    camera_path, weight, expert_count
+    camera_path, plain_euler, weight, expert_count
 ):
     """Also with experts by noise level and with guidance: the past of a step is what the network
     and the conditions of that step make of it."""
@@ -133,7 +132,7 @@ def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
         first = latents[:, :1].expand(2, stop - start, *latents.shape[2:])
         with torch.no_grad():
             noise = normal(key, "rollout", draws, (start, stop), (4, *GRID))
-            chunk = euler(velocity, noise, clean, first, levels)
+            chunk = plain_euler(velocity, noise, clean, first, levels)
         done = torch.cat([done, chunk], dim=1)
     assert (made - done).abs().max() <= 1e-5 * done.abs().max()
 
