@@ -21,6 +21,7 @@ from torch import Tensor
 from parallel.layout import ClipLayout, FrameRange
 from parallel.local_attention import accumulation_dtype
 from parallel.reference import REFERENCE, Kernels
+from parallel.sequence import LocalSequence, WholeClip
 from parallel.streaming import StreamingSequence, StreamState
 from wm_train.conditioning import Conditions
 from wm_train.noise import NoiseKey, normal
@@ -63,24 +64,24 @@ class Streams:
         kernels: Kernels = REFERENCE,
     ) -> None:
         self.experts, self.views, self.guidance = experts, views, guidance
-        self.layout, self.kernels = layout, kernels
+        self.layout, self.clip = layout, LocalSequence(layout, kernels)
         self.past = {expert: [StreamState()] * len(views) for expert in experts.models}
 
     def velocity(self, latents: Tensor, level: Tensor, sigma: float) -> Tensor:
         """Return the guided velocity of a chunk; the past stays as it is."""
         expert = self.experts.at(sigma)
-        passes = velocities(expert, latents, level, self.views, self._sequences(expert))
-        return guided(passes, self.guidance)
+        passed = self._sequences(expert, remember=False)
+        return guided(velocities(expert, latents, level, self.views, passed), self.guidance)
 
     def remember(self, latents: Tensor, level: Tensor) -> None:
         """Pass a finished chunk through every network, and add it to the past."""
         for expert in self.past:
-            passed = self._sequences(expert)
+            passed = self._sequences(expert, remember=True)
             velocities(expert, latents, level, self.views, passed)
             self.past[expert] = [sequence.after() for sequence in passed]
 
-    def _sequences(self, expert: Model) -> list[StreamingSequence]:
-        return [StreamingSequence(self.layout, past, self.kernels) for past in self.past[expert]]
+    def _sequences(self, expert: Model, remember: bool) -> list[StreamingSequence]:
+        return [StreamingSequence(self.clip, past, remember) for past in self.past[expert]]
 
 
 def chunk_exits(
@@ -111,7 +112,8 @@ def chunk_exits(
         )
         context, level = passed.clean, torch.where(given, 0.0, context_sigma)
         if context_sigma:
-            mixed = (1.0 - context_sigma) * context + context_sigma * fresh("context")
+            noise = fresh("context").to(context.dtype)
+            mixed = (1.0 - context_sigma) * context + context_sigma * noise
             context = torch.where(given[:, :, None, None, None], context, mixed)
         yield ChunkExit(chunk, *passed, None, context, level)
         if chunk.stop == layout.frames:
@@ -174,6 +176,8 @@ def late_losses(
     g: Tensor,
     layout: ClipLayout,
     *,
+    turn: int = 0,
+    of: int = 1,
     kernels: Kernels = REFERENCE,
 ) -> Iterator[Tensor]:
     """Yield for each chunk a scalar whose gradient is the chunk's part of the student's: the sum
@@ -181,19 +185,36 @@ def late_losses(
 
     exits: all chunks in order, of `roll_out`; g: [B, T, C, h, w], the loss's gradient with respect
     to the clean predictions. Back-propagate each loss before the next is taken, and only one chunk
-    is in memory. Where the history was not kept, one pass per chunk makes it again.
+    is in memory. Where the history was not kept, one pass per chunk makes it again. turn, of: take
+    the chunk at place `turn` of every `of` chunks (`parallel.transpose.Share`); all callers make
+    the same passes in the same order, so a last group without that place gives one loss of 0.
     """
-    past = StreamState()
-    for found in exits:
-        history = past if found.history is None else found.history
-        sequence = StreamingSequence(layout, history, kernels)
+    clip, past = LocalSequence(layout, kernels), StreamState()
+    for first in range(0, len(exits), of):
+        group = exits[first : first + of]
+        place = min(turn, len(group) - 1)
+        for i, found in enumerate(group):
+            if found.history is not None:
+                past = found.history
+            elif first + i > 0:
+                past = _after(model, exits[first + i - 1], conditions, clip, past)
+            if i == place:
+                history = past
+        found = group[place]
+        wanted = g[:, found.chunk.start : found.chunk.stop].detach()
+        sequence = StreamingSequence(clip, history, remember=False)
         flow = model(found.noisy, found.level, conditions, sequence)
         flow = flow.to(accumulation_dtype(flow.dtype))
         free = (found.level > 0)[:, :, None, None, None]
         clean = torch.where(free, clean_of(found.noisy, flow, found.sigma), found.clean)
-        yield (g[:, found.chunk.start : found.chunk.stop].detach() * clean).sum()
-        if found.history is None and found.chunk.stop < layout.frames:
-            with torch.no_grad():
-                sequence = StreamingSequence(layout, past, kernels)
-                model(found.context, found.context_level, conditions, sequence)
-                past = sequence.after()
+        yield ((wanted if place == turn else torch.zeros_like(wanted)) * clean).sum()
+
+
+@torch.no_grad()
+def _after(
+    model: Model, found: ChunkExit, conditions: Conditions, clip: WholeClip, past: StreamState
+) -> StreamState:
+    """Return the past behind a chunk, by the same pass as in its rollout."""
+    sequence = StreamingSequence(clip, past)
+    model(found.context, found.context_level, conditions, sequence)
+    return sequence.after()

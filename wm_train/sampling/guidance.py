@@ -12,12 +12,11 @@ from torch import Tensor
 
 from parallel.local_attention import accumulation_dtype
 from parallel.sequence import SequenceShard
-from parallel.streaming import StreamingSequence
 from wm_train.conditioning import Conditions
 from wm_train.sampling.experts import Model
 
 Guidance = Mapping[str, float]
-Shards = Sequence[SequenceShard | StreamingSequence]
+Shards = Sequence[SequenceShard]
 UNGUIDED: Guidance = MappingProxyType({})
 
 

@@ -48,7 +48,7 @@ def _euler(
 def _renoise(
     passed: Passed, velocity: Tensor, following: float, fresh: Callable[[], Tensor]
 ) -> Tensor:
-    return (1.0 - following) * passed.clean + following * fresh()
+    return (1.0 - following) * passed.clean + following * fresh().to(passed.clean.dtype)
 
 
 STEPS: dict[str, Step] = {"euler": _euler, "renoise": _renoise}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from parallel.layout import ClipLayout
-from parallel.streaming import chunk_starts
+from parallel.sequence import GroupSequence, LocalSequence
+from parallel.streaming import StreamingSequence, StreamState, chunk_starts
+from parallel.transpose import share_of, to_clips, to_frames
+from parallel.virtual import replicate, run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
-from wm_train.noise import NoiseKey
-from wm_train.sampling.chunks import roll_out
+from wm_train.noise import NoiseKey, normal
+from wm_train.sampling.chunks import late_losses, roll_out
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.stream import stream_rollout
 
@@ -62,6 +67,58 @@ def clip(camera_path):
         return first, conditions, torch.arange(3, 3 + clips), layout
 
     return make
+
+
+def doubled(given):
+    """A clip in fp64."""
+    first, conditions, draws, layout = given
+    fields = {name: value.double() for name, value in conditions.fields.items()}
+    return first.double(), conditions.with_fields(**fields), draws, layout
+
+
+def pull(layout, clips=1):
+    """The gradient of some loss with respect to the clean predictions, fp64."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(clips, layout.frames, 4, *GRID, generator=generator, dtype=torch.float64)
+
+
+def gradients(model, losses):
+    """Back-propagate losses one by one -> the gradients of all parameters that take any."""
+    model.zero_grad(set_to_none=True)
+    for loss in losses:
+        loss.backward()
+    wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: p.grad.clone() for name, p in wanted}
+
+
+def whole_graph(model, given, g, sampler, exit):
+    """The rollout written out once more, all exit passes in one graph -> sum of g times x0."""
+    first, conditions, draws, layout = given
+    clip, state, total = LocalSequence(layout), StreamState(), 0
+    frames, shape = (0, layout.frames), tuple(first.shape[1:])
+    noise = normal(KEY, "rollout", draws, frames, shape).double()
+    fresh = [normal(KEY, f"rollout/step{k}", draws, frames, shape).double() for k in range(2, 6)]
+    for start in layout.chunk_starts:
+        local = slice(start, layout.chunk_of(start).stop)
+        hold = torch.zeros(1, local.stop - start, 1, 1, 1, dtype=torch.bool)
+        hold[:, 0] = start == 0
+        x = torch.where(hold, first[:, None], noise[:, local])
+        for k in range(exit):
+            sigma, following = LEVELS[k], LEVELS[k + 1]
+            level = torch.where(hold[:, :, 0, 0, 0], 0.0, sigma).expand(len(first), -1)
+            with torch.set_grad_enabled(k == exit - 1):
+                v = model(x, level, conditions, StreamingSequence(clip, state, remember=False))
+            x0 = torch.where(hold, first[:, None], x - sigma * v)
+            moved = x + (following - sigma) * v
+            if sampler == "renoise":
+                moved = (1 - following) * x0 + following * fresh[k][:, local]
+            x = torch.where(hold, first[:, None], moved).detach()
+        total = total + (g[:, local] * x0).sum()
+        with torch.no_grad():
+            view = StreamingSequence(clip, state)
+            model(x0.detach(), torch.zeros_like(level), conditions, view)
+            state = view.after()
+    return total
 
 
 def exits_of(model, given, sampler="renoise", exit=4, **how):
@@ -123,3 +180,165 @@ def test_two_clips_at_once_equal_one_after_the_other(clip):
         one = exits_of(model, (first[i : i + 1], own, draws[i : i + 1], layout))
         alone = torch.cat([x.clean for x in one], 1)
         assert (both[i : i + 1] - alone).abs().max() <= 5e-7 * both.abs().max()
+
+
+@pytest.mark.parametrize(("sampler", "exit"), [("euler", 2), ("renoise", 4)])
+def test_the_late_gradient_is_that_of_the_whole_graph(clip, sampler, exit):
+    """Every parameter, with the history kept and made again; fp64, hybrid, window, sink, camera."""
+    model, given = awake(CONFIG).double(), doubled(clip(8, 1))
+    _, conditions, _, layout = given
+    g = pull(layout)
+    whole = whole_graph(model, given, g, sampler, exit)
+    expected = gradients(model, [whole])
+    assert all(grad.abs().max() > 0 for grad in expected.values())
+    for keep in (True, False):
+        exits = exits_of(model, given, sampler, exit, keep_history=keep)
+        assert all((found.history is not None) == keep for found in exits)
+        losses = []
+
+        def each(exits=exits, losses=losses):
+            for loss in late_losses(model, exits, conditions, g, layout):
+                losses.append(loss.detach())
+                yield loss
+
+        found = gradients(model, each())
+        assert len(losses) == len(layout.chunk_starts)
+        assert abs(sum(losses) - whole) <= 1e-12 * abs(whole)
+        for name, grad in expected.items():
+            assert (found[name] - grad).abs().max() <= 1e-12 * grad.abs().max(), name
+
+
+def test_the_late_gradient_is_the_difference_quotient_with_a_constant_history(clip):
+    model, given = awake(CONFIG).double(), doubled(clip(8, 1))
+    _, conditions, _, layout = given
+    g, exits = pull(layout), exits_of(model, given, exit=2)
+    found = gradients(model, late_losses(model, exits, conditions, g, layout))
+    generator, step = torch.Generator().manual_seed(2), 1e-7
+    along = {
+        name: torch.randn(grad.shape, generator=generator, dtype=torch.float64)
+        for name, grad in found.items()
+    }
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in along:
+                    p.add_(along[name], alpha=sign * step)
+            values.append(sum(late_losses(model, exits, conditions, g, layout)))
+            for name, p in model.named_parameters():
+                if name in along:
+                    p.sub_(along[name], alpha=sign * step)
+    quotient = (values[0] - values[1]) / (2 * step)
+    expected = sum((grad * along[name]).sum() for name, grad in found.items())
+    assert abs(quotient - expected) <= 2e-7 * abs(expected)
+
+
+def test_a_chunk_depends_on_the_one_before_but_takes_no_gradient_from_it(clip):
+    model, given = awake(CONFIG).double(), doubled(clip(7, 1))
+    _, conditions, _, layout = given
+    g, exits = pull(layout), exits_of(model, given, exit=1, keep_history=False)
+    g[:, :4] = 0  # only the second chunk counts
+
+    def losses(exits):
+        return list(late_losses(model, exits, conditions, g, layout))
+
+    moved = [replace(exits[0], context=exits[0].context.clone().requires_grad_()), exits[1]]
+    before = losses(exits)
+    again = losses(moved)
+    assert before == again
+    sum(again).backward()
+    assert moved[0].context.grad is None
+    with torch.no_grad():
+        moved[0].context.add_(0.1)
+    assert losses(moved)[0] == before[0] == 0
+    assert losses(moved)[1] != before[1]
+
+
+@pytest.mark.parametrize("how", ["block", "selective"])
+def test_recomputation_changes_no_bit_of_the_late_gradient(clip, how):
+    given = clip(8, 1)
+    _, conditions, _, layout = given
+    found = []
+    for mode in ("none", how):
+        model = awake(replace(CONFIG, activation_checkpointing=mode))
+        exits = exits_of(model, given, exit=2, keep_history=mode == "none")
+        losses = late_losses(model, exits, conditions, pull(layout).float(), layout)
+        found.append(gradients(model, losses))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+@pytest.mark.parametrize("of", [2, 3])
+@pytest.mark.parametrize("keep", [True, False])
+def test_chunks_dealt_over_callers_sum_to_the_whole_with_equal_passes(clip, of, keep):
+    """Four chunks over two and three: all make the same passes, with gradients in the same places,
+    as sharded parameters are gathered in each."""
+    model, given = awake(CONFIG).double(), doubled(clip(11, 1))
+    _, conditions, _, layout = given
+    g, exits = pull(layout), exits_of(model, given, exit=1, keep_history=keep)
+    expected = gradients(model, late_losses(model, exits, conditions, g, layout))
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    parts, seen = [], []
+    for turn in range(of):
+        passes.clear()
+        losses = late_losses(model, exits, conditions, g, layout, turn=turn, of=of)
+        parts.append(gradients(model, losses))
+        seen.append(list(passes))
+    handle.remove()
+    assert all(one == seen[0] for one in seen)
+    assert seen[0].count(True) == -(-4 // of)
+    for name, grad in expected.items():
+        total = sum(part[name] for part in parts)
+        assert (total - grad).abs().max() <= 1e-12 * grad.abs().max(), name
+
+
+def rows(given, clips: range):
+    first, conditions, draws, layout = given
+    own = slice(clips.start, clips.stop)
+    fields = {name: value[own] for name, value in conditions.fields.items()}
+    return first[own], conditions.with_fields(**fields), draws[own], layout
+
+
+def student_turn(model, given, comm=None):
+    """A student's turn with made-up score differences of single frames, on one rank of a group that
+    shares the clips -> gradients of this rank."""
+    first, _, _, layout = given
+    whole = ClipLayout(layout.frames)
+    scores = LocalSequence(whole) if comm is None else GroupSequence(whole, comm)
+    share = share_of(scores, len(first))
+    own = rows(given, share.clips)
+    exits = exits_of(model, own, exit=2, keep_history=False)
+    made = torch.cat([found.clean for found in exits], 1)
+    local = to_frames(scores, share, made)
+    frames = scores.positions.double()[..., None, None, None]
+    g = to_clips(scores, share, torch.sin(3 * local) * (1 + frames))
+    deal = {"turn": share.turn, "of": share.of}
+    return gradients(model, late_losses(model, exits, own[1], g, layout, **deal))
+
+
+@pytest.mark.parametrize(("members", "clips"), [(2, 2), (3, 3), (2, 1), (3, 1)])
+def test_a_turn_on_ranks_equals_one_device_with_collectives_that_no_draw_changes(
+    clip, members, clips
+):
+    """Transposed (as many clips as ranks) and replicated (fewer), four chunks, eleven frames; fp64.
+    The student itself needs no collective."""
+    model, given = awake(CONFIG).double(), doubled(clip(11, clips))
+    first, conditions, draws, layout = given
+    counted = []
+    for shift in (0, 7):
+        moved = (first, conditions, draws + shift, layout)
+        models = replicate(model, members)
+
+        def body(comm, models=models, moved=moved):
+            return student_turn(models[comm.members[0].index], moved, comm)
+
+        parts, traffic = run_virtual(body, members)
+        counted += [one.collectives for one in traffic]
+        if shift:
+            continue
+        for name, grad in student_turn(model, moved).items():
+            total = sum(part[name] for part in parts)
+            assert (total - grad).abs().max() <= 1e-11 * grad.abs().max(), name
+    transposed = clips == members
+    forward = {"transpose forward": 2} if transposed else {"gather forward": 1}
+    assert all(one == forward for one in counted), counted
