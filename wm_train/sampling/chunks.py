@@ -104,7 +104,6 @@ def chunk_exits(
     layout, shape = streams.layout, tuple(first_latent.shape[1:])
     for first in layout.chunk_starts:
         chunk = layout.chunk_of(first)
-
         fresh = partial(_fresh, key, draws, chunk, shape)
         noise, given, values = start_of(layout, chunk, first_latent, key, draws)
         passed = denoise(

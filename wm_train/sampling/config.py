@@ -19,6 +19,16 @@ class EulerConfig(SamplerConfig):
 
 
 @dataclass(frozen=True)
+class RenoiseConfig(SamplerConfig):
+    """Configure steps of the whole clip at once, each of which mixes the clean prediction with
+    fresh noise, for bidirectional models that were distilled to a few steps."""
+
+    builds: ClassVar[str] = "wm_train.sampling.sample:renoise"
+
+    name: str = "renoise"
+
+
+@dataclass(frozen=True)
 class StreamConfig(SamplerConfig):
     """Configure steps chunk by chunk, with a clean past in a state, as chunk-causal models are
     deployed. Such a model accepts no other sampler."""

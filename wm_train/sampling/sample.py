@@ -44,8 +44,19 @@ class SampleStart:
 
 def euler(start: SampleStart, config: SamplerConfig) -> Tensor:
     """Return the local frames, fp32 [B, t, C, h, w], of clips denoised as a whole."""
+    return _whole_clips(start, config, "euler")
+
+
+def renoise(start: SampleStart, config: SamplerConfig) -> Tensor:
+    """Return the local frames, fp32 [B, t, C, h, w], of clips denoised as a whole, with fresh noise
+    in every step."""
+    return _whole_clips(start, config, "renoise")
+
+
+def _whole_clips(start: SampleStart, config: SamplerConfig, sampler: str) -> Tensor:
     given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
-    return rollout(*given, start.draws, start.sequence, guidance=config.guidance)
+    how = {"guidance": config.guidance, "sampler": sampler}
+    return rollout(*given, start.draws, start.sequence, **how)  # type: ignore[arg-type]
 
 
 def stream(start: SampleStart, config: StreamConfig) -> Tensor:

@@ -127,8 +127,7 @@ def exits_of(model, given, sampler="renoise", exit=4, **how):
     return list(roll_out(model, *start, exit=exit, sampler=sampler, **how))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "renoise"])
-@pytest.mark.parametrize("context_sigma", [0.0, 0.15])
+@pytest.mark.parametrize(("sampler", "context_sigma"), [("euler", 0.0), ("renoise", 0.15)])
 def test_a_rollout_to_the_last_step_is_the_sampler_to_the_bit(clip, sampler, context_sigma):
     model, (first, conditions, draws, layout) = awake(CONFIG), clip(8, 1)
     start = (first, conditions, LEVELS, KEY, draws, layout)
@@ -254,7 +253,7 @@ def test_a_chunk_depends_on_the_one_before_but_takes_no_gradient_from_it(clip):
     assert losses(moved)[1] != before[1]
 
 
-@pytest.mark.parametrize("how", ["block", "selective"])
+@pytest.mark.parametrize("how", ["block", pytest.param("selective", marks=pytest.mark.full)])
 def test_recomputation_changes_no_bit_of_the_late_gradient(clip, how):
     given = clip(8, 1)
     _, conditions, _, layout = given
@@ -267,8 +266,7 @@ def test_recomputation_changes_no_bit_of_the_late_gradient(clip, how):
     assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
 
 
-@pytest.mark.parametrize("of", [2, 3])
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("of", "keep"), [(2, True), (3, False)])
 def test_chunks_dealt_over_callers_sum_to_the_whole_with_equal_passes(clip, of, keep):
     """Four chunks over two and three: all make the same passes, with gradients in the same places,
     as sharded parameters are gathered in each."""
@@ -316,7 +314,10 @@ def student_turn(model, given, comm=None):
     return gradients(model, late_losses(model, exits, own[1], g, layout, **deal))
 
 
-@pytest.mark.parametrize(("members", "clips"), [(2, 2), (3, 3), (2, 1), (3, 1)])
+@pytest.mark.parametrize(
+    ("members", "clips"),
+    [(2, 2), (3, 1), *(pytest.param(*grid, marks=pytest.mark.full) for grid in [(3, 3), (4, 1)])],
+)
 def test_a_turn_on_ranks_equals_one_device_with_collectives_that_no_draw_changes(
     clip, members, clips
 ):
