@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from wm_train.config.kinds import SamplerConfig
-from wm_train.config.rules import one_of
+from wm_train.config.rules import Below1, one_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RenoiseConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class StreamConfig(SamplerConfig):
-    """Configure steps chunk by chunk, with a clean past in a state, as chunk-causal models are
+    """Configure steps chunk by chunk, with the past in a state, as chunk-causal models are
     deployed. Such a model accepts no other sampler."""
 
     builds: ClassVar[str] = "wm_train.sampling.sample:stream"
@@ -39,6 +39,7 @@ class StreamConfig(SamplerConfig):
     # euler: follow the flow; renoise: mix the clean prediction with fresh noise, as students of
     # self-forcing are trained
     step: Annotated[str, one_of("euler", "renoise")] = "euler"
+    context_sigma: Below1 = 0.0  # noise level of a finished chunk as the past of the next
 
     def chunked(self) -> bool:
         return True

@@ -72,6 +72,7 @@ def stream(start: SampleStart, config: StreamConfig) -> Tensor:
         layout,
         guidance=config.guidance,
         sampler=config.step,
+        context_sigma=config.context_sigma,
         kernels=start.kernels,
     )
     return torch.cat(list(chunks), dim=1)[:, local.start : local.stop]

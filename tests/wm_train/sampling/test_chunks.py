@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parallel.layout import ClipLayout
+from parallel.reference import REFERENCE
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.streaming import StreamingSequence, StreamState, chunk_starts
 from parallel.transpose import share_of, to_clips, to_frames
@@ -18,7 +19,10 @@ from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.chunks import late_losses, roll_out
+from wm_train.sampling.config import StreamConfig
+from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.sample import SampleStart, stream
 from wm_train.sampling.stream import stream_rollout
 
 CONFIG = SanaWMConfig(
@@ -139,9 +143,32 @@ def test_a_rollout_to_the_last_step_is_the_sampler_to_the_bit(clip, sampler, con
         assert torch.equal(chunk, found.clean)
         assert not found.clean.requires_grad
     assert torch.equal(exits[0].clean[:, 0], first)
+    config = StreamConfig(step=sampler, context_sigma=context_sigma)
+    alone = (Experts((0.0,), (model,)), *start[:-1], LocalSequence(layout), REFERENCE)
+    assert torch.equal(stream(SampleStart(*alone), config), torch.cat(sampled, 1))
     other = list(stream_rollout(model, *start, sampler=sampler, context_sigma=0.3))
     assert torch.equal(other[0], sampled[0])  # the first chunk has no past
     assert not torch.equal(other[1], sampled[1])
+
+
+def test_the_context_is_the_prediction_at_its_own_noise_level_and_replays_to_the_bit(clip):
+    model, given = awake(CONFIG), clip(7, 1)
+    _, conditions, draws, layout = given
+    g = pull(layout).float()
+    how = {"exit": 2, "context_sigma": 0.15}
+    kept, bare = (exits_of(model, given, keep_history=keep, **how) for keep in (True, False))
+    for found in kept:
+        noise = normal(
+            KEY, "rollout/context", draws, (found.chunk.start, found.chunk.stop), (4, 2, 3)
+        )
+        expected, level = 0.85 * found.clean + 0.15 * noise, torch.full(found.level.shape, 0.15)
+        if found.chunk.start == 0:  # the given frame stays as it is
+            expected[:, 0], level[:, 0] = found.clean[:, 0], 0.0
+        assert torch.equal(found.context_level, level)
+        assert (found.context - expected).abs().max() <= 1e-6
+    with torch.no_grad():
+        losses = [list(late_losses(model, x, conditions, g, layout)) for x in (kept, bare)]
+    assert losses[0] == losses[1]
 
 
 def test_a_longer_clip_starts_with_the_same_chunks(clip):
