@@ -261,8 +261,7 @@ def test_recomputing_a_streamed_block_changes_no_bit_of_its_gradient(
         view = StreamingSequence(clip, state, remember)
         local = slice(view.frames.start, view.frames.stop)
         out = twice(view, local, run)
-        stored = view.after().tensors() if remember else []
-        return (out * full["out.upstream"][:, local]).sum(), stored
+        return (out * full["out.upstream"][:, local]).sum(), view
 
     found = []
     for run in (plain, again):
@@ -270,7 +269,7 @@ def test_recomputing_a_streamed_block_changes_no_bit_of_its_gradient(
         results, traffic = run_virtual(lambda comm, run=run: body(comm, run), *grid)
         forward = [dict(one.collectives) for one in traffic]
         sum(loss for loss, _ in results).backward()
-        stored = [x for _, state in results for x in state]
+        stored = [x for _, view in results for x in (view.after().tensors() if remember else [])]
         assert not any(x.requires_grad for x in stored)
         found.append([*(x.grad for x in leaves.values()), *stored])
         for one, earlier in zip(traffic, forward):  # backward repeats no collective of forward
