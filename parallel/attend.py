@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel import ring, ulysses
 from parallel.comm import Member, Program
-from parallel.layout import ClipLayout, FrameRange
+from parallel.layout import ClipLayout, FrameRange, split_evenly
 from parallel.masks import AttentionMask
 from parallel.reference import Kernels
 
@@ -26,8 +26,9 @@ Heads = tuple[FrameRange, ...]
 class AttendVerb:
     """Compute attention: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> out [B, T/P, S, H, D].
 
-    With a cache there are two more inputs: keys and values of frames before the clip [B, c, S,
-    H_kv, D], the same on all ranks and without gradient.
+    part: the frames of the clip that q, k and v hold, split over the ranks. With cached frames
+    there are two more inputs: their keys and values [B, c, S, H_kv, D], the same on all ranks and
+    without gradient.
     """
 
     layout: ClipLayout
@@ -35,6 +36,8 @@ class AttendVerb:
     kernels: Kernels
     heads: int
     key_heads: int
+    part: FrameRange
+    cached: tuple[int, ...] = ()
     name = "attend"
 
     def _plan(self, member: Member) -> tuple[list[int], Frames, Heads, Heads, ring.HeadSpans]:
@@ -44,7 +47,10 @@ class AttendVerb:
         query heads and key heads of each Ulysses rank; the query heads that read each local key
         head.
         """
-        held = self.layout.split(member.size)
+        held = [
+            FrameRange(self.part.start + r.start, self.part.start + r.stop)
+            for r in split_evenly(len(self.part), member.size)
+        ]
         groups = [held[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
         queries, keys = ulysses.deal_heads(self.heads, self.key_heads, member.ulysses)
         spans = ulysses.head_spans(queries[member.ulysses_index], self.heads // self.key_heads)
@@ -58,7 +64,7 @@ class AttendVerb:
         q, k, v = yield from ulysses.to_heads(member, frames, [q, k, v], [queries, keys, keys])
         mine = keys[member.ulysses_index]
         past = [x[:, :, :, mine.start : mine.stop] for x in past]
-        cache = (past[0], past[1]) if past else None
+        cache = (past[0], past[1], self.cached) if past else None
         out, lse = yield from ring.forward(
             member, self.layout, self.mask, self.kernels, ranges, spans, q, k, v, cache
         )
@@ -84,7 +90,7 @@ class AttendVerb:
             )
         # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D]
         (grad,) = yield from ulysses.to_heads(member, frames, [grad], [queries])
-        cache = (past[0], past[1]) if past else None
+        cache = (past[0], past[1], self.cached) if past else None
         own = (q, k, v, out, lse)
         dq, dk, dv = yield from ring.backward(
             member, self.layout, self.mask, self.kernels, ranges, spans, grad, own, cache

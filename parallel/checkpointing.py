@@ -4,7 +4,8 @@ A checkpointed block runs twice: once without keeping its activations, and again
 second run must not communicate: that would double the traffic, and virtual ranks cannot wait for
 each other inside backward. So the first run records what its collectives returned, and the second
 run reads the record. Recorded per block and rank: the gathered composites and halo frames (small),
-and for softmax attention its all-to-all and ring results.
+and for softmax attention its all-to-all and ring results. A streaming view counts its verb calls;
+the second run counts from where the first began.
 
 `keep_products` makes it selective: the results of matrix products, convolutions and attention are
 kept as well, so the second run repeats only the cheap operations between them.
@@ -72,10 +73,11 @@ def checkpoint(
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         answers: list[Any] = []
+        rewound = sequence.rewind()
         first, again = _Using(sequence.comm, answers, False), _Using(sequence.comm, answers, True)
         if not keep_products:
-            return first, again
+            return first, _Both(rewound, again)
         keeping, giving = create_selective_checkpoint_contexts(PRODUCTS)
-        return _Both(first, keeping), _Both(again, giving)
+        return _Both(first, keeping), _Both(rewound, again, giving)
 
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

@@ -150,7 +150,7 @@ class Tape:
 
 
 class Verb(Protocol):
-    """Describe one of the four verbs with all its static facts.
+    """Describe one of the verbs with all its static facts.
 
     The facts are equal on every rank, so two calls can be compared to prove that ranks agree.
     """

@@ -99,6 +99,19 @@ class ClipLayout:
         """Return the document that contains a frame."""
         return _span(self.document_starts, self.frames, frame)
 
+    def cut(self, frames: FrameRange) -> ClipLayout:
+        """Return the layout of these frames alone, counted from 0; nothing crosses their ends."""
+
+        def starts(of: tuple[int, ...]) -> tuple[int, ...]:
+            return (0, *(i - frames.start for i in of if frames.start < i < frames.stop))
+
+        valid = self.valid_frames
+        if valid is not None:
+            valid = tuple(min(max(n - frames.start, 0), len(frames)) for n in valid)
+        return ClipLayout(
+            len(frames), starts(self.document_starts), starts(self.chunk_starts), valid
+        )
+
     def chunk_of(self, frame: int) -> FrameRange:
         """Return the chunk that contains a frame; a document edge ends a chunk as well."""
         return _span(_merged(self), self.frames, frame)

@@ -8,6 +8,7 @@ every mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -119,19 +120,27 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
     )
 
 
-def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[Tile, ...]:
-    """Return the tiles of cached frames from before the clip.
+def needed(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
+    """Return the frames before `frame`, a chunk's first or the clip's end, that it or any later one
+    attends to: a stream that arrives there keeps these.
 
-    Every real frame of the clip's first document sees all of them; the caller chooses what to
-    cache.
+    Under every causal mask a later frame sees of that past only what this one sees, so one answer
+    serves all.
     """
-    stop = min(queries.stop, layout.document_of(0).stop)
-    found = []
-    for rows, valid in _rows_by_valid(layout):
-        end = min(stop, valid)
-        if cached and queries.start < end:
-            found.append(Tile(rows, (0, end - queries.start), ((0, cached),)))
-    return tuple(found)
+    starts = tuple(start for start in layout.chunk_starts if start < frame)
+    ahead = ClipLayout(frame + 1, layout.document_starts, (*starts, frame))
+    return frozenset(i for i in visible(ahead, mask, frame) if i < frame)
+
+
+@lru_cache(maxsize=1024)
+def cache_tiles(
+    layout: ClipLayout, mask: AttentionMask, queries: FrameRange, cached: tuple[int, ...]
+) -> tuple[Tile, ...]:
+    """Cut the block of query frames × cached frames into rectangles; key j is frame cached[j].
+
+    Both are frames of one clip, the cached ones ascending.
+    """
+    return _rectangles(layout, mask, queries, cached)
 
 
 def _rows_by_valid(layout: ClipLayout) -> list[tuple[tuple[int, ...] | None, int]]:
@@ -152,16 +161,20 @@ def tiles(
 
     Query frames that are padding, or see no key of this block, are in no tile.
     """
+    return _rectangles(layout, mask, queries, range(keys.start, keys.stop))
+
+
+def _rectangles(
+    layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: Sequence[int]
+) -> tuple[Tile, ...]:
     found = []
     for rows, valid in _rows_by_valid(layout):
-        last = min(keys.stop, valid)
 
-        def sees(frame: int, last: int = last) -> tuple[tuple[int, int], ...]:
-            seen = sorted(
-                j - keys.start for j in visible(layout, mask, frame) if keys.start <= j < last
-            )
+        def sees(frame: int, valid: int = valid) -> tuple[tuple[int, int], ...]:
+            seen = visible(layout, mask, frame)
+            places = [j for j, key in enumerate(keys) if key in seen and key < valid]
             runs = [
-                list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])
+                list(run) for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])
             ]
             return tuple((run[0][1], run[-1][1] + 1) for run in runs)
 

@@ -26,7 +26,7 @@ from parallel.local_attention import accumulation_dtype
 from parallel.masks import AttentionMask, cache_tiles, tiles
 from parallel.reference import Kernels
 
-Cache = tuple[Tensor, Tensor]
+Cache = tuple[Tensor, Tensor, tuple[int, ...]]  # keys, values, their frames
 HeadSpans = tuple[tuple[int, int], ...]
 
 
@@ -109,8 +109,7 @@ def forward(
 
     q [B, n, S, h, D], k, v [B, n, S, h_kv, D] are those of this rank's frames. Returns out
     (accumulation dtype) and LSE [B, n, S, h]. ranges: the frames of each ring rank. cache: keys and
-    values of frames before the clip [B, c, S, h_kv, D], visible without a mask to the first
-    document.
+    values [B, c, S, h_kv, D] of more frames of the clip, and which these are.
     """
     # Earlier frames (streaming) are present on every rank, so they need no exchange.
     mine = ranges[member.ring_index]
@@ -119,8 +118,8 @@ def forward(
     if cache is not None:
         part = kernels.block_attention(
             q,
-            *(repeat_heads(x, spans) for x in cache),
-            cache_tiles(layout, mine, cache[0].shape[1]),
+            *(repeat_heads(x, spans) for x in cache[:2]),
+            cache_tiles(layout, mask, mine, cache[2]),
         )
         out, lse = part[0].to(accumulation_dtype(q.dtype)), part[1]
     # At step s this rank has the block of ring rank r − s; the next one travels meanwhile.
@@ -176,9 +175,9 @@ def backward(
         return dq, sum_heads(dk, spans), sum_heads(dv, spans)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     if cache is not None:
-        pieces = cache_tiles(layout, mine, cache[0].shape[1])
+        pieces = cache_tiles(layout, mask, mine, cache[2])
         dq += kernels.block_attention_backward(
-            grad, q, *(repeat_heads(x, spans) for x in cache), out, lse, pieces
+            grad, q, *(repeat_heads(x, spans) for x in cache[:2]), out, lse, pieces
         )[0]
     # Blocks move as in forward, and the gradients of a block move along with it. They are added
     # late, so that their shift overlaps with the computation of the next block.

@@ -1,16 +1,17 @@
 """Define `SequenceShard`, all that a model or an objective may know about parallelism.
 
-Four verbs (attend, scan, halo, mean) on tensors of the local frames [B, T/P, …]. On one device the
-local frames are all frames. Documents, chunks and padding come from the layout and hold under every
-verb: a padding frame neither attends nor is attended to, carries no state, is zero in halos and
-weighs nothing in means.
+Five verbs (attend, scan, halo, mean, gather) on tensors of the local frames [B, T/P, …]. On one
+device the local frames are all frames. Documents, chunks and padding come from the layout and hold
+under every verb but gather: a padding frame neither attends nor is attended to, carries no state,
+is zero in halos and weighs nothing in means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from parallel.attend import AttendVerb
 from parallel.clip_mean import MeanVerb
 from parallel.comm import Communicator, SoloComm
 from parallel.engines import AttentionEngine, check_engine
+from parallel.gather import GatherVerb
 from parallel.gdn_scan import Reverse, ScanOutput, ScanVerb
 from parallel.halo import HaloVerb, Taps, visible_taps
 from parallel.layout import ClipLayout, FrameRange, halo_limits
@@ -26,6 +28,17 @@ from parallel.masks import FULL, AttentionMask
 from parallel.reference import REFERENCE, Kernels, Stream
 
 HaloEdges = Literal["clip", "document", "chunk"]
+
+
+class Cache(NamedTuple):
+    """Store keys and values [B, c, S, H_kv, D] of c frames, and which frames of the clip they are.
+
+    Complete on every rank, frames ascending.
+    """
+
+    keys: Tensor
+    values: Tensor
+    frames: tuple[int, ...]
 
 
 class SequenceShard(Protocol):
@@ -58,13 +71,12 @@ class SequenceShard(Protocol):
         k: Tensor,
         v: Tensor,
         mask: AttentionMask = FULL,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Attend over the clip: q [B, T/P, S, H, D], k, v [B, T/P, S, H_kv, D] -> like q.
 
-        H is a multiple of H_kv; a row that sees no key gives zeros. cache: keys and values [B, c,
-        S, H_kv, D] of frames before the clip (streaming), complete on every rank, without gradient;
-        all frames of the clip's first document see them.
+        H is a multiple of H_kv; a row that sees no key gives zeros. cache: keys and values of
+        frames that k and v do not hold (streaming), without gradient; the mask holds for them too.
         """
         ...
 
@@ -96,6 +108,28 @@ class SequenceShard(Protocol):
         """
         ...
 
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return all frames of each tensor: [B, T/P, …] -> [B, T, …], the same on all ranks.
+
+        Gradients are summed over ranks.
+        """
+        ...
+
+    def rewind(self) -> AbstractContextManager[None]:
+        """Return a context in which verb calls count from where they stand now, for checkpointing.
+
+        It may be entered any number of times; a model does not use it.
+        """
+        ...
+
+
+class WholeClip(SequenceShard, Protocol):
+    """Represent one rank's view of a clip from which a stretch of frames can be taken."""
+
+    def part(self, frames: FrameRange) -> SequenceShard:
+        """Return the verbs over these frames alone, split over the same ranks."""
+        ...
+
 
 class GroupSequence:
     """Run the verbs for one rank of a sequence group, over any communicator."""
@@ -106,11 +140,19 @@ class GroupSequence:
         comm: Communicator,
         kernels: Kernels = REFERENCE,
         engine: tuple[str, AttentionEngine] | None = None,
+        part: FrameRange | None = None,
     ) -> None:
-        """Store the rank's view. engine: name and function of another attention (`engines.py`)."""
+        """Store the rank's view.
+
+        engine: name and function of another attention (`engines.py`); part: the frames that the
+        ranks hold, None: all.
+        """
         (member,) = comm.members
         self.layout = layout
-        self.frames = layout.split(member.size)[member.index]
+        self._part = part or FrameRange(0, layout.frames)
+        self._own = layout if part is None else layout.cut(part)
+        local = self._own.split(member.size)[member.index]
+        self.frames = FrameRange(self._part.start + local.start, self._part.start + local.stop)
         self.comm = comm
         self.kernels = kernels
         self.engine = engine
@@ -128,16 +170,15 @@ class GroupSequence:
         k: Tensor,
         v: Tensor,
         mask: AttentionMask = FULL,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        if cache is not None and any(x.requires_grad for x in cache):
+        if cache is not None and (cache.keys.requires_grad or cache.values.requires_grad):
             raise ValueError(
                 "attention cache: got tensors that require gradients, expected detached keys and"
                 " values. Fix: detach them"
             )
-        device = q.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        q, k, v = as_autocast(q, k, v)
+        past = () if cache is None else as_autocast(cache.keys, cache.values)
         if self.engine is not None:
             name, attention = self.engine
             check_engine(
@@ -145,11 +186,19 @@ class GroupSequence:
             )
             return attention(*(x.flatten(1, 2) for x in (q, k, v))).reshape(q.shape)
         return self.comm.apply(
-            AttendVerb(self.layout, mask, self.kernels, q.shape[3], k.shape[3]),
+            AttendVerb(
+                self.layout,
+                mask,
+                self.kernels,
+                q.shape[3],
+                k.shape[3],
+                self._part,
+                () if cache is None else cache.frames,
+            ),
             q,
             k,
             v,
-            *(cache or ()),
+            *past,
         )[0]
 
     def scan(
@@ -165,19 +214,21 @@ class GroupSequence:
                 Stream(*(_fill(real, x, value) for x, value in zip(s, (1.0, 0.0, 0.0))))
                 for s in streams
             ]
-        verb = ScanVerb(self.layout, len(streams), reverse, initial is not None, self.kernels)
+        verb = ScanVerb(self._own, len(streams), reverse, initial is not None, self.kernels)
         out = self.comm.apply(verb, *(x for s in streams for x in s), *(initial or ()))
         return ScanOutput(list(out[: len(streams)]), list(out[len(streams) :]))
 
     def halo(
         self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
     ) -> list[Taps]:
-        limits = halo_limits(self.layout, edges)
+        limits = halo_limits(self._own, edges)
         real = self._real(tensors[0])
         if real is not None:
             tensors = [_fill(real, x, 0.0) for x in tensors]
-        extended = self.comm.apply(HaloVerb(self.layout, before, after), *tensors)
-        seen = visible_taps(limits, self.frames, before, after)
+        extended = self.comm.apply(HaloVerb(self._own, before, after), *tensors)
+        start = self._part.start
+        local = FrameRange(self.frames.start - start, self.frames.stop - start)
+        seen = visible_taps(limits, local, before, after)
         return [Taps(x, before, len(self.frames), seen) for x in extended]
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
@@ -189,6 +240,17 @@ class GroupSequence:
             value = _fill(real, value, 0.0)
             weight = _fill(real, weight, 0.0)
         return self.comm.apply(MeanVerb(), value, weight)[0]
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if self.comm.members[0].size == 1:
+            return list(tensors)
+        return list(self.comm.apply(GatherVerb(self._own), *tensors))
+
+    def rewind(self) -> AbstractContextManager[None]:
+        return nullcontext()  # every call stands alone
+
+    def part(self, frames: FrameRange) -> SequenceShard:
+        return type(self)(self.layout, self.comm, self.kernels, self.engine, frames)
 
     def _real(self, like: Tensor) -> Tensor | None:
         """Return which frames are real (not padding), [B, T/P] bool; None: all."""
@@ -206,6 +268,14 @@ class GroupSequence:
         )
 
 
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in the dtype in which autocast computes products, unchanged without it."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tensors
+
+
 def _fill(real: Tensor, x: Tensor, value: float) -> Tensor:
     """Set the padding frames of x [B, T/P, …] to a value; `where` also removes a NaN."""
     return torch.where(
@@ -218,6 +288,9 @@ class LocalSequence(GroupSequence):
 
     def __init__(self, layout: ClipLayout, kernels: Kernels = REFERENCE) -> None:
         super().__init__(layout, SoloComm(), kernels)
+
+    def part(self, frames: FrameRange) -> SequenceShard:
+        return GroupSequence(self.layout, self.comm, self.kernels, part=frames)
 
 
 class SequenceMesh(Protocol):
@@ -241,6 +314,7 @@ def _outside_graphs() -> type[GroupSequence]:
         scan = torch.compiler.disable(GroupSequence.scan)
         halo = torch.compiler.disable(GroupSequence.halo)
         mean = torch.compiler.disable(GroupSequence.mean)
+        gather = torch.compiler.disable(GroupSequence.gather)
 
     return OutsideGraphs
 

@@ -1,40 +1,41 @@
 """Run the verbs one chunk at a time, with the past in a state of constant size.
 
 Source: SANA-WM §3.2, chunk-causal inference; §5.4. Frames interact only in the verbs of a
-`SequenceShard`, so a streaming model is the same model with another implementation of the verbs:
-`StreamingSequence` covers the frames of one chunk and takes the past from what earlier chunks
-stored. It stores per verb call, in the order of the calls of a forward pass: the recurrent states
-of a scan, the last frames of a convolution, and for attention the keys and values of the sink
-frames and of the window. One device.
+`SequenceShard`, so a streaming model is the same model with another view of the clip:
+`StreamingSequence` covers the frames of one chunk, on one device or split over the ranks of any
+shard, and takes the past from what earlier chunks stored. It stores per verb call, in the order of
+the calls of a forward pass: the final states of a scan, the last frames of a convolution, and for
+attention the keys and values that the mask lets a later frame see. States are complete on every
+rank and never change; a pass makes a new one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from parallel.comm import Communicator
 from parallel.gdn_scan import Reverse, ScanOutput
 from parallel.halo import Taps
-from parallel.layout import ClipLayout
-from parallel.masks import FULL, AttentionMask
-from parallel.reference import REFERENCE, Kernels, Stream
-from parallel.sequence import HaloEdges, LocalSequence
+from parallel.layout import ClipLayout, FrameRange
+from parallel.masks import FULL, AttentionMask, needed
+from parallel.reference import Stream
+from parallel.sequence import Cache, HaloEdges, WholeClip, as_autocast
 
 
 @dataclass(frozen=True)
 class Past:
-    """Store what one verb call must remember of earlier chunks.
+    """Store what one verb call must remember of earlier chunks, without gradients.
 
-    tensors: states of a scan or frames of a convolution. For attention: sink, the (keys, values) of
-    the sink frames that have left the window, and window, one such pair per chunk of the window.
+    tensors: states of a scan or frames of a convolution; keys: of attention, one piece per chunk.
     """
 
     tensors: tuple[Tensor, ...] = ()
-    sink: tuple[tuple[Tensor, Tensor], ...] = ()
-    window: tuple[tuple[Tensor, Tensor], ...] = ()
+    keys: tuple[Cache, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,82 +48,100 @@ class StreamState:
     frames: int = 0
     calls: tuple[Past, ...] = ()
 
+    def tensors(self) -> list[Tensor]:
+        """Return all stored tensors."""
+        pairs = (x for past in self.calls for piece in past.keys for x in piece[:2])
+        return [*(x for past in self.calls for x in past.tensors), *pairs]
+
     def elements(self) -> int:
         """Return the number of stored elements, over all calls."""
-        pairs = [
-            x
-            for past in self.calls
-            for kept in (past.sink, past.window)
-            for pair in kept
-            for x in pair
-        ]
-        return sum(x.numel() for past in self.calls for x in past.tensors) + sum(
-            x.numel() for x in pairs
-        )
+        return sum(x.numel() for x in self.tensors())
 
 
-@dataclass
 class StreamingSequence:
-    """Run the verbs for the chunk that starts at `state.frames`.
+    """Run the verbs for the chunk that starts at `state.frames`, in one forward pass."""
 
-    Make one for each forward pass; `after()` returns the state behind it. layout: the whole clip,
-    with its chunk starts. A pass whose `after()` is not used (a denoising step) has no effect.
-    """
+    def __init__(self, clip: WholeClip, state: StreamState, remember: bool = True) -> None:
+        """Store the view. clip: a shard of the whole clip, with its chunk starts; remember: store
+        the chunk for `after`, at the cost of its keys and, over several ranks, of a gather.
 
-    layout: ClipLayout
-    state: StreamState
-    kernels: Kernels = REFERENCE
-    _left: list[Past] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.layout.document_starts != (0,) or self.layout.ragged:
+        Raises ValueError for packed documents, padding, and a state that ends within a chunk.
+        """
+        layout = clip.layout
+        if layout.document_starts != (0,) or layout.ragged:
             raise ValueError(
-                f"streaming failed: got documents {self.layout.document_starts} and valid_frames"
-                f" {self.layout.valid_frames}, expected one document without padding"
+                f"streaming failed: got documents {layout.document_starts} and valid_frames"
+                f" {layout.valid_frames}, expected one document without padding"
                 " (StreamingSequence). Fix: roll documents out one by one"
             )
-        if self.state.frames not in self.layout.chunk_starts:
+        if state.frames not in layout.chunk_starts:
             raise ValueError(
-                f"streaming failed: got a state after {self.state.frames} frames, expected a chunk"
-                f" start of {self.layout.chunk_starts} (StreamingSequence). Fix: keep one layout"
-                " for the whole rollout"
+                f"streaming failed: got a state after {state.frames} frames, expected a chunk"
+                f" start of {layout.chunk_starts} (StreamingSequence). Fix: keep one layout for the"
+                " whole rollout"
             )
-        self.frames = self.layout.chunk_of(self.state.frames)
-        self._alone = LocalSequence(ClipLayout(len(self.frames)), self.kernels)
+        self.chunk = layout.chunk_of(state.frames)
+        self._inner = clip.part(self.chunk)
+        self._state, self._remember = state, remember
+        self._kept: list[Past] = []
+        self._call = 0  # verb calls of this pass so far; a checkpointed function sets it back
+        self._again = False  # within a checkpointed function's second run
+
+    @property
+    def layout(self) -> ClipLayout:
+        return self._inner.layout
+
+    @property
+    def comm(self) -> Communicator:
+        return self._inner.comm
+
+    @property
+    def frames(self) -> FrameRange:
+        return self._inner.frames
 
     @property
     def positions(self) -> Tensor:
-        return torch.arange(self.frames.start, self.frames.stop, dtype=torch.int64)[None]
+        return self._inner.positions
 
     def after(self) -> StreamState:
         """Return the state that includes this chunk; call it after the forward pass."""
-        return StreamState(self.frames.stop, tuple(self._left))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask = FULL) -> Tensor:
-        """Return attention over the visible chunks: q [B, t, S, H, D], k, v [B, t, S, H_kv, D]."""
-        if mask.causality != "chunk":
+        known = len(self._state.calls) if self._state.frames else len(self._kept)
+        if not self._remember or known != len(self._kept):
             raise ValueError(
-                f"streaming failed: got {mask.causality} attention, expected chunk-causal, or the"
-                " past would have to see the future (key model.causal). Fix: model.causal=true"
+                f"streaming failed: got {len(self._kept)} stored verb calls, expected those of one"
+                f" whole forward pass, {known} (StreamingSequence.after). Fix: a new"
+                " StreamingSequence(clip, state) for each pass, with remember=True for this one"
             )
-        past = self._past()
-        cache = None
-        if kept := [*past.sink, *past.window]:
-            keys, values = zip(*kept, strict=True)
-            cache = torch.cat(keys, dim=1), torch.cat(values, dim=1)
-        out = self._alone.attend(q, k, v, FULL, cache)
-        sink, window = past.sink, (*past.window, (k, v))
-        while mask.window is not None and len(window) >= mask.window:
-            # the sink frames of the chunk that leaves the window
-            first = self.frames.stop - sum(pair[0].shape[1] for pair in window)
-            (k, v), window = window[0], window[1:]
-            if first < mask.sink:
-                sink = (
-                    *sink,
-                    (k[:, : mask.sink - first].clone(), v[:, : mask.sink - first].clone()),
-                )
-        self._left.append(Past(sink=sink, window=window))
-        return out
+        return StreamState(self.chunk.stop, tuple(self._kept))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask = FULL,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return attention over the visible frames, the chunk's own and earlier ones.
+
+        q [B, t, S, H, D], k, v [B, t, S, H_kv, D] -> like q.
+        """
+        assert cache is None, "a stream has a cache of its own"
+        if mask.causality == "full":
+            self._no_future("full attention")
+        q, k, v = as_autocast(q, k, v)
+        pieces = self._past().keys
+        seen = None
+        if pieces:
+            keys, values, frames = zip(*pieces, strict=True)
+            seen = Cache(torch.cat(keys, dim=1), torch.cat(values, dim=1), sum(frames, ()))
+        if self._remember:
+            k_all, v_all = self._inner.gather([k, v])
+            own = Cache(k_all, v_all, tuple(range(self.chunk.start, self.chunk.stop)))
+            useful = needed(self.layout, mask, self.chunk.stop)
+            kept = (_chosen(piece, useful) for piece in (*pieces, own))
+            self._store(Past(keys=tuple(piece for piece in kept if piece.frames)))
+        return self._inner.attend(q, k, v, mask, seen)
 
     def scan(
         self,
@@ -132,37 +151,116 @@ class StreamingSequence:
     ) -> ScanOutput:
         """Continue the forward recurrence from the last chunk; reverse sees this chunk only."""
         assert initial is None, "a streaming scan has its own initial state"
-        past = self._past().tensors
-        start = past or [
+        start = self._past().tensors or [
             stream.update.new_zeros(stream.update.shape[0], *stream.update.shape[2:])
             for stream in streams
         ]
-        out = self._alone.scan(streams, reverse, start)
-        self._left.append(Past(tuple(out.final)))
+        out = self._inner.scan(streams, reverse, start)
+        if self._remember:
+            self._store(Past(tuple(_owned(x) for x in out.final)))
         return out
 
     def halo(
         self, tensors: Sequence[Tensor], before: int, after: int, edges: HaloEdges = "clip"
     ) -> list[Taps]:
         """Return taps whose past comes from earlier chunks and whose future is zero."""
-        past = self._past().tensors
-        t, taps, tails = len(self.frames), [], []
-        for i, x in enumerate(tensors):
-            tail = past[i] if past else x.new_zeros(x.shape[0], before, *x.shape[2:])
-            extended = torch.cat([tail, x, x.new_zeros(x.shape[0], after, *x.shape[2:])], dim=1)
-            taps.append(Taps(extended, before, t))
-            tails.append(extended[:, t : t + before])
-        self._left.append(Past(tuple(tails)))
+        if after and edges != "chunk":
+            self._no_future(f"a convolution over edges={edges!r}")
+        tails = self._past().tensors
+        taps = self._inner.halo(tensors, before, after, edges)
+        if tails:
+            first = self.frames.start - self.chunk.start
+            taps = [_joined(tap, tail, first) for tap, tail in zip(taps, tails, strict=True)]
+        if self._remember:
+            whole = self._inner.gather(tensors)
+            if not tails:
+                tails = tuple(x.new_zeros(x.shape[0], before, *x.shape[2:]) for x in whole)
+            self._store(Past(tuple(_last(before, *pair) for pair in zip(tails, whole))))
         return taps
 
     def mean(self, value: Tensor, weight: Tensor) -> Tensor:
         """Return the weighted mean over this chunk."""
-        return self._alone.mean(value, weight)
+        return self._inner.mean(value, weight)
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return all frames of this chunk."""
+        return self._inner.gather(tensors)
+
+    def rewind(self) -> AbstractContextManager[None]:
+        return _Rewound(self)
 
     def _past(self) -> Past:
         """Return what the same call of the last chunk's forward pass stored."""
-        call = len(self._left)
-        return self.state.calls[call] if self.state.calls else Past()
+        call, stored = self._call, self._state.calls
+        self._call += 1
+        if not self._state.frames:
+            return Past()
+        if call >= len(stored):
+            raise ValueError(
+                f"streaming failed: got verb call {call + 1}, expected {len(stored)} as in the pass"
+                " over the chunk before (StreamingSequence). Fix: a new"
+                " StreamingSequence(clip, state) for each forward pass of one model"
+            )
+        return stored[call]
+
+    def _store(self, past: Past) -> None:
+        """Store a call's past; a second run of a checkpointed function has stored it already."""
+        if not self._again:
+            self._kept.append(past)
+
+    def _no_future(self, what: str) -> None:
+        """Raise ValueError if a later chunk follows, which a bidirectional model would see."""
+        if self.layout.chunk_starts[-1] > self.chunk.start:
+            raise ValueError(
+                f"streaming failed: got {what} with chunks to come, expected a causal model, or the"
+                " past would have to see the future (key model.causal). Fix: model.causal=true"
+            )
+
+
+class _Rewound(AbstractContextManager[None]):
+    """Count a view's verb calls from where they stood when this was made, and store nothing."""
+
+    def __init__(self, view: StreamingSequence) -> None:
+        self.view, self.start = view, view._call
+        self.outside: list[tuple[int, bool]] = []
+
+    def __enter__(self) -> None:
+        self.outside.append((self.view._call, self.view._again))
+        self.view._call, self.view._again = self.start, True
+
+    def __exit__(self, *error: object) -> None:
+        self.view._call, self.view._again = self.outside.pop()
+
+
+def _owned(x: Tensor) -> Tensor:
+    """Return x without its graph, in memory of its own size: a slice would keep the whole."""
+    x = x.detach()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
+def _chosen(piece: Cache, frames: frozenset[int]) -> Cache:
+    """Return the keys and values of those frames of a piece, the piece itself if it is all."""
+    places = [i for i, frame in enumerate(piece.frames) if frame in frames]
+    keys, values = piece.keys, piece.values
+    if 0 < len(places) < len(piece.frames):
+        keys, values = (x[:, places] for x in (keys, values))
+    return Cache(_owned(keys), _owned(values), tuple(piece.frames[i] for i in places))
+
+
+def _joined(taps: Taps, tail: Tensor, first: int) -> Taps:
+    """Return taps with the past in place of the zeros before the chunk.
+
+    tail: the frames before the chunk [B, before, …]; first: place of the first local frame in it.
+    """
+    missing = max(taps.before - first, 0)
+    extended = torch.cat([tail[:, first : first + missing], taps.extended[:, missing:]], dim=1)
+    return Taps(extended, taps.before, taps.frames, taps.seen)
+
+
+def _last(count: int, before: Tensor, chunk: Tensor) -> Tensor:
+    """Return the last `count` frames of a chunk and those before it, [B, count, …]."""
+    joined = torch.cat([before, chunk], dim=1)
+    return _owned(joined[:, joined.shape[1] - count :])
 
 
 def chunk_starts(frames: int, chunk_frames: int) -> tuple[int, ...]:

@@ -15,10 +15,12 @@ import torch
 from parallel.attend import AttendVerb
 from parallel.clip_mean import MeanVerb
 from parallel.comm import Member, Verb
+from parallel.gather import GatherVerb
 from parallel.gdn_scan import ScanVerb
 from parallel.halo import HaloVerb
 from parallel.layout import split_evenly
 from parallel.local_attention import accumulation_dtype
+from parallel.transpose import TransposeVerb
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -41,6 +43,10 @@ def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost
         return scan_cost(verb, tensors, member)
     if isinstance(verb, HaloVerb):
         return halo_cost(verb, tensors, member)
+    if isinstance(verb, GatherVerb):
+        return gather_cost(verb, tensors, member)
+    if isinstance(verb, TransposeVerb):
+        return transpose_cost(verb, tensors, member)
     if isinstance(verb, AttendVerb):
         return attend_cost(verb, tensors, member)
     assert isinstance(verb, MeanVerb), verb
@@ -89,6 +95,30 @@ def halo_cost(verb: HaloVerb, tensors: Shapes, member: Member) -> dict[str, Cost
     return {"forward": Cost(1, sent * frame), "backward": Cost(1, received * frame)}
 
 
+def gather_cost(verb: GatherVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
+    """Return the cost of a gather: own frames to each other rank; backward theirs to each."""
+    held = [len(r) for r in verb.layout.split(member.size)]
+    frame = sum(shape[0] * prod(shape[2:]) * dtype.itemsize for shape, dtype in tensors)
+    mine, others = held[member.index], verb.layout.frames - held[member.index]
+    return {
+        "forward": Cost(1, mine * frame * (member.size - 1)),
+        "backward": Cost(1, others * frame),
+    }
+
+
+def transpose_cost(verb: TransposeVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
+    """Return the cost of turning clips into frames: frames of others of own clips there, own frames
+    of others' clips back."""
+    ((shape, dtype),) = tensors
+    mine = len(verb.layout.split(member.size)[member.index])
+    clips = shape[0] // member.size if verb.back else shape[0]
+    frame = clips * prod(shape[2:]) * dtype.itemsize
+    there = Cost(1, (verb.layout.frames - mine) * frame)
+    back = Cost(1, mine * (member.size - 1) * frame)
+    ways = (back, there) if verb.back else (there, back)
+    return dict(zip(("forward", "backward"), ways, strict=True))
+
+
 def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
     """Return the cost of attention.
 
@@ -98,7 +128,7 @@ def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, 
     (b, t, s, _, d), dtype = tensors[0]
     width, token = dtype.itemsize, b * s * d
     group = verb.heads // verb.key_heads
-    frames = [len(r) for r in verb.layout.split(member.size)]
+    frames = [len(r) for r in split_evenly(len(verb.part), member.size)]
     rows = [frames[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
     queries = [len(r) for r in split_evenly(verb.heads, member.ulysses)]
     keys = [

@@ -76,6 +76,19 @@ def run_fsdp(rank: int, world: int) -> list:
     return found
 
 
+def run_streams(rank: int, world: int, grids: list[tuple[int, int]]) -> list:
+    """Clips turned into frames and back, frames gathered, and two chunks of a stream, on every grid
+    -> this rank's tensors."""
+    found = []
+    for ring, ulysses in grids:
+        member = Member(*divmod(rank, ulysses), ring, ulysses)
+        comm = sequence_comm(member, grid_groups([list(range(world))], ring, ulysses))
+        leaf, results, loss = oracles.exchanged(comm)
+        loss.backward()
+        found.append({"gradient": leaf.grad, **results})
+    return found
+
+
 def run_engine(name: str, rank: int, world: int) -> list:
     """An engine of others and our own on the same tokens; dense attention is what both are compared
     with by the test."""
@@ -114,6 +127,7 @@ def run_single(rank: int, world: int) -> list:
 def run_two(rank: int) -> dict:
     return {
         "verbs": run_verbs(rank, [[0, 1]], [(1, 2), (2, 1)]),
+        "streams": run_streams(rank, 2, [(1, 2), (2, 1)]),
         "fsdp": run_fsdp(rank, 2),
         "single": run_single(rank, 2),
     }
@@ -123,6 +137,7 @@ def run_four(rank: int) -> dict:
     together = run_verbs(rank, [[0, 1, 2, 3]], [(1, 4), (4, 1), (2, 2)])
     return {
         "verbs": together + run_verbs(rank, [[0, 2], [1, 3]], [(1, 2), (2, 1)]),
+        "streams": run_streams(rank, 4, [(2, 2)]),
         "fsdp": run_fsdp(rank, 4),
     }
 

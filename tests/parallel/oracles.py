@@ -12,13 +12,16 @@ from oracle_cases import LEAVES, Case, engine_cases, inputs, layouts, process_ca
 from torch import Tensor
 
 from parallel.layout import ClipLayout
-from parallel.masks import AttentionMask
+from parallel.masks import CHUNK_CAUSAL, AttentionMask
 from parallel.reference import Stream
 from parallel.sequence import GroupSequence
+from parallel.streaming import StreamingSequence, StreamState
+from parallel.transpose import share_of, to_clips, to_frames
 
 __all__ = [
     "Case",
     "engine_cases",
+    "exchanged",
     "inputs",
     "joined",
     "layouts",
@@ -331,3 +334,29 @@ def worst(found, expected) -> tuple[float, float]:
             )
         )
     return errors[0], errors[1]
+
+
+def exchanged(comm) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """A member's results of what runs beside a whole clip: exchanges of clips and frames, and a
+    stream of two chunks -> the exchanges' leaf, all results, a loss of the exchanges."""
+    layout, size = ClipLayout(7, chunk_starts=(0, 4)), comm.members[0].size
+    sequence = GroupSequence(layout, comm)
+    full = inputs(Case(layout, ("attend",), mask=CHUNK_CAUSAL))
+    clips = torch.stack([full["q"][0] * (i + 1) for i in range(size)])
+    share = share_of(sequence, size)
+    mine = clips[share.clips.start : share.clips.stop].clone().requires_grad_()
+    local = to_frames(sequence, share, mine)
+    back = to_clips(sequence, share, local.sin())
+    (whole,) = sequence.gather([local])
+    found, state = {"local": local, "back": back, "whole": whole}, StreamState()
+    loss = (back**2).sum() + (whole**3).sum()
+    for chunk in (0, 1):
+        view = StreamingSequence(sequence, state)
+        q, k, v = (full[name][:, view.frames.start : view.frames.stop] for name in ("q", "k", "v"))
+        with torch.no_grad():
+            found[f"streamed {chunk}"] = view.attend(q, k, v, CHUNK_CAUSAL)
+            taps = view.halo([k], 3, 3, "chunk")[0]
+        found |= {f"tap {chunk} {i}": tap for i, tap in enumerate(taps)}
+        state = view.after()
+    found |= {f"state {i}": x for i, x in enumerate(state.tensors())}
+    return mine, {name: x.detach() for name, x in found.items()}, loss

@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallel.virtual import run_virtual
+
 
 def same_bits(found, expected) -> None:
     for a, b in zip(found, expected, strict=True):
@@ -48,3 +50,18 @@ def test_processes_equal_virtual_ranks_bit_for_bit(processes, oracles, task, wor
                     assert sent[label] == sum(
                         traffic[index].sent.get(label, 0) for _, traffic in runs
                     ), label
+
+
+@pytest.mark.parametrize(
+    ("task", "world", "grids"),
+    [("two", 2, [(1, 2), (2, 1)]), pytest.param("four", 4, [(2, 2)], marks=pytest.mark.full)],
+)
+def test_streams_and_dealt_clips_on_processes_equal_virtual_ranks(
+    processes, oracles, task, world, grids
+):
+    by_rank = [results["streams"] for results in processes(task, world)]
+    for number, (ring, ulysses) in enumerate(grids):
+        runs, _ = run_virtual(oracles.exchanged, ring, ulysses)
+        sum(loss for *_, loss in runs).backward()
+        for rank, (leaf, results, _) in enumerate(runs):
+            same_bits([by_rank[rank][number]], [{"gradient": leaf.grad, **results}])

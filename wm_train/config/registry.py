@@ -31,6 +31,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "samplers": {
         "euler": "wm_train.sampling.config:EulerConfig",
+        "renoise": "wm_train.sampling.config:RenoiseConfig",
         "stream": "wm_train.sampling.config:StreamConfig",
     },
 }

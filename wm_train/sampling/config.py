@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from wm_train.config.kinds import SamplerConfig
+from wm_train.config.rules import Below1, one_of
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,27 @@ class EulerConfig(SamplerConfig):
 
 
 @dataclass(frozen=True)
+class RenoiseConfig(SamplerConfig):
+    """Configure steps of the whole clip at once, each of which mixes the clean prediction with
+    fresh noise, for bidirectional models that were distilled to a few steps."""
+
+    builds: ClassVar[str] = "wm_train.sampling.sample:renoise"
+
+    name: str = "renoise"
+
+
+@dataclass(frozen=True)
 class StreamConfig(SamplerConfig):
-    """Configure Euler steps chunk by chunk, with a clean past in a state, as chunk-causal models
-    are deployed. Such a model accepts no other sampler."""
+    """Configure steps chunk by chunk, with the past in a state, as chunk-causal models are
+    deployed. Such a model accepts no other sampler."""
 
     builds: ClassVar[str] = "wm_train.sampling.sample:stream"
 
     name: str = "stream"
+    # euler: follow the flow; renoise: mix the clean prediction with fresh noise, as students of
+    # self-forcing are trained
+    step: Annotated[str, one_of("euler", "renoise")] = "euler"
+    context_sigma: Below1 = 0.0  # noise level of a finished chunk as the past of the next
 
     def chunked(self) -> bool:
         return True

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor
+
+# (latents [B, t, C, h, w], sigma [B, t], conditions, sequence) -> velocity like latents
+Model = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -14,14 +18,14 @@ class Experts:
     MoWorld §3)."""
 
     boundaries: tuple[float, ...]
-    models: tuple[nn.Module, ...]
+    models: tuple[Model, ...]
 
-    def at(self, sigma: float) -> nn.Module:
+    def at(self, sigma: float) -> Model:
         """Return the model that makes the step starting at noise level `sigma`."""
         pairs = zip(self.boundaries, self.models, strict=True)
         return next(model for boundary, model in pairs if sigma >= boundary)
 
 
-def experts_of(model: nn.Module | Experts) -> Experts:
+def experts_of(model: Model | Experts) -> Experts:
     """Return experts unchanged, and one model as the only expert."""
     return model if isinstance(model, Experts) else Experts((0.0,), (model,))

@@ -8,14 +8,15 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from parallel.local_attention import accumulation_dtype
 from parallel.sequence import SequenceShard
-from parallel.streaming import StreamingSequence
 from wm_train.conditioning import Conditions
+from wm_train.sampling.experts import Model
 
 Guidance = Mapping[str, float]
-Shards = Sequence[SequenceShard | StreamingSequence]
+Shards = Sequence[SequenceShard]
 UNGUIDED: Guidance = MappingProxyType({})
 
 
@@ -28,11 +29,12 @@ def guidance_views(conditions: Conditions, guidance: Guidance, draws: Tensor) ->
 
 
 def velocities(
-    model: nn.Module, latents: Tensor, level: Tensor, views: Sequence[Conditions], shards: Shards
+    model: Model, latents: Tensor, level: Tensor, views: Sequence[Conditions], shards: Shards
 ) -> list[Tensor]:
-    """Return the model's output for each view of the conditions, fp32 [B, t, C, h, w]."""
+    """Return the model's output for each view of the conditions, at least fp32 [B, t, C, h, w]."""
     pairs = zip(views, shards, strict=True)
-    return [model(latents, level, view, shard).float() for view, shard in pairs]
+    out = [model(latents, level, view, shard) for view, shard in pairs]
+    return [velocity.to(accumulation_dtype(velocity.dtype)) for velocity in out]
 
 
 def guided(velocities: Sequence[Tensor], guidance: Guidance) -> Tensor:

@@ -17,6 +17,7 @@ from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.config.kinds import SamplerConfig
 from wm_train.noise import NoiseKey
+from wm_train.sampling.config import StreamConfig
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.rollout import rollout
 from wm_train.sampling.stream import stream_rollout
@@ -43,17 +44,35 @@ class SampleStart:
 
 def euler(start: SampleStart, config: SamplerConfig) -> Tensor:
     """Return the local frames, fp32 [B, t, C, h, w], of clips denoised as a whole."""
+    return _whole_clips(start, config, "euler")
+
+
+def renoise(start: SampleStart, config: SamplerConfig) -> Tensor:
+    """Return the local frames, fp32 [B, t, C, h, w], of clips denoised as a whole, with fresh noise
+    in every step."""
+    return _whole_clips(start, config, "renoise")
+
+
+def _whole_clips(start: SampleStart, config: SamplerConfig, sampler: str) -> Tensor:
     given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
-    return rollout(*given, start.draws, start.sequence, guidance=config.guidance)
+    how = {"guidance": config.guidance, "sampler": sampler}
+    return rollout(*given, start.draws, start.sequence, **how)  # type: ignore[arg-type]
 
 
-def stream(start: SampleStart, config: SamplerConfig) -> Tensor:
+def stream(start: SampleStart, config: StreamConfig) -> Tensor:
     """Return the local frames, fp32 [B, t, C, h, w], of clips made chunk by chunk.
 
     Every caller computes all frames, as a chunk is too short to be split.
     """
     given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
     layout, local = start.sequence.layout, start.sequence.frames
-    how = {"guidance": config.guidance, "kernels": start.kernels}
-    chunks = stream_rollout(*given, start.draws, layout, **how)  # type: ignore[arg-type]
+    chunks = stream_rollout(
+        *given,
+        start.draws,
+        layout,
+        guidance=config.guidance,
+        sampler=config.step,
+        context_sigma=config.context_sigma,
+        kernels=start.kernels,
+    )
     return torch.cat(list(chunks), dim=1)[:, local.start : local.stop]

@@ -19,7 +19,6 @@ from wm_train.config.typed import to_json
 from wm_train.evaluation import samples
 from wm_train.noise import normal
 from wm_train.sampling.levels import sampling_levels
-from wm_train.sampling.rollout import euler
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
 from wm_train.world import join_world, leave_world
@@ -76,7 +75,7 @@ EULER = (STAGE + "model.causal=false", STAGE + "chunk_frames=0", STAGE + "sample
 KINDS = pytest.mark.parametrize("kind", [(), EULER], ids=["stream", "euler"])
 
 
-def test_the_causal_stage_of_the_recipe_is_sampled_with_a_clean_past(opened):
+def test_the_causal_stage_of_the_recipe_is_sampled_with_a_clean_past(opened, plain_euler):
     """Against whole passes over everything made so far, the past at noise level 0."""
     stage, state = opened()
     batch, made = samples.sample(stage, state, 2)
@@ -96,7 +95,7 @@ def test_the_causal_stage_of_the_recipe_is_sampled_with_a_clean_past(opened):
         given = batch.latents[:, :1].expand(2, stop - start, *shape)
         noise = normal(stage.noise, "rollout", batch.draws, (start, stop), tuple(shape))
         with torch.no_grad():
-            chunk = euler(velocity, noise, clean, given, sampling_levels(STEPS))
+            chunk = plain_euler(velocity, noise, clean, given, sampling_levels(STEPS))
         done = torch.cat([done, chunk], 1)
     assert (made - done).abs().max() <= 1e-5 * done.abs().max()
 

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from parallel.layout import ClipLayout
+from parallel.reference import REFERENCE
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
 from wm_train.conditioning import Conditions
-from wm_train.noise import NoiseKey
+from wm_train.config import registry
+from wm_train.noise import NoiseKey, normal
+from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.rollout import rollout
+from wm_train.sampling.sample import SampleStart
 
 KEY, CONDITIONS = NoiseKey(0, "first"), Conditions((96, 160), 8)
 
@@ -46,15 +50,28 @@ def test_a_straight_flow_is_followed_exactly_and_the_first_frame_is_held(steps, 
     assert levels == sorted(levels, reverse=True)
 
 
-def test_the_start_does_not_depend_on_the_mesh():
+@pytest.mark.parametrize("name", ["euler", "renoise"])
+def test_noise_does_not_depend_on_the_mesh(name):
+    """Neither that of the start nor, with `renoise`, that of the steps."""
     still = torch.nn.Module()
     still.forward = lambda latents, sigma, conditions, sequence: torch.zeros_like(latents)
-    draws, first = torch.tensor([4, 9]), torch.zeros(2, 3, 2, 2)
-    layout, start = ClipLayout(5), (still, first, CONDITIONS, sampling_levels(2), KEY)
-    whole = rollout(*start, draws, LocalSequence(layout))
-    parts, _ = run_virtual(lambda comm: rollout(*start, draws, GroupSequence(layout, comm)), 1, 3)
+    first, config = torch.zeros(2, 3, 2, 2), registry.config_class("samplers", name)()
+
+    def sampled(sequence, shift=0):
+        given = (Experts((0.0,), (still,)), first, CONDITIONS, sampling_levels(2), KEY)
+        start = SampleStart(*given, torch.tensor([4, 9]) + shift, sequence, REFERENCE)
+        return registry.builder(config)(start, config)
+
+    layout = ClipLayout(5)
+    whole = sampled(LocalSequence(layout))
+    parts, _ = run_virtual(lambda comm: sampled(GroupSequence(layout, comm)), 1, 3)
     assert torch.equal(torch.cat(parts, dim=1), whole)
-    assert not torch.equal(rollout(*start, draws + 1, LocalSequence(layout)), whole)
+    assert not torch.equal(sampled(LocalSequence(layout), 1), whole)
+    noise = normal(KEY, "rollout", torch.tensor([4, 9]), (1, 5), (3, 2, 2))
+    if name == "renoise":  # x0 = x where the velocity is zero; levels 1, .5
+        fresh = normal(KEY, "rollout/step2", torch.tensor([4, 9]), (1, 5), (3, 2, 2))
+        noise = 0.5 * noise + 0.5 * fresh
+    assert torch.equal(whole[:, 1:], noise)
 
 
 def test_guidance_pushes_away_from_the_prediction_without_a_camera():

@@ -19,7 +19,6 @@ from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
-from wm_train.sampling.rollout import euler
 from wm_train.sampling.stream import stream_rollout
 
 CONFIG = SanaWMConfig(
@@ -66,7 +65,7 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
     with torch.no_grad():
         expected = model(latents, sigma, conditions, LocalSequence(layout))
         for start in layout.chunk_starts:
-            sequence = StreamingSequence(layout, state)
+            sequence = StreamingSequence(LocalSequence(layout), state)
             local = slice(start, sequence.frames.stop)
             made.append(model(latents[:, local], sigma[:, local], conditions, sequence))
             state = sequence.after()
@@ -74,11 +73,15 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
     assert state.frames == 40
     assert (torch.cat(made, dim=1) - expected).abs().max() <= 1e-5 * expected.abs().max()
     if window:
-        attention = [past for past in state.calls if past.window or past.sink]
-        assert all(sum(k.shape[1] for k, _ in past.sink) == sink for past in attention)
-        sinks = [x for past in attention for pair in past.sink for x in pair]
-        assert all(x.untyped_storage().nbytes() == x.nbytes for x in sinks), (
-            "a sink frame must not hold its chunk in memory"
+        attention = [past for past in state.calls if past.keys]
+        near = range(40 - 3 * (window - 1), 40)  # the chunks before the next one in its window
+        kept = {*range(sink), *near}
+        for past in attention:
+            assert [i for piece in past.keys for i in piece.frames] == sorted(kept)
+            assert sum(piece.keys.shape[1] for piece in past.keys) == len(kept)
+        assert bool(attention) == bool(kept)
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in state.tensors()), (
+            "a stored frame must not hold its chunk in memory"
         )
         assert len(set(sizes[window + 1 :])) == 1
         assert window == 1 or sizes[0] != sizes[window + 1]
@@ -89,7 +92,7 @@ def test_chunk_by_chunk_equals_the_whole_pass_over_40_frames(camera_path, window
 @pytest.mark.parametrize("weight", [1.0, 2.5])
 @pytest.mark.parametrize("expert_count", [1, 2])
 def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
-    camera_path, weight, expert_count
+    camera_path, plain_euler, weight, expert_count
 ):
     """Also with experts by noise level and with guidance: the past of a step is what the network
     and the conditions of that step make of it."""
@@ -133,7 +136,7 @@ def test_a_rollout_by_chunks_equals_one_that_runs_the_whole_past_every_time(
         first = latents[:, :1].expand(2, stop - start, *latents.shape[2:])
         with torch.no_grad():
             noise = normal(key, "rollout", draws, (start, stop), (4, *GRID))
-            chunk = euler(velocity, noise, clean, first, levels)
+            chunk = plain_euler(velocity, noise, clean, first, levels)
         done = torch.cat([done, chunk], dim=1)
     assert (made - done).abs().max() <= 1e-5 * done.abs().max()
 
@@ -150,7 +153,8 @@ def test_attention_of_a_stream_runs_on_the_kernels_that_it_is_given():
     q, k, v = (torch.randn(1, 5, 3, heads, 4, generator=generator) for heads in (4, 2, 2))
     layout, made, state = ClipLayout(5, chunk_starts=(0, 3)), [], StreamState()
     for local in (slice(0, 3), slice(3, 5)):
-        sequence = StreamingSequence(layout, state, REFERENCE._replace(block_attention=counted))
+        kernels = REFERENCE._replace(block_attention=counted)
+        sequence = StreamingSequence(LocalSequence(layout, kernels), state)
         made.append(sequence.attend(q[:, local], k[:, local], v[:, local], CHUNK_CAUSAL))
         state = sequence.after()
     assert calls
@@ -159,12 +163,32 @@ def test_attention_of_a_stream_runs_on_the_kernels_that_it_is_given():
 
 
 def test_what_cannot_be_streamed_is_refused(camera_path):
-    latents, sigma, conditions = clip(camera_path, 4)
-    with pytest.raises(ValueError, match=r"model\.causal"):
-        awake(replace(CONFIG, causal=False))(
-            latents, sigma, conditions, StreamingSequence(ClipLayout(4), StreamState())
-        )
+    latents, sigma, conditions = clip(camera_path, 7)
+    two = LocalSequence(ClipLayout(7, chunk_starts=(0, 4)))
+    start = (latents[:, :4], sigma[:, :4], conditions)
+    for softmax_every in (1, 0):  # refused by the attention, and by the convolutions
+        model = awake(replace(CONFIG, causal=False, softmax_every=softmax_every))
+        with pytest.raises(ValueError, match=r"model\.causal"):
+            model(*start, StreamingSequence(two, StreamState()))
     with pytest.raises(ValueError, match="chunk start"):
-        StreamingSequence(ClipLayout(11, chunk_starts=(0, 4, 7, 10)), StreamState(frames=5))
+        StreamingSequence(two, StreamState(frames=5))
     with pytest.raises(ValueError, match="one document"):
-        StreamingSequence(ClipLayout(8, document_starts=(0, 4)), StreamState())
+        StreamingSequence(LocalSequence(ClipLayout(8, document_starts=(0, 4))), StreamState())
+    model, view = awake(CONFIG), StreamingSequence(two, StreamState())
+    model(*start, view)
+    later, rest = StreamingSequence(two, view.after()), (latents[:, 4:], sigma[:, 4:], conditions)
+    with pytest.raises(ValueError, match="expected those of one whole forward pass"):
+        later.after()
+    model(*rest, later)
+    with pytest.raises(ValueError, match="for each forward pass"):
+        model(*rest, later)
+    with pytest.raises(ValueError, match="remember=True"):
+        StreamingSequence(two, StreamState(), remember=False).after()
+
+
+def test_a_clip_of_one_chunk_streams_like_any_clip_also_without_causality(camera_path):
+    latents, sigma, conditions = clip(camera_path, 4)
+    model, one = awake(replace(CONFIG, causal=False)), LocalSequence(ClipLayout(4))
+    with torch.no_grad():
+        streamed = model(latents, sigma, conditions, StreamingSequence(one, StreamState()))
+        assert torch.equal(streamed, model(latents, sigma, conditions, one))

@@ -2,7 +2,7 @@
 (SANA-WM §3.2, §3.3, §5.1).
 
 Module and parameter names are those of the public checkpoint (diffusers' SanaWMTransformer3DModel),
-so weights pass both ways by name. Everything that crosses frames goes through the four verbs of
+so weights pass both ways by name. Everything that crosses frames goes through the verbs of
 `SequenceShard`; the rest is per frame or per token.
 """
 
