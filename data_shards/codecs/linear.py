@@ -138,9 +138,9 @@ class LinearCodec:
         out = np.empty((count, self.channels, h, w), dtype=np.float32)
         for t in range(count):  # a latent at a time: floats of a long clip would fill the memory
             part = video[:1] if t == 0 else video[1 + (t - 1) * r : 1 + t * r]
-            part = self.into_blocks(part.astype(np.float32) / 127.5 - 1.0)
+            pixels = self.into_blocks(part.astype(np.float32) / 127.5 - 1.0)
             # [n, H, W, 3] -> [n, h, s, w, s, 3] -> [h, w, n, 3, s, s]: every block contiguous
-            blocks = part.reshape(len(part), h, s, w, s, 3).transpose(1, 3, 0, 5, 2, 4)
+            blocks = pixels.reshape(len(part), h, s, w, s, 3).transpose(1, 3, 0, 5, 2, 4)
             group = blocks.reshape(h * w, -1)
             out[t] = (group @ (later if t else first).T).T.reshape(self.channels, h, w)
         return out
