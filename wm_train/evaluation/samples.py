@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from data_shards.codecs import make_codec
 from data_shards.loading.load import Batch, denormalise
 from wm_train.config.registry import builder
 from wm_train.console import Progress
+from wm_train.evaluation.first_frame import clip_psnr, summary, verdict
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
@@ -22,6 +25,8 @@ from wm_train.training.data import conditions_of, on_device, open_loader, sequen
 from wm_train.training.stage import Stage
 from wm_train.training.state import EvaluationState, TrainState
 
+SHEET_CLIPS = 4  # clips on the contact sheet
+
 
 def show_samples(
     stage: Stage,
@@ -30,8 +35,9 @@ def show_samples(
     tracker: Tracker | None,
     progress: Progress,
 ) -> None:
-    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each
-    and one contact sheet.
+    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each,
+    one contact sheet, and `psnr.json`: how near to the truth samples and the frozen first frame
+    are.
 
     Every rank must call this, as the model is sharded; rank 0 writes `<folder>/samples/`. The truth
     is the decoded latents, the upper bound of any sample. state: of one model, or of experts by the
@@ -57,14 +63,21 @@ def show_samples(
         return
     target = folder / "samples"
     target.mkdir(exist_ok=True)
-    clips = []
+    clips, rows = [], []
     for row in range(wanted):
         clips.append((decode(stage, truth[row]), decode(stage, made[row])))
+        rows.append(clip_psnr(*clips[-1], stage.dataset.info.fps))
         path = target / f"{keys[row]}.mp4"
         write_video(path, side_by_side(*clips[-1]), stage.dataset.info.fps)
         tracker.artifact(path)
-    write_png(target / "contact_sheet.png", contact_sheet(clips))
-    tracker.artifact(target / "contact_sheet.png")
+    figures = summary(rows)
+    by_clip = dict(zip(keys, rows, strict=False))
+    means = {name: asdict(one) for name, one in figures.items()}
+    (target / "psnr.json").write_text(json.dumps({"mean": means, "clips": by_clip}, indent=1))
+    write_png(target / "contact_sheet.png", contact_sheet(clips[:SHEET_CLIPS]))
+    for name in ("psnr.json", "contact_sheet.png"):
+        tracker.artifact(target / name)
+    progress.say(verdict(figures))
     progress.say(f"samples: {target.absolute() / 'contact_sheet.png'} (truth above, sample below)")
 
 
