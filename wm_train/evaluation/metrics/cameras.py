@@ -58,6 +58,10 @@ def camera_errors(
     if len(known):
         wanted, found = (relative(poses[known]) for poses in (truth, estimate))
         reason = degenerate(wanted, found) if alignment == "umeyama" else ""
+    if reason and len(known) < least * len(estimate):
+        reason = (
+            f"{len(known)} of {len(estimate)} frames have a pose, expected at least {least:.0%}"
+        )
     if not reason:
         place = truth[known[0]] if len(known) else np.eye(4)
         aligned[known] = place @ align(wanted, found, alignment)
