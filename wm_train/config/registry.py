@@ -24,6 +24,7 @@ TABLES: dict[str, dict[str, str]] = {
     "objectives": {
         "flow_matching": "wm_train.objectives.config:FlowMatchingConfig",
         "chunk_mixture": "wm_train.objectives.config:ChunkMixtureConfig",
+        "ode_regression": "wm_train.objectives.config:OdeRegressionConfig",
     },
     "optimizers": {
         "adamw": "wm_train.optim.config:AdamWConfig",

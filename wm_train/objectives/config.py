@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
-from wm_train.config.kinds import ObjectiveConfig
+from wm_train.config.kinds import ObjectiveConfig, falls_from_one
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import Finite, Positive, Rule, Share
 
@@ -17,6 +17,8 @@ SHARES = Rule(
     lambda shares: all(x >= 0 for x in shares) and 0 < sum(shares) < math.inf,
     "four shares, not all 0",
 )
+
+FALLING = Rule(falls_from_one, "noise levels that fall from 1 to above 0")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ class ChunkMixtureConfig(FlowMatchingConfig):
 
     def needs_chunks(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class OdeRegressionConfig(ObjectiveConfig):
+    """Configure regression on a teacher's trajectories, the start of a few-step student."""
+
+    builds: ClassVar[str] = "wm_train.objectives.ode_regression:ode_regression"
+
+    name: str = "ode_regression"
+    levels: Annotated[tuple[float, ...], FALLING] = (1.0, 0.75, 0.5, 0.25)  # of the student
 
 
 def range_share(noise: FlowMatchingConfig) -> float:

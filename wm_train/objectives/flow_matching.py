@@ -34,14 +34,24 @@ def plain_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Ten
     gaussian = normal(key, "sigma", draws, (0, 1), ())[:, 0]
     if config.sigma_min == 0.0 and config.sigma_max == 1.0:
         return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
-    ends = torch.tensor(plain_range(config), dtype=torch.float64, device=draws.device)
-    low, high = torch.special.ndtr((torch.logit(ends) - config.sigma_mean) / config.sigma_std)
-    truncated = torch.special.ndtri(low + (high - low) * torch.special.ndtr(gaussian.double()))
-    return (
-        torch.sigmoid(config.sigma_mean + config.sigma_std * truncated)
-        .clamp(ends[0], ends[1])
-        .float()
-    )  # clamp: rounding only
+    return truncated_logit_normal(
+        torch.special.ndtr(gaussian.double()),
+        config.sigma_mean,
+        config.sigma_std,
+        plain_range(config),
+    )
+
+
+def truncated_logit_normal(
+    quantile: Tensor, mean: float, std: float, ends: tuple[float, float]
+) -> Tensor:
+    """Return the noise levels, fp32, at these quantiles (fp64, in (0, 1)) of sigmoid(mean + std *
+    normal) between two ends, before any shift."""
+    bounds = torch.tensor(ends, dtype=torch.float64, device=quantile.device)
+    low, high = torch.special.ndtr((torch.logit(bounds) - mean) / std)
+    truncated = torch.special.ndtri(low + (high - low) * quantile)
+    plain = torch.sigmoid(mean + std * truncated)
+    return plain.clamp(bounds[0], bounds[1]).float()  # clamp: rounding only
 
 
 def plain_range(config: FlowMatchingConfig) -> tuple[float, float]:

@@ -1,0 +1,57 @@
+"""Draw a critic to its student, and a student's steps to its teacher's path (SenseFlow, Ge et al.
+2025; Waypoint-1.5 §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wm_train.objectives.score_difference import ClipMean, Velocity, spread, widened
+
+ROOM = 0.02  # of the middle level from both ends of the step
+SOFT = 1e-3  # where the pseudo-Huber loss turns from square to absolute
+
+
+@torch.no_grad()
+def align_critic_(critic: Sequence[Tensor], student: Sequence[Tensor], keep: float) -> None:
+    """Move the critic's parameters to keep * critic + (1 - keep) * student, in place (IDA, implicit
+    distribution alignment). Moments stay as they are."""
+    torch._foreach_lerp_(list(critic), list(student), 1 - keep)
+
+
+def middle_level(sigma: float, following: float, share: float) -> float:
+    """Return the level at `share` (0 to 1) of the way down from sigma to the next level, at least
+    `ROOM` from both; in the middle of a step that has no such room."""
+    if sigma - following <= 2 * ROOM:
+        return (sigma + following) / 2
+    return sigma - ROOM - share * (sigma - following - 2 * ROOM)
+
+
+def segment_loss(
+    student: Velocity,
+    teacher: Velocity,
+    noisy: Tensor,
+    sigma: float,
+    following: float,
+    middle: float,
+    free: Tensor,
+    mean: ClipMean,
+) -> Tensor:
+    """Return the loss of intra-segment guidance (ISG), [B], a pseudo-Huber mean over free frames.
+
+    One Euler step of the student from sigma to the next level is drawn to where a step of the
+    teacher to the middle level and one of the student from there lead. noisy: [B, t, C, h, w] at
+    sigma; free: [B, t], 1 at frames that are denoised, 0 at given ones, which stay.
+    """
+
+    def step(network: Velocity, x: Tensor, start: float, stop: float) -> Tensor:
+        return x + (stop - start) * spread(free) * widened(network(x, start * free))
+
+    with torch.no_grad():
+        halfway = step(teacher, noisy, sigma, middle)
+        target = step(student, halfway, middle, following)
+    distance = step(student, noisy, sigma, following) - target
+    huber = (distance.square() + SOFT**2).sqrt() - SOFT
+    return mean(huber.mean(dim=(2, 3, 4)), free)

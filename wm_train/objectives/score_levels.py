@@ -1,0 +1,59 @@
+"""Draw the noise levels at which score networks compare a student's clips, and the frames that
+count. Every number is a function of (seed, stage, purpose, draw, frame or turn)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.layout import ClipLayout, FrameRange
+from wm_train.config.roles import ScoreSigmaConfig, frames_of
+from wm_train.noise import NoiseKey, random_words, unit_interval
+from wm_train.objectives.flow_matching import truncated_logit_normal
+from wm_train.sampling.levels import shift_sigma, unshift_sigma
+
+PURPOSE = "score/sigma"
+
+
+def score_sigma(
+    key: NoiseKey, draws: Tensor, config: ScoreSigmaConfig, chunk_index: Tensor
+) -> Tensor:
+    """Return the noise level of each local frame, fp32 [B, t].
+
+    One level per clip or per chunk. uniform_clamped: uniform, shifted, clamped to [low, high], so
+    that the draws beyond pile up at the ends (Self-Forcing; SANA-WM's public code); logit_normal:
+    shifted, truncated to [low, high] without a pile. chunk_index: of each local frame, int64 [t].
+    """
+    places = chunk_index if config.per == "chunk" else torch.zeros_like(chunk_index)
+    # Numbers of all chunks up to the last local one: a chunk's is the same on every shard.
+    count = int(places.max()) + 1 if len(places) else 1
+    uniform = unit_interval(random_words(key, PURPOSE, draws, (0, count), 1)[:, :, 0, 0])
+    if config.law == "uniform_clamped":
+        sigma = shift_sigma(uniform, config.shift).clamp(config.low, config.high)
+    else:
+        ends = unshift_sigma(config.low, config.shift), unshift_sigma(config.high, config.shift)
+        plain = truncated_logit_normal(uniform.double(), config.mean, config.std, ends)
+        sigma = shift_sigma(plain, config.shift).clamp(config.low, config.high)  # of rounding
+    return sigma[:, places]
+
+
+def at_the_clamp(level: Tensor, config: ScoreSigmaConfig) -> Tensor:
+    """Return 1 where a level [B, t] sits at an end of the range, fp32 [B, t]; 0 at given frames."""
+    return ((level > 0) & ((level <= config.low) | (level >= config.high))).float()
+
+
+def turn_choice(key: NoiseKey, purpose: str, turn: int, count: int) -> int:
+    """Return a uniform number from 0 to count - 1 of one turn, the same on all processes."""
+    words = random_words(key, purpose, torch.tensor([turn]), (0, 1), 1)
+    return min(int(float(unit_interval(words)[0, 0, 0, 0]) * count), count - 1)
+
+
+def scored_range(text: str, layout: ClipLayout, key: NoiseKey, turn: int) -> FrameRange:
+    """Return the frames that score networks judge in this turn: `all`, the `last n`, or a `window
+    n` that starts anywhere, drawn by the turn. A clip that is no longer than n counts whole."""
+    count = frames_of(text)
+    if count is None or count >= layout.frames:
+        return FrameRange(0, layout.frames)
+    last = layout.frames - count
+    start = last if text.startswith("last") else turn_choice(key, "score/window", turn, last + 1)
+    return FrameRange(start, start + count)
