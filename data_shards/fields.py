@@ -133,6 +133,18 @@ FIELDS: Mapping[str, Field] = {
         Field("controls", ("control_names",), ("float32",), "latent", alike=("control_names",)),
         Field("text", ("text_length", "text_width"), FLOATS, "clip", alike=TEXT_FACTS),
         Field("text_mask", ("text_length",), ("uint8",), "clip", tensor="bool"),
+        # normalised latents on a teacher's trajectory, at its levels but the first, and at its end
+        Field(
+            "ode",
+            ("ode_levels", *LATENT),
+            FLOATS,
+            "latent",
+            by_row=True,
+            padding="zero",
+            alike=("ode_levels",),
+        ),
+        # the number that keys the trajectory's start, its lowest byte first
+        Field("ode_start", (8,), ("uint8",), "clip", tensor="int64"),
         # the clip's description, for people and tools
         Field("json", (None,), ("uint8",), "clip", tensor=None, suffix=""),
     )

@@ -183,6 +183,9 @@ class DatasetInfo:
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
     null_text_crc32c: int = 0  # of the file null_text
+    # noise levels of ode.npy, from 1 down; (): this set has no trajectories. The state at 1 is not
+    # stored, as it is keyed noise; the last one stored is at 0
+    ode_levels: tuple[float, ...] = ()
     # versions of the packages by which the numbers can differ; not in the fingerprint, which is of
     # the numbers themselves
     libraries: Mapping[str, str] = dataclasses.field(default_factory=dict)

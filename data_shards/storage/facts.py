@@ -67,6 +67,10 @@ def are_versions(value: Any) -> bool:
     return isinstance(value, dict) and all(is_line(k) and is_line(v) for k, v in value.items())
 
 
+def are_levels(value: Any) -> bool:
+    return isinstance(value, list) and all(number(1e-6, 1)[0](level) for level in value)
+
+
 def are_counts(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -121,6 +125,7 @@ RULES: Mapping[str, Rule] = {
     "text_length": whole(0, 2**24),
     "text_width": whole(0, 2**24),
     "null_text_crc32c": whole(0, 2**32 - 1),
+    "ode_levels": (are_levels, "a list of noise levels from above 0 to 1"),
     "libraries": (are_versions, "a table of names and versions"),
 }
 
@@ -139,7 +144,8 @@ def info_from_json(text: str | bytes, where: str) -> DatasetInfo:
             f"dataset.json: got schema_version {shown(raw.get('schema_version'))}, expected"
             f" {SCHEMA_VERSION} ({where}). Fix: encode again"
         )
-    raw.setdefault("libraries", {})  # sets of earlier versions do not state them
+    raw.setdefault("libraries", {})  # sets of earlier versions do not state these
+    raw.setdefault("ode_levels", [])
     if wrong := sorted({field.name for field in dataclasses.fields(DatasetInfo)} ^ set(raw)):
         names = ", ".join(shown(name) for name in wrong[:5])
         raise DataError(
@@ -155,6 +161,7 @@ def info_from_json(text: str | bytes, where: str) -> DatasetInfo:
     for name in ("mean", "std"):
         raw[name] = tuple(tuple(float(x) for x in row) for row in raw[name])
     raw["control_names"], raw["fields"] = tuple(raw["control_names"]), tuple(raw["fields"])
+    raw["ode_levels"] = tuple(float(level) for level in raw["ode_levels"])
     info = DatasetInfo(**raw)
     if problem := contradiction(info):
         raise DataError(f"dataset.json: {problem} ({where}). Fix: encode again")

@@ -12,6 +12,7 @@ from data_shards.storage.facts import info_from_json
 from data_shards.storage.files import read_file
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
+from wm_train.checks.roles import guidance_data_problems
 from wm_train.checks.stages import few_chunks
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import AT, Problem
@@ -47,6 +48,8 @@ def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> l
     problems = [
         *wrong,
         *_model_problems(plan, info),
+        *guidance_data_problems(plan, info),
+        *_trajectory_problems(plan, info),
         *_selection_problems(plan, [info, *drawn]),
         *_storage_problems(plan),
         *_mixture_problems(plan, info, read),
@@ -148,6 +151,20 @@ def _evaluation_problems(plan: StagePlan) -> Iterator[Problem]:
         rule = "the folder that data_shards.record made, as poses=map needs its depth"
         fix = f"{AT}trainer.recording=<folder>, or {AT}trainer.evaluate=[psnr]"
         yield Problem("trainer.recording", str(place), rule, fix)
+
+
+def _trajectory_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
+    """Yield a data set without the trajectories that the objective reads, or with some at other
+    noise levels."""
+    stage, objective = plan.config, plan.config.objective
+    levels = objective.trajectory_levels()
+    absent = [member for member in ("ode.npy", "ode_start.npy") if member not in info.fields]
+    if levels and absent:
+        rule = f"clips with {' and '.join(absent)}, which objective {objective.name} reads"
+        yield Problem(PATH, stage.data.path, rule, f"{AT}data.path=<a data set with them>")
+    elif levels and info.ode_levels != levels:
+        rule = f"the data set's {list(info.ode_levels)}, at which its trajectories are stored"
+        yield Problem("objective.levels", str(list(levels)), rule)
 
 
 def _mixture_problems(

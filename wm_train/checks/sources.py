@@ -6,37 +6,49 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from wm_train.checkpoint.manifest import committed
-from wm_train.config.curriculum import PREVIOUS, StagePlan, checkpoints_of, ordered
+from wm_train.config.curriculum import PREVIOUS, Source, StagePlan, checkpoints_of, ordered
 from wm_train.config.problems import AT, COMMAND, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.tracking.mlflow_record import METRICS
 
 
 def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Problem]:
-    """Return the stages without weights to start from: nothing is there, no earlier stage of this
-    very command makes them, and the stage is not to be resumed."""
-    problems = []
+    """Return the networks without weights to start from: nothing is there, no earlier stage of this
+    very command makes them, and the stage is not to be resumed. Those that do not train are in no
+    checkpoint, so they need their source then, too."""
+    problems: list[Problem] = []
     planned: list[str] = []
     for plan in plans:
         planned.append(plan.stage)
-        if plan.source is None or plan.source.stage in planned:
-            continue
-        where, source = f"recipe.stages.{plan.stage}.inherit", plan.source.checkpoints
-        try:
-            resumed = plan.resume and committed(plan.checkpoints)
-            if resumed or committed(source) or (source / "config.json").is_file():
-                continue
-            fix = "the folder that holds step_*"
-            if plan.source.stage:
-                missing = untrained(config, plan.source.stage)
-                fix = f"train what comes before it: {COMMAND} stage={missing}"
-        except OSError as error:
-            rule, fix = "a store that can be reached", "check the address and your credentials"
-            problems.append(Problem(where, str(error), rule, fix))
-            continue
-        rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
-        problems.append(Problem(where, f"none in {source}", rule, fix))
+        where = f"recipe.stages.{plan.stage}."
+        rows = [(f"{where}inherit", plan.source, True)]
+        for role, source in plan.role_sources.items():
+            saved = plan.config.roles[role].optimizer is not None
+            rows.append((f"{where}roles.{role}.inherit", source, saved))
+        for key, source, saved in rows:
+            if source is not None and source.stage not in planned:
+                problems += _source_problems(config, plan, key, source, saved)
     return problems
+
+
+def _source_problems(
+    config: RunConfig, plan: StagePlan, where: str, source: Source, saved: bool
+) -> Iterator[Problem]:
+    place = source.checkpoints
+    try:
+        resumed = saved and plan.resume and committed(plan.checkpoints)
+        if resumed or committed(place) or (place / "config.json").is_file():
+            return
+        fix = "the folder that holds step_*"
+        if source.stage:
+            missing = untrained(config, source.stage)
+            fix = f"train what comes before it: {COMMAND} stage={missing}"
+    except OSError as error:
+        rule = "a store that can be reached"
+        yield Problem(where, str(error), rule, "check the address and your credentials")
+        return
+    rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
+    yield Problem(where, f"none in {place}", rule, fix)
 
 
 def anew_problems(plans: Iterable[StagePlan]) -> Iterator[Problem]:

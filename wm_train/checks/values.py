@@ -11,9 +11,18 @@ from wm_train.checks.data import data_problems
 from wm_train.checks.launcher import launcher_problems
 from wm_train.checks.mesh import mesh_problems
 from wm_train.checks.paths import path_problems
+from wm_train.checks.roles import role_problems, source_problems
 from wm_train.checks.sources import anew_problems, inherit_problems, store_problems
 from wm_train.checks.stages import stage_problems
-from wm_train.config.curriculum import StageError, StagePlan, ordered, plan_stage, select, source_of
+from wm_train.config.curriculum import (
+    StageError,
+    StagePlan,
+    ordered,
+    plan_stage,
+    role_sources,
+    select,
+    source_of,
+)
 from wm_train.config.problems import AT, OWN, Problem
 from wm_train.config.rules import broken_rules
 from wm_train.config.schema import NAME, PER_STAGE, RunConfig
@@ -31,7 +40,8 @@ def problems_of(config: RunConfig) -> list[Problem]:
     plans, infos = _plans(config), dict[str, DatasetInfo | Problem]()
     for plan in plans:
         own = [*stage_problems(plan), *mesh_problems(plan), *store_problems(plan)]
-        own += data_problems(plan, infos)
+        own += [*role_problems(plan), *data_problems(plan, infos)]
+        problems += source_problems(config.recipe.stages, plan)
         problems += [lift_problem(config, plan.stage, problem) for problem in own]
     problems += [*inherit_problems(config, plans), *anew_problems(plans)]
     wrong = {problem.where for problem in values}
@@ -74,6 +84,7 @@ def _recipe_problems(config: RunConfig) -> list[Problem]:
     try:
         for name in select(config.recipe, config.stage):
             source_of(config, name)
+            role_sources(config, name)
     except StageError as error:
         problems.append(error.problem)
     return problems

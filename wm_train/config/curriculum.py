@@ -4,11 +4,12 @@ name."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wm_train.config.problems import Problem
+from wm_train.config.roles import STUDENT
 from wm_train.config.schema import (
     BackendConfig,
     LauncherConfig,
@@ -17,7 +18,7 @@ from wm_train.config.schema import (
     StageConfig,
     TrackerConfig,
 )
-from wm_train.config.typed import public_config
+from wm_train.config.typed import public_config, stage_named
 from wm_train.storage import Place, place
 
 PREVIOUS = "previous"
@@ -25,11 +26,12 @@ PREVIOUS = "previous"
 
 @dataclass(frozen=True)
 class Source:
-    """Locate a stage's first weights: `stage` of the same run, or a checkpoint directory given by
-    hand (`stage` None)."""
+    """Locate a network's first weights: `stage` of the same run, or a checkpoint directory given by
+    hand (`stage` None); role: whose they are in it."""
 
     checkpoints: Place
     stage: str | None
+    role: str = STUDENT
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,24 @@ class StagePlan:
     source: Source | None
     record: Mapping[str, Any] = field(repr=False)
     command: str = ""
+    role_sources: Mapping[str, Source | None] = field(default_factory=dict)
+
+    def of_role(self, role: str) -> StagePlan:
+        """Return the plan of a network beside the student, as if it were the stage's only one."""
+        own = self.config.roles[role]
+        config = replace(
+            self.config,
+            model=own.model,
+            chunk_frames=own.chunk_frames,
+            inherit=own.inherit,
+            inherit_weights=own.inherit_weights,
+            inherit_optimizer=False,
+            optimizer=own.optimizer or self.config.optimizer,
+            new=(),
+            reinitialise=(),
+            frozen=(),
+        )
+        return replace(self, config=config, source=self.role_sources[role], role_sources={})
 
 
 def plan_stage(config: RunConfig, stage: str) -> StagePlan:
@@ -76,6 +96,7 @@ def plan_stage(config: RunConfig, stage: str) -> StagePlan:
         checkpoints=checkpoints_of(config, stage),
         source=source_of(config, stage),
         record=public_config(config),
+        role_sources=role_sources(config, stage),
     )
 
 
@@ -129,17 +150,32 @@ def checkpoints_of(config: RunConfig, stage: str) -> Place:
 def source_of(config: RunConfig, stage: str) -> Source | None:
     """Return the source of a stage's first weights. Raises ValueError if the first stage inherits
     from "previous"."""
-    inherit = config.recipe.stages[stage].inherit
+    where, inherit = f"recipe.stages.{stage}.inherit", config.recipe.stages[stage].inherit
+    return _source(config, stage, inherit, where)
+
+
+def role_sources(config: RunConfig, stage: str) -> dict[str, Source | None]:
+    """Return the sources of a stage's other networks by role; None: from the seed, or as the
+    student starts. Raises ValueError as `source_of` does."""
+    found = {}
+    for role, own in config.recipe.stages[stage].roles.items():
+        inherit = None if own.inherit == STUDENT else own.inherit
+        where = f"recipe.stages.{stage}.roles.{role}.inherit"
+        source = _source(config, stage, inherit, where)
+        found[role] = source and replace(source, role=own.inherit_role)
+    return found
+
+
+def _source(config: RunConfig, stage: str, inherit: str | None, where: str) -> Source | None:
     if inherit is None:
         return None
-    if inherit != PREVIOUS:
-        return Source(place(inherit), None)
-    names = ordered(config.recipe)
-    index = names.index(stage)
-    if index == 0:
+    named = stage_named(config.recipe.stages, stage, inherit)
+    if named is not None:
+        return Source(checkpoints_of(config, named), named)
+    if inherit == PREVIOUS:
         rule = "null or a checkpoint directory, as it is the first stage"
-        raise StageError(f"recipe.stages.{stage}.inherit", PREVIOUS, rule, "null")
-    return Source(checkpoints_of(config, names[index - 1]), names[index - 1])
+        raise StageError(where, PREVIOUS, rule, "null")
+    return Source(place(inherit), None)
 
 
 class StageError(ValueError):

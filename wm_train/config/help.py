@@ -4,6 +4,7 @@ key with its default."""
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _keys(kind: Any, prefix: str) -> list[tuple[str, str]]:
     hints = typing.get_type_hints(kind)
     keys: list[tuple[str, str]] = []
     for field in dataclasses.fields(kind):
-        inner = hints[field.name]
+        inner = _without_none(hints[field.name])
         if isinstance(inner, type) and issubclass(inner, Named):
             keys += _keys_of_choices(inner.kind, f"{prefix}{field.name}.")
         elif dataclasses.is_dataclass(inner):
@@ -91,3 +92,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _without_none(kind: Any) -> Any:
+    """Return the section of `Section | None`, and any other type as it is."""
+    members = [m for m in typing.get_args(kind) if dataclasses.is_dataclass(m)]
+    return members[0] if isinstance(kind, types.UnionType) and len(members) == 1 else kind

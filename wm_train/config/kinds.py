@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Annotated, ClassVar, Self
 
@@ -64,6 +64,8 @@ class ModelConfig(Named):
     # a need ("patch", "text_width", "causal") or a field that it can read ("camera") -> the key of
     # this section that decides it, for messages
     keys: ClassVar[Mapping[str, str]] = {}
+    # keys that change neither names nor shapes of parameters
+    shapeless: ClassVar[frozenset[str]] = frozenset({"activation_checkpointing"})
 
     name: str = ""
     latent_channels: Count = 48  # must equal the data set's
@@ -73,6 +75,14 @@ class ModelConfig(Named):
     def needs(self) -> Needs:
         """Return the model's facts for other modules."""
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
+
+    def other_shapes(self, other: ModelConfig) -> list[str]:
+        """Return the keys in which two models differ such that their parameters may not be the
+        same, "name" alone where they are of two kinds."""
+        if type(self) is not type(other):
+            return ["name"]
+        names = (field.name for field in fields(self) if field.name not in self.shapeless)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def key(self, need: str) -> str:
         """Return the stage's key that decides a need, "model.patch_size"; "model.name" where none
@@ -130,6 +140,15 @@ class ObjectiveConfig(Named):
         """Return whether it needs a stage with several chunks."""
         return False
 
+    def trajectory_levels(self) -> tuple[float, ...]:
+        """Return the noise levels of the trajectories (members ode and ode_start of a clip) that it
+        reads; () where it reads none."""
+        return ()
+
+    def several_networks(self) -> bool:
+        """Return whether it trains networks by role, `roles` and `distill` of the stage."""
+        return False
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(Named):
@@ -170,6 +189,10 @@ class SamplerConfig(Named):
     def chunked(self) -> bool:
         """Return whether it makes a clip chunk by chunk, as chunk-causal models are deployed."""
         return False
+
+    def step_rule(self) -> str:
+        """Return how it goes from a level to the next, "euler" or "renoise"."""
+        return "euler"
 
     def problems(self) -> Iterator[Problem]:
         """Yield levels that do not fall from 1 to above 0, and invalid weights."""

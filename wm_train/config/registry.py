@@ -25,6 +25,7 @@ TABLES: dict[str, dict[str, str]] = {
         "flow_matching": "wm_train.objectives.config:FlowMatchingConfig",
         "chunk_mixture": "wm_train.objectives.config:ChunkMixtureConfig",
         "ode_regression": "wm_train.objectives.config:OdeRegressionConfig",
+        "distribution_matching": "wm_train.objectives.config:DistributionMatchingConfig",
     },
     "optimizers": {
         "adamw": "wm_train.optim.config:AdamWConfig",

@@ -47,6 +47,7 @@ FALLING = Rule(
 WEIGHTS = Rule(
     lambda weights: all(math.isfinite(weight) for weight in weights.values()), "finite weights"
 )
+SCORED_RULE = Rule(lambda text: SCORED.fullmatch(text) is not None, "all, last <n> or window <n>")
 BOUNDS = Rule(lambda pair: 0 < pair[0] < pair[1] < math.inf, "two rising numbers above 0")
 
 
@@ -130,9 +131,7 @@ class DistillConfig:
     normaliser: Annotated[str, one_of("clip", "chunk")] = "clip"  # scope of weight=normalised
     # all | last n | window n: the latent frames that have a loss; the rest of a clip is noised and
     # shown to the score networks all the same
-    scored_frames: Annotated[
-        str, Rule(lambda text: SCORED.fullmatch(text) is not None, "all, last <n> or window <n>")
-    ] = "all"
+    scored_frames: Annotated[str, SCORED_RULE] = "all"
     # after each turn of the student: critic <- ida * critic + (1 - ida) * student; 1 = off
     ida: Share = 1.0
     isg: AtLeastZero = 0.0  # weight of intra-segment guidance; 0 = off

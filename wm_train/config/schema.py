@@ -16,6 +16,7 @@ from typing import Annotated
 from wm_train.config import registry
 from wm_train.config.kinds import ModelConfig, ObjectiveConfig, OptimizerConfig, SamplerConfig
 from wm_train.config.problems import AT, Problem
+from wm_train.config.roles import ALONE, DistillConfig, RoleConfig, Turns
 from wm_train.config.rules import (
     AtLeastZero,
     Count,
@@ -219,6 +220,10 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=lambda: registry.default("objectives"))
     optimizer: OptimizerConfig = field(default_factory=lambda: registry.default("optimizers"))
     sampler: SamplerConfig = field(default_factory=lambda: registry.default("samplers"))
+    # networks beside the student, whose keys are the stage's own: teacher, critic
+    roles: dict[str, RoleConfig] = field(default_factory=dict)
+    turns: Turns = ALONE  # whose optimizer steps, again and again: S student, C critic
+    distill: DistillConfig | None = None  # null: the stage trains on the data
 
     def problems(self) -> Iterator[Problem]:
         """Yield a warm-up that is longer than the stage."""

@@ -77,6 +77,7 @@ def with_whole_stages(plain: Any) -> Any:
     if not (isinstance(plain, Mapping) and _stages(plain)):
         return plain
     stages = {name: _whole(plain, stage) for name, stage in plain["recipe"]["stages"].items()}
+    stages = {name: _with_whole_roles(stages, name) for name in stages}
     return {**plain, "recipe": {**plain["recipe"], "stages": stages}}
 
 
@@ -91,6 +92,55 @@ def _whole(run: Mapping[str, Any], stage: Any) -> Any:
         another = section == "model" and own.get("name", base.get("name")) != base.get("name")
         merged[section] = dict(own) if another else {**base, **own}
     return merged
+
+
+def _with_whole_roles(stages: Mapping[str, Any], name: str) -> Any:
+    """Return a stage whose roles have whole models, as `RoleConfig` says."""
+    stage = stages[name]
+    roles = stage.get("roles") if isinstance(stage, Mapping) else None
+    if not isinstance(roles, Mapping):
+        return stage
+    whole = {
+        role: {**given, "model": _role_model(stages, name, role, ())}
+        if isinstance(given, Mapping)
+        else given
+        for role, given in roles.items()
+    }
+    return {**stage, "roles": whole}
+
+
+def _role_model(stages: Mapping[str, Any], name: str, role: str, seen: tuple[Any, ...]) -> Any:
+    """Return the model of a stage's role, plain, whole as far as the stages can be read."""
+    stage = stages.get(name)
+    if not isinstance(stage, Mapping):
+        return {}
+    roles = stage.get("roles")
+    given = roles.get(role) if isinstance(roles, Mapping) else None
+    if not isinstance(given, Mapping) or (name, role) in seen:  # the student, or a circle
+        return stage.get("model", {})
+    source = stage_named(stages, name, given.get("inherit"))
+    whose = given.get("inherit_role", "student")
+    base = _role_model(stages, source or name, whose if source else "", (*seen, (name, role)))
+    own = given.get("model", {})
+    if not (isinstance(base, Mapping) and isinstance(own, Mapping)):
+        return own
+    another = own.get("name", base.get("name")) != base.get("name")
+    return dict(own) if another else {**base, **own}
+
+
+def stage_named(stages: Mapping[str, Any], name: str, inherit: Any) -> str | None:
+    """Return the stage that `inherit` of stage `name` names, plain or typed, or None."""
+    if inherit != "previous":
+        return inherit if isinstance(inherit, str) and inherit in stages else None
+
+    def index(stage: Any) -> Any:
+        return stage.get("index") if isinstance(stage, Mapping) else stage.index
+
+    numbers = {other: index(stage) for other, stage in stages.items()}
+    if not all(isinstance(number, int) for number in numbers.values()):
+        return None  # reported as what they are
+    before = [other for other in numbers if numbers[other] < numbers[name]]
+    return max(before, key=lambda other: numbers[other], default=None)
 
 
 def _stages(plain: Any) -> Mapping[str, Any]:

@@ -1,22 +1,25 @@
 """Pass one micro-batch to an objective, and its losses back.
 
 An objective is a function (model, clips, config) -> ObjectiveOutput, its configuration a dataclass
-whose `builds` names it (wm_train/config/kinds.py). It is under 100 lines, since `Clips` draws every
+whose `builds` names it (wm_train/config/kinds.py); one of several networks is a function (networks
+by role, clips, config, turn). It is under 100 lines, since `Clips` draws every
 random number: keyed by seed, stage, purpose, draw and latent frame, never by where it runs.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from parallel.reference import Kernels
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
+from wm_train.config.roles import DistillConfig, Turn
 from wm_train.noise import NoiseKey, normal, random_words, unit_interval
 
 
@@ -68,8 +71,30 @@ class ObjectiveOutput:
     """Hold the losses of one micro-batch.
 
     loss: one number per clip, [B], the mean over the whole clip, equal on all processes that
-    share it; metrics: name -> [B].
+    share it; metrics: name -> [B]. pieces: losses whose gradients together, summed over processes,
+    are that of the clips' summed loss; each is a scalar, taken and back-propagated one by one, so
+    that only one is in memory; None: `loss` itself is back-propagated. count: how many pieces.
+    direction: sum over local frames of a student's gradient, [B, C], which turns compare.
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
+    pieces: Iterable[Tensor] | None = None
+    count: int = 0
+    direction: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoleTurn:
+    """Hold what an objective of several networks needs besides clips: whose turn it is, and how
+    each network sees the clips.
+
+    sequences: role -> the local frames in the layout of that network's chunks; first_latent:
+    [B, C, h, w], frame 0 of each clip on every process; kernels: of the device, for rollouts.
+    """
+
+    turn: Turn
+    distill: DistillConfig
+    sequences: Mapping[str, SequenceShard]
+    first_latent: Tensor
+    kernels: Kernels

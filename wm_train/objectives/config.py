@@ -113,6 +113,22 @@ class OdeRegressionConfig(ObjectiveConfig):
     name: str = "ode_regression"
     levels: Annotated[tuple[float, ...], FALLING] = (1.0, 0.75, 0.5, 0.25)  # of the student
 
+    def trajectory_levels(self) -> tuple[float, ...]:
+        return self.levels
+
+
+@dataclass(frozen=True)
+class DistributionMatchingConfig(ObjectiveConfig):
+    """Choose distribution matching on a student's rollouts, which `distill` of the stage
+    configures."""
+
+    builds: ClassVar[str] = "wm_train.objectives.distribution_matching:distribution_matching"
+
+    name: str = "distribution_matching"
+
+    def several_networks(self) -> bool:
+        return True
+
 
 def range_share(noise: FlowMatchingConfig) -> float:
     """Return the share of the noise distribution between sigma_min and sigma_max, 0 to 1; 0 for an

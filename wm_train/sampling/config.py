@@ -43,3 +43,6 @@ class StreamConfig(SamplerConfig):
 
     def chunked(self) -> bool:
         return True
+
+    def step_rule(self) -> str:
+        return self.step

@@ -23,6 +23,11 @@ class SanaWMConfig(ModelConfig):
         "causal": "causal",
         "camera": "camera",
     }
+    shapeless: ClassVar[frozenset[str]] = ModelConfig.shapeless | {
+        "causal",
+        "window_chunks",
+        "sink_frames",
+    }
 
     name: str = "sana_wm"
     depth: Annotated[int, from_to(1, 1000)] = 4

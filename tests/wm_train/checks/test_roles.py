@@ -1,0 +1,146 @@
+"""All that does not go together in a stage of several networks is reported at once."""
+
+from __future__ import annotations
+
+import pytest
+
+LONG = "recipe.stages.long."
+STAGE = {
+    "inherit": "short",
+    "chunk_frames": 3,
+    "model": {"causal": True},
+    "sampler": {"name": "stream", "levels": [1.0, 0.9, 0.5], "step": "renoise"},
+    "objective": {"name": "distribution_matching"},
+    "turns": "CCS",
+    "roles": {
+        "teacher": {"inherit": "short"},
+        "critic": {"inherit": "short", "optimizer": {"lr": 1e-5, "warmup_steps": 0}},
+    },
+    "distill": {"levels": [1.0, 0.9, 0.5]},
+}
+
+
+def changed(**changes):
+    """Return a sound distilled stage with some keys changed: "distill.levels" -> value."""
+    found = {f"{LONG}{key}": value for key, value in STAGE.items()}
+    for dotted, value in changes.items():
+        key, *inner = dotted.split("__")
+        place = found
+        full = f"{LONG}{key}"
+        if not inner:
+            place[full] = value
+            continue
+        section = place[full] = _copy(place[full])
+        for name in inner[:-1]:
+            section = section.setdefault(name, {})
+        section[inner[-1]] = value
+    return found
+
+
+def _copy(value):
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def test_a_sound_stage_has_no_problems(found):
+    assert not found(changed())
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "rule"),
+    [
+        ({"distill__levels": [1.0, 0.5, 0.9]}, "distill.levels", "fall from 1 to above 0"),
+        ({"distill__levels": [1.0, 0.5, 0.0]}, "distill.levels", "fall from 1 to above 0"),
+        ({"distill__levels": [0.9, 0.5]}, "distill.levels", "fall from 1 to above 0"),
+        ({"turns": "CXS"}, "turns", "each S (student) or C (critic)"),
+        ({"turns": "CC"}, "turns", "student (S) has none"),
+        ({"turns": "S"}, "turns", "critic (C) has none"),
+        ({"roles__critic": {"inherit": "short"}}, "turns", "critic has no optimizer"),
+        ({"roles": {"teacher": {"inherit": "short"}}}, "roles.critic", "a critic"),
+        ({"roles": {}}, "roles.teacher", "a teacher"),
+        ({"distill": None}, "distill", "the section that"),
+        ({"roles__teacher__optimizer": {"lr": 1e-5}}, "roles.teacher.optimizer", "null"),
+        ({"roles__teacher__inherit": None}, "roles.teacher.inherit", "knows nothing by itself"),
+        ({"roles__teacher__inherit": "student"}, "roles.teacher.inherit", "its own teacher"),
+        ({"roles__teacher__model": {"width": 64}}, "roles.teacher.model.width", "of stage short"),
+        (
+            {"roles__teacher__model": {"latent_channels": 8}},
+            "roles.teacher.model",
+            "the student's 16 in patches of 1",
+        ),
+        (
+            {"roles__critic__inherit_role": "critic"},
+            "roles.critic.inherit_role",
+            "a role that stage short trains",
+        ),
+        ({"roles__critic__chunk_frames": 3}, "roles.critic.chunk_frames", "not causal"),
+        ({"roles__helper": {"inherit": "short"}}, "roles.helper", "one of teacher, critic"),
+        ({"distill__ida": 0.97, "model": {"causal": True, "depth": 2}},
+         "roles.critic.model.depth", "with distill.ida the student's 2"),
+        ({"model": {}, "chunk_frames": 0}, "chunk_frames", "a causal student with chunks"),
+        ({"sampler__levels": [1.0, 0.5]}, "sampler.levels", "distill.levels [1.0, 0.9, 0.5]"),
+        ({"sampler__step": "euler"}, "sampler.step", "distill.sampler 'renoise'"),
+        ({"distill__guidance": {"smell": 4.0}}, "distill.guidance.smell", "one of camera, text"),
+        ({"distill__guidance": {"text": 4.0}}, "distill.guidance.text", "reads no text"),
+        ({"distill__score_sigma": {"low": 0.9, "high": 0.1}}, "distill.score_sigma.low", "less"),
+        ({"distill__scored_frames": "first 3"}, "distill.scored_frames", "last <n>"),
+        ({"until_loss": 0.5}, "until_loss", "its loss shows no progress"),
+        ({"trainer": {"keep_best": 1}}, "trainer.keep_best", "no held-out loss judges"),
+        ({"parallel": {"sharding": "zero3"}}, "parallel.sharding", "zero3 holds one network"),
+        ({"data": {"pack": True}}, "data.pack", "rollouts are made clip by clip"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_named_with_its_rule(found, changes, key, rule):
+    problems = found(changed(**changes))
+    assert f"{LONG}{key}" in problems, list(problems)
+    assert rule in problems[f"{LONG}{key}"].rule
+
+
+def test_all_mistakes_come_in_one_report(found):
+    problems = found(
+        changed(
+            turns="S",
+            until_loss=0.5,
+            sampler__levels=[1.0, 0.5],
+            roles__teacher__model={"width": 64},
+            distill__guidance={"smell": 4.0},
+        )
+    )
+    wrong = {"turns", "until_loss", "sampler.levels", "roles.teacher.model.width"}
+    assert {f"{LONG}{key}" for key in (*wrong, "distill.guidance.smell")} <= set(problems)
+
+
+def test_keys_of_several_networks_are_refused_where_one_trains(found):
+    problems = found(changed(objective={"name": "flow_matching"}))
+    assert {f"{LONG}{key}" for key in ("roles", "turns", "distill")} <= set(problems)
+
+
+def test_guidance_by_text_needs_a_text_that_stands_for_none(found, shards, write):
+    """Found on a data set with text but no null text."""
+    fields = ("c2w.npy", "intrinsics.npy", "latent.npy", "text.npy", "text_mask.npy")
+    write(shards, text_encoder="toy", text_length=4, text_width=8, fields=fields)
+    problems = found(changed(distill__guidance={"text": 4.0}) | {"model.text_width": 8})
+    assert "no null text" in problems[f"{LONG}distill.guidance.text"].got
+
+
+def test_a_teacher_without_checkpoints_is_missed_even_on_resume(found, shards):
+    """It is saved nowhere, so that every start reads its source."""
+    problems = found(changed() | {"stage": "long"})
+    assert f"{LONG}roles.teacher.inherit" in problems
+    done = shards.parent / "runs" / "demo" / "long" / "checkpoints" / "step_00000001"
+    done.mkdir(parents=True)
+    (done / "manifest.json").write_text("{}")
+    problems = found(changed() | {"stage": "long"})
+    assert f"{LONG}roles.teacher.inherit" in problems
+    assert f"{LONG}roles.critic.inherit" not in problems
+
+
+def test_regression_on_trajectories_needs_them_in_the_data_at_its_levels(found, shards, write):
+    levels = {"name": "ode_regression", "levels": [1.0, 0.5]}
+    problems = found({f"{LONG}objective": levels, f"{LONG}data": {"path": str(shards)}})
+    assert "ode.npy and ode_start.npy" in problems["data.path"].rule
+    fields = ("c2w.npy", "intrinsics.npy", "latent.npy", "ode.npy", "ode_start.npy")
+    write(shards, fields=fields, ode_levels=(1.0, 0.25))
+    problems = found({f"{LONG}objective": levels})
+    assert "[1.0, 0.25]" in problems[f"{LONG}objective.levels"].rule
+    write(shards, fields=fields, ode_levels=(1.0, 0.5))
+    assert not found({f"{LONG}objective": levels})

@@ -1,0 +1,234 @@
+"""Both turns of distribution matching: where self-forcing ends on AR(1) data, independence of the
+mesh, keyed exits, and who gets a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from parallel.layout import ClipLayout
+from parallel.reference import REFERENCE
+from parallel.sequence import GroupSequence, LocalSequence
+from parallel.streaming import chunk_starts
+from parallel.virtual import replicate, run_virtual
+from wm_train.conditioning import Conditions
+from wm_train.config.roles import DistillConfig, ScoreSigmaConfig, Turn
+from wm_train.models.init import initialise_
+from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.spec import build_model
+from wm_train.noise import NoiseKey
+from wm_train.objectives.clips import Clips, ObjectiveOutput, RoleTurn
+from wm_train.objectives.config import DistributionMatchingConfig
+from wm_train.objectives.distribution_matching import distribution_matching
+from wm_train.objectives.score_levels import turn_choice
+
+KEY, CONFIG = NoiseKey(7, "distill"), DistributionMatchingConfig()
+LEVELS = (1.0, 0.9, 0.5)
+RHO, TAU, FRAMES = 0.8, 0.6, 6  # of the data: x_t = RHO x_(t-1) + TAU noise
+
+
+class Autoregressive(nn.Module):
+    """Predict the clean frame at level k as alpha_k h + beta_k x, h the frame before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((3,), 0.3))
+        self.beta = nn.Parameter(torch.full((3,), 0.3))
+
+    def forward(self, x, level, conditions, sequence):
+        before = sequence.halo([x], 1, 0)[0][0]
+        place = (level[..., None] - torch.tensor(LEVELS)).abs().argmin(-1)
+        alpha, beta = (p[place][:, :, None, None, None] for p in (self.alpha, self.beta))
+        clean = alpha * before + beta * x
+        return (x - clean) / level.clamp(min=1e-6)[:, :, None, None, None]
+
+    def markov(self, exit_step: int) -> tuple[float, float]:
+        """Return m and s of the rollout's x_t = m x_(t-1) + s noise with this exit."""
+        m, variance = 0.0, 0.0
+        for k in range(exit_step):
+            a, sigma = 1 - LEVELS[k], LEVELS[k]
+            alpha, beta = self.alpha[k].item(), self.beta[k].item()
+            m, variance = alpha + beta * a * m, beta**2 * (a**2 * variance + sigma**2)
+        return m, variance**0.5
+
+
+def markov_velocity(m: float, s: float) -> Callable[..., torch.Tensor]:
+    """Return the best velocity of whole clips x_t = m x_(t-1) + s noise behind a given frame 0:
+    a joint Gaussian of frames 1 to T - 1, each number of a frame apart."""
+    steps = torch.arange(FRAMES - 1, dtype=torch.float64)
+    path = m ** (steps[:, None] - steps[None]).clamp(min=0) * (steps[:, None] >= steps[None])
+    covariance, powers = s**2 * path @ path.T, m ** (steps + 1)
+
+    def velocity(x, level, conditions, sequence):
+        first, rest = x[:, :1, :, 0, 0].double(), x[:, 1:, :, 0, 0].double()
+        sigma = level[:, 1, None, None].double()
+        mean, a, eye = powers[:, None] * first, 1 - sigma, torch.eye(FRAMES - 1).double()
+        lam = a**2 * covariance + sigma**2 * eye
+        flow = (sigma * eye - a * covariance) @ torch.linalg.solve(lam, rest - a * mean)
+        both = torch.cat([torch.zeros_like(first), flow - mean], dim=1)
+        return both[..., None, None].float()
+
+    return velocity
+
+
+def clips_of(latents, layout, sequence=None, conditions=None, draws=None) -> Clips:
+    draws = torch.arange(len(latents)) if draws is None else draws
+    conditions = conditions or Conditions((16, 16), 8)
+    return Clips(latents, draws, conditions, sequence or LocalSequence(layout), KEY)
+
+
+def test_self_forcing_ends_at_the_closed_form_on_autoregressive_data():
+    """b_1 = TAU, a_1 = RHO; b_k = TAU / sqrt((1 - s_k)^2 TAU^2 + s_k^2),
+    a_k = RHO (1 - b_k (1 - s_k)), with a bidirectional teacher and a critic that is exact."""
+    student = Autoregressive()
+    layout = ClipLayout(FRAMES, chunk_starts=tuple(range(FRAMES)))
+    distill = DistillConfig(LEVELS, weight="velocity", score_sigma=ScoreSigmaConfig())
+    sequences = {
+        "student": LocalSequence(layout),
+        "critic": LocalSequence(ClipLayout(FRAMES)),
+        "teacher": LocalSequence(ClipLayout(FRAMES)),
+    }
+    teacher, turns, clips = markov_velocity(RHO, TAU), 140, 12
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.1, betas=(0.0, 0.9))
+    generator = torch.Generator().manual_seed(0)
+    for index in range(turns):
+        exit_step = 1 + turn_choice(KEY, "exit/student", index, 3)
+        with torch.no_grad():
+            critic = markov_velocity(*student.markov(exit_step))
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - index / turns) + 1e-3
+        latents = torch.randn(clips, FRAMES, 4, 1, 1, generator=generator)
+        data = clips_of(latents, layout, draws=torch.arange(clips) + clips * index)
+        turn = RoleTurn(Turn("student", index), distill, sequences, latents[:, 0], REFERENCE)
+        networks = {"student": student, "teacher": teacher, "critic": critic}
+        optimizer.zero_grad()
+        out = distribution_matching(networks, data, CONFIG, turn)
+        for piece in out.pieces:
+            (piece / clips).backward()
+        optimizer.step()
+    for k, sigma in enumerate(LEVELS):
+        a = 1 - sigma
+        beta = TAU / (a**2 * TAU**2 + sigma**2) ** 0.5
+        assert student.beta[k].item() == pytest.approx(beta, abs=5e-3)
+        assert student.alpha[k].item() == pytest.approx(RHO * (1 - beta * a), abs=5e-3)
+    assert float(out.loss.mean()) < 1e-3
+
+
+# ---- a real model -----------------------------------------------------------------------------
+MODEL = SanaWMConfig(latent_channels=3, depth=2, width=16, heads=2, softmax_every=2)
+
+
+def awake(config: SanaWMConfig, seed: int) -> nn.Module:
+    """Return a model whose every parameter matters: one that equals the teacher proves nothing."""
+    model = build_model(config)
+    initialise_(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.double()
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, nn.Module]:
+    causal = replace(MODEL, causal=True, window_chunks=2)
+    found = {"student": awake(causal, 0), "teacher": awake(MODEL, 1), "critic": awake(MODEL, 2)}
+    found["teacher"].requires_grad_(False)
+    return found
+
+
+@pytest.fixture
+def conditions(camera_path) -> Conditions:
+    c2w, intrinsics = (x.double() for x in camera_path(2, 65, torch.Generator().manual_seed(1)))
+    return Conditions.of((96, 160), 8, c2w, intrinsics)
+
+
+LAYOUT = ClipLayout(9, chunk_starts=chunk_starts(9, 3))
+LATENTS = torch.randn(2, 9, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+SETTINGS = DistillConfig(LEVELS, guidance={"camera": 3.0}, normaliser="chunk")
+
+
+def take(networks, role, conditions, index=0, comm=None, distill=SETTINGS) -> ObjectiveOutput:
+    """Run one turn on one device, or on one member of a sequence group."""
+
+    def shard(layout):
+        return GroupSequence(layout, comm) if comm else LocalSequence(layout)
+
+    whole = ClipLayout(9)
+    sequences = {"student": shard(LAYOUT), "critic": shard(whole), "teacher": shard(whole)}
+    local = sequences["student"].frames
+    data = clips_of(LATENTS[:, local.start : local.stop], LAYOUT, sequences["student"], conditions)
+    turn = RoleTurn(Turn(role, index), distill, sequences, LATENTS[:, 0], REFERENCE)
+    return distribution_matching(networks, data, CONFIG, turn)
+
+
+def total(out: ObjectiveOutput) -> torch.Tensor:
+    return out.loss.sum() if out.pieces is None else sum(out.pieces)
+
+
+@pytest.mark.parametrize("role", ["student", "critic"])
+def test_loss_and_gradients_do_not_depend_on_the_sequence_group(networks, conditions, role):
+    """Nine frames over two and three members; each rolls out the clip and passes on the gradient
+    of its own frames."""
+    model = networks[role]
+    model.zero_grad()
+    whole = take(networks, role, conditions)
+    total(whole).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert expected
+    for ring in (2, 3):
+        copies = replicate(model, ring)
+
+        def body(comm, copies=copies):
+            mine = {**networks, role: copies[comm.members[0].index]}
+            out = take(mine, role, conditions, comm=comm)
+            return out.loss, total(out)
+
+        results, _ = run_virtual(body, ring=ring)
+        sum(loss for _, loss in results).backward()
+        for loss, _ in results:
+            torch.testing.assert_close(loss, whole.loss, rtol=1e-11, atol=0)
+        for name, grad in expected.items():
+            found = sum(copy.get_parameter(name).grad for copy in copies)
+            bound = 1e-11 * grad.abs().max() + 1e-18
+            assert (found - grad).abs().max() <= bound, name
+
+
+def test_only_the_network_whose_turn_it_is_gets_a_gradient(networks, conditions):
+    for role, other in (("student", "critic"), ("critic", "student")):
+        for model in networks.values():
+            model.zero_grad()
+        total(take(networks, role, conditions)).backward()
+        assert any(p.grad is not None and p.grad.any() for p in networks[role].parameters())
+        assert all(p.grad is None for p in networks[other].parameters())
+
+
+def test_exits_are_drawn_by_the_turn_and_cover_all_levels(networks, conditions):
+    exits = [int(take(networks, "critic", conditions, i).metrics["exit"][0]) for i in range(8)]
+    assert set(exits) == {1, 2, 3}
+    last = replace(SETTINGS, exit="last")
+    assert int(take(networks, "critic", conditions, distill=last).metrics["exit"][0]) == 3
+
+
+def test_scored_frames_limit_the_loss_and_the_gradient(networks, conditions):
+    """With the last frame alone, chunks before the last pass on nothing."""
+    distill = replace(SETTINGS, scored_frames="last 2", normaliser="clip")
+    pieces = list(take(networks, "student", conditions, distill=distill).pieces)
+    assert [bool(piece != 0) for piece in pieces] == [False, False, True]
+    critic = take(networks, "critic", conditions, distill=distill).loss
+    assert (critic != take(networks, "critic", conditions).loss).all()
+
+
+def test_replayed_histories_give_the_same_gradient(networks, conditions):
+    found = []
+    for how in ("keep", "replay"):
+        networks["student"].zero_grad()
+        total(
+            take(networks, "student", conditions, distill=replace(SETTINGS, history_states=how))
+        ).backward()
+        found.append([p.grad.clone() for p in networks["student"].parameters() if p.requires_grad])
+    for kept, replayed in zip(*found, strict=True):
+        assert torch.allclose(kept, replayed, rtol=1e-12, atol=1e-18)

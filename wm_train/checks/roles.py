@@ -1,0 +1,236 @@
+"""Judge a stage that trains several networks: its roles, turns and distillation together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from data_shards.schema import DatasetInfo
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.kinds import ModelConfig
+from wm_train.config.problems import AT, Problem
+from wm_train.config.roles import (
+    ALONE,
+    CRITIC,
+    LETTERS,
+    STUDENT,
+    TEACHER,
+    DistillConfig,
+    RoleConfig,
+    turns_of,
+)
+from wm_train.config.schema import StageConfig
+from wm_train.config.typed import stage_named
+
+BESIDE = (TEACHER, CRITIC)  # the roles that the student's stage may add
+# condition of `distill.guidance` -> the member that a model must read for it
+GUIDED = {"camera": "camera", "text": "text", "controls": "controls"}
+
+
+def role_problems(plan: StagePlan) -> list[Problem]:
+    """Return what does not go together in the roles of one stage; keys relative to the stage."""
+    stage = plan.config
+    if not stage.objective.several_networks():
+        return list(_needless(stage))
+    return [
+        *_missing(stage),
+        *_turn_problems(stage),
+        *(p for role, own in stage.roles.items() for p in _network_problems(stage, role, own)),
+        *_student_problems(stage),
+        *_unsupported(stage),
+    ]
+
+
+def _needless(stage: StageConfig) -> Iterator[Problem]:
+    """Yield keys of several networks under an objective that trains one."""
+    name = stage.objective.name
+    fix = f"leave it out, or {AT}objective.name=distribution_matching"
+    given = {"roles": ", ".join(stage.roles), "distill": "a section" if stage.distill else ""}
+    given["turns"] = "" if stage.turns == ALONE else repr(stage.turns)
+    for key, value in given.items():
+        if value:
+            yield Problem(key, f"{value} with objective {name}", "none, as it trains one", fix)
+
+
+def _missing(stage: StageConfig) -> Iterator[Problem]:
+    """Yield sections and roles that distribution matching cannot do without."""
+    name = stage.objective.name
+    if stage.distill is None:
+        rule, fix = f"the section that {name} is configured by", f"{AT}distill.levels=[1,0.9,0.7]"
+        yield Problem("distill", "null", rule, fix)
+    for role in BESIDE:
+        if role not in stage.roles:
+            what = "the network it learns from" if role == TEACHER else "the score of its rollouts"
+            rule = f"a {role}, {what}, with objective {name}"
+            yield Problem(f"roles.{role}", "none", rule, f"{AT}roles.{role}.inherit=<stage>")
+    for role in stage.roles:
+        if role not in BESIDE:
+            yield Problem(
+                f"roles.{role}", repr(role), f"one of {', '.join(BESIDE)}", "leave it out"
+            )
+
+
+def _turn_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield turns of roles that do not train, and trained roles without a turn."""
+    trained = {STUDENT, *(role for role, own in stage.roles.items() if own.optimizer)}
+    letters = {role: letter for letter, role in LETTERS.items()}
+    named = {LETTERS[letter] for letter in stage.turns if letter in LETTERS}
+    for role in sorted(trained - named):
+        if role in letters:  # the others have been reported
+            rule = f"a turn of each trained role, and {role} ({letters[role]}) has none"
+            yield Problem("turns", repr(stage.turns), rule, f"{AT}turns=CCCCCS")
+    for role in sorted(named - trained):
+        rule = f"turns of trained roles alone, and {role} has no optimizer"
+        fix = f"{AT}roles.{role}.optimizer.lr=1e-5"
+        yield Problem("turns", repr(stage.turns), rule, fix)
+    for role, own in stage.roles.items():
+        turns = turns_of(stage.turns, role, stage.steps)
+        if own.optimizer and own.optimizer.warmup_steps > turns:
+            key = f"roles.{role}.optimizer.warmup_steps"
+            got = str(own.optimizer.warmup_steps)
+            yield Problem(key, got, f"0 to the {turns} turns of {role} in the stage's steps")
+
+
+def _network_problems(stage: StageConfig, role: str, own: RoleConfig) -> Iterator[Problem]:
+    """Yield a network that has no weights, cannot see the student's clips, or is of a kind that its
+    chunks contradict."""
+    at, needs, mine = f"roles.{role}.", own.model.needs(), stage.model.needs()
+    if role == TEACHER and own.optimizer:
+        rule = "null, as a teacher is frozen"
+        yield Problem(f"{at}optimizer", "a section", rule, f"{AT}{at}optimizer=null")
+    if role in BESIDE and own.inherit is None:
+        rule = f"a stage, a checkpoint directory or student: a {role} knows nothing by itself"
+        yield Problem(f"{at}inherit", "null", rule, f"{AT}{at}inherit=<stage>")
+    if role == TEACHER and own.inherit == STUDENT:
+        rule = "a stage or a checkpoint directory, as a student is not its own teacher"
+        yield Problem(f"{at}inherit", STUDENT, rule, f"{AT}{at}inherit=<stage>")
+    if needs.latent_channels != mine.latent_channels or needs.patch != mine.patch:
+        got = f"{needs.latent_channels} channels in patches of {needs.patch}"
+        rule = f"the student's {mine.latent_channels} in patches of {mine.patch}"
+        yield Problem(f"{at}model", got, rule, f"{AT}{at}model.latent_channels=<the student's>")
+    if needs.causal and own.chunk_frames == 0:
+        rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
+        fix = f"{AT}{at}chunk_frames=3, or {own.model.cure('causal', 'false', f'{AT}{at}')}"
+        yield Problem(f"{at}chunk_frames", "0 with a causal model", rule, fix)
+    elif own.chunk_frames and not needs.causal:
+        rule = "0, as a model that is not causal still sees later chunks"
+        yield Problem(f"{at}chunk_frames", str(own.chunk_frames), rule, f"{AT}{at}chunk_frames=0")
+    if own.inherit == STUDENT:
+        yield from _unlike(f"{at}model", own.model, stage.model, "the student's")
+
+
+def _unlike(key: str, model: ModelConfig, other: ModelConfig, whose: str) -> Iterator[Problem]:
+    """Yield the keys of a model by which its parameters are not those of another."""
+    for name in model.other_shapes(other):
+        got, want = (str(getattr(one, name)) for one in (model, other))
+        rule = f"{whose} {want}, as its parameters are taken"
+        yield Problem(f"{key}.{name}", got, rule, f"{AT}{key}.{name}={want}")
+
+
+def _student_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield a student whose rollouts could not be made, or would not be those it is used for."""
+    needs, distill = stage.model.needs(), stage.distill
+    if not needs.causal or stage.chunk_frames == 0:
+        got = f"{stage.chunk_frames} with causal={needs.causal}"
+        fix = f"{stage.model.cure('causal', 'true')} {AT}chunk_frames=3"
+        rule = "a causal student with chunks, which it makes in turn"
+        yield Problem("chunk_frames", got, rule, fix)
+    if distill is None:
+        return
+    if stage.sampler.levels != distill.levels:
+        got = str(stage.sampler.levels and list(stage.sampler.levels))  # type: ignore[arg-type]
+        rule = f"distill.levels {list(distill.levels)}, as a student is used at what it trained on"
+        fix = f"{AT}sampler.levels={str(list(distill.levels)).replace(' ', '')}"
+        yield Problem("sampler.levels", got, rule, fix)
+    if stage.sampler.step_rule() != distill.sampler:
+        rule = f"distill.sampler {distill.sampler!r}, for the same reason"
+        fix = f"{AT}sampler.step={distill.sampler}"
+        yield Problem("sampler.step", repr(stage.sampler.step_rule()), rule, fix)
+    if distill.ida < 1 and CRITIC in stage.roles:
+        key = f"roles.{CRITIC}.model"
+        yield from _unlike(
+            key, stage.roles[CRITIC].model, stage.model, "with distill.ida the student's"
+        )
+    yield from _guidance_problems(stage, distill)
+    if distill.gate == "stop" and stage.trainer.validation_clips < 1:
+        rule = "warn, or trainer.validation_clips above 0, as the gate judges rollouts of them"
+        yield Problem(
+            "distill.gate", "stop without validation clips", rule, f"{AT}distill.gate=warn"
+        )
+
+
+def _guidance_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Problem]:
+    for name in distill.guidance:
+        key = f"distill.guidance.{name}"
+        if name not in GUIDED:
+            rule = f"one of {', '.join(GUIDED)}, which can be taken away"
+            yield Problem(key, "an unknown condition", rule, "leave it out")
+        elif TEACHER in stage.roles:
+            model = stage.roles[TEACHER].model
+            if GUIDED[name] not in model.needs().fields:
+                rule = f"a condition of the teacher, whose model reads no {GUIDED[name]}"
+                yield Problem(key, name, rule, "leave it out")
+
+
+def guidance_data_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
+    """Yield guidance by text where the data set does not say what stands for no text."""
+    distill, teacher = plan.config.distill, plan.config.roles.get(TEACHER)
+    reads = teacher is not None and "text" in teacher.model.needs().fields  # else reported as such
+    if distill and reads and "text" in distill.guidance and info.null_text is None:
+        rule = "a data set with a null text, which the teacher sees without text"
+        fix = "encode it with null_text=<npy>, or leave the weight out"
+        yield Problem("distill.guidance.text", f"no null text in {info.source}", rule, fix)
+
+
+def _unsupported(stage: StageConfig) -> Iterator[Problem]:
+    """Yield keys that have no meaning, or none yet, where several networks train."""
+    trainer = stage.trainer
+    rows = (
+        (
+            stage.until_loss > 0,
+            "until_loss",
+            str(stage.until_loss),
+            "0",
+            "its loss shows no progress",
+        ),
+        (
+            trainer.keep_best > 0,
+            "trainer.keep_best",
+            str(trainer.keep_best),
+            "0",
+            "no held-out loss judges a distilled student",
+        ),
+        (
+            stage.parallel.sharding != "fsdp",
+            "parallel.sharding",
+            stage.parallel.sharding,
+            "fsdp",
+            "zero3 holds one network",
+        ),
+        (stage.data.pack, "data.pack", "true", "false", "rollouts are made clip by clip"),
+    )
+    for wrong, key, got, rule, why in rows:
+        if wrong:
+            rule_text = f"{rule} with objective {stage.objective.name}, as {why}"
+            yield Problem(key, got, rule_text, f"{AT}{key}={rule}")
+
+
+def source_problems(stages: Mapping[str, StageConfig], plan: StagePlan) -> Iterator[Problem]:
+    """Yield networks whose parameters are not those of the stage of this recipe that they inherit
+    from; stages: of the recipe; keys of the whole run."""
+    for role, own in plan.config.roles.items():
+        name = stage_named(stages, plan.stage, own.inherit)
+        if name is None:
+            continue
+        key = f"recipe.stages.{plan.stage}.roles.{role}"
+        source: ModelConfig | None = stages[name].model
+        if own.inherit_role != STUDENT:
+            other = stages[name].roles.get(own.inherit_role)
+            source = other.model if other and other.optimizer else None
+        if source is None:
+            rule = f"a role that stage {name} trains: {STUDENT}"
+            yield Problem(
+                f"{key}.inherit_role", own.inherit_role, rule, f"{key}.inherit_role=student"
+            )
+            continue
+        for problem in _unlike("model", own.model, source, f"that of stage {name},"):
+            yield problem.under(f"{key}.")
