@@ -1,0 +1,49 @@
+"""The recipe of SANA-WM's student: sources, levels and sizes of stages 6 to 8."""
+
+from __future__ import annotations
+
+import pytest
+
+from wm_train.checks.values import problems_of
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stage
+
+LEVELS = (1.0, 0.967, 0.908, 0.764)
+
+
+@pytest.fixture(scope="module", params=["sana_wm", "demo"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    names = (f"experiment={request.param}", "recipe=sana_wm_distill", f"out={folder}")
+    return request.param, compose([*names, f"data.path={folder}", "stage=6-8"])
+
+
+def test_stages_six_to_eight_hand_on_student_and_critic(run):
+    _, config = run
+    plans = {name: plan_stage(config, name) for name in ("ode", "distill_short", "distill")}
+    assert [plan.config.index for plan in plans.values()] == [6, 7, 8]
+    sources = [plan.source.stage for plan in plans.values()]
+    assert sources == ["chunk_causal", "ode", "distill_short"]
+    for name in ("distill_short", "distill"):
+        plan = plans[name]
+        assert plan.role_sources["teacher"].stage == "sft"
+        assert not plan.config.roles["teacher"].model.needs().causal
+        assert plan.config.roles["teacher"].model == config.recipe.stages["sft"].model
+        assert plan.config.roles["critic"].model == config.recipe.stages["sft"].model
+        assert plan.config.distill.levels == plan.config.sampler.levels == LEVELS
+        assert plan.config.turns == "CCCCCS"
+    carried = plans["distill"].role_sources["critic"]
+    assert (carried.stage, carried.role) == ("distill_short", "critic")
+    assert plans["distill_short"].role_sources["critic"].stage == "sft"
+
+
+def test_only_the_data_are_missing(run):
+    """Everything else that `launch` judges is sound."""
+    name, config = run
+    wrong = {problem.where for problem in problems_of(config)}
+    assert all(where == "data.path" or where.endswith(".inherit") for where in wrong), wrong
+    stages = config.recipe.stages
+    frames = [stages[stage].frames for stage in ("distill_short", "distill")]
+    assert frames == ([337, 961] if name == "sana_wm" else [41, 81])
+    guidance = stages["distill"].distill.guidance
+    assert guidance == ({"text": 4.0} if name == "sana_wm" else {})
