@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold losses [B]; velocity [B, T, C, h, w]; the summed gradient of every parameter that has
-    one."""
+    """Hold losses [B]; velocity [B, T, C, h, w], None of several networks; the summed gradient of
+    every parameter that has one."""
 
     losses: Tensor
-    velocity: Tensor
+    velocity: Tensor | None
     gradients: dict[str, Tensor]
 
 
@@ -31,9 +31,10 @@ class Comparison:
 
 def compare(reference: Outcome, result: Outcome) -> list[Comparison]:
     """Compare loss, velocity and every gradient, in the model's order."""
+    shown = reference.velocity
     pairs: list[tuple[str, Tensor, Tensor | None]] = [
         ("loss", reference.losses, result.losses),
-        ("velocity", reference.velocity, result.velocity),
+        *([] if shown is None else [("velocity", shown, result.velocity)]),
         *(
             (name, gradient, result.gradients.get(name))
             for name, gradient in reference.gradients.items()

@@ -15,6 +15,7 @@ from wm_train.models.spec import build_model
 from wm_train.parity.case import ParityCase, not_exercised, on_one_device, on_virtual_ranks
 from wm_train.parity.compare import Comparison, Outcome, compare
 from wm_train.parity.traffic import TrafficRow
+from wm_train.parity.turns import prove_turns
 
 DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to ask
 
@@ -22,7 +23,10 @@ DEFAULT_STRIDE = 8  # raw frames per latent when the data set is not there to as
 def prove(
     plan: StagePlan, case: ParityCase, degrees: MeshDegrees, options: argparse.Namespace
 ) -> int:
-    """Run one comparison and print its tables; return 0 on success, else 1."""
+    """Run one comparison and print its tables, or one for each kind of turn; return 0 on success,
+    else 1."""
+    if case.objective.several_networks():
+        return prove_turns(plan, case, degrees, options)
     tolerance = options.tolerance or (1e-9 if case.double else 1e-5)
     reference = on_one_device(case)
     rows: list[TrafficRow] = []
@@ -39,6 +43,11 @@ def prove(
 def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
     """Build the case of a stage, at its full length. Raises ValueError for broken settings."""
     stage = plan.config
+    if stage.objective.several_networks() and options.processes:
+        raise ValueError(
+            f"parity: got --processes with objective {stage.objective.name}, expected virtual"
+            " ranks, on which turns of several networks are proven. Fix: leave it out"
+        )
     stride = DEFAULT_STRIDE
     if Path(stage.data.path).is_dir():
         from data_shards.storage.read import open_dataset

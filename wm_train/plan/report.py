@@ -21,6 +21,7 @@ from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
 from wm_train.config.curriculum import StagePlan, plan_stage, plan_stages
 from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.roles import STUDENT
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
 from wm_train.redact import clean_output
@@ -171,8 +172,11 @@ def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None) -> int
     """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
     code = 0
     for plan in plan_stages(run):
-        memory, shape = stage_memory_of(plan, frame)
+        turns, shape = turn_memories_of(plan, frame)
+        memory = max(turns.values(), key=lambda one: one.device)
         print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
+        for role, one in turns.items() if plan.config.roles else ():
+            print(f"  turn of the {role}: {_sizes(one)}")
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
             verdict = (
@@ -188,11 +192,14 @@ def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None) -> int
     return code
 
 
-def stage_memory_of(plan: StagePlan, frame: Frame) -> tuple[Memory, tuple[int, int, int]]:
-    """Return the memory of one rank, and its (clips, latent frames, latent frames of the whole
-    clip)."""
+def turn_memories_of(
+    plan: StagePlan, frame: Frame
+) -> tuple[dict[str, Memory], tuple[int, int, int]]:
+    """Return the memory of one rank in a turn of each trained network, by role, and its (clips,
+    latent frames, latent frames of the whole clip)."""
     from parallel.layout import split_evenly
     from wm_train.plan.memory import ClipShape, stage_memory
+    from wm_train.plan.turns import turn_memory
 
     stage, workers = plan.config, plan.launcher.workers
     whole = (stage.frames - 1) // frame.temporal_stride + 1
@@ -200,7 +207,10 @@ def stage_memory_of(plan: StagePlan, frame: Frame) -> tuple[Memory, tuple[int, i
     clips = -(-stage.global_batch * size // (workers * stage.trainer.accumulate))
     held = len(split_evenly(whole, size)[0])
     shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
-    return stage_memory(stage, shape, workers // stage.parallel.dp_replicate), (clips, held, whole)
+    shards, sizes = workers // stage.parallel.dp_replicate, (clips, held, whole)
+    if stage.roles:
+        return turn_memory(stage, shape, whole, shards), sizes
+    return {STUDENT: stage_memory(stage, shape, shards)}, sizes
 
 
 def inheritance(run: RunConfig, plan: StagePlan) -> str:
@@ -229,6 +239,16 @@ def inheritance(run: RunConfig, plan: StagePlan) -> str:
     )
 
 
+def _sizes(memory: Memory) -> str:
+    """Return what is on the device, in GiB."""
+    held = (
+        f"{name} {size / GIB:.2f}"
+        for name, size in memory.categories().items()
+        if name not in memory.offloaded
+    )
+    return f"{', '.join(held)}; together {memory.device / GIB:.2f}"
+
+
 def describe(
     plan: StagePlan, shape: tuple[int, int, int], memory: Memory, source: str
 ) -> list[str]:
@@ -254,13 +274,7 @@ def describe(
             f"{size} sequence parallel; "
             f"each holds {clips} clips x {held} latent frames at once"
         ),
-        f"  {memory.parameters:,} parameters{trained}; GiB per worker: "
-        + ", ".join(
-            f"{name} {size / GIB:.2f}"
-            for name, size in memory.categories().items()
-            if name not in memory.offloaded
-        )
-        + f"; together {memory.device / GIB:.2f}",
+        f"  {memory.parameters:,} parameters{trained}; GiB per worker: {_sizes(memory)}",
         f"  host memory: staging {memory.staging / GIB:.2f} to save from"
         + "".join(f", {name} {memory.categories()[name] / GIB:.2f}" for name in memory.offloaded)
         + f"; together {memory.host / GIB:.2f}"

@@ -1,0 +1,52 @@
+"""The plan of a stage with several networks: their states add up, and each turn has one network's
+gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wm_train.config.compose import compose
+from wm_train.plan.memory import ClipShape, stage_memory
+from wm_train.plan.turns import turn_memory
+
+SHAPE = ClipShape(1, 11, 16, 4, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    small = ["model.depth=2", "model.width=32", "model.heads=2", "model.softmax_every=2"]
+    run = compose(["experiment=demo", "recipe=sana_wm_distill", *small])
+    return run.recipe.stages["distill_short"]
+
+
+def test_states_add_up_and_gradients_are_those_of_the_turn(stage):
+    turns = turn_memory(stage, SHAPE, 11, 2)
+    assert set(turns) == {"student", "critic"}
+    student, critic = turns["student"], turns["critic"]
+    one = stage_memory(replace(stage, roles={}, distill=None), SHAPE, 2)
+    count = one.parameters
+    for memory in turns.values():
+        assert memory.parameters == 3 * count
+        assert memory.trained == 2 * one.trained
+        assert memory.optimizer == pytest.approx(2 * one.optimizer)
+        assert memory.weights == 2 * one.weights + 4 * count // 2  # fp32, as the demo computes
+        assert memory.gradients == one.gradients
+    assert critic.activations > student.activations
+
+
+def test_a_students_turn_does_not_grow_with_the_clip(stage):
+    """Its activations are those of one chunk."""
+    short, long = (
+        turn_memory(stage, replace(SHAPE, frames=frames), frames, 2)["student"].activations
+        for frames in (11, 13)
+    )
+    assert short == long
+
+
+def test_a_frozen_teacher_is_held_in_the_compute_type(stage):
+    bf16 = replace(stage, parallel=replace(stage.parallel, precision="bf16"))
+    full, half = (turn_memory(one, SHAPE, 11, 2)["student"].weights for one in (stage, bf16))
+    count = stage_memory(replace(stage, roles={}, distill=None), SHAPE, 2).parameters
+    assert full - half == count  # 4 - 2 bytes over two ranks
