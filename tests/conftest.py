@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -111,6 +111,39 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
         return compose([*base, *small, *quick, *optimizer, *overrides])
 
     return make
+
+
+class Distilled(NamedTuple):
+    """Overrides of `demo_run`: the stage that a teacher comes from, and a distilled stage of 8
+    steps whose critic has three turns for each of the student's."""
+
+    source: tuple[str, ...]
+    stage: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def distilled() -> Distilled:
+    """A distilled stage `long` behind the stage `short`, of a model that takes milliseconds."""
+    long = "recipe.stages.long."
+    critic = "{inherit:short,optimizer:{lr:1.0e-3,warmup_steps:2,ema_decay:0}}"
+    toy = ("model.width=16", "model.depth=2", "model.heads=2", "model.softmax_every=2")
+    short = ("recipe.stages.short.steps=2", "recipe.stages.short.optimizer.warmup_steps=0")
+    stage = (
+        f"{long}frames=41",
+        f"{long}global_batch=2",
+        f"{long}steps=8",
+        f"{long}chunk_frames=3",
+        f"{long}model={{causal:true}}",
+        f"{long}sampler={{name:stream,levels:[1.0,0.9,0.5],step:renoise}}",
+        f"{long}objective={{name:distribution_matching}}",
+        f"{long}optimizer={{lr:1.0e-3,warmup_steps:0,schedule:constant,ema_decay:0.9}}",
+        f"{long}turns=CCCS",
+        f"{long}roles={{teacher:{{inherit:short}},critic:{critic}}}",
+        f"{long}distill={{levels:[1.0,0.9,0.5],gate:warn}}",
+    )
+    saving = ("trainer.checkpoint_every=1", "trainer.keep_last=20", "trainer.sdc_every=0")
+    quiet = ("stage=long", "trainer.validate_every=0")
+    return Distilled((*toy, *short), (*toy, *stage, *saving, *quiet))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ ROUNDS = 10
 
 # Keys of no stage: a stage's name has no slash (curriculum.NAME), so no stage draws their numbers.
 PARAMETERS, VALIDATION, PARITY = "/parameters", "/validation", "/parity"
+VALIDATION_AGAIN = "/validation/again"  # another noise for the same clips
 KEYING = 2  # how noise and order are keyed, kept in checkpoints; 1 was by the stage's position
 
 

@@ -16,6 +16,7 @@ from wm_train.console import Progress, complain
 from wm_train.errors import SetupError, StorageError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.judge import evaluate_samples, make_judge
+from wm_train.evaluation.rollout_statistics import gate_problem, rollout_statistics
 from wm_train.evaluation.samples import roll_out, show_samples
 from wm_train.resilience.guard import BadStepError, Guard, RewindError
 from wm_train.resilience.heartbeat import Heartbeat, missing_ranks, silent_ranks
@@ -25,10 +26,11 @@ from wm_train.resilience.stragglers import Stragglers
 from wm_train.tracking.profiling import StepProfiler, steps_to_profile
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.data import on_device, open_loader
+from wm_train.training.networks import build_networks
 from wm_train.training.resume import Start, restore
 from wm_train.training.rewind import rewind
 from wm_train.training.stage import Stage, open_stage
-from wm_train.training.state import TrainState, build_state, facts
+from wm_train.training.state import TrainState, facts
 from wm_train.training.step import speed, train_step
 from wm_train.training.step_clock import StepClock
 from wm_train.world import World
@@ -47,7 +49,7 @@ def train_stage(
         if plan.config.trainer.samples:
             make_judge(plan.config.trainer)  # what it lacks would show at the end
         stage = open_stage(plan, backend, world)
-        state = build_state(plan, stage.mesh.fsdp, backend.device)
+        state = build_networks(plan, stage.mesh.fsdp, backend.device)
         start = restore(
             plan, state, stage.data_fingerprint, world, progress.say, stage.dataset.info.fps
         )
@@ -126,6 +128,7 @@ def run_steps(
     owed = start.steps_done and due(start.steps_done) and math.isnan(held_out)
     if owed and stage.config.until_loss:  # a stop came before it, and it may end the stage here
         held_out = held_out_loss(stage, state).get("validation_loss", math.nan)
+    initial = first_rollouts(stage, state, progress, stop) if not start.steps_done else {}
     if start.steps_done >= steps or gate_passed(stage, held_out):
         progress.say(
             f"stage {plan.stage} has ended already, after {start.steps_done} of {steps} steps"
@@ -162,6 +165,7 @@ def run_steps(
                 known,
                 loader.quarantined,
                 stage.dataset.info.fps,
+                state.digests,
             )
             saver.save(step, state.saved(), known_facts)
             saved = step
@@ -190,7 +194,8 @@ def run_steps(
                 saver.wait()
                 raise
             stage.backend.synchronize()
-            figures = report.figures | clock.end(batch.data_wait_s)
+            figures = report.figures | clock.end(batch.data_wait_s) | initial
+            initial = {}
             figures |= speed(stage, figures["step_s"], report.work)
             if tracker and (trace := profiler.after(step)):
                 tracker.artifact(trace)
@@ -200,7 +205,7 @@ def run_steps(
             stopping = report.stop
             if due(step) and not stopping:
                 try:
-                    figures |= held_out_loss(stage, state, stop)
+                    figures |= judged(stage, state, stop)
                 except StopSeenError:
                     stopping = True
             held_out = figures.get("validation_loss", math.nan)
@@ -260,6 +265,38 @@ def show_and_judge(
     if stage.config.trainer.evaluate:
         folder, shown = stage.plan.directory, show_in is not None
         evaluate_samples(stage, sampled, step, folder, tracker, progress, pictures=shown)
+
+
+def judged(stage: Stage, state: TrainState, stop: StopRequest) -> dict[str, float]:
+    """Return figures of held-out clips: losses, or where a student is distilled, which no loss
+    judges, statistics of its rollouts."""
+    return (rollout_statistics if stage.config.distill else held_out_loss)(stage, state, stop)
+
+
+def first_rollouts(
+    stage: Stage, state: TrainState, progress: Progress, stop: StopRequest
+) -> dict[str, float]:
+    """Return statistics of a student's rollouts before its first turn, named initial/....
+
+    A student that is distilled from a poor start does not recover: with `distill.gate` stop, bounds
+    that do not hold raise SetupError; with warn they are reported.
+    """
+    distill = stage.config.distill
+    if distill is None:
+        return {}
+    try:
+        figures = rollout_statistics(stage, state, stop)
+    except StopSeenError:
+        return {}  # the first step leaves
+    if figures and (problem := gate_problem(figures, distill)):
+        text = (
+            f"the student's first rollouts do not look like the data: got {problem}. Fix: train the"
+            " stage before this one longer, wider bounds, or distill.gate=warn"
+        )
+        if distill.gate == "stop":
+            raise SetupError(text)
+        progress.say(text)
+    return {name.replace("rollout/", "initial/"): value for name, value in figures.items()}
 
 
 def gate_passed(stage: Stage, validation_loss: float) -> bool:

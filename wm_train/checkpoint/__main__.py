@@ -111,7 +111,11 @@ def inspect(arguments: argparse.Namespace) -> int:
         f"{folder}: stage {manifest.stage}, step {manifest.step}, written by"
         f" {manifest.facts.get('world')} processes"
     )
-    for section in ("model/", "ema/", "optimizer/"):
+    own = ("model/", "ema/", "optimizer/")
+    roles = sorted(
+        {name.partition("/")[0] for name in manifest.tensors if not name.startswith(own)}
+    )
+    for section in (*own, *(f"{role}/{section}" for role in roles for section in own)):
         names = [name for name in manifest.tensors if name.startswith(section)]
         elements = sum(_elements(manifest.tensors[name].shape) for name in names)
         print(f"  {section.rstrip('/'):10} {len(names):6} tensors  {elements:15,} elements")

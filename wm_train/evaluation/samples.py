@@ -22,7 +22,14 @@ from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.sample import SampleStart
 from wm_train.tracking.tracker import Tracker
-from wm_train.training.data import batch_parts, conditions_of, on_device, open_loader, sequence_of
+from wm_train.training.data import (
+    batch_parts,
+    conditions_of,
+    first_latents,
+    on_device,
+    open_loader,
+    sequence_of,
+)
 from wm_train.training.stage import Stage
 from wm_train.training.state import EvaluationState, TrainState
 
@@ -149,16 +156,6 @@ def levels_of(stage: Stage) -> list[float]:
     levels = stage.config.sampler.levels
     levels = stage.config.trainer.sample_steps if levels is None else levels
     return sampling_levels(levels, stage.config.objective.sampling_shift())
-
-
-def first_latents(stage: Stage, batch: Batch) -> torch.Tensor:
-    """Broadcast the first latent frame of each clip [b, C, h, w] from the first rank of a sequence
-    group, which has it, to all."""
-    b, t, *shape = batch.latents.shape
-    first = batch.latents[:, 0].clone() if t else batch.latents.new_empty(b, *shape)
-    if stage.mesh.comm is not None:
-        stage.mesh.comm.share([first])
-    return first
 
 
 def uncompiled(stage: Stage) -> AbstractContextManager[object]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from wm_train.config.roles import STUDENT
 from wm_train.config.schema import TrainerConfig
 
 WINDOW = 32  # accepted losses that define a spike
@@ -46,7 +47,13 @@ class Guard:
     def __init__(self, config: TrainerConfig, memory: Mapping[str, Any] | None = None) -> None:
         memory = memory or {}
         self.config = config
-        self.recent = deque[float](memory.get("recent", ()), maxlen=WINDOW)
+        # accepted losses of each role: those of another network say nothing about this one's
+        self.recent: dict[str, deque[float]] = {
+            role: deque(losses, maxlen=WINDOW)
+            for role, losses in (
+                {STUDENT: memory.get("recent", ())} | memory.get("roles", {})
+            ).items()
+        }
         self.skipped: list[int] = list(memory.get("skipped", ()))  # since the last rewind
         self.rewound: list[tuple[int, int]] = [
             (first, last) for first, last in memory.get("rewound", ())
@@ -57,8 +64,10 @@ class Guard:
 
         That is the last losses, the steps skipped, and the ranges of steps left out after a rewind.
         """
+        others = {role: list(own) for role, own in self.recent.items() if role != STUDENT}
         return {
-            "recent": list(self.recent),
+            "recent": list(self.recent[STUDENT]),
+            **({"roles": others} if others else {}),
             "skipped": list(self.skipped),
             "rewound": list(self.rewound),
         }
@@ -69,16 +78,20 @@ class Guard:
             first <= step <= last for first, last in self.rewound
         )
 
-    def accepts(self, step: int, loss: float, by_rank: Sequence[tuple[float, float]]) -> bool:
+    def accepts(
+        self, step: int, loss: float, by_rank: Sequence[tuple[float, float]], role: str = STUDENT
+    ) -> bool:
         """Return True to take step `step` (from 1), or False under the policy `skip`.
 
-        by_rank: (loss, squared gradient norm) of every process. Raises BadStepError under the
+        by_rank: (loss, squared gradient norm) of every process; role: of the network that would
+        step. Raises BadStepError under the
         policy `stop`, and when `bad_step_budget` skips and `rewinds` are used up; RewindError when
         only the skips are.
         """
-        problem = self._problem(loss, by_rank)
+        recent = self.recent.setdefault(role, deque(maxlen=WINDOW))
+        problem = self._problem(loss, by_rank, recent)
         if problem is None:
-            self.recent.append(loss)
+            recent.append(loss)
             return True
         hint = (
             "Fix: lower the learning rate, look at that batch, or leave it out with"
@@ -96,7 +109,9 @@ class Guard:
             raise BadStepError(f"{text}, after {len(self.rewound)} rewinds. {hint}={self.skipped}")
         return False
 
-    def _problem(self, loss: float, by_rank: Sequence[tuple[float, float]]) -> str | None:
+    def _problem(
+        self, loss: float, by_rank: Sequence[tuple[float, float]], recent: Sequence[float]
+    ) -> str | None:
         bad = [
             rank
             for rank, figures in enumerate(by_rank)
@@ -109,9 +124,9 @@ class Guard:
             )
             return f"got {seen}, expected finite numbers"
         limit = self.config.spike_factor
-        if limit and len(self.recent) >= WINDOW // 4 and loss > limit * median(self.recent):
+        if limit and len(recent) >= WINDOW // 4 and loss > limit * median(recent):
             return (
-                f"got loss {loss}, expected at most {limit} x {median(self.recent):.4g}, the median"
+                f"got loss {loss}, expected at most {limit} x {median(recent):.4g}, the median"
                 " of the last steps"
             )
         return None

@@ -7,13 +7,16 @@ from dataclasses import replace
 from itertools import pairwise
 from operator import itemgetter
 
+from torch import Tensor
+
 from data_shards.loading.load import Batch, ClipLoader
 from data_shards.schema import latent_frame_count
 from parallel.layout import ClipLayout
 from parallel.sequence import SequenceShard, make_sequence
 from parallel.streaming import chunk_starts
 from wm_train.conditioning import Conditions
-from wm_train.objectives.clips import Clips
+from wm_train.config.roles import STUDENT, Turn
+from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.training.feed import Feed
 from wm_train.training.stage import Stage
 
@@ -73,8 +76,10 @@ def open_loader(
     return Feed(loader, data, stage.world, first_step, quarantined, report)
 
 
-def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
-    """Return the sequence shard of this batch: its layout, and this rank's frames."""
+def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> SequenceShard:
+    """Return the sequence shard of this batch: its layout, and this rank's frames. chunk_frames: of
+    the network that sees it; None: the stage's own."""
+    chunk_frames = stage.config.chunk_frames if chunk_frames is None else chunk_frames
     starts = batch.document_starts[0] if batch.document_starts else (0,)
     assert all(row == starts for row in batch.document_starts), (
         "rows that are packed differently go through the model one by one"
@@ -83,7 +88,7 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
     chunks = tuple(
         s + chunk
         for s, end in zip(starts, ends, strict=True)
-        for chunk in chunk_starts(end - s, stage.config.chunk_frames)
+        for chunk in chunk_starts(end - s, chunk_frames)
     )
     layout = ClipLayout(batch.frames, starts, chunks, tuple(batch.valid_frames.tolist()))
     return make_sequence(
@@ -92,12 +97,35 @@ def sequence_of(stage: Stage, batch: Batch) -> SequenceShard:
 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
-    """Return this batch's fields as conditions of the model; text only if the model takes text."""
+    """Return this batch's fields as conditions of the model; text only if a model takes text."""
     stride, frames = stage.dataset.info.temporal_stride, stage.mesh.frames(batch.frames)
     fields = batch.own_entries((frames.start, frames.stop), stride)
-    if "text" not in stage.config.model.needs().fields:
+    models = [stage.config.model, *(own.model for own in stage.config.roles.values())]
+    if not any("text" in model.needs().fields for model in models):
         fields = {name: value for name, value in fields.items() if name not in TEXT}
     return Conditions(batch.image_size, stride, fields, null_text=stage.null_text)
+
+
+def role_turn(stage: Stage, batch: Batch, turn: Turn) -> RoleTurn:
+    """Return what an objective of several networks needs besides this batch's clips."""
+    distill = stage.config.distill
+    assert distill is not None, "checked before the start: such an objective is configured by it"
+    others = {
+        role: sequence_of(stage, batch, own.chunk_frames)
+        for role, own in stage.config.roles.items()
+    }
+    sequences = {STUDENT: sequence_of(stage, batch), **others}
+    return RoleTurn(turn, distill, sequences, first_latents(stage, batch), stage.kernels)
+
+
+def first_latents(stage: Stage, batch: Batch) -> Tensor:
+    """Broadcast the first latent frame of each clip [b, C, h, w] from the first rank of a sequence
+    group, which has it, to all."""
+    b, t, *shape = batch.latents.shape
+    first = batch.latents[:, 0].clone() if t else batch.latents.new_empty(b, *shape)
+    if stage.mesh.comm is not None:
+        stage.mesh.comm.share([first])
+    return first
 
 
 def clips_of(stage: Stage, batch: Batch) -> Clips:

@@ -6,18 +6,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from data_shards.fields import same_rate
 from wm_train.checkpoint import store
 from wm_train.checkpoint.handover import handover
 from wm_train.checkpoint.manifest import Manifest, resume_facts
 from wm_train.config.curriculum import StagePlan
+from wm_train.config.roles import STUDENT
 from wm_train.errors import SetupError
 from wm_train.models.public import load_pretrained_
 from wm_train.noise import KEYING
+from wm_train.training.networks import load_frozen, source_prefix
 from wm_train.training.state import TrainState, identity
 from wm_train.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,14 @@ def restore(
     when there is nothing to inherit.
     """
     root = plan.checkpoints
+    load_frozen(plan, state, world, report)
     newest = store.find_newest(root, world, report, mine=True)
     if newest is None:
         inherit(plan, state, world, report, fps)
+        for role, own in state.roles.items():
+            if plan.config.roles[role].inherit == STUDENT:
+                start_as_student(own, state)
+            inherit(plan.of_role(role), own, world, report)
         return Start()
     folder, manifest = newest
     # `resume=false` speaks of the first start of a command: its restarts go on from what it saved
@@ -59,7 +70,7 @@ def restore(
             " go on from it"
         )
     theirs, their_config = resume_facts(folder, manifest)
-    mine = identity(plan, data_fingerprint)
+    mine = identity(plan, data_fingerprint, state.digests)
     if "noise" not in theirs:
         raise SetupError(
             f"cannot continue {folder}: it was trained with noise keyed by the stage's position, "
@@ -120,22 +131,18 @@ def inherit(
         )
     folder, manifest = newest
     mine, use_average = state.tensors(), stage.inherit_weights == "ema"
-    weights = {
-        name.removeprefix("model/"): tensor
-        for name, tensor in mine.items()
-        if name.startswith("model/")
-    }
-    held = {n.removeprefix("model/") for n in manifest.tensors if n.startswith("model/")}
-    averaged = {
-        n.removeprefix("ema/") for n in manifest.tensors if use_average and n.startswith("ema/")
-    }
+    weights = _below("model/", mine)
+    of_role = _below(source_prefix(source), manifest.tensors)
+    held = set(_below("model/", of_role))
+    averaged = set(_below("ema/", of_role)) if use_average else set()
     switched = state.model.switched_parameters
     try:
         passed = handover(stage, plan.stage, weights.keys(), held, switched)
     except ValueError as error:
         raise SetupError(f"{error} (source {folder})") from error
     targets = {
-        ("ema/" if name in averaged else "model/") + name: weights[name] for name in passed.taken
+        source_prefix(source) + ("ema/" if n in averaged else "model/") + n: weights[n]
+        for n in passed.taken
     }
     moments = _moments(plan.stage, mine, manifest, passed.taken) if stage.inherit_optimizer else {}
     store.load(folder, manifest, targets | moments, may_ignore=manifest.tensors)
@@ -197,6 +204,20 @@ def _start_from_public(folder: Path, state: TrainState, report: Callable[[str], 
     report(f"weights from {folder} ({len(loaded.filled)} tensors, {len(loaded.fresh)} new)")
 
 
+def _below(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries whose names begin with `prefix`, without it."""
+    return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+
+
+def start_as_student(state: TrainState, student: TrainState) -> None:
+    """Copy the student's first weights into another network of the same parameters."""
+    theirs = student.weights()
+    with torch.no_grad():
+        for name, tensor in state.weights().items():
+            tensor.copy_(theirs[name])
+    _restart_average(state)
+
+
 def _restart_average(state: TrainState) -> None:
     for name, tensor in state.weights().items():
         if name in state.ema:
@@ -213,12 +234,21 @@ def _difference(key: str, theirs: Any, mine: Any) -> str:
 def _other_tensors(theirs: Mapping[str, Any], mine: Mapping[str, Any], stage: str) -> list[str]:
     """Return the settings that give a checkpoint other tensors, of two run configurations: the
     kind of optimizer, and if there is an average."""
-    before, now = (config["recipe"]["stages"][stage]["optimizer"] for config in (theirs, mine))
+    before, now = (_optimizers(config["recipe"]["stages"][stage]) for config in (theirs, mine))
     different = []
-    for key, kind in (("name", str), ("ema_decay", bool)):
-        if kind(before[key]) != kind(now[key]):
-            different.append(_difference(f"optimizer.{key}", before[key], now[key]))
+    for where in (name for name in before if name in now):
+        for key, kind in (("name", str), ("ema_decay", bool)):
+            if kind(before[where][key]) != kind(now[where][key]):
+                name = f"{where}.{key}"
+                different.append(_difference(name, before[where][key], now[where][key]))
     return different
+
+
+def _optimizers(stage: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the optimizers of a stage's networks, plain, by their keys."""
+    roles = stage.get("roles", {})  # of a checkpoint of before there were any
+    others = {f"roles.{role}.optimizer": own["optimizer"] for role, own in roles.items()}
+    return {"optimizer": stage["optimizer"], **{key: own for key, own in others.items() if own}}
 
 
 def _as_json(value: Any) -> Any:

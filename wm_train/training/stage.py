@@ -25,6 +25,7 @@ from wm_train.backends.protocol import Backend
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import builder
+from wm_train.config.roles import CRITIC, STUDENT, TEACHER, Turn
 from wm_train.config.schema import DataConfig, StageConfig
 from wm_train.config.worlds import valid_worlds
 from wm_train.errors import SetupError
@@ -67,14 +68,31 @@ class Stage:
             json.dumps([self.dataset.fingerprint, parts, data.buckets, data.pack]).encode()
         ).hexdigest()
 
-    def clip_flops(self, latent_frames: int, height: int, width: int) -> float:
-        """Return the forward FLOPs of a clip of latents of this size."""
-        info = self.dataset.info
+    def clip_flops(self, latent_frames: int, height: int, width: int, role: str = STUDENT) -> float:
+        """Return the forward FLOPs of a clip of latents of this size, of one network."""
+        info, own = self.dataset.info, self.config.roles.get(role, self.config)
         sizes = (self.latent_frames, height, width, info.temporal_stride, info.text_length)
-        longest, chunk_frames = ExampleShape(1, *sizes), self.config.chunk_frames
-        return clip_flops(self.config.model, longest, latent_frames, chunk_frames)
+        longest = ExampleShape(1, *sizes)
+        return clip_flops(own.model, longest, latent_frames, own.chunk_frames)
 
-    def work(self, batch: Batch) -> dict[str, float]:
+    def turn_flops(self, latent_frames: int, height: int, width: int, turn: Turn) -> float:
+        """Return the FLOPs of a clip in a training step, without recomputation. In distillation the
+        student's rollout counts with the mean of its exits, and one pass for the past."""
+
+        def flops(role: str) -> float:
+            return self.clip_flops(latent_frames, height, width, role)
+
+        distill = self.config.distill
+        if distill is None:
+            return FORWARDS_PER_STEP * flops(STUDENT)
+        steps = len(distill.levels)
+        rollout = (1 + (steps if distill.exit == "last" else (1 + steps) / 2)) * flops(STUDENT)
+        if turn.role == CRITIC:
+            return rollout + FORWARDS_PER_STEP * flops(CRITIC)
+        scores = (1 + len(distill.guidance)) * flops(TEACHER) + flops(CRITIC)
+        return rollout + FORWARDS_PER_STEP * flops(STUDENT) + scores
+
+    def work(self, batch: Batch, turn: Turn) -> dict[str, float]:
         """Count the work of a training step on this batch without padding: `frames` (raw),
         `latent_frames`, `tokens`, `flops`. A clip split over P ranks contributes 1/P on each, so
         the sums over all ranks are the step's."""
@@ -90,7 +108,7 @@ class Stage:
             "frames": sum((length - 1) * stride + 1 for length in clips),
             "latent_frames": sum(clips),
             "tokens": sum(clips) * size,
-            "flops": FORWARDS_PER_STEP * sum(self.clip_flops(n, height, width) for n in clips),
+            "flops": sum(self.turn_flops(n, height, width, turn) for n in clips),
         }
         return {name: amount / ranks for name, amount in whole.items()}
 

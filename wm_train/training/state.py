@@ -3,9 +3,9 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from parallel.sharding import PRECISIONS, compile_blocks, shard_model
 from wm_train.boxes import is_first_copy, local_tensor
 from wm_train.checkpoint.handover import match_names
 from wm_train.config.curriculum import StagePlan
+from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import builder
+from wm_train.config.roles import STUDENT
 from wm_train.errors import SetupError
 from wm_train.models.init import initialise_, reset_buffers_
 from wm_train.models.spec import WorldModel, build_model
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
     from parallel.zero import Zero3
 
 
+# keys of `distill` that change no bit of what is trained
+JUDGING = ("gate", "gate_std", "gate_motion", "history_states")
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Hold the content of a checkpoint under its names. `ema` is empty when the stage keeps no
@@ -40,19 +47,38 @@ class TrainState:
 
     With FSDP2 the live tensors are DTensors sharded by row (plain tensors on one fp32 process).
     With ZeRO-3 (`zero`) they are flat shards, and `tensors` are copies sharded by row.
+
+    In a stage of several networks this is the student's; roles: the other trained ones, whose names
+    have the role before them (critic/model/<name>); frozen: those that are neither trained nor
+    saved; digests: of their weights, filled in as these are loaded.
     """
 
     model: WorldModel
     optimizer: Optimizer
     ema: dict[str, Tensor]
     zero: Zero3 | None = None
+    roles: Mapping[str, TrainState] = field(default_factory=dict)
+    frozen: Mapping[str, WorldModel] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def of(self, role: str) -> TrainState:
+        """Return the state of a trained network by its role."""
+        return self if role == STUDENT else self.roles[role]
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the modules to call, by role."""
+        trained = {role: state.network for role, state in self.roles.items()}
+        return {STUDENT: self.network, **trained, **self.frozen}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or sharded by row. Every
-        rank must call this."""
-        if self.zero is None:
-            return self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
-        return dict(self.saved())
+        """Return model/<name>, ema/<name>, optimizer/<name>/<slot>, whole or sharded by row, of all
+        trained networks. Every rank must call this."""
+        if self.zero is not None:
+            return dict(self.saved())
+        named = self._named(self.weights(), optimizer_tensors(self.model, self.optimizer))
+        for role, state in self.roles.items():
+            named |= _prefixed(f"{role}/", state.tensors())
+        return named
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the pairs of `tensors`, for reading: with ZeRO-3 one by one, as row copies are on
@@ -117,6 +143,15 @@ class TrainState:
             self.zero.backward(loss, last)
         else:
             loss.backward()
+
+    def backward_pieces(self, pieces: Iterable[Tensor], count: int, factor: float) -> None:
+        """Add the gradients of one micro-batch whose loss comes in `count` pieces, each times
+        `factor`. Shards are reduced once, after the last piece."""
+        assert self.zero is None, "checked before the start: zero3 holds one network"
+        for number, piece in enumerate(pieces, 1):
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(number == count)
+            (piece * factor).backward()
 
     def gradients(self, rank: int) -> list[Tensor]:
         """Return this rank's shards of all gradients; of replicated ones, only those of the first
@@ -193,7 +228,8 @@ class EvaluationState:
 def build_for_evaluation(
     plan: StagePlan, mesh: DeviceMesh, device: torch.device
 ) -> EvaluationState:
-    """Return a run's model with empty weights, sharded by FSDP2, also of a ZeRO-3 run.
+    """Return a model that does not train, with empty weights, sharded by FSDP2, also of a ZeRO-3
+    run.
 
     Weights are stored in `parallel.precision`, to which FSDP2 would round them before each use.
     Errors: those of `reset_buffers_`.
@@ -274,11 +310,13 @@ def freeze(model: nn.Module, plan: StagePlan) -> None:
         )
 
 
-def identity(plan: StagePlan, data_fingerprint: str) -> dict[str, Any]:
+def identity(
+    plan: StagePlan, data_fingerprint: str, frozen: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the settings that must be equal for a run to resume: they determine the samples, their
-    noise and the trained function."""
-    stage, model = plan.config, asdict(plan.config.model)
-    del model["activation_checkpointing"]  # it changes where memory goes, not one bit of the result
+    noise and the trained function. frozen: digests of the weights of networks that are not saved,
+    by role."""
+    stage = plan.config
     settings: dict[str, Any] = {
         "stage": plan.stage,
         "noise": {"stage": plan.stage, "keying": KEYING},
@@ -286,12 +324,32 @@ def identity(plan: StagePlan, data_fingerprint: str) -> dict[str, Any]:
         "frames": stage.frames,
         "global_batch": stage.global_batch,
         "chunk_frames": stage.chunk_frames,
-        "model": model,
+        "model": _model_facts(stage.model),
         "objective": asdict(stage.objective),
         "frozen": list(stage.frozen),
         "data": data_fingerprint,
     }
+    if stage.distill:
+        settings["turns"] = stage.turns
+        settings["distill"] = _without(asdict(stage.distill), *JUDGING)
+        settings["roles"] = {
+            role: {
+                "model": _model_facts(own.model),
+                "chunk_frames": own.chunk_frames,
+                "weights": (frozen or {}).get(role, "saved with the run"),
+            }
+            for role, own in stage.roles.items()
+        }
     return clean_value(settings)  # it is stored with checkpoints, which others may read
+
+
+def _model_facts(model: ModelConfig) -> dict[str, Any]:
+    """Return a model's keys but for the one that moves memory and no bit of the result."""
+    return _without(asdict(model), "activation_checkpointing")
+
+
+def _without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in names}
 
 
 def facts(
@@ -302,13 +360,15 @@ def facts(
     validation_loss: float | None,
     quarantined: tuple[str, ...] = (),
     fps: float | None = None,
+    frozen: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a checkpoint besides its tensors. validation_loss: of this very step,
     None if there was none. The position in the data is the step; with it go only the quarantined
-    shards. fps: of the clips, which a stage that inherits compares with its own."""
+    shards. fps: of the clips, which a stage that inherits compares with its own; frozen: as for
+    `identity`."""
     return {
         "validation_loss": validation_loss,
-        "identity": identity(plan, data_fingerprint),
+        "identity": identity(plan, data_fingerprint, frozen),
         "config": plan.record,
         "command": plan.command,
         "world": world.size,

@@ -7,24 +7,32 @@ batch here. So one process and any mesh take the same step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from data_shards.loading.load import Batch
+from wm_train.boxes import local_tensor
+from wm_train.config.kinds import OptimizerConfig
 from wm_train.config.registry import builder
+from wm_train.config.roles import CRITIC, STUDENT, Turn, turn_of, turns_of
+from wm_train.config.schema import StageConfig
 from wm_train.models.flops import mfu
+from wm_train.objectives.alignment import align_critic_
+from wm_train.objectives.clips import ObjectiveOutput
 from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.schedule import learning_rate
 from wm_train.resilience.guard import Guard
 from wm_train.resilience.preemption import StopRequest
-from wm_train.training.data import clips_of, micro_batches
+from wm_train.training.data import clips_of, micro_batches, role_turn
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
 from wm_train.training.step_clock import StepClock
 from wm_train.world import World
+
+DIRECTION = "direction/"  # names the channels of a gradient, which only their cosine is shown of
 
 
 @dataclass(frozen=True)
@@ -50,16 +58,20 @@ def train_step(
     stop: StopRequest,
     clock: StepClock,
 ) -> StepReport:
-    """Take step `step` (from 1) on one global batch."""
+    """Take step `step` (from 1) on one global batch: the turn of one network, which alone gets
+    gradients and changes."""
     config = stage.config
-    lr = learning_rate(config.optimizer, step - 1, config.steps)
-    set_learning_rate(state.optimizer, lr)
-    state.optimizer.zero_grad(set_to_none=True)
+    turn = turn_of(config.turns, step - 1)
+    active, optimizer = state.of(turn.role), optimizer_of(config, turn.role)
+    lr = learning_rate(optimizer, turn.index, turns_of(config.turns, turn.role, config.steps))
+    set_learning_rate(active.optimizer, lr)
+    for role in (STUDENT, *state.roles):  # so that one network's gradients are held at a time
+        state.of(role).optimizer.zero_grad(set_to_none=True)
     left_out = guard.leaves_out(step)
 
-    sums = {"loss": 0.0} if left_out else gradients(stage, state, batch)
-    work = {name: 0.0 if left_out else amount for name, amount in stage.work(batch).items()}
-    squares = 0.0 if left_out else squared_norm(state, stage.world)
+    sums = {"loss": 0.0} if left_out else gradients(stage, state, batch, turn)
+    work = {name: 0.0 if left_out else amount for name, amount in stage.work(batch, turn).items()}
+    squares = 0.0 if left_out else squared_norm(active, stage.world)
     waited, worked = clock.last
     mine = {"waited": waited, "worked": worked, "squares": squares}
     mine |= {"data_wait": batch.data_wait_s, "stop": float(stop.raised)}
@@ -70,15 +82,23 @@ def train_step(
     totals = {name: sum(values) for name, values in ranks.items()}
     figures = {name: totals[f"sum/{name}"] / config.global_batch for name in sums}
     work = {name: totals[f"work/{name}"] for name in work}
+    channels = [figures.pop(name) for name in sums if name.startswith(DIRECTION)]
+    if channels and (cosine := clock.cosine(channels)) is not None:
+        figures["direction_cosine"] = cosine
     norm = math.sqrt(totals["squares"]) if totals["squares"] >= 0 else math.nan
 
     of_ranks = list(zip(ranks["sum/loss"], ranks["squares"], strict=True))
-    take = not left_out and guard.accepts(step, figures["loss"], of_ranks)
+    take = not left_out and guard.accepts(step, figures["loss"], of_ranks, turn.role)
     if take:
-        if norm > config.optimizer.clip_norm:
-            state.scale_gradients(config.optimizer.clip_norm / (norm + 1e-6))
-        state.optimizer.step()
-        state.update_average(config.optimizer.ema_decay, step - 1)
+        if norm > optimizer.clip_norm:
+            active.scale_gradients(optimizer.clip_norm / (norm + 1e-6))
+        active.optimizer.step()
+        active.update_average(optimizer.ema_decay, turn.index)
+        after_turn(config, state, turn)
+    if config.distill:
+        # and under the role's name, as the losses of two networks are two curves
+        own = {**figures, "lr": lr, "grad_norm": norm}
+        figures |= {f"{turn.role}/{name}": value for name, value in own.items()}
     figures |= {
         "lr": lr,
         "grad_norm": norm,
@@ -91,20 +111,51 @@ def train_step(
     return StepReport(figures, work, times, totals["stop"] > 0)
 
 
-def gradients(stage: Stage, state: TrainState, batch: Batch) -> dict[str, float]:
-    """Add the gradients of this rank's clips; return the sums of loss and metrics over them.
+def optimizer_of(config: StageConfig, role: str) -> OptimizerConfig:
+    """Return the optimizer's configuration of a network that trains."""
+    own = config.optimizer if role == STUDENT else config.roles[role].optimizer
+    assert own is not None, "checked before the start: a role with turns has an optimizer"
+    return own
+
+
+@torch.no_grad()
+def after_turn(config: StageConfig, state: TrainState, turn: Turn) -> None:
+    """Draw the critic towards the student after a student's step, if configured (IDA)."""
+    if config.distill and config.distill.ida < 1 and turn.role == STUDENT:
+        critic, student = state.of(CRITIC).weights(), state.weights()
+        pairs = [(local_tensor(critic[name]), local_tensor(student[name])) for name in critic]
+        align_critic_([mine for mine, _ in pairs], [own for _, own in pairs], config.distill.ida)
+
+
+def losses_of(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> ObjectiveOutput:
+    """Return the objective's losses of these clips; one of several networks gets them all."""
+    config, clips = stage.config.objective, clips_of(stage, batch)
+    objective: Callable[..., ObjectiveOutput] = builder(config)
+    if config.several_networks():
+        return objective(state.networks(), clips, config, role_turn(stage, batch, turn))
+    return objective(state.network, clips, config)
+
+
+def gradients(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> dict[str, float]:
+    """Add the gradients of this rank's clips to the network whose turn it is; return the sums of
+    loss and metrics over them.
 
     A clip split over P ranks contributes 1/P on each.
     """
-    objective, config = builder(stage.config.objective), stage.config.objective
+    active, clips = state.of(turn.role), stage.config.global_batch
     columns: list[torch.Tensor] = []  # [metrics, b] of each micro-batch
     names: list[str] = []
     parts = list(micro_batches(stage, batch))
     for part in parts:
         with kept_activations(stage):
-            output = objective(state.network, clips_of(stage, part), config)  # loss [b]
-        state.backward(output.loss.sum() / stage.config.global_batch, last=part is parts[-1])
+            output = losses_of(stage, state, part, turn)  # loss [b]
+            if output.pieces is not None:
+                active.backward_pieces(output.pieces, output.count, 1 / clips)
+        if output.pieces is None:
+            active.backward(output.loss.sum() / clips, last=part is parts[-1])
         metrics = {"loss": output.loss, **output.metrics}
+        if output.direction is not None:
+            metrics |= {f"{DIRECTION}{c}": x for c, x in enumerate(output.direction.unbind(1))}
         names = list(metrics)
         columns.append(torch.stack([value.detach().float() for value in metrics.values()]))
     # One transfer a step, as each waits for the device; fp64 sums on the host, as some devices

@@ -1,10 +1,12 @@
-"""Measure a step of this rank: waiting for data, waiting in communication, own work; and host
-memory."""
+"""Measure a step of this rank: waiting for data, waiting in communication, own work; host memory;
+and how far successive gradients agree."""
 
 from __future__ import annotations
 
+import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from parallel.timing import CommClock, time_sharding
@@ -20,6 +22,7 @@ class StepClock:
         self.comm = CommClock(stage.backend.device)
         self.last = (0.0, 0.0)
         self._begun = (0.0, 0.0, 0.0)
+        self._direction: list[float] = []
         if stage.world.size > 1:
             time_sharding(state.model, self.comm, replicas=stage.mesh.degrees.dp_replicate > 1)
             if stage.mesh.comm is not None:
@@ -27,6 +30,13 @@ class StepClock:
 
     def begin(self) -> None:
         self._begun = (time.perf_counter(), time.process_time(), self.comm.seconds())
+
+    def cosine(self, direction: Sequence[float]) -> float | None:
+        """Return the cosine of this direction and that of the call before; None at the first."""
+        before, self._direction = self._direction, list(direction)
+        lengths = math.hypot(*before) * math.hypot(*direction)
+        same = sum(a * b for a, b in zip(before, direction, strict=False))
+        return same / lengths if lengths else None
 
     def end(self, data_wait_s: float) -> dict[str, float]:
         """Return the figures of the step that began at `begin`, whose device work is done;

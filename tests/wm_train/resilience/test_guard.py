@@ -31,7 +31,7 @@ def test_skip_has_a_budget_and_bad_losses_are_not_remembered():
     assert guard.accepts(1, 1.0, [(1.0, 1.0)])
     assert not guard.accepts(2, NAN, [(NAN, 1.0)])
     assert not guard.accepts(3, 1.0, [(1.0, NAN)])
-    assert list(guard.recent) == [1.0]
+    assert list(guard.recent["student"]) == [1.0]
     with pytest.raises(
         BadStepError,
         match=r"steps \[2, 3, 4\] exceed trainer.bad_step_budget.*skip_steps=\[2, 3, 4\]",
@@ -73,3 +73,18 @@ def test_a_spent_budget_asks_to_go_back_and_remembers_what_that_left_out():
     assert not guard.accepts(10, NAN, [(NAN, 1.0)])
     with pytest.raises(BadStepError, match="after 1 rewinds"):
         guard.accepts(11, NAN, [(NAN, 1.0)])
+
+
+def test_each_role_has_losses_of_its_own_to_be_compared_with():
+    """A critic's loss is on another scale than its student's; with one window every turn of the
+    other would look like a spike. The memory of both goes through a checkpoint."""
+    config = TrainerConfig(on_bad_step="skip", spike_factor=3.0)
+    guard, fine = Guard(config), [(1.0, 1.0)]
+    for step in range(1, 41):
+        role, loss = ("student", 50.0) if step % 4 == 0 else ("critic", 1.0)
+        assert guard.accepts(step, loss, fine, role)
+    assert not guard.accepts(41, 50.0, fine, "critic")
+    again = Guard(config, json.loads(json.dumps(guard.memory())))
+    assert not again.accepts(42, 50.0, fine, "critic")
+    assert again.accepts(43, 50.0, fine, "student")
+    assert set(Guard(config).memory()) == {"recent", "skipped", "rewound"}

@@ -1,0 +1,180 @@
+"""Judge a distilled student by its rollouts: its losses do not show progress, as a normalised
+gradient keeps its size.
+
+Held-out clips are rolled out as the stage's sampler does, with the averaged weights and fixed
+noise, and compared with the data: too strong or too weak a contrast, still or jumping pictures,
+drift along the clip, one answer for all seeds. The critic is compared with the teacher: its loss on
+rollouts over the teacher's on data, noise level by noise level, is 1 where both are at their floor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from parallel.sequence import SequenceShard
+from wm_train.boxes import is_first_copy, local_tensor
+from wm_train.conditioning import Conditions
+from wm_train.config.registry import builder
+from wm_train.config.roles import CRITIC, TEACHER, DistillConfig
+from wm_train.evaluation.samples import levels_of, uncompiled, whole_clips
+from wm_train.noise import VALIDATION, VALIDATION_AGAIN, NoiseKey, normal
+from wm_train.objectives.score_difference import critic_loss
+from wm_train.resilience.preemption import StopRequest, StopSeenError
+from wm_train.sampling.experts import experts_of
+from wm_train.sampling.levels import first_frames
+from wm_train.sampling.sample import SampleStart
+from wm_train.training.data import conditions_of, first_latents, on_device, open_loader, sequence_of
+from wm_train.training.stage import Stage
+from wm_train.training.state import TrainState
+from wm_train.world import World
+
+GRID = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the critic's loss
+
+
+@torch.no_grad()
+def rollout_statistics(
+    stage: Stage, state: TrainState, stop: StopRequest | None = None
+) -> dict[str, float]:
+    """Return figures of the first `trainer.validation_clips` held-out clips, equal on all ranks;
+    none without such clips.
+
+    Raises StopSeenError on all processes when `stop` was raised on one.
+    """
+    stop = stop or StopRequest()
+    wanted = min(stage.config.trainer.validation_clips, len(stage.dataset.clips("validation")))
+    if not wanted:
+        return {}
+    share = -(-wanted // stage.mesh.data_size)
+    with open_loader(stage, "validation", share * stage.mesh.data_size) as loader:
+        fetched = loader.next_unless(stop)
+        if fetched is None:
+            raise StopSeenError
+        batch = on_device(stage, fetched)
+    sequence, conditions = sequence_of(stage, batch), conditions_of(stage, batch)
+    sampler, rollouts = stage.config.sampler, []
+    with state.averaged(), stop.watched(state.model, stage.world), uncompiled(stage):
+        for name in (VALIDATION, VALIDATION_AGAIN):
+            start = SampleStart(
+                experts_of(state.model),
+                first_latents(stage, batch),
+                conditions,
+                levels_of(stage),
+                NoiseKey(stage.plan.seed, name),
+                batch.draws,
+                sequence,
+                stage.kernels,
+            )
+            rollouts.append(builder(sampler)(start, sampler))
+    made, again, truth = (
+        whole_clips(stage, x)[:wanted] for x in (rollouts[0], rollouts[1], batch.latents)
+    )
+    figures = clip_statistics(made, again, truth, sequence.layout.chunk_starts)
+    if state.roles:
+        networks = state.networks()
+        own = stage.config.roles
+        on_made, on_truth = (
+            level_losses(stage, networks[role], x, batch.draws, conditions, shard)
+            for role, x in ((CRITIC, rollouts[0]), (TEACHER, batch.latents))
+            for shard in [sequence_of(stage, batch, own[role].chunk_frames)]
+        )
+        for sigma, fake, floor in zip(GRID, on_made, on_truth, strict=True):
+            figures[f"critic_over_floor_sigma_{sigma}"] = fake / floor
+    if state.ema:
+        figures["average_distance"] = average_distance(state, stage.world)
+    return {f"rollout/{name}": value for name, value in figures.items()}
+
+
+def clip_statistics(
+    made: Tensor, again: Tensor, truth: Tensor, chunk_starts: tuple[int, ...]
+) -> dict[str, float]:
+    """Compare rollouts of one noise with those of another and with the data, all [B, T, C, h, w];
+    the given first frame does not count.
+
+    std_ratio, motion_ratio: over the data's, geometric means over channels; motion is the
+    difference of neighbouring frames. mean_shift: of channel means, in the data's deviations.
+    drift: std_ratio of the last chunk over that of the first. diversity: rms difference of two
+    noises, over the root of 2 and the data's deviation: 1 for answers as wide as the data.
+    """
+    last, second = chunk_starts[-1], [*chunk_starts[1:], truth.shape[1]][0]
+    ends = [
+        _ratio(_std(made[:, part]), _std(truth[:, part]))
+        for part in (slice(1, second), slice(last, None))
+    ]
+    spread, moved = _std(truth[:, 1:]), truth.diff(dim=1)
+    shift = (_mean(made[:, 1:]) - _mean(truth[:, 1:])) / spread
+    apart = (made - again)[:, 1:].square().mean(dim=(0, 1, 3, 4)).sqrt() / (2**0.5 * spread)
+    return {
+        "std_ratio": _ratio(_std(made[:, 1:]), spread),
+        "mean_shift": float(shift.square().mean().sqrt()),
+        "motion_ratio": _ratio(_rms(made.diff(dim=1)), _rms(moved)),
+        "drift": ends[1] / ends[0],
+        "diversity": float(apart.square().mean().sqrt()),
+    }
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.double().mean(dim=(0, 1, 3, 4))
+
+
+def _std(x: Tensor) -> Tensor:
+    return x.double().transpose(0, 2).flatten(1).std(dim=1).clamp(1e-12)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.double().square().mean(dim=(0, 1, 3, 4)).sqrt().clamp(1e-12)
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float((a.log() - b.log()).mean().exp())
+
+
+def level_losses(
+    stage: Stage,
+    network: nn.Module,
+    clean: Tensor,
+    draws: Tensor,
+    conditions: Conditions,
+    sequence: SequenceShard,
+) -> list[float]:
+    """Return a network's flow-matching loss on these local frames at each level of GRID, a mean
+    over all processes' clips."""
+    frames = (sequence.frames.start, sequence.frames.stop)
+    noise = normal(NoiseKey(stage.plan.seed, VALIDATION), "critic", draws, frames, clean.shape[2:])
+    free = ~first_frames(sequence.layout, sequence.frames, clean.device)
+
+    def velocity(noisy: Tensor, level: Tensor) -> Tensor:
+        out: Tensor = network(noisy, level, conditions, sequence)
+        return out
+
+    losses = []
+    for sigma in GRID:
+        level = torch.where(free, sigma, 0.0).expand(clean.shape[:2])
+        losses.append(float(critic_loss(velocity, clean, noise, level, sequence.mean).sum()))
+    total = stage.world.gather_numbers([*losses, float(len(draws))]).sum(dim=0)
+    return (total[:-1] / total[-1]).tolist()
+
+
+def average_distance(state: TrainState, world: World) -> float:
+    """Return the distance of the weights from their average, over their norm."""
+    weights, sums = dict(state.model.named_parameters()), [0.0, 0.0]
+    for name, average in state.ema.items():
+        if is_first_copy(weights[name], world.rank):
+            own, mean = local_tensor(weights[name]).double(), local_tensor(average).double()
+            sums[0] += float((own - mean).square().sum())
+            sums[1] += float(own.square().sum())
+    apart, size = world.gather_numbers(sums).sum(dim=0).tolist()
+    return float((apart / max(size, 1e-30)) ** 0.5)
+
+
+def gate_problem(figures: dict[str, float], distill: DistillConfig) -> str:
+    """Return which of the initial student's figures are outside their bounds, as text; "" where
+    none is."""
+    bounds = {"std_ratio": distill.gate_std, "motion_ratio": distill.gate_motion}
+    wrong = [
+        f"{name} {figures[f'rollout/{name}']:.3g}, expected {low:g} to {high:g} (key"
+        f" distill.gate_{name.removesuffix('_ratio')})"
+        for name, (low, high) in bounds.items()
+        if not low <= figures[f"rollout/{name}"] <= high
+    ]
+    return "; ".join(wrong)

@@ -1,0 +1,102 @@
+"""Build the networks of a stage by role: a student, and beside it critics that train and teachers
+that do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from wm_train.checkpoint import store
+from wm_train.checkpoint.manifest import CheckpointError, Manifest
+from wm_train.config.curriculum import Source, StagePlan
+from wm_train.config.roles import STUDENT
+from wm_train.errors import SetupError
+from wm_train.models.public import load_pretrained_
+from wm_train.training.state import EvaluationState, TrainState, build_for_evaluation, build_state
+from wm_train.world import World
+
+Report = Callable[[str], None]
+
+
+def build_networks(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> TrainState:
+    """Build the student's state, with the other networks of the stage in it; those that do not
+    train are empty until `load_frozen`."""
+    state = build_state(plan, mesh, device)
+    trained, frozen = {}, {}
+    for role, own in plan.config.roles.items():
+        if own.optimizer:
+            trained[role] = build_state(plan.of_role(role), mesh, device)
+        else:
+            frozen[role] = build_for_evaluation(plan.of_role(role), mesh, device).model
+    return replace(state, roles=trained, frozen=frozen)
+
+
+def load_frozen(plan: StagePlan, state: TrainState, world: World, report: Report) -> None:
+    """Fill the networks that do not train from their sources, and note the digests of their
+    weights.
+
+    They are in no checkpoint, so every start reads them; the digests tell if they are the same.
+    Errors: SetupError when there is no source, or its parameters are not the network's.
+    """
+    for role, model in state.frozen.items():
+        own = plan.of_role(role)
+        where = f"recipe.stages.{plan.stage}.roles.{role}.inherit"
+        assert own.source is not None, "checked before the start: a frozen network has a source"
+        place = own.source.checkpoints
+        if isinstance(place, Path) and (place / "config.json").is_file():
+            load_pretrained_(model, place)
+            state.digests[role] = world.from_first(_files_digest(place) if not world.rank else "")
+            report(f"{role}: weights from {place}")
+            continue
+        newest = store.find_newest(place, world, report)
+        if newest is None:
+            raise SetupError(
+                f"{where}: got no valid checkpoint in {place}, expected one. Fix: train that stage"
+                " first, or give a checkpoints directory"
+            )
+        folder, manifest = newest
+        averaged = own.config.inherit_weights == "ema"
+        targets = _targets(EvaluationState(model), manifest, own.source, averaged)
+        try:
+            store.load(folder, manifest, targets, may_ignore=manifest.tensors)
+        except CheckpointError as error:
+            raise SetupError(f"{where}: {error}") from error
+        state.digests[role] = _digest(manifest, sorted(targets))
+        report(f"{role}: weights from {folder}")
+
+
+def source_prefix(source: Source) -> str:
+    """Return the part of tensor names that stands before those of the source's role."""
+    return "" if source.role == STUDENT else f"{source.role}/"
+
+
+def _targets(
+    state: EvaluationState, manifest: Manifest, source: Source, averaged: bool
+) -> dict[str, torch.Tensor]:
+    """Return the network's weights by their names in the source: averaged ones if there are any and
+    they are wanted."""
+    prefix = source_prefix(source)
+    stored = {name.removeprefix(prefix) for name in manifest.tensors if name.startswith(prefix)}
+    kept = {name for name in stored if averaged or not name.startswith("ema/")}
+    return {prefix + name: tensor for name, tensor in state.sources(kept).items()}
+
+
+def _digest(manifest: Manifest, names: list[str]) -> str:
+    """Return a hash of the files of a checkpoint and of the tensors that were taken from it."""
+    files = {name: facts["sha256"] for name, facts in manifest.files.items()}
+    return hashlib.sha256(json.dumps([files, names], sort_keys=True).encode()).hexdigest()
+
+
+def _files_digest(folder: Path) -> str:
+    """Return a hash of the weights in a diffusers directory."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
