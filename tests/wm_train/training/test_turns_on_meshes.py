@@ -1,0 +1,67 @@
+"""Turns of several networks on two processes, FSDP2 over both: data parallel and as a sequence
+group, from the start and from inside a cycle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wm_train.tracking.tracker import read_steps
+
+LONG = "recipe.stages.long."
+CYCLES = (f"{LONG}steps=12", f"{LONG}turns=CCCCCS")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_steps(folder / "demo" / "long" / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(worker_config, run_ranks, distilled) -> Callable[..., None]:
+    """on_ranks(folder, count, *overrides): train the distilled stage on so many processes."""
+
+    def train(folder: Path, count: int, *overrides: str) -> None:
+        config = worker_config(folder, *distilled.stage, *CYCLES, *overrides)
+        run_ranks(count, "-m", "wm_train.worker", "--config", config)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def source(worker_config, run_ranks, distilled, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "run"
+    run_ranks(1, "-m", "wm_train.worker", "--config", worker_config(folder, *distilled.source))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(on_ranks, source, tmp_path_factory) -> list[float]:
+    """The losses of two cycles on one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    shutil.copytree(source, folder)
+    on_ranks(folder, 1)
+    return losses(folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((), ("parallel.cp=1",)),
+        ((), ("parallel.cp=2",)),
+        (("parallel.cp=1",), ()),  # one process takes up in mid-cycle what two have begun
+        ((), ("parallel.ring=2",)),
+    ],
+    ids=["fsdp", "ulysses", "two-to-one", "ring"],
+)
+def test_two_processes_take_the_turns_of_one(on_ranks, source, alone, tmp_path, first, second):
+    """Also after three turns of six on another number of processes."""
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    if first or second != ("parallel.cp=1",):
+        on_ranks(folder, 2 if first else 1, f"{LONG}steps=3", *first)
+    on_ranks(folder, 2 if second else 1, *second)
+    assert losses(folder) == pytest.approx(alone, rel=1e-6)
