@@ -37,18 +37,17 @@ def test_both_kinds_of_turn_agree_at_every_exit(capsys):
 
 
 @pytest.mark.full
-def test_a_gradient_of_frames_that_are_not_ones_own_is_noticed(capsys, monkeypatch):
-    """A part that every member adds to all frames counts twice."""
-    real = matching.late_losses
+def test_a_gradient_that_depends_on_the_member_is_noticed(capsys, monkeypatch):
+    real = matching.to_clips
 
-    def doubled(model, exits, conditions, g, layout, **named):
-        return real(model, exits, conditions, g + 1, layout, **named)
+    def grown(sequence, share, x):
+        return real(sequence, share, x) * (1 + sequence.comm.members[0].index)
 
-    monkeypatch.setattr(matching, "late_losses", doubled)
+    monkeypatch.setattr(matching, "to_clips", grown)
     assert parity.main(SMALL) == 1
     printed = capsys.readouterr().out
-    assert "student at exit 1" in printed
-    assert "<-- FAILED" in printed
+    assert printed.count("<-- FAILED") == 2
+    assert "student at exit 2" in printed.split("<-- FAILED")[1]
 
 
 def test_processes_are_refused(capsys):
@@ -57,5 +56,6 @@ def test_processes_are_refused(capsys):
 
 
 @pytest.mark.full
-def test_the_demo_stage_agrees_over_four_members():
-    assert parity.main([*SMALL, "parallel.cp=4"]) == 0
+@pytest.mark.parametrize("cp", [3, 4])
+def test_chunks_are_dealt_where_clips_are_fewer_than_members(cp):
+    assert parity.main([*SMALL, f"parallel.cp={cp}"]) == 0

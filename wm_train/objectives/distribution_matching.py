@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.sequence import SequenceShard
+from parallel.transpose import share_of, to_clips, to_frames
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import CRITIC, STUDENT, TEACHER
 from wm_train.models.spec import WorldModel
@@ -53,9 +54,12 @@ def distribution_matching(
     if distill.exit == "turn":
         name = f"exit/{turn.turn.role}"
         exit_step = 1 + turn_choice(key, name, turn.turn.index, len(distill.levels))
-    exits = rollout(student, clips, turn, exit_step)
-    local = slice(sequence.frames.start, sequence.frames.stop)
-    clean = torch.cat([one.clean for one in exits], dim=1)[:, local]
+    # Rollouts are dealt over a sequence group by clips, or else by chunks; scores by frames.
+    share = share_of(sequence, len(clips.draws))
+    own = slice(share.clips.start, share.clips.stop)
+    seen = rows_of(clips.conditions, own)
+    exits = rollout(student, clips, turn, exit_step, own, seen)
+    clean = to_frames(sequence, share, torch.cat([one.clean for one in exits], dim=1))
 
     level, scored = levels_of(clips, turn, clean)
     noise = clips.normal("score/noise")
@@ -82,26 +86,40 @@ def distribution_matching(
     )
     weight = scored_frames(level, scored)
     loss = 0.5 * sequence.mean(found.g.square().mean(dim=(2, 3, 4)), weight)
-    whole = clean.new_zeros(clean.shape[0], layout.frames, *clean.shape[2:])
-    whole[:, local] = found.g / elements(clips, turn, clean)
-    pieces = late_losses(student, exits, clips.conditions, whole, layout, kernels=turn.kernels)
-    direction = found.g.sum(dim=(1, 3, 4))
-    return ObjectiveOutput(loss, {**figures, "gap": found.gap}, pieces, len(exits), direction)
+    g = to_clips(sequence, share, found.g / elements(clips, turn, clean))
+    part = {"turn": share.turn, "of": share.of}
+    pieces = late_losses(student, exits, seen, g, layout, **part, kernels=turn.kernels)
+    count, direction = -(-len(exits) // share.of), found.g.sum(dim=(1, 3, 4))
+    return ObjectiveOutput(loss, {**figures, "gap": found.gap}, pieces, count, direction)
 
 
-def rollout(student: WorldModel, clips: Clips, turn: RoleTurn, exit_step: int) -> list[ChunkExit]:
-    """Return the chunks of whole clips at the exit step, all on this process; with the past of each
-    where a student's gradient needs it."""
+def rows_of(conditions: Conditions, rows: slice) -> Conditions:
+    """Return the conditions of some clips of a batch."""
+    keep = conditions.camera_keep
+    fields = {name: value[rows] for name, value in conditions.fields.items()}
+    return replace(conditions, fields=fields, camera_keep=keep if keep is None else keep[rows])
+
+
+def rollout(
+    student: WorldModel,
+    clips: Clips,
+    turn: RoleTurn,
+    exit_step: int,
+    rows: slice,
+    conditions: Conditions,
+) -> list[ChunkExit]:
+    """Return the chunks of some whole clips at the exit step, all on this process; with the past of
+    each where a student's gradient needs it."""
     distill = turn.distill
     keep = turn.turn.role == STUDENT and distill.history_states == "keep"
     return list(
         roll_out(
             student,
-            turn.first_latent,
-            clips.conditions,
+            turn.first_latent[rows],
+            conditions,
             sampling_levels(distill.levels),
             clips.key,
-            clips.draws,
+            clips.draws[rows],
             turn.sequences[STUDENT].layout,
             exit=exit_step,
             sampler=distill.sampler,

@@ -171,8 +171,8 @@ def total(out: ObjectiveOutput) -> torch.Tensor:
 
 @pytest.mark.parametrize("role", ["student", "critic"])
 def test_loss_and_gradients_do_not_depend_on_the_sequence_group(networks, conditions, role):
-    """Nine frames over two and three members; each rolls out the clip and passes on the gradient
-    of its own frames."""
+    """Nine frames and two clips: two members roll out a clip each, three roll out both and deal out
+    the gradients of their chunks."""
     model = networks[role]
     model.zero_grad()
     whole = take(networks, role, conditions)
