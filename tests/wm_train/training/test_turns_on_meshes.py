@@ -25,7 +25,7 @@ def on_ranks(worker_config, run_ranks, distilled) -> Callable[..., None]:
 
     def train(folder: Path, count: int, *overrides: str) -> None:
         config = worker_config(folder, *distilled.stage, *CYCLES, *overrides)
-        run_ranks(count, "-m", "wm_train.worker", "--config", config)
+        run_ranks(count, "-m", "wm_train.worker", "--config", config, timeout=400)
 
     return train
 
