@@ -34,6 +34,7 @@ def many_shards(gameplay, tmp_path_factory):
     arguments = [
         f"source={gameplay.parent / 'recording'}",
         f"out={out}",
+        "codec=lapped",
         "channels=24",
         "shard_mb=0.001",
         "psnr=no",
@@ -206,6 +207,7 @@ def shorter_clips(tmp_path_factory):
     arguments = [
         f"source={folder / 'recording'}",
         f"out={folder / 'set'}",
+        "codec=lapped",
         "channels=24",
         "psnr=no",
     ]

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wm_train.config.registry import builder
+from wm_train.config.roles import turn_of
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.training.data import clips_of, micro_batches, open_loader
 from wm_train.training.state import build_state
@@ -59,7 +60,7 @@ def test_the_metrics_of_a_step_are_read_once(stage_of, monkeypatch):
     assert len(list(micro_batches(stage, batch))) == 2
     expected = metrics(stage, state, batch)
     with HostReads(monkeypatch) as reads:
-        sums = gradients(stage, state, batch)
+        sums = gradients(stage, state, batch, turn_of("S", 0))
     assert set(sums) == {"loss", "sigma", "image_condition"}
     assert sums == pytest.approx(expected, rel=1e-12)
     assert (reads.count, reads.doubles) == (1, 0)

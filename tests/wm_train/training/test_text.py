@@ -15,6 +15,7 @@ from wm_train.backends import get_backend
 from wm_train.boxes import local_tensor, whole_tensor
 from wm_train.checks.values import problems_of
 from wm_train.config.curriculum import plan_stage
+from wm_train.config.roles import turn_of
 from wm_train.training import step
 from wm_train.training.data import conditions_of, open_loader
 from wm_train.training.stage import open_stage
@@ -22,6 +23,7 @@ from wm_train.training.state import build_state
 from wm_train.world import join_world, leave_world
 
 LENGTH, WIDTH = 4, 6
+ONLY = turn_of("S", 0)  # of the one network of these stages
 SMALL = (
     "model.width=32",
     "model.heads=2",
@@ -112,7 +114,7 @@ def test_text_reaches_the_model_and_every_parameter_learns(opened, captioned):
         assert seen.text_mask[row].tolist() == mask.tolist()
     np.testing.assert_array_equal(seen.null_text, captioned[2])
     state = awake(stage)
-    loss = step.gradients(stage, state, batch)["loss"]
+    loss = step.gradients(stage, state, batch, ONLY)["loss"]
     without = [
         name for name, p in state.model.named_parameters() if p.requires_grad and p.grad is None
     ]
@@ -123,7 +125,7 @@ def test_text_reaches_the_model_and_every_parameter_learns(opened, captioned):
         if "cross_attn" in name and not name.endswith("bias")
     )
     other = replace(batch, fields={**batch.fields, "text": batch.fields["text"] + 1})
-    assert step.gradients(stage, state, other)["loss"] != loss
+    assert step.gradients(stage, state, other, ONLY)["loss"] != loss
 
 
 def test_a_model_without_text_ignores_it(opened):
@@ -148,7 +150,7 @@ def test_which_text_is_dropped_is_a_matter_of_the_draw_not_of_who_holds_the_clip
         with open_loader(stage, "train", 4) as loader:
             batch = next(loader)
         state = awake(stage)
-        loss = step.gradients(stage, state, batch)["loss"]
+        loss = step.gradients(stage, state, batch, ONLY)["loss"]
         found.append(
             (loss, whole_tensor(state.model.get_parameter("y_embedder.y_proj.fc1.weight").grad))
         )
