@@ -199,9 +199,9 @@ def judge_path(
     """Return the camera errors of every fourth frame at 16 a second, aligned both ways."""
     if estimator is None:
         return {"cameras": {}, "cameras_floor": {}, "pose_frames": 0}
-    numbers = range(0, len(scene.c2w), EVERY)
     last = round((len(video) - 1) * REFERENCE_FPS / fps)
-    numbers = [i for i in numbers if i <= last][1 if refined else 0 :]
+    all_numbers = [i for i in range(0, len(scene.c2w), EVERY) if i <= last]
+    numbers = all_numbers[1 if refined else 0 :]
     own = video[[remapped(i, fps, len(video)) for i in numbers]]
     truth = scene.c2w[numbers]
     height, width = video.shape[1:3]

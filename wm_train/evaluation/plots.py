@@ -97,7 +97,7 @@ def panel(
 
 def polyline(draw: Any, places: NDArray[np.float64], ink: tuple[int, int, int]) -> None:
     """Draw the known parts of a line [n, 2]; a known point alone is a dot."""
-    known = np.isfinite(places).all(axis=1)
+    known = np.asarray(np.isfinite(places).all(axis=1))
     for i, (x, y) in enumerate(places):
         if not known[i]:
             continue

@@ -41,7 +41,8 @@ class MissingWeights(Exception):
 class FrameScorer(Protocol):
     """Score single pictures; `weights`: file name -> sha256 of what it loaded."""
 
-    weights: Mapping[str, str]
+    @property
+    def weights(self) -> Mapping[str, str]: ...
 
     def score(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Return [N] scores of [N, H, W, 3] pictures."""
@@ -51,7 +52,8 @@ class FrameScorer(Protocol):
 class PairScorer(Protocol):
     """Compare pictures two by two; `weights`: file name -> sha256 of what it loaded."""
 
-    weights: Mapping[str, str]
+    @property
+    def weights(self) -> Mapping[str, str]: ...
 
     def compare(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Return [N] of pictures [N, H, W, 3] each."""
@@ -61,7 +63,8 @@ class PairScorer(Protocol):
 class VideoFeatures(Protocol):
     """Turn videos into features, for the Fréchet distance; `weights` as above."""
 
-    weights: Mapping[str, str]
+    @property
+    def weights(self) -> Mapping[str, str]: ...
 
     def features(self, videos: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
         """Return [N, D] of N videos [F, H, W, 3] each."""

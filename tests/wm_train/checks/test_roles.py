@@ -65,7 +65,7 @@ def test_a_sound_stage_has_no_problems(found):
         (
             {"roles__teacher__model": {"latent_channels": 8}},
             "roles.teacher.model",
-            "the student's 16 in patches of 1",
+            "the student's 24 in patches of 1",
         ),
         (
             {"roles__critic__inherit_role": "critic"},

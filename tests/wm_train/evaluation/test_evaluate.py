@@ -59,34 +59,35 @@ def test_a_stage_ends_with_numbers_beside_ceiling_floor_and_the_checkpoint_befor
     assert rows[1]["eval/psnr.floor"] == psnr["floor"]["mean"]
 
 
+def judged_on(workers: int, trained: Path, folder: Path, run_ranks, gameplay: Path) -> dict:
+    """Judge a copy of the stage on so many processes, as the command does."""
+    copy = folder / str(workers) / "demo" / "short"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "evaluation")
+    recording = str(gameplay.parent / "recording")
+    own = given(workers=workers, metrics=("psnr", "cameras"), recording=recording)
+    (copy / "judge.json").write_text(to_json(evaluate.judged_config(copy, own)))
+    run_ranks(workers, "-m", "wm_train.evaluate", "--config", copy / "judge.json")
+    # the checkpoint before had not been judged here
+    assert (copy / "evaluation" / "step_00000002.json").exists()
+    return found_in(copy)
+
+
+@pytest.mark.parametrize("many", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_the_command_gives_the_numbers_of_the_stages_end_on_any_number_of_processes(
-    trained, tmp_path, run_ranks, gameplay
+    trained, tmp_path, run_ranks, gameplay, many
 ):
     expected = found_in(trained)
-    recording = str(gameplay.parent / "recording")
-    metrics = ("psnr", "cameras")
-    results = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers) / "demo" / "short"
-        shutil.copytree(trained, folder)
-        shutil.rmtree(folder / "evaluation")
-        own = given(workers=workers, metrics=metrics, recording=recording)
-        config = evaluate.judged_config(folder, own)
-        (folder / "judge.json").write_text(to_json(config))
-        run_ranks(workers, "-m", "wm_train.evaluate", "--config", folder / "judge.json")
-        results.append(found_in(folder))
-        # the checkpoint before had not been judged here
-        assert (folder / "evaluation" / "step_00000002.json").exists()
+    results = [judged_on(n, trained, tmp_path, run_ranks, gameplay) for n in (1, many)]
     for found in results:
         assert [clip["key"] for clip in found["clips"]] == [c["key"] for c in expected["clips"]]
         for name in ("psnr", "ssim"):
             for column in ("sample", "floor", "other"):
                 want = expected["summary"][name][column]["mean"]
                 assert found["summary"][name][column]["mean"] == pytest.approx(want, rel=1e-4)
-    for name, summary in results[0]["summary"].items():
-        if name.startswith("rot_err_deg"):
-            ceiling = results[1]["summary"][name]["ceiling"]
-            assert ceiling == pytest.approx(summary["ceiling"], rel=1e-6)
+    for name in ("rot_err_deg", "trans_err_m", "rot_err_deg_rotations"):
+        ceiling, other = (found["summary"][name]["ceiling"]["mean"] for found in results)
+        assert other == pytest.approx(ceiling, rel=1e-6)
 
 
 def test_what_the_command_cannot_do_is_said_at_once(tmp_path, capsys):

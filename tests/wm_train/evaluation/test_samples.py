@@ -157,7 +157,8 @@ def test_the_record_says_how_near_each_sample_is_to_the_truth(opened, tmp_path):
     stage, state = opened("trainer.samples=2")
     said, noted = [], []
     tracker, progress = SimpleNamespace(artifact=noted.append), SimpleNamespace(say=said.append)
-    samples.show_samples(stage, state, tmp_path, tracker, progress)
+    sampled = samples.roll_out(stage, state, progress)
+    samples.show_samples(stage, sampled, tmp_path, tracker, progress)
     written = json.loads((tmp_path / "samples" / "psnr.json").read_text())
     batch, latents = samples.sample(stage, state, 2)
     gains = []

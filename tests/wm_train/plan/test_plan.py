@@ -196,7 +196,7 @@ def test_a_mistake_in_a_pool_is_one_report_that_names_it(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--latent", "48x7"], ["--latent", "24x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]],
+    [["--latent", "48x7"], ["--latent", "16x7x10/8"], ["data.path=/nowhere"], ["model.depht=3"]],
 )
 def test_bad_input_is_one_report(capsys, arguments):
     assert main(["experiment=demo", "recipe=demo", *arguments]) == 2

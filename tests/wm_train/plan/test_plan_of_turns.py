@@ -11,7 +11,7 @@ from wm_train.config.compose import compose
 from wm_train.plan.memory import ClipShape, stage_memory
 from wm_train.plan.turns import turn_memory
 
-SHAPE = ClipShape(1, 11, 16, 4, 4, 8)
+SHAPE = ClipShape(1, 11, 24, 4, 4, 8)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def blurred(picture: NDArray[np.uint8]) -> tuple[Array, ...]:
     import cv2
 
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    return tuple(cv2.GaussianBlur(grey, (0, 0), blur) for blur in BLURS)
+    return tuple(np.asarray(cv2.GaussianBlur(grey, (0, 0), b), np.float64) for b in BLURS)
 
 
 def points_of(picture: NDArray[np.uint8], depth: Array, c2w: Array, lens: Array) -> Points:
@@ -60,7 +60,8 @@ def points_of(picture: NDArray[np.uint8], depth: Array, c2w: Array, lens: Array)
     if len(rows) > MOST_POINTS:
         keep = np.linspace(0, len(rows) - 1, MOST_POINTS).astype(int)
         rows, columns = rows[keep], columns[keep]
-    world = lifted(columns + 0.5, rows + 0.5, depth[rows, columns], c2w, lens)
+    x, y = columns.astype(np.float64) + 0.5, rows.astype(np.float64) + 0.5
+    world = lifted(x, y, depth[rows, columns], c2w, lens)
     return Points(world, tuple(level[rows, columns].astype(np.float64) for level in levels))
 
 
@@ -80,7 +81,7 @@ def fit_pose(
     fit = None
     for place, level in enumerate(levels):
         grey = np.concatenate([one.grey[place] for one in points])
-        slopes = np.gradient(level)
+        slopes = (np.gradient(level, axis=0), np.gradient(level, axis=1))
         for _ in range(ROUNDS):
             found = one_step(level, slopes, lens, w2c, world, grey)
             if found is None:
@@ -92,7 +93,7 @@ def fit_pose(
 
 
 def one_step(
-    level: Array, slopes: list[Array], lens: Array, w2c: Array, world: Array, grey: Array
+    level: Array, slopes: tuple[Array, Array], lens: Array, w2c: Array, world: Array, grey: Array
 ) -> tuple[Array, Array, Fit] | None:
     """Take one Gauss-Newton step; return the new pose, the step (centre, rotation) and the fit at
     the old pose, or None if too few points are seen."""

@@ -42,7 +42,7 @@ class ColmapEstimator:
                 w2c = np.eye(4)
                 w2c[:3] = image.cam_from_world().matrix()
                 path[int(Path(image.name).stem)] = np.linalg.inv(w2c)
-        sure = np.isfinite(path).all(axis=(1, 2)).astype(np.float64)
+        sure = np.asarray(np.isfinite(path).all(axis=(1, 2)), np.float64)
         return PoseTrack(path, False, sure, "colmap", seconds)
 
 

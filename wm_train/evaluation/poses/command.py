@@ -53,7 +53,7 @@ class CommandEstimator:
                     f" poses from {name} ({known.key}; it said {said}), expected 0 and one"
                 )
             path, metric = read_path(files[0], len(video), fps)
-        sure = np.isfinite(path).all(axis=(1, 2)).astype(np.float64)
+        sure = np.asarray(np.isfinite(path).all(axis=(1, 2)), np.float64)
         return PoseTrack(path, metric, sure, f"command {name}", time.monotonic() - began)
 
 

@@ -26,7 +26,7 @@ class GivenPoses:
         if file is None:
             return no_track(len(video), "given", f"no file {files[0].name} in {self.folder}")
         path, metric = read_path(file, len(video), fps)
-        sure = np.isfinite(path).all(axis=(1, 2)).astype(np.float64)
+        sure = np.asarray(np.isfinite(path).all(axis=(1, 2)), np.float64)
         return PoseTrack(path, metric, sure, "given", 0.0)
 
 
