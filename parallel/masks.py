@@ -8,6 +8,7 @@ every mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -65,6 +66,8 @@ class AttentionMask:
             )
 
 
+Runs = tuple[tuple[int, int], ...]  # (start, stop) of successive frames, ascending
+
 FULL = AttentionMask()
 FRAME_CAUSAL = AttentionMask("frame")
 CHUNK_CAUSAL = AttentionMask("chunk")
@@ -74,37 +77,46 @@ class Tile(NamedTuple):
     """Describe a dense rectangle of attention.
 
     Frames count from the start of the query or key block. rows: batch rows it applies to (None:
-    all). queries: (start, stop). keys: ascending (start, stop) runs, never empty.
+    all). queries: (start, stop). keys: ascending (start, stop) runs, never empty. diagonal: each
+    query frame sees one frame of the only run, in order, instead of all of it.
+
+    Tiles may have queries in common, but then no keys: their results merge by log-sum-exp.
     """
 
     rows: tuple[int, ...] | None
     queries: tuple[int, int]
     keys: tuple[tuple[int, int], ...]
+    diagonal: bool = False
 
 
 @lru_cache(maxsize=4096)
 def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
     """Return the frames that `frame` attends to, ignoring padding."""
+    near, far = near_and_far(layout, mask, frame)
+    return frozenset(near) | far
+
+
+@lru_cache(maxsize=4096)
+def near_and_far(
+    layout: ClipLayout, mask: AttentionMask, frame: int
+) -> tuple[range, frozenset[int]]:
+    """Return the frames that `frame` attends to inside its window, and those outside of it."""
     document = layout.document_of(frame)
     if mask.causality == "full":
-        return frozenset(range(document.start, document.stop))
+        return range(document.start, document.stop), frozenset()
     if mask.causality == "frame":
         oldest = (
             document.start if mask.window is None else max(document.start, frame - mask.window + 1)
         )
-        seen = set(range(oldest, frame + 1)) | set(
-            range(document.start, min(document.start + mask.sink, frame + 1))
-        )
+        far = set(range(document.start, min(document.start + mask.sink, oldest)))
         if mask.dilation is not None:
             farthest = (
                 document.start
                 if mask.reach is None
                 else max(document.start, frame - mask.reach + 1)
             )
-            seen |= {
-                j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0
-            }
-        return frozenset(seen)
+            far |= {j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0}
+        return range(oldest, frame + 1), frozenset(far)
     chunks: list[FrameRange] = []
     cursor = document.start
     while cursor <= frame:
@@ -113,10 +125,8 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
     oldest = (
         document.start if mask.window is None else chunks[max(0, len(chunks) - mask.window)].start
     )
-    end = chunks[-1].stop
-    return frozenset(range(oldest, end)) | frozenset(
-        range(document.start, min(document.start + mask.sink, end))
-    )
+    sink = range(document.start, min(document.start + mask.sink, oldest))
+    return range(oldest, chunks[-1].stop), frozenset(sink)
 
 
 def cache_tiles(layout: ClipLayout, queries: FrameRange, cached: int) -> tuple[Tile, ...]:
@@ -150,25 +160,50 @@ def tiles(
 ) -> tuple[Tile, ...]:
     """Cut one block (query frames × key frames) into rectangles.
 
-    Query frames that are padding, or see no key of this block, are in no tile.
+    Query frames that are padding, or see no key of this block, are in no tile. Where frames see
+    several runs outside of their windows (dilation), these make tiles of their own: neighbours
+    share them, and in the windows' tiles they would have to be copied together for each frame.
     """
-    found = []
+    found: list[Tile] = []
     for rows, valid in _rows_by_valid(layout):
         last = min(keys.stop, valid)
-
-        def sees(frame: int, last: int = last) -> tuple[tuple[int, int], ...]:
-            seen = sorted(
-                j - keys.start for j in visible(layout, mask, frame) if keys.start <= j < last
-            )
-            runs = [
-                list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])
-            ]
-            return tuple((run[0][1], run[-1][1] + 1) for run in runs)
-
-        for runs, group in groupby(range(queries.start, min(queries.stop, valid)), sees):
-            frames = list(group)
-            if runs:
-                found.append(
-                    Tile(rows, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs)
-                )
+        near, far = {}, {}
+        for frame in range(queries.start, min(queries.stop, valid)):
+            parts = near_and_far(layout, mask, frame)
+            near[frame], far[frame] = (_runs(part, keys.start, last) for part in parts)
+        if all(len(runs) <= 1 for runs in far.values()):
+            joint = {frame: _runs(visible(layout, mask, frame), keys.start, last) for frame in near}
+            found += _rectangles(rows, joint, queries.start, keys.start)
+        else:
+            found += _rectangles(rows, near, queries.start, keys.start)
+            found += _rectangles(rows, far, queries.start, keys.start)
     return tuple(found)
+
+
+def _runs(frames: Iterable[int], start: int, stop: int) -> Runs:
+    """Return the runs of the frames in start … stop − 1, counted from `start`."""
+    seen = sorted(j - start for j in frames if start <= j < stop)
+    runs = [list(run) for _, run in groupby(enumerate(seen), lambda pair: pair[1] - pair[0])]
+    return tuple((run[0][1], run[-1][1] + 1) for run in runs)
+
+
+def _rectangles(
+    rows: tuple[int, ...] | None, seen: Mapping[int, Runs], first: int, keys_first: int
+) -> Iterator[Tile]:
+    """Yield the tiles of successive frames that see the same runs, or each its own frame only.
+
+    first, keys_first: the first frame of the query and of the key block.
+    """
+
+    def kind(frame: int) -> Runs | None:
+        own = frame - keys_first
+        return None if seen[frame] == ((own, own + 1),) else seen[frame]
+
+    for runs, group in groupby(seen, kind):
+        frames = list(group)
+        span = (frames[0] - first, frames[-1] + 1 - first)
+        if runs is None:
+            own = (frames[0] - keys_first, frames[-1] + 1 - keys_first)
+            yield Tile(rows, span, (own,), diagonal=len(frames) > 1)
+        elif runs:
+            yield Tile(rows, span, runs)
