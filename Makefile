@@ -1,17 +1,23 @@
 # make train   set up .venv, record and encode gameplay, train the demo's first stage
+# make demo    the same for all stages of RECIPE=name, on gameplay of its own in data/<name>
 # make test    set up what tests need and run them; test-full, drills and test-slurm run the rest
 # make kernels compile every kernel for absent GPUs, and show registers, spills and shared memory
 # make browser open the page of a run in Chromium, where it is installed
 # make device-day pack what a machine with a GPU needs to prove the rest, into DEVICE_DAY=folder
 # Variables: PYTHON=python3.12   VENV=folder   TORCH="torch==2.13.0"
-#   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train"
+#   TORCH_PIP_ARGS="pip options for it"   ARGS="more overrides for train and demo"
+#   RECORD="options of data_shards.record"   ENCODE="options of data_shards.encode"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 ARGS ?=
-DATA ?= data/demo
+RECIPE ?= demo
+DATA ?= data/$(RECIPE)
+# What a recipe's demo looks at: RECORD_<recipe> and ENCODE_<recipe>, where it is not this.
+RECORD ?= $(or $(RECORD_$(RECIPE)),scenario=rooms clips=240 clips_per_episode=1 frames=81 fps=16)
+ENCODE ?= $(or $(ENCODE_$(RECIPE)),codec=lapped channels=24)
 DEVICE_DAY ?= build/device_day
 
 PY := $(VENV)/bin/python
@@ -21,11 +27,15 @@ ACCELERATOR := $(shell command -v nvidia-smi || command -v npu-smi)
 ONE_DEVICE := $(shell [ "$$( (nvidia-smi -L) 2>/dev/null | wc -l)" = 1 ] && echo launcher.workers=1)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-full drills test-slurm kernels browser device-day lint types clean
+.PHONY: train demo test test-full drills test-slurm kernels browser device-day lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo $(DATA)/dataset.json
 	@$(PY) -m wm_train.launch experiment=demo recipe=demo stage=1 data.path=$(DATA) $(ONE_DEVICE) $(ARGS)
+
+demo: $(VENV)/.demo $(DATA)/dataset.json
+	@$(PY) -m wm_train.launch experiment=demo recipe=$(RECIPE) stage=all data.path=$(DATA) \
+	  $(ONE_DEVICE) $(ARGS)
 
 test: $(VENV)/.dev
 	@$(PY) tests/run_parts.py -m "not full and not drill and not slurm"
@@ -91,7 +101,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 # dataset.json when a command fails after it was written.
 .PRECIOUS: $(DATA)/dataset.json
 $(DATA)/dataset.json: | $(VENV)/.demo
+	@if [ ! -e "configs/recipe/$(RECIPE).yaml" ]; then echo "RECIPE: got $(RECIPE), expected one of" \
+	  $(notdir $(basename $(wildcard configs/recipe/*.yaml))). "Fix: make demo RECIPE=sana_wm" >&2; \
+	  exit 2; fi
 	@if [ -e "$(DATA)" ]; then echo "DATA: got $(DATA), which exists and is no data set," \
 	  "expected a data set or a new folder. Fix: make train DATA=<another folder>" >&2; exit 2; fi
-	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording clips=128 frames=81 fps=16
-	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA) codec=linear channels=16
+	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording $(RECORD)
+	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA) $(ENCODE)

@@ -100,6 +100,7 @@ def train(tree: Path, out: Path, data: Path, options: argparse.Namespace) -> dic
         short += [f"recipe.stages.{stage}.optimizer.warmup_steps=1" for stage in stages]
         where = ["experiment=demo", f"recipe={recipe}", f"name={recipe}", f"data.path={data}"]
         how = [f"launcher.workers={options.workers}", "launcher=torchrun", "tracker=none"]
+        how += ["model.latent_channels=16"]  # of `record`, whatever the tree's demo has
         quiet = ["trainer.samples=0", "trainer.validation_clips=0", f"out={out}", "stage=all"]
         run(tree, "wm_train.launch", *where, *how, *quiet, *short)
         for stage in stages:

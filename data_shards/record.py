@@ -1,7 +1,7 @@
 """Record gameplay: `python -m data_shards.record vizdoom out=… clips=32 frames=81 fps=16`.
 
-A recording is a folder with `clips/<key>/{video,depth,c2w,intrinsics,buttons,mouse}.npy` (raw,
-lossless) and `recording.json`, which is written last and has every file's crc32c. Cameras are
+A recording is a folder with one array of each of ARRAYS, `clips/<key>/<name>.npy` (raw,
+lossless), and `recording.json`, which is written last and has every file's crc32c. Cameras are
 exact. The same arguments give the same bytes, also after an interruption: the same command goes on
 with the episodes that are complete. See `sources/vizdoom.py` for axes, units and time.
 """
@@ -34,7 +34,10 @@ RECORDING_FORMAT = 1
 # in the folder of an unfinished recording: its arguments, the episodes that are complete, and what
 # becomes the recording
 WANTED, EPISODES, MADE = "options.json", "episodes", "made"
-ARRAYS = ("video", "depth", "c2w", "intrinsics", "buttons", "mouse")
+ARRAYS = (
+    *("video", "depth", "c2w", "intrinsics", "buttons", "mouse"),
+    *("tic_buttons", "tic_mouse"),
+)
 ABOUT = (
     "Record gameplay with ViZDoom: RGB frames, depth, camera poses, intrinsics, buttons and mouse"
     " motion."
@@ -48,7 +51,7 @@ OPTIONS = {
     "width": Option(whole(16, 4096), "pixels", 160),
     "height": Option(whole(16, 4096), "pixels", 120),
     "scenario": Option(
-        choice("my_way_home", "deathmatch", "freedoom2"), "where to walk", "my_way_home"
+        choice("my_way_home", "deathmatch", "freedoom2", "rooms"), "where to walk", "my_way_home"
     ),
     "clips_per_episode": Option(
         whole(1, 1000), "clips of one life; train and validation never share an episode", 2

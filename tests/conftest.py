@@ -61,8 +61,8 @@ def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode = [
         "encode",
         f"source={folder / 'recording'}",
-        "codec=linear",
-        "channels=16",
+        "codec=lapped",
+        "channels=24",
         f"out={folder / 'shards'}",
     ]
     for command in (record, encode):

@@ -23,6 +23,7 @@ MAY_IMPORT = {
 # below its own. "__init__" is what the package's own __init__.py offers.
 FLOORS = {
     "wm_train": (
+        "evaluate",
         "launch joint parity",
         "worker",
         "plan report",
@@ -74,22 +75,28 @@ FLOORS = {
     ),
 }
 MOST_FILES = 15  # of a room; kernels have one file per operation and direction
-SILENT_ABOUT_RANKS = ("wm_train/models", "wm_train/objectives", "wm_train/conditioning")
+SILENT_ABOUT_RANKS = (
+    "wm_train/models",
+    "wm_train/objectives",
+    "wm_train/conditioning",
+    "wm_train/evaluation/metrics",
+)
 FORBIDDEN = re.compile(
     r"\b(rank|ranks|world_size|mesh|process_group|device_mesh|dist|cuda|npu)\b", re.IGNORECASE
 )
 ATEN = re.compile(r"\baten\.\w+")
 RIDDLES = re.compile(r"(What|Where|Who|Whose|Which|Whether|When|How|That|Whatever|Whoever)\b")
 VERBS = """
-Add Apply Ask Attend Average Begin Broadcast Build Call Check Choose Close Combine Commit
+Add Align Apply Ask Attend Average Begin Broadcast Build Call Check Choose Close Combine Commit
 Compare Compile Compose Compute Concatenate Configure Convert Convolve Copy Count Create Crop
-Decay Declare Decode Define Delete Describe Detect Divide Draw Drop Embed Encode End Evaluate
-Exchange Fill Find Flush Format Freeze Gather Generate Guide Handle Hash Hold Identify Import
-Initialise Interleave Invert Iterate Join Judge List Load Locate Lock Make Map Match Measure
-Merge Move Multiply Name Open Order Pad Parse Pass Pick Plan Predict Print Profile Project Prove
-Provide Raise Read Record Refuse Remove Replace Report Reset Restore Resume Return Rewind Roll
-Rotate Round Run Sample Save Scale Seed Select Send Set Share Skip Sort Split Stack Start Step
-Stop Store Sum Support Take Test Train Transform Turn Update Use Wait Wrap Write Yield
+Decay Declare Decode Define Delete Describe Detect Divide Draw Drop Embed Encode End Estimate
+Evaluate Exchange Fill Find Flush Format Freeze Gather Generate Guide Handle Hash Hold Identify
+Import Initialise Interleave Invert Iterate Join Judge Let List Load Locate Lock Make Map Match
+Measure Merge Move Multiply Name Note Open Order Pad Parse Pass Pick Plan Predict Print Profile
+Project Prove Provide Raise Read Record Refuse Remove Replace Report Reset Restore Resume Return
+Rewind Roll Rotate Round Run Sample Save Scale Score Seed Select Send Set Share Skip Sort Split
+Stack Start Step Stop Store Sum Summarise Support Take Test Train Transform Turn Update Use Wait
+Wrap Write Yield
 """
 COLUMNS = 100
 VENDORS = re.compile(

@@ -22,7 +22,7 @@ esac
 
 @pytest.fixture
 def make_train(tmp_path):
-    """make_train(data, encode_code) -> (the finished `make`, the modules it has run so far)."""
+    """make_train(data, encode_code, target) -> (the finished `make`, the modules run so far)."""
     venv, notes = tmp_path / "venv", tmp_path / "notes"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").write_text(PYTHON)
@@ -32,9 +32,11 @@ def make_train(tmp_path):
     # the tests may have been started by `make test`, whose flags are not this one's
     outside = {k: value for k, value in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
 
-    def run(data: Path, encode_code: int = 0) -> tuple[subprocess.CompletedProcess, list[str]]:
+    def run(
+        data: Path, encode_code: int = 0, target: tuple[str, ...] = ("train",)
+    ) -> tuple[subprocess.CompletedProcess, list[str]]:
         done = subprocess.run(
-            ["make", "-C", str(ROOT), "train", f"VENV={venv}", f"DATA={data}"],
+            ["make", "-C", str(ROOT), *target, f"VENV={venv}", f"DATA={data}"],
             env=outside | {"NOTES": str(notes), "ENCODE_CODE": str(encode_code)},
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
@@ -65,6 +67,23 @@ def test_an_absent_data_set_is_recorded_encoded_and_trained_on(make_train, tmp_p
     assert (done.returncode, commands) == (0, [*expected, "wm_train.launch"]), done.stderr
     typed = (tmp_path / "notes").read_text().splitlines()[-1]
     assert "experiment=demo recipe=demo stage=1" in typed  # what the printed "next:" repeats
+
+
+def test_the_demo_of_a_recipe_records_and_trains_all_its_stages(make_train, tmp_path):
+    data = tmp_path / "sana_wm"
+    done, commands = make_train(data, target=("demo", "RECIPE=sana_wm"))
+    expected = ["data_shards.record", "data_shards.encode", "wm_train.launch"]
+    assert (done.returncode, commands) == (0, expected), done.stderr
+    record, encode, launch = (tmp_path / "notes").read_text().splitlines()
+    assert f"out={data}_recording " in record
+    assert f"source={data}_recording out={data} " in encode
+    assert f"experiment=demo recipe=sana_wm stage=all data.path={data}" in launch
+
+
+def test_a_recipe_without_a_file_is_refused_before_recording(make_train, tmp_path):
+    done, commands = make_train(tmp_path / "x", target=("demo", "RECIPE=mine"))
+    assert (done.returncode, commands) == (2, [])
+    assert "RECIPE: got mine, expected one of demo sana_wm" in done.stderr
 
 
 def test_a_data_set_stays_when_make_ends_after_it_was_published(make_train, tmp_path):

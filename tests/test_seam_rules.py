@@ -21,6 +21,7 @@ HOMONYMS = {
     "info": ("text_width",),  # of a data set
     "shape": ("width",),  # of latents
     "frame": ("width",),  # the same
+    "frames": ("depth",),  # of key frames of a scene
     "stream": ("width",),  # of a video file
     "self": ("heads",),  # of a layer
     "n": ("heads",),  # of a kernel's sizes

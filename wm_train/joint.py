@@ -3,7 +3,8 @@ resolved.json`.
 
 The launch command runs it as workers when the pools of a stage have ended. Every noise level is
 given to the pool that trained it: the held-out loss level by level, and rollouts that switch at the
-boundaries (Wan2.2; MoWorld §3). Results are in `<out>/<name>/joint/<stage>`.
+boundaries (Wan2.2; MoWorld §3). Results are in `<out>/<name>/joint/<stage>`. One stage alone is
+judged here too, for `python -m wm_train.evaluate`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from wm_train.config.schema import RunConfig
 from wm_train.config.typed import from_json
 from wm_train.console import Progress
 from wm_train.errors import SetupError
+from wm_train.evaluation.checkpoints import judge_checkpoints, load_weights
 from wm_train.evaluation.held_out import held_out_loss
-from wm_train.evaluation.samples import show_samples
+from wm_train.evaluation.judge import FOLDER, evaluate_samples, record_later
+from wm_train.evaluation.samples import roll_out, show_samples
 from wm_train.resilience.preemption import StopRequest
 from wm_train.storage import read_regular
 from wm_train.tracking.rows import to_line
-from wm_train.tracking.tracker import Tracker
+from wm_train.tracking.tracker import Tracker, subject_of
 from wm_train.training.stage import Stage, open_stage
 from wm_train.training.state import EvaluationState, build_for_evaluation
 from wm_train.worker import main as worker_main
@@ -65,10 +68,26 @@ def judge(
         tracker.step(steps, losses)
         progress.say("joint " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     try:
-        show_samples(whole, states, folder, tracker, progress)
+        sampled = roll_out(whole, states, progress)
+        if sampled is not None:
+            show_samples(whole, sampled, folder, tracker, progress)
+            if whole.config.trainer.evaluate:
+                evaluate_samples(whole, sampled, steps, folder, tracker, progress)
     finally:
         if tracker:
             tracker.close()
+
+
+def judge_stage(
+    run: RunConfig, backend: Backend, world: World, progress: Progress, stop: StopRequest
+) -> None:
+    """Judge the newest checkpoint of the stage named `run.stage` alone, as `wm_train.evaluate` asks
+    for, on every rank. Raises SetupError without one, and for what the user must change."""
+    plan = plan_stage(run, run.stage)
+    found = judge_checkpoints(open_stage(plan, backend, world), plan.directory, progress)
+    if world.rank == 0:
+        record_later(subject_of(run, run.stage), plan.directory, found)
+        print((plan.directory / FOLDER / "report.md").read_text(encoding="utf-8"))
 
 
 def pool_run(run: RunConfig, pool: str) -> RunConfig:
@@ -99,11 +118,7 @@ def load_state(own: StagePlan, stage: Stage, world: World) -> tuple[EvaluationSt
         )
     folder, manifest = newest
     state = build_for_evaluation(own, stage.mesh.fsdp, stage.backend.device)
-    targets = state.sources(manifest.tensors)
-    own_names = {name.partition("/")[2] for name in targets}
-    stored = manifest.tensors
-    unread = {n for n in stored if n.startswith("optimizer/") or n.partition("/")[2] in own_names}
-    store.load(folder, manifest, targets, may_ignore=unread)
+    load_weights(state, folder, manifest)
     return state, manifest.step
 
 

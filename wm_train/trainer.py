@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 from data_shards.schema import DataError
 from wm_train.backends.protocol import Backend
@@ -14,7 +15,8 @@ from wm_train.config.curriculum import StagePlan
 from wm_train.console import Progress, complain
 from wm_train.errors import SetupError, StorageError
 from wm_train.evaluation.held_out import held_out_loss
-from wm_train.evaluation.samples import show_samples
+from wm_train.evaluation.judge import evaluate_samples, make_judge
+from wm_train.evaluation.samples import roll_out, show_samples
 from wm_train.resilience.guard import BadStepError, Guard, RewindError
 from wm_train.resilience.heartbeat import Heartbeat, missing_ranks, silent_ranks
 from wm_train.resilience.preemption import Preempted, StopRequest, StopSeenError
@@ -42,6 +44,8 @@ def train_stage(
     raised on any process and the state was saved.
     """
     with setup_mistakes():
+        if plan.config.trainer.samples:
+            make_judge(plan.config.trainer)  # what it lacks would show at the end
         stage = open_stage(plan, backend, world)
         state = build_state(plan, stage.mesh.fsdp, backend.device)
         start = restore(
@@ -57,18 +61,17 @@ def train_stage(
     try:
         progress.mark("model and data")
         with Heartbeat(folder / "heartbeats", world.rank) as pulse:
-            clock, done = StepClock(stage, state), False
-            while not done:
+            clock, last = StepClock(stage, state), None
+            while last is None:
                 try:
-                    run_steps(stage, state, start, tracker, progress, stop, pulse, clock)
-                    done = True
+                    last = run_steps(stage, state, start, tracker, progress, stop, pulse, clock)
                 except RewindError as request:
                     start = rewind(plan, state, request, world, progress.say)
                     if tracker:
                         tracker.rewind(start.steps_done)
             pulse.at(stage.config.steps, "samples")
             stop.all_saved(f"asked to stop: stage {plan.stage} is saved, its samples are not made")
-            show_samples(stage, state, folder, tracker, progress)
+            show_and_judge(stage, state, last, folder, tracker, progress)
         outcome = "FINISHED"
     except Preempted:
         outcome = "KILLED"
@@ -107,9 +110,9 @@ def run_steps(
     stop: StopRequest,
     pulse: Heartbeat,
     clock: StepClock,
-) -> None:
+) -> int:
     """Take the remaining steps and record each, with a checkpoint every `trainer.checkpoint_every`,
-    at the end and on a stop request.
+    at the end and on a stop request; return the last step.
 
     Errors: StorageError when the last one could not be saved, BadStepError and RewindError from the
     guard, CorruptionError when replicas differ, Preempted.
@@ -127,7 +130,7 @@ def run_steps(
         progress.say(
             f"stage {plan.stage} has ended already, after {start.steps_done} of {steps} steps"
         )
-        return
+        return start.steps_done
     folder = plan.directory
     guard, stragglers = Guard(trainer, start.guard), Stragglers(trainer.straggler_factor)
     profiler = StepProfiler(
@@ -204,6 +207,8 @@ def run_steps(
             last = step == steps or gate_passed(stage, held_out)
             if tracker:
                 tracker.step(step, figures)
+            if not (last or stopping) and evaluation_due(stage, step):
+                show_and_judge(stage, state, step, None, tracker, progress)
             progress.step(
                 plan.stage, step, steps, loss=figures["loss"], frames_per_s=figures["frames_per_s"]
             )
@@ -227,6 +232,34 @@ def run_steps(
             " room and start it again; it goes on from the checkpoint before",
             saver.passing,
         )
+    return step
+
+
+def evaluation_due(stage: Stage, step: int) -> bool:
+    """Return True at every n-th held-out loss, n being `trainer.evaluate_every`."""
+    trainer = stage.config.trainer
+    every = trainer.evaluate_every * trainer.validate_every
+    return bool(every and trainer.evaluate and step % every == 0)
+
+
+def show_and_judge(
+    stage: Stage,
+    state: TrainState,
+    step: int,
+    show_in: Path | None,
+    tracker: Tracker | None,
+    progress: Progress,
+) -> None:
+    """Roll out held-out clips and score them; `show_in`: the folder in which they are also shown as
+    pictures, None during training."""
+    sampled = roll_out(stage, state, progress)
+    if sampled is None:
+        return
+    if show_in is not None:
+        show_samples(stage, sampled, show_in, tracker, progress)
+    if stage.config.trainer.evaluate:
+        folder, shown = stage.plan.directory, show_in is not None
+        evaluate_samples(stage, sampled, step, folder, tracker, progress, pictures=shown)
 
 
 def gate_passed(stage: Stage, validation_loss: float) -> bool:

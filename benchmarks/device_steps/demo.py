@@ -19,7 +19,7 @@ from wm_train.models.examples import ExampleShape
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.optim.config import AdamWConfig
 
-DEMO = SanaWMConfig(latent_channels=16, depth=4, width=128, heads=4, softmax_every=4)
+DEMO = SanaWMConfig(latent_channels=24, depth=4, width=128, heads=4, softmax_every=4)
 STEPS = 20
 BOUND = {"fp32": 5e-3, "bf16": 5e-2}  # of any step's loss to the CPU's
 
@@ -30,10 +30,10 @@ def stage_config(day: Day) -> tuple[StageConfig, ExampleShape, int]:
     model = DEMO
     if day.dry:
         model = replace(DEMO, depth=2, width=16, heads=1, softmax_every=2)
-    # the demo's warm-up, so the first steps of its 580
+    # the demo's warm-up, so the first steps of its 700
     optimizer = AdamWConfig(lr=4e-3, warmup_steps=20, schedule="cosine")
     stage = StageConfig(
-        index=1, frames=(frames - 1) * 8 + 1, steps=580, global_batch=size, model=model,
+        index=1, frames=(frames - 1) * 8 + 1, steps=700, global_batch=size, model=model,
         optimizer=optimizer,
     )  # fmt: skip
     pixels = (2, 3) if day.dry else (15, 20)

@@ -58,6 +58,7 @@ CODECS = Registry(
     "data_shards.codecs",
     {
         "linear": "data_shards.codecs.linear:LINEAR",
+        "lapped": "data_shards.codecs.lapped:LAPPED",
         "ltx2": "data_shards.codecs.diffusers:LTX2",
         "wan": "data_shards.codecs.diffusers:WAN",
         "tiny": "data_shards.codecs.diffusers:TINY",

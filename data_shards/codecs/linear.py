@@ -112,6 +112,14 @@ class LinearCodec:
             self.channels, -1
         ).astype(np.float32)
 
+    def into_blocks(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return frames [n, H, W, 3] as the transform of blocks takes them: here, as they are."""
+        return frames
+
+    def out_of_blocks(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Undo `into_blocks`."""
+        return frames
+
     def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode [F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32.
 
@@ -122,7 +130,7 @@ class LinearCodec:
         count = latent_frame_count(frames, r)
         if height % s or width % s:
             raise DataError(
-                f"video size: got {height}x{width}, expected multiples of {s} (codec linear). "
+                f"video size: got {height}x{width}, expected multiples of {s} (codec {self.name}). "
                 f"Fix: crop=({height // s * s},{width // s * s})"
             )
         h, w = height // s, width // s
@@ -130,9 +138,10 @@ class LinearCodec:
         out = np.empty((count, self.channels, h, w), dtype=np.float32)
         for t in range(count):  # a latent at a time: floats of a long clip would fill the memory
             part = video[:1] if t == 0 else video[1 + (t - 1) * r : 1 + t * r]
+            pixels = self.into_blocks(part.astype(np.float32) / 127.5 - 1.0)
             # [n, H, W, 3] -> [n, h, s, w, s, 3] -> [h, w, n, 3, s, s]: every block contiguous
-            blocks = part.reshape(len(part), h, s, w, s, 3).transpose(1, 3, 0, 5, 2, 4)
-            group = blocks.astype(np.float32).reshape(h * w, -1) / 127.5 - 1.0
+            blocks = pixels.reshape(len(part), h, s, w, s, 3).transpose(1, 3, 0, 5, 2, 4)
+            group = blocks.reshape(h * w, -1)
             out[t] = (group @ (later if t else first).T).T.reshape(self.channels, h, w)
         return out
 
@@ -142,7 +151,7 @@ class LinearCodec:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise DataError(
                 f"latents: got shape {latents.shape}, expected [T, {self.channels}, h, w] (codec"
-                " linear)"
+                f" {self.name})"
             )
         count, _, h, w = latents.shape
         r, s = self.temporal_stride, self.spatial_stride
@@ -151,7 +160,8 @@ class LinearCodec:
         for t in range(count):
             n, basis = (r, later) if t else (1, first)
             group = (latents[t].reshape(self.channels, h * w).T @ basis).reshape(h, w, n, 3, s, s)
-            part = group.transpose(2, 0, 4, 1, 5, 3).reshape(n, h * s, w * s, 3)
+            blocks = group.transpose(2, 0, 4, 1, 5, 3).reshape(n, h * s, w * s, 3)
+            part = self.out_of_blocks(blocks)
             at = 1 + (t - 1) * r if t else 0
             video[at : at + n] = np.clip(np.rint((part + 1.0) * 127.5), 0, 255)
         return video

@@ -13,7 +13,7 @@ through depth and pose (tests/data_shards/test_vizdoom.py):
 World: x east, y north, z up as in Doom, in metres at METRES_PER_UNIT. `c2w` has OpenCV axes (+x
 right, +y down, +z forward) and its origin is the player's eye, with the bobbing of his walk. Time:
 the engine makes 35 tics a second; a frame lasts 2 or 3 tics so that the mean rate is exactly the
-requested one (`tics_until`).
+requested one (`tics_until`). Controls are recorded per frame and per tic.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError
+from data_shards.sources.rooms import room_name, write_rooms
 from data_shards.sources.wander import Wanderer
 
 METRES_PER_UNIT = 1.0 / 32.0  # the player's eye is 41 units up: 1.28 m
@@ -44,9 +46,12 @@ MAX_FACING_SHARE = 0.2  # of a clip spent in front of a wall
 BUTTONS = ("forward", "backward", "left", "right")
 # rendered at twice the size and averaged: no aliasing
 SIZES = {(160, 120): "RES_320X240", (320, 240): "RES_640X480"}
+ROOMS = "rooms"
+ROOMS_IN_FILE = 256  # made at a time; the engine opens the next file after so many episodes
 # name -> (scenario file shipped with the wheel, map or None). None of them needs monsters, which
-# are switched off.
+# are switched off. `rooms` takes the settings of one, and maps of its own.
 SCENARIOS = {
+    ROOMS: ("my_way_home.cfg", None),
     "my_way_home": ("my_way_home.cfg", None),
     "deathmatch": ("deathmatch.cfg", None),
     "freedoom2": ("freedoom2.cfg", "map01"),
@@ -59,7 +64,9 @@ class RecordedClip:
 
     video [F,H,W,3] uint8, depth [F,H,W] uint8, c2w [F,4,4] and intrinsics [F,4] float64 (fx, fy,
     cx, cy in pixels), buttons [F,4] uint8 (BUTTONS) and mouse [F,2] float32 (degrees right, degrees
-    down). Row i of the controls is what was held between frames i-1 and i.
+    down). Row i of the controls is what was held between frames i-1 and i. tic_buttons [K,4] and
+    tic_mouse [K,2] are the same at the engine's rate, K = tics_until(F - 1): row k is what acted in
+    tic k + 1 after the first frame, and frame i follows tic tics_until(i).
     """
 
     episode: int
@@ -70,6 +77,8 @@ class RecordedClip:
     intrinsics: NDArray[np.float64]
     buttons: NDArray[np.uint8]
     mouse: NDArray[np.float32]
+    tic_buttons: NDArray[np.uint8]
+    tic_mouse: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -141,8 +150,9 @@ def nearest(depth: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.minimum(rows[:, 0::2], rows[:, 1::2])
 
 
-def open_game(options: VizdoomOptions, config_folder: str) -> Any:
-    """Start and return a game without a window.
+def open_game(options: VizdoomOptions, config_folder: str, first_episode: int = 0) -> Any:
+    """Start and return a game without a window, for ROOMS_IN_FILE episodes from `first_episode` on
+    with the scenario `rooms`, else for any.
 
     ViZDoom writes its settings file into `config_folder` (by default into the current folder).
     """
@@ -167,6 +177,11 @@ def open_game(options: VizdoomOptions, config_folder: str) -> Any:
     game = vzd.DoomGame()
     game.load_config(f"{vzd.scenarios_path}/{file}")
     game.set_doom_config_path(f"{config_folder}/vizdoom.ini")
+    if options.scenario == ROOMS:
+        rooms = Path(config_folder) / "rooms.wad"
+        write_rooms(rooms, options.seed, range(first_episode, first_episode + ROOMS_IN_FILE))
+        game.set_doom_scenario_path(str(rooms))
+        level = room_name(first_episode)
     if level:
         game.set_doom_map(level)
     game.set_window_visible(False)
@@ -220,10 +235,13 @@ def record_clips(
         DataError: bad options, or a scenario in which the player finds no way in 20 episodes in a
         row.
     """
-    game = open_game(options, config_folder)
+    game, opened = open_game(options, config_folder, first_episode), first_episode
     try:
         done, episode, barren = 0, first_episode, 0
         while done < clips:
+            if options.scenario == ROOMS and episode == opened + ROOMS_IN_FILE:
+                game.close()
+                game, opened = open_game(options, config_folder, episode), episode
             found = 0
             for clip in record_episode(game, options, episode):
                 yield clip
@@ -244,15 +262,18 @@ def record_clips(
 def record_episode(game: Any, options: VizdoomOptions, episode: int) -> Iterator[RecordedClip]:
     """Yield at most `clips_per_episode` usable clips of one life.
 
-    There are three times as many attempts.
+    There are three times as many attempts; in a room just as many, so that the first clip of each
+    begins at the door.
     """
     seed = np.random.SeedSequence([options.seed, episode])
     game.set_seed(int(seed.generate_state(1)[0] % 2**31))
+    if options.scenario == ROOMS:
+        game.set_doom_map(room_name(episode))
     game.new_episode()
     game.advance_action(15)
     player = Wanderer(np.random.default_rng(seed), options.look_degrees)
     found = 0
-    for _ in range(3 * options.clips_per_episode):
+    for _ in range((1 if options.scenario == ROOMS else 3) * options.clips_per_episode):
         clip = record_clip(game, options, player, episode)
         if clip is None:
             return  # the episode ended or the player was hurt or moved by force: start anew
@@ -275,15 +296,18 @@ def record_clip(
     depth = np.empty((count, height, width), np.uint8)
     c2w, intrinsics = np.empty((count, 4, 4)), np.empty((count, 4))
     buttons, mouse = np.zeros((count, len(BUTTONS)), np.uint8), np.zeros((count, 2), np.float32)
+    total = tics_until(count - 1, options.fps)
+    tic_buttons, tic_mouse = np.zeros((total, len(BUTTONS)), np.uint8), np.zeros((total, 2), "f4")
     player.begin_clip()
     first_tic, previous, start_health = game.get_episode_time(), None, None
     for i in range(count):
         if i:
-            tics = tics_until(i, options.fps) - tics_until(i - 1, options.fps)
-            keys, turn, look = player.decide(depth_metres(depth[i - 1]), intrinsics[i - 1], tics)
-            # The engine adds the turn at every tic; a positive LOOK delta looks up.
-            game.make_action([*(float(k) for k in keys), turn / tics, -look / tics], tics)
-            buttons[i], mouse[i] = keys, (turn, look)
+            before, now = tics_until(i - 1, options.fps), tics_until(i, options.fps)
+            tics = now - before
+            keys, moves = player.decide(depth_metres(depth[i - 1]), intrinsics[i - 1], tics)
+            act(game, keys, moves)
+            buttons[i], mouse[i] = keys, moves.sum(axis=0)
+            tic_buttons[before:now], tic_mouse[before:now] = keys, moves
         if game.is_episode_finished():
             return None
         state = game.get_state()
@@ -301,4 +325,14 @@ def record_clip(
         depth[i] = nearest(state.depth_buffer)
         c2w[i] = camera_matrix(x, y, z, yaw)
         intrinsics[i] = camera_intrinsics(width, height, fov, pitch)
-    return RecordedClip(episode, first_tic, video, depth, c2w, intrinsics, buttons, mouse)
+    return RecordedClip(
+        episode, first_tic, video, depth, c2w, intrinsics, buttons, mouse, tic_buttons, tic_mouse
+    )
+
+
+def act(game: Any, keys: NDArray[np.uint8], moves: NDArray[np.float32]) -> None:
+    """Hold the keys and move the mouse, moves [tics, 2] in degrees right and down; the picture is
+    drawn after the last tic only."""
+    for tic, (turn, look) in enumerate(moves.tolist(), start=1):
+        game.set_action([*(float(k) for k in keys), turn, -look])  # positive: it looks up
+        game.advance_action(1, tic == len(moves))

@@ -68,10 +68,10 @@ class Wanderer:
 
     def decide(
         self, depth: NDArray[np.float32], intrinsics: NDArray[np.float64], tics: int
-    ) -> tuple[NDArray[np.uint8], float, float]:
-        """Return (keys [4], degrees to turn right, degrees to look down) for the next `tics` tics.
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return (keys [4], mouse motion [tics, 2]) for the next `tics` tics.
 
-        Keys are forward/backward/left/right.
+        Keys are forward/backward/left/right, motion is in degrees right and down.
         """
         free = lane_clearance(depth, intrinsics)
         self._choose_mode()
@@ -92,7 +92,6 @@ class Wanderer:
             )
             if self.mode == "look" and centre > CLOSE_METRES:
                 target_rate = math.copysign(0.5 * TURN_DEGREES_PER_TIC, self.wish)
-        self.turn_rate += (1 - 0.8**tics) * (target_rate - self.turn_rate)
         keys = np.zeros(4, np.uint8)
         keys[0] = centre > CLOSE_METRES * 0.8 and self.mode != "look"
         keys[2] = self.mode == "left" and keys[0]
@@ -103,12 +102,12 @@ class Wanderer:
             < FACING_METRES
         )
         self.blocked_share += (float(facing) - self.blocked_share) / self._frames
-        # angles on a grid of the engine (1/65536 turn) would be finer than float32 matters: keep
-        # what is recorded exact
-        turn = float(np.float32(self.turn_rate * tics))
-        look = float(np.float32((1 - 0.95**tics) * (self.pitch_wish - self.pitch)))
-        self.pitch += look
-        return keys, turn, look
+        moves = np.empty((tics, 2), np.float32)
+        for move in moves:
+            self.turn_rate += 0.2 * (target_rate - self.turn_rate)
+            move[:] = self.turn_rate, 0.05 * (self.pitch_wish - self.pitch)
+            self.pitch += float(move[1])
+        return keys, moves
 
     def _choose_mode(self) -> None:
         self.mode_frames -= 1

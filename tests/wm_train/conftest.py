@@ -31,7 +31,7 @@ DATASET = {
     "schema_version": 2,
     "codec": "dct",
     "codec_options": {},
-    "channels": 16,
+    "channels": 24,
     "latent_height": 8,
     "latent_width": 8,
     "temporal_stride": 8,
@@ -41,8 +41,8 @@ DATASET = {
     "fps": 16,
     "metres_per_unit": 0.03,
     "control_names": [],
-    "mean": [[0.0] * 16] * 2,
-    "std": [[1.0] * 16] * 2,
+    "mean": [[0.0] * 24] * 2,
+    "std": [[1.0] * 24] * 2,
     "clips": {"train": 8, "validation": 2},
     "shards": 1,
     "latent_frames": 110,
@@ -63,7 +63,7 @@ DATASET = {
 }
 
 
-CHANNELS = 16  # of experiment=demo
+CHANNELS = 24  # of experiment=demo
 
 
 def write_info(folder: Path, **changes: object) -> None:

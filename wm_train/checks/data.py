@@ -15,6 +15,7 @@ from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import AT, Problem
+from wm_train.evaluation.poses import estimator_names
 from wm_train.redact import clean_text
 
 PATIENCE_S = 5.0  # with a store that does not answer, before anything has started
@@ -137,6 +138,23 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
         key, rule = "trainer.samples", "0, as the data set has no validation clips"
         fix = f"{AT}{key}=0, or encode more episodes"
         yield Problem(key, str(stage.trainer.samples), rule, fix)
+    yield from _evaluation_problems(plan)
+
+
+def _evaluation_problems(plan: StagePlan) -> Iterator[Problem]:
+    """Yield an estimator of camera paths that does not exist, or has not what it needs."""
+    trainer = plan.config.trainer
+    if not trainer.samples or "cameras" not in trainer.evaluate:
+        return
+    name = trainer.poses.partition(":")[0]
+    if name not in estimator_names():
+        rule = f"one of {', '.join(estimator_names())}"
+        yield Problem("trainer.poses", repr(trainer.poses), rule, f"{AT}trainer.poses=map")
+    place = trainer.recording
+    if name == "map" and not (place and (Path(place) / "recording.json").exists()):
+        rule = "the folder that data_shards.record made, as poses=map needs its depth"
+        fix = f"{AT}trainer.recording=<folder>, or {AT}trainer.evaluate=[psnr]"
+        yield Problem("trainer.recording", str(place), rule, fix)
 
 
 def _listed(names: Sequence[str]) -> str:

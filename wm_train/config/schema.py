@@ -34,6 +34,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no se
 STEP_RANGE = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
 # parallel.sharding -> what it can offload to
 OFFLOADS = {"fsdp": ("none", "cpu"), "zero3": ("none", "cpu", "nvme")}
+METRICS = ("psnr", "cameras", "revisit", "drift", "symmetry")  # groups, of trainer.evaluate
 PER_STAGE = ("model", "data", "parallel", "trainer")  # sections that a stage may change key by key
 
 
@@ -53,6 +54,7 @@ FOLDER_NAME = Rule(
     " folder",
 )
 STEP_RULE = Rule(lambda text: steps_of(text) is not None, "steps such as 10-15, or null")
+GROUPS = Rule(lambda names: set(names) <= set(METRICS), f"some of {', '.join(METRICS)}")
 WEIGHTS = Rule(
     lambda weights: all(0 < weight < math.inf for weight in weights.values()),
     "a finite weight above 0 for each data set",
@@ -169,6 +171,16 @@ class TrainerConfig:
     validation_clips: CountOrZero = 8  # 0 = no held-out loss
     samples: CountOrZero = 2  # validation clips rolled out at the end of a stage; 0 = none
     sample_steps: Count = 20  # Euler steps of a rollout, where a stage's sampler has no levels
+    # groups of metrics that judge the samples: psnr, cameras, revisit, drift, symmetry; []: none
+    evaluate: Annotated[tuple[str, ...], GROUPS] = ("psnr",)
+    evaluate_every: CountOrZero = 0  # also at every n-th held-out loss; 0 = at the end only
+    before: bool = True  # evaluate: also the checkpoint before, if no earlier one has been judged
+    evaluate_strict: bool = False  # a scorer that is not installed is an error, not a gap
+    # what estimates the samples' camera paths: map | colmap | given:<folder> | command:<program>
+    poses: Annotated[str, Rule(bool, "an estimator")] = "map"
+    # the folder that data_shards.record made, whose depth `map` needs; null: none
+    recording: Annotated[str, Rule(bool, "a folder or null")] | None = None
+    quality: Annotated[str, Rule(bool, "a frame scorer")] = "musiq"  # of drift
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,58 +16,89 @@ from data_shards.codecs import make_codec
 from data_shards.loading.load import Batch, denormalise
 from wm_train.config.registry import builder
 from wm_train.console import Progress
+from wm_train.evaluation.first_frame import clip_psnr, summary, verdict
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.sample import SampleStart
 from wm_train.tracking.tracker import Tracker
-from wm_train.training.data import conditions_of, on_device, open_loader, sequence_of
+from wm_train.training.data import batch_parts, conditions_of, on_device, open_loader, sequence_of
 from wm_train.training.stage import Stage
 from wm_train.training.state import EvaluationState, TrainState
 
+SHEET_CLIPS = 4  # clips on the contact sheet
 
-def show_samples(
-    stage: Stage,
-    state: TrainState | Mapping[float, EvaluationState],
-    folder: Path,
-    tracker: Tracker | None,
-    progress: Progress,
-) -> None:
-    """Roll out `trainer.samples` validation clips with the averaged weights; write an MP4 of each
-    and one contact sheet.
 
-    Every rank must call this, as the model is sharded; rank 0 writes `<folder>/samples/`. The truth
-    is the decoded latents, the upper bound of any sample. state: of one model, or of experts by the
-    noise level from which each is used; one that was trained on part of the noise only makes no
-    samples alone.
+@dataclass(frozen=True)
+class Sampled:
+    """Hold the first validation clips and what the model made of them, on every rank.
+
+    keys: of the clips, in order; truth, made: normalised latents [B, T, C, h, w] on the host; c2w
+    [B, F, 4, 4] and intrinsics [B, F, 4] in pixels of the decoded pictures, None without cameras.
+    """
+
+    keys: tuple[str, ...]
+    truth: torch.Tensor
+    made: torch.Tensor
+    c2w: torch.Tensor | None
+    intrinsics: torch.Tensor | None
+
+
+def roll_out(
+    stage: Stage, state: TrainState | Mapping[float, EvaluationState], progress: Progress
+) -> Sampled | None:
+    """Roll out `trainer.samples` validation clips with the averaged weights.
+
+    Every rank must call this, as the model is sharded. state: of one model, or of experts by the
+    noise level from which each is used; None: one that was trained on part of the noise only makes
+    no samples alone, and without validation clips there are none.
     """
     noise = stage.config.objective.noise_range()
     if isinstance(state, TrainState) and noise != (0.0, 1.0):
-        return
+        return None
     wanted = min(stage.config.trainer.samples, len(stage.dataset.clips("validation")))
     if not wanted:
-        return
+        return None
     steps = f"{len(levels_of(stage)) - 1} steps, {stage.config.sampler.name}"
     progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
     batch, latents = sample(stage, state, wanted)
-    truth, made = whole_clips(stage, batch.latents), whole_clips(stage, latents)
-    keys = [
-        key
-        for row in stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size]
-        for key in row
-    ]
+    rows = stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size]
+    cameras = [batch.c2w, batch.intrinsics]
+    return Sampled(
+        tuple(key for row in rows for key in row)[:wanted],
+        whole_clips(stage, batch.latents)[:wanted],
+        whole_clips(stage, latents)[:wanted],
+        *(None if one is None else whole_fields(stage, one)[:wanted] for one in cameras),
+    )
+
+
+def show_samples(
+    stage: Stage, sampled: Sampled, folder: Path, tracker: Tracker | None, progress: Progress
+) -> None:
+    """Write an MP4 of each clip, one contact sheet and `psnr.json`, how near to the truth samples
+    and the frozen first frame are, to `<folder>/samples/`, on the rank with a tracker.
+
+    The truth is the decoded latents, the upper bound of any sample.
+    """
     if tracker is None:
         return
     target = folder / "samples"
     target.mkdir(exist_ok=True)
-    clips = []
-    for row in range(wanted):
-        clips.append((decode(stage, truth[row]), decode(stage, made[row])))
-        path = target / f"{keys[row]}.mp4"
+    clips, rows = [], []
+    for key, truth, made in zip(sampled.keys, sampled.truth, sampled.made, strict=True):
+        clips.append((decode(stage, truth), decode(stage, made)))
+        rows.append(clip_psnr(*clips[-1], stage.dataset.info.fps))
+        path = target / f"{key}.mp4"
         write_video(path, side_by_side(*clips[-1]), stage.dataset.info.fps)
         tracker.artifact(path)
-    write_png(target / "contact_sheet.png", contact_sheet(clips))
-    tracker.artifact(target / "contact_sheet.png")
+    figures = summary(rows)
+    by_clip = dict(zip(sampled.keys, rows, strict=True))
+    means = {name: asdict(one) for name, one in figures.items()}
+    (target / "psnr.json").write_text(json.dumps({"mean": means, "clips": by_clip}, indent=1))
+    write_png(target / "contact_sheet.png", contact_sheet(clips[:SHEET_CLIPS]))
+    for name in ("psnr.json", "contact_sheet.png"):
+        tracker.artifact(target / name)
+    progress.say(verdict(figures))
     progress.say(f"samples: {target.absolute() / 'contact_sheet.png'} (truth above, sample below)")
 
 
@@ -73,8 +107,9 @@ def sample(
 ) -> tuple[Batch, torch.Tensor]:
     """Return this rank's rows and frames of the first `wanted` validation clips, and their samples.
 
-    All ranks make equally many forward passes. With `stream` each rank of a sequence group makes
-    the same whole clip, as a chunk is too short to be split, and returns its own frames.
+    All ranks make equally many forward passes, of no more clips at once than in training. With
+    `stream` each rank of a sequence group makes the same whole clip, as a chunk is too short to be
+    split, and returns its own frames.
     """
     each = -(-wanted // stage.mesh.data_size)
     with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
@@ -84,22 +119,29 @@ def sample(
     )
     experts = Experts(tuple(states), tuple(one.model for one in states.values()))
     sampler = stage.config.sampler
-    start = SampleStart(
-        experts,
-        first_latents(stage, batch),
-        conditions_of(stage, batch),
-        levels_of(stage),
-        stage.noise,
-        batch.draws,
-        sequence_of(stage, batch),
-        stage.kernels,
-    )
+    parts = math.ceil(each * stage.mesh.data_size / stage.config.global_batch)
     with ExitStack() as contexts, torch.no_grad():
         for one in states.values():
             contexts.enter_context(one.averaged())
         if sampler.chunked():
             contexts.enter_context(uncompiled(stage))
-        return batch, builder(sampler)(start, sampler)
+        made = [
+            builder(sampler)(
+                SampleStart(
+                    experts,
+                    first_latents(stage, part),
+                    conditions_of(stage, part),
+                    levels_of(stage),
+                    stage.noise,
+                    part.draws,
+                    sequence_of(stage, part),
+                    stage.kernels,
+                ),
+                sampler,
+            )
+            for part in batch_parts(batch, parts)
+        ]
+    return batch, torch.cat(made)
 
 
 def levels_of(stage: Stage) -> list[float]:
@@ -135,6 +177,12 @@ def whole_clips(stage: Stage, local: torch.Tensor) -> torch.Tensor:
     return torch.cat(
         [torch.cat(parts[start : start + size], dim=1) for start in range(0, len(parts), size)]
     )
+
+
+def whole_fields(stage: Stage, local: torch.Tensor) -> torch.Tensor:
+    """Gather a field [b, ...] that all ranks of a sequence group have whole into [B, ...] on the
+    host."""
+    return torch.cat(stage.world.gather_tensors(local)[:: stage.mesh.sequence_size])
 
 
 def decode(stage: Stage, latents: torch.Tensor) -> np.ndarray:

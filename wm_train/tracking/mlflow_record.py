@@ -27,6 +27,7 @@ from wm_train.tracking.rows import parse_row
 
 NOTE = "mlflow.json"
 METRICS, ARTIFACTS = "metrics.jsonl", "artifacts.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 MOST = 1000  # metrics in one call: MLflow's limit
 NOT_METRICS = ("step", "time")
 PARENT_METRICS = ("loss", "validation_loss")  # of a pool, also recorded in the run of all pools
@@ -42,6 +43,7 @@ class Sent:
     run_id: str
     step: int = 0
     artifacts: int = 0
+    evaluations: int = 0
     status: str = "RUNNING"
     described: bool = True
 
@@ -116,6 +118,7 @@ class MlflowRecord:
             back, self._back_to, self._offset = self._back_to, None, 0
             self._keep(replace(self._sent, step=min(self._sent.step, back), status="RUNNING"))
         steps = self._send_metrics()
+        self._send_evaluations()
         self._send_artifacts()
         if status is not None and status != self._sent.status:
             life = read_life(self.folder)
@@ -252,6 +255,25 @@ class MlflowRecord:
             if not lines:
                 return steps
 
+    def _send_evaluations(self) -> None:
+        """Send evaluations one by one; those of repeated steps are there twice, the last counts."""
+        from mlflow.entities import Metric, RunTag
+
+        assert self._sent is not None
+        for line in _whole_lines(self.folder / EVALUATIONS, 0)[0][self._sent.evaluations :]:
+            found = json.loads(line)
+            row = found["row"]
+            metrics = [
+                Metric(key, number, _milliseconds(row.get("time")), row["step"])
+                for key, value in row.items()
+                if key not in NOT_METRICS and (number := _number(value)) is not None
+            ]
+            tags = [RunTag(key, value) for key, value in found["tags"].items()]
+            for start in range(0, len(metrics), MOST):
+                part = metrics[start : start + MOST]
+                self._client.log_batch(self._sent.run_id, metrics=part, tags=tags)
+            self._keep(replace(self._sent, evaluations=self._sent.evaluations + 1))
+
     def _send_artifacts(self) -> None:
         assert self._sent is not None
         for line in _whole_lines(self.folder / ARTIFACTS, 0)[0][self._sent.artifacts :]:
@@ -265,7 +287,7 @@ class MlflowRecord:
             note = Sent(**json.loads(read_regular(self.folder / NOTE)))
         except (OSError, ValueError, TypeError, RecursionError):  # damaged: a new run gets all
             return None
-        kinds = {"step": int, "artifacts": int, "described": bool}
+        kinds = {"step": int, "artifacts": int, "evaluations": int, "described": bool}
         whole = all(type(value) is kinds.get(key, str) for key, value in vars(note).items())
         return note if whole and note.uri == self.shown_uri else None
 

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from wm_train.redact import clean_output, clean_text, clean_value
 from wm_train.storage import read_regular
 from wm_train.tracking.forwarder import Forwarder
 from wm_train.tracking.goodput import begin_life, productive, read_life, write_life
-from wm_train.tracking.mlflow_record import ARTIFACTS, METRICS, MlflowRecord, Subject
+from wm_train.tracking.mlflow_record import ARTIFACTS, EVALUATIONS, METRICS, MlflowRecord, Subject
 from wm_train.tracking.rows import read_rows, to_line
 
 
@@ -93,6 +93,30 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return read_rows(path)[0]
 
 
+@dataclass(frozen=True)
+class Note:
+    """Note artifacts and evaluations of the stage in `folder`, for MLflow to be fed from."""
+
+    folder: Path
+    report: Callable[[str], None] = print
+
+    def artifact(self, path: Path) -> None:
+        """Note a file in the folder as one of the run's artifacts."""
+        self._add(ARTIFACTS, {"path": str(path.relative_to(self.folder))})
+
+    def evaluation(self, step: int, figures: dict[str, float], tags: dict[str, str]) -> None:
+        """Note what an evaluation after finished step `step` has found."""
+        row = {"step": step, "time": time.time(), **figures}
+        self._add(EVALUATIONS, {"tags": tags, "row": row})
+
+    def _add(self, name: str, line: dict[str, Any]) -> None:
+        try:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self.report(f"record: a line of {self.folder / name} is not noted ({error})")
+
+
 class Tracker:
     """Record steps, artifacts and the end of one stage in files that MLflow is fed from.
 
@@ -109,6 +133,7 @@ class Tracker:
     ) -> None:
         """Open the record after `first_step`, on `workers` processes."""
         self.folder, self.report = folder, report
+        self.note = Note(folder, report)
         self._steps = StepLog(folder / METRICS, first_step)
         if self._steps.news:
             report(self._steps.news)
@@ -143,11 +168,7 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         """Record a file in the stage's folder as one of the run's artifacts."""
-        try:
-            with (self.folder / ARTIFACTS).open("a") as file:
-                file.write(json.dumps({"path": str(path.relative_to(self.folder))}) + "\n")
-        except OSError as error:
-            self.report(f"record: {path} is not noted as an artifact ({error})")
+        self.note.artifact(path)
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
         """End the run as FINISHED, FAILED or KILLED, record its goodput and send the rest."""
@@ -192,6 +213,15 @@ def parent_run(
         )
         return None
     return record.run_id
+
+
+def send(subject: Subject, folder: Path, report: Callable[[str], None]) -> None:
+    """Send what the store lacks of a stage that has ended; a store that fails is reported."""
+    record = MlflowRecord(subject, folder, report)
+    try:
+        record.catch_up()
+    except Exception as error:  # of whatever library: the files are complete without it
+        report(f"MLflow at {record.shown_uri} failed ({record.first_line(error)}); replay sends it")
 
 
 def where_to_look(run: RunConfig) -> str:

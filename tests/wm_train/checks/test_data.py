@@ -165,7 +165,7 @@ def test_controls_must_be_those_of_the_model(found: Find, write, shards: Path) -
     """A button less, none at all, and columns in another order: one report each."""
     from data_shards.controls import CONTROL_NAMES
 
-    model = {"model": {"name": "waypoint", "latent_channels": 16, "controls": 259}}
+    model = {"model": {"name": "waypoint", "latent_channels": 24, "controls": 259}}
     fields = ("controls.npy", "latent.npy")
     write(shards, fields=fields, control_names=CONTROL_NAMES)
     assert found(model) == {}
@@ -184,7 +184,7 @@ def test_controls_must_be_those_of_the_model(found: Find, write, shards: Path) -
 
 def test_odd_latent_rows_do_not_make_patches(found: Find, write, shards: Path) -> None:
     write(shards, latent_height=9, latent_width=12)
-    model = {"model": {"name": "waypoint", "latent_channels": 16}}
+    model = {"model": {"name": "waypoint", "latent_channels": 24}}
     (problem,) = found(model).values()
     assert (problem.where, problem.got) == ("model.patch_size", "2")
     assert problem.rule == "a divisor of the latents' 9 x 12"

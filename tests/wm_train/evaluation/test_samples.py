@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +150,29 @@ def test_experts_by_noise_level_sample_together(opened, kind):
     assert torch.equal(twice, alone)
     mixed = samples.sample(stage, {0.0: other, 0.5: state}, 2)[1]
     assert not torch.equal(mixed, alone)
+
+
+def test_the_record_says_how_near_each_sample_is_to_the_truth(opened, tmp_path):
+    """Against pixels decoded here from the same latents; a sample starts at the given frame."""
+    stage, state = opened("trainer.samples=2")
+    said, noted = [], []
+    tracker, progress = SimpleNamespace(artifact=noted.append), SimpleNamespace(say=said.append)
+    samples.show_samples(stage, state, tmp_path, tracker, progress)
+    written = json.loads((tmp_path / "samples" / "psnr.json").read_text())
+    batch, latents = samples.sample(stage, state, 2)
+    gains = []
+    for key, true, made in zip(batch.keys, batch.latents, latents, strict=False):
+        true, made = (samples.decode(stage, one).astype(float)[1:] for one in (true, made))
+        first = samples.decode(stage, batch.latents[len(gains)]).astype(float)[0]
+        errors = [np.mean((true - other) ** 2) for other in (made, first)]
+        sample, frozen = (10 * np.log10(255**2 / error) for error in errors)
+        assert written["clips"][key]["sample_psnr_clip"] == pytest.approx(sample)
+        assert written["clips"][key]["frozen_psnr_clip"] == pytest.approx(frozen)
+        gains.append(sample - frozen)
+    assert written["mean"]["gain_clip"]["mean"] == pytest.approx(np.mean(gains))
+    assert written["mean"]["gain_clip"]["n"] == len(gains)
+    assert tmp_path / "samples" / "psnr.json" in noted
+    assert any("held-out clip" in line and "frozen first frame" in line for line in said)
 
 
 def test_blocks_that_are_compiled_for_training_stream_the_same(sampled):

@@ -123,7 +123,7 @@ def test_a_dry_run_says_first_that_it_is_the_demo(beside_demo_data: Path) -> Non
 
 
 def test_plan_and_parity_take_the_demo_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(["stage=3", "--latent", "16x7x10/8"]) == 0
+    assert plan(["stage=3", "--latent", "24x7x10/8"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == DEMO_LINE
     assert said[1].startswith("stage 3 minute_camera: 81 frames")
@@ -147,7 +147,7 @@ defaults:
   - override /recipe: mine
   - override /model: mine
 
-model: {latent_channels: 16}
+model: {latent_channels: 24}
 data: {path: data/demo}
 """,
 }
@@ -164,7 +164,7 @@ def mine(tmp_path: Path) -> list[str]:
 
 CHOICES = {
     "experiment": ["experiment=mine"],
-    "recipe and model": ["recipe=mine", "model=mine", "model.latent_channels=16"],
+    "recipe and model": ["recipe=mine", "model=mine", "model.latent_channels=24"],
 }
 
 

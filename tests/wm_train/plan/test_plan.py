@@ -104,7 +104,7 @@ def test_states_are_counted_from_the_objects_that_training_builds(name):
 
 
 def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
-    stages = ["experiment=demo", "recipe=demo", "--latent", "16x7x10/8"]
+    stages = ["experiment=demo", "recipe=demo", "--latent", "24x7x10/8"]
     assert main([*stages, "--memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "stage 1 short: 41 frames = 6 latent frames" in out
@@ -125,7 +125,7 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
         "recipe.stages.long.frozen=['blocks.0.*']",
         "recipe.stages.long.reinitialise=['final_layer.*']",
     ]
-    assert main(["experiment=demo", "recipe=demo", "--latent", "16x7x10/8", *long, *names]) == 0
+    assert main(["experiment=demo", "recipe=demo", "--latent", "24x7x10/8", *long, *names]) == 0
     short, long = capsys.readouterr().out.split("stage 2 long: ")
     assert "2 workers = 2 data parallel x 1 sequence parallel" in short
     assert "2 workers = 1 data parallel x 2 sequence parallel" in long
@@ -140,7 +140,7 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
                 "experiment=demo",
                 "recipe=demo",
                 "--latent",
-                "16x7x10/8",
+                "24x7x10/8",
                 "recipe.stages.long.new=['blocks.9.*']",
             ]
         )
@@ -162,7 +162,7 @@ def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys, mon
         "activation_bytes",
         lambda model, shape, precision: (shape.clips * shape.frames << 26, 0),
     )
-    assert main([*POOLS, "--latent", "16x7x10/8", "--memory", "1"]) == 3, (
+    assert main([*POOLS, "--latent", "24x7x10/8", "--memory", "1"]) == 3, (
         "one of the pools does not fit"
     )
     out = capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys, mon
 
 @pytest.mark.full
 def test_one_pool_is_planned_alone(capsys):
-    assert main([*POOLS, "--latent", "16x7x10/8", "pool=low"]) == 0
+    assert main([*POOLS, "--latent", "24x7x10/8", "pool=low"]) == 0
     alone = capsys.readouterr().out
     assert alone.startswith("pool low: ")
     assert "pool high" not in alone
@@ -190,7 +190,7 @@ def test_one_pool_is_planned_alone(capsys):
 
 
 def test_a_mistake_in_a_pool_is_one_report_that_names_it(capsys):
-    assert main([*POOLS, "--latent", "16x7x10/8", 'pools.low.overrides=["parallel.cp=3"]']) == 2
+    assert main([*POOLS, "--latent", "24x7x10/8", 'pools.low.overrides=["parallel.cp=3"]']) == 2
     assert "pools.low: parallel.cp: got 3" in capsys.readouterr().err
 
 

@@ -34,7 +34,7 @@ def many_shards(gameplay, tmp_path_factory):
     arguments = [
         f"source={gameplay.parent / 'recording'}",
         f"out={out}",
-        "channels=16",
+        "channels=24",
         "shard_mb=0.001",
         "psnr=no",
     ]
@@ -206,7 +206,7 @@ def shorter_clips(tmp_path_factory):
     arguments = [
         f"source={folder / 'recording'}",
         f"out={folder / 'set'}",
-        "channels=16",
+        "channels=24",
         "psnr=no",
     ]
     assert encode.main([*arguments, "image_latents_every=8"]) == 0

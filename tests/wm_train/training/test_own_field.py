@@ -62,7 +62,7 @@ def sets(recordings, package, tmp_path_factory):
     found = {}
     for frames, recording in recordings.items():
         found[frames] = tmp_path_factory.mktemp("depth") / "set"
-        arguments = [f"source={recording}", f"out={found[frames]}", "channels=16", "psnr=no"]
+        arguments = [f"source={recording}", f"out={found[frames]}", "channels=24", "psnr=no"]
         data_shards(package, "encode", *arguments, "image_latents_every=8", "fields=depth")
     return found
 

@@ -69,7 +69,7 @@ def captioned(tmp_path_factory):
         "validation=0.2",
     ]
     assert (
-        encode.main([f"source={source}", f"out={out}", "codec=linear", "channels=16", *ready]) == 0
+        encode.main([f"source={source}", f"out={out}", "codec=linear", "channels=24", *ready]) == 0
     )
     return out, texts, null
 

@@ -1,7 +1,7 @@
 """From the command to the first step on the demo, with a Ray head that is running already, and what
 the time goes to.
 
-    python benchmarks/launch.py --rounds 5
+    python benchmarks/launching.py --rounds 5
 
 Every round starts the launch command anew and stamps its lines as they come; what happens inside
 rank 0's process it says itself. Prints seconds of each part in each round, their medians, and the

@@ -1,0 +1,103 @@
+"""Check the evaluation of a trained stage: at its end, later by command, on several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_shards.schema import DataError
+from wm_train import evaluate
+from wm_train.config.typed import to_json
+
+QUICK = (
+    "recipe.stages.short.steps=4",
+    "trainer.checkpoint_every=2",
+    "trainer.async_checkpoint=false",
+    "trainer.samples=2",
+    "trainer.sample_steps=2",
+    "trainer.validation_clips=2",
+    "trainer.validate_every=2",
+    "trainer.evaluate_every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(train_here, demo_run, tmp_path_factory) -> Path:
+    """A stage of four steps, judged at step 2 and at its end by pictures alone."""
+    folder = tmp_path_factory.mktemp("judged")
+    train_here(folder, *QUICK)
+    stage = folder / "demo" / "short"
+    (stage / "config.json").write_text(to_json(demo_run(folder, *QUICK)))
+    return stage
+
+
+def given(**changes) -> dict:
+    values = {name: option.default for name, option in evaluate.OPTIONS.items()}
+    return {**values, "clips": 2, "metrics": ("psnr",), **changes}
+
+
+def found_in(folder: Path) -> dict:
+    return json.loads((folder / "evaluation" / "evaluation.json").read_text())
+
+
+def test_a_stage_ends_with_numbers_beside_ceiling_floor_and_the_checkpoint_before(trained):
+    found = found_in(trained)
+    assert (found["step"], len(found["clips"])) == (4, 2)
+    psnr = found["summary"]["psnr"]
+    assert psnr["sample"]["coverage"] == 1
+    assert psnr["ceiling"]["mean"] == 100
+    page = (trained / "evaluation" / "report.md").read_text()
+    assert "Before: step 2." in page
+    for clip in found["clips"]:
+        assert (trained / "evaluation" / "samples" / f"{clip['key']}.mp4").stat().st_size > 1000
+    rows = [json.loads(r)["row"] for r in (trained / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[1]["eval/psnr"] == psnr["sample"]["mean"]
+    assert rows[1]["eval/psnr.floor"] == psnr["floor"]["mean"]
+
+
+def test_the_command_gives_the_numbers_of_the_stages_end_on_any_number_of_processes(
+    trained, tmp_path, run_ranks, gameplay
+):
+    expected = found_in(trained)
+    recording = str(gameplay.parent / "recording")
+    metrics = ("psnr", "cameras")
+    results = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers) / "demo" / "short"
+        shutil.copytree(trained, folder)
+        shutil.rmtree(folder / "evaluation")
+        own = given(workers=workers, metrics=metrics, recording=recording)
+        config = evaluate.judged_config(folder, own)
+        (folder / "judge.json").write_text(to_json(config))
+        run_ranks(workers, "-m", "wm_train.evaluate", "--config", folder / "judge.json")
+        results.append(found_in(folder))
+        # the checkpoint before had not been judged here
+        assert (folder / "evaluation" / "step_00000002.json").exists()
+    for found in results:
+        assert [clip["key"] for clip in found["clips"]] == [c["key"] for c in expected["clips"]]
+        for name in ("psnr", "ssim"):
+            for column in ("sample", "floor", "other"):
+                want = expected["summary"][name][column]["mean"]
+                assert found["summary"][name][column]["mean"] == pytest.approx(want, rel=1e-4)
+    for name, summary in results[0]["summary"].items():
+        if name.startswith("rot_err_deg"):
+            ceiling = results[1]["summary"][name]["ceiling"]
+            assert ceiling == pytest.approx(summary["ceiling"], rel=1e-6)
+
+
+def test_what_the_command_cannot_do_is_said_at_once(tmp_path, capsys):
+    for words, message in (
+        ([], "run, bench: got both or neither"),
+        (["run=a", "bench=b"], "run, bench: got both or neither"),
+        ([f"run={tmp_path}"], "expected the folder of a trained stage"),
+        ([f"bench={tmp_path}"], "videos: missing"),
+        (["run=a", "metrics=fid"], "metrics: got 'fid', expected some of psnr,cameras"),
+    ):
+        assert evaluate.main(words) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(DataError, match="divisor"):
+        evaluate.evaluate_run(tmp_path, given(workers=3, cp=2))
