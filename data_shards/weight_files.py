@@ -1,7 +1,9 @@
-"""Read the files of a public checkpoint: config.json, an index, safetensors files.
+"""Read the files of a public checkpoint: a configuration, an index, safetensors files.
 
-Only safetensors is read; nothing is ever unpickled. Every file is somebody else's, so what it is
-gets checked: each mistake is one ValueError with the file and the fix.
+Two forms: config.json beside diffusion_pytorch_model.safetensors, as diffusers writes it, and
+config.yaml beside model.safetensors. Only safetensors is read; nothing is ever unpickled. Every
+file is somebody else's, so what it is gets checked: each mistake is one ValueError with the file
+and the fix.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEM = "diffusion_pytorch_model"
+MOST_BYTES = 1 << 20  # of a configuration
 REFUSED = "public checkpoint cannot be read: "
 COPY_AGAIN = "copy or download it again"
 FLOATS = ("F64", "F32", "F16", "BF16")  # 8-bit kinds are meaningless without their scales
@@ -24,18 +27,40 @@ POINTER = b"version https://git-lfs"
 OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf")
 
 
+@dataclass(frozen=True)
+class Form:
+    """Name the files of one form of a checkpoint: the configuration, and its weights without
+    their ending."""
+
+    config: str
+    stem: str
+
+
+DIFFUSERS = Form("config.json", "diffusion_pytorch_model")
+PLAIN = Form("config.yaml", "model")
+
+
+def form_of(directory: Path) -> Form:
+    """Return the form of a checkpoint; diffusers' where there is no configuration at all."""
+    plain = (directory / PLAIN.config).is_file() and not (directory / DIFFUSERS.config).exists()
+    return PLAIN if plain else DIFFUSERS
+
+
 def refusal(got: str, rule: str, fix: str) -> ValueError:
     """Return the error for a file that is not what it should be."""
     return ValueError(f"{REFUSED}got {got}, expected {rule}. Fix: {fix}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ValueError with the file for anything else."""
-    rule = "a JSON object, as diffusers writes it"
+    """Return the JSON object, or the YAML mapping, in a file. Raises ValueError with the file for
+    anything else."""
+    yaml = path.suffix == ".yaml"
+    rule = "a YAML mapping without aliases" if yaml else "a JSON object, as diffusers writes it"
     _existing(path)
     try:
         data = path.read_bytes()
-        found = json.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        found = _from_yaml(text) if yaml else json.loads(text)
     except OSError as error:
         got = f"{path}, which cannot be opened ({error.strerror})"
         raise refusal(got, rule, "its permissions") from error
@@ -46,15 +71,31 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def _from_yaml(text: str) -> Any:
+    """Parse a small YAML text. Raises ValueError for a large one, and for aliases, which let a
+    small one stand for a huge value."""
+    import yaml
+
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{len(text):,} characters")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError("an alias")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 class PublicFiles:
     """Read the tensors of a public directory lazily; use as a context manager."""
 
     def __init__(self, directory: Path) -> None:
-        self.config = read_object(directory / "config.json")
+        form = form_of(directory)
+        self.config = read_object(directory / form.config)
         self._directory, self._open = directory, ExitStack()
-        self._index = directory / f"{STEM}.safetensors.index.json"
+        self._index = directory / f"{form.stem}.safetensors.index.json"
         self._listed = _weight_map(self._index) if self._index.is_file() else {}
-        single = f"{STEM}.safetensors"
+        single = f"{form.stem}.safetensors"
         names = sorted(set(self._listed.values())) if self._index.is_file() else [single]
         self._paths = [_existing(directory / name) for name in names]
 
@@ -182,5 +223,6 @@ def _existing(path: Path) -> Path:
     gone = f"a broken link {path}" if path.is_symlink() else f"no file {path}"
     fix = "give the folder of the transformer"
     if others and path.suffix == ".safetensors":
-        fix = f"the safetensors release of this checkpoint, its weights named {STEM}.safetensors"
-    raise refusal(f"{gone}{here}", "a diffusers directory", fix)
+        fix = f"the safetensors release of this checkpoint, its weights named {path.name}"
+    rule = f"a directory with {DIFFUSERS.config} or {PLAIN.config} and its weights"
+    raise refusal(f"{gone}{here}", rule, fix)

@@ -4,6 +4,9 @@ A tile is a dense rectangle without a mask, so any flash kernel computes it: ATe
 elsewhere, unless the caller's table of kernels has a better one, plain matrix products over a
 bounded number of queries at a time. A row without a tile gets zeros and LSE −inf here, because
 kernels disagree on it (ATen's CPU flash returns LSE 0, and a ring merge would then be wrong).
+
+Key heads that several query heads read are never repeated: without a mask, the query heads of a
+key head are only more queries of it.
 """
 
 from __future__ import annotations
@@ -23,21 +26,67 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _to_kernel(x: Tensor) -> Tensor:
-    """Reshape [B, n, S, H, D] -> [B, H, n·S, D]."""
+def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two partial softmax results over disjoint keys.
+
+    out [B, n, S, H, D], lse [B, n, S, H]; −inf means that no key was seen.
+    """
+    total = torch.logaddexp(lse, new_lse)
+    reference = torch.where(total == -torch.inf, torch.zeros_like(total), total)
+    return out * (lse - reference).exp()[..., None] + new_out * (new_lse - reference).exp()[
+        ..., None
+    ], total
+
+
+def _to_kernel(x: Tensor, groups: int | None = None) -> Tensor:
+    """Reshape [B, n, S, H, D] -> [B, H, n·S, D], or with G groups of H / G heads, each for one key
+    head, -> [B, G, H/G·n·S, D]."""
     batch, n, s, heads, d = x.shape
-    return x.reshape(batch, n * s, heads, d).transpose(1, 2)
+    if groups is None or groups == heads:
+        return x.reshape(batch, n * s, heads, d).transpose(1, 2)
+    inner = x.reshape(batch, n * s, groups, heads // groups, d).permute(0, 2, 3, 1, 4)
+    return inner.reshape(batch, groups, heads // groups * n * s, d)
+
+
+def _from_kernel(x: Tensor, like: Tensor) -> Tensor:
+    """Reshape [B, G, H/G·n·S, E] -> [B, n, S, H, E]; like: a tensor [B, n, S, H, D]."""
+    (batch, n, s, heads, _), groups, width = like.shape, x.shape[1], x.shape[3]
+    inner = x.reshape(batch, groups, heads // groups, n * s, width).permute(0, 3, 1, 2, 4)
+    return inner.reshape(batch, n, s, heads, width)
 
 
 def _pick(x: Tensor, tile: Tile, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """Select rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D].
+    """Select rows and frames of a tile: [B, n, S, H, D] -> [rows, frames, S, H, D], of a diagonal
+    tile [rows · frames, 1, S, H, D].
 
     The result is a view if the tile is one run of all rows.
     """
     if tile.rows is not None:
         x = x[list(tile.rows)]
     parts = [x[:, start:stop] for start, stop in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    picked = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return picked.flatten(0, 1).unsqueeze(1) if tile.diagonal else picked
+
+
+def key_blocks(tiles: tuple[Tile, ...]) -> list[tuple[tuple[Tile, ...], tuple[int, ...] | None]]:
+    """Return the tiles in groups, each with the frames of the key block that its runs count in;
+    None: the whole block as it is.
+
+    Frames that many queries see between others (dilation) make a block of their own, in which
+    every tile is one run: so they are copied once, not for each tile. Where some tile would still
+    be several runs, there is one group.
+    """
+    split = [tile for tile in tiles if len(tile.keys) > 1]
+    frames = sorted({j for tile in split for run in tile.keys for j in range(*run)})
+    place = {frame: i for i, frame in enumerate(frames)}
+    packed = []
+    for tile in split:
+        start, stop = place[tile.keys[0][0]], place[tile.keys[-1][1] - 1] + 1
+        if stop - start != sum(end - first for first, end in tile.keys):
+            return [(tiles, None)]
+        packed.append(tile._replace(keys=((start, stop),)))
+    whole = tuple(tile for tile in tiles if len(tile.keys) == 1)
+    return [(whole, None), *([(tuple(packed), tuple(frames))] if packed else [])]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,35 +166,44 @@ def block_attention(
     tiles: tuple[Tile, ...],
     dense: Callable[..., tuple[Tensor, Tensor]] = dense_attention,
 ) -> tuple[Tensor, Tensor]:
-    """Attend from q [B, n, S, H, D] to k, v [B, m, S, H, D] within `tiles`.
+    """Attend from q [B, n, S, H, D] to k, v [B, m, S, H_kv, D] within `tiles`.
 
-    Returns out [B, n, S, H, D] and LSE [B, n, S, H]; rows in no tile get zeros and −inf. dense:
-    computes one tile.
+    Returns out [B, n, S, H, D] and LSE [B, n, S, H]; rows in no tile get zeros and −inf. H is a
+    multiple of H_kv. dense: computes one tile.
     """
-    batch, n, s, heads, d = q.shape
+    batch, n, s, heads, _ = q.shape
+
+    def attend(tile: Tile, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        block = _pick(q, tile, (tile.queries,))
+        picked = (_pick(x, tile, tile.keys) for x in (keys, values))
+        out, lse = dense(_to_kernel(block, k.shape[3]), *(_to_kernel(x) for x in picked))
+        rows = batch if tile.rows is None else len(tile.rows)
+        shape = (rows, tile.queries[1] - tile.queries[0], s, heads)
+        out, lse = _from_kernel(out, block), _from_kernel(lse[..., None], block)
+        return out.reshape(*shape, q.shape[4]), lse.reshape(shape)
+
     if len(tiles) == 1 and tiles[0].rows is None and tiles[0].queries == (0, n):
-        out, lse = dense(
-            *(
-                _to_kernel(x)
-                for x in (q, _pick(k, tiles[0], tiles[0].keys), _pick(v, tiles[0], tiles[0].keys))
-            )
-        )
-        return out.transpose(1, 2).reshape(batch, n, s, heads, d), lse.transpose(1, 2).reshape(
-            batch, n, s, heads
-        )
+        return attend(tiles[0], k, v)
+    shared = _have_queries_in_common(tiles)
     result = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = torch.full(
         (batch, n, s, heads), -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device
     )
-    for tile in tiles:
-        block = _pick(q, tile, (tile.queries,))
-        out, lse = dense(
-            *(_to_kernel(x) for x in (block, _pick(k, tile, tile.keys), _pick(v, tile, tile.keys)))
-        )
-        rows = slice(None) if tile.rows is None else list(tile.rows)
-        result[rows, slice(*tile.queries)] = out.transpose(1, 2).reshape(block.shape)
-        sums[rows, slice(*tile.queries)] = lse.transpose(1, 2).reshape(block.shape[:-1])
+    for group, frames in key_blocks(tiles):
+        keys, values = (x if frames is None else x[:, list(frames)] for x in (k, v))
+        for tile in group:
+            out, lse = attend(tile, keys, values)
+            place = (slice(None) if tile.rows is None else list(tile.rows), slice(*tile.queries))
+            if shared:  # at most two parts, of which the first was rounded by its kernel already
+                out, lse = merge(result[place], sums[place], out, lse)
+            result[place], sums[place] = out.to(q.dtype), lse
     return result, sums
+
+
+def _have_queries_in_common(tiles: tuple[Tile, ...]) -> bool:
+    """Return whether a query frame is in several tiles."""
+    frames = [(tile.rows, i) for tile in tiles for i in range(*tile.queries)]
+    return len(set(frames)) < len(frames)
 
 
 def block_attention_backward(
@@ -163,29 +221,45 @@ def block_attention_backward(
     Their dtype is the accumulation dtype, or that of the inputs. out [B, n, S, H, D] and lse [B, n,
     S, H] are the final ones, over all blocks.
     """
+    groups = k.shape[3]
+
+    def gradients(tile: Tile, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block = [_pick(x, tile, (tile.queries,)) for x in (grad, q, out, lse[..., None])]
+        picked = [_pick(x, tile, tile.keys) for x in (keys, values)]
+        g, qq, oo, ll = (_to_kernel(x, groups) for x in block)
+        kk, vv = (_to_kernel(x) for x in picked)
+        found = dense(g, qq, kk, vv, oo, ll[..., 0])
+        dq, dk, dv = (_from_kernel(x, like) for x, like in zip(found, (block[1], *picked)))
+        return dq, dk, dv
+
     if tiles == (Tile(None, (0, q.shape[1]), ((0, k.shape[1]),)),):
-        g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (grad, q, out, k, v, lse[..., None]))
-        grads = dense(g, qq, kk, vv, oo, ll[..., 0])
-        whole = [x.transpose(1, 2).reshape(like.shape) for x, like in zip(grads, (q, k, v))]
-        return tuple(whole)  # type: ignore[return-value]
+        return gradients(tiles[0], k, v)
     wide = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    for tile in tiles:
-        picked = [_pick(x, tile, (tile.queries,)) for x in (grad, q, out)]
-        keys = [_pick(x, tile, tile.keys) for x in (k, v)]
-        sums = _pick(lse[..., None], tile, (tile.queries,))
-        g, qq, oo, kk, vv, ll = (_to_kernel(x) for x in (*picked, *keys, sums))
-        grads = dense(g, qq, kk, vv, oo, ll[..., 0])
-        dq_tile, dk_tile, dv_tile = (
-            x.transpose(1, 2).reshape(like.shape)
-            for x, like in zip(grads, (picked[1], *keys), strict=True)
-        )
-        rows = slice(None) if tile.rows is None else list(tile.rows)
-        dq[rows, slice(*tile.queries)] += dq_tile
-        cursor = 0
-        for start, stop in tile.keys:
-            span = slice(cursor, cursor + stop - start)
-            dk[rows, start:stop] += dk_tile[:, span]
-            dv[rows, start:stop] += dv_tile[:, span]
-            cursor += stop - start
+    for group, frames in key_blocks(tiles):
+        keys, values = (x if frames is None else x[:, list(frames)] for x in (k, v))
+        into = (dk, dv)
+        if frames is not None:
+            into = (dk.new_zeros(keys.shape), dv.new_zeros(values.shape))
+        for tile in group:
+            found = gradients(tile, keys, values)
+            rows = slice(None) if tile.rows is None else list(tile.rows)
+            dq[rows, slice(*tile.queries)] += found[0].reshape(dq[rows, slice(*tile.queries)].shape)
+            for total, part in zip(into, found[1:]):
+                _add_runs(total, part, rows, tile.keys)
+        if frames is not None:
+            dk[:, list(frames)] += into[0]
+            dv[:, list(frames)] += into[1]
     return dq, dk, dv
+
+
+def _add_runs(
+    total: Tensor, part: Tensor, rows: slice | list[int], runs: tuple[tuple[int, int], ...]
+) -> None:
+    """Add gradients of a tile's keys, one run after the other, to those of all [B, m, S, G, D]."""
+    frames = sum(stop - start for start, stop in runs)  # of a diagonal tile they stand in the batch
+    part = part.reshape(part.shape[0] * part.shape[1] // frames, frames, *total.shape[2:])
+    cursor = 0
+    for start, stop in runs:
+        total[rows, start:stop] += part[:, cursor : cursor + stop - start]
+        cursor += stop - start

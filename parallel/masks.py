@@ -8,7 +8,7 @@ every mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -66,6 +66,8 @@ class AttentionMask:
             )
 
 
+Runs = tuple[tuple[int, int], ...]  # (start, stop) of successive frames, ascending
+
 FULL = AttentionMask()
 FRAME_CAUSAL = AttentionMask("frame")
 CHUNK_CAUSAL = AttentionMask("chunk")
@@ -75,37 +77,46 @@ class Tile(NamedTuple):
     """Describe a dense rectangle of attention.
 
     Frames count from the start of the query or key block. rows: batch rows it applies to (None:
-    all). queries: (start, stop). keys: ascending (start, stop) runs, never empty.
+    all). queries: (start, stop). keys: ascending (start, stop) runs, never empty. diagonal: each
+    query frame sees one frame of the only run, in order, instead of all of it.
+
+    Tiles may have queries in common, but then no keys: their results merge by log-sum-exp.
     """
 
     rows: tuple[int, ...] | None
     queries: tuple[int, int]
     keys: tuple[tuple[int, int], ...]
+    diagonal: bool = False
 
 
 @lru_cache(maxsize=4096)
 def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
     """Return the frames that `frame` attends to, ignoring padding."""
+    near, far = near_and_far(layout, mask, frame)
+    return frozenset(near) | far
+
+
+@lru_cache(maxsize=4096)
+def near_and_far(
+    layout: ClipLayout, mask: AttentionMask, frame: int
+) -> tuple[range, frozenset[int]]:
+    """Return the frames that `frame` attends to inside its window, and those outside of it."""
     document = layout.document_of(frame)
     if mask.causality == "full":
-        return frozenset(range(document.start, document.stop))
+        return range(document.start, document.stop), frozenset()
     if mask.causality == "frame":
         oldest = (
             document.start if mask.window is None else max(document.start, frame - mask.window + 1)
         )
-        seen = set(range(oldest, frame + 1)) | set(
-            range(document.start, min(document.start + mask.sink, frame + 1))
-        )
+        far = set(range(document.start, min(document.start + mask.sink, oldest)))
         if mask.dilation is not None:
             farthest = (
                 document.start
                 if mask.reach is None
                 else max(document.start, frame - mask.reach + 1)
             )
-            seen |= {
-                j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0
-            }
-        return frozenset(seen)
+            far |= {j for j in range(farthest, oldest) if (j - document.start) % mask.dilation == 0}
+        return range(oldest, frame + 1), frozenset(far)
     chunks: list[FrameRange] = []
     cursor = document.start
     while cursor <= frame:
@@ -114,10 +125,8 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
     oldest = (
         document.start if mask.window is None else chunks[max(0, len(chunks) - mask.window)].start
     )
-    end = chunks[-1].stop
-    return frozenset(range(oldest, end)) | frozenset(
-        range(document.start, min(document.start + mask.sink, end))
-    )
+    sink = range(document.start, min(document.start + mask.sink, oldest))
+    return range(oldest, chunks[-1].stop), frozenset(sink)
 
 
 def needed(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
@@ -140,7 +149,7 @@ def cache_tiles(
 
     Both are frames of one clip, the cached ones ascending.
     """
-    return _rectangles(layout, mask, queries, cached)
+    return _cut(layout, mask, queries, cached)
 
 
 def _rows_by_valid(layout: ClipLayout) -> list[tuple[tuple[int, ...] | None, int]]:
@@ -159,29 +168,57 @@ def tiles(
 ) -> tuple[Tile, ...]:
     """Cut one block (query frames × key frames) into rectangles.
 
-    Query frames that are padding, or see no key of this block, are in no tile.
+    Query frames that are padding, or see no key of this block, are in no tile. Where frames see
+    several runs outside of their windows (dilation), these make tiles of their own: neighbours
+    share them, and in the windows' tiles they would have to be copied together for each frame.
     """
-    return _rectangles(layout, mask, queries, range(keys.start, keys.stop))
+    return _cut(layout, mask, queries, range(keys.start, keys.stop))
+
+
+def _cut(
+    layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: Sequence[int]
+) -> tuple[Tile, ...]:
+    """Cut query frames × these key frames, ascending, into rectangles; key j is frame keys[j]."""
+    found: list[Tile] = []
+    for rows, valid in _rows_by_valid(layout):
+        near, far, joint = {}, {}, {}
+        for frame in range(queries.start, min(queries.stop, valid)):
+            inside, outside = near_and_far(layout, mask, frame)
+            near[frame], far[frame], joint[frame] = (
+                _runs(seen, keys, valid) for seen in (inside, outside, {*inside, *outside})
+            )
+        # Each run is one view of the keys: only several of them have to be copied together.
+        split = any(len(runs) > 1 for runs in far.values())
+        for seen in (near, far) if split else (joint,):
+            found += _rectangles(rows, seen, queries.start, keys)
+    return tuple(found)
+
+
+def _runs(seen: Collection[int], keys: Sequence[int], stop: int) -> Runs:
+    """Return the runs of places in `keys` of the frames that are seen, before frame `stop`."""
+    places = [j for j, key in enumerate(keys) if key in seen and key < stop]
+    runs = [list(run) for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
+    return tuple((run[0][1], run[-1][1] + 1) for run in runs)
 
 
 def _rectangles(
-    layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: Sequence[int]
-) -> tuple[Tile, ...]:
-    found = []
-    for rows, valid in _rows_by_valid(layout):
+    rows: tuple[int, ...] | None, seen: Mapping[int, Runs], first: int, keys: Sequence[int]
+) -> Iterator[Tile]:
+    """Yield the tiles of successive frames that see the same runs, or each its own frame only.
 
-        def sees(frame: int, valid: int = valid) -> tuple[tuple[int, int], ...]:
-            seen = visible(layout, mask, frame)
-            places = [j for j, key in enumerate(keys) if key in seen and key < valid]
-            runs = [
-                list(run) for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])
-            ]
-            return tuple((run[0][1], run[-1][1] + 1) for run in runs)
+    first: the first frame of the query block.
+    """
+    place = {key: j for j, key in enumerate(keys)}
 
-        for runs, group in groupby(range(queries.start, min(queries.stop, valid)), sees):
-            frames = list(group)
-            if runs:
-                found.append(
-                    Tile(rows, (frames[0] - queries.start, frames[-1] + 1 - queries.start), runs)
-                )
-    return tuple(found)
+    def kind(frame: int) -> Runs | None:
+        own = place.get(frame)
+        return None if own is not None and seen[frame] == ((own, own + 1),) else seen[frame]
+
+    for runs, group in groupby(seen, kind):
+        frames = list(group)
+        span = (frames[0] - first, frames[-1] + 1 - first)
+        if runs is None:
+            own = (place[frames[0]], place[frames[-1]] + 1)
+            yield Tile(rows, span, (own,), diagonal=len(frames) > 1)
+        elif runs:
+            yield Tile(rows, span, runs)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from parallel.comm import Begin, Exchange, Finish, Member, Program, pack, unpack
 from parallel.layout import ClipLayout, FrameRange
-from parallel.local_attention import accumulation_dtype
+from parallel.local_attention import accumulation_dtype, merge
 from parallel.masks import AttentionMask, cache_tiles, tiles
 from parallel.reference import Kernels
 
@@ -30,24 +30,14 @@ Cache = tuple[Tensor, Tensor, tuple[int, ...]]  # keys, values, their frames
 HeadSpans = tuple[tuple[int, int], ...]
 
 
-def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial softmax results over disjoint keys.
-
-    out [B, n, S, H, D], lse [B, n, S, H]; −inf means that no key was seen.
-    """
-    total = torch.logaddexp(lse, new_lse)
-    reference = torch.where(total == -torch.inf, torch.zeros_like(total), total)
-    return out * (lse - reference).exp()[..., None] + new_out * (new_lse - reference).exp()[
-        ..., None
-    ], total
-
-
 def repeat_heads(x: Tensor, spans: HeadSpans) -> Tensor:
-    """Repeat key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D].
+    """Repeat key/value heads [B, n, S, H_kv, D] -> one per query head [B, n, S, H, D], where these
+    are dealt unevenly.
 
-    Span i: the query heads that read key head i.
+    Span i: the query heads that read key head i. Where all spans are of one size, kernels take the
+    heads as they are.
     """
-    if all(stop - start == 1 for start, stop in spans):
+    if _even(spans):
         return x
     index = torch.tensor(
         [i for i, (start, stop) in enumerate(spans) for _ in range(start, stop)], device=x.device
@@ -60,12 +50,17 @@ def sum_heads(x: Tensor, spans: HeadSpans) -> Tensor:
 
     The order of the sum is fixed and its dtype the accumulation dtype.
     """
-    if all(stop - start == 1 for start, stop in spans):
+    if _even(spans):
         return x
     return torch.stack(
         [x[:, :, :, start:stop].sum(3, dtype=accumulation_dtype(x.dtype)) for start, stop in spans],
         3,
     )
+
+
+def _even(spans: HeadSpans) -> bool:
+    """Return whether every key head is read by equally many query heads."""
+    return len({stop - start for start, stop in spans}) <= 1
 
 
 def _begin_shift(member: Member, tensors: Sequence[Tensor], incoming_frames: int) -> Program:

@@ -10,11 +10,14 @@ import pytest
 
 from wm_train.config.kinds import ModelConfig
 from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.waypoint.config import WaypointConfig
 
+MODELS = {"sana_wm": SanaWMConfig, "waypoint": WaypointConfig}  # folder -> its configuration
 ROOT = Path(__file__).resolve().parent.parent
-# what else has an attribute named like a key of SANA-WM: the last name before it -> the attribute
+# what else has an attribute named like a key of a model: the last name before it -> the attribute
 HOMONYMS = {
-    "needs": ("heads", "causal", "text_width"),
+    "needs": ("heads", "key_heads", "causal", "text_width"),
+    "conditions": ("controls",),
     "info": ("text_width",),  # of a data set
     "shape": ("width",),  # of latents
     "frame": ("width",),  # the same
@@ -32,8 +35,9 @@ def sources() -> list[Path]:
 
 
 def own_keys() -> set[str]:
-    """Return the keys that SANA-WM's configuration has and a model's in general has not."""
-    return {f.name for f in fields(SanaWMConfig)} - {f.name for f in fields(ModelConfig)}
+    """Return the keys that some model's configuration has and a model's in general has not."""
+    keys = {field.name for config in MODELS.values() for field in fields(config)}
+    return keys - {field.name for field in fields(ModelConfig)}
 
 
 def keys_read(source: str) -> list[str]:
@@ -50,7 +54,7 @@ def keys_read(source: str) -> list[str]:
 
 def models_named(source: str) -> list[str]:
     """Return the modules of one model that a file imports, and its name where it stands alone."""
-    inside = re.compile(r"wm_train\.models\.sana_wm\b")
+    inside = re.compile(rf"wm_train\.models\.({'|'.join(MODELS)})\b")
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -58,7 +62,7 @@ def models_named(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [name for name in names if inside.match(name)]
-        elif isinstance(node, ast.Constant) and node.value == "sana_wm":
+        elif isinstance(node, ast.Constant) and node.value in MODELS:
             found.append(f"{node.lineno}: {node.value!r}")
     return found
 
@@ -66,12 +70,21 @@ def models_named(source: str) -> list[str]:
 @pytest.mark.parametrize("look", [keys_read, models_named])
 def test_nobody_outside_a_models_folder_knows_its_keys(look):
     """They ask `Needs` and the base class, so that another model needs no line of theirs."""
-    files = [p for p in sources() if "sana_wm" not in p.parts and p.name != "registry.py"]
+    own = [ROOT / "wm_train" / "models" / model for model in MODELS]
+    files = [p for p in sources() if not set(own) & set(p.parents) and p.name != "registry.py"]
     assert not {str(p.relative_to(ROOT)): found for p in files if (found := look(p.read_text()))}
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_models_do_not_know_each_other(model):
+    others = re.compile(rf"\b({'|'.join(MODELS.keys() - {model})})\b")
+    files = sorted((ROOT / "wm_train" / "models" / model).rglob("*.py"))
+    assert files
+    assert not {str(p): found for p in files if (found := others.findall(p.read_text()))}
+
+
 def test_the_rule_about_a_models_keys_can_fail():
-    assert {"depth", "softmax_every", "camera", "text_width"} <= own_keys()
+    assert {"depth", "softmax_every", "camera", "text_width", "dilation"} <= own_keys()
     assert not {"latent_channels", "activation_checkpointing"} & own_keys()
     wrong = "a = stage.model.softmax_every\nb = config.width\nc = plan.config.model.camera"
     assert len(keys_read(wrong)) == 3

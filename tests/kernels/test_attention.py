@@ -171,6 +171,7 @@ CHUNKS = ClipLayout(8, chunk_starts=(0, 3, 5), valid_frames=(8, 6))
         AttentionMask("chunk"),
         AttentionMask("chunk", window=1, sink=1),
         AttentionMask("frame"),
+        AttentionMask("frame", window=1, dilation=2, reach=7),
         FULL,
     ],
     ids=str,
@@ -185,6 +186,21 @@ def test_flex_attention_equals_the_reference_under_masks_with_its_log_sum_exp(ma
             found = engines.flex_block(*(x.to(low) for x in (q, k, v)), pieces)
             for a, e in zip(found, expected, strict=True):
                 torch.testing.assert_close(a.double(), e, rtol=bound, atol=bound)
+
+
+def test_flex_attention_takes_fewer_key_heads(monkeypatch):
+    """Forward, and backward eager as on a device."""
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
+    whole, mask = FrameRange(0, 8), AttentionMask("frame", window=1, dilation=2, reach=7)
+    (q, k, v, grad), pieces = masked_block(CHUNKS, mask, whole, whole)
+    few = (q, k[..., :1, :], v[..., :1, :])
+    expected = REFERENCE.block_attention(*few, pieces)
+    for a, e in zip(engines.flex_block(*few, pieces), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    exact = REFERENCE.block_attention_backward(grad, *few, *expected, pieces)
+    found = engines.flex_block_backward(grad, *few, *expected, pieces)
+    for a, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
 def test_two_flex_blocks_merge_as_in_a_ring():

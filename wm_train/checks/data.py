@@ -21,6 +21,7 @@ from wm_train.redact import clean_text
 
 PATIENCE_S = 5.0  # with a store that does not answer, before anything has started
 MADE_BY = "`make train` records one in data/demo; README, 'Your own data', for others"
+LISTED = 12  # names in a message
 PATH, MIXTURE = "data.path", "data.mixture"
 
 
@@ -110,9 +111,15 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
         yield Problem(model.key("patch"), str(patch), rule, model.cure("patch", "1"))
     controls = len(info.control_names)
     if needs.control_width and needs.control_width != controls:
-        rule = f"the data set's {controls} ({', '.join(info.control_names) or 'no controls'})"
+        rule = f"the data set's {controls} ({_listed(info.control_names) or 'no controls'})"
         fix = model.cure("control_width", str(controls))
         yield Problem(model.key("control_width"), str(needs.control_width), rule, fix)
+    elif needs.control_names and needs.control_names != info.control_names:
+        pairs = zip(info.control_names, needs.control_names, strict=True)
+        place, (found, wanted) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        got = f"{stage.data.path}, whose control {place} is {found}"
+        rule = f"{wanted} there, as {model.name} gives each of its {controls} controls a place"
+        yield Problem(PATH, got, rule, "encode it again: buttons, then mouse_dx, mouse_dy, scroll")
     absent = sorted({"c2w.npy", "intrinsics.npy"} - set(info.fields))
     if "camera" in needs.fields and absent:
         got = f"true, which needs {' and '.join(absent)} of every clip"
@@ -165,6 +172,12 @@ def _trajectory_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem
     elif levels and info.ode_levels != levels:
         rule = f"the data set's {list(info.ode_levels)}, at which its trajectories are stored"
         yield Problem("objective.levels", str(list(levels)), rule)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the names, or the first and last of many."""
+    shown = names if len(names) <= LISTED else (*names[: LISTED - 1], "...", names[-1])
+    return ", ".join(shown)
 
 
 def _mixture_problems(

@@ -15,14 +15,16 @@ class Conditions:
     image_size: (height, width) of the pixels that intrinsics refer to. temporal_stride: raw frames
     per latent frame after the first. fields: name -> [B, entries, …], as `data_shards.fields`
     describes them: whole clips on every process that has part of a clip, but only the local
-    frames of a field that is read by row. camera_keep: bool [B], False where the camera is
-    dropped (None: kept everywhere). null_text: [L0, E], the embedding of "no text".
+    frames of a field that is read by row. camera_keep, controls_keep: bool [B], False where the
+    camera or the controls are dropped (None: kept everywhere). null_text: [L0, E], the embedding
+    of "no text".
     """
 
     image_size: tuple[int, int]
     temporal_stride: int
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     camera_keep: Tensor | None = None
+    controls_keep: Tensor | None = None
     null_text: Tensor | None = None
 
     @classmethod

@@ -40,8 +40,9 @@ class Needs:
     heads: query heads H of its softmax and recurrent layers; key_heads: key and value heads, fewer
     with grouped queries; latent_channels: C of its input; patch: side of a token in latent pixels;
     fields: names of the per-clip members it reads besides latents ("camera", "text", "controls");
-    text_width, control_width: E and A of those, 0 without; causal: frames see no later chunk;
-    softmax: some layer attends over the clip, through an engine of `parallel.attention`.
+    text_width, control_width: E and A of those, 0 without; control_names: of the A columns in
+    order, where the model gives each its place; causal: frames see no later chunk; softmax: some
+    layer attends over the clip, through an engine of `parallel.attention`.
     """
 
     heads: int
@@ -51,6 +52,7 @@ class Needs:
     fields: frozenset[str]
     text_width: int = 0
     control_width: int = 0
+    control_names: tuple[str, ...] = ()
     causal: bool = False
     softmax: bool = True
 

@@ -20,12 +20,16 @@ from importlib.util import find_spec
 from typing import Any
 
 TABLES: dict[str, dict[str, str]] = {
-    "models": {"sana_wm": "wm_train.models.sana_wm.config:SanaWMConfig"},
+    "models": {
+        "sana_wm": "wm_train.models.sana_wm.config:SanaWMConfig",
+        "waypoint": "wm_train.models.waypoint.config:WaypointConfig",
+    },
     "objectives": {
         "flow_matching": "wm_train.objectives.config:FlowMatchingConfig",
         "chunk_mixture": "wm_train.objectives.config:ChunkMixtureConfig",
         "ode_regression": "wm_train.objectives.config:OdeRegressionConfig",
         "distribution_matching": "wm_train.objectives.config:DistributionMatchingConfig",
+        "diffusion_forcing": "wm_train.objectives.forcing_config:DiffusionForcingConfig",
     },
     "optimizers": {
         "adamw": "wm_train.optim.config:AdamWConfig",

@@ -1,5 +1,5 @@
-"""Read and write public checkpoints: a diffusers directory of config.json and safetensors files
-with an index.
+"""Read and write public checkpoints: a directory of a configuration and safetensors files with an
+index.
 
 Reading is strict and lazy: a missing, extra or mis-shaped tensor is an error that lists names,
 before any weight changes; then every process reads just its own part of each tensor. Only
@@ -9,7 +9,7 @@ safetensors is read; nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_shards.weight_files import COPY_AGAIN, REFUSED, STEM, PublicFiles, read_object, refusal
+from data_shards.weight_files import (
+    COPY_AGAIN,
+    DIFFUSERS,
+    REFUSED,
+    Form,
+    PublicFiles,
+    form_of,
+    read_object,
+    refusal,
+)
 from wm_train.boxes import Box, local_box, local_tensor
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class, load, names
-from wm_train.models.public_files import save_weights
+from wm_train.models.public_files import config_text, save_weights
 
 LISTED = 20  # names shown per kind of error
 
@@ -31,29 +40,36 @@ class Sources:
     """Map each of our parameters to public tensors, stacked along the first dimension.
 
     ignored: public tensors that none of our parameters uses; opened: initial values of parameters
-    without a source, by the ending of their name.
+    without a source, by the ending of their name. Of parameters with one public tensor, by our
+    name: copies, the public tensors that repeat it, of a parameter that is tied here; columns, the
+    public place of each of our columns; shapes, the public shape of the same numbers.
     """
 
     parts: Mapping[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ()
     opened: Mapping[str, float] = field(default_factory=dict)
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PublicLayout:
     """Describe a model's public checkpoints; a model's configuration names one by `public`.
 
-    class_names: `_class_name` of the directories it reads, the one it writes first; to_public:
-    configuration -> config.json; from_public: config.json, and a configuration for keys that it
-    lacks -> configuration; sources: `_class_name` and our names -> `Sources`; buffers: tensors that
-    an export adds. to_public and from_public raise ValueError for what cannot be represented.
+    class_names: `_class_name` (or `model_type`) of the directories it reads, the one it writes
+    first; to_public: configuration -> config.json; from_public: config.json, and a configuration
+    for keys that it lacks -> configuration; sources: `_class_name` and our tensors -> `Sources`;
+    buffers: tensors that an export adds; form: the files that it writes. to_public and from_public
+    raise ValueError for what cannot be represented.
     """
 
     class_names: tuple[str, ...]
     to_public: Callable[[Any], dict[str, Any]]
     from_public: Callable[[Mapping[str, Any], Any], ModelConfig]
-    sources: Callable[[str, Iterable[str]], Sources]
+    sources: Callable[[str, Mapping[str, Tensor]], Sources]
     buffers: Callable[[Any], dict[str, Tensor]]
+    form: Form = DIFFUSERS
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig
     base: gives the keys that config.json lacks. Raises ValueError if the model needs something we
     do not have.
     """
-    file = directory / "config.json"
+    file = directory / form_of(directory).config
     public = read_object(file)
     try:
         return layout_of(public, directory).from_public(public, base)
@@ -82,9 +98,9 @@ def read_config(directory: Path, base: ModelConfig | None = None) -> ModelConfig
 
 
 def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
-    """Return the layout of a config.json, among those of all models. Raises ValueError for a class
-    that none of them reads."""
-    found, known = public.get("_class_name"), list[str]()
+    """Return the layout of a configuration, among those of all models. Raises ValueError for a
+    class that none of them reads."""
+    found, known = class_name(public), list[str]()
     for name in names("models"):  # ours first: what another package broke does not matter to them
         where = config_class("models", name).public  # type: ignore[attr-defined]
         if where:
@@ -98,28 +114,35 @@ def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
     )
 
 
+def class_name(public: Mapping[str, Any]) -> Any:
+    """Return the class that a configuration is of: its `model_type`, else its `_class_name`."""
+    return public.get("model_type", public.get("_class_name"))
+
+
 @torch.no_grad()
 def load_pretrained_(model: nn.Module, directory: Path) -> Loaded:
     """Fill the model's parameters and buffers from a public directory, each process its own part.
 
     Every name must fit, but for those that the layout ignores or leaves as initialised (SANA-Video
-    as a start of SANA-WM). Raises ValueError that lists missing, extra and mis-shaped tensors;
-    nothing has changed then.
+    as a start of SANA-WM). Raises ValueError that lists missing, extra and mis-shaped tensors, or
+    unequal copies of a tied one; nothing has changed then.
     """
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     broken = list[str]()
     with PublicFiles(directory) as files:
         layout = layout_of(files.config, directory)
-        sources = layout.sources(files.config["_class_name"], targets)
+        sources = layout.sources(class_name(files.config), targets)
         shapes = files.shapes()
-        _check(targets, sources.parts, shapes, sources.ignored, directory)
-        files.check_floats({part for parts in sources.parts.values() for part in parts})
-        for name, parts in sources.parts.items():
+        _check(targets, sources, shapes, directory)
+        used = {part for parts in sources.parts.values() for part in parts}
+        files.check_floats(used.union(*sources.copies.values()))
+        _check_copies(files, sources, targets)
+        for name in sources.parts:
             local, box = local_tensor(targets[name]), local_box(targets[name])
             if not box.empty:
-                pieces = [files.read(part, piece) for part, piece in _pieces(parts, shapes, box)]
-                local.copy_((torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(local.dtype))
-                if not all(piece.isfinite().all() for piece in pieces):
+                read = _read(files, sources, shapes, name, tuple(targets[name].shape), box)
+                local.copy_(read.to(local.dtype))
+                if not read.isfinite().all():
                     broken.append(name)
     if broken:
         got = f"{_listed(broken)} with NaN or infinity in {directory}"
@@ -153,24 +176,20 @@ def export_pretrained(
         )
 
     layout: PublicLayout = load(config.public)
-    text = json.dumps(layout.to_public(config), indent=2)
+    text = config_text(layout.to_public(config), layout.form)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(
             f"export failed: got {directory}, which is not empty, expected a new or empty"
             " directory. Fix: name another one"
         )
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    buffers = layout.buffers(config)
-    whole = {
-        name: value.detach().contiguous().cpu() for name, value in (buffers | dict(weights)).items()
-    }
+    own = layout.buffers(config) | dict(weights)
+    whole = to_public(own, layout.sources(layout.class_names[0], own))
     groups = list(_groups(whole, max_bytes))
-    count = len(groups)
+    count, stem = len(groups), layout.form.stem
     names = (
-        [f"{STEM}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         if count > 1
-        else [f"{STEM}.safetensors"]
+        else [f"{stem}.safetensors"]
     )
     files = [directory / name for name in names]
     texts = {}
@@ -179,11 +198,15 @@ def export_pretrained(
             "metadata": {"total_size": sum(_size(value) for value in whole.values())},
             "weight_map": {name: path.name for path, group in zip(files, groups) for name in group},
         }
-        texts[directory / f"{STEM}.safetensors.index.json"] = json.dumps(index, indent=2)
-    texts[directory / "config.json"] = text  # last: without it nobody takes the directory for one
+        texts[directory / f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2)
+    # the configuration last: without it nobody takes the directory for a checkpoint
+    texts[directory / layout.form.config] = text
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         for path, group in zip(files, groups):
-            save_weights({name: whole[name] for name in group}, path, {"format": "pt"})
+            # a copy of each: the format refuses tied tensors that share their memory
+            save_weights({name: whole[name].clone() for name in group}, path, {"format": "pt"})
         for path, words in texts.items():
             path.write_text(words)
     except BaseException as error:
@@ -200,27 +223,87 @@ def export_pretrained(
     return [*files, *texts]
 
 
+def to_public(own: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
+    """Return the public tensors of ours by name; copies of a tied one share its memory."""
+    public: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        (part,) = sources.parts[name]
+        value = tensor.detach().contiguous().cpu()
+        if name in sources.columns:
+            value = torch.empty_like(value).index_copy_(1, _columns(sources, name), value)
+        value = value.reshape(sources.shapes.get(name, value.shape))
+        public |= dict.fromkeys((part, *sources.copies.get(name, ())), value)
+    return public
+
+
+def _columns(sources: Sources, name: str) -> Tensor:
+    """Return the public place of each of our columns, int64."""
+    return torch.tensor(sources.columns[name], dtype=torch.int64)
+
+
+def _read(
+    files: PublicFiles,
+    sources: Sources,
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str,
+    shape: tuple[int, ...],
+    box: Box,
+) -> Tensor:
+    """Read the part `box` of one of our parameters, of this whole shape."""
+    parts = sources.parts[name]
+    if name in sources.shapes:
+        (part,) = parts
+        whole = files.read(part, Box((0,) * len(shapes[part]), shapes[part]))
+        return whole.reshape(shape)[_slices(box)]
+    if name in sources.columns:
+        (part,) = parts
+        rows = files.read(part, Box((box.offset[0], 0), (box.shape[0], shapes[part][1])))
+        return rows[:, _columns(sources, name)][:, _slices(box)[1]]
+    pieces = [files.read(part, piece) for part, piece in _pieces(parts, shapes, box)]
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(*box))
+
+
+def _check_copies(files: PublicFiles, sources: Sources, targets: Mapping[str, Tensor]) -> None:
+    """Raise ValueError that names the copies of tied tensors that differ from the first, in this
+    process's part of them."""
+    unequal = list[str]()
+    for name, copies in sources.copies.items():
+        (part,), box = sources.parts[name], local_box(targets[name])
+        if not box.empty:
+            first = files.read(part, box)
+            unequal += [copy for copy in copies if not torch.equal(files.read(copy, box), first)]
+    if unequal:
+        got = f"{_listed(unequal)} unlike the first of the blocks, which share one tensor"
+        raise refusal(got, "equal copies", "use a checkpoint of a tied model")
+
+
 def _check(
     targets: Mapping[str, Tensor],
-    sources: Mapping[str, tuple[str, ...]],
+    sources: Sources,
     shapes: Mapping[str, tuple[int, ...]],
-    ignored: tuple[str, ...],
     directory: Path,
 ) -> None:
-    wanted = {part for parts in sources.values() for part in parts}
+    wanted = {part for parts in sources.parts.values() for part in parts}
+    wanted = wanted.union(*sources.copies.values())
     missing = sorted(wanted - shapes.keys())
-    extra = sorted(shapes.keys() - wanted - set(ignored))
+    extra = sorted(shapes.keys() - wanted - set(sources.ignored))
     misshaped = []
-    for name, parts in sources.items():
+    for name, parts in sources.parts.items():
         if any(part not in shapes for part in parts):
             continue
         shape = shapes[parts[0]]
         if len(parts) > 1:  # a scalar has no rows to stack: it stays mis-shaped
             shape = (sum((*shapes[part], 0)[0] for part in parts), *shape[1:])
-        if shape != tuple(targets[name].shape) or any(
-            shapes[part][1:] != shape[1:] for part in parts
-        ):
-            misshaped.append(f"{name} {shape} instead of {tuple(targets[name].shape)}")
+        expected = sources.shapes.get(name, tuple(targets[name].shape))
+        if shape != expected or any(shapes[part][1:] != shape[1:] for part in parts):
+            misshaped.append(f"{name} {shape} instead of {expected}")
+        for copy in sources.copies.get(name, ()):
+            if copy in shapes and shapes[copy] != expected:
+                misshaped.append(f"{copy} {shapes[copy]} instead of {expected}")
     kinds = {"missing": missing, "extra": extra, "mis-shaped": misshaped}
     problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if problems:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+from data_shards.weight_files import PLAIN, Form
+
+
+def config_text(public: Mapping[str, Any], form: Form) -> str:
+    """Return the text of a configuration file."""
+    if form != PLAIN:
+        return json.dumps(public, indent=2)
+    import yaml
+
+    return str(yaml.safe_dump(dict(public), sort_keys=False))
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -159,3 +159,32 @@ def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
         "none with data.pack"
         in found({"data.buckets": [41], "data.pack": True})["data.buckets"].rule
     )
+
+
+def test_controls_must_be_those_of_the_model(found: Find, write, shards: Path) -> None:
+    """A button less, none at all, and columns in another order: one report each."""
+    from data_shards.controls import CONTROL_NAMES
+
+    model = {"model": {"name": "waypoint", "latent_channels": 24, "controls": 259}}
+    fields = ("controls.npy", "latent.npy")
+    write(shards, fields=fields, control_names=CONTROL_NAMES)
+    assert found(model) == {}
+    for names, got in ((CONTROL_NAMES[1:], "258 (button_001, "), ((), "0 (no controls)")):
+        write(shards, fields=fields, control_names=names)
+        (problem,) = found(model).values()
+        assert (problem.where, problem.got) == ("model.controls", "259")
+        assert f"the data set's {got}" in problem.rule
+        assert problem.fix == f"model.controls={len(names)}"
+        assert len(str(problem)) < 400
+    write(shards, fields=fields, control_names=(*CONTROL_NAMES[-3:-1], *CONTROL_NAMES[:-3], "x"))
+    (problem,) = found(model).values()
+    assert "whose control 0 is mouse_dx" in problem.got
+    assert problem.rule.startswith("button_000 there")
+
+
+def test_odd_latent_rows_do_not_make_patches(found: Find, write, shards: Path) -> None:
+    write(shards, latent_height=9, latent_width=12)
+    model = {"model": {"name": "waypoint", "latent_channels": 24}}
+    (problem,) = found(model).values()
+    assert (problem.where, problem.got) == ("model.patch_size", "2")
+    assert problem.rule == "a divisor of the latents' 9 x 12"

@@ -69,7 +69,7 @@ class KeyFrameEstimator:
         scene = build_map(known.frames)
         path = np.full((len(video), 4, 4), np.nan)
         confidence = np.zeros(len(video))
-        last: Array = np.linalg.inv(known.first)
+        last: Array = np.asarray(np.linalg.inv(known.first), np.float64)
         for number, (picture, lens) in enumerate(zip(video, known.intrinsics, strict=True)):
             fit = locate(scene, picture, lens, last)
             if fit is not None:

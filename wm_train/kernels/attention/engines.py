@@ -1,8 +1,9 @@
 """Wrap the vendors' softmax attention under the signatures of `parallel.local_attention`.
 
 A tile: q [B, H, n, D], k, v [B, H, m, D] -> out [B, H, n, D], natural-log LSE [B, H, n]; backward
-with the out and LSE of a softmax over more keys than these, as in ring attention. A block (flex): q
-[B, n, S, H, D] under tiles. Libraries are imported where they are used. Tested so far: flex on CPU;
+with the out and LSE of a softmax over more keys than these, as in ring attention. H are the key
+heads: their query heads come as more queries. A block (flex): q [B, n, S, H, D], k, v with as many
+heads or fewer, under tiles. Libraries are imported where they are used. Tested so far: flex on CPU;
 the ATen operators as shapes only; flash_attn, flash_attn_3 and npu_fusion nowhere, so
 `choose.defect` tests them on the device before they are used.
 """
@@ -220,7 +221,8 @@ def flex_block(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Pair
     for tile in tiles:
         for row in range(batch) if tile.rows is None else tile.rows:
             for start, stop in tile.keys:
-                seen[row, slice(*tile.queries), start:stop] = True
+                block = seen[row, slice(*tile.queries), start:stop]
+                block |= torch.eye(len(block), dtype=torch.bool) if tile.diagonal else True
     seen = seen.to(q.device)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -230,8 +232,10 @@ def flex_block(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Pair
     call: Any = (
         flex_attention if q.device.type == "cpu" else torch.compile(flex_attention, dynamic=False)
     )
-    tokens = (x.reshape(batch, x.shape[1] * s, heads, d).transpose(1, 2) for x in (q, k, v))
-    out, aux = call(*tokens, block_mask=mask, return_aux=AuxRequest(lse=True))
+    tokens = (x.reshape(batch, x.shape[1] * s, x.shape[3], d).transpose(1, 2) for x in (q, k, v))
+    grouped = k.shape[3] < heads
+    aux_request = AuxRequest(lse=True)
+    out, aux = call(*tokens, block_mask=mask, return_aux=aux_request, enable_gqa=grouped)
     nothing = ~seen.any(-1)[:, :, None, None].expand(batch, n, s, heads)
     out, lse = (x.transpose(1, 2).reshape(batch, n, s, heads, *x.shape[3:]) for x in (out, aux.lse))
     return out.masked_fill(nothing[..., None], 0.0), lse.to(
