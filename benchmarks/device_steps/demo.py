@@ -17,6 +17,7 @@ from measuring import Row, judged
 from wm_train.config.schema import StageConfig
 from wm_train.models.examples import ExampleShape
 from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.objectives.config import FlowMatchingConfig
 from wm_train.optim.config import AdamWConfig
 
 DEMO = SanaWMConfig(latent_channels=24, depth=4, width=128, heads=4, softmax_every=4)
@@ -34,7 +35,7 @@ def stage_config(day: Day) -> tuple[StageConfig, ExampleShape, int]:
     optimizer = AdamWConfig(lr=4e-3, warmup_steps=20, schedule="cosine")
     stage = StageConfig(
         index=1, frames=(frames - 1) * 8 + 1, steps=700, global_batch=size, model=model,
-        optimizer=optimizer,
+        objective=FlowMatchingConfig(flow_shift=3.0), optimizer=optimizer,
     )  # fmt: skip
     pixels = (2, 3) if day.dry else (15, 20)
     return stage, ExampleShape(size, frames, *pixels, 8), steps

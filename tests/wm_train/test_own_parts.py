@@ -100,7 +100,7 @@ def test_an_optimizer_and_a_sampler_work_on_a_small_model(run) -> None:
     optimizer.step()
     assert torch.allclose(model.back.weight, before - stage.optimizer.lr)
 
-    first = torch.randn(2, 16, 4, 4)
+    first = torch.randn(2, 24, 4, 4)
     conditions, shard = Conditions((64, 64), 8), LocalSequence(ClipLayout(3))
     start = SampleStart(
         experts_of(model), first, conditions, (1.0, 0.5, 0.0), NoiseKey(0, "short"),
@@ -108,7 +108,7 @@ def test_an_optimizer_and_a_sampler_work_on_a_small_model(run) -> None:
     )  # fmt: skip
     with torch.no_grad():
         made = registry.builder(stage.sampler)(start, stage.sampler)
-    assert made.shape == (2, 3, 16, 4, 4)
+    assert made.shape == (2, 3, 24, 4, 4)
     assert torch.equal(made[:, 0], first)
     assert made.isfinite().all()
 
