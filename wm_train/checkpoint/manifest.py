@@ -218,7 +218,9 @@ def resume_facts(folder: Place, manifest: Manifest) -> tuple[dict[str, Any], dic
         ((*optimizer, "name"), str),
         ((*optimizer, "ema_decay"), int | float),
     ]
-    lacks = [".".join(p) for p, kind in kinds if not isinstance(_at(manifest.facts, p), kind)]
+    absent = [path for path, kind in kinds if not isinstance(_at(manifest.facts, path), kind)]
+    # the stage's name is a fact too, of any length
+    lacks = [".".join(part[:100] for part in path) for path in absent]
     if lacks:
         raise CheckpointError(
             f"checkpoint {folder}: got no {', '.join(lacks)} among its facts, expected what the"
