@@ -25,11 +25,12 @@ MEET = """
 from test_world import listening
 from wm_train.backends import get_backend
 from wm_train.resilience.preemption import Preempted, StopRequest
-from wm_train.world import join_world
+from wm_train.world import join_world, leave_world
 world = join_world(get_backend("cpu"), 60.0)
 assert world.gather(world.rank) == [0, 1]
 print("listens", *listening())
 world.barrier()
+leave_world()
 """
 
 

@@ -126,6 +126,11 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
 
+def worlds_of(checkpoints: Path) -> list[int]:
+    """Return how many workers each checkpoint was written by, oldest first."""
+    return [read_manifest(folder).facts["world"] for folder in store.committed(checkpoints)]
+
+
 @pytest.mark.full
 def test_after_a_lost_node_a_run_shrinks_grows_again_and_has_the_losses_of_the_undisturbed_one(
     arguments, environment, token, tmp_path: Path
@@ -177,6 +182,7 @@ def test_after_a_lost_node_a_run_shrinks_grows_again_and_has_the_losses_of_the_u
             wait(lambda: store.committed(checkpoints), "the first checkpoint")
             nodes.remove_node(second)
             wait(lambda: "going on with 1" in (tmp_path / "log").read_text(), "the smaller world")
+            wait(lambda: 1 in worlds_of(checkpoints), "a checkpoint of the smaller world")
             nodes.add_node(num_cpus=1)
             assert run.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     finally:
@@ -185,8 +191,7 @@ def test_after_a_lost_node_a_run_shrinks_grows_again_and_has_the_losses_of_the_u
     assert said.count("2 workers on 2 nodes") == 2
     assert "room for 1 of 2 workers" in said
     assert "room for 2 workers: growing, from the checkpoint just made" in said
-    worlds = [read_manifest(folder).facts["world"] for folder in store.committed(checkpoints)]
-    assert [world for world, _ in itertools.groupby(worlds)] == [2, 1, 2]
+    assert [world for world, _ in itertools.groupby(worlds_of(checkpoints))] == [2, 1, 2]
     assert losses(disturbed, steps) == pytest.approx(losses(calm, steps), rel=1e-6, abs=0)
 
 
