@@ -135,7 +135,6 @@ def distilled() -> Distilled:
         f"{long}chunk_frames=3",
         f"{long}model={{causal:true}}",
         f"{long}sampler={{name:stream,levels:[1.0,0.9,0.5],step:renoise}}",
-        f"~{long}objective.flow_shift",
         f"{long}objective={{name:distribution_matching}}",
         f"{long}optimizer={{lr:1.0e-3,warmup_steps:0,schedule:constant,ema_decay:0.9}}",
         f"{long}turns=CCCS",

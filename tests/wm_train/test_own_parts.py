@@ -45,8 +45,7 @@ CHOSEN = [
     "model=my_mixer",
     "launcher.name=my_nice",
 ]
-CHOSEN += [f"~{STAGE}objective.flow_shift", STAGE + "objective.name=my_forcing"]
-CHOSEN += [STAGE + "optimizer.name=my_sign"]
+CHOSEN += [STAGE + "objective.name=my_forcing", STAGE + "optimizer.name=my_sign"]
 CHOSEN += [STAGE + "sampler.name=my_heun"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wm_train.config.overrides import as_typed_text, read_overrides
+from wm_train.config.overrides import as_typed_text, drop_replaced, read_overrides
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import build
@@ -121,6 +121,7 @@ def compose(overrides: Iterable[str], extra: Path | None = None) -> RunConfig:
     except OmegaConfBaseException as error:
         plain = raw
         problems.append(_translate(error))
+    drop_replaced(plain, lines)
     if problems:
         raise ConfigError([*problems, *(p for p in _others(plain) if "${" not in p.got)])
     try:

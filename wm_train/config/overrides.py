@@ -73,6 +73,43 @@ def read_overrides(
     return lines, problems
 
 
+def drop_replaced(plain: Any, lines: list[str]) -> None:
+    """Drop the keys that a recipe or a group gives to a part which these overrides replace by name,
+    in place: `recipe.stages.short.objective.name=other` starts from the defaults of `other`, and
+    keeps the keys that both have. Keys that overrides give themselves stay, to be judged."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = [OverridesParser.create().parse_override(line) for line in lines]
+    keys = {one.key_or_group for one in given}
+    for one in given:
+        value = one.value()
+        if isinstance(value, dict):
+            keys |= {f"{one.key_or_group}.{key}" for key in value}
+    for where in (key.removesuffix(".name") for key in keys if key.endswith(".name")):
+        section, kind = _section(plain, where), where.rpartition(".")[2] + "s"
+        if kind not in registry.TABLES or section.get("name") not in registry.names(kind):
+            continue
+        known = {name: _keys_of(kind, name) for name in registry.names(kind)}
+        replaced = frozenset().union(*known.values()) - known[section["name"]]
+        for key in [key for key in section if key in replaced and f"{where}.{key}" not in keys]:
+            del section[key]
+
+
+def _section(plain: Any, where: str) -> Any:
+    """Return the mapping at a dotted path; an empty one where there is none."""
+    for key in where.split("."):
+        plain = plain.get(key) if isinstance(plain, dict) else None
+    return plain if isinstance(plain, dict) else {}
+
+
+def _keys_of(kind: str, name: str) -> frozenset[str]:
+    """Return the keys of one part; none of one that is not whole, which is reported elsewhere."""
+    try:
+        return frozenset(typing.get_type_hints(registry.config_class(kind, name)))
+    except registry.RowError:
+        return frozenset()
+
+
 def as_typed_text(problem: Problem, overrides: list[str]) -> Problem:
     """Return the problem of a value that should be text with the form to type as its fix."""
     for argument in overrides:

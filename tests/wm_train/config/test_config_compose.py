@@ -107,6 +107,23 @@ def test_missing_data_path_is_a_problem() -> None:
     assert wheres("recipe=demo") == {"data.path": "nothing"}
 
 
+SHORT = "recipe.stages.short.objective"
+
+
+@pytest.mark.parametrize(
+    "other", [f"{SHORT}.name=distribution_matching", f"{SHORT}={{name:distribution_matching}}"]
+)
+def test_a_part_that_is_replaced_by_name_takes_its_own_keys_along(other: str) -> None:
+    """The demo's recipe gives its objective a flow_shift, which the other one does not have; a key
+    of the command's own is judged, and one that both have stays."""
+    demo = ["experiment=demo", "recipe=demo", "data.path=x"]
+    assert compose([*demo, other]).recipe.stages["short"].objective.name == "distribution_matching"
+    with pytest.raises(ConfigError, match="flow_shift"):
+        compose([*demo, other, f"{SHORT}.flow_shift=2"])
+    kept = compose([*demo, f"{SHORT}.name=chunk_mixture"]).recipe.stages["short"].objective
+    assert (kept.name, kept.flow_shift) == ("chunk_mixture", 3.0)
+
+
 @pytest.mark.parametrize(
     "override",
     [
