@@ -185,13 +185,14 @@ def teacher_velocity(teacher: WorldModel, clips: Clips, turn: RoleTurn) -> Veloc
 
 
 def without(clips: Clips, names: set[str]) -> Conditions:
-    """Return the clips' conditions without some: the camera dropped, the null text, controls at
-    rest."""
+    """Return the clips' conditions without some: the camera dropped, the null text, controls
+    unknown, and at rest for a model that knows no other word for it."""
     conditions, everywhere = clips.conditions, torch.ones_like(clips.draws, dtype=torch.bool)
     if "camera" in names:
         conditions = replace(conditions, camera_keep=~everywhere)
     if "text" in names:
         conditions = drop_text(conditions, everywhere)
     if "controls" in names and conditions.controls is not None:
-        conditions = conditions.with_fields(controls=torch.zeros_like(conditions.controls))
+        rest = torch.zeros_like(conditions.controls)
+        conditions = replace(conditions.with_fields(controls=rest), controls_keep=~everywhere)
     return conditions
