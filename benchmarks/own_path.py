@@ -26,7 +26,8 @@ from parallel.sequence import LocalSequence
 from wm_train.conditioning import Conditions
 from wm_train.config.registry import builder
 from wm_train.config.typed import from_json
-from wm_train.evaluation.first_frame import figure, psnr
+from wm_train.evaluation.first_frame import in_words, over_clips
+from wm_train.evaluation.metrics.pictures import psnr
 from wm_train.evaluation.pictures import write_png
 from wm_train.noise import NoiseKey
 from wm_train.sampling.experts import experts_of
@@ -89,9 +90,9 @@ def main() -> None:
     for key, (right, wrong, still) in zip(batch.keys, rows, strict=True):
         print(f"{key:<24} {right:8.2f} {wrong:10.2f} {still:10.2f}")
     for name, column in zip(("own path", "another's", "frozen"), zip(*rows, strict=True)):
-        print(f"{name:<12} {figure(list(column))} dB")
+        print(f"{name:<12} {in_words(over_clips(column))} dB")
     gains = [(right - still, right - wrong) for right, wrong, still in rows]
-    above_still, above_wrong = (figure(list(column)) for column in zip(*gains, strict=True))
+    above_still, above_wrong = (in_words(over_clips(column)) for column in zip(*gains, strict=True))
     better = sum(gain > 0 for _, gain in gains)
     print(f"own path above frozen {above_still} dB, above another's {above_wrong} dB")
     print(f"own path better than another's for {better} of {len(rows)} clips")

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Sequence
 
 import numpy as np
+
+from wm_train.evaluation.metrics.pictures import psnr
+from wm_train.evaluation.metrics.score import Score, Summary, summarise
 
 SPANS = ("clip", "first_second")
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Store a mean over `n` clips and its standard error, which is null with one clip."""
-
-    mean: float
-    standard_error: float | None
-    n: int
-
-    def __str__(self) -> str:
-        error = "" if self.standard_error is None else f" +- {self.standard_error:.1f}"
-        return f"{self.mean:.1f}{error}"
+def over_clips(values: Sequence[float]) -> Summary:
+    """Return mean, standard error and interval of one value per clip."""
+    return summarise([Score(value, 1, 1.0) for value in values])
 
 
-def figure(values: list[float]) -> Figure:
-    """Return mean and standard error of one value per clip."""
-    n = len(values)
-    return Figure(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None, n)
-
-
-def psnr(truth: np.ndarray, video: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio in dB of uint8 pixels, over all frames together; at
-    most 100."""
-    error = float(np.mean((truth.astype(np.float64) - video) ** 2))
-    return 10.0 * math.log10(255.0**2 / max(error, 255.0**2 * 1e-10))
+def in_words(summary: Summary) -> str:
+    """Return mean and standard error as a person reads them; one clip has no error."""
+    error = summary.standard_error
+    return f"{summary.mean:.1f}" + ("" if error is None else f" +- {error:.1f}")
 
 
 def clip_psnr(truth: np.ndarray, sample: np.ndarray, fps: float) -> dict[str, float]:
@@ -49,25 +35,26 @@ def clip_psnr(truth: np.ndarray, sample: np.ndarray, fps: float) -> dict[str, fl
     }
 
 
-def summary(rows: list[dict[str, float]]) -> dict[str, Figure]:
+def summary(rows: list[dict[str, float]]) -> dict[str, Summary]:
     """Return each figure of `clip_psnr` over all clips, and `gain_<span>`: sample above frozen."""
     gains = [
         {f"gain_{span}": row[f"sample_psnr_{span}"] - row[f"frozen_psnr_{span}"] for span in SPANS}
         for row in rows
     ]
     named = [row | gain for row, gain in zip(rows, gains, strict=True)]
-    return {name: figure([row[name] for row in named]) for name in named[0]}
+    return {name: over_clips([row[name] for row in named]) for name in named[0]}
 
 
-def verdict(figures: dict[str, Figure]) -> str:
+def verdict(figures: dict[str, Summary]) -> str:
     """Return the comparison as a person reads it."""
     clip, second = (
-        f"{figures[f'sample_psnr_{span}']} dB, frozen first frame {figures[f'frozen_psnr_{span}']}"
+        f"{in_words(figures[f'sample_psnr_{span}'])} dB, frozen first frame"
+        f" {in_words(figures[f'frozen_psnr_{span}'])}"
         for span in SPANS
     )
-    n = figures["gain_clip"].n
-    lost = figures["gain_clip"].mean < 0
+    gain = figures["gain_clip"]
+    lost = gain.mean is not None and gain.mean < 0
     return (
-        f"PSNR to the truth over {n} held-out clip{'s' * (n > 1)}: {clip}; over the first second"
-        f" {second}" + ("; samples lose to the frozen first frame" if lost else "")
+        f"PSNR to the truth over {gain.n} held-out clip{'s' * (gain.n > 1)}: {clip}; over the first"
+        f" second {second}" + ("; samples lose to the frozen first frame" if lost else "")
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from data_shards.loading.load import Batch
 from wm_train.config.registry import builder
 from wm_train.noise import VALIDATION, NoiseKey
 from wm_train.resilience.preemption import StopRequest, StopSeenError
@@ -27,17 +28,10 @@ def held_out_loss(
     """
     stop = stop or StopRequest()
     objective = stage.config.objective
-    wanted = min(stage.config.trainer.validation_clips, len(stage.dataset.clips("validation")))
-    if not wanted:
+    wanted, batch = fetch_held_out(stage, stage.config.trainer.validation_clips, stop)
+    if batch is None:
         return {}
-    share = -(-wanted // stage.mesh.data_size)
-    with open_loader(stage, "validation", share * stage.mesh.data_size) as loader:
-        fetched = loader.next_unless(stop)
-        if fetched is None:
-            raise StopSeenError
-        batch = on_device(stage, fetched)
-    # No more clips at once than in training.
-    parts = math.ceil(share * stage.mesh.data_size / stage.config.global_batch)
+    parts = parts_of(stage, wanted)
     sums, levels = [], objective.held_out_levels()
     configs = [objective.held_out(sigma) for sigma in levels] or [objective]
     with state.averaged(), stop.watched(state.model, stage.world):
@@ -54,3 +48,31 @@ def held_out_loss(
     means = (stage.world.gather_numbers(sums).sum(dim=0) / wanted).tolist()
     by_level = {f"validation_loss_sigma_{s}": m for s, m in zip(levels, means, strict=bool(levels))}
     return {"validation_loss": sum(means) / len(means), **by_level}
+
+
+def fetch_held_out(
+    stage: Stage, most: int, stop: StopRequest | None = None
+) -> tuple[int, Batch | None]:
+    """Return how many held-out clips there are, at most `most`, and this rank's rows and frames of
+    them; None if there are none. Rows beyond them only fill up the last rank's share.
+
+    Raises StopSeenError on all processes when `stop` was raised on one.
+    """
+    wanted = min(most, len(stage.dataset.clips("validation")))
+    if not wanted:
+        return 0, None
+    with open_loader(stage, "validation", padded(stage, wanted)) as loader:
+        fetched = loader.next_unless(stop) if stop else next(loader)
+    if fetched is None:
+        raise StopSeenError
+    return wanted, on_device(stage, fetched)
+
+
+def parts_of(stage: Stage, wanted: int) -> int:
+    """Return into how many parts held-out clips are cut: no more at once than in training."""
+    return math.ceil(padded(stage, wanted) / stage.config.global_batch)
+
+
+def padded(stage: Stage, wanted: int) -> int:
+    """Return the next number of clips that divides evenly over the data ranks."""
+    return -(-wanted // stage.mesh.data_size) * stage.mesh.data_size

@@ -17,14 +17,15 @@ from wm_train.boxes import is_first_copy, local_tensor
 from wm_train.conditioning import Conditions
 from wm_train.config.registry import builder
 from wm_train.config.roles import CRITIC, TEACHER, DistillConfig
+from wm_train.evaluation.held_out import fetch_held_out
 from wm_train.evaluation.samples import levels_of, uncompiled, whole_clips
 from wm_train.noise import VALIDATION, VALIDATION_AGAIN, NoiseKey, normal
 from wm_train.objectives.score_difference import critic_loss
-from wm_train.resilience.preemption import StopRequest, StopSeenError
+from wm_train.resilience.preemption import StopRequest
 from wm_train.sampling.experts import experts_of
 from wm_train.sampling.levels import first_frames
 from wm_train.sampling.sample import SampleStart
-from wm_train.training.data import conditions_of, first_latents, on_device, open_loader, sequence_of
+from wm_train.training.data import conditions_of, first_latents, sequence_of
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
 from wm_train.world import World
@@ -42,15 +43,9 @@ def rollout_statistics(
     Raises StopSeenError on all processes when `stop` was raised on one.
     """
     stop = stop or StopRequest()
-    wanted = min(stage.config.trainer.validation_clips, len(stage.dataset.clips("validation")))
-    if not wanted:
+    wanted, batch = fetch_held_out(stage, stage.config.trainer.validation_clips, stop)
+    if batch is None:
         return {}
-    share = -(-wanted // stage.mesh.data_size)
-    with open_loader(stage, "validation", share * stage.mesh.data_size) as loader:
-        fetched = loader.next_unless(stop)
-        if fetched is None:
-            raise StopSeenError
-        batch = on_device(stage, fetched)
     sequence, conditions = sequence_of(stage, batch), conditions_of(stage, batch)
     sampler, rollouts = stage.config.sampler, []
     with state.averaged(), stop.watched(state.model, stage.world), uncompiled(stage):

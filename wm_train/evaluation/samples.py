@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +16,13 @@ from data_shards.loading.load import Batch, denormalise
 from wm_train.config.registry import builder
 from wm_train.console import Progress
 from wm_train.evaluation.first_frame import clip_psnr, summary, verdict
+from wm_train.evaluation.held_out import fetch_held_out, parts_of
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.sample import SampleStart
 from wm_train.tracking.tracker import Tracker
-from wm_train.training.data import (
-    batch_parts,
-    conditions_of,
-    first_latents,
-    on_device,
-    open_loader,
-    sequence_of,
-)
+from wm_train.training.data import batch_parts, conditions_of, first_latents, sequence_of
 from wm_train.training.stage import Stage
 from wm_train.training.state import EvaluationState, TrainState
 
@@ -100,7 +93,7 @@ def show_samples(
         tracker.artifact(path)
     figures = summary(rows)
     by_clip = dict(zip(sampled.keys, rows, strict=True))
-    means = {name: asdict(one) for name, one in figures.items()}
+    means = {name: one.as_json() for name, one in figures.items()}
     (target / "psnr.json").write_text(json.dumps({"mean": means, "clips": by_clip}, indent=1))
     write_png(target / "contact_sheet.png", contact_sheet(clips[:SHEET_CLIPS]))
     for name in ("psnr.json", "contact_sheet.png"):
@@ -118,15 +111,14 @@ def sample(
     `stream` each rank of a sequence group makes the same whole clip, as a chunk is too short to be
     split, and returns its own frames.
     """
-    each = -(-wanted // stage.mesh.data_size)
-    with open_loader(stage, "validation", each * stage.mesh.data_size) as loader:
-        batch = on_device(stage, next(loader))
+    batch = fetch_held_out(stage, wanted)[1]
+    assert batch is not None, "the caller counts the held-out clips"
     states: dict[float, TrainState | EvaluationState] = (
         {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
     )
     experts = Experts(tuple(states), tuple(one.model for one in states.values()))
     sampler = stage.config.sampler
-    parts = math.ceil(each * stage.mesh.data_size / stage.config.global_batch)
+    parts = parts_of(stage, wanted)
     with ExitStack() as contexts, torch.no_grad():
         for one in states.values():
             contexts.enter_context(one.averaged())

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from wm_train.evaluation.first_frame import clip_psnr, figure, psnr, summary, verdict
+from wm_train.evaluation.first_frame import clip_psnr, over_clips, summary, verdict
+from wm_train.evaluation.metrics.pictures import psnr
 
 
 @pytest.mark.parametrize("step", [1, 7, 100])
@@ -38,10 +39,10 @@ def test_spans_leave_out_the_given_frame_and_the_first_second_ends_in_time() -> 
 
 def test_mean_and_standard_error_over_clips() -> None:
     values = [20.0, 22.0, 27.0]
-    found = figure(values)
+    found = over_clips(values)
     assert (found.mean, found.n) == (pytest.approx(23.0), 3)
     assert found.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(3))
-    assert figure([5.0]).standard_error is None
+    assert over_clips([5.0]).standard_error is None
 
 
 @pytest.mark.parametrize("sample", [21.0, 27.0])
