@@ -23,7 +23,8 @@ class Batch:
     - fields: name -> [b, entries, …] as `data_shards.fields` describes it; absent if the data has
       none, and rows with fewer entries are padded. Fields that are read by row cover these t latent
       frames, all others the whole row, the same on all ranks of a sequence group.
-    - draws [b] and valid_frames [b] (latent) int64.
+    - draws [b] int64.
+    - valid_frames: latent frames of each row before its padding.
     - document_starts: per row, the start of each of its packed clips, (0,) for a row of one clip.
     - image_size: (height, width) of the pixels that intrinsics refer to, a pixel's centre at
       (column + 0.5, row + 0.5).
@@ -37,7 +38,7 @@ class Batch:
     fields: Mapping[str, Tensor]
     keys: tuple[str, ...]
     draws: Tensor
-    valid_frames: Tensor
+    valid_frames: tuple[int, ...]
     document_starts: tuple[tuple[int, ...], ...]
     frames: int
     image_size: tuple[int, int]
@@ -53,10 +54,9 @@ class Batch:
         """Return [b,F,4] float32 fx, fy, cx, cy in pixels of `image_size`."""
         return self.fields.get("intrinsics")
 
-    def each_tensor(self, change: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
-        """Return the batch with its tensors changed, but those members named in `keep`."""
-        own = [name for name in ("latents", "draws", "valid_frames") if name not in keep]
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in own}
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with its tensors changed."""
+        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in ("latents", "draws")}
         fields = {name: change(tensor) for name, tensor in self.fields.items()}
         return replace(self, **changed, fields=fields)
 

@@ -161,7 +161,7 @@ class ClipLoader:
             fields,
             keys=keys,
             draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
-            valid_frames=torch.tensor([row.valid_frames for row in rows], dtype=torch.int64),
+            valid_frames=tuple(row.valid_frames for row in rows),
             document_starts=tuple(row.starts for row in rows),
             frames=total,
             image_size=(first.image_height, first.image_width),

@@ -59,7 +59,7 @@ def test_batches_follow_the_order(dataset):
             (4, 17, 4),
             (4, 3, 6),
         )
-        assert batch.valid_frames.tolist() == [3] * 4
+        assert batch.valid_frames == (3,) * 4
         assert all(
             tensor.dtype == torch.float32 for tensor in (batch.latents, *batch.fields.values())
         )

@@ -1,4 +1,4 @@
-"""Predict the share of time in useful steps of a run whose nodes fail: by formula and by drawn lives.
+"""Predict the share of time in useful steps of a run whose nodes fail: by formula and drawn lives.
 
 A run works for `interval_s`, saves, and works on. At a failure it loses what no valid checkpoint
 holds, and needs time until it trains again; a failure in that time starts it anew. With a constant

@@ -90,7 +90,7 @@ def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> 
         for s, end in zip(starts, ends, strict=True)
         for chunk in chunk_starts(end - s, chunk_frames)
     )
-    layout = ClipLayout(batch.frames, starts, chunks, tuple(batch.valid_frames.tolist()))
+    layout = ClipLayout(batch.frames, starts, chunks, batch.valid_frames)
     return make_sequence(
         layout, stage.mesh, stage.kernels, stage.attention, compiled=stage.config.parallel.compile
     )
@@ -137,9 +137,7 @@ def clips_of(stage: Stage, batch: Batch) -> Clips:
 def on_device(stage: Stage, batch: Batch) -> Batch:
     """Move the batch to the device, and broadcast what one rank of each sequence group has read to
     the other ranks."""
-    batch = batch.each_tensor(
-        lambda tensor: tensor.to(stage.backend.device, non_blocking=True), keep=("valid_frames",)
-    )
+    batch = batch.each_tensor(lambda x: x.to(stage.backend.device, non_blocking=True))
     if stage.mesh.comm is not None:
         stage.mesh.comm.share(batch.replicated())
     return batch
@@ -166,5 +164,10 @@ def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:
         if size:
             rows = slice(start, start + size)
             part = batch.each_tensor(itemgetter(rows))
-            yield replace(part, keys=batch.keys[rows], document_starts=batch.document_starts[rows])
+            yield replace(
+                part,
+                keys=batch.keys[rows],
+                valid_frames=batch.valid_frames[rows],
+                document_starts=batch.document_starts[rows],
+            )
         start += size

@@ -102,7 +102,7 @@ class Stage:
             batch.latents.shape[-2:],
         )
         size = tokens_per_frame(self.config.model, height, width)
-        rows = zip(batch.document_starts, batch.valid_frames.tolist(), strict=True)
+        rows = zip(batch.document_starts, batch.valid_frames, strict=True)
         clips = [end - start for starts, last in rows for start, end in pairwise((*starts, last))]
         whole = {
             "frames": sum((length - 1) * stride + 1 for length in clips),
