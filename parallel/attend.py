@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel import ring, ulysses
 from parallel.comm import Member, Program
-from parallel.layout import ClipLayout, FrameRange, split_evenly
+from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import AttentionMask
 from parallel.reference import Kernels
 
@@ -49,7 +49,7 @@ class AttendVerb:
         """
         held = [
             FrameRange(self.part.start + r.start, self.part.start + r.stop)
-            for r in split_evenly(len(self.part), member.size)
+            for r in self.layout.cut(self.part).split(member.size)
         ]
         groups = [held[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
         queries, keys = ulysses.deal_heads(self.heads, self.key_heads, member.ulysses)

@@ -51,6 +51,7 @@ def check_engine(
             f"documents at {layout.document_starts}",
             "one document",
         ),
+        (layout.copies == 1, f"{layout.copies} copies of each frame", "single frames"),
         (not layout.ragged, f"valid_frames {layout.valid_frames}", "no padding"),
         (
             layout.frames % member.size == 0,

@@ -45,12 +45,19 @@ class ClipLayout:
       chunk. The default is one chunk: bidirectional.
     - valid_frames: per row, the number of leading frames that are real; the rest is padding that
       changes no real frame. None: all of them, any row count.
+    - copies: n, each frame stands n times in a row, its copies one after the other; T and all of
+      the above count every copy. Copy 0 is clean and sees clean frames; copy c >= 1 is noisy and
+      sees copy c of its own chunk's frames and copy 0 of all others (packed teacher forcing,
+      Waypoint-1.5 §4). A layout with copies has attention and means, no scans and no halos.
+    - clean_given: copy 0 is only seen: what it sees itself is not computed and gives zeros.
     """
 
     frames: int
     document_starts: tuple[int, ...] = (0,)
     chunk_starts: tuple[int, ...] = (0,)
     valid_frames: tuple[int, ...] | None = None
+    copies: int = 1
+    clean_given: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1:
@@ -78,17 +85,40 @@ class ClipLayout:
                     f"clip layout is impossible: got valid_frames {bad}, expected 0 …"
                     f" frames={self.frames} (ClipLayout)"
                 )
+        counts = (self.frames, *self.document_starts, *self.chunk_starts)
+        if self.copies < 1 or any(n % self.copies for n in (*counts, *(self.valid_frames or ()))):
+            raise ValueError(
+                f"clip layout is impossible: got copies={self.copies} with {self}, expected >= 1"
+                " and all counts multiples of it (ClipLayout.copied)"
+            )
+
+    def copied(self, copies: int, clean_given: bool = False) -> ClipLayout:
+        """Return the layout of the same frames, each of them `copies` times in succession."""
+        if self.copies > 1:
+            raise ValueError(
+                f"cannot copy frames: got a layout with {self.copies} copies, expected single"
+                " frames (ClipLayout.copied)"
+            )
+
+        def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(copies * n for n in counts)
+
+        valid = None if self.valid_frames is None else scaled(self.valid_frames)
+        starts = (scaled(self.document_starts), scaled(self.chunk_starts))
+        return ClipLayout(copies * self.frames, *starts, valid, copies, clean_given)
 
     def split(self, ranks: int) -> tuple[FrameRange, ...]:
         """Return contiguous shards in rank order.
 
-        The first T % P ranks get one frame more, and ranks beyond T get none.
+        The first T % P ranks get one frame more, and ranks beyond T get none. Copies of a frame
+        stay together: they are split as if each were one.
         """
         if ranks < 1:
             raise ValueError(
                 f"cannot split a clip: got {ranks} ranks, expected >= 1 (ClipLayout.split)"
             )
-        return _split(self.frames, ranks)
+        shards = _split(self.frames // self.copies, ranks)
+        return tuple(FrameRange(r.start * self.copies, r.stop * self.copies) for r in shards)
 
     @property
     def ragged(self) -> bool:
@@ -109,7 +139,12 @@ class ClipLayout:
         if valid is not None:
             valid = tuple(min(max(n - frames.start, 0), len(frames)) for n in valid)
         return ClipLayout(
-            len(frames), starts(self.document_starts), starts(self.chunk_starts), valid
+            len(frames),
+            starts(self.document_starts),
+            starts(self.chunk_starts),
+            valid,
+            self.copies,
+            self.clean_given,
         )
 
     def chunk_of(self, frame: int) -> FrameRange:
@@ -117,8 +152,8 @@ class ClipLayout:
         return _span(_merged(self), self.frames, frame)
 
     def position_of(self, frame: int) -> int:
-        """Return the time index of a frame inside its document."""
-        return frame - self.document_of(frame).start
+        """Return the time index of a frame inside its document; copies of a frame have the same."""
+        return (frame - self.document_of(frame).start) // self.copies
 
 
 @lru_cache(maxsize=256)
@@ -143,6 +178,16 @@ def _merged(layout: ClipLayout) -> tuple[int, ...]:
     return tuple(sorted({*layout.document_starts, *layout.chunk_starts}))
 
 
+def single_frames(layout: ClipLayout, what: str) -> None:
+    """Raise ValueError if a frame stands in the layout more than once."""
+    if layout.copies > 1:
+        raise ValueError(
+            f"{what} failed: got {layout.copies} copies of each frame, expected single frames, as"
+            " only attention tells copies apart (ClipLayout.copies). Fix: a model whose frames meet"
+            " in attention alone"
+        )
+
+
 @lru_cache(maxsize=256)
 def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
     """Return the open edges of a clip, T+1 of them; edge i lies between frame i-1 and frame i.
@@ -151,8 +196,10 @@ def edges(layout: ClipLayout, direction: Direction) -> tuple[bool, ...]:
     - reverse: may frame i-1 see frame i? Neither at a document's nor at a chunk's first frame.
 
     Edges 0 and T are the clip's ends and closed (a scan that continues a stream opens edge 0
-    itself).
+    itself). Copies of a frame have no order in time, so a layout with copies has no edges:
+    ValueError.
     """
+    single_frames(layout, "a scan")
     cuts = layout.document_starts if direction == "forward" else _merged(layout)
     closed = {0, layout.frames, *cuts}
     return tuple(edge not in closed for edge in range(layout.frames + 1))
@@ -171,6 +218,7 @@ def halo_limits(layout: ClipLayout, kind: str) -> tuple[FrameRange, ...]:
             f"halo edges are unknown: got {kind!r}, expected clip, document or chunk"
             " (SequenceShard.halo)"
         )
+    single_frames(layout, "a convolution over time")
     if kind == "clip":
         return (FrameRange(0, layout.frames),) * layout.frames
     end = layout.document_of if kind == "document" else layout.chunk_of

@@ -2,8 +2,8 @@
 
 Every mask is frame-wise: the S tokens of one frame see the same frames. So a mask never becomes a
 dense [T·S, T·S] matrix; `tiles` cuts it into dense rectangles (query frames × key frames) that any
-unmasked attention kernel computes. Documents and padding come from the `ClipLayout` and hold under
-every mask.
+unmasked attention kernel computes. Documents, padding and copies of frames come from the
+`ClipLayout` and hold under every mask.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def visible(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[in
 def near_and_far(
     layout: ClipLayout, mask: AttentionMask, frame: int
 ) -> tuple[range, frozenset[int]]:
-    """Return the frames that `frame` attends to inside its window, and those outside of it."""
+    """Return the frames that `frame` attends to inside its window, and those outside of it; of a
+    layout with copies, those of its own chunk in the window, and all others."""
+    if layout.copies > 1:
+        return _of_copies(layout, mask, frame)
     document = layout.document_of(frame)
     if mask.causality == "full":
         return range(document.start, document.stop), frozenset()
@@ -127,6 +130,36 @@ def near_and_far(
     )
     sink = range(document.start, min(document.start + mask.sink, oldest))
     return range(oldest, chunks[-1].stop), frozenset(sink)
+
+
+def _of_copies(layout: ClipLayout, mask: AttentionMask, place: int) -> tuple[range, frozenset[int]]:
+    """Return `near_and_far` of one copy of a frame: which frames the mask shows is decided as if
+    each were there once; of them the own chunk's are of the same copy, all others clean."""
+    n = layout.copies
+    frame, copy = divmod(place, n)
+    if layout.clean_given and copy == 0:
+        return range(0), frozenset()
+    once = single(layout)
+    chunk = once.chunk_of(frame)
+    near, far = near_and_far(once, mask, frame)
+    start, stop = max(near.start, chunk.start), min(near.stop, chunk.stop)
+    others = (frozenset(near) | far) - frozenset(range(start, stop))
+    inside = range(chunk.start, chunk.stop)
+    return range(n * start + copy, n * (stop - 1) + copy + 1, n), frozenset(
+        n * i + (copy if i in inside else 0) for i in others
+    )
+
+
+@lru_cache(maxsize=256)
+def single(layout: ClipLayout) -> ClipLayout:
+    """Return the layout of the same clip with each frame once."""
+    n, valid = layout.copies, layout.valid_frames
+    return ClipLayout(
+        layout.frames // n,
+        tuple(i // n for i in layout.document_starts),
+        tuple(i // n for i in layout.chunk_starts),
+        None if valid is None else tuple(i // n for i in valid),
+    )
 
 
 def needed(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int]:
@@ -187,8 +220,9 @@ def _cut(
             near[frame], far[frame], joint[frame] = (
                 _runs(seen, keys, valid) for seen in (inside, outside, {*inside, *outside})
             )
-        # Each run is one view of the keys: only several of them have to be copied together.
-        split = any(len(runs) > 1 for runs in far.values())
+        # Each run is one view of the keys: only several of them have to be copied together. Clean
+        # copies that neighbours share stand between others, so they are never one run.
+        split = layout.copies > 1 or any(len(runs) > 1 for runs in far.values())
         for seen in (near, far) if split else (joint,):
             found += _rectangles(rows, seen, queries.start, keys)
     return tuple(found)

@@ -21,7 +21,7 @@ from torch import Tensor
 from parallel.comm import Communicator
 from parallel.gdn_scan import Reverse, ScanOutput
 from parallel.halo import Taps
-from parallel.layout import ClipLayout, FrameRange
+from parallel.layout import ClipLayout, FrameRange, single_frames
 from parallel.masks import FULL, AttentionMask, needed
 from parallel.reference import Stream
 from parallel.sequence import Cache, HaloEdges, WholeClip, as_autocast
@@ -68,6 +68,7 @@ class StreamingSequence:
         Raises ValueError for packed documents, padding, and a state that ends within a chunk.
         """
         layout = clip.layout
+        single_frames(layout, "streaming")
         if layout.document_starts != (0,) or layout.ragged:
             raise ValueError(
                 f"streaming failed: got documents {layout.document_starts} and valid_frames"

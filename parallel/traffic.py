@@ -128,7 +128,7 @@ def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, 
     (b, t, s, _, d), dtype = tensors[0]
     width, token = dtype.itemsize, b * s * d
     group = verb.heads // verb.key_heads
-    frames = [len(r) for r in split_evenly(len(verb.part), member.size)]
+    frames = [len(r) for r in verb.layout.cut(verb.part).split(member.size)]
     rows = [frames[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
     queries = [len(r) for r in split_evenly(verb.heads, member.ulysses)]
     keys = [

@@ -65,6 +65,8 @@ def may_read(layout, kind, i, j):
 
 
 def may_attend(layout, mask: AttentionMask, i, j):
+    if layout.copies > 1:
+        return may_attend_copies(layout, mask, i, j)
     if not same_document(layout, i, j):
         return False
     if mask.causality == "full":
@@ -85,6 +87,19 @@ def may_attend(layout, mask: AttentionMask, i, j):
     number = [s for s in starts if s >= first]
     ci, cj = (max(n for n, s in enumerate(number) if s <= f) for f in (i, j))
     return cj <= ci and (mask.window is None or ci - cj < mask.window or j - first < mask.sink)
+
+
+def may_attend_copies(layout, mask: AttentionMask, i, j):
+    """The public rule of packed teacher forcing, with chunks in place of frames; c = 0 is clean:
+    allowed = (c_k = 0 and (c_q = 0 or t_k != t_q)) or (c_k = c_q >= 1 and t_k = t_q)."""
+    n = layout.copies
+    (tq, cq), (tk, ck) = divmod(i, n), divmod(j, n)
+    documents, chunks = ([s // n for s in x] for x in (layout.document_starts, layout.chunk_starts))
+    once = ClipLayout(layout.frames // n, tuple(documents), tuple(chunks))
+    if (layout.clean_given and cq == 0) or not may_attend(once, mask, tq, tk):
+        return False
+    same = same_chunk(once, tq, tk)
+    return (ck == 0 and (cq == 0 or not same)) or (ck == cq >= 1 and same)
 
 
 def serial_scan(streams, layout: ClipLayout, reverse, initial=None):
