@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data_shards.loading.load import Batch, ClipLoader
 from data_shards.storage.read import ClipDataset, open_dataset
+from data_shards.time_layout import time_of
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from parallel.streaming import chunk_starts
@@ -105,7 +106,8 @@ def main() -> None:
     stage = run.recipe.stages[run.stage]
     model = trained_model(stage.model, options.folder)
     dataset = open_dataset(options.data or stage.data.path)
-    frames = (stage.frames - 1) // dataset.info.temporal_stride + 1
+    time = time_of(dataset.info)
+    frames = time.latents(stage.frames)
     sequence = LocalSequence(
         ClipLayout(frames, chunk_starts=chunk_starts(frames, stage.chunk_frames))
     )
@@ -116,6 +118,7 @@ def main() -> None:
         dataset.info.temporal_stride,
         batch.c2w,
         batch.intrinsics,
+        grouped=time.layout == "grouped",
     )
     others = [
         own.with_fields(c2w=batch.c2w[clips], intrinsics=batch.intrinsics[clips])

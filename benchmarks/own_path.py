@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from camera_matters import held_out, other_videos, trained_model
 
-from data_shards.codecs import make_codec
+from data_shards.codecs import decode_shown, make_codec
 from data_shards.loading.load import denormalise
 from data_shards.storage.read import open_dataset
+from data_shards.time_layout import time_of
 from parallel.layout import ClipLayout
 from parallel.reference import Kernels
 from parallel.sequence import LocalSequence
@@ -51,10 +52,15 @@ def main() -> None:
     model = trained_model(stage.model, options.folder)
     dataset = open_dataset(options.data or stage.data.path)
     info = dataset.info
-    frames = (stage.frames - 1) // info.temporal_stride + 1
+    time = time_of(info)
+    frames = time.latents(stage.frames)
     batch = held_out(dataset, options.split, options.clips, frames)
     own = Conditions.of(
-        (info.image_height, info.image_width), info.temporal_stride, batch.c2w, batch.intrinsics
+        (info.image_height, info.image_width),
+        info.temporal_stride,
+        batch.c2w,
+        batch.intrinsics,
+        grouped=time.layout == "grouped",
     )
     (partner,) = other_videos([dataset.find(key).episode for key in batch.keys], 1)
     other = own.with_fields(c2w=batch.c2w[partner], intrinsics=batch.intrinsics[partner])
@@ -64,7 +70,9 @@ def main() -> None:
     codec = make_codec(info.codec, info.codec_options)
 
     def videos(latents: torch.Tensor) -> list[np.ndarray]:
-        return [codec.decode(denormalise(clip, info).float().numpy()) for clip in latents]
+        return [
+            decode_shown(codec, denormalise(clip, info).float().numpy(), info) for clip in latents
+        ]
 
     @torch.no_grad()
     def rolled_out(conditions: Conditions) -> list[np.ndarray]:

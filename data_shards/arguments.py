@@ -97,6 +97,14 @@ def number(minimum: float, maximum: float) -> Callable[[str], float]:
     return convert
 
 
+def picture_size(text: str) -> tuple[int, int]:
+    """Convert 512x1024 to (height, width)."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit() and 1 <= min(int(height), int(width)) <= 16384):
+        raise ValueError("height x width in pixels, 1 to 16384 each: 512x1024")
+    return int(height), int(width)
+
+
 def choice(*names: str) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in names:

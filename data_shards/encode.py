@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from data_shards.arguments import Option, choice, number, path, run, text, whole
+from data_shards.arguments import Option, choice, number, path, picture_size, run, text, whole
 from data_shards.codecs import CODECS, LatentCodec, codec_row
-from data_shards.encoding.arrays import crop_size
+from data_shards.controls import MOST_OFFSET
 from data_shards.encoding.fields import own_fields
 from data_shards.encoding.finish import finish
+from data_shards.encoding.framing import Framing, framing_of
 from data_shards.encoding.job import Bad, Job, encode_shard
 from data_shards.encoding.kept import KEPT
 from data_shards.encoding.memory import check_memory
@@ -43,7 +44,7 @@ from data_shards.redact import clean_text
 from data_shards.registry import Registry, names
 from data_shards.schema import PLAN, DataError, plain
 from data_shards.sources import SOURCES, Place, open_source
-from data_shards.sources.clips import ClipSource, SourceClip
+from data_shards.sources.clips import ClipSource
 from data_shards.sources.reading import Reading, frame_rate
 
 
@@ -76,7 +77,9 @@ OPTIONS = {
     ),
     "fps": Option(frame_rate, "resample videos to this rate by their time stamps", None),
     "clip_frames": Option(
-        whole(9), "cut each video of a folder into clips of so many frames, 8k + 1", None
+        whole(8),
+        "cut each video of a folder into clips of so many frames, 8k + 1 (8k for a grouped codec)",
+        None,
     ),
     "clip_overlap": Option(whole(0), "frames that a clip shares with the one before", 0),
     "damaged": Option(
@@ -84,14 +87,19 @@ OPTIONS = {
     ),
     "codec": Option(
         one_of(CODECS),
-        "video <-> latents: linear, ltx2, wan, tiny, taehv, or one that another package offers;"
-        " each has options of its own: codec=<name> --help",
+        "video <-> latents: linear, lapped, ltx2, wan, tiny, taehv, or one that another package"
+        " offers; each has options of its own: codec=<name> --help",
         "linear",
     ),
     "psnr": Option(
         choice("yes", "no"),
         "decode every clip again to measure the loss; slow for learned codecs",
         "yes",
+    ),
+    "resize": Option(
+        picture_size,
+        "HxW: resize pictures to this size instead of cropping them; decoded ones are brought back",
+        None,
     ),
     "image_latents_every": Option(
         whole(0),
@@ -102,6 +110,11 @@ OPTIONS = {
         choice("yes", "no"),
         "a key pressed and released between two snapshots of the controls counts as held",
         "no",
+    ),
+    "controls_offset": Option(
+        whole(-MOST_OFFSET, 0),
+        "raw frames by which control rows are moved: -4 ends each 4 raw frames before its latent",
+        0,
     ),
     "text": Option(
         path,
@@ -202,7 +215,7 @@ def encode(
     jobs, todo = run.choose()
     for note in [*(changes(old, plan, source.problems) if old else ()), *source.notes]:
         print(note)
-    print_crop(source.clips[0], codec.spatial_stride)
+    print_framing(framing_of(source.clips[0], codec.spatial_stride, settings.resize))
     frames = 0
     while todo:
         frames += sum(
@@ -215,7 +228,7 @@ def encode(
         if not run.skip:
             raise run.refusal()
         jobs, todo = run.choose()  # without them; what is encoded is kept
-    info, cut_captions = finish(target, jobs, source, run.plan, settings, codec, encoder)
+    info, told = finish(target, jobs, source, run.plan, settings, codec, encoder)
     target.remove("rows", KEPT)
     size_mb = sum(target.sizes().values()) / 1e6
     target.publish()
@@ -226,10 +239,14 @@ def encode(
         f" {info.latent_width}] {info.latent_dtype}: PSNR {info.psnr_db} dB,"
         f" {frames / max(seconds, 1e-9):.0f} frames/s, {size_mb:.1f} MB in {out}"
     )
-    if cut_captions:
+    if told["cut_captions"]:
         print(
-            f"{cut_captions} captions were longer than text_length={settings.text_length} tokens"
-            " and were cut there"
+            f"{told['cut_captions']} captions were longer than text_length={settings.text_length}"
+            " tokens and were cut there"
+        )
+    if told["unfocused"]:
+        print(
+            f"the player had left the window {told['unfocused']} times: no key counts as held there"
         )
     if run.found:
         print(f"{len(run.found)} are left out (on_bad_clip=skip; {PLAN} lists them too):")
@@ -255,13 +272,14 @@ def left_by_earlier_run(target: Target, plan: Plan) -> Plan | None:
     return old
 
 
-def print_crop(clip: SourceClip, stride: int) -> None:
-    """Tell if pictures are cropped to multiples of the codec's stride."""
-    size = crop_size(clip, stride)
-    if size != (clip.height, clip.width):
+def print_framing(framing: Framing) -> None:
+    """Tell if pictures are resized, or cropped to multiples of the codec's stride."""
+    (height, width), size = framing.source, framing.size
+    if size != framing.source:
+        how = "resized" if framing.resized else "cropped at the centre"
         print(
-            f"frames are cropped at the centre from {clip.height}x{clip.width} to"
-            f" {size[0]}x{size[1]}, multiples of {stride}"
+            f"frames are {how} from {height}x{width} to {size[0]}x{size[1]}, multiples of"
+            f" {framing.stride}"
         )
 
 
@@ -319,9 +337,11 @@ def main(arguments: list[str]) -> int:
         damaged: str,
         **values: Any,
     ) -> None:
-        own = tuple((name, values.pop(name)) for name in sorted(values.keys() - OPTIONS.keys()))
+        chosen = {name: values.pop(name) for name in sorted(values.keys() - OPTIONS.keys())}
+        own = tuple((name, value) for name, value in chosen.items() if value is not None)
         settings = Settings(**values, codec_options=own)
-        reading = Reading(fps, clip_frames, clip_overlap, damaged)
+        moved = settings.controls_offset
+        reading = Reading(fps, clip_frames, clip_overlap, damaged, settings.time_layout(), moved)
         place = Place(source, latents, captions, kind, reading)
         encode(place, out, workers, runner, settings, on_bad_clip)
 

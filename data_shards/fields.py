@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import ITEM_BYTES, ClipEntry, DataError, DatasetInfo, image_latent_count
+from data_shards.time_layout import TimeLayout
 
 GROUP = "data_shards.fields"
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")  # it becomes part of a file name
@@ -47,6 +48,7 @@ class Field:
     - tensor: its type in a batch; None: used by storage only.
     - rebase: entries of a cut -> the same relative to the cut's start.
     - padding: fills a row of a batch after its last entry: that entry again, or zeros.
+    - divisor: a fact of dataset.json by which the entries are divided when they are read.
     - alike: facts of dataset.json that data sets of one mixture must share.
 
     Raises DataError for a row that contradicts itself.
@@ -62,6 +64,7 @@ class Field:
     padding: Literal["last", "zero"] = "last"
     alike: tuple[str, ...] = ()
     suffix: str = ".npy"
+    divisor: str = ""
 
     def __post_init__(self) -> None:
         problem = ""
@@ -129,8 +132,15 @@ FIELDS: Mapping[str, Field] = {
         Field("c2w", (4, 4), ("float32", "float64"), "raw", rebase=relative_poses),
         # fx, fy, cx, cy in pixels
         Field("intrinsics", (4,), ("float32", "float64"), "raw"),
-        # of a cut's first latent those up to its raw frame
-        Field("controls", ("control_names",), ("float32",), "latent", alike=("control_names",)),
+        # of a latent those up to its last raw frame, divided by `control_std`
+        Field(
+            "controls",
+            ("control_names",),
+            ("float32",),
+            "latent",
+            alike=("control_names",),
+            divisor="control_std",
+        ),
         Field("text", ("text_length", "text_width"), FLOATS, "clip", alike=TEXT_FACTS),
         Field("text_mask", ("text_length",), ("uint8",), "clip", tensor="bool"),
         # normalised latents on a teacher's trajectory, at its levels but the first, and at its end
@@ -204,7 +214,8 @@ def batch_fields() -> list[Field]:
 
 def alike_in_mixture() -> tuple[str, ...]:
     """Return what data sets must have in common to be mixed in one training stream."""
-    own = ("codec", "codec_options", "channels", "temporal_stride", "spatial_stride")
+    own = ["codec", "codec_options", "channels", "temporal_stride", "spatial_stride"]
+    own += ["time_layout", "controls_offset"]
     return (*own, *(fact for field in batch_fields() for fact in field.alike), "fields")
 
 
@@ -231,17 +242,15 @@ def expected_shape(field: Field, info: DatasetInfo, entry: ClipEntry) -> tuple[i
     return (*length, *field.entry_shape(info))
 
 
-def entries_of(rate: Rate, frames: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Return the entries [start, stop) of a cut that belong to its latent frames [start, stop).
-    Latent 0 encodes one raw frame, each later one `stride`."""
+def entries_of(rate: Rate, frames: tuple[int, int], time: TimeLayout) -> tuple[int, int]:
+    """Return the entries [start, stop) of a cut that belong to its latent frames [start, stop)."""
     if rate == "latent":
         return frames
-    first, stop = (max(0, (frame - 1) * stride + 1) for frame in frames)
-    return first, stop
+    return time.start(frames[0]), time.start(frames[1])
 
 
 def row_entries(
-    rate: Rate, starts: tuple[int, ...], held: tuple[int, int], frames: int, stride: int
+    rate: Rate, starts: tuple[int, ...], held: tuple[int, int], frames: int, time: TimeLayout
 ) -> int:
     """Return how many entries the latent frames [held) of a row of `frames` have. Its clips begin
     at `starts`; the last one goes on over padding."""
@@ -249,7 +258,7 @@ def row_entries(
     for start, end in zip(starts, (*starts[1:], frames), strict=True):
         own = (max(held[0], start) - start, min(held[1], end) - start)
         if own[0] < own[1]:
-            first, stop = entries_of(rate, own, stride)
+            first, stop = entries_of(rate, own, time)
             total += stop - first
     return total
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.arguments import Option, path, paths, run, text
-from data_shards.codecs import make_codec
+from data_shards.codecs import decode_shown, make_codec
 from data_shards.metrics import (
     CAMERA_METRICS,
     VIDEO_METRICS,
@@ -189,7 +189,8 @@ def measure(
         if camera and clip.c2w is not None and clip.intrinsics is not None:
             scores |= camera_metrics(clip.c2w, clip.intrinsics, info.image_width, info.image_height)
         if picture - set(scores):
-            scores |= video_metrics(codec.decode(clip.latents), info.fps, picture - set(scores))
+            video = decode_shown(codec, clip.latents, info)
+            scores |= video_metrics(video, info.fps, picture - set(scores))
 
 
 def judge(scores: Mapping[str, float], ranges: Mapping[str, Range]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.arguments import Option, path, run, text, whole
-from data_shards.codecs import make_codec
+from data_shards.codecs import decode_shown, make_codec
 from data_shards.schema import SPLITS, DataError
 from data_shards.storage.read import Clip, open_dataset
 
@@ -155,7 +155,8 @@ def inspect(path: str, key: str | None, out: str, columns: int, rows: int) -> No
         raise DataError(f"inspect: got a data set without clips, expected at least one ({path})")
     clip = dataset.read(key or first)
     codec = make_codec(dataset.info.codec, dataset.info.codec_options)
-    draw_clip(clip, codec.decode(clip.latents), dataset.info.control_names, columns, rows).save(out)
+    video = decode_shown(codec, clip.latents, dataset.info)
+    draw_clip(clip, video, dataset.info.control_names, columns, rows).save(out)
     for field, member in dataset.members(clip.entry).items():
         print(
             f"{field:<16} {member.dtype:<9} {list(member.shape)!s:<20} {member.length} bytes at"

@@ -24,8 +24,9 @@ import numpy as np
 
 from data_shards.arguments import Option, choice, number, path, run, whole
 from data_shards.progress import clip_progress
-from data_shards.schema import DataError, latent_frame_count
+from data_shards.schema import DataError
 from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
+from data_shards.time_layout import LAYOUTS, TimeLayout
 
 if TYPE_CHECKING:
     from data_shards.sources.vizdoom import VizdoomOptions
@@ -45,7 +46,7 @@ ABOUT = (
 OPTIONS = {
     "out": Option(path, "folder to make", required=True),
     "clips": Option(whole(1, 10**6), "number of clips", 32),
-    "frames": Option(whole(9, 10**5), "raw frames in a clip, 8k+1", 81),
+    "frames": Option(whole(8, 10**5), "raw frames in a clip: 8k+1, or 8k for a grouped codec", 81),
     "fps": Option(number(1, 35), "frames per second of game time", 16.0),
     "seed": Option(whole(0), "everything follows from it", 0),
     "width": Option(whole(16, 4096), "pixels", 160),
@@ -72,12 +73,13 @@ def record(out: str, clips: int, **options: Any) -> None:
     an interrupted one is gone on with.
 
     Raises:
-        DataError: a frame count that is not 8k+1, an unknown size or scenario, or `out` holds
-        something else.
+        DataError: a frame count that is neither 8k+1 nor 8k, an unknown size or scenario, or `out`
+        holds something else.
     """
     from data_shards.sources import vizdoom
 
-    latent_frame_count(options["frames"], 8)
+    if not any(TimeLayout(8, layout).fits(options["frames"]) for layout in LAYOUTS):
+        TimeLayout(8).latents(options["frames"])  # raises
     final = Path(out)
     wanted = {"clips": clips, **options}
     if final.exists():

@@ -11,16 +11,17 @@ Layout of a data set directory:
   SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
   dataset.json         written last: without it the directory is no data set
 
-Start of a cut. Latent 0 of a causal codec encodes one raw frame, the others r =
-temporal_stride each, so a shorter clip can start at latent 0 only, or at a raw frame whose own
-*image latent* (that frame alone, encoded as the first of a clip) was stored. With
-`image_latents_every` = e > 0 in dataset.json, a multiple of r, every clip of F > e raw frames has
-the member `image_latents.npy` [K, C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k
-is the image latent of raw frame (k + 1) e, that is of every multiple of e up to the clip's last
-frame, except frame 0, whose image latent is latent 0 itself. Its columns in the index are those of
-`latent.npy`: one crc32c per row, so one row is read and verified by itself. The cut that starts at
-raw frame s = (k + 1) e is row k followed by latents s / r + 1, s / r + 2, … of `latent.npy`; its
-first latent is normalised as a first one. e = 0: no such member.
+Start of a cut. Where `time_layout` is grouped, every latent encodes r = temporal_stride raw frames,
+and a cut may start at any. Latent 0 of a causal codec encodes one raw frame, the others r each, so
+a shorter clip can start at latent 0 only, or at a raw frame whose own *image latent* (that frame
+alone, encoded as the first of a clip) was stored. With `image_latents_every` = e > 0 in
+dataset.json, a multiple of r, every clip of F > e raw frames has the member `image_latents.npy` [K,
+C, h, w], K = (F - 1) // e, of the dtype of `latent.npy`: row k is the image latent of raw frame (k
++ 1) e, that is of every multiple of e up to the clip's last frame, except frame 0, whose image
+latent is latent 0 itself. Its columns in the index are those of `latent.npy`: one crc32c per row,
+so one row is read and verified by itself. The cut that starts at raw frame s = (k + 1) e is row k
+followed by latents s / r + 1, s / r + 2, … of `latent.npy`; its first latent is normalised as a
+first one. e = 0: no such member.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class ClipEntry:
 class DatasetInfo:
     """Store the content of dataset.json.
 
-    mean, std: [2][C], for the first latent of a clip and for all later ones.
+    mean, std: [2][C], for the first latent of a clip and for all later ones; equal in the layout
+    grouped, where the first is like the others.
     """
 
     schema_version: int
@@ -152,7 +154,7 @@ class DatasetInfo:
     latent_dtype: str
     temporal_stride: int
     spatial_stride: int
-    image_height: int  # raw pixels; intrinsics refer to this size
+    image_height: int  # pixels that were encoded; intrinsics refer to this size
     image_width: int
     fps: float  # of the raw frames
     metres_per_unit: (
@@ -186,6 +188,17 @@ class DatasetInfo:
     # noise levels of ode.npy, from 1 down; (): this set has no trajectories. The state at 1 is not
     # stored, as it is keyed noise; the last one stored is at 0
     ode_levels: tuple[float, ...] = ()
+    time_layout: str = "causal"  # which raw frames a latent encodes, see time_layout.py
+    # size of the source's pictures where encoding resized them, to which decoded ones are brought
+    # back; 0: they were not resized
+    shown_height: int = 0
+    shown_width: int = 0
+    # by what a control is divided when it is read: the spread of amounts such as mouse motion, 1
+    # for states; (): all by 1, in sets of earlier versions
+    control_std: tuple[float, ...] = ()
+    controls_offset: int = (
+        0  # raw frames by which control rows end after their latent (negative: before)
+    )
     # versions of the packages by which the numbers can differ; not in the fingerprint, which is of
     # the numbers themselves
     libraries: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -203,17 +216,6 @@ def image_latent_count(raw_frames: int, every: int) -> int:
     They are of the raw frames every, 2 every, … (see the module's docstring).
     """
     return (raw_frames - 1) // every if every else 0
-
-
-def latent_frame_count(raw_frames: int, temporal_stride: int) -> int:
-    """Return T = (F - 1) / r + 1, where latent 0 holds one raw frame and later ones r."""
-    if raw_frames < 1 or (raw_frames - 1) % temporal_stride:
-        low = max(0, (raw_frames - 1) // temporal_stride) * temporal_stride + 1
-        raise DataError(
-            f"frame count: got {raw_frames}, expected a multiple of {temporal_stride} plus 1"
-            f" (causal codec). Fix: frames={low} or frames={low + temporal_stride}"
-        )
-    return (raw_frames - 1) // temporal_stride + 1
 
 
 def check_key(key: str) -> str:

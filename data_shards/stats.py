@@ -83,6 +83,8 @@ def measure(dataset: ClipDataset, split: str, limit: int, progress: Any = iter) 
                 columns.setdefault(name, []).append(float(value))
         if "controls" in clip.fields:
             controls.append(np.abs(clip.fields["controls"]).mean(axis=0))
+    if info.time_layout == "grouped":  # all latents share one mean and spread
+        sums, counts = sums.sum(axis=0)[None].repeat(2, 0), counts.sum()[None].repeat(2)
     safe = np.maximum(counts, 1)[:, None]
     mean = sums[:, 0] / safe
     std = np.sqrt(np.maximum(sums[:, 1] / safe - mean**2, 0))

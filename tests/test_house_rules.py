@@ -63,6 +63,7 @@ FLOORS = {
         "beside",
         "codecs storage",
         "arguments progress cameras controls metrics fields registry weight_files",
+        "time_layout",
         "schema redact __init__",
     ),
     "launch": (

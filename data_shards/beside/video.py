@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_shards.beside.colmap import read_colmap
 from data_shards.beside.sidecar import FACTS, MOST_TEXT, Sidecar, read_sidecar
 from data_shards.cameras import camera_problem, square_intrinsics, square_poses
-from data_shards.controls import CONTROL_NAMES, Events
+from data_shards.controls import CONTROL_NAMES, CONTROL_SUMS, Events
 from data_shards.fields import SAME_RATE
 from data_shards.schema import DataError, check_key
 from data_shards.storage.files import read_text
@@ -178,7 +178,7 @@ def read_listed(video: Path) -> tuple[str, float, tuple[str, ...], tuple[bool, .
                 f"sidecar: got controls in {sidecar.where} and {video.stem}.events.npz, expected"
                 " one of them"
             )
-        names, sums = CONTROL_NAMES, (False,) * len(CONTROL_NAMES)
+        names, sums = CONTROL_NAMES, CONTROL_SUMS
     key = check_key(video.stem if episode is None else episode)
     return key, sidecar.metres_per_unit, names, sums
 

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from data_shards.arguments import Option
 from data_shards.registry import Registry, load
-from data_shards.schema import DataError
+from data_shards.schema import DataError, DatasetInfo
 
 
 class LatentCodec(Protocol):
     """Convert video to latents and back.
 
-    Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised), T = (F - 1) /
-    temporal_stride + 1.
+    Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised). Which raw
+    frames a latent encodes follows from temporal_stride and the attribute `time_layout`, one of
+    `time_layout.LAYOUTS`; without it, T = (F - 1) / temporal_stride + 1.
     """
 
     @property
@@ -80,6 +81,30 @@ def codec_row(name: str) -> CodecRow:
             " data_shards.codecs.CodecRow"
         )
     return row
+
+
+def resized_video(video: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize [F, H, W, 3] to (height, width) bilinearly, a pixel's centre at half a pixel; each
+    axis has a factor of its own."""
+    import torch
+
+    out = np.empty((len(video), *size, 3), np.uint8)
+    for i in range(len(video)):  # one by one: floats of a long clip would fill the memory
+        pixels = torch.tensor(video[i]).permute(2, 0, 1)[None].float()
+        scaled = torch.nn.functional.interpolate(
+            pixels, size=size, mode="bilinear", align_corners=False
+        )
+        out[i] = scaled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return out
+
+
+def decode_shown(
+    codec: LatentCodec, latents: NDArray[np.float32], info: DatasetInfo
+) -> NDArray[np.uint8]:
+    """Decode latents [T, C, h, w] (not normalised) of a data set -> [F, H, W, 3] of the size of its
+    source's pictures, if encoding had resized them."""
+    video, size = codec.decode(latents), (info.shown_height, info.shown_width)
+    return resized_video(video, size) if all(size) else video
 
 
 def make_codec(

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from data_shards.arguments import Option, path
 from data_shards.codecs import CodecRow
-from data_shards.schema import DataError, latent_frame_count
+from data_shards.schema import DataError
+from data_shards.time_layout import time_of
 from data_shards.weight_files import PublicFiles
 
 MOST_SAID = 600  # characters of what the library says
@@ -123,7 +124,7 @@ class DiffusersCodec:
         """Encode [F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 
-        count = latent_frame_count(len(video), self.temporal_stride)
+        count = time_of(self).latents(len(video))
         # [1, 3, F, H, W]
         pixels = torch.from_numpy(video.astype(np.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None]
         with torch.no_grad():

@@ -17,9 +17,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, whole
 from data_shards.codecs import CodecRow
-from data_shards.codecs.linear import LinearCodec, dct_matrix
+from data_shards.codecs.linear import OPTIONS, LinearCodec, dct_matrix
 
 
 def dct4_matrix(length: int) -> NDArray[np.float64]:
@@ -77,8 +76,4 @@ class LappedCodec(LinearCodec):
         return filtered
 
 
-LAPPED = CodecRow(
-    LappedCodec,
-    {"channels": Option(whole(1, 4096), "latent channels", LappedCodec.channels)},
-    libraries=("numpy",),
-)
+LAPPED = CodecRow(LappedCodec, OPTIONS, libraries=("numpy",))

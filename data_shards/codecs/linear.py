@@ -1,11 +1,11 @@
 """Encode with a fixed transform that needs no weights: the codec `linear`.
 
 It is an orthonormal transform with the layout of a causal video VAE: frame 0 alone gives latent 0,
-each following group of 8 frames gives one more. A 16x16 block of one frame goes through an
-orthonormal colour transform and a 2-D DCT, a block of 8 frames through a 3-D DCT; C of the
-coefficients are kept. The rows of an orthonormal transform are their own inverse, so decoding the
-kept coefficients is the best linear reconstruction from them, and encode(decode(z)) = z up to
-rounding to pixels.
+each following group of 8 frames (`temporal_stride`) gives one more; with `layout=grouped` every
+latent, also the first, is of such a group. A 16x16 block of one frame goes through an orthonormal
+colour transform and a 2-D DCT, a block of 8 frames through a 3-D DCT; C of the coefficients are
+kept. The rows of an orthonormal transform are their own inverse, so decoding the kept coefficients
+is the best linear reconstruction from them, and encode(decode(z)) = z up to rounding to pixels.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, whole
+from data_shards.arguments import Option, choice, whole
 from data_shards.codecs import CodecRow
-from data_shards.schema import DataError, latent_frame_count
+from data_shards.schema import DataError
+from data_shards.time_layout import LAYOUTS, Layout, time_of
 
 # luma, red-blue, green-magenta: orthonormal, so squared error in this space is squared error in RGB
 COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=np.float64) / np.sqrt(
@@ -82,6 +83,11 @@ class LinearCodec:
     temporal_stride: int = 8
     spatial_stride: int = 16
     name: str = "linear"
+    layout: Layout = "causal"
+
+    @property
+    def time_layout(self) -> Layout:
+        return self.layout
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -89,6 +95,8 @@ class LinearCodec:
             "channels": self.channels,
             "temporal_stride": self.temporal_stride,
             "spatial_stride": self.spatial_stride,
+            # sets of the usual layout keep the options, and so the fingerprint, that they had
+            **({} if self.layout == "causal" else {"layout": self.layout}),
         }
 
     def _bases(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -126,8 +134,8 @@ class LinearCodec:
         Pixels are mapped to [-1, 1] first.
         """
         frames, height, width, _ = video.shape
-        r, s = self.temporal_stride, self.spatial_stride
-        count = latent_frame_count(frames, r)
+        time, s = time_of(self), self.spatial_stride
+        count = time.latents(frames)
         if height % s or width % s:
             raise DataError(
                 f"video size: got {height}x{width}, expected multiples of {s} (codec {self.name}). "
@@ -137,12 +145,13 @@ class LinearCodec:
         first, later = self._bases()
         out = np.empty((count, self.channels, h, w), dtype=np.float32)
         for t in range(count):  # a latent at a time: floats of a long clip would fill the memory
-            part = video[:1] if t == 0 else video[1 + (t - 1) * r : 1 + t * r]
+            part = video[time.start(t) : time.start(t + 1)]
             pixels = self.into_blocks(part.astype(np.float32) / 127.5 - 1.0)
             # [n, H, W, 3] -> [n, h, s, w, s, 3] -> [h, w, n, 3, s, s]: every block contiguous
             blocks = pixels.reshape(len(part), h, s, w, s, 3).transpose(1, 3, 0, 5, 2, 4)
             group = blocks.reshape(h * w, -1)
-            out[t] = (group @ (later if t else first).T).T.reshape(self.channels, h, w)
+            basis = first if len(part) < time.stride else later
+            out[t] = (group @ basis.T).T.reshape(self.channels, h, w)
         return out
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -154,24 +163,27 @@ class LinearCodec:
                 f" {self.name})"
             )
         count, _, h, w = latents.shape
-        r, s = self.temporal_stride, self.spatial_stride
+        time, s = time_of(self), self.spatial_stride
         first, later = self._bases()
-        video = np.empty(((count - 1) * r + 1, h * s, w * s, 3), dtype=np.uint8)
+        video = np.empty((time.raw(count), h * s, w * s, 3), dtype=np.uint8)
         for t in range(count):
-            n, basis = (r, later) if t else (1, first)
+            at, n = time.start(t), time.start(t + 1) - time.start(t)
+            basis = first if n < time.stride else later
             group = (latents[t].reshape(self.channels, h * w).T @ basis).reshape(h, w, n, 3, s, s)
             blocks = group.transpose(2, 0, 4, 1, 5, 3).reshape(n, h * s, w * s, 3)
             part = self.out_of_blocks(blocks)
-            at = 1 + (t - 1) * r if t else 0
             video[at : at + n] = np.clip(np.rint((part + 1.0) * 127.5), 0, 255)
         return video
 
 
-LINEAR = CodecRow(
-    LinearCodec,
-    {"channels": Option(whole(1, 4096), "latent channels", LinearCodec.channels)},
-    libraries=("numpy",),
-)
+OPTIONS = {
+    "channels": Option(whole(1, 4096), "latent channels", LinearCodec.channels),
+    "temporal_stride": Option(whole(1, 64), "raw frames of a latent, usually 8", None),
+    "layout": Option(
+        choice(*LAYOUTS), "grouped: the first latent is like the others, F = r k", None
+    ),
+}
+LINEAR = CodecRow(LinearCodec, OPTIONS, libraries=("numpy",))
 
 
 def psnr_db(squared_error: float, count: int) -> float:

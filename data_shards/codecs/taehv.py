@@ -6,11 +6,11 @@ madebyollin/taehv, reimplemented: 2-D convolutions over single frames; a memory 
 previous frame; a pool joins a pair of frames, a grow splits one. diffusers 0.42 has no class for it
 (its `AutoencoderTiny` handles single images: codec `tiny`).
 
-Layout: F = r k + 1 frames give k + 1 latents, as with the causal autoencoders these stand in for,
-and decode to F frames. As in the original, the encoder's latent t pools the frames r t … r t + r -
-1 (the last frame is repeated at the end), so it has seen up to r - 1 frames after frame r t, the
-last one that the decoder makes from it. Frames are processed CHUNK latents at a time; the result is
-that of one pass.
+Latent t pools the raw frames r t … r t + r - 1. With `layout=grouped`, as Waypoint-1.5 uses TAEHV
+1.5, F = r k frames give k latents and decode to F frames. The layout `causal` stands in for an
+autoencoder of F = r k + 1 frames (TAEW, TAELTX): the last frame is repeated at the end, and latent
+t decodes to the frames r (t - 1) + 1 … r t, though it has seen up to r - 1 later ones. Frames are
+processed CHUNK latents at a time; the result is that of one pass.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, path
+from data_shards.arguments import Option, choice, path
 from data_shards.codecs import CodecRow
-from data_shards.schema import DataError, latent_frame_count
+from data_shards.schema import DataError
+from data_shards.time_layout import LAYOUTS, Layout, time_of
 from data_shards.weight_files import check_kinds, open_tensors
 
 CHUNK = 4
@@ -61,6 +62,7 @@ class TaehvCodec:
     dtype: str = "float32"
     device: str = "cpu"
     name: str = "taehv"
+    layout: Layout = "causal"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -122,14 +124,19 @@ class TaehvCodec:
         trial = replace(self)
         trial.__dict__["weights"] = weights  # as `cached_property` keeps them
         side = trial.spatial_stride
-        video = np.zeros((1, side, side, 3), np.uint8)
+        video = np.zeros((time_of(trial).first, side, side, 3), np.uint8)
         latents = trial.encode(video)
         assert latents.shape[:2] == (1, trial.channels)
         assert trial.decode(latents).shape == video.shape
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return {"model": self.model, "dtype": self.dtype}
+        grouped = {} if self.layout == "causal" else {"layout": self.layout}
+        return {"model": self.model, "dtype": self.dtype, **grouped}
+
+    @property
+    def time_layout(self) -> Layout:
+        return self.layout
 
     @property
     def channels(self) -> int:
@@ -152,8 +159,9 @@ class TaehvCodec:
         """Encode [F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 
-        stride, count = self.temporal_stride, latent_frame_count(len(video), self.temporal_stride)
-        padded = np.concatenate([video, *[video[-1:]] * (stride - 1)])
+        time = time_of(self)
+        stride, count = time.stride, time.latents(len(video))
+        padded = np.concatenate([video, *[video[-1:]] * (stride - time.first)])
         memory: dict[int, Any] = {}
         out = []
         with torch.no_grad():
@@ -188,7 +196,8 @@ class TaehvCodec:
                     torch.nn.functional.pixel_shuffle(frames, self.patch).float().clamp(0, 1) * 255
                 )
                 out.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(out)[self.temporal_stride - 1 :]  # the frames before the clip's first
+        time = time_of(self)
+        return np.concatenate(out)[time.stride - time.first :]  # frames before the clip's first
 
     def _encode(self, x: Any, memory: dict[int, Any]) -> Any:
         """Encode [n, 3 p p, H, W] -> [n / r, C, h, w].
@@ -252,7 +261,14 @@ class TaehvCodec:
 
 TAEHV = CodecRow(
     TaehvCodec,
-    {"model": Option(path, "safetensors file of the weights, or a folder with one", required=True)},
+    {
+        "model": Option(
+            path, "safetensors file of the weights, or a folder with one", required=True
+        ),
+        "layout": Option(
+            choice(*LAYOUTS), "grouped: F = r k, as TAEHV 1.5; causal, the usual: F = r k + 1", None
+        ),
+    },
     on_device=True,
     libraries=("torch",),
 )

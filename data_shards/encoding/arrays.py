@@ -6,7 +6,7 @@ Their contribution to the data set's statistics is computed here, too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -16,42 +16,14 @@ from numpy.typing import NDArray
 from data_shards.cameras import camera_problem
 from data_shards.codecs import LatentCodec
 from data_shards.controls import bucket_controls, bucket_events
-from data_shards.encoding.fields import crop_pictures
+from data_shards.encoding.framing import Framing, framing_of
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.text import READY, TextEncoder
 from data_shards.schema import IMAGE_LATENTS, DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
+from data_shards.time_layout import TimeLayout
 
 Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
-
-
-def crop_size(clip: SourceClip, stride: int) -> tuple[int, int]:
-    """Return (height, width) of the centred crop: the largest multiples of the codec's stride."""
-    height, width = clip.height // stride * stride, clip.width // stride * stride
-    if not height or not width:
-        raise DataError(
-            f"video size: got {clip.height}x{clip.width}, expected at least {stride}x{stride} (key"
-            f" {clip.key})"
-        )
-    return height, width
-
-
-def crop(
-    video: NDArray[np.uint8], intrinsics: NDArray[np.float64] | None, size: tuple[int, int]
-) -> tuple[NDArray[np.uint8], NDArray[np.float64] | None]:
-    """Crop [F,H,W,3] in the centre, and move the principal point accordingly."""
-    height, width = video.shape[1:3]
-    return crop_pictures(video, size), crop_intrinsics(intrinsics, (height, width), size)
-
-
-def crop_intrinsics(
-    intrinsics: NDArray[np.float64] | None, whole: tuple[int, int], size: tuple[int, int]
-) -> NDArray[np.float64] | None:
-    """Move the principal point as the centred crop of pictures (height, width) to `size` does."""
-    if intrinsics is None:
-        return None
-    top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
-    return intrinsics - np.array([0.0, 0.0, left, top])
 
 
 @dataclass
@@ -64,6 +36,8 @@ class Tally:
     squared_error: float = 0.0
     values: int = 0
     cut_captions: int = 0
+    unfocused: int = 0  # times that the player left the window
+    control_squares: list[float] = field(default_factory=list)  # sum over latent frames, [A]
 
     def add(self, latents: NDArray[np.float32], images: NDArray[np.float32]) -> None:
         for kind, part in ((0, latents[:1]), (0, images), (1, latents[1:])):
@@ -82,12 +56,13 @@ def latent_arrays(
     clip: SourceClip, content: ClipContent, codec: LatentCodec, settings: Settings, tally: Tally
 ) -> Arrays:
     """Return latents, image latents, and the camera of the encoded frames."""
-    size, intrinsics = crop_size(clip, codec.spatial_stride), content.intrinsics
+    framing = framing_of(clip, codec.spatial_stride, settings.resize)
+    size, intrinsics = framing.size, content.intrinsics
     images = np.empty(
         (0, codec.channels, *(side // codec.spatial_stride for side in size)), np.float32
     )
     if content.video is not None:
-        video, intrinsics = crop(content.video, content.intrinsics, size)
+        video, intrinsics = framing.video(content.video), framing.intrinsics(intrinsics)
         latents = codec.encode(video)
         images = np.concatenate(
             [images, *image_latents(video, codec, settings.image_latents_every)]
@@ -101,21 +76,20 @@ def latent_arrays(
     arrays: Arrays = {"latent.npy": (settings.latent_dtype, latents)}
     if len(images):
         arrays[IMAGE_LATENTS] = (settings.latent_dtype, images)
-    return arrays | camera_arrays(clip, content.c2w, intrinsics, codec)
+    return arrays | camera_arrays(clip, content.c2w, intrinsics, framing)
 
 
 def camera_arrays(
-    clip: SourceClip, c2w: NDArray[Any] | None, intrinsics: NDArray[Any] | None, codec: LatentCodec
+    clip: SourceClip, c2w: NDArray[Any] | None, intrinsics: NDArray[Any] | None, framing: Framing
 ) -> Arrays:
-    """Return the camera of a clip that has one; intrinsics are of the cropped pictures.
+    """Return the camera of a clip that has one; intrinsics are of the framed pictures.
 
     Raises:
         DataError: one that no such pictures can have.
     """
     if c2w is None or intrinsics is None:
         return {}
-    stride = codec.spatial_stride
-    if problem := camera_problem(c2w, intrinsics, *crop_size(clip, stride), cropped=stride):
+    if problem := camera_problem(c2w, intrinsics, *framing.size, cropped=framing.stride):
         raise DataError(f"{problem} (key {clip.key}). Fix: mend the source")
     return {"c2w.npy": ("float64", c2w), "intrinsics.npy": ("float64", intrinsics)}
 
@@ -132,14 +106,17 @@ def image_latents(
 
 
 def control_arrays(
-    source: ClipSource, content: ClipContent, latent_frames: int, stride: int, keep_taps: bool
+    source: ClipSource, content: ClipContent, frames: int, time: TimeLayout, settings: Settings
 ) -> Arrays:
-    """Return the controls of a clip per latent frame, from events or from rows per raw frame."""
+    """Return the controls of a clip of so many raw frames per latent frame, from events or from
+    rows per raw frame."""
+    offset = settings.controls_offset
     if content.events is not None:
         fps = Fraction(source.fps).limit_denominator(100_000)
-        rows = bucket_events(content.events, latent_frames, fps, stride, keep_taps)
+        keep_taps = settings.keep_taps == "yes"
+        rows = bucket_events(content.events, time.latents(frames), fps, time, keep_taps, offset)
     elif content.frame_controls is not None:
-        rows = bucket_controls(content.frame_controls, source.control_sums, stride)
+        rows = bucket_controls(content.frame_controls, source.control_sums, time, offset)
     else:
         return {}
     return {"controls.npy": ("float32", rows)}

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_shards.codecs import LatentCodec
-from data_shards.encoding.arrays import camera_arrays, crop_intrinsics, crop_size
+from data_shards.encoding.arrays import camera_arrays
+from data_shards.encoding.framing import Size, framing_of
 from data_shards.encoding.job import PlannedClip, beside_arrays
 from data_shards.encoding.settings import Settings
 from data_shards.progress import clip_progress
@@ -68,11 +69,11 @@ def check_clip(
     if content is None:
         return None
     arrays = beside_arrays(clip, content, source, codec, settings)
+    framing = framing_of(clip, codec.spatial_stride, settings.resize)
     intrinsics = content.intrinsics
-    if source.stored is None:  # pictures are cropped, ready latents are not
-        size = crop_size(clip, codec.spatial_stride)
-        intrinsics = crop_intrinsics(intrinsics, (clip.height, clip.width), size)
-    arrays |= camera_arrays(clip, content.c2w, intrinsics, codec)
+    if source.stored is None:  # pictures are framed, ready latents are not
+        intrinsics = framing.intrinsics(intrinsics)
+    arrays |= camera_arrays(clip, content.c2w, intrinsics, framing)
     for member, (dtype, array) in arrays.items():
         try:
             encode_array(array, dtype)
@@ -104,14 +105,17 @@ def unlike(fields: Fields) -> dict[str, str]:
     return problems
 
 
-def unlike_sizes(clips: Sequence[SourceClip], stride: int) -> dict[str, str]:
+def unlike_sizes(
+    clips: Sequence[SourceClip], stride: int, resize: Size | None = None
+) -> dict[str, str]:
     """Return key -> problem of the clips that are too small for the codec's stride, or whose
-    pictures have another size than most."""
-    sizes: dict[str, tuple[int, int]] = {}
+    pictures have another size than most: a data set brings decoded ones back to one size."""
+    sizes: dict[str, Size] = {}
     problems = {}
     for clip in clips:
         try:
-            sizes[clip.key] = crop_size(clip, stride)
+            framing = framing_of(clip, stride, resize)
+            sizes[clip.key] = framing.source if framing.resized else framing.size
         except DataError as error:
             problems[clip.key] = str(error)
     counts = Counter(sizes.values())

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from data_shards.encoding.framing import Framing
 from data_shards.fields import GROUP, Field, registered
 from data_shards.schema import DataError
 from data_shards.sources import ClipSource, SourceClip
@@ -14,14 +15,10 @@ from data_shards.sources.reading import STRIDE
 
 
 def other_arrays(
-    source: ClipSource,
-    clip: SourceClip,
-    names: str | None,
-    size: tuple[int, int],
-    latent_frames: int,
+    source: ClipSource, clip: SourceClip, names: str | None, framing: Framing, latent_frames: int
 ) -> dict[str, tuple[str, NDArray[Any]]]:
     """Return member -> (stored dtype, array) of the fields in `Settings.fields`, as the source has
-    them; pictures are cropped to `size` (height, width) like the video.
+    them; pictures are framed like the video.
 
     Raises:
         DataError: a field of too few or too many frames.
@@ -45,7 +42,7 @@ def other_arrays(
                 f" {field.entry_name} (key {clip.key}). Fix: mend the source"
             )
         if field.dims[:2] == ("image_height", "image_width"):
-            array = crop_pictures(array, size)
+            array = framing.pictures(array)
         arrays[field.member] = (field.dtypes[0], array)
     return arrays
 
@@ -64,9 +61,3 @@ def own_fields(names: str | None) -> list[Field]:
                 f" that adds it (entry point {GROUP})"
             )
     return [known[name] for name in wanted]
-
-
-def crop_pictures(pictures: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """Crop [F,H,W,…] in the centre."""
-    top, left = (pictures.shape[1] - size[0]) // 2, (pictures.shape[2] - size[1]) // 2
-    return pictures[:, top : top + size[0], left : left + size[1]]

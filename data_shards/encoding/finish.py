@@ -12,7 +12,8 @@ import numpy as np
 
 from data_shards.codecs import LatentCodec
 from data_shards.codecs.linear import psnr_db
-from data_shards.encoding.arrays import crop_size
+from data_shards.controls import control_divisors
+from data_shards.encoding.framing import framing_of
 from data_shards.encoding.job import Job
 from data_shards.encoding.kept import members_of
 from data_shards.encoding.plan import Plan
@@ -37,6 +38,7 @@ from data_shards.schema import (
 from data_shards.sources.clips import ClipSource
 from data_shards.storage.files import crc32c
 from data_shards.storage.write import encode_array, fingerprint, sums_text, write_index
+from data_shards.time_layout import time_of
 
 # for a channel that never changes: (x - mean) is 0 there, so any positive number works
 STD_FLOOR = 1e-6
@@ -51,19 +53,15 @@ def finish(
     settings: Settings,
     codec: LatentCodec,
     encoder: TextEncoder | None,
-) -> tuple[DatasetInfo, int]:
+) -> tuple[DatasetInfo, dict[str, int]]:
     """Merge the shards' results in shard order; write the plan, the index and, last, dataset.json.
 
-    Returns its content, and the number of captions that were cut.
+    Returns its content, and what else to tell: name -> how often.
     """
     rows: Rows = []
-    sums, counts, squared_error, values, cut_captions = (
-        np.zeros((2, 2, codec.channels)),
-        np.zeros(2),
-        0.0,
-        0,
-        0,
-    )
+    sums, counts, squared_error, values = np.zeros((2, 2, codec.channels)), np.zeros(2), 0.0, 0
+    squares, trained = np.zeros(len(source.control_names)), 0  # of controls, in latent frames
+    told = {"cut_captions": 0, "unfocused": 0}
     for job, data in zip(jobs, target.read_all([job.result for job in jobs]), strict=True):
         result = json.loads(data)
         for row in result["rows"]:
@@ -77,9 +75,14 @@ def finish(
             tally = row["tally"]
             if split == SPLITS[0]:
                 sums, counts = sums + np.array(tally["sums"]), counts + np.array(tally["counts"])
+                if tally["control_squares"]:
+                    squares, trained = squares + tally["control_squares"], trained + latent_frames
             squared_error += tally["squared_error"]
             values += tally["values"]
-            cut_captions += tally["cut_captions"]
+            told = {name: count + tally[name] for name, count in told.items()}
+    time = time_of(codec)
+    if time.layout == "grouped":  # the first latent is like the others
+        sums, counts = sums.sum(axis=0)[None].repeat(2, 0), counts.sum()[None].repeat(2)
     # clips of one latent frame have no later ones: mean 0, std STD_FLOOR
     counts[counts == 0] = np.inf
     mean = sums[:, 0] / counts[:, None]
@@ -87,7 +90,8 @@ def finish(
     index = io.BytesIO()
     write_index(index, rows)
     files = {INDEX: index.getvalue()}
-    height, width = crop_size(jobs[0].clips[0].clip, codec.spatial_stride)
+    framing = framing_of(jobs[0].clips[0].clip, codec.spatial_stride, settings.resize)
+    height, width = framing.size
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
         codec=codec.name,
@@ -118,6 +122,11 @@ def finish(
         fingerprint="",
         fields=common_fields(rows),
         image_latents_every=settings.image_latents_every,
+        time_layout=time.layout,
+        shown_height=framing.shown[0],
+        shown_width=framing.shown[1],
+        control_std=control_divisors(source.control_sums, squares, trained),
+        controls_offset=settings.controls_offset,
         **text_facts(files, rows, settings, encoder),
     )
     info = dataclasses.replace(info, fingerprint=fingerprint(rows, info))
@@ -127,7 +136,7 @@ def finish(
     ).encode()
     for name in sorted(files, key=lambda name: name == FACTS):
         target.write(name, files[name])
-    return info, cut_captions
+    return info, told
 
 
 def text_facts(

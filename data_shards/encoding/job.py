@@ -16,26 +16,28 @@ from typing import Any
 import numpy as np
 
 from data_shards.codecs import LatentCodec
+from data_shards.controls import unfocused_spans
 from data_shards.encoding.arrays import (
     Arrays,
     Tally,
     control_arrays,
-    crop_size,
     encode_text,
     latent_arrays,
     ready_text,
 )
 from data_shards.encoding.fields import other_arrays
+from data_shards.encoding.framing import framing_of
 from data_shards.encoding.kept import MadeClip, read_made
 from data_shards.encoding.plan import Files, library_versions
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
 from data_shards.encoding.text import TextEncoder
-from data_shards.schema import ITEM_BYTES, SPLITS, DataError, image_latent_count, latent_frame_count
+from data_shards.schema import ITEM_BYTES, SPLITS, DataError, image_latent_count
 from data_shards.sources import Place, open_source
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip, load_clip
 from data_shards.storage.write import ShardWriter
 from data_shards.storage.zarr_store import ZarrWriter
+from data_shards.time_layout import time_of
 
 Bad = dict[str, str]  # clips that cannot be read, key -> why
 
@@ -101,13 +103,20 @@ def plan_jobs(
     model: what all jobs share. files: key -> digests. identify: see `plan.identify_clips`.
     """
     settings = model.settings
-    sizes = {crop_size(clip, codec.spatial_stride) for clip in clips}
+    framings = [framing_of(clip, codec.spatial_stride, settings.resize) for clip in clips]
+    sizes = {framing.size for framing in framings}
     if len(sizes) > 1:
         raise DataError(
             f"video size: got clips of {sorted(sizes)}, expected one size in a data set. Fix:"
             " encode them separately"
         )
-    every, stride = settings.image_latents_every, codec.temporal_stride
+    every, time = settings.image_latents_every, time_of(codec)
+    stride = time.stride
+    if every and time.layout == "grouped":
+        raise DataError(
+            f"image_latents_every: got {every}, expected 0 with a grouped codec, of which a cut may"
+            " start at any latent. Fix: image_latents_every=0"
+        )
     if every % stride:
         near = max(stride, round(every / stride) * stride)
         raise DataError(
@@ -127,9 +136,7 @@ def plan_jobs(
     )
     for clip in clips:
         pending.append(PlannedClip(clip, splits[clip.episode], files[clip.key], identify(clip)))
-        size += (
-            latent_frame_count(clip.frames, stride) + image_latent_count(clip.frames, every)
-        ) * per_frame
+        size += (time.latents(clip.frames) + image_latent_count(clip.frames, every)) * per_frame
         if size >= settings.shard_mb * 1e6 or clip is clips[-1]:
             jobs.append(replace(model, number=len(jobs), clips=tuple(pending)))
             pending, size = [], 0.0
@@ -221,13 +228,12 @@ def beside_arrays(
 ) -> Arrays:
     """Return the arrays of a clip that follow from the source alone: controls, ready text, fields
     of other packages."""
-    stride = codec.temporal_stride
-    latent_frames = latent_frame_count(clip.frames, stride)
-    keep_taps = settings.keep_taps == "yes"
-    arrays = control_arrays(source, content, latent_frames, stride, keep_taps)
+    time = time_of(codec)
+    arrays = control_arrays(source, content, clip.frames, time, settings)
     arrays |= ready_text(clip, content, settings)
-    size = crop_size(clip, codec.spatial_stride)
-    return arrays | other_arrays(source, clip, settings.fields, size, latent_frames)
+    framing = framing_of(clip, codec.spatial_stride, settings.resize)
+    latents = time.latents(clip.frames)
+    return arrays | other_arrays(source, clip, settings.fields, framing, latents)
 
 
 def encode_clip(
@@ -244,6 +250,10 @@ def encode_clip(
     arrays = latent_arrays(clip, content, codec, settings, tally) | beside
     if encoder is not None:
         arrays |= encode_text(clip, content, settings, encoder, tally)
+    if "controls.npy" in arrays:
+        rows = arrays["controls.npy"][1].astype(np.float64)
+        tally.control_squares = np.square(rows).sum(axis=0).tolist()
+    tally.unfocused = 0 if content.events is None else unfocused_spans(content.events)
     facts = {
         "key": clip.key,
         "episode": clip.episode,

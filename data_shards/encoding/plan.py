@@ -26,6 +26,7 @@ from data_shards.sources.clips import ClipSource, SourceClip
 from data_shards.sources.digests import LENGTH, digest, digest_file, list_files
 
 TOGETHER = 8  # clips whose files are read at a time
+TALLY = 2  # version of what a clip adds to the statistics; a clip with another is encoded again
 SHOWN = 20  # differences that a message lists
 # FFmpeg's parts that make pixels; PyAV may come with its own or use the system's
 FFMPEG = ("libavcodec", "libswscale")
@@ -84,8 +85,10 @@ def make_plan(
 ) -> Plan:
     """Return the plan for a source as it is now, with all of its clips."""
     arguments = dataclasses.asdict(settings)
-    if settings.fields is None:  # the plan of a set without them stays the same bytes
-        del arguments["fields"]
+    usual = Settings()
+    for name in ("fields", "resize", "controls_offset"):  # plans without them stay the same bytes
+        if getattr(settings, name) == getattr(usual, name):
+            del arguments[name]
     arguments["codec_options"] = dict(settings.codec_options)
     arguments["reading"] = place.reading.changes()
     row = codec_row(settings.codec)
@@ -168,7 +171,7 @@ def identify_clips(
     its side of the validation split."""
     weights = {name: value for name, value in plan.weights.items() if name != "null_text"}
     shared: list[Any] = [plan.arguments, plan.libraries, weights, codec.name, dict(codec.options)]
-    shared += [source.fps, source.metres_per_unit, source.control_names, source.control_sums]
+    shared += [TALLY, source.fps, source.metres_per_unit, source.control_names, source.control_sums]
     base = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())
 
     def identify(clip: SourceClip) -> str:

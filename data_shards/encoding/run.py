@@ -118,7 +118,9 @@ def begin(
     twice, other sizes, and what an earlier run left out that is still the same."""
     found = {**source.problems, **check.repeated(source.clips)}
     found |= check.unlike_sizes(
-        [clip for clip in source.clips if clip.key not in found], codec.spatial_stride
+        [clip for clip in source.clips if clip.key not in found],
+        codec.spatial_stride,
+        model.settings.resize,
     )
     if skip and old is not None:
         found |= {

@@ -9,6 +9,7 @@ from data_shards.codecs import LatentCodec, make_codec
 from data_shards.encoding.text import READY, TextEncoder
 from data_shards.schema import DataError
 from data_shards.sources.clips import ClipSource
+from data_shards.time_layout import LAYOUTS, Layout
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Settings:
     container: str = "tar"
     psnr: str = "yes"
     image_latents_every: int = 0
+    resize: tuple[int, int] | None = None  # (height, width) instead of a crop
     keep_taps: str = "no"
+    controls_offset: int = 0
     device: str = "cpu"
     text: str | None = None
     text_length: int = 300
@@ -46,6 +49,12 @@ class Settings:
         if source.stored is not None:
             return replace(source.stored, options={**options, **source.stored.options})
         return make_codec(self.codec, options, self.device)
+
+    def time_layout(self) -> Layout:
+        """Return the time layout of the codec; no weights are read for it."""
+        codec = make_codec(self.codec, dict(self.codec_options), self.device)
+        layout: Layout = getattr(codec, "time_layout", LAYOUTS[0])
+        return layout
 
     def make_text_encoder(self) -> TextEncoder | None:
         if self.text == READY and not self.null_text:

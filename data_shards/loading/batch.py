@@ -13,6 +13,7 @@ from torch import Tensor
 from data_shards.fields import Field, field_named, row_entries
 from data_shards.loading.cut import statistics
 from data_shards.schema import DatasetInfo
+from data_shards.time_layout import TimeLayout
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Batch:
       (column + 0.5, row + 0.5).
     - data_wait_s: how long the caller waited for this batch.
 
-    A packed row has the raw frames of its clips one after another, (T_d - 1) r + 1 each; the last
-    clip's entries are repeated over padding.
+    A packed row has the raw frames of its clips one after another, those of T_d latents each; the
+    last clip's entries are repeated over padding.
     """
 
     latents: Tensor
@@ -64,7 +65,7 @@ class Batch:
         """Return the fields that one rank of a sequence group reads for all, in one order."""
         return [tensor for name, tensor in self.fields.items() if not field_named(name).by_row]
 
-    def own_entries(self, held: tuple[int, int], stride: int) -> dict[str, Tensor]:
+    def own_entries(self, held: tuple[int, int], time: TimeLayout) -> dict[str, Tensor]:
         """Return the fields of rows that are packed alike, without what padded them to the longest
         row of the whole batch. held: the latent frames of these `t`."""
         starts = self.document_starts[0] if self.document_starts else (0,)
@@ -72,7 +73,7 @@ class Batch:
         for name, tensor in self.fields.items():
             field, part = field_named(name), held if field_named(name).by_row else (0, self.frames)
             if field.rate != "clip":
-                tensor = tensor[:, : row_entries(field.rate, starts, part, self.frames, stride)]
+                tensor = tensor[:, : row_entries(field.rate, starts, part, self.frames, time)]
             found[name] = tensor
         return found
 
@@ -104,7 +105,7 @@ def joined(
     starts: tuple[int, ...],
     held: tuple[int, int],
     frames: int,
-    stride: int,
+    time: TimeLayout,
 ) -> dict[str, Tensor]:
     """Return the fields of a row of `frames` latents: of its clips one after another, padded for
     the latents behind the last one. What is one for a whole clip stays in rows of one clip only.
@@ -114,7 +115,7 @@ def joined(
         field = field_named(name)
         if field.rate != "clip":
             part = held if field.by_row else (0, frames)
-            length = row_entries(field.rate, starts, part, frames, stride)
+            length = row_entries(field.rate, starts, part, frames, time)
             whole = torch.cat([clip[name] for clip in clips]) if len(clips) > 1 else first
             row[name] = padded(whole, length, field)
         elif len(clips) == 1:

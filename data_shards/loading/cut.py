@@ -1,7 +1,7 @@
 """Cut a clip for training: this rank's latent frames normalised, fields sliced and re-based.
 
-A cut starts at the clip's latent 0, or at a later latent whose image latent was stored (see
-data_shards/README.md); the image latent then replaces it.
+A cut starts at the clip's latent 0, or, of a causal codec, at a later latent whose image latent was
+stored (see data_shards/README.md), which then replaces it; of a grouped codec at any latent.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from data_shards.fields import Field, batch_fields, entries_of
 from data_shards.schema import IMAGE_LATENTS, TIME_SHARDED, ClipEntry, DatasetInfo
 from data_shards.storage.read import ClipDataset, check_finite
+from data_shards.time_layout import time_of
 
 
 def statistics(
@@ -57,7 +58,7 @@ def read_latents(
         return
     members = dataset.members(entry)
     pieces = [(members[TIME_SHARDED], start + first, start + stop)]
-    if start and first == 0:
+    if start and first == 0 and dataset.info.time_layout == "causal":
         row = start * dataset.info.temporal_stride // dataset.info.image_latents_every - 1
         pieces = [
             (members[IMAGE_LATENTS], row, row + 1),
@@ -79,6 +80,7 @@ def read_latents(
 
 def read_fields(
     dataset: ClipDataset,
+    info: DatasetInfo,
     entry: ClipEntry,
     start: int,
     count: int,
@@ -86,29 +88,32 @@ def read_fields(
     replicated: bool = True,
 ) -> dict[str, Tensor]:
     """Read the fields of the cut of `count` latent frames from latent `start` on: name -> tensor of
-    the field's batch type, entries first, relative to the cut where the field asks for it.
+    the field's batch type, entries first, relative to the cut where the field asks for it, and
+    divided by what `info` states.
 
     own: the latent frames of the cut that this rank holds, maybe none; of a field that is read by
     row it gets theirs. replicated: False leaves the others unread, as `unread` has them.
     """
-    info, members = dataset.info, dataset.members(entry)
+    members, time = dataset.members(entry), time_of(dataset.info)
     present = [field for field in batch_fields() if field.member in members]
     wanted = [field for field in present if replicated or field.by_row]
     stored = dataset.fields_of(entry, wanted, start, own)
     found = {}
     for field in present:
-        first, stop = entries_of(field.rate, (0, count), info.temporal_stride)
+        first, stop = entries_of(field.rate, (0, count), time)
         if field.name not in stored:
             found[field.name] = unread(field, info, stop - first)
             continue
         array = stored[field.name]
         if field.rate != "clip" and not field.by_row:
-            origin = start * (info.temporal_stride if field.rate == "raw" else 1)
+            origin = start * (time.stride if field.rate == "raw" else 1)
             array = array[origin + first : origin + stop]
         if field.rebase is not None:
             array = field.rebase(array)
         array = array if array.flags.writeable else array.copy()
         found[field.name] = as_tensor(array).to(tensor_type(field))
+        if field.divisor and (divisor := getattr(info, field.divisor)):
+            found[field.name] /= torch.tensor(divisor, dtype=tensor_type(field))
     return found
 
 

@@ -25,6 +25,7 @@ from data_shards.loading.cut import read_fields, read_latents, unread
 from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
 from data_shards.schema import ClipEntry, DataError, DatasetInfo, ShardError
 from data_shards.storage.read import ClipDataset
+from data_shards.time_layout import time_of
 
 __all__ = ["Batch", "ClipLoader", "denormalise", "normalise", "relative_poses"]
 
@@ -215,13 +216,15 @@ class ClipLoader:
                     part = out[low - held[0] : high - held[0]]
                     buffer = self._buffer(part.numel())
                     read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
-                fields = read_fields(dataset, entry, take.start, take.frames, own, self.replicated)
+                fields = read_fields(
+                    dataset, self.dataset.info, entry, take.start, take.frames, own, self.replicated
+                )
             except ShardError as error:
                 raise ShardError(
                     str(error), dataset.global_name(error.shard), error.passing
                 ) from error
             found.append(fields)
-        return joined(found, row.starts, held, row.frames, self.dataset.info.temporal_stride)
+        return joined(found, row.starts, held, row.frames, time_of(self.dataset.info))
 
     def _buffer(self, numbers: int) -> np.ndarray:
         """Return this thread's buffer for stored latents, reused from clip to clip."""
@@ -250,7 +253,7 @@ class ClipLoader:
                 whole = torch.stack([padded(part, longest, field) for part in parts])
             else:
                 span = held if field.by_row else (0, total)
-                length = row_entries(field.rate, (0,), span, total, info.temporal_stride)
+                length = row_entries(field.rate, (0,), span, total, time_of(info))
                 whole = unread(field, info, length)[None][:0]
             found[field.name] = whole.pin_memory() if self.pin else whole
         return found
@@ -316,7 +319,7 @@ def source_of(dataset: ClipDataset, table: Any, weight: float) -> Source:
         table.latent_frames,
         weight,
         (info.latent_height, info.latent_width),
-        info.image_latents_every // info.temporal_stride,
+        1 if info.time_layout == "grouped" else info.image_latents_every // info.temporal_stride,
     )
 
 

@@ -165,7 +165,7 @@ def open_source(path: str | Place) -> ClipSource:
     """
     place = Place(path) if isinstance(path, str) else path
     kind = detect(place) if place.kind == "auto" else place.kind
-    if place.reading != DEFAULT and kind not in OF_VIDEOS:
+    if place.reading.changes() and kind not in OF_VIDEOS:
         raise DataError(
             f"source: got {place.reading.changes()} with a source of the kind {kind}, expected one"
             f" of {', '.join(OF_VIDEOS)}. Fix: leave it out"

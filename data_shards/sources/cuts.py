@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.controls import KEY_UP, Events
+from data_shards.controls import STATES, Events
 
 
 def cut_rows(rows: NDArray[Any] | None, numbers: NDArray[np.int64]) -> NDArray[Any] | None:
@@ -37,15 +37,23 @@ def cut_controls(
 
 
 def cut_events(
-    events: Events, start: Fraction, seconds: Fraction, frame: Fraction, stretch: Fraction
+    events: Events,
+    start: Fraction,
+    seconds: Fraction,
+    frame: Fraction,
+    stretch: Fraction,
+    offset: int = 0,
 ) -> Events:
     """Return the events of a clip that begins `start` seconds after the video and lasts `seconds`.
 
     Its times are counted from its first frame, times `stretch`. All earlier keys stay, as one
-    may still be held; of the mouse what belongs to the first frame, which lasts `frame` seconds.
+    may still be held; of the mouse what belongs to the first frame, which lasts `frame` seconds, or
+    with an `offset` to those before, by which rows of controls are moved.
     """
-    first, end, mouse = (int(t * 10**9) for t in (start, start + seconds, start - frame))
-    stays = (events.time_ns <= end) & ((events.kind <= KEY_UP) | (events.time_ns > mouse))
+    earliest = start - (1 - offset) * frame
+    first, end, mouse = (int(t * 10**9) for t in (start, start + seconds, earliest))
+    lasting = np.isin(events.kind, STATES)
+    stays = (events.time_ns <= end) & (lasting | (events.time_ns > mouse))
     times = events.time_ns[stays].astype(np.int64) - first
     up, down = stretch.numerator, stretch.denominator
     return replace(

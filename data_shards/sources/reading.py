@@ -7,9 +7,10 @@ from fractions import Fraction
 
 from data_shards.fields import same_rate
 from data_shards.schema import DataError
+from data_shards.time_layout import Layout, TimeLayout
 
-STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it
-LENGTHS = f"a clip has {STRIDE}k + 1 frames"
+STRIDE = 8  # a multiple of every codec's: a clip has 8k + 1 frames whatever encodes it, or 8k
+LENGTHS = f"a clip has {STRIDE}k + 1 frames, or {STRIDE}k for a grouped codec"
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,27 @@ class Reading:
 
     fps: resample to this rate by time stamps; None: as the files are. clip_frames: cut each video
     into clips of so many frames, of which `clip_overlap` are also in the clip before; None: one
-    clip a video. damaged: refuse pictures that the decoder had to make up, or allow them.
+    clip a video. damaged: refuse pictures that the decoder had to make up, or allow them. layout:
+    of the codec, which says how many frames a clip can have. controls_offset: see `encode`.
     """
 
     fps: Fraction | None = None
     clip_frames: int | None = None
     clip_overlap: int = 0
     damaged: str = "refuse"
+    layout: Layout = "causal"
+    controls_offset: int = 0
+
+    @property
+    def time(self) -> TimeLayout:
+        """Return the layout of latents of STRIDE frames."""
+        return TimeLayout(STRIDE, self.layout)
 
     def __post_init__(self) -> None:
-        if self.clip_frames is not None and (self.clip_frames - 1) % STRIDE:
-            near = whole_groups(self.clip_frames)
+        if self.clip_frames is not None and not self.time.fits(self.clip_frames):
+            near = self.time.below(self.clip_frames)
             raise DataError(
-                f"clip_frames: got {self.clip_frames}, expected a multiple of {STRIDE} plus 1. Fix:"
+                f"clip_frames: got {self.clip_frames}, expected {self.time.rule}. Fix:"
                 f" clip_frames={near} or clip_frames={near + STRIDE}"
             )
         if self.clip_overlap >= (self.clip_frames or 1):
@@ -42,23 +51,20 @@ class Reading:
     def starts(self, frames: int) -> list[tuple[int, int]]:
         """Return (first frame, frames) of each clip of a video."""
         if self.clip_frames is None:
-            return [(0, whole_groups(frames))]
+            kept = self.time.below(frames)
+            return [(0, kept)] if kept <= frames else []
         step = self.clip_frames - self.clip_overlap
         return [(at, self.clip_frames) for at in range(0, frames - self.clip_frames + 1, step)]
 
     def changes(self) -> str:
         """Return what is not as it is by default, as it was typed."""
-        asked = {f.name: getattr(self, f.name) for f in fields(self)}
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ELSEWHERE}
         usual = {f.name: f.default for f in fields(self)}
         return " ".join(f"{name}={asked[name]}" for name in asked if asked[name] != usual[name])
 
 
 DEFAULT = Reading()
-
-
-def whole_groups(frames: int) -> int:
-    """Return how many frames a clip keeps: a multiple of STRIDE plus 1."""
-    return (frames - 1) // STRIDE * STRIDE + 1
+ELSEWHERE = ("layout", "controls_offset")  # stated with the codec's and the command's options
 
 
 def frame_rate(text: str) -> Fraction:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from data_shards.beside.sidecar import Sidecar, check_names, of_json
 from data_shards.schema import KEY_PATTERN, DataError
 from data_shards.sources.clips import SourceClip, safe_key
-from data_shards.sources.reading import Reading, whole_groups
+from data_shards.sources.reading import Reading
 from data_shards.sources.video_file import SUFFIXES, VideoFacts, probe
 from data_shards.storage.files import parse_json
 
@@ -165,7 +165,12 @@ def describe(
     ):  # say a URL: any name will do that is the same for its clips
         episode = hashlib.sha256(episode.encode()).hexdigest()[:32]
     frames = of_video.times.count(reading.fps)
-    kept, size = whole_groups(frames), (of_video.height, of_video.width)
+    kept, size = reading.time.below(frames), (of_video.height, of_video.width)
+    if kept > frames:
+        raise DataError(
+            f"tar: got {name} of {frames} frames, expected at least {kept}, those of one latent."
+            " Fix: leave it out"
+        )
     return TarClip(clip_key, episode, kept, *size, tar, of_video, frames - kept, parts, name)
 
 

@@ -48,7 +48,7 @@ def notes_of(
         notes.append(f"{trimmed} frames at the ends of videos fill no clip and are left out")
     if short:
         shown = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
-        asked = f"clip_frames={reading.clip_frames}"
+        asked = f"clip_frames={reading.clip_frames or reading.time.first}"
         notes.append(f"{len(short)} videos are shorter than {asked} and are left out: {shown}")
     if turned := [stem for stem, one in facts.items() if one.turn != Turn()]:
         shown = ", ".join(turned[:5]) + (", ..." if len(turned) > 5 else "")

@@ -230,7 +230,9 @@ class VideosSource:
         if events is not None:
             stored = self.reading.fps or Fraction(self.fps).limit_denominator(100_000)
             own = self.reading.fps or self._facts[stem].times.rate
-            events = cut_events(events, start / own, clip.frames / own, 1 / own, own / stored)
+            offset = self.reading.controls_offset
+            span = (start / own, clip.frames / own, 1 / own)
+            events = cut_events(events, *span, own / stored, offset)
         return ClipContent(
             None,
             cut_rows(beside.c2w, numbers),

@@ -16,6 +16,7 @@ from data_shards.schema import (
     shown,
 )
 from data_shards.storage.files import parse_json
+from data_shards.time_layout import LAYOUTS
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value keeps it, and its words
 MOST_CHARACTERS, MOST_NAMES = 4096, 65536
@@ -69,6 +70,10 @@ def are_versions(value: Any) -> bool:
 
 def are_levels(value: Any) -> bool:
     return isinstance(value, list) and all(number(1e-6, 1)[0](level) for level in value)
+
+
+def are_divisors(value: Any) -> bool:
+    return isinstance(value, list) and all(number(1e-30, 1e30)[0](each) for each in value)
 
 
 def are_counts(value: Any) -> bool:
@@ -125,8 +130,24 @@ RULES: Mapping[str, Rule] = {
     "text_length": whole(0, 2**24),
     "text_width": whole(0, 2**24),
     "null_text_crc32c": whole(0, 2**32 - 1),
+    "time_layout": (lambda value: value in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+    "shown_height": whole(0, 2**40),
+    "shown_width": whole(0, 2**40),
+    "control_std": (are_divisors, "a list of positive numbers"),
+    "controls_offset": whole(-(2**20), 0),
     "ode_levels": (are_levels, "a list of noise levels from above 0 to 1"),
     "libraries": (are_versions, "a table of names and versions"),
+}
+
+
+NEWER: Mapping[str, Any] = {
+    "libraries": {},
+    "ode_levels": [],
+    "time_layout": LAYOUTS[0],
+    "shown_height": 0,
+    "shown_width": 0,
+    "control_std": [],
+    "controls_offset": 0,
 }
 
 
@@ -144,8 +165,8 @@ def info_from_json(text: str | bytes, where: str) -> DatasetInfo:
             f"dataset.json: got schema_version {shown(raw.get('schema_version'))}, expected"
             f" {SCHEMA_VERSION} ({where}). Fix: encode again"
         )
-    raw.setdefault("libraries", {})  # sets of earlier versions do not state these
-    raw.setdefault("ode_levels", [])
+    for name, usual in NEWER.items():  # sets of earlier versions do not state these
+        raw.setdefault(name, usual)
     if wrong := sorted({field.name for field in dataclasses.fields(DatasetInfo)} ^ set(raw)):
         names = ", ".join(shown(name) for name in wrong[:5])
         raise DataError(
@@ -161,6 +182,7 @@ def info_from_json(text: str | bytes, where: str) -> DatasetInfo:
     for name in ("mean", "std"):
         raw[name] = tuple(tuple(float(x) for x in row) for row in raw[name])
     raw["control_names"], raw["fields"] = tuple(raw["control_names"]), tuple(raw["fields"])
+    raw["control_std"] = tuple(float(each) for each in raw["control_std"])
     raw["ode_levels"] = tuple(float(level) for level in raw["ode_levels"])
     info = DatasetInfo(**raw)
     if problem := contradiction(info):
@@ -175,7 +197,12 @@ def contradiction(info: DatasetInfo) -> str:
             return f"got a {name} that is not [2][{info.channels}] finite numbers"
     if min(min(row) for row in info.std) <= 0:
         return "got a std of 0 or less, expected positive numbers"
+    if info.control_std and len(info.control_std) != len(info.control_names):
+        count = len(info.control_std)
+        return f"got a control_std of {count} numbers, expected one for each of control_names"
     every, stride = info.image_latents_every, info.temporal_stride
+    if every and info.time_layout == "grouped":
+        return f"got image_latents_every {every}, expected 0 with the time layout grouped"
     if every % stride:
         return f"got image_latents_every {every}, expected 0 or a multiple of {stride}"
     return ""

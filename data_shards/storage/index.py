@@ -35,6 +35,7 @@ from data_shards.schema import (
 )
 from data_shards.storage.files import all_finite, error_text
 from data_shards.storage.remote import RetryPolicy, is_transient, open_file, with_retries
+from data_shards.time_layout import time_of
 
 MAX_HEADER_BYTES = 1024  # of an npy member; ours have 128
 KEPT_GROUPS = 64  # some hundred kilobytes each
@@ -307,10 +308,12 @@ def check_entry(entry: ClipEntry, info: DatasetInfo) -> None:
             f"index: got {lengths} frames and episode {shown(entry.episode)}, expected lengths and"
             f" a name (key {entry.key}). Fix: encode again"
         )
-    if entry.latent_frames != (entry.raw_frames - 1) // info.temporal_stride + 1:
+    time = time_of(info)
+    if not time.fits(entry.raw_frames) or entry.latent_frames != time.latents(entry.raw_frames):
         raise DataError(
             f"index: got {entry.latent_frames} latents of {entry.raw_frames} frames, expected one"
-            f" and one more for every {info.temporal_stride} (key {entry.key}). Fix: encode again"
+            f" for every {info.temporal_stride}, the first of {time.first} (key {entry.key}). Fix:"
+            " encode again"
         )
 
 

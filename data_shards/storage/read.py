@@ -60,6 +60,7 @@ from data_shards.storage.remote import (
 )
 from data_shards.storage.shard_bytes import ShardBytes, joined, lies_in
 from data_shards.storage.zarr_store import Piece
+from data_shards.time_layout import time_of
 
 DEFAULT_POLICY = RetryPolicy()
 JOINED_GAP = 64 * 1024  # members at most this far apart are one read
@@ -169,7 +170,7 @@ class ClipDataset:
     ) -> dict[str, NDArray[Any]]:
         """Return fields of a clip as stored, by name: whole, or of one that is read by row the
         entries of the latent frames [start, stop) of the cut that begins at latent `first`."""
-        members, stride = self.members(entry), self.info.temporal_stride
+        members, time = self.members(entry), time_of(self.info)
         whole = self.whole(entry, [members[field.member] for field in wanted if not field.by_row])
         found = {}
         for field in wanted:
@@ -177,8 +178,8 @@ class ClipDataset:
             if not field.by_row:
                 found[field.name] = whole[field.member]
                 continue
-            origin = first * (stride if field.rate == "raw" else 1)
-            low, high = (origin + row for row in entries_of(field.rate, frames, stride))
+            origin = first * (time.stride if field.rate == "raw" else 1)
+            low, high = (origin + row for row in entries_of(field.rate, frames, time))
             found[field.name] = self.rows(entry, member, low, high)
             check_finite(found[field.name], entry, member, (low, high))
         return found

@@ -262,6 +262,8 @@ def fingerprint(
         info.control_names,
     ]
     facts += [info.image_latents_every, info.null_text_crc32c]
+    newer = [info.time_layout, info.control_std, info.controls_offset]
+    facts += [newer] if newer != ["causal", (), 0] else []  # others keep the one that they had
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for entry, members in rows:
         content = [[m.field, m.dtype, m.shape, m.crc32c] for m in members]

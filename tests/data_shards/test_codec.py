@@ -6,7 +6,8 @@ import pytest
 
 from data_shards.codecs import make_codec
 from data_shards.codecs.linear import LinearCodec, coefficient_tables, psnr_db
-from data_shards.schema import DataError, latent_frame_count
+from data_shards.schema import DataError
+from data_shards.time_layout import TimeLayout
 
 
 def noise_video(frames, height, width, seed=0):
@@ -73,7 +74,7 @@ def test_tables_hold_each_coefficient_once():
 @pytest.mark.parametrize("frames", [0, 2, 8, 80])
 def test_frame_counts_off_the_grid_are_refused(frames):
     with pytest.raises(DataError, match=f"got {frames}, expected a multiple of 8 plus 1"):
-        latent_frame_count(frames, 8)
+        TimeLayout(8).latents(frames)
 
 
 def test_bad_arguments_are_refused():

@@ -15,12 +15,18 @@ from data_shards.controls import (
     KEY_DOWN,
     KEY_UP,
     MOUSE,
+    REFOCUS,
     SCROLL,
+    UNFOCUS,
     Events,
+    bucket_controls,
     bucket_edges,
     bucket_events,
+    control_divisors,
+    unfocused_spans,
 )
 from data_shards.schema import DataError
+from data_shards.time_layout import LAYOUTS, TimeLayout
 
 
 def events_of(rows):
@@ -30,21 +36,33 @@ def events_of(rows):
     return Events(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes)))
 
 
-def simulate(events, latent_frames, fps, stride, keep_taps):
+def last_frames(latent_frames, time):
+    """The last raw frame of each latent, written out: one frame, then groups; or groups alone."""
+    if time.layout == "grouped":
+        return [time.stride * (t + 1) - 1 for t in range(latent_frames)]
+    return [time.stride * t for t in range(latent_frames)]
+
+
+def simulate(events, latent_frames, fps, time, keep_taps, offset=0):
     """The definition, one event at a time, with exact times."""
     out = np.zeros((latent_frames, BUTTONS + 3))
-    held = set()
-    for t in range(-1, latent_frames):
-        upper = Fraction(stride * t) / fps if t >= 0 else -1 / fps
-        lower = Fraction(stride * (t - 1)) / fps if t > 0 else -1 / fps
+    held, away = set(), False
+    ends = [Fraction(frame + offset) / fps for frame in last_frames(latent_frames, time)]
+    before = (offset - 1) / fps
+    for t, lower, upper in zip(range(-1, latent_frames), [None, before, *ends], [before, *ends]):
         tapped, scroll = set(), 0
-        for time, kind, code, dx, dy in zip(
+        for moment, kind, code, dx, dy in zip(
             events.time_ns, events.kind, events.code, events.dx, events.dy
         ):
-            seconds = Fraction(int(time), 10**9)
-            if seconds > upper or (t >= 0 and seconds <= lower):
+            seconds = Fraction(int(moment), 10**9)
+            if seconds > upper or (lower is not None and seconds <= lower):
                 continue
-            if kind == KEY_DOWN:
+            if kind in (UNFOCUS, REFOCUS):
+                away = kind == UNFOCUS
+                held = set() if away else held
+            elif away:
+                continue
+            elif kind == KEY_DOWN:
                 held.add(int(code))
                 tapped.add(int(code))
             elif kind == KEY_UP:
@@ -69,32 +87,74 @@ TIMES = st.one_of(
         lambda k, d: k * 4 * 10**9 * 1001 // 30000 + d, st.integers(-2, 12), st.integers(-1, 1)
     ),
 )
-ROWS = st.lists(
-    st.tuples(
-        TIMES, st.integers(0, 3), st.integers(0, 5), st.integers(-40, 40), st.integers(-40, 40)
-    ),
-    max_size=60,
-)
+
+
+def rows_of(last_kind):
+    amount, code = st.integers(-40, 40), st.integers(0, 5)
+    row = st.tuples(TIMES, st.integers(0, last_kind), code, amount, amount)
+    return st.lists(row, max_size=60)
 
 
 @settings(max_examples=120, deadline=None)
-@given(rows=ROWS, fps=RATES, stride=st.sampled_from([1, 4, 8]), keep_taps=st.booleans())
-def test_buckets_follow_the_definition(rows, fps, stride, keep_taps):
+@given(
+    rows=rows_of(REFOCUS),
+    fps=RATES,
+    time=st.builds(TimeLayout, st.sampled_from([1, 4, 8]), st.sampled_from(LAYOUTS)),
+    keep_taps=st.booleans(),
+    offset=st.sampled_from([0, 0, -1, -4]),
+)
+def test_buckets_follow_the_definition(rows, fps, time, keep_taps, offset):
     events = events_of(rows)
     np.testing.assert_array_equal(
-        bucket_events(events, 6, fps, stride, keep_taps),
-        simulate(events, 6, fps, stride, keep_taps),
+        bucket_events(events, 6, fps, time, keep_taps, offset),
+        simulate(events, 6, fps, time, keep_taps, offset),
     )
 
 
+def test_leaving_the_window_releases_all_keys_and_ends_its_events():
+    ms, space, w = 10**6, 32, 87
+    events = events_of(
+        [
+            (0, KEY_DOWN, w, 0, 0),
+            (50 * ms, UNFOCUS, 0, 0, 0),
+            (60 * ms, UNFOCUS, 0, 0, 0),
+            (70 * ms, KEY_DOWN, space, 0, 0),  # typed in another window
+            (75 * ms, MOUSE, 0, 500, 0),
+            (150 * ms, REFOCUS, 0, 0, 0),
+            (160 * ms, MOUSE, 0, 3, 0),
+        ]
+    )
+    controls = bucket_events(events, 4, Fraction(80), TimeLayout(4, "grouped"))  # 50 ms a latent
+    np.testing.assert_array_equal(controls[:, w], [1, 0, 0, 0])
+    assert not controls[:, space].any()
+    np.testing.assert_array_equal(controls[:, BUTTONS], [0, 0, 0, 3])
+    assert unfocused_spans(events) == 1
+
+
+def test_rows_per_raw_frame_cover_the_frames_of_their_latent():
+    """Row i of a clip is i for an amount and for a state; latents of 1 + 4 + 4, and of 4 + 4."""
+    frames = np.stack([np.arange(9), np.arange(9)], 1).astype(np.float32)
+    causal = bucket_controls(frames, (True, False), TimeLayout(4))
+    np.testing.assert_array_equal(causal, [[0, 0], [10, 2.5], [26, 6.5]])
+    grouped = bucket_controls(frames[:8], (True, False), TimeLayout(4, "grouped"))
+    np.testing.assert_array_equal(grouped, [[6, 1.5], [22, 5.5]])
+    earlier = bucket_controls(frames[:8], (True, False), TimeLayout(4, "grouped"), -4)
+    np.testing.assert_array_equal(earlier, [[0, 0], [6, 1.5]])
+
+
+def test_amounts_are_divided_by_their_spread_and_states_by_one():
+    squares = np.array([16.0, 36.0, 0.0])  # over 4 latent frames
+    assert control_divisors((False, True, True), squares, 4) == (1.0, 3.0, 1.0)
+
+
 @settings(max_examples=60, deadline=None)
-@given(rows=ROWS, fps=RATES)
+@given(rows=rows_of(SCROLL), fps=RATES)
 def test_nothing_is_lost_or_counted_twice(rows, fps):
     """The displacements add up to those of the events that the clip spans, whatever lies on its
     buckets' edges."""
     events = events_of(rows)
-    whole = bucket_events(events, 7, fps, 4)
-    edges = bucket_edges(7, fps, 4)
+    whole = bucket_events(events, 7, fps, TimeLayout(4))
+    edges = bucket_edges(7, fps, TimeLayout(4))
     spanned = (events.kind == MOUSE) & (events.time_ns > edges[0]) & (events.time_ns <= edges[-1])
     assert whole[:, BUTTONS].sum() == events.dx[spanned].sum()
     assert whole[:, BUTTONS + 1].sum() == events.dy[spanned].sum()
@@ -124,7 +184,7 @@ def test_two_clips_that_touch_share_no_event_and_miss_none(rows):
     events, parts = events_of(rows), []
     for first in (0, 25):
         shifted = dataclasses.replace(events, time_ns=events.time_ns - first * FRAME_NS)
-        parts.append(bucket_events(shifted, 7, Fraction(50), 4))
+        parts.append(bucket_events(shifted, 7, Fraction(50), TimeLayout(4)))
     both = np.concatenate(parts)
     spanned = (
         (events.kind == MOUSE) & (events.time_ns > -FRAME_NS) & (events.time_ns <= 49 * FRAME_NS)
@@ -146,7 +206,7 @@ def test_ten_kilohertz_for_a_minute():
     events = Events(
         time, np.full(count, MOUSE, np.uint8), np.zeros(count, np.uint8), dx, dx[::-1].copy()
     )
-    controls = bucket_events(events, 901, Fraction(60), 4)
+    controls = bucket_events(events, 901, Fraction(60), TimeLayout(4))
     assert controls.shape == (901, len(CONTROL_NAMES))
     assert controls[:, BUTTONS].sum() == dx[time <= 60 * 10**9].sum()
     # the bucket of latent 1 ends with raw frame 4, at 66.67 ms: events 1 to 666, event 0 lying in
@@ -165,7 +225,8 @@ def test_taps_and_held_keys():
     ]
     events = events_of([(*row, 0, 0) for row in rows])
     kept, snapshots = (
-        bucket_events(events, 5, Fraction(60), 4, keep_taps=keep) for keep in (True, False)
+        bucket_events(events, 5, Fraction(60), TimeLayout(4), keep_taps=keep)
+        for keep in (True, False)
     )
     assert kept[:, 87].tolist() == [
         1,
@@ -177,7 +238,7 @@ def test_taps_and_held_keys():
     assert kept[:, 32].tolist() == [0, 0, 1, 0, 0]
     assert snapshots[:, 32].tolist() == [0] * 5
     np.testing.assert_array_equal(
-        bucket_events(events, 5, Fraction(60), 4), snapshots
+        bucket_events(events, 5, Fraction(60), TimeLayout(4)), snapshots
     )  # the paper's is the default
 
 

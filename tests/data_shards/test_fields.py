@@ -14,6 +14,7 @@ from data_shards.loading.load import ClipLoader
 from data_shards.schema import DataError, ShardError
 from data_shards.sources.recording import RecordingSource
 from data_shards.storage.read import open_dataset
+from data_shards.time_layout import TimeLayout
 
 # A picture for each raw frame: larger than the clip's latents, so a rank of a sequence group reads
 # those of its own frames only.
@@ -171,7 +172,7 @@ def test_packed_rows(field, made, truth, held):
         ]
         one = batch.each_tensor(lambda tensor, place=place: tensor[place : place + 1])
         one = type(one)(**{**vars(one), "document_starts": (batch.document_starts[place],)})
-        found = one.own_entries(held, R)["depth"][0]
+        found = one.own_entries(held, TimeLayout(R))["depth"][0]
         np.testing.assert_array_equal(found, np.array(expected, np.float32).reshape(-1, 112, 160))
 
 

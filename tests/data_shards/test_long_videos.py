@@ -11,6 +11,7 @@ from data_shards.schema import DataError
 from data_shards.sources import Place, open_source, video_reader
 from data_shards.sources.reading import Reading
 from data_shards.storage.read import open_dataset
+from data_shards.time_layout import TimeLayout
 
 FRAMES, LENGTH, OVERLAP = 118, 25, 9
 
@@ -97,12 +98,12 @@ def test_events_are_cut_along(films, tmp_path):
         dy=np.ones(500, int),
     )
     whole = open_source(str(tmp_path))
-    rows = bucket_events(whole.load(whole.clips[0]).events, 14, Fraction(25), 8)
+    rows = bucket_events(whole.load(whole.clips[0]).events, 14, Fraction(25), TimeLayout(8))
     source = open_source(Place(str(tmp_path), reading=Reading(None, LENGTH, 1)))
     for clip in source.clips:
         start = int(clip.key[-6:]) // 8  # of 24 frames each: at whole latents
         events = source.load(clip).events
-        cut = bucket_events(events, 4, Fraction(25), 8)
+        cut = bucket_events(events, 4, Fraction(25), TimeLayout(8))
         np.testing.assert_array_equal(cut[1:], rows[start + 1 : start + 4])
         assert (cut[:, 65] == 1).all()
         assert (cut[0, BUTTONS + 1] <= rows[start, BUTTONS + 1]) or not start

@@ -12,13 +12,15 @@ import pytest
 
 from data_shards import encode
 from data_shards.codecs import make_codec
-from data_shards.encoding.arrays import crop
+from data_shards.encoding.framing import Framing
 from data_shards.encoding.job import split_of_episodes
 from data_shards.schema import DataError, MemberEntry
 from data_shards.sources.recording import RecordingSource
 from data_shards.storage.files import from_bfloat16, npy_header, to_bfloat16
 from data_shards.storage.read import open_dataset
 from data_shards.storage.write import ShardWriter, shard_size
+
+FRAMING = Framing((120, 160), (112, 160), 16, False)
 
 
 def test_stock_webdataset_writes_the_same(dataset_path, tmp_path):
@@ -91,7 +93,8 @@ def test_latents_are_those_of_the_codec(recording, dataset_path):
     codec = make_codec(dataset.info.codec, dataset.info.codec_options)
     for clip in source.clips:
         content = source.load(clip)
-        video, intrinsics = crop(content.video, content.intrinsics, (112, 160))
+        video = FRAMING.video(content.video)
+        intrinsics = FRAMING.intrinsics(content.intrinsics)
         stored = dataset.read(clip.key)
         np.testing.assert_array_equal(
             stored.latents, codec.encode(video).astype(np.float16).astype(np.float32)

@@ -88,7 +88,10 @@ def encode_by_frame(weights, video, pools):
     return torch.cat([layer(weights, "encoder.17", x, padding=1) for x in frames]).numpy()
 
 
-def decode_by_frame(weights, latents, grows):
+def decode_by_frame(weights, latents, grows, warm=None):
+    """The published decoder; `warm`: frames left out at the start, as many as come before the
+    first."""
+    warm = int(np.prod(grows)) - 1 if warm is None else warm
     frames = [
         layer(weights, "decoder.1", torch.tanh(x / 3) * 3, padding=1).relu()
         for x in torch.from_numpy(latents)[:, None]
@@ -108,9 +111,7 @@ def decode_by_frame(weights, latents, grows):
     frames = [
         pixel_shuffle(layer(weights, "decoder.22", x.relu(), padding=1), PATCH) for x in frames
     ]
-    return (
-        torch.cat(frames)[int(np.prod(grows)) - 1 :].clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
-    )
+    return torch.cat(frames)[warm:].clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
 
 
 def test_taehv_is_the_published_network(taehv):
@@ -128,6 +129,22 @@ def test_taehv_is_the_published_network(taehv):
     np.testing.assert_allclose(decoded, decode_by_frame(weights, latents, (1, 2, 2)), atol=0.51)
     assert decoded.std() > 1
     assert codec.encode(video[:1]).shape == (1, CHANNELS, 2, 3)
+
+
+def test_a_grouped_taehv_encodes_and_decodes_whole_groups(taehv):
+    """As Waypoint-1.5 uses it: r k frames make k latents, and all r k come back."""
+    codec = make_codec("taehv", {"model": str(taehv), "layout": "grouped"})
+    video = np.random.default_rng(0).integers(0, 256, (24, 32, 48, 3), dtype=np.uint8)
+    latents, weights = codec.encode(video), load_file(taehv)
+    assert latents.shape == (6, CHANNELS, 2, 3)
+    np.testing.assert_allclose(latents, encode_by_frame(weights, video, (2, 2, 1)), atol=1e-5)
+    decoded = codec.decode(latents)
+    assert decoded.shape == video.shape
+    expected = decode_by_frame(weights, latents, (1, 2, 2), warm=0)
+    np.testing.assert_allclose(decoded, expected, atol=0.51)
+    assert make_codec("taehv", dict(codec.options)).time_layout == "grouped"
+    with pytest.raises(DataError, match="got 25, expected a multiple of 4 "):
+        codec.encode(np.concatenate([video, video[:1]]))
 
 
 def test_a_decoder_trained_to_grow_more_keeps_the_last_frames(tmp_path):

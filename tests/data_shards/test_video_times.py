@@ -10,7 +10,7 @@ import webdataset
 from data_shards import encode
 from data_shards.schema import DataError
 from data_shards.sources import Place, open_source
-from data_shards.sources.reading import Reading, whole_groups
+from data_shards.sources.reading import Reading
 from data_shards.sources.video_times import Times
 from data_shards.storage.read import open_dataset
 
@@ -65,7 +65,7 @@ def test_resampling_shows_what_is_on_the_screen_at_that_time(films, uneven, tmp_
     times, half = [Fraction(t, 25) for t in KEPT], min(1 / rate, Fraction(1, 25)) / 2
     due = [Fraction(k) / rate + half for k in range(source.clips[0].frames)]
     expected = np.array([max(i for i, t in enumerate(times) if t <= now) for now in due])
-    assert source.clips[0].frames == whole_groups(int((times[-1] + half) * rate) + 1)
+    assert source.clips[0].frames == Reading().time.below(int((times[-1] + half) * rate) + 1)
     assert (source.fps, len(expected) % 8) == (float(rate), 1)
     numbers = np.rint(content.c2w[:, 2, 3] / 0.1).astype(int)
     np.testing.assert_array_equal(numbers, expected)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_shards.fields import unlike
-from data_shards.schema import DataError, DatasetInfo, latent_frame_count
+from data_shards.schema import DataError, DatasetInfo
 from data_shards.storage.facts import info_from_json
 from data_shards.storage.files import read_file
+from data_shards.time_layout import TimeLayout, time_of
 from parallel.degrees import sequence_size
 from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.roles import guidance_data_problems
@@ -250,21 +251,18 @@ def _storage_problems(plan: StagePlan) -> Iterator[Problem]:
 
 def _length_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     """Yield clip lengths that the codec, the objective, an attention engine or the clips refuse."""
-    stage, data, stride = plan.config, plan.config.data, info.temporal_stride
-    rule = f"plus 1, as {info.codec} has that stride"
+    stage, data, time = plan.config, plan.config.data, time_of(info)
+    rule = f"{time.rule}, as {info.codec} has that stride"
     for frames in data.buckets:
-        if frames > 0 and (frames - 1) % stride:
-            nearest = round((frames - 1) / stride) * stride + 1
-            fix = f"{nearest} in its place"
-            yield Problem("data.buckets", str(frames), f"multiples of {stride} {rule}", fix)
+        if frames > 0 and not time.fits(frames):
+            fix = f"{time.nearest(frames)} in its place"
+            yield Problem("data.buckets", str(frames), rule, fix)
     frames = stage.frames
     if frames < 1:
         return  # reported as a value already
-    if (frames - 1) % stride:
-        nearest = round((frames - 1) / stride) * stride + 1
-        fix = f"{AT}frames={nearest}"
-        yield Problem("frames", str(frames), f"a multiple of {stride} {rule}", fix)
-    lengths = _lengths(plan, stride)
+    if not time.fits(frames):
+        yield Problem("frames", str(frames), rule, f"{AT}frames={time.nearest(frames)}")
+    lengths = _lengths(plan, time)
     yield from few_chunks(plan, lengths)
     yield from _engine_problems(plan, lengths)
     clips = sum(info.clips.values())
@@ -272,16 +270,16 @@ def _length_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     if clips and info.raw_frames < shortest * clips:
         longest = info.raw_frames // clips
         got_rule = f"at most what the clips hold: {longest} frames each on average"
-        fits = max(0, (longest - 1) // stride) * stride + 1
+        fits = time.below(longest)
         yield Problem("frames", str(frames), got_rule, f"{AT}frames={fits}, or longer clips")
 
 
-def _lengths(plan: StagePlan, stride: int) -> list[tuple[str, int, int]]:
+def _lengths(plan: StagePlan, time: TimeLayout) -> list[tuple[str, int, int]]:
     """Return key, raw frames and latent frames of the clip lengths that a stage trains on."""
     frames, data = plan.config.frames, plan.config.data
     shorter = [("data.buckets", n) for n in data.buckets if 0 < n < frames and not data.pack]
-    whole = [(key, n) for key, n in (("frames", frames), *shorter) if (n - 1) % stride == 0]
-    return [(key, n, latent_frame_count(n, stride)) for key, n in whole]
+    whole = [(key, n) for key, n in (("frames", frames), *shorter) if time.fits(n)]
+    return [(key, n, time.latents(n)) for key, n in whole]
 
 
 def _engine_problems(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:

@@ -7,17 +7,19 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from data_shards.time_layout import TimeLayout
+
 
 @dataclass(frozen=True)
 class Conditions:
     """Store the conditions of a batch of clips.
 
     image_size: (height, width) of the pixels that intrinsics refer to. temporal_stride: raw frames
-    per latent frame after the first. fields: name -> [B, entries, …], as `data_shards.fields`
-    describes them: whole clips on every process that has part of a clip, but only the local
-    frames of a field that is read by row. camera_keep, controls_keep: bool [B], False where the
-    camera or the controls are dropped (None: kept everywhere). null_text: [L0, E], the embedding
-    of "no text".
+    per latent frame, but for the first, which has one of its own unless `grouped`. fields: name ->
+    [B, entries, …], as `data_shards.fields` describes them: whole clips on every process that has
+    part of a clip, but only the local frames of a field that is read by row. camera_keep,
+    controls_keep: bool [B], False where the camera or the controls are dropped (None: kept
+    everywhere). null_text: [L0, E], the embedding of "no text".
     """
 
     image_size: tuple[int, int]
@@ -26,6 +28,12 @@ class Conditions:
     camera_keep: Tensor | None = None
     controls_keep: Tensor | None = None
     null_text: Tensor | None = None
+    grouped: bool = False
+
+    @property
+    def time(self) -> TimeLayout:
+        """Return which raw frames each latent frame encodes."""
+        return TimeLayout(self.temporal_stride, "grouped" if self.grouped else "causal")
 
     @classmethod
     def of(
@@ -37,10 +45,17 @@ class Conditions:
         *,
         camera_keep: Tensor | None = None,
         null_text: Tensor | None = None,
+        grouped: bool = False,
         **fields: Tensor | None,
     ) -> Conditions:
         """Return conditions with these fields; one that is None is left out."""
-        bare = cls(image_size, temporal_stride, camera_keep=camera_keep, null_text=null_text)
+        bare = cls(
+            image_size,
+            temporal_stride,
+            camera_keep=camera_keep,
+            null_text=null_text,
+            grouped=grouped,
+        )
         return bare.with_fields(c2w=c2w, intrinsics=intrinsics, **fields)
 
     def with_fields(self, **changes: Tensor | None) -> Conditions:

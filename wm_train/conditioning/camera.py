@@ -4,9 +4,8 @@ Raymaps are packed at latent rate. Source: SANA-WM §3.3 (eq. 6 and "Raw-Frame P
 where the paper is silent (pixel grid, which raw frames the first latent frame packs) this follows
 the public model. Poses are camera to world in OpenCV axes.
 
-A clip may hold several documents (videos packed one after the other). Document d of T_d latent
-frames has (T_d - 1) * r + 1 raw frames, r being the temporal stride; poses are relative to its own
-first raw frame.
+A clip may hold several documents (videos packed one after the other), each with the raw frames of
+its latents; poses are relative to its own first raw frame.
 """
 
 from __future__ import annotations
@@ -17,27 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_shards.time_layout import TimeLayout
+
 
 def raw_frame_index(
-    document_starts: Sequence[int], frames: int, start: int, stop: int, temporal_stride: int
+    document_starts: Sequence[int], frames: int, start: int, stop: int, time: TimeLayout
 ) -> tuple[list[int], list[list[int]], list[int], int]:
     """Return the raw frames of latent frames start..stop of a clip of `frames` latent frames.
 
     Returns (anchor, packed, origin, total): per latent frame the raw frame of its pose, the
-    `temporal_stride` raw frames that it packs, and the first raw frame of its document; and the
-    number of raw frames of the whole clip. Latent frame p of a document shows raw frames (p-1)r+1
-    .. pr; frame 0 shows raw frame 0 alone but packs 0 .. r-1, as the public model does.
+    r raw frames that it packs, and the first raw frame of its document; and the number of raw
+    frames of the whole clip. The pose is that of the last raw frame that a latent encodes, and it
+    packs what it encodes; frame 0 of a causal codec encodes raw frame 0 alone but packs 0 .. r-1,
+    as the public model does.
     """
-    r = temporal_stride
+    r = time.stride
     ends = [*document_starts[1:], frames]
     anchor, packed, origin = [], [], []
     total = 0
     for first, end in zip(document_starts, ends):
-        last = total + (end - first - 1) * r
+        last = total + time.raw(end - first) - 1
         for frame in range(max(first, start), min(end, stop)):
             position = frame - first
-            lead = total + max(0, position * r - (r - 1))
-            anchor.append(total + position * r)
+            lead = total + time.start(position)
+            anchor.append(total + time.start(position + 1) - 1)
             packed.append([min(lead + k, last) for k in range(r)])
             origin.append(total)
         total = last + 1
@@ -123,7 +125,7 @@ def packed_plucker(
     intrinsics: Tensor,
     image_size: tuple[int, int],
     grid: tuple[int, int],
-    temporal_stride: int,
+    time: TimeLayout,
     document_starts: Sequence[int],
     frames: int,
     local: tuple[int, int],
@@ -131,19 +133,19 @@ def packed_plucker(
     """Return raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch).
 
     Covers latent frames local[0]..local[1]. c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of
-    image_size -> fp32 [B, t, 6 * temporal_stride, h, w]; channel 6k + i is coordinate i of the k-th
-    raw frame. Raises ValueError if F does not fit `frames`.
+    image_size -> fp32 [B, t, 6 r, h, w], r raw frames of a latent; channel 6k + i is coordinate i
+    of the k-th raw frame. Raises ValueError if F does not fit `frames`.
     """
-    _, packed, origin, total = raw_frame_index(document_starts, frames, *local, temporal_stride)
+    _, packed, origin, total = raw_frame_index(document_starts, frames, *local, time)
     check_raw_frames(c2w, total, frames)
     flat = [index for group in packed for index in group]
-    pose = relative_poses(c2w, flat, [index for index in origin for _ in range(temporal_stride)])
+    pose = relative_poses(c2w, flat, [index for index in origin for _ in range(time.stride)])
     rays = plucker_rays(pose, scaled_intrinsics(intrinsics[:, flat], image_size, grid), grid)
     b, t = c2w.shape[0], len(packed)
     return (
-        rays.reshape(b, t, temporal_stride, *grid, 6)
+        rays.reshape(b, t, time.stride, *grid, 6)
         .permute(0, 1, 2, 5, 3, 4)
-        .reshape(b, t, temporal_stride * 6, *grid)
+        .reshape(b, t, time.stride * 6, *grid)
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_shards.codecs import make_codec
+from data_shards.codecs import decode_shown, make_codec
 from data_shards.loading.load import Batch, denormalise
 from wm_train.config.registry import builder
 from wm_train.console import Progress
@@ -177,6 +177,5 @@ def whole_fields(stage: Stage, local: torch.Tensor) -> torch.Tensor:
 def decode(stage: Stage, latents: torch.Tensor) -> np.ndarray:
     """Decode normalised latents [T, C, h, w] into a video [F, H, W, 3] uint8."""
     info = stage.dataset.info
-    return make_codec(info.codec, info.codec_options).decode(
-        denormalise(latents, info).float().numpy()
-    )
+    codec = make_codec(info.codec, info.codec_options)
+    return decode_shown(codec, denormalise(latents, info).float().numpy(), info)

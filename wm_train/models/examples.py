@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_shards.time_layout import TimeLayout
 from wm_train.conditioning import Conditions
 from wm_train.config.kinds import Needs
 from wm_train.noise import PARITY, NoiseKey, normal
@@ -20,7 +21,8 @@ PIXELS = 16  # of a latent's side
 
 @dataclass(frozen=True)
 class ExampleShape:
-    """Describe a batch of example clips: B, T, latent rows and columns, raw frames per latent."""
+    """Describe a batch of example clips: B, T, latent rows and columns, raw frames per latent, of
+    which the first has one unless `grouped`."""
 
     batch: int
     frames: int
@@ -28,6 +30,12 @@ class ExampleShape:
     width: int
     temporal_stride: int
     text_tokens: int = 6
+    grouped: bool = False
+
+    @property
+    def time(self) -> TimeLayout:
+        """Return which raw frames each latent frame encodes."""
+        return TimeLayout(self.temporal_stride, "grouped" if self.grouped else "causal")
 
 
 def example_latents(needs: Needs, shape: ExampleShape, seed: int) -> Tensor:
@@ -40,7 +48,7 @@ def example_latents(needs: Needs, shape: ExampleShape, seed: int) -> Tensor:
 def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditions:
     """Return the model's conditions: a panning, moving camera, different for each clip, at
     raw-frame rate; text and controls if the model takes them."""
-    batch, raw = shape.batch, 1 + (shape.frames - 1) * shape.temporal_stride
+    batch, raw = shape.batch, shape.time.raw(shape.frames)
     height, width = shape.height * PIXELS, shape.width * PIXELS
     steps = torch.arange(raw, dtype=torch.float32)[None] * (1 + torch.arange(batch))[:, None] / raw
     c2w = torch.eye(4).repeat(batch, raw, 1, 1)
@@ -65,4 +73,5 @@ def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditio
         text=text,
         text_mask=mask,
         controls=controls,
+        grouped=shape.grouped,
     )

@@ -52,6 +52,7 @@ class ParityCase:
     device: str = "cpu"
     engine: str = "auto"  # of the kernels
     attention: str = "auto"
+    grouped: bool = False  # every latent has `temporal_stride` raw frames, also the first
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +64,8 @@ class ParityCase:
 
     @property
     def shape(self) -> ExampleShape:
-        return ExampleShape(self.batch, self.frames, *self.grid, self.temporal_stride)
+        grid, stride = self.grid, self.temporal_stride
+        return ExampleShape(self.batch, self.frames, *grid, stride, grouped=self.grouped)
 
     @property
     def layout(self) -> ClipLayout:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data_shards.time_layout import layout_of_frames, time_of
 from parallel.degrees import MeshDegrees
 from wm_train.backends import get_backend
 from wm_train.config.curriculum import StagePlan
@@ -48,11 +49,11 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
             f"parity: got --processes with objective {stage.objective.name}, expected virtual"
             " ranks, on which turns of several networks are proven. Fix: leave it out"
         )
-    stride = DEFAULT_STRIDE
+    time = layout_of_frames(stage.frames, DEFAULT_STRIDE)
     if Path(stage.data.path).is_dir():
         from data_shards.storage.read import open_dataset
 
-        stride = open_dataset(stage.data.path).info.temporal_stride
+        time = time_of(open_dataset(stage.data.path).info)
     with torch.device("meta"):
         build_model(stage.model)  # raises what is wrong before anything runs
     builder(stage.objective)  # the same
@@ -62,8 +63,9 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
         objective=stage.objective,
         seed=plan.seed,
         chunk_frames=stage.chunk_frames,
-        frames=options.frames or (stage.frames - 1) // stride + 1,
-        temporal_stride=stride,
+        frames=options.frames or time.latents(time.nearest(stage.frames)),
+        temporal_stride=time.stride,
+        grouped=time.layout == "grouped",
         batch=-(-max(options.batch, 2) // data_ranks) * data_ranks,
         grid=options.grid,
         double=options.double,

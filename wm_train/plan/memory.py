@@ -42,6 +42,7 @@ class ClipShape:
     width: int
     temporal_stride: int
     text_tokens: int = 300
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _built_in(model: ModelConfig, dtype: torch.dtype) -> WorldModel:
 def _inputs(model: ModelConfig, shape: ClipShape) -> tuple[Tensor, Tensor, Conditions]:
     """Return latents, noise levels and conditions of these sizes."""
     sizes = (shape.clips, shape.frames, shape.height, shape.width)
-    example = ExampleShape(*sizes, shape.temporal_stride, shape.text_tokens)
+    example = ExampleShape(*sizes, shape.temporal_stride, shape.text_tokens, shape.grouped)
     latents = torch.empty(shape.clips, shape.frames, shape.channels, shape.height, shape.width)
     conditions = example_conditions(model.needs(), example, seed=0)
     return latents, torch.empty(shape.clips, shape.frames), conditions

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_shards.time_layout import Layout, TimeLayout, layout_of_frames, time_of
 from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
 from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
@@ -40,6 +41,13 @@ class Frame:
     height: int
     width: int
     temporal_stride: int
+    layout: Layout | None = None  # None: the one that a stage's frames fit
+
+    def time(self, raw_frames: int) -> TimeLayout:
+        """Return which raw frames each latent encodes, in a stage of clips of so many."""
+        if self.layout is None:
+            return layout_of_frames(raw_frames, self.temporal_stride)
+        return TimeLayout(self.temporal_stride, self.layout)
 
 
 @clean_output()
@@ -147,10 +155,12 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
                 "--latent 128x22x40/8",
             )
             raise ConfigError([info, hint])
-        return Frame(info.channels, info.latent_height, info.latent_width, info.temporal_stride)
+        time = time_of(info)
+        sizes = (info.channels, info.latent_height, info.latent_width)
+        return Frame(*sizes, time.stride, time.layout)
     try:
-        sizes, stride = given.split("/")
-        channels, height, width = (int(size) for size in sizes.split("x"))
+        words, stride = given.split("/")
+        channels, height, width = (int(size) for size in words.split("x"))
         frame = Frame(channels, height, width, int(stride))
     except ValueError:
         raise ConfigError(
@@ -202,11 +212,17 @@ def turn_memories_of(
     from wm_train.plan.turns import turn_memory
 
     stage, workers = plan.config, plan.launcher.workers
-    whole = (stage.frames - 1) // frame.temporal_stride + 1
+    time = frame.time(stage.frames)
+    if not time.fits(stage.frames):
+        key = f"recipe.stages.{plan.stage}.frames"
+        fix = f"{key}={time.nearest(stage.frames)}"
+        raise ConfigError([Problem(key, str(stage.frames), f"{time.rule} of the latents", fix)])
+    whole = time.latents(stage.frames)
     size = sequence_size(stage.parallel)
     clips = -(-stage.global_batch * size // (workers * stage.trainer.accumulate))
     held = len(split_evenly(whole, size)[0])
-    shape = ClipShape(clips, held, frame.channels, frame.height, frame.width, frame.temporal_stride)
+    sides = (frame.channels, frame.height, frame.width)
+    shape = ClipShape(clips, held, *sides, frame.temporal_stride, grouped=time.layout == "grouped")
     shards, sizes = workers // stage.parallel.dp_replicate, (clips, held, whole)
     if stage.roles:
         return turn_memory(stage, shape, whole, shards), sizes

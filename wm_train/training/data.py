@@ -10,7 +10,7 @@ from operator import itemgetter
 from torch import Tensor
 
 from data_shards.loading.load import Batch, ClipLoader
-from data_shards.schema import latent_frame_count
+from data_shards.time_layout import time_of
 from parallel.layout import ClipLayout
 from parallel.sequence import SequenceShard, make_sequence
 from parallel.streaming import chunk_starts
@@ -34,7 +34,7 @@ def open_loader(
     """Read this rank's rows and frames of the global batches from `first_step` on. The validation
     split ignores mixture, buckets and packing: whole cuts of `data.path`."""
     each, data, training = global_batch // stage.mesh.data_size, stage.config.data, split == "train"
-    info, pack = stage.dataset.info, stage.config.data.pack and split == "train"
+    time, pack = time_of(stage.dataset.info), stage.config.data.pack and split == "train"
     packed = next(iter(stage.mixture)).info
     size = (packed.latent_height, packed.latent_width)
 
@@ -53,11 +53,7 @@ def open_loader(
             frames=frames,
             clip_frames=stage.latent_frames,
             shorter=(
-                [
-                    latent_frame_count(n, info.temporal_stride)
-                    for n in data.buckets
-                    if n < stage.config.frames
-                ]
+                [time.latents(n) for n in data.buckets if n < stage.config.frames]
                 if training
                 else []
             ),
@@ -98,12 +94,18 @@ def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> 
 
 def conditions_of(stage: Stage, batch: Batch) -> Conditions:
     """Return this batch's fields as conditions of the model; text only if a model takes text."""
-    stride, frames = stage.dataset.info.temporal_stride, stage.mesh.frames(batch.frames)
-    fields = batch.own_entries((frames.start, frames.stop), stride)
+    time, frames = time_of(stage.dataset.info), stage.mesh.frames(batch.frames)
+    fields = batch.own_entries((frames.start, frames.stop), time)
     models = [stage.config.model, *(own.model for own in stage.config.roles.values())]
     if not any("text" in model.needs().fields for model in models):
         fields = {name: value for name, value in fields.items() if name not in TEXT}
-    return Conditions(batch.image_size, stride, fields, null_text=stage.null_text)
+    return Conditions(
+        batch.image_size,
+        time.stride,
+        fields,
+        null_text=stage.null_text,
+        grouped=time.layout == "grouped",
+    )
 
 
 def role_turn(stage: Stage, batch: Batch, turn: Turn) -> RoleTurn:

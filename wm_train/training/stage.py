@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from data_shards.loading.load import Batch
-from data_shards.schema import DataError, latent_frame_count
+from data_shards.schema import DataError
 from data_shards.storage.read import ClipDataset, open_dataset, select_clips
 from data_shards.storage.remote import RangeCache, RetryPolicy
+from data_shards.time_layout import time_of
 from parallel.degrees import MeshDegrees
 from parallel.engines import AttentionEngine, make_engine
 from parallel.mesh import Mesh, build_mesh
@@ -72,7 +73,7 @@ class Stage:
         """Return the forward FLOPs of a clip of latents of this size, of one network."""
         info, own = self.dataset.info, self.config.roles.get(role, self.config)
         sizes = (self.latent_frames, height, width, info.temporal_stride, info.text_length)
-        longest = ExampleShape(1, *sizes)
+        longest = ExampleShape(1, *sizes, grouped=info.time_layout == "grouped")
         return clip_flops(own.model, longest, latent_frames, own.chunk_frames)
 
     def turn_flops(self, latent_frames: int, height: int, width: int, turn: Turn) -> float:
@@ -96,8 +97,8 @@ class Stage:
         """Count the work of a training step on this batch without padding: `frames` (raw),
         `latent_frames`, `tokens`, `flops`. A clip split over P ranks contributes 1/P on each, so
         the sums over all ranks are the step's."""
-        stride, ranks, (height, width) = (
-            self.dataset.info.temporal_stride,
+        time, ranks, (height, width) = (
+            time_of(self.dataset.info),
             self.mesh.sequence_size,
             batch.latents.shape[-2:],
         )
@@ -105,7 +106,7 @@ class Stage:
         rows = zip(batch.document_starts, batch.valid_frames, strict=True)
         clips = [end - start for starts, last in rows for start, end in pairwise((*starts, last))]
         whole = {
-            "frames": sum((length - 1) * stride + 1 for length in clips),
+            "frames": sum(time.raw(length) for length in clips),
             "latent_frames": sum(clips),
             "tokens": sum(clips) * size,
             "flops": sum(self.turn_flops(n, height, width, turn) for n in clips),
@@ -143,7 +144,7 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
             f"batch: got trainer.accumulate {config.trainer.accumulate}, expected at most the"
             f" {share} clips of one process. Fix: trainer.accumulate={share}"
         )
-    frames = latent_frame_count(config.frames, dataset.info.temporal_stride)
+    frames = time_of(dataset.info).latents(config.frames)
     engine = make_engine(config.parallel.attention, mesh.comm)
     null = dataset.null_text() if config.model.needs().text_width else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)

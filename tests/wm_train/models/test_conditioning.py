@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.sana_wm.cam_utils import prepare_camera, transform_intrinsics_for_crop
 
+from data_shards.time_layout import TimeLayout
 from wm_train.conditioning.camera import (
     cropped_intrinsics,
     invert_pose,
@@ -46,15 +47,16 @@ def test_packing_equals_the_public_pipeline(camera_path, frames):
     expected = prepare_camera(
         np.asarray(c2w[0]), np.asarray(intrinsics[0]), target_size=SIZE, vae_stride=(8, 16, 16)
     )
-    ours = packed_plucker(c2w, intrinsics, SIZE, GRID, 8, (0,), frames, (0, frames))[0]
+    ours = packed_plucker(c2w, intrinsics, SIZE, GRID, TimeLayout(8), (0,), frames, (0, frames))[0]
     assert (ours.transpose(0, 1) - expected["chunk_plucker"]).abs().max() < 1e-6
-    anchor, _, origin, _ = raw_frame_index((0,), frames, 0, frames, 8)
+    anchor, _, origin, _ = raw_frame_index((0,), frames, 0, frames, TimeLayout(8))
     pose, scaled = (
         relative_poses(c2w, anchor, origin)[0],
         scaled_intrinsics(intrinsics[:, anchor], SIZE, GRID)[0],
     )
     assert (torch.cat((pose.flatten(1), scaled), dim=1) - expected["raymap"]).abs().max() < 1e-6
-    part = packed_plucker(c2w, intrinsics, SIZE, GRID, 8, (0,), frames, (frames // 2, frames))[0]
+    half = (frames // 2, frames)
+    part = packed_plucker(c2w, intrinsics, SIZE, GRID, TimeLayout(8), (0,), frames, half)[0]
     assert torch.equal(part, ours[frames // 2 :])
 
 
@@ -78,7 +80,7 @@ def test_poses_are_relative_and_do_not_feel_where_the_world_lies(camera_path):
     assert torch.equal(here[:, 0], torch.eye(4).expand(2, 4, 4))
     assert (here - there).abs().max() < 1e-5
     rays, moved = (
-        packed_plucker(poses, intrinsics, SIZE, GRID, 8, (0,), 3, (0, 3))
+        packed_plucker(poses, intrinsics, SIZE, GRID, TimeLayout(8), (0,), 3, (0, 3))
         for poses in (c2w, elsewhere)
     )
     assert (rays - moved).abs().max() < 1e-5
@@ -98,13 +100,13 @@ def test_intrinsics_follow_resize_and_crop(camera_path):
 def test_raw_frames_of_packed_documents():
     """Documents of 3 and 2 latent frames bring 17 and 9 raw frames; the second starts its own count
     at raw frame 17."""
-    anchor, packed, origin, total = raw_frame_index((0, 3), 5, 0, 5, 8)
+    anchor, packed, origin, total = raw_frame_index((0, 3), 5, 0, 5, TimeLayout(8))
     assert anchor == [0, 8, 16, 17, 25]
     assert origin == [0, 0, 0, 17, 17]
     assert total == 26
     assert packed[0] == list(range(8))
     assert packed[1] == list(range(1, 9))
     assert packed[4] == list(range(18, 26))
-    assert raw_frame_index((0, 3), 5, 4, 5, 8)[0] == [25]
-    assert raw_frame_index((0,), 1, 0, 1, 8)[1] == [[0] * 8]
-    assert raw_frame_index((0,), 5, 2, 2, 8)[0] == []
+    assert raw_frame_index((0, 3), 5, 4, 5, TimeLayout(8))[0] == [25]
+    assert raw_frame_index((0,), 1, 0, 1, TimeLayout(8))[1] == [[0] * 8]
+    assert raw_frame_index((0,), 5, 2, 2, TimeLayout(8))[0] == []

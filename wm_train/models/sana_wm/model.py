@@ -296,11 +296,7 @@ class SanaWM(WorldModel):
         assert conditions.intrinsics is not None
         layout, local = sequence.layout, sequence.frames
         anchor, _, origin, total = raw_frame_index(
-            layout.document_starts,
-            layout.frames,
-            local.start,
-            local.stop,
-            conditions.temporal_stride,
+            layout.document_starts, layout.frames, local.start, local.stop, conditions.time
         )
         check_raw_frames(conditions.c2w, total, layout.frames)
         pose = relative_poses(conditions.c2w, anchor, origin)
@@ -330,7 +326,7 @@ class SanaWM(WorldModel):
             conditions.intrinsics,
             conditions.image_size,
             (latents.shape[-2], latents.shape[-1]),
-            conditions.temporal_stride,
+            conditions.time,
             layout.document_starts,
             layout.frames,
             (local.start, local.stop),
