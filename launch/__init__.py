@@ -7,6 +7,7 @@ This package knows nothing about training and imports no other package of this r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,11 @@ def run(launcher: str, pools: Mapping[str, LaunchSpec], view: ProgressView) -> i
     launchers with `run_pools` take several groups.
     """
     module = _module(launcher)
+    if launcher not in LATER:  # the token is in no file: what is queued meets another view
+        pools = {
+            name: replace(spec, environment={**spec.environment, **view.variables})
+            for name, spec in pools.items()
+        }
     if len(pools) == 1:
         return int(module.run(next(iter(pools.values())), view))
     return int(module.run_pools(pools, view))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.leash import leashed
+from launch.signed import VARIABLE, parse, without
 from launch.spec import TAIL
 
 # without waiting for a reader where a pipe has the log's name
@@ -77,6 +78,7 @@ class Child:
         self.tail: deque[str] = deque(maxlen=TAIL)
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._news = threading.Event()
+        self._token = environment.get(VARIABLE, "")
         self._log = LogFile(log) if log is not None else None
         self.process = subprocess.Popen(
             leashed(command),
@@ -98,9 +100,11 @@ class Child:
         for line in self.process.stdout:
             line = line.rstrip("\n")
             self._lines.append(line)
-            if not line.startswith("@"):
-                self.tail.append(line)
-            if self._log is not None and (news := self._log.write(line)):
+            text, figures = parse(line, self._token)
+            if text or figures is None:
+                self.tail.append(text)
+            logged = without(line, self._token)
+            if self._log is not None and (news := self._log.write(logged)):
                 self._lines.append(news)
             self._news.set()
         self.process.wait()

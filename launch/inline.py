@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from launch.leash import leashed
 from launch.progress import ProgressView
 from launch.signals import caught, held_back
+from launch.signed import PROGRESS
 from launch.spec import INTERRUPTED, PREEMPTED, LaunchSpec, fill, rank_environment
 
 # above Ray's worker ports, below the range that systems use for outgoing connections
@@ -100,7 +101,8 @@ def _output(process: subprocess.Popen[bytes]) -> Iterator[str]:
                 *lines, pending = (pending + new).split(b"\n")
                 yield from (line.decode(errors="replace") + "\n" for line in lines)
                 continue
-            prompt = b"" if pending.startswith(b"@") else pending
+            half_a_line = f"@{PROGRESS} ".encode() in pending
+            prompt = b"" if half_a_line else pending
             pending = pending[len(prompt) :]
             yield prompt.decode(errors="replace")
             if process.poll() is not None:  # a grandchild may hold the pipe open for ever

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from typing import Any
 
 from launch.child import Child
 from launch.leash import leashed_to_anybody
@@ -21,20 +20,14 @@ from launch.pools import run_together
 from launch.progress import ProgressView
 from launch.restart import Death, cause, run_attempts
 from launch.signals import Caught
-from launch.spec import AGENT, TAIL, LaunchSpec, fill, on_this_machine
+from launch.signed import FAILURES, VARIABLE, parse
+from launch.spec import AGENT, LaunchSpec, fill, on_this_machine
 from launch.torchrun_agent import ALONE
 
 # prefix of a worker's message about a failure that it understands
 TOLD = re.compile(r"rank (\d+) on \S+: ")
-# In torchrun's closing report, for each rank that failed; the one that did so first comes last,
-# under this title.
-FAILURE = re.compile(
-    r"^ *time\s*: (\S+)$.*?^ *rank\s*: (\d+).*?^ *exitcode\s*: (-?\d+)", re.DOTALL | re.MULTILINE
-)
-FIRST = "Root Cause"
 # torchrun asks the others to leave once it has seen a failure, and kills them 30 s later
 ONE_LOOK_S = 5.0
-REPORT_LINES = 80
 
 
 def run(spec: LaunchSpec, view: ProgressView) -> int:
@@ -87,15 +80,18 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
     log = spec.logs / f"attempt_{number}" / "all_ranks.log"
     variables = {**(on_this_machine() if spec.nodes == 1 else {}), **spec.environment}
     agent = Child(torchrun_command(spec, number), variables, spec.directory, log)
-    last: deque[str] = deque(maxlen=REPORT_LINES)
+    failures: Sequence[Mapping[str, Any]] = ()
     told: dict[int, str] = {}
     asked_at: float | None = None
     code: int | None = None
     while code is None:
         lines, code = agent.wait(0.5, for_lines=True)
-        last.extend(lines)
         for line in lines:
-            view.feed(line)
+            text, report = parse(line, spec.environment.get(VARIABLE, ""), FAILURES)
+            if report is not None:
+                failures = report
+            else:
+                view.feed(text)
             if found := TOLD.match(line):
                 told[int(found[1])] = line
         if stop.number is not None and asked_at is None:
@@ -105,26 +101,21 @@ def run_attempt(spec: LaunchSpec, number: int, view: ProgressView, stop: Caught)
             code = agent.stop(0.0)
     if code == 0:
         return None
-    death = reported("\n".join(last))
-    if death is None:
-        return Death(0, code, "\n".join(list(last)[-TAIL:]))
+    if not failures:
+        return Death(0, code, "\n".join(agent.tail))
+    death = reported(failures)
     # repeated below the output of its peers and of torchrun
     return replace(death, said=told.get(death.rank, ""))
 
 
-def reported(text: str) -> Death | None:
-    """Return the root cause among the deaths in torchrun's closing report, None without one."""
-    others, title, first = text.partition(FIRST)
-    found = [
-        (datetime.strptime(when, "%Y-%m-%d_%H:%M:%S"), Death(int(rank), int(code), ""))
-        for when, rank, code in (FAILURE.findall(first) + FAILURE.findall(others) if title else ())
-    ]
-    if not found:
-        return None
-    begun, root = found[0]
+def reported(failures: Sequence[Mapping[str, Any]]) -> Death:
+    """Return the root cause among the agent's failures, the first of which came first."""
+    root, *others = failures
     by_themselves = [
-        death
-        for when, death in found[1:]
-        if (when - begun).total_seconds() < ONE_LOOK_S and death.code != -signal.SIGTERM
+        failure
+        for failure in others
+        if failure["time"] - root["time"] < ONE_LOOK_S and failure["code"] != -signal.SIGTERM
     ]
-    return cause([root, *by_themselves])
+    death = cause([Death(one["rank"], one["code"], "") for one in (root, *by_themselves)])
+    assert death is not None
+    return death

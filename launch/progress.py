@@ -1,37 +1,31 @@
-"""Show rank 0's output, with `@progress {json}` lines as a progress bar.
+"""Show rank 0's output, with its signed lines of progress (launch.signed) as a progress bar.
 
 Without a terminal they become a line every few seconds.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from launch.signed import VARIABLE, parse, without
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-MARK = "@progress "
 COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
-def parse(line: str) -> dict[str, Any] | None:
-    """Return the figures of a progress line, or None for an ordinary line."""
-    if not line.startswith(MARK):
-        return None
-    try:
-        figures = json.loads(line[len(MARK) :])
-    except (ValueError, RecursionError):
-        return None
-    known = isinstance(figures, dict) and all(
-        type(figures.get(name)) is int for name in ("step", "steps")
+def are_figures(value: Any) -> bool:
+    """Return whether a signed line holds what a bar needs."""
+    return isinstance(value, dict) and all(
+        type(value.get(name)) is int for name in ("step", "steps")
     )
-    return figures if known else None
 
 
 def figures_text(figures: Mapping[str, Any]) -> str:
@@ -74,11 +68,17 @@ class ProgressView:
     ) -> None:
         self.out = out if out is not None else sys.stdout
         self.every_s, self.clock = every_s, clock
+        self.token = secrets.token_hex(16)  # of the progress lines that are believed
         self.last: dict[str, Any] | None = None  # figures of the newest progress line
         self._printed_at: float | None = None
         self._bar: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._lock = threading.RLock()  # views of several pools share one screen
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Return the environment of workers whose progress this view shows."""
+        return {VARIABLE: self.token}
 
     def of(self, pool: str) -> ProgressView:
         """Return a view for one of several groups of workers, whose lines carry its name."""
@@ -99,10 +99,12 @@ class ProgressView:
 
     def feed(self, line: str) -> None:
         """Show one line of rank 0's output, given without its newline."""
-        figures = parse(line)
-        if figures is None:
-            self.text(line)
+        text, figures = parse(line, self.token)
+        if not are_figures(figures):
+            self.text(without(line, self.token))
             return
+        if text:  # it had no newline
+            self.text(text)
         self.last = figures
         if self.out.isatty():
             self._draw(figures)
@@ -135,7 +137,7 @@ class ProgressView:
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}
-        print(shown(text), end="", file=self.out, flush=True)
+        print(shown(without(text, self.token)), end="", file=self.out, flush=True)
 
     def _draw(self, figures: Mapping[str, Any]) -> None:
         from rich.console import Console
@@ -166,6 +168,7 @@ class _PoolView(ProgressView):
 
     def __init__(self, whole: ProgressView, pool: str) -> None:
         super().__init__(whole.out, whole.every_s, whole.clock)
+        self.token = whole.token
         self._whole, self._pool = whole, pool
 
     def text(self, line: str) -> None:

@@ -1,13 +1,14 @@
-"""Print a worker's messages: plain lines, and `@progress {json}` lines for the launcher's bar."""
+"""Print a worker's messages: plain lines, and signed lines of progress for the launcher's bar."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from launch.signed import PROGRESS, VARIABLE, sign
 
 LOADED = time.monotonic()
 
@@ -15,8 +16,8 @@ LOADED = time.monotonic()
 class Progress:
     """Print the run's messages on rank 0, and nothing on other ranks."""
 
-    def __init__(self, speaks: bool) -> None:
-        self.speaks = speaks
+    def __init__(self, speaks: bool, token: str = "") -> None:
+        self.speaks, self._token = speaks, token
         self.started = time.monotonic()
         self.first_step: int | None = None
         self._marks: list[
@@ -47,11 +48,15 @@ class Progress:
             self.say(f"first step after {ages[-1]:.1f} s: {', '.join(parts)}")
         done = step - self.first_step
         left = (time.monotonic() - self.started) / done * (steps - step) if done else None
-        print(
-            "@progress "
-            + json.dumps({"stage": stage, "step": step, "steps": steps, "eta_s": left, **figures}),
-            flush=True,
-        )
+        known = {"stage": stage, "step": step, "steps": steps, "eta_s": left, **figures}
+        sys.stdout.write(sign(PROGRESS, self._token, known) + "\n")
+        sys.stdout.flush()
+
+
+def take_token() -> str:
+    """Return the token of this worker's progress lines, and keep it from everything that the
+    process will start, import or print. Call it first."""
+    return os.environ.pop(VARIABLE, "")
 
 
 def complain(text: str) -> None:

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from wm_train.console import complain
+from wm_train.console import complain, take_token
 from wm_train.errors import (
     DONE,
     FAILED,
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 
     work: called as `trainer.train_stage` is, but with the whole run.
     """
+    token = take_token()
     parser = argparse.ArgumentParser(
         prog="python -m wm_train.worker", description="One rank of one stage; launchers start this."
     )
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     stop = StopRequest()
     try:
         stop.listen()
-        return run_rank(rank, options, work, stop)
+        return run_rank(rank, options, work, stop, token)
     except Preempted as reason:
         if rank == 0:
             complain(str(reason))
@@ -72,7 +73,11 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
 
 
 def run_rank(
-    rank: int, options: argparse.Namespace, work: Callable[..., None] | None, stop: StopRequest
+    rank: int,
+    options: argparse.Namespace,
+    work: Callable[..., None] | None,
+    stop: StopRequest,
+    token: str,
 ) -> int:
     """Run the work of one rank; return its exit code. Raises Preempted when asked to stop."""
     from data_shards.schema import DataError
@@ -101,7 +106,7 @@ def run_rank(
         if rank == 0 and backend.device.type != "cpu":  # which kernels run is news there
             logging.basicConfig(format="%(message)s")
             logging.getLogger("wm_train.kernels").setLevel(logging.INFO)
-        progress = Progress(speaks=rank == 0)
+        progress = Progress(speaks=rank == 0, token=token)
         progress.mark("imports")
         world = join_world(backend, run.backend.collective_timeout_s)
         progress.mark("rendezvous")

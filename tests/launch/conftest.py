@@ -19,16 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> Callable[..., LaunchSpec]:
+def spec(tmp_path: Path, view: ProgressView) -> Callable[..., LaunchSpec]:
     """spec(program, workers=..., ...): workers that run `program`; the usual modules, `rank` and
-    the scratch folder `place` are there."""
+    the scratch folder `place` are there, and progress(step, steps) tells the view of it."""
 
     def make(program: str, workers: int = 1, **changes: object) -> LaunchSpec:
         config = tmp_path / "config.json"
         config.write_text("{}")
         prelude = (
             f"import os, sys, time, signal, json, pathlib; place = pathlib.Path({str(tmp_path)!r});"
-            " rank = int(os.environ['RANK'])\n"
+            " rank = int(os.environ['RANK']); progress = lambda step, steps: print('@progress',"
+            " os.environ['LAUNCH_PROGRESS'], json.dumps({'step': step, 'steps': steps}))\n"
         )
         command = ("{python}", "-S", "-c", prelude + program, "{config}")
         values = {
@@ -38,6 +39,8 @@ def spec(tmp_path: Path) -> Callable[..., LaunchSpec]:
             "grace_s": 5.0,
             "place_s": 20.0,
             **changes,
+            # as launch.run adds it
+            "environment": {**changes.pop("environment", {}), **view.variables},
         }
         return LaunchSpec(command, workers, config, "{}", **values)  # type: ignore[arg-type]
 

@@ -43,7 +43,8 @@ def test_environment_config_and_output(spec, view) -> None:
 names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GREETING"
 print(json.dumps({k: os.environ[k] for k in names}))
 assert int(os.environ["MASTER_PORT"]) > 1023 and open(sys.argv[1]).read() == "{}"
-sys.stdout.write('@progress {"step": 3, "steps": 9}\\nno newline')
+progress(3, 9)
+sys.stdout.write('no newline')
 """
     assert inline.run(spec(program, environment={"GREETING": "hello"}), view) == 0
     said = view.out.getvalue().splitlines()

@@ -98,7 +98,7 @@ if first and rank == 1:
     (place / 'tried').touch()
     os.kill(os.getpid(), signal.SIGKILL)
 if first:
-    print('@progress {"step": 7, "steps": 9}')
+    progress(7, 9)
     time.sleep(60)
 print("finished", rank)
 """
@@ -247,7 +247,7 @@ else:
     (place / "high_is_up").touch()
     while not (place / "low_is_back").exists():
         time.sleep(0.05)
-print('@progress {"step": 9, "steps": 9}')
+progress(9, 9)
 """
     )
     common = {"address": cluster, "max_restarts": 1}

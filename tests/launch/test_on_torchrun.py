@@ -33,7 +33,7 @@ names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "COLOUR")
 values = [os.environ[name] for name in names] + [bool(os.environ["MASTER_PORT"])]
 (place / f"rank_{rank}").write_text(json.dumps(values))
 if rank == 0:
-    print('@progress {"step": 1, "steps": 1}')
+    progress(1, 1)
 """
     assert (
         on_torchrun.run(
@@ -61,27 +61,8 @@ def test_a_users_mistake_is_not_tried_again(spec, view) -> None:
     assert "restart" not in shown.replace("max_restarts", "")
 
 
-REPORT = """
-    rank : what it said before
-============================================================
-worker FAILED
-------------------------------------------------------------
-Failures:
-[1]:
-  time      : 2026-01-01_00:00:00
-  host      : here
-  rank      : 1 (local_rank: 1)
-  exitcode  : {other} (pid: 12)
-  error_file: <N/A>
-------------------------------------------------------------
-Root Cause (first observed failure):
-[0]:
-  time      : 2026-01-01_00:00:00
-  host      : here
-  rank      : 0 (local_rank: 0)
-  exitcode  : {first} (pid: 11)
-  error_file: <N/A>
-"""
+def failure(rank: int, code: int, at: float = 0.0) -> dict[str, float]:
+    return {"rank": rank, "code": code, "time": at}
 
 
 @pytest.mark.parametrize(
@@ -92,18 +73,48 @@ def test_of_ranks_that_fail_within_one_look_the_telling_one_counts(
     first: int, other: int, rank: int
 ) -> None:
     """A peer of a rank that has left fails a moment later, and torchrun may see both at once."""
-    death = on_torchrun.reported(REPORT.format(first=first, other=other))
+    death = on_torchrun.reported([failure(0, first), failure(1, other)])
     assert (death.rank, death.code) == (rank, (first, other)[rank])
-    assert on_torchrun.reported("rank : 1 exitcode : 3") is None
 
 
-@pytest.mark.parametrize(("late", "other"), [("00:00:30", -9), ("00:00:00", -15)])
-def test_a_rank_that_torchrun_itself_took_down_explains_nothing(late: str, other: int) -> None:
-    said = REPORT.format(first=1, other=other).replace("00:00:00", late, 1)
-    death = on_torchrun.reported(
-        "failed (exitcode: 1) local_rank: 0 (pid: 11) of binary: python\n" + said
-    )
+@pytest.mark.parametrize(("late", "other"), [(30.0, -9), (0.0, -15)])
+def test_a_rank_that_torchrun_itself_took_down_explains_nothing(late: float, other: int) -> None:
+    death = on_torchrun.reported([failure(0, 1), failure(1, other, late)])
     assert (death.rank, death.code) == (0, 1)
+
+
+REPORT = """
+============================================================
+worker FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : 1 (local_rank: 1)
+  exitcode  : 2 (pid: 12)
+  error_file: <N/A>
+============================================================
+"""
+
+
+def test_a_library_decides_over_no_restart(spec, view, tmp_path: Path) -> None:
+    """It prints what torchrun reports of a user's mistake, and the agent is killed before it can
+    report anything."""
+    program = f"""
+if rank == 0:
+    print({REPORT!r})
+    print('@failures [{{"rank": 1, "code": 2, "time": 0}}]', flush=True)
+    time.sleep(1)
+    agent = os.getppid()
+    os.kill(agent, signal.SIGKILL)
+time.sleep(30)
+"""
+    assert on_torchrun.run(spec(program, workers=2, max_restarts=1, backoff_s=0.1), view) == 137
+    assert "restart 1 of 1" in view.out.getvalue()
 
 
 def test_sigterm_lets_the_workers_finish_their_work(spec, view, tmp_path: Path) -> None:

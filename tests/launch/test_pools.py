@@ -13,6 +13,7 @@ import pytest
 from launch.pools import run_together
 from launch.progress import ProgressView
 from launch.signals import Caught
+from launch.signed import PROGRESS, sign
 from launch.spec import LaunchSpec
 
 
@@ -34,7 +35,7 @@ def test_both_run_at_the_same_time_and_end_well(pools, view) -> None:
     def run(spec: LaunchSpec, part: ProgressView, stop: Caught) -> int:
         met.wait()
         part.text("two\nlines")
-        part.feed('@progress {"stage": "short", "step": 3, "steps": 9}')
+        part.feed(sign(PROGRESS, view.token, {"stage": "short", "step": 3, "steps": 9}))
         return 0 if part.step == 3 else 1
 
     assert run_together(pools, view, run) == 0

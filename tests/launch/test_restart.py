@@ -12,6 +12,7 @@ import pytest
 from launch.progress import ProgressView
 from launch.restart import Death, Growth, run_attempts
 from launch.signals import Caught
+from launch.signed import PROGRESS, sign
 from launch.spec import LaunchSpec
 
 Run = Callable[..., tuple[int, list[int], list[float]]]
@@ -33,7 +34,7 @@ def run(spec, view) -> Run:
             made.append(number)
             death, step = outcomes[number]
             if step is not None:
-                view.feed(f'@progress {{"step": {step}, "steps": 100}}')
+                view.feed(sign(PROGRESS, view.token, {"step": step, "steps": 100}))
             return death
 
         code = run_attempts(replace(spec(""), **changes), view, attempt, slept.append)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.progress import MARK, ProgressView, parse
+from launch.progress import ProgressView
 from launch.screen import Screen
 from launch.signals import ASKING, caught
 
@@ -20,11 +20,12 @@ VIEW = """
 import sys
 from launch.progress import ProgressView
 from launch.screen import safe_output
+from launch.signed import sign
 with safe_output() as output:
     output.note = "lost: {error}"
     with ProgressView(every_s=0) as view:
         for step in range(1, 3000):
-            view.feed('@progress {"step": %d, "steps": 3000, "loss": 1.0}' % step)
+            view.feed(sign('progress', view.token, {'step': step, 'steps': 3000, 'loss': 1.0}))
 open(sys.argv[1], "w").write("all steps")
 """
 
@@ -91,10 +92,10 @@ def test_a_closed_stream_is_no_terminal_and_takes_everything() -> None:
     ],
 )
 def test_figures_that_are_none_are_shown_as_text(text: str) -> None:
-    assert parse(MARK + text) is None
     view = ProgressView(io.StringIO())
-    view.feed(MARK + text)
+    view.feed(f"@progress {view.token} {text}")
     assert view.last is None
+    assert view.out.getvalue() == f"@progress {text}\n"
 
 
 @pytest.mark.parametrize("number", ASKING)

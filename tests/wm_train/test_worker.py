@@ -4,16 +4,21 @@ can help."""
 from __future__ import annotations
 
 import errno
+import io
+import os
 import signal
 
 import pytest
 import torch
 
+from launch.progress import ProgressView
+from launch.signed import VARIABLE
 from wm_train import trainer
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.manifest import CheckpointError, TakenError
 from wm_train.checkpoint.saver import Saver
 from wm_train.config.schema import TrainerConfig
+from wm_train.console import Progress, take_token
 from wm_train.errors import NO_STORAGE, USER_ERROR, StorageError
 from wm_train.worker import main
 from wm_train.world import World, leave_world
@@ -97,3 +102,24 @@ def test_a_run_whose_last_checkpoint_finds_no_room_says_so_and_goes_on_later(
     assert [folder.name for folder in store.committed(root)] == ["step_00000002"]
     train_here(tmp_path, *steps)
     assert store.committed(root)[-1].name == "step_00000004"
+
+
+def test_progress_is_signed_and_nothing_else_in_the_process_can_sign(monkeypatch, capsys):
+    view = ProgressView(io.StringIO())
+    monkeypatch.setenv(VARIABLE, view.token)
+    progress = Progress(speaks=True, token=take_token())
+    assert VARIABLE not in os.environ, "what the worker starts or prints could hold it"
+    progress.step("short", 3, 9, loss=0.5)
+    *_, line = capsys.readouterr().out.splitlines()
+    view.feed(line)
+    assert (view.step, view.last["loss"]) == (3, 0.5)
+    Progress(speaks=True).step("short", 4, 9)  # nobody listens
+    view.feed(capsys.readouterr().out.splitlines()[-1])
+    assert view.step == 3
+
+
+def test_a_worker_takes_the_token_before_anything_else(end, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "0123456789abcdef")
+    code, said = end(TakenError("step 5 is there already"))
+    assert (code, os.environ.get(VARIABLE)) == (USER_ERROR, None)
+    assert "0123456789abcdef" not in said
