@@ -32,10 +32,11 @@ def place(address: str) -> Place:
         return Path(address.removeprefix("file://"))
     if "://" not in address:
         return Path(address)
+    from data_shards.storage.remote import bound_options
     from wm_train.remote import Remote
 
     # others write to the store, so what was listed before is out of date
-    return Remote(address, use_listings_cache=False)
+    return Remote(address, use_listings_cache=False, **bound_options(address))
 
 
 def read_regular(path: Path) -> bytes:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from data_shards.schema import DataError, DatasetInfo
+from data_shards.storage.endless import MOST_WHOLE, EndlessError
 from data_shards.storage.facts import info_from_json
 from data_shards.storage.files import NotRegular, check_regular, open_regular
 
@@ -42,12 +43,7 @@ TRANSIENT_NAMES = (
 CLIENTS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")
 CACHE_FOLDER = "wm_train_ranges"
 RANGE, DRAFT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.tmp-\d+-\d+")
-MOST_WHOLE = 2**28  # bytes of a file that is read as a whole: dataset.json, checksums, null text
 BUSY = (408, 425, 429)  # HTTP statuses below 500 that ask to retry later
-
-
-class EndlessError(OSError):
-    """Report a web server that sends more than was asked for, perhaps without an end."""
 
 
 class ShortRead(OSError):
@@ -174,7 +170,9 @@ def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
             "connect_timeout": policy.connect_timeout_s,
             "read_timeout": policy.read_timeout_s,
         }
-        return {"config_kwargs": {**timeouts, "retries": {"max_attempts": 0, "mode": "standard"}}}
+        bounds = bound_options(path)["config_kwargs"]
+        retries = {"max_attempts": 0, "mode": "standard"}
+        return {"config_kwargs": {**timeouts, **bounds, "retries": retries}}
     if path.startswith(("http://", "https://")):
         import aiohttp
 
@@ -183,6 +181,17 @@ def storage_options(path: str, policy: RetryPolicy) -> dict[str, Any]:
         )
         return {"client_kwargs": {"timeout": limits}}
     return {}
+
+
+def bound_options(path: str) -> dict[str, Any]:
+    """Return fsspec options by which no answer and no list of an S3 server is without an end."""
+    if not path.startswith(("s3://", "s3a://")):
+        return {}
+    try:
+        from data_shards.storage.s3_bounds import BoundedSession
+    except ImportError:  # s3fs is not there: fsspec says so, with the package to install
+        return {"config_kwargs": {}}
+    return {"config_kwargs": {"http_session_cls": BoundedSession}}
 
 
 def is_transient(error: BaseException) -> bool:
