@@ -43,6 +43,7 @@ def shard_model(
     mesh: DeviceMesh,
     precision: str = "fp32",
     offload: bool = False,
+    exact: Iterable[nn.Module] = (),
 ) -> nn.Module:
     """Shard `model` in place, each of `blocks` as one unit that is gathered just before it runs.
 
@@ -51,7 +52,8 @@ def shard_model(
     must stay fp32, and the model casts its own activations. With `offload`, a process keeps its
     shards of weights and gradients in host memory, so the optimizer steps there; blocks move to the
     device when they run. A single process that computes in fp32 has nothing to shard, cast or move:
-    its model stays as it is.
+    its model stays as it is. `exact`: modules, inside blocks or not, that compute in fp32: a unit
+    each, as the weights of one unit have one type.
     """
     if mesh.size() == 1 and precision == "fp32" and not offload:
         return model
@@ -59,6 +61,11 @@ def shard_model(
     policy = MixedPrecisionPolicy(
         param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    wide = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in exact if precision != "fp32" else ():
+        fully_shard(module, mesh=mesh, mp_policy=wide, offload_policy=place)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place)
     # The root too: left gathered after a forward pass without a backward, it would show optimizer

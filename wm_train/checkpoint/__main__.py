@@ -23,6 +23,7 @@ from wm_train.storage import Place, place
 from wm_train.world import World
 
 ALONE = World(0, 1)
+FOLDERS = ("diffusers", "native")  # layouts of a public checkpoint, which is a directory
 
 
 @clean_output()
@@ -50,13 +51,13 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument(
                 "out",
                 type=Path,
-                help="file to write, ending in .safetensors; with --layout diffusers a directory",
+                help="file to write, ending in .safetensors; with another layout a directory",
             )
             command.add_argument(
                 "--layout",
-                choices=("file", "diffusers"),
+                choices=("file", *FOLDERS),
                 default="file",
-                help="one file, or SanaWMTransformer3DModel's",
+                help="one file, the model's class in diffusers, or the names of its authors' code",
             )
             command.add_argument(
                 "--weights",
@@ -135,7 +136,7 @@ def export(arguments: argparse.Namespace) -> int:
     folder = select_checkpoints(arguments.folder)[-1]
     check_out(arguments.out, arguments.layout)
     manifest = store.check(folder, ALONE)
-    model = model_config(folder, manifest) if arguments.layout == "diffusers" else None
+    model = model_config(folder, manifest) if arguments.layout in FOLDERS else None
     torch_types = {word: dtype for dtype, word in DTYPES.items()}
     averaged = (
         {n.removeprefix("ema/") for n in manifest.tensors if n.startswith("ema/")}
@@ -157,7 +158,8 @@ def export(arguments: argparse.Namespace) -> int:
     store.load(folder, manifest, targets, may_ignore=manifest.tensors)
     weights = {key.split("/", 1)[1]: tensor for key, tensor in targets.items()}
     if model is not None:
-        export_pretrained(weights, model, arguments.out)
+        native = arguments.layout == "native"
+        export_pretrained(weights, model, arguments.out, native=native)
     else:
         save_weights(weights, arguments.out, {"step": str(manifest.step)})
     print(
@@ -170,8 +172,8 @@ def export(arguments: argparse.Namespace) -> int:
 def check_out(out: Path, layout: str) -> None:
     """Raise CheckpointError for a place that an export cannot be written to, before the checkpoint
     is read."""
-    new = "a new or empty directory" if layout == "diffusers" else "a new file"
-    taken = out.exists() and not (layout == "diffusers" and out.is_dir())
+    new = "a new or empty directory" if layout in FOLDERS else "a new file"
+    taken = out.exists() and not (layout in FOLDERS and out.is_dir())
     if taken or out.is_symlink():
         raise CheckpointError(f"export: got {out}, which exists, expected {new}. Fix: name another")
     if layout == "file" and not out.parent.is_dir():

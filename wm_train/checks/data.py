@@ -134,6 +134,14 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
             fix += ", or encode with text=<encoder>"
             rule = "0, as the data set has no text"
         yield Problem(key, str(needs.text_width), rule, fix)
+    if needs.text_tokens and info.text_width and needs.text_tokens != info.text_length:
+        rule = f"the data set's {info.text_length}"
+        fix = f"{model.cure('text_tokens', str(info.text_length))}, or encode with another length"
+        yield Problem(model.key("text_tokens"), str(needs.text_tokens), rule, fix)
+    for field in sorted({"start_video", "clip_image"} & needs.fields):
+        if f"{field}.npy" not in info.fields:
+            rule = f"clips with {field}, which model {model.name} reads"
+            yield Problem(PATH, stage.data.path, rule, f"encode with {field}=<...>")
     more = "record or encode more clips"
     if not info.clips.get("train") and not stage.data.mixture:
         got = f"{stage.data.path}, no training clips"
@@ -263,6 +271,12 @@ def _length_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     if not time.fits(frames):
         yield Problem("frames", str(frames), rule, f"{AT}frames={time.nearest(frames)}")
     lengths = _lengths(plan, time)
+    most = stage.model.needs().most_frames
+    for key, raw, latent in lengths:
+        if most and latent > most:
+            got = f"{raw}, which is {latent} latent frames"
+            rule = f"at most {most}, as model {stage.model.name} has positions for no more"
+            yield Problem(key, got, rule, f"{AT}{key}={time.raw(most)}")
     yield from few_chunks(plan, lengths)
     yield from _engine_problems(plan, lengths)
     clips = sum(info.clips.values())

@@ -17,6 +17,7 @@ def stage_problems(plan: StagePlan) -> list[Problem]:
     stage = plan.config
     return [
         *_chunk_problems(stage),
+        *_image_problems(stage),
         *_sampler_problems(stage),
         *_sharding_problems(stage),
         *_held_out_problems(stage),
@@ -40,6 +41,19 @@ def _chunk_problems(stage: StageConfig) -> Iterator[Problem]:
         rule = f"latent frames of a chunk, from 1, as {name} draws a noise level for each"
         fix = f"{AT}chunk_frames=3 with {become}, or {AT}objective.name=flow_matching"
         yield Problem(CHUNKS, f"0 with objective {name}", rule, fix)
+
+
+def _image_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield an objective that gives the first frame clean to a model that reads it by channels."""
+    model, objective = stage.model, stage.objective
+    if model.needs().image == "frame" or not objective.gives_first_frame():
+        return
+    got = (
+        f"{model.needs().image} with objective {objective.name}, which gives the first frame clean"
+    )
+    rule = "frame, or an objective that gives no frame, as the model sees the image beside latents"
+    fix = f"{AT}objective.image_condition=0 with flow_matching"
+    yield Problem(model.key("image"), got, rule, fix)
 
 
 def few_chunks(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:

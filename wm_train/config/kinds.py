@@ -40,8 +40,11 @@ class Needs:
     heads: query heads H of its softmax and recurrent layers; key_heads: key and value heads, fewer
     with grouped queries; latent_channels: C of its input; patch: side of a token in latent pixels;
     fields: names of the per-clip members it reads besides latents ("camera", "text", "controls");
-    text_width, control_width: E and A of those, 0 without; control_names: of the A columns in
-    order, where the model gives each its place; causal: frames see no later chunk; softmax: some
+    text_width, control_width: E and A of those, 0 without; text_tokens: L that a text must have, 0
+    for any; clip_image: vectors and width of an image's CLIP features; control_names: of the A
+    columns in order, where the model gives each its place; image: how a clip's first image comes
+    in, as its clean first latent ("frame") or by channels of its own ("channels"); most_frames: T
+    that it has positions for, 0 for any; causal: frames see no later chunk; softmax: some
     layer attends over the clip, through an engine of `parallel.attention`.
     """
 
@@ -51,6 +54,10 @@ class Needs:
     patch: int
     fields: frozenset[str]
     text_width: int = 0
+    text_tokens: int = 0
+    clip_image: tuple[int, int] = (0, 0)
+    image: str = "frame"
+    most_frames: int = 0
     control_width: int = 0
     control_names: tuple[str, ...] = ()
     causal: bool = False
@@ -141,6 +148,10 @@ class ObjectiveConfig(Named):
     def needs_chunks(self) -> bool:
         """Return whether it needs a stage with several chunks."""
         return False
+
+    def gives_first_frame(self) -> bool:
+        """Return whether clips may see their first latent frame clean."""
+        return True
 
     def trajectory_levels(self) -> tuple[float, ...]:
         """Return the noise levels of the trajectories (members ode and ode_start of a clip) that it

@@ -23,6 +23,7 @@ TABLES: dict[str, dict[str, str]] = {
     "models": {
         "sana_wm": "wm_train.models.sana_wm.config:SanaWMConfig",
         "waypoint": "wm_train.models.waypoint.config:WaypointConfig",
+        "wan": "wm_train.models.wan.config:WanConfig",
     },
     "objectives": {
         "flow_matching": "wm_train.objectives.config:FlowMatchingConfig",

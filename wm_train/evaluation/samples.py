@@ -135,6 +135,7 @@ def sample(
                     part.draws,
                     sequence_of(stage, part),
                     stage.kernels,
+                    clean_first=stage.config.model.needs().image == "frame",
                 ),
                 sampler,
             )

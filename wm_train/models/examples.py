@@ -17,6 +17,7 @@ from wm_train.config.kinds import Needs
 from wm_train.noise import PARITY, NoiseKey, normal
 
 PIXELS = 16  # of a latent's side
+START_VIDEO = 2  # latents of an image followed by zeros: fewer than a clip has, as stored ones are
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditio
     pinhole = torch.tensor([0.9 * width, 0.9 * width, width / 2, height / 2])
     text = mask = controls = None
     if needs.text_width:
-        draws, tokens = torch.arange(batch), shape.text_tokens
+        draws, tokens = torch.arange(batch), needs.text_tokens or shape.text_tokens
         sizes = (needs.text_width,)
         text = normal(NoiseKey(seed, PARITY), "text", draws, (0, tokens), sizes)
         mask = torch.arange(tokens)[None] < tokens - draws[:, None] % 3
@@ -74,4 +75,19 @@ def example_conditions(needs: Needs, shape: ExampleShape, seed: int) -> Conditio
         text_mask=mask,
         controls=controls,
         grouped=shape.grouped,
+        **_image_fields(needs, shape, seed),
     )
+
+
+def _image_fields(needs: Needs, shape: ExampleShape, seed: int) -> dict[str, Tensor]:
+    """Return what a model reads of a clip's first image."""
+    key, draws = NoiseKey(seed, PARITY), torch.arange(shape.batch)
+    found = {}
+    if "start_video" in needs.fields:
+        frames = min(shape.frames, START_VIDEO)
+        sizes = (needs.latent_channels, shape.height, shape.width)
+        found["start_video"] = normal(key, "start_video", draws, (0, frames), sizes)
+    if "clip_image" in needs.fields:
+        tokens, width = needs.clip_image
+        found["clip_image"] = normal(key, "clip_image", draws, (0, tokens), (width,))
+    return found

@@ -60,8 +60,9 @@ class PublicLayout:
     class_names: `_class_name` (or `model_type`) of the directories it reads, the one it writes
     first; to_public: configuration -> config.json; from_public: config.json, and a configuration
     for keys that it lacks -> configuration; sources: `_class_name` and our tensors -> `Sources`;
-    buffers: tensors that an export adds; form: the files that it writes. to_public and from_public
-    raise ValueError for what cannot be represented.
+    buffers: tensors that an export adds; form: the files that it writes; others: of the classes
+    that it also writes, configuration -> config.json. to_public and from_public raise ValueError
+    for what cannot be represented.
     """
 
     class_names: tuple[str, ...]
@@ -70,6 +71,7 @@ class PublicLayout:
     sources: Callable[[str, Mapping[str, Tensor]], Sources]
     buffers: Callable[[Any], dict[str, Tensor]]
     form: Form = DIFFUSERS
+    others: Mapping[str, Callable[[Any], dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def layout_of(public: Mapping[str, Any], directory: Path) -> PublicLayout:
 
 
 def class_name(public: Mapping[str, Any]) -> Any:
-    """Return the class that a configuration is of: its `model_type`, else its `_class_name`."""
-    return public.get("model_type", public.get("_class_name"))
+    """Return the class that a configuration is of: its `_class_name`, else its `model_type`."""
+    return public.get("_class_name", public.get("model_type"))
 
 
 @torch.no_grad()
@@ -161,9 +163,10 @@ def export_pretrained(
     directory: Path,
     *,
     max_bytes: int = 5 * 10**9,
+    native: bool = False,
 ) -> list[Path]:
-    """Write whole tensors (name -> value) as a directory that diffusers' `from_pretrained` reads;
-    return its files.
+    """Write whole tensors (name -> value) as a directory that diffusers' `from_pretrained` reads,
+    or, native, that the code of the model's authors reads; return its files.
 
     Buffers of the layout are added where `weights` lacks them. Raises ValueError when the directory
     is not empty or cannot be written, or the model has no public class that can hold it. An export
@@ -176,14 +179,21 @@ def export_pretrained(
         )
 
     layout: PublicLayout = load(config.public)
-    text = config_text(layout.to_public(config), layout.form)
+    written = next(iter(layout.others), "") if native else layout.class_names[0]
+    if not written:
+        raise ValueError(
+            f"export failed: got layout native for model {config.name}, which has one public layout"
+            " only, expected diffusers. Fix: --layout diffusers"
+        )
+    to_config = layout.others.get(written, layout.to_public)
+    text = config_text(to_config(config), layout.form)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(
             f"export failed: got {directory}, which is not empty, expected a new or empty"
             " directory. Fix: name another one"
         )
     own = layout.buffers(config) | dict(weights)
-    whole = to_public(own, layout.sources(layout.class_names[0], own))
+    whole = to_public(own, layout.sources(written, own))
     groups = list(_groups(whole, max_bytes))
     count, stem = len(groups), layout.form.stem
     names = (

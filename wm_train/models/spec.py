@@ -31,6 +31,13 @@ class WorldModel(nn.Module):
         """Return the modules that are sharded, compiled and recomputed one by one, in order."""
         raise TypeError(f"{type(self).__name__} has no units(), expected every model to name them")
 
+    def exact_units(self) -> Sequence[nn.Module]:
+        """Return the modules, inside units or not, that compute in fp32 whatever the model's type.
+
+        Each is called as a module, as a unit of its own that is sharded with fp32 weights.
+        """
+        return ()
+
     def initial_rule(self, name: str, shape: Sequence[int]) -> Rule | None:
         """Return the initial rule of a parameter; None: `init.default_rule`."""
         return None

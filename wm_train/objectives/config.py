@@ -64,13 +64,16 @@ class FlowMatchingConfig(ObjectiveConfig):
             flow_shift=1.0,
             sigma_min=0.0,
             sigma_max=1.0,
-            image_condition=1.0,
+            image_condition=1.0 if self.image_condition else 0.0,
             camera_dropout=0.0,
             text_dropout=0.0,
         )
 
     def sampling_shift(self) -> float:
         return self.flow_shift
+
+    def gives_first_frame(self) -> bool:
+        return self.image_condition > 0
 
     def dropped(self) -> dict[str, float]:
         return {"camera": self.camera_dropout, "text": self.text_dropout}

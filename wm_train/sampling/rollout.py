@@ -34,13 +34,15 @@ def rollout(
     *,
     guidance: Guidance = UNGUIDED,
     sampler: str = "euler",
+    clean_first: bool = True,
 ) -> Tensor:
     """Return the local frames of sampled clips, fp32 [B, t, C, h, w], all denoised together.
 
     model: one for all noise levels, or experts; first_latent: [B, C, h, w], normalised, stays clean
     at the clip's first frame; levels: of `sampling_levels`; draws: int64 [B], which key the noise;
     guidance: condition -> weight, today of the camera (1: plain; above 1 the prediction without a
-    camera is pushed away from, at twice the cost); sampler: euler | renoise.
+    camera is pushed away from, at twice the cost); sampler: euler | renoise; clean_first: False for
+    a model that reads the first image by its conditions, of which every frame is sampled.
     """
     experts, views = experts_of(model), guidance_views(conditions, guidance, draws)
     shards = [sequence] * len(views)
@@ -52,7 +54,8 @@ def rollout(
         frames, shape = (sequence.frames.start, sequence.frames.stop), first_latent.shape[1:]
         return normal(key, f"rollout/step{step}", draws, frames, shape)
 
-    start = start_of(sequence.layout, sequence.frames, first_latent, key, draws)
+    noise, clean, given = start_of(sequence.layout, sequence.frames, first_latent, key, draws)
+    start = (noise, clean & clean_first, given)
     return denoise(velocity, *start, levels, sampler=sampler, fresh=fresh).clean
 
 

@@ -29,7 +29,8 @@ class SampleStart:
 
     first_latent: [B, C, h, w], normalised, stays clean at the clip's first frame; conditions: of
     the whole clips; levels: sigmas of the steps and the 0 after them; draws: int64 [B], positions
-    in the sample stream that key the noise; sequence: the local frames and the whole clip's layout.
+    in the sample stream that key the noise; sequence: the local frames and the whole clip's layout;
+    clean_first: whether the model takes the first latent so, and not by its conditions.
     """
 
     experts: Experts
@@ -40,6 +41,7 @@ class SampleStart:
     draws: Tensor
     sequence: SequenceShard
     kernels: Kernels
+    clean_first: bool = True
 
 
 def euler(start: SampleStart, config: SamplerConfig) -> Tensor:
@@ -55,7 +57,7 @@ def renoise(start: SampleStart, config: SamplerConfig) -> Tensor:
 
 def _whole_clips(start: SampleStart, config: SamplerConfig, sampler: str) -> Tensor:
     given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
-    how = {"guidance": config.guidance, "sampler": sampler}
+    how = {"guidance": config.guidance, "sampler": sampler, "clean_first": start.clean_first}
     return rollout(*given, start.draws, start.sequence, **how)  # type: ignore[arg-type]
 
 

@@ -189,7 +189,7 @@ def _moments(
 
 
 def _start_from_public(folder: Path, state: TrainState, report: Callable[[str], None]) -> None:
-    """Load the weights of a diffusers directory (SANA-WM, or SANA-Video as a start)."""
+    """Load the weights of a public directory."""
     if state.zero:
         raise SetupError(
             f"inherit: got a public directory, {folder}, with parallel.sharding=zero3, expected one"

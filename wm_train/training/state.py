@@ -203,7 +203,8 @@ def _shard_empty(
     offload = plan.config.parallel.offload_state != "none"
     if plan.config.parallel.compile:
         compile_blocks(units)
-    shard_model(model, units, mesh, plan.config.parallel.precision, offload)
+    precision = plan.config.parallel.precision
+    shard_model(model, units, mesh, precision, offload, model.exact_units())
     model.to_empty(device=torch.device("cpu") if offload else device)
 
 
@@ -238,8 +239,10 @@ def build_for_evaluation(
         model = build_model(plan.config.model)
     model.use_kernels(plan.backend.kernels)
     model.requires_grad_(False)
+    exact = {id(p) for unit in model.exact_units() for p in unit.parameters()}
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(PRECISIONS[plan.config.parallel.precision])
+        if id(parameter) not in exact:
+            parameter.data = parameter.data.to(PRECISIONS[plan.config.parallel.precision])
     _shard_empty(model, plan, mesh, device)
     reset_buffers_(model)
     return EvaluationState(model)

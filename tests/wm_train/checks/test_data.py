@@ -188,3 +188,33 @@ def test_odd_latent_rows_do_not_make_patches(found: Find, write, shards: Path) -
     (problem,) = found(model).values()
     assert (problem.where, problem.got) == ("model.patch_size", "2")
     assert problem.rule == "a divisor of the latents' 9 x 12"
+
+
+def test_a_model_whose_text_has_one_length_and_whose_image_has_channels(
+    found: Find, write, shards: Path
+) -> None:
+    """Wan: 512 vectors of text, an image beside latents that are all noised, a table of 1024
+    positions."""
+    model = {
+        "name": "wan",
+        "latent_channels": 24,
+        "text_width": 8,
+        "image_condition_mode": "channels",
+    }
+    stages = {"model": model, "trainer.samples": 0, LONG + "frames": 8 * 1024 + 1}
+    facts = {"text_width": 8, "text_length": 300, "text_encoder": "x", "raw_frames": 10**6}
+    write(shards, **facts)
+    problems = found(stages)
+    assert set(problems) == {
+        "model.text_tokens",
+        "data.path",
+        "model.image_condition_mode",
+        LONG + "frames",
+    }
+    assert "the data set's 300" in problems["model.text_tokens"].rule
+    assert "clips with start_video" in problems["data.path"].rule
+    assert "objective.image_condition=0" in problems["model.image_condition_mode"].fix
+    assert problems[LONG + "frames"].fix == LONG + "frames=8185"
+    write(shards, **facts | {"text_length": 512, "fields": ("latent.npy", "start_video.npy")})
+    plain = {f"{stage}objective.image_condition": 0.0 for stage in (SHORT, LONG)}
+    assert found({"model": model, "trainer.samples": 0, **plain}) == {}

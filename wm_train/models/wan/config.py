@@ -1,0 +1,83 @@
+"""Configure Wan 2.1 and 2.2: every key of the backbone, its rules, and its facts for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from wm_train.config.kinds import ModelConfig, Needs
+from wm_train.config.problems import AT, Problem
+from wm_train.config.rules import Count, CountOrZero, from_to, one_of
+
+MOST_POSITIONS = 1024  # rows of the released models' rotary table, of each axis
+MASK_CHANNELS = 4  # of an image by channels: one for each raw frame of a latent frame
+CLIP_TOKENS = 257  # of an image in CLIP ViT-H/14: 256 patches and the class
+
+
+@dataclass(frozen=True)
+class WanConfig(ModelConfig):
+    """Configure the bidirectional backbone of Wan 2.1 and 2.2, one expert of it."""
+
+    builds: ClassVar[str] = "wm_train.models.wan.model:Wan"
+    public: ClassVar[str] = "wm_train.models.wan.public:LAYOUT"
+    keys: ClassVar[Mapping[str, str]] = {
+        "patch": "patch_size",
+        "text_width": "text_width",
+        "text_tokens": "text_tokens",
+        "image": "image_condition_mode",
+    }
+
+    name: str = "wan"
+    latent_channels: Count = 16
+    depth: Annotated[int, from_to(1, 1000)] = 4
+    width: Count = 96
+    heads: Count = 4
+    ffn_width: Count = 256
+    patch_size: Count = 2
+    text_width: Count = 4096
+    text_tokens: Count = 512  # L: all of them are seen, so zeros up to here belong to the text
+    # of a clip's first image: frame (its latent is given clean, sigma 0) | channels (a mask and the
+    # encoding of the image followed by zeros, beside latents that are noised in all frames)
+    image_condition_mode: Annotated[str, one_of("frame", "channels")] = "frame"
+    clip_width: CountOrZero = 0  # of the image's CLIP features, which Wan 2.1 I2V also reads
+
+    @property
+    def input_channels(self) -> int:
+        """Return the channels of the patch embedding: latents, and an image by channels."""
+        channels = self.image_condition_mode == "channels"
+        return self.latent_channels + channels * (MASK_CHANNELS + self.latent_channels)
+
+    def needs(self) -> Needs:
+        """Return the model's facts for other modules."""
+        reads = {
+            "text": True,
+            "start_video": self.image_condition_mode == "channels",
+            "clip_image": self.clip_width > 0,
+        }
+        return Needs(
+            heads=self.heads,
+            key_heads=self.heads,
+            latent_channels=self.latent_channels,
+            patch=self.patch_size,
+            fields=frozenset(name for name, read in reads.items() if read),
+            text_width=self.text_width,
+            text_tokens=self.text_tokens,
+            clip_image=(CLIP_TOKENS, self.clip_width),
+            image=self.image_condition_mode,
+            most_frames=MOST_POSITIONS,
+        )
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a width that does not split into heads of pairs of channels, and CLIP features in
+        a model that has no image by channels, as no released one has them so."""
+        whole = 2 * self.heads
+        if self.width % whole or self.width // self.heads < 6:
+            nearest = whole * max(3, round(self.width / whole))
+            rule = f"a multiple of 2 x heads = {whole} with at least 6 channels of a head, as three"
+            rule += " axes turn pairs of channels"
+            yield Problem("width", str(self.width), rule, f"{AT}width={nearest}")
+        if self.clip_width and self.image_condition_mode != "channels":
+            rule = "0 with image_condition_mode=frame, as CLIP features describe the first image"
+            fix = f"{AT}clip_width=0, or {AT}image_condition_mode=channels"
+            yield Problem("clip_width", str(self.clip_width), rule, fix)
