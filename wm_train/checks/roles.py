@@ -150,6 +150,11 @@ def _student_problems(stage: StageConfig) -> Iterator[Problem]:
         yield from _unlike(
             key, stage.roles[CRITIC].model, stage.model, "with distill.ida the student's"
         )
+    teacher = stage.roles.get(TEACHER)
+    if distill.isg and teacher and teacher.chunk_frames != stage.chunk_frames:
+        rule = f"the student's {stage.chunk_frames}: with distill.isg it makes the same chunks"
+        key, got = f"roles.{TEACHER}.chunk_frames", str(teacher.chunk_frames)
+        yield Problem(key, got, rule, f"{AT}distill.isg=0, or a causal teacher with these chunks")
     yield from _guidance_problems(stage, distill)
     if distill.gate == "stop" and stage.trainer.validation_clips < 1:
         rule = "warn, or trainer.validation_clips above 0, as the gate judges rollouts of them"

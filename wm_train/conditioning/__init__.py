@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from data_shards.time_layout import TimeLayout
@@ -63,6 +64,14 @@ class Conditions:
         merged = {**self.fields, **changes}
         return replace(self, fields={n: value for n, value in merged.items() if value is not None})
 
+    def rows(self, own: slice) -> Conditions:
+        """Return the conditions of some clips of the batch."""
+        fields = {name: value[own] for name, value in self.fields.items()}
+        camera, controls = (
+            keep if keep is None else keep[own] for keep in (self.camera_keep, self.controls_keep)
+        )
+        return replace(self, fields=fields, camera_keep=camera, controls_keep=controls)
+
     @property
     def c2w(self) -> Tensor | None:
         """Return camera to world, fp32 [B, F, 4, 4], OpenCV axes (+x right, +y down, +z forward),
@@ -88,3 +97,31 @@ class Conditions:
     def controls(self) -> Tensor | None:
         """Return controls [B, T, A] at latent rate."""
         return self.fields.get("controls")
+
+
+def drop_text(conditions: Conditions, drop: Tensor) -> Conditions:
+    """Replace the text by the null text where drop [B] is True. Raises ValueError without a null
+    text."""
+    if conditions.null_text is None:
+        raise ValueError(
+            "dropping the text failed: got no null text in the conditions, expected the null member"
+            " of dataset.json. Fix: encode the data with a null text, or set text_dropout=0 and no"
+            " guidance by text"
+        )
+    return replace_text(conditions, drop, conditions.null_text)
+
+
+def replace_text(conditions: Conditions, where: Tensor, embedding: Tensor) -> Conditions:
+    """Replace the text where [B] is True by an embedding [L0, E], padded or cut to the length L of
+    the batch."""
+    text = conditions.text
+    assert text is not None, "the caller has looked for text"
+    length = min(embedding.shape[0], text.shape[1])
+    padded = torch.zeros_like(text[0])
+    padded[:length] = embedding[:length].to(text.dtype)
+    real = torch.arange(text.shape[1], device=text.device) < length
+    mask = torch.ones_like(text[..., 0]) if conditions.text_mask is None else conditions.text_mask
+    return conditions.with_fields(
+        text=torch.where(where[:, None, None], padded, text),
+        text_mask=torch.where(where[:, None], real, mask.bool()),
+    )

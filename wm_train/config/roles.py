@@ -120,6 +120,10 @@ class DistillConfig:
     sampler: Annotated[str, one_of("renoise", "euler")] = "renoise"
     # turn: each turn draws at which level its rollouts end | last: always at the last one
     exit: Annotated[str, one_of("turn", "last")] = "turn"
+    # chunk: one chunk after another, each through all steps (Self-Forcing)
+    schedule: Annotated[str, one_of("chunk")] = "chunk"
+    # late: of one chunk at a time, its past without gradients
+    gradient: Annotated[str, one_of("late")] = "late"
     # keep | replay: the past of each chunk until its gradient, stored or computed again
     history_states: Annotated[str, one_of("keep", "replay")] = "keep"
     context_sigma: NoiseLevel = 0.0  # at which a finished chunk enters the past
@@ -134,7 +138,9 @@ class DistillConfig:
     scored_frames: Annotated[str, SCORED_RULE] = "all"
     # after each turn of the student: critic <- ida * critic + (1 - ida) * student; 1 = off
     ida: Share = 1.0
-    isg: AtLeastZero = 0.0  # weight of intra-segment guidance; 0 = off
+    # weight of intra-segment guidance (SenseFlow): a step of the student is drawn to one of the
+    # teacher and one of the student; 0 = off
+    isg: AtLeastZero = 0.0
     # stop | warn: if before the first turn the student's rollouts are outside these bounds
     gate: Annotated[str, one_of("stop", "warn")] = "stop"
     gate_std: Annotated[tuple[float, float], BOUNDS] = (0.5, 2.0)  # over the data's

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wm_train.objectives.score_difference import ClipMean, Velocity, spread, widened
+from wm_train.objectives.score_difference import spread, widened
+from wm_train.sampling.steps import Velocity
 
 ROOM = 0.02  # of the middle level from both ends of the step
 SOFT = 1e-3  # where the pseudo-Huber loss turns from square to absolute
@@ -30,6 +31,7 @@ def middle_level(sigma: float, following: float, share: float) -> float:
 
 
 def segment_loss(
+    flow: Tensor,
     student: Velocity,
     teacher: Velocity,
     noisy: Tensor,
@@ -37,21 +39,22 @@ def segment_loss(
     following: float,
     middle: float,
     free: Tensor,
-    mean: ClipMean,
 ) -> Tensor:
-    """Return the loss of intra-segment guidance (ISG), [B], a pseudo-Huber mean over free frames.
+    """Return the loss of intra-segment guidance (ISG) at each frame, [B, t], 0 at given ones: a
+    pseudo-Huber mean over its numbers.
 
     One Euler step of the student from sigma to the next level is drawn to where a step of the
     teacher to the middle level and one of the student from there lead. noisy: [B, t, C, h, w] at
-    sigma; free: [B, t], 1 at frames that are denoised, 0 at given ones, which stay.
+    sigma; flow: the student's velocity there, which alone takes a gradient; free: [B, t], 1 at
+    frames that are denoised, 0 at given ones, which stay.
     """
 
-    def step(network: Velocity, x: Tensor, start: float, stop: float) -> Tensor:
-        return x + (stop - start) * spread(free) * widened(network(x, start * free))
+    def step(flow: Tensor, x: Tensor, start: float, stop: float) -> Tensor:
+        return x + (stop - start) * spread(free) * widened(flow)
 
     with torch.no_grad():
-        halfway = step(teacher, noisy, sigma, middle)
-        target = step(student, halfway, middle, following)
-    distance = step(student, noisy, sigma, following) - target
+        halfway = step(teacher(noisy, sigma * free, sigma), noisy, sigma, middle)
+        target = step(student(halfway, middle * free, middle), halfway, middle, following)
+    distance = step(flow, noisy, sigma, following) - target
     huber = (distance.square() + SOFT**2).sqrt() - SOFT
-    return mean(huber.mean(dim=(2, 3, 4)), free)
+    return huber.mean(dim=(2, 3, 4)) * free

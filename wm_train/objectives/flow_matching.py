@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wm_train.conditioning import Conditions
+from wm_train.conditioning import Conditions, drop_text
 from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey, normal, uniform
 from wm_train.objectives.clips import Clips, ObjectiveOutput
@@ -77,27 +77,6 @@ def dropped_conditions(
             conditions, uniform(key, "text_dropout", draws) < config.text_dropout
         )
     return conditions
-
-
-def drop_text(conditions: Conditions, drop: Tensor) -> Conditions:
-    """Replace the text by the null text where drop [B] is True, padded or cut to the length L of
-    the batch. Raises ValueError without a null text."""
-    text, null = conditions.text, conditions.null_text
-    assert text is not None
-    if null is None:
-        raise ValueError(
-            "text dropout failed: got no null text in the conditions, expected the null member of"
-            " dataset.json (text_dropout). Fix: encode the data with a null text, or text_dropout=0"
-        )
-    length = min(null.shape[0], text.shape[1])
-    padded = torch.zeros_like(text[0])
-    padded[:length] = null[:length].to(text.dtype)
-    real = torch.arange(text.shape[1], device=text.device) < length
-    mask = torch.ones_like(text[..., 0]) if conditions.text_mask is None else conditions.text_mask
-    return conditions.with_fields(
-        text=torch.where(drop[:, None, None], padded, text),
-        text_mask=torch.where(drop[:, None], real, mask.bool()),
-    )
 
 
 def flow_matching(model: WorldModel, clips: Clips, config: FlowMatchingConfig) -> ObjectiveOutput:

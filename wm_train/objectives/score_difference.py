@@ -5,12 +5,12 @@ A network is any function (noisy [B, t, C, h, w], level [B, t]) -> velocity [B, 
 its conditions and sequence bound. On one noisy clip x_sigma = a x + sigma eps, a = 1 - sigma, the
 clean predictions x0 = x_sigma - sigma v of a teacher (real) and a critic (fake) differ by
 sigma (v_real - v_fake). The papers weigh that gap in three ways. Everything is computed in fp32, or
-in the network's type where that is wider: guidance multiplies rounding by its weights.
+in the network's type where that is wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,25 +48,6 @@ def noised(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     """Return (1 - sigma) clean + sigma noise, [B, t, C, h, w], at the levels [B, t]."""
     sigma = spread(level)
     return (1 - sigma) * clean + sigma * noise
-
-
-def guided_velocity(
-    plain: Velocity, seen: Mapping[str, Velocity], weights: Mapping[str, float]
-) -> Velocity:
-    """Return the network v0 + sum_i w_i (v_i - v0) of several named conditions (Waypoint eq. 9).
-
-    plain: without any of the conditions; seen: name -> with that one; weights: name -> w. With one
-    condition w = 1 is no guidance: code that computes v + w (v - v0) calls the same scale w - 1.
-    """
-
-    def velocity(noisy: Tensor, level: Tensor) -> Tensor:
-        base = widened(plain(noisy, level))
-        guided = base
-        for name, weight in weights.items():
-            guided = guided + weight * (widened(seen[name](noisy, level)) - base)
-        return guided
-
-    return velocity
 
 
 @torch.no_grad()

@@ -1,32 +1,73 @@
 """Draw the noise levels at which score networks compare a student's clips, and the frames that
-count. Every number is a function of (seed, stage, purpose, draw, frame or turn)."""
+count. Every number is a function of (seed, stage, purpose, draw, frame or turn), and none is read
+back from the device."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from parallel.layout import ClipLayout, FrameRange
-from wm_train.config.roles import ScoreSigmaConfig, frames_of
+from wm_train.config.roles import CRITIC, STUDENT, ScoreSigmaConfig, frames_of
 from wm_train.noise import NoiseKey, random_words, unit_interval
+from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.flow_matching import truncated_logit_normal
-from wm_train.sampling.levels import shift_sigma, unshift_sigma
+from wm_train.sampling.levels import first_frames, shift_sigma, starts_of, unshift_sigma
 
 PURPOSE = "score/sigma"
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Hold what score networks judge of clips in a turn.
+
+    level: noise level of each local frame, [B, t], 0 at the given first one; scored: [B, t], 1 at
+    frames that count; counted: the range of these in the clip; frames: how many of them have a
+    loss; scopes: bool [K, t], the local frames of each scope of the normaliser, None: one scope.
+    """
+
+    level: Tensor
+    scored: Tensor
+    counted: FrameRange
+    frames: int
+    scopes: Tensor | None
+
+
+def judged(clips: Clips, turn: RoleTurn) -> Judged:
+    """Draw the levels of one turn, and choose the frames that count in it."""
+    sequence, layout = turn.sequences[CRITIC], turn.sequences[STUDENT].layout
+    index, chunks = clips.chunk_index(), len(layout.chunk_starts)
+    level = score_sigma(clips.key, clips.draws, turn.distill.score_sigma, index, chunks)
+    given = first_frames(layout, sequence.frames, index.device)
+    counted = scored_range(turn.distill.scored_frames, layout, clips.key, turn.turn.index)
+    place = torch.arange(sequence.frames.start, sequence.frames.stop, device=index.device)
+    scored = (place >= counted.start) & (place < counted.stop)
+    scopes = None
+    if turn.distill.normaliser == "chunk":
+        scopes = torch.arange(chunks, device=index.device)[:, None] == index[None]
+    return Judged(
+        torch.where(given, 0.0, level),
+        scored.float().expand_as(level),
+        counted,
+        max(1, len(counted) - sum(starts_of(layout, counted))),
+        scopes,
+    )
+
+
 def score_sigma(
-    key: NoiseKey, draws: Tensor, config: ScoreSigmaConfig, chunk_index: Tensor
+    key: NoiseKey, draws: Tensor, config: ScoreSigmaConfig, chunk_index: Tensor, chunks: int
 ) -> Tensor:
     """Return the noise level of each local frame, fp32 [B, t].
 
     One level per clip or per chunk. uniform_clamped: uniform, shifted, clamped to [low, high], so
     that the draws beyond pile up at the ends (Self-Forcing; SANA-WM's public code); logit_normal:
-    shifted, truncated to [low, high] without a pile. chunk_index: of each local frame, int64 [t].
+    shifted, truncated to [low, high] without a pile. chunk_index: of each local frame, int64 [t];
+    chunks: of the whole clip, so that a chunk's number is the same on every shard.
     """
     places = chunk_index if config.per == "chunk" else torch.zeros_like(chunk_index)
-    # Numbers of all chunks up to the last local one: a chunk's is the same on every shard.
-    count = int(places.max()) + 1 if len(places) else 1
+    count = chunks if config.per == "chunk" else 1
     uniform = unit_interval(random_words(key, PURPOSE, draws, (0, count), 1)[:, :, 0, 0])
     if config.law == "uniform_clamped":
         sigma = shift_sigma(uniform, config.shift).clamp(config.low, config.high)
@@ -42,10 +83,15 @@ def at_the_clamp(level: Tensor, config: ScoreSigmaConfig) -> Tensor:
     return ((level > 0) & ((level <= config.low) | (level >= config.high))).float()
 
 
+def turn_share(key: NoiseKey, purpose: str, turn: int) -> float:
+    """Return a uniform number in (0, 1) of one turn, the same on all processes."""
+    words = random_words(key, purpose, torch.tensor([turn]), (0, 1), 1)
+    return float(unit_interval(words)[0, 0, 0, 0])
+
+
 def turn_choice(key: NoiseKey, purpose: str, turn: int, count: int) -> int:
     """Return a uniform number from 0 to count - 1 of one turn, the same on all processes."""
-    words = random_words(key, purpose, torch.tensor([turn]), (0, 1), 1)
-    return min(int(float(unit_interval(words)[0, 0, 0, 0]) * count), count - 1)
+    return min(int(turn_share(key, purpose, turn) * count), count - 1)
 
 
 def scored_range(text: str, layout: ClipLayout, key: NoiseKey, turn: int) -> FrameRange:

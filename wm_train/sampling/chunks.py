@@ -11,7 +11,7 @@ student's memory is that of one chunk, however long the clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,7 +28,7 @@ from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.experts import Experts, Model
 from wm_train.sampling.guidance import UNGUIDED, Guidance, guided, velocities
 from wm_train.sampling.rollout import start_of
-from wm_train.sampling.steps import clean_of, denoise
+from wm_train.sampling.steps import Velocity, clean_of, denoise
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,12 @@ class Streams:
             passed = self._sequences(expert, remember=True)
             velocities(expert, latents, level, self.views, passed)
             self.past[expert] = [sequence.after() for sequence in passed]
+
+    def here(self) -> Streams:
+        """Return streams that stay at the chunk where these are now."""
+        found = Streams(self.experts, self.views, self.layout, self.guidance, self.clip.kernels)
+        found.past = dict(self.past)
+        return found
 
     def _sequences(self, expert: Model, remember: bool) -> list[StreamingSequence]:
         return [StreamingSequence(self.clip, past, remember) for past in self.past[expert]]
@@ -168,6 +174,19 @@ def roll_out(
         yield replace(found, history=streams.past[model][0]) if keep_history else found
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Hold a loss that is added to that of each chunk, and a frozen network that it asks.
+
+    streams: of the network, at the start of the clips; loss: (chunk, the student's velocity at its
+    noisy latents, with gradients; the student; the network) -> a scalar. The networks are functions
+    (latents, level, sigma) -> velocity with the chunk's past, to be called without gradients.
+    """
+
+    streams: Streams
+    loss: Callable[[ChunkExit, Tensor, Velocity, Velocity], Tensor]
+
+
 def late_losses(
     model: Model,
     exits: Sequence[ChunkExit],
@@ -178,6 +197,7 @@ def late_losses(
     turn: int = 0,
     of: int = 1,
     kernels: Kernels = REFERENCE,
+    beside: Beside | None = None,
 ) -> Iterator[Tensor]:
     """Yield for each chunk a scalar whose gradient is the chunk's part of the student's: the sum
     over [B, t, C, h, w] of g times the clean prediction, its exit step made again with gradients.
@@ -187,26 +207,46 @@ def late_losses(
     is in memory. Where the history was not kept, one pass per chunk makes it again. turn, of: take
     the chunk at place `turn` of every `of` chunks (`parallel.transpose.Share`); all callers make
     the same passes in the same order, so a last group without that place gives one loss of 0.
+    beside: a loss besides that by g, of the same chunks.
     """
     clip, past = LocalSequence(layout, kernels), StreamState()
     for first in range(0, len(exits), of):
         group = exits[first : first + of]
         place = min(turn, len(group) - 1)
-        for i, found in enumerate(group):
+        for i, found in enumerate(group, first):
+            if i and beside:
+                with torch.no_grad():
+                    beside.streams.remember(exits[i - 1].context, exits[i - 1].context_level)
             if found.history is not None:
                 past = found.history
-            elif first + i > 0:
-                past = _after(model, exits[first + i - 1], conditions, clip, past)
-            if i == place:
-                history = past
+            elif i:
+                past = _after(model, exits[i - 1], conditions, clip, past)
+            if i == first + place:
+                history, asked = past, beside and beside.streams.here()
         found = group[place]
         wanted = g[:, found.chunk.start : found.chunk.stop].detach()
-        sequence = StreamingSequence(clip, history, remember=False)
-        flow = model(found.noisy, found.level, conditions, sequence)
-        flow = flow.to(accumulation_dtype(flow.dtype))
+        student = partial(_velocity, model, conditions, clip, history)
+        flow = student(found.noisy, found.level, found.sigma)
         free = (found.level > 0)[:, :, None, None, None]
         clean = torch.where(free, clean_of(found.noisy, flow, found.sigma), found.clean)
-        yield ((wanted if place == turn else torch.zeros_like(wanted)) * clean).sum()
+        loss = (wanted * clean).sum()
+        if beside and asked:
+            loss = loss + beside.loss(found, flow, student, asked.velocity)
+        yield loss if place == turn else 0.0 * loss
+
+
+def _velocity(
+    model: Model,
+    conditions: Conditions,
+    clip: WholeClip,
+    past: StreamState,
+    latents: Tensor,
+    level: Tensor,
+    sigma: float,
+) -> Tensor:
+    """Return a network's velocity of the chunk behind a past, at least fp32."""
+    flow = model(latents, level, conditions, StreamingSequence(clip, past, remember=False))
+    return flow.to(accumulation_dtype(flow.dtype))
 
 
 @torch.no_grad()

@@ -1,9 +1,14 @@
-"""Guide samples: one pass of the model per view of the conditions, then their weighted
-difference."""
+"""Guide a network by named conditions: one pass without any of them and one with each, then
+v0 + sum_i w_i (v_i - v0) (classifier-free guidance; Waypoint-1.5 eq. 9).
+
+With one condition w = 1 is no guidance; code that computes v + w (v - v0) calls the same scale
+w - 1. Outputs are at least fp32 before they are subtracted, as weights multiply their rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -12,7 +17,7 @@ from torch import Tensor
 
 from parallel.local_attention import accumulation_dtype
 from parallel.sequence import SequenceShard
-from wm_train.conditioning import Conditions
+from wm_train.conditioning import Conditions, drop_text
 from wm_train.sampling.experts import Model
 
 Guidance = Mapping[str, float]
@@ -20,12 +25,54 @@ Shards = Sequence[SequenceShard]
 UNGUIDED: Guidance = MappingProxyType({})
 
 
+def is_off(guidance: Guidance) -> bool:
+    """Return whether one pass with all conditions does: no weight, or a single one of 1."""
+    return not guidance or list(guidance.values()) == [1.0]
+
+
 def guidance_views(conditions: Conditions, guidance: Guidance, draws: Tensor) -> list[Conditions]:
-    """Return the conditions of each pass of a step: all of them, and for camera guidance all but
-    the camera."""
-    if guidance.get("camera", 1.0) == 1.0:
+    """Return the conditions of each pass of a step: without any of the guided ones, then with each
+    alone of them; only all of them where guidance is off."""
+    if is_off(guidance):
         return [conditions]
-    return [conditions, replace(conditions, camera_keep=torch.zeros_like(draws, dtype=torch.bool))]
+    names, everywhere = set(guidance), torch.ones_like(draws, dtype=torch.bool)
+    taken = [names, *(names - {name} for name in guidance)]
+    return [without(conditions, one, everywhere) for one in taken]
+
+
+def without(conditions: Conditions, names: AbstractSet[str], where: Tensor) -> Conditions:
+    """Return the conditions without some, at the clips where [B] is True. Raises ValueError for a
+    name that cannot be taken away."""
+    for name in sorted(names):
+        if name not in TAKEN_AWAY:
+            raise ValueError(
+                f"guidance failed: got condition {name!r}, expected one of {', '.join(TAKEN_AWAY)}"
+                " (key sampler.guidance). Fix: leave it out"
+            )
+        conditions = TAKEN_AWAY[name](conditions, where)
+    return conditions
+
+
+def _no_camera(conditions: Conditions, where: Tensor) -> Conditions:
+    kept = conditions.camera_keep
+    return replace(conditions, camera_keep=~where if kept is None else kept & ~where)
+
+
+def _no_controls(conditions: Conditions, where: Tensor) -> Conditions:
+    """Say that controls are unknown; and at rest, for a model that has no other word for it."""
+    if conditions.controls is None:
+        return conditions
+    rest = torch.where(where[:, None, None], 0.0, conditions.controls)
+    kept = conditions.controls_keep
+    bare = conditions.with_fields(controls=rest)
+    return replace(bare, controls_keep=~where if kept is None else kept & ~where)
+
+
+TAKEN_AWAY: dict[str, Callable[[Conditions, Tensor], Conditions]] = {
+    "camera": _no_camera,
+    "text": drop_text,
+    "controls": _no_controls,
+}
 
 
 def velocities(
@@ -38,8 +85,11 @@ def velocities(
 
 
 def guided(velocities: Sequence[Tensor], guidance: Guidance) -> Tensor:
-    """Return plain + weight * (seen - plain), or `seen` if there was no plain pass."""
-    seen, *without = velocities
-    for plain in without:
-        seen = plain + guidance["camera"] * (seen - plain)
-    return seen
+    """Return v0 + sum_i w_i (v_i - v0) of the passes of `guidance_views`, or the only one."""
+    plain, *seen = velocities
+    if not seen:
+        return plain
+    total = plain
+    for weight, velocity in zip(guidance.values(), seen, strict=True):
+        total = total + weight * (velocity - plain)
+    return total

@@ -41,7 +41,11 @@ def sampling_levels(levels: int | Sequence[float], flow_shift: float = 1.0) -> l
 
 def first_frames(layout: ClipLayout, frames: FrameRange, device: torch.device) -> Tensor:
     """Return which of these frames start a document of more than one frame, bool [t]."""
+    return torch.tensor(starts_of(layout, frames), dtype=torch.bool, device=device)
+
+
+def starts_of(layout: ClipLayout, frames: FrameRange) -> list[bool]:
+    """Return the marks of `first_frames` as host numbers."""
     ends = [*layout.document_starts[1:], layout.frames]
     starts = {start for start, end in zip(layout.document_starts, ends) if end - start > 1}
-    marks = [frame in starts for frame in range(frames.start, frames.stop)]
-    return torch.tensor(marks, dtype=torch.bool, device=device)
+    return [frame in starts for frame in range(frames.start, frames.stop)]

@@ -40,9 +40,9 @@ def rollout(
 
     model: one for all noise levels, or experts; first_latent: [B, C, h, w], normalised, stays clean
     at the clip's first frame; levels: of `sampling_levels`; draws: int64 [B], which key the noise;
-    guidance: condition -> weight, today of the camera (1: plain; above 1 the prediction without a
-    camera is pushed away from, at twice the cost); sampler: euler | renoise; clean_first: False for
-    a model that reads the first image by its conditions, of which every frame is sampled.
+    guidance: condition -> weight (1: plain; above 1 the prediction without the condition is pushed
+    away from), at one pass more for each; sampler: euler | renoise; clean_first: False for a model
+    that reads the first image by its conditions, of which every frame is sampled.
     """
     experts, views = experts_of(model), guidance_views(conditions, guidance, draws)
     shards = [sequence] * len(views)

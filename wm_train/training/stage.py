@@ -48,7 +48,7 @@ class Stage:
     mixture: dict[ClipDataset, float]  # what training draws from, by weight
     latent_frames: int  # T, the longest
     noise: NoiseKey
-    null_text: Tensor | None  # [L0, E] on the device; None: the model takes no text
+    null_text: Tensor | None  # [L0, E] on the device; None: no model takes text
     kernels: Kernels  # of this device, as backend.kernels and backend.attention ask
     # an engine of another package for the softmax blocks; None: ours
     attention: tuple[str, AttentionEngine] | None
@@ -146,7 +146,8 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
         )
     frames = time_of(dataset.info).latents(config.frames)
     engine = make_engine(config.parallel.attention, mesh.comm)
-    null = dataset.null_text() if config.model.needs().text_width else None
+    models = [config.model, *(own.model for own in config.roles.values())]
+    null = dataset.null_text() if any(model.needs().text_width for model in models) else None
     null_text = None if null is None else torch.from_numpy(null).to(backend.device)
     noise = NoiseKey(plan.seed, plan.stage)
     return Stage(

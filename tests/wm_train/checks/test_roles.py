@@ -79,6 +79,7 @@ def test_a_sound_stage_has_no_problems(found):
         ({"model": {}, "chunk_frames": 0}, "chunk_frames", "a causal student with chunks"),
         ({"sampler__levels": [1.0, 0.5]}, "sampler.levels", "distill.levels [1.0, 0.9, 0.5]"),
         ({"sampler__step": "euler"}, "sampler.step", "distill.sampler 'renoise'"),
+        ({"distill__isg": 1.0}, "roles.teacher.chunk_frames", "the student's 3: with distill.isg"),
         ({"distill__guidance": {"smell": 4.0}}, "distill.guidance.smell", "one of camera, text"),
         ({"distill__guidance": {"text": 4.0}}, "distill.guidance.text", "reads no text"),
         ({"distill__score_sigma": {"low": 0.9, "high": 0.1}}, "distill.score_sigma.low", "less"),

@@ -44,15 +44,16 @@ def test_segment_guidance_is_two_euler_steps_against_one(s):
     noisy, free = torch.randn(2, 3, 4, 1, 1).double(), torch.ones(2, 3).double()
     free[:, 0], given = 0.0, noisy[:, 0].clone()
 
-    def student(x, level):
+    def student(x, level, sigma):
+        assert level.max() == sigma
         assert torch.equal(x[:, 0], given)
         assert level[:, 0].abs().max() == 0
         return exact(x, level.clamp(min=1e-9))
 
-    def mean(value, weight):
-        return (value * weight).sum(1) / weight.sum(1)
-
-    loss = segment_loss(student, student, noisy, sigma, following, middle, free, mean)
+    flow = student(noisy, sigma * free, sigma)
+    each = segment_loss(flow, student, student, noisy, sigma, following, middle, free)
+    assert each[:, 0].abs().max() == 0
+    loss = each[:, 1:].mean(1)
     x = noisy[:, 1:]
     two = gaussian_step(gaussian_step(x, sigma, middle, s), middle, following, s)
     d = gaussian_step(x, sigma, following, s) - two
@@ -65,19 +66,18 @@ def test_only_the_one_step_gets_a_gradient():
     scale = torch.tensor(0.3, requires_grad=True)
     calls = []
 
-    def student(x, level):
+    def student(x, level, sigma):
         calls.append(torch.is_grad_enabled())
         return scale * x
 
     free, noisy = torch.ones(1, 2), torch.randn(1, 2, 3, 1, 1)
-    arguments = (noisy, 0.9, 0.5, 0.7, free)
-    loss = segment_loss(
-        student, lambda x, level: 0.5 * x, *arguments, lambda v, w: (v * w).sum(1) / w.sum(1)
-    )
+    flow = student(noisy, 0.9 * free, 0.9)
+    loss = segment_loss(flow, student, lambda x, *_: 0.5 * x, noisy, 0.9, 0.5, 0.7, free)
     loss.sum().backward()
-    assert calls == [False, True]
-    assert scale.grad is not None
-    assert scale.grad.abs() > 0
+    assert calls == [True, False]
+    d = -0.4 * (noisy * 0.3) - (-0.2 * noisy * 0.5 - 0.2 * 0.3 * (noisy - 0.1 * noisy))
+    expected = (d / (d**2 + SOFT**2).sqrt() * -0.4 * noisy).mean(dim=(2, 3, 4)).sum()
+    assert torch.allclose(scale.grad, expected, rtol=1e-5)
 
 
 def test_the_middle_level_keeps_its_distance():

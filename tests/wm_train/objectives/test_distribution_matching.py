@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import wm_train.objectives.score_levels as score_levels
 from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE
 from parallel.sequence import GroupSequence, LocalSequence
@@ -232,3 +234,21 @@ def test_replayed_histories_give_the_same_gradient(networks, conditions):
         found.append([p.grad.clone() for p in networks["student"].parameters() if p.requires_grad])
     for kept, replayed in zip(*found, strict=True):
         assert torch.allclose(kept, replayed, rtol=1e-12, atol=1e-18)
+
+
+def test_a_turn_reads_no_number_back_from_the_device(networks, conditions, monkeypatch):
+    """Each would wait for it; choices of the turn, which are made on the host, are fixed here."""
+    monkeypatch.setattr(score_levels, "turn_share", lambda *_: 0.5)
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function == torch.ops.aten._local_scalar_dense.default:
+                reads.append(function)
+            return function(*args, **kwargs or {})
+
+    with Reads():
+        out = take(networks, "student", conditions)
+        list(out.pieces)
+        take(networks, "critic", conditions, distill=replace(SETTINGS, scored_frames="window 3"))
+    assert not reads

@@ -10,7 +10,8 @@ import torch
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
-from wm_train.objectives.score_difference import critic_loss, guided_velocity, score_difference
+from wm_train.objectives.score_difference import critic_loss, score_difference
+from wm_train.sampling.guidance import guided, velocities
 
 MU = torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64)
 WEIGHTS = ("normalised", "velocity", "score")
@@ -117,7 +118,11 @@ def test_a_guided_teacher_is_a_shifted_gaussian(gaussians):
     means = {"controls": MU + 0.02, "context": MU - torch.tensor([0.3, 0.0, -0.1]).double()}
     weights = {"controls": 15.0, "context": 2.0}
     seen = {name: gaussians.velocity_of(mean, covariance) for name, mean in means.items()}
-    real = guided_velocity(gaussians.velocity_of(MU, covariance), seen, weights)
+    passes = [gaussians.velocity_of(MU, covariance), *seen.values()]
+
+    def real(noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return guided([velocity(noisy, level) for velocity in passes], weights)
+
     for turn in range(400):
         fake = gaussians.velocity_of(b, matrix @ matrix.T)
         gaussians.step(b, matrix, (0.3, 0.6)[turn % 2], real, fake, score_difference, 0.4)
@@ -186,8 +191,11 @@ def test_rounding_of_guided_bf16_outputs_is_not_repeated_in_bf16():
     """Networks may answer in bf16; guidance and difference are fp32."""
     torch.manual_seed(0)
     base, seen = (torch.randn(1, 1, 3, 2, 2).bfloat16() for _ in range(2))
-    guided = guided_velocity(lambda x, s: base, {"controls": lambda x, s: seen}, {"controls": 15.0})
-    found = guided(base, torch.ones(1, 1))
+    passes = iter((base, seen))
+    found = guided(
+        velocities(lambda *_: next(passes), base, torch.ones(1, 1), [None] * 2, [None] * 2),
+        {"controls": 15.0},
+    )
     assert found.dtype == torch.float32
     expected = base.double() + 15 * (seen.double() - base.double())
     assert torch.allclose(found.double(), expected, rtol=1e-6)

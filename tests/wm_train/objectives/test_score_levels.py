@@ -16,10 +16,11 @@ from wm_train.sampling.levels import unshift_sigma
 
 KEY = NoiseKey(5, "distill")
 CHUNKS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+COUNT = 3
 
 
 def drawn(config: ScoreSigmaConfig, clips: int = 20_000) -> torch.Tensor:
-    return score_sigma(KEY, torch.arange(clips), config, CHUNKS)
+    return score_sigma(KEY, torch.arange(clips), config, CHUNKS, COUNT)
 
 
 @pytest.mark.parametrize("shift", [1.0, 10.0])
@@ -59,9 +60,9 @@ def test_a_level_belongs_to_a_clip_or_a_chunk_wherever_its_frames_are():
     assert torch.equal(per_chunk[:, :4], per_chunk[:, :1].expand(50, 4))
     assert (per_chunk[:, 3] != per_chunk[:, 4]).all()
     draws = torch.arange(50)
-    part = score_sigma(KEY, draws, ScoreSigmaConfig(per="chunk"), CHUNKS[5:])
+    part = score_sigma(KEY, draws, ScoreSigmaConfig(per="chunk"), CHUNKS[5:], COUNT)
     assert torch.equal(part, per_chunk[:, 5:])
-    empty = score_sigma(KEY, draws, ScoreSigmaConfig(per="chunk"), CHUNKS[9:])
+    empty = score_sigma(KEY, draws, ScoreSigmaConfig(per="chunk"), CHUNKS[9:], COUNT)
     assert empty.shape == (50, 0)
 
 
