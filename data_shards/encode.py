@@ -133,6 +133,11 @@ OPTIONS = {
     "null_text": Option(
         path, "npy file [L0, E] with the embedding of the empty prompt (text=ready)", None
     ),
+    "negative_text": Option(
+        text,
+        "prompt that guidance pushes away from; with text=ready its embedding, as null_text",
+        None,
+    ),
     "fields": Option(
         text, "names of fields of other packages to take from the source too, with commas", None
     ),

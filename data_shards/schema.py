@@ -7,6 +7,8 @@ Layout of a data set directory:
                        crc32c of each latent frame
   null_text.npy        only in sets with text: float32 [L0, E], the embedding of the empty prompt,
                        real tokens only
+  negative_text.npy    only where it was asked for: the same of a prompt that guidance pushes away
+                       from
   plan.json            what it is made of: arguments, library versions, digests of each clip's files
   SHA256SUMS           of the files beside the shards, as `sha256sum -c` reads it
   dataset.json         written last: without it the directory is no data set
@@ -40,9 +42,10 @@ SPLITS = ("train", "validation")
 MAX_FREE_BYTES = 64 * 2**20  # of a member whose shape dataset.json does not fix (text, json)
 TIME_SHARDED = "latent.npy"
 IMAGE_LATENTS = "image_latents.npy"
-INDEX, NULL_TEXT, FACTS, PLAN, SUMS = (
+INDEX, NULL_TEXT, NEGATIVE_TEXT, FACTS, PLAN, SUMS = (
     "index.parquet",
     "null_text.npy",
+    "negative_text.npy",
     "dataset.json",
     "plan.json",
     "SHA256SUMS",
@@ -185,6 +188,8 @@ class DatasetInfo:
     text_length: int = 0  # L of text.npy [L, E] and text_mask.npy [L]
     text_width: int = 0  # E
     null_text_crc32c: int = 0  # of the file null_text
+    negative_text: str | None = None  # file with the embedding of a prompt to push away from
+    negative_text_crc32c: int = 0  # of that file
     # noise levels of ode.npy, from 1 down; (): this set has no trajectories. The state at 1 is not
     # stored, as it is keyed noise; the last one stored is at 0
     ode_levels: tuple[float, ...] = ()

@@ -112,7 +112,8 @@ def verify_dataset(
     """
     dataset = open_dataset(path, check=False)  # it is checked below
     filesystem, root = connect(path, POLICY)
-    problems = check_sums(filesystem, root, {FACTS, INDEX, *filter(None, [dataset.info.null_text])})
+    texts = filter(None, [dataset.info.null_text, dataset.info.negative_text])
+    problems = check_sums(filesystem, root, {FACTS, INDEX, *texts})
     if sha256_of(filesystem, f"{root}/{INDEX}") != dataset.info.index_sha256:
         changed = (
             "index: got other bytes than dataset.json states; nothing it says about the shards can"

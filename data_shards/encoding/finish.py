@@ -19,11 +19,12 @@ from data_shards.encoding.kept import members_of
 from data_shards.encoding.plan import Plan
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.target import Target
-from data_shards.encoding.text import TextEncoder, read_null_text
+from data_shards.encoding.text import TextEncoder, read_embedding
 from data_shards.schema import (
     FACTS,
     IMAGE_LATENTS,
     INDEX,
+    NEGATIVE_TEXT,
     NULL_TEXT,
     PLAN,
     SCHEMA_VERSION,
@@ -142,7 +143,8 @@ def finish(
 def text_facts(
     files: dict[str, bytes], rows: Rows, settings: Settings, encoder: TextEncoder | None
 ) -> dict[str, Any]:
-    """Add the null text to the files and return the entries of dataset.json about text."""
+    """Add the null text, and a negative one if asked for, to the files and return the entries of
+    dataset.json about text."""
     if not settings.text:
         return {}
     widths = {
@@ -152,20 +154,29 @@ def text_facts(
         null = encoder.tokens("")[0]
     else:
         assert settings.null_text, "`Settings.make_text_encoder` has looked"
-        null = read_null_text(settings.null_text)
-    if widths != {null.shape[1]} or len(null) > settings.text_length:
-        raise DataError(
-            f"null_text: got {null.shape}, expected [at most {settings.text_length}, E] with E of"
-            f" the clips' {sorted(widths)}"
-        )
-    header, data = encode_array(null, "float32")
-    files[NULL_TEXT] = header + data
+        null = read_embedding(settings.null_text, "null_text")
     facts = {
         "text_encoder": settings.text,
         "text_length": settings.text_length,
         "text_width": null.shape[1],
     }
-    return {**facts, "null_text_crc32c": crc32c(header + data)}
+    embeddings = {"null_text": null}
+    if settings.negative_text:
+        given = settings.negative_text
+        embeddings["negative_text"] = (
+            encoder.tokens(given)[0] if encoder else read_embedding(given, "negative_text")
+        )
+        facts["negative_text"] = NEGATIVE_TEXT
+    for name, embedding in embeddings.items():
+        if widths != {embedding.shape[1]} or len(embedding) > settings.text_length:
+            raise DataError(
+                f"{name}: got {embedding.shape}, expected [at most {settings.text_length}, E] with"
+                f" E of the clips' {sorted(widths)}"
+            )
+        header, data = encode_array(embedding, "float32")
+        files[f"{name}.npy"] = header + data
+        facts[f"{name}_crc32c"] = crc32c(header + data)
+    return facts
 
 
 def common_fields(rows: Rows) -> tuple[str, ...]:

@@ -141,6 +141,8 @@ def weight_digests(
             encoder.tokens("")
     if settings.null_text:
         named["null_text"] = settings.null_text
+    if settings.negative_text and encoder is None:
+        named["negative_text"] = settings.negative_text
     found = {name: digest_of_model(value) for name, value in named.items()}
     return {name: value for name, value in found.items() if value}
 
@@ -169,7 +171,8 @@ def identify_clips(
 ) -> Callable[[SourceClip], str]:
     """Return a function of a clip: the digest of all that its encoded bytes follow from, but for
     its side of the validation split."""
-    weights = {name: value for name, value in plan.weights.items() if name != "null_text"}
+    beside = ("null_text", "negative_text")  # stand beside the clips
+    weights = {name: value for name, value in plan.weights.items() if name not in beside}
     shared: list[Any] = [plan.arguments, plan.libraries, weights, codec.name, dict(codec.options)]
     shared += [TALLY, source.fps, source.metres_per_unit, source.control_names, source.control_sums]
     base = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())

@@ -33,6 +33,7 @@ class Settings:
     text_prefix: str = ""
     text_dtype: str = "bfloat16"
     null_text: str | None = None
+    negative_text: str | None = None
     fields: str | None = None  # names of fields that the source has besides, with commas
 
     def make_codec(self, source: ClipSource) -> LatentCodec:

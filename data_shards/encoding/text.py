@@ -109,23 +109,23 @@ class TextEncoder:
         return out, (np.arange(self.length) < len(hidden)).astype(np.uint8), cut
 
 
-def read_null_text(path: str) -> NDArray[np.float32]:
-    """Read [L0, E] float32 from an npy file.
+def read_embedding(path: str, option: str) -> NDArray[np.float32]:
+    """Read [L0, E] float32 from an npy file that an option names.
 
     Raises:
         DataError: no such file, or no finite numbers of that shape.
     """
     try:
-        array = read_npy(read_file(Path(path), "null_text"))
+        array = read_npy(read_file(Path(path), option))
     except ValueError as error:
         raise DataError(
-            f"null_text: cannot read {path} ({error}), expected an npy file without pickles"
+            f"{option}: cannot read {path} ({error}), expected an npy file without pickles"
         ) from error
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = array.astype(np.float32) if array.dtype.kind == "f" else None
     if narrow is None or array.ndim != 2 or 0 in array.shape or not np.isfinite(narrow).all():
         raise DataError(
-            f"null_text: got {array.dtype} {array.shape}, expected finite numbers [L0, E], L0 real"
+            f"{option}: got {array.dtype} {array.shape}, expected finite numbers [L0, E], L0 real"
             f" tokens ({path})"
         )
     return narrow

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_shards.schema import (
     ITEM_BYTES,
+    NEGATIVE_TEXT,
     NULL_TEXT,
     SCHEMA_VERSION,
     SPLITS,
@@ -135,6 +136,8 @@ RULES: Mapping[str, Rule] = {
     "shown_width": whole(0, 2**40),
     "control_std": (are_divisors, "a list of positive numbers"),
     "controls_offset": whole(-(2**20), 0),
+    "negative_text": optional((lambda value: value == NEGATIVE_TEXT, NEGATIVE_TEXT)),
+    "negative_text_crc32c": whole(0, 2**32 - 1),
     "ode_levels": (are_levels, "a list of noise levels from above 0 to 1"),
     "libraries": (are_versions, "a table of names and versions"),
 }

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from data_shards.fields import Field, batch_fields, entries_of
 from data_shards.schema import (
     INDEX,
+    NEGATIVE_TEXT,
     NULL_TEXT,
     SPLITS,
     TIME_SHARDED,
@@ -280,22 +281,29 @@ class ClipDataset:
     def null_text(self) -> NDArray[np.float32] | None:
         """Return the verified embedding [L0, E] of the empty prompt; None without text (or
         DataError)."""
-        if self.info.null_text is None:
-            return None
+        named = self.info.null_text is not None
+        return self._embedding(NULL_TEXT, self.info.null_text_crc32c) if named else None
+
+    def negative_text(self) -> NDArray[np.float32] | None:
+        """Return the verified embedding [L0, E] of the negative prompt; None where the set has none
+        (or DataError)."""
+        named = self.info.negative_text is not None
+        return self._embedding(NEGATIVE_TEXT, self.info.negative_text_crc32c) if named else None
+
+    def _embedding(self, file: str, crc: int) -> NDArray[np.float32]:
+        what = file.removesuffix(".npy").replace("_", " ")
         try:
-            data = with_retries(
-                lambda: read_whole(self._fs, f"{self._root}/{NULL_TEXT}"), self._policy
-            )
+            data = with_retries(lambda: read_whole(self._fs, f"{self._root}/{file}"), self._policy)
         except OSError as error:
             reason = (
-                f"null text: cannot read {self.path}/{NULL_TEXT} ({error}). Fix: copy it again or"
-                " encode again"
+                f"{what}: cannot read {self.path}/{file} ({error}). Fix: copy it again or encode"
+                " again"
             )
             raise DataError(reason, is_transient(error)) from error
-        if crc32c(data) != self.info.null_text_crc32c:
+        if crc32c(data) != crc:
             raise DataError(
-                f"null text: got other bytes than were written ({self.path}/{NULL_TEXT}). Fix: copy"
-                " it again or encode again"
+                f"{what}: got other bytes than were written ({self.path}/{file}). Fix: copy it"
+                " again or encode again"
             )
         try:
             array = read_npy(data)
@@ -305,8 +313,8 @@ class ClipDataset:
                 raise ValueError("got NaN or infinite numbers")
         except ValueError as error:
             raise DataError(
-                f"null text: {error}, expected finite numbers [L0, {self.info.text_width}]"
-                f" ({self.path}/{NULL_TEXT}). Fix: encode again"
+                f"{what}: {error}, expected finite numbers [L0, {self.info.text_width}]"
+                f" ({self.path}/{file}). Fix: encode again"
             ) from error
         return array.astype(np.float32)
 

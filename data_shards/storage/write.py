@@ -264,6 +264,7 @@ def fingerprint(
     facts += [info.image_latents_every, info.null_text_crc32c]
     newer = [info.time_layout, info.control_std, info.controls_offset]
     facts += [newer] if newer != ["causal", (), 0] else []  # others keep the one that they had
+    facts += [info.negative_text_crc32c] if info.negative_text else []
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for entry, members in rows:
         content = [[m.field, m.dtype, m.shape, m.crc32c] for m in members]

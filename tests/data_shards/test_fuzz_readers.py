@@ -14,7 +14,7 @@ from data_shards.beside.colmap import read_colmap
 from data_shards.beside.video import read_beside, read_listed
 from data_shards.cameras import camera_problem
 from data_shards.controls import CONTROL_NAMES
-from data_shards.encoding.text import read_null_text
+from data_shards.encoding.text import read_embedding
 from data_shards.sources import read_captions
 from data_shards.storage.files import read_selection
 
@@ -162,7 +162,7 @@ class NullText:
         (folder / "null.npy").write_bytes(tools.maybe(random, buffer.getvalue()))
 
     def read(self, folder):
-        array = read_null_text(str(folder / "null.npy"))
+        array = read_embedding(str(folder / "null.npy"), "null_text")
         assert array.ndim == 2
         assert array.dtype == np.float32
         assert np.isfinite(array).all()

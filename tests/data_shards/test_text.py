@@ -109,6 +109,7 @@ def test_a_data_set_with_text(encoders, captions, recording, tmp_path, capsys):
         f"text={encoders / 'gemma'}",
         "text_length=3",
         f"captions={captions}",
+        "negative_text=the dark",
         "psnr=no",
     ]
     assert encode.main(arguments) == 0
@@ -130,6 +131,8 @@ def test_a_data_set_with_text(encoders, captions, recording, tmp_path, capsys):
         ]
         assert dataset.description(entry)["caption"] == caption
     np.testing.assert_allclose(np.load(out / "null_text.npy"), encoder.tokens("")[0])
+    np.testing.assert_allclose(dataset.negative_text(), encoder.tokens("the dark")[0])
+    assert dataset.negative_text().shape != dataset.null_text().shape
     assert (
         len({encoder.encode(caption)[0].tobytes() for caption in ("a red door", "the big room")})
         == 2
@@ -138,8 +141,14 @@ def test_a_data_set_with_text(encoders, captions, recording, tmp_path, capsys):
     data[-3] ^= 1
     (out / "null_text.npy").write_bytes(data)
     assert [problem.field for problem in verify.verify_dataset(str(out))[1]] == ["null_text.npy"]
+    with pytest.raises(DataError, match="null text: got other bytes"):
+        dataset.null_text()
     (out / "null_text.npy").unlink()
-    assert [problem.field for problem in verify.verify_dataset(str(out))[1]] == ["null_text.npy"]
+    (out / "negative_text.npy").write_bytes(data)
+    with pytest.raises(DataError, match="negative text: got other bytes"):
+        dataset.negative_text()
+    problems = verify.verify_dataset(str(out))[1]
+    assert {problem.field for problem in problems} == {"null_text.npy", "negative_text.npy"}
 
 
 def test_ready_embeddings(write_video, tmp_path, capsys):
@@ -160,8 +169,9 @@ def test_ready_embeddings(write_video, tmp_path, capsys):
     assert encode.main(arguments) == 2
     assert "null_text: got none" in capsys.readouterr().err
     assert not list(tmp_path.glob("set*")), "nothing has been encoded before the mistake was seen"
-    assert encode.main([*arguments, f"null_text={null}"]) == 0
+    assert encode.main([*arguments, f"null_text={null}", f"negative_text={null}"]) == 0
     dataset = open_dataset(str(out))
+    np.testing.assert_array_equal(dataset.negative_text(), np.ones((1, 5)))
     clip = dataset.find("b")
     found = dataset.whole(
         clip, [dataset.members(clip)[field] for field in ("text.npy", "text_mask.npy")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wm_train.objectives import distribution_matching as matching
+from wm_train.objectives import student_rollouts as rollouts
 from wm_train.parity import __main__ as parity
 
 SMALL = [
@@ -38,12 +38,12 @@ def test_both_kinds_of_turn_agree_at_every_exit(capsys):
 
 @pytest.mark.full
 def test_a_gradient_that_depends_on_the_member_is_noticed(capsys, monkeypatch):
-    real = matching.to_clips
+    real = rollouts.to_clips
 
     def grown(sequence, share, x):
         return real(sequence, share, x) * (1 + sequence.comm.members[0].index)
 
-    monkeypatch.setattr(matching, "to_clips", grown)
+    monkeypatch.setattr(rollouts, "to_clips", grown)
     assert parity.main(SMALL) == 1
     printed = capsys.readouterr().out
     assert printed.count("<-- FAILED") == 2

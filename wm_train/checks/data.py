@@ -12,8 +12,8 @@ from data_shards.storage.facts import info_from_json
 from data_shards.storage.files import read_file
 from data_shards.time_layout import TimeLayout, time_of
 from parallel.degrees import sequence_size
+from wm_train.checks.guidance import guidance_data_problems
 from wm_train.checks.mesh import FOREIGN_ENGINES
-from wm_train.checks.roles import guidance_data_problems
 from wm_train.checks.stages import few_chunks
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import AT, Problem

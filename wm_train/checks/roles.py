@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from data_shards.schema import DatasetInfo
+from wm_train.checks.guidance import guidance_problems
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.problems import AT, Problem
-from wm_train.config.roles import (
-    ALONE,
-    CRITIC,
-    LETTERS,
-    STUDENT,
-    TEACHER,
-    DistillConfig,
-    RoleConfig,
-    turns_of,
-)
+from wm_train.config.roles import ALONE, CRITIC, LETTERS, STUDENT, TEACHER, RoleConfig, turns_of
 from wm_train.config.schema import StageConfig
 from wm_train.config.typed import stage_named
 
 BESIDE = (TEACHER, CRITIC)  # the roles that the student's stage may add
-# condition of `distill.guidance` -> the member that a model must read for it
-GUIDED = {"camera": "camera", "text": "text", "controls": "controls"}
 
 
 def role_problems(plan: StagePlan) -> list[Problem]:
@@ -155,35 +144,13 @@ def _student_problems(stage: StageConfig) -> Iterator[Problem]:
         rule = f"the student's {stage.chunk_frames}: with distill.isg it makes the same chunks"
         key, got = f"roles.{TEACHER}.chunk_frames", str(teacher.chunk_frames)
         yield Problem(key, got, rule, f"{AT}distill.isg=0, or a causal teacher with these chunks")
-    yield from _guidance_problems(stage, distill)
+    if teacher:
+        yield from guidance_problems("distill.guidance", distill.guidance, teacher.model, "teacher")
     if distill.gate == "stop" and stage.trainer.validation_clips < 1:
         rule = "warn, or trainer.validation_clips above 0, as the gate judges rollouts of them"
         yield Problem(
             "distill.gate", "stop without validation clips", rule, f"{AT}distill.gate=warn"
         )
-
-
-def _guidance_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Problem]:
-    for name in distill.guidance:
-        key = f"distill.guidance.{name}"
-        if name not in GUIDED:
-            rule = f"one of {', '.join(GUIDED)}, which can be taken away"
-            yield Problem(key, "an unknown condition", rule, "leave it out")
-        elif TEACHER in stage.roles:
-            model = stage.roles[TEACHER].model
-            if GUIDED[name] not in model.needs().fields:
-                rule = f"a condition of the teacher, whose model reads no {GUIDED[name]}"
-                yield Problem(key, name, rule, "leave it out")
-
-
-def guidance_data_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
-    """Yield guidance by text where the data set does not say what stands for no text."""
-    distill, teacher = plan.config.distill, plan.config.roles.get(TEACHER)
-    reads = teacher is not None and "text" in teacher.model.needs().fields  # else reported as such
-    if distill and reads and "text" in distill.guidance and info.null_text is None:
-        rule = "a data set with a null text, which the teacher sees without text"
-        fix = "encode it with null_text=<npy>, or leave the weight out"
-        yield Problem("distill.guidance.text", f"no null text in {info.source}", rule, fix)
 
 
 def _unsupported(stage: StageConfig) -> Iterator[Problem]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from wm_train.checks.guidance import guidance_problems
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import AT, OWN, Problem
 from wm_train.config.schema import StageConfig
 
 CHUNKS = "chunk_frames"
-GUIDED = ("camera",)  # conditions that the samplers can leave out
 
 
 def stage_problems(plan: StagePlan) -> list[Problem]:
@@ -88,15 +88,7 @@ def _sampler_problems(stage: StageConfig) -> Iterator[Problem]:
         got = f"{sampler.name!r} with causal={needs.causal} and chunk_frames={stage.chunk_frames}"
         rule = "euler, or a causal model and chunk_frames above 0, so that there are chunks"
         yield Problem("sampler.name", got, rule, f"{AT}sampler.name=euler")
-    for condition, weight in sampler.guidance.items():
-        if condition not in GUIDED:
-            rule = f"one of {', '.join(GUIDED)}"
-            key = f"sampler.guidance.{condition}"
-            yield Problem(key, "an unknown condition", rule, "leave it out")
-        elif condition not in needs.fields:
-            rule = f"no such weight, as the stage's model has no {condition}"
-            fix = f"leave it out, or {stage.model.cure(condition, 'true')}"
-            yield Problem(f"sampler.guidance.{condition}", f"{weight:g}", rule, fix)
+    yield from guidance_problems("sampler.guidance", sampler.guidance, stage.model, "stage")
 
 
 def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:

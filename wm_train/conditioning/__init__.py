@@ -20,7 +20,8 @@ class Conditions:
     [B, entries, …], as `data_shards.fields` describes them: whole clips on every process that has
     part of a clip, but only the local frames of a field that is read by row. camera_keep,
     controls_keep: bool [B], False where the camera or the controls are dropped (None: kept
-    everywhere). null_text: [L0, E], the embedding of "no text".
+    everywhere). null_text: [L0, E], the embedding of "no text"; negative_text: [L1, E], that of a
+    prompt to push away from.
     """
 
     image_size: tuple[int, int]
@@ -29,6 +30,7 @@ class Conditions:
     camera_keep: Tensor | None = None
     controls_keep: Tensor | None = None
     null_text: Tensor | None = None
+    negative_text: Tensor | None = None
     grouped: bool = False
 
     @property

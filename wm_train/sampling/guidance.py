@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.local_attention import accumulation_dtype
 from parallel.sequence import SequenceShard
-from wm_train.conditioning import Conditions, drop_text
+from wm_train.conditioning import Conditions, drop_text, replace_text
 from wm_train.sampling.experts import Model
 
 Guidance = Mapping[str, float]
@@ -68,9 +68,16 @@ def _no_controls(conditions: Conditions, where: Tensor) -> Conditions:
     return replace(bare, controls_keep=~where if kept is None else kept & ~where)
 
 
+def _negative_text(conditions: Conditions, where: Tensor) -> Conditions:
+    """Put the negative prompt in the place of the text."""
+    assert conditions.negative_text is not None, "checked before the start: the data set has one"
+    return replace_text(conditions, where, conditions.negative_text)
+
+
 TAKEN_AWAY: dict[str, Callable[[Conditions, Tensor], Conditions]] = {
     "camera": _no_camera,
     "text": drop_text,
+    "negative_text": _negative_text,
     "controls": _no_controls,
 }
 

@@ -105,6 +105,7 @@ def conditions_of(stage: Stage, batch: Batch) -> Conditions:
         fields,
         null_text=stage.null_text,
         grouped=time.layout == "grouped",
+        negative_text=stage.negative_text,
     )
 
 

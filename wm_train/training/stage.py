@@ -49,6 +49,7 @@ class Stage:
     latent_frames: int  # T, the longest
     noise: NoiseKey
     null_text: Tensor | None  # [L0, E] on the device; None: no model takes text
+    negative_text: Tensor | None  # [L1, E] likewise; None also where the data set has none
     kernels: Kernels  # of this device, as backend.kernels and backend.attention ask
     # an engine of another package for the softmax blocks; None: ours
     attention: tuple[str, AttentionEngine] | None
@@ -147,11 +148,25 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
     frames = time_of(dataset.info).latents(config.frames)
     engine = make_engine(config.parallel.attention, mesh.comm)
     models = [config.model, *(own.model for own in config.roles.values())]
-    null = dataset.null_text() if any(model.needs().text_width for model in models) else None
-    null_text = None if null is None else torch.from_numpy(null).to(backend.device)
+    reads_text = any(model.needs().text_width for model in models)
+    texts = [dataset.null_text(), dataset.negative_text()] if reads_text else [None, None]
+    null_text, negative_text = (
+        None if x is None else torch.from_numpy(x).to(backend.device) for x in texts
+    )
     noise = NoiseKey(plan.seed, plan.stage)
     return Stage(
-        plan, backend, world, mesh, dataset, mixture, frames, noise, null_text, kernels, engine
+        plan,
+        backend,
+        world,
+        mesh,
+        dataset,
+        mixture,
+        frames,
+        noise,
+        null_text,
+        negative_text,
+        kernels,
+        engine,
     )
 
 

@@ -81,6 +81,8 @@ def test_a_sound_stage_has_no_problems(found):
         ({"sampler__step": "euler"}, "sampler.step", "distill.sampler 'renoise'"),
         ({"distill__isg": 1.0}, "roles.teacher.chunk_frames", "the student's 3: with distill.isg"),
         ({"distill__guidance": {"smell": 4.0}}, "distill.guidance.smell", "one of camera, text"),
+        ({"distill__guidance": {"text": 4.0, "negative_text": 4.0}},
+         "distill.guidance", "text or negative_text"),
         ({"distill__guidance": {"text": 4.0}}, "distill.guidance.text", "reads no text"),
         ({"distill__score_sigma": {"low": 0.9, "high": 0.1}}, "distill.score_sigma.low", "less"),
         ({"distill__scored_frames": "first 3"}, "distill.scored_frames", "last <n>"),
@@ -115,12 +117,18 @@ def test_keys_of_several_networks_are_refused_where_one_trains(found):
     assert {f"{LONG}{key}" for key in ("roles", "turns", "distill")} <= set(problems)
 
 
-def test_guidance_by_text_needs_a_text_that_stands_for_none(found, shards, write):
-    """Found on a data set with text but no null text."""
+@pytest.mark.parametrize(
+    ("name", "missing"), [("text", "no null text"), ("negative_text", "no negative text")]
+)
+def test_guidance_by_text_needs_a_text_that_stands_for_none(found, shards, write, name, missing):
+    """Found on a data set with text but no such embedding, for the teacher and for samples."""
     fields = ("c2w.npy", "intrinsics.npy", "latent.npy", "text.npy", "text_mask.npy")
     write(shards, text_encoder="toy", text_length=4, text_width=8, fields=fields)
-    problems = found(changed(distill__guidance={"text": 4.0}) | {"model.text_width": 8})
-    assert "no null text" in problems[f"{LONG}distill.guidance.text"].got
+    sampler = {**STAGE["sampler"], "guidance": {name: 2.0}}
+    given = changed(distill__guidance={name: 4.0}, sampler=sampler) | {"model.text_width": 8}
+    problems = found(given)
+    for key in ("distill", "sampler"):
+        assert missing in problems[f"{LONG}{key}.guidance.{name}"].got
 
 
 def test_a_teacher_without_checkpoints_is_missed_even_on_resume(found, shards):
