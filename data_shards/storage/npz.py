@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.schema import DataError
-from data_shards.storage.files import error_text, open_regular
+from data_shards.storage.files import crc32c, error_text, open_regular
 
 KINDS = "biufUS"  # dtypes that hold no pickles
 MOST_BYTES = 2**28  # of one array beside a clip, unless the caller says more
@@ -132,3 +132,28 @@ def unreadable(where: str, what: str, why: str) -> DataError:
         f"{what}: cannot read {where} ({why}), expected an npz of named arrays without pickles."
         " Fix: write it again with np.savez"
     )
+
+
+def embedding_from_bytes(data: bytes, crc: int, width: int, where: str) -> NDArray[np.float32]:
+    """Return the embedding [L0, E] of a text beside the clips, verified.
+
+    Raises:
+        DataError: other bytes than were written, or not finite numbers [L0, width].
+    """
+    name = where.rsplit("/", 1)[-1].removesuffix(".npy").replace("_", " ")
+    if crc32c(data) != crc:
+        raise DataError(
+            f"{name}: got other bytes than were written ({where}). Fix: copy it again or encode"
+            " again"
+        )
+    try:
+        array = read_npy(data)
+        if array.ndim != 2 or array.shape[1] != width or array.dtype.kind != "f":
+            raise ValueError(f"got {array.dtype} {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError("got NaN or infinite numbers")
+    except ValueError as error:
+        raise DataError(
+            f"{name}: {error}, expected finite numbers [L0, {width}] ({where}). Fix: encode again"
+        ) from error
+    return array.astype(np.float32)

@@ -49,7 +49,7 @@ from data_shards.storage.index import (
     is_arrows,
     where,
 )
-from data_shards.storage.npz import read_npy
+from data_shards.storage.npz import embedding_from_bytes
 from data_shards.storage.remote import (
     RangeCache,
     RetryPolicy,
@@ -291,32 +291,17 @@ class ClipDataset:
         return self._embedding(NEGATIVE_TEXT, self.info.negative_text_crc32c) if named else None
 
     def _embedding(self, file: str, crc: int) -> NDArray[np.float32]:
-        what = file.removesuffix(".npy").replace("_", " ")
+        place = f"{self._root}/{file}"
         try:
-            data = with_retries(lambda: read_whole(self._fs, f"{self._root}/{file}"), self._policy)
+            data = with_retries(lambda: read_whole(self._fs, place), self._policy)
         except OSError as error:
+            name = file.removesuffix(".npy").replace("_", " ")
             reason = (
-                f"{what}: cannot read {self.path}/{file} ({error}). Fix: copy it again or encode"
+                f"{name}: cannot read {self.path}/{file} ({error}). Fix: copy it again or encode"
                 " again"
             )
             raise DataError(reason, is_transient(error)) from error
-        if crc32c(data) != crc:
-            raise DataError(
-                f"{what}: got other bytes than were written ({self.path}/{file}). Fix: copy it"
-                " again or encode again"
-            )
-        try:
-            array = read_npy(data)
-            if array.ndim != 2 or array.shape[1] != self.info.text_width or array.dtype.kind != "f":
-                raise ValueError(f"got {array.dtype} {array.shape}")
-            if not np.isfinite(array).all():
-                raise ValueError("got NaN or infinite numbers")
-        except ValueError as error:
-            raise DataError(
-                f"{what}: {error}, expected finite numbers [L0, {self.info.text_width}]"
-                f" ({self.path}/{file}). Fix: encode again"
-            ) from error
-        return array.astype(np.float32)
+        return embedding_from_bytes(data, crc, self.info.text_width, f"{self.path}/{file}")
 
     def check_index(self) -> None:
         """Read the whole index and compare it with what dataset.json states of it; see

@@ -28,7 +28,7 @@ def conditions() -> Conditions:
 
 
 def seen(conditions: Conditions) -> tuple[bool, float, bool]:
-    """Whether the camera is kept, the first number of the text, whether controls are known."""
+    """Return if the camera is kept, the first number of the text, and if controls are known."""
     keep = conditions.camera_keep
     controls = conditions.controls_keep
     assert bool(conditions.controls.any()) == (controls is None)
