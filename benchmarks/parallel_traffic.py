@@ -1,11 +1,12 @@
 """Compare the bytes that one layer sends: prefix-composed GDN states, all-gathered keys and values,
-Ulysses.
+Ulysses, ring, needed frames.
 
     python benchmarks/parallel_traffic.py
 
-SANA-WM at 60 s 720p (T=121, S=880, H=20, D=112, bfloat16 activations, float32 states). The real
-verbs run over P virtual ranks on meta tensors, so every number is counted, none is a formula. Bytes
-are those that the busiest member sends for one layer and one clip.
+SANA-WM at 60 s 720p (T=121, S=880, H=20, D=112, bfloat16 activations, float32 states), and
+Waypoint-1.5 at 12.8 s 720p (T=192, S=512, 32 query and 16 key heads of 64). The real verbs run over
+P virtual ranks on meta tensors, so every number is counted, none is a formula. Bytes are those that
+the busiest member sends for one layer and one clip.
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ from torch import Tensor
 
 from parallel.comm import AllGather, Traffic, pack
 from parallel.layout import ClipLayout
+from parallel.masks import FULL, AttentionMask
 from parallel.reference import Kernels, Stream
 from parallel.sequence import GroupSequence, SequenceShard
+from parallel.streaming import chunk_starts
 from parallel.virtual import VirtualGroup, run_virtual
 
 T, S, H, D = 121, 880, 20, 112
 MEMBERS = (2, 4, 8)
+SANA = ClipLayout(T)
+SANA_CHUNKS = ClipLayout(T, chunk_starts=chunk_starts(T, 3))
+STUDENT = AttentionMask("chunk", window=2, sink=1)  # of SANA-WM's distilled student (§5.4)
+WAYPOINT_T, WAYPOINT_S, HEADS, KEY_HEADS, HEAD = 192, 512, 32, 16, 64
+# mask -> number of blocks that have it
+WAYPOINT = {
+    "local": (AttentionMask("frame", window=16), 18),
+    "global": (AttentionMask("frame", window=1, dilation=8, reach=128), 6),
+}
 
 
 def no_attention(q: Tensor, k: Tensor, v: Tensor, tiles: object) -> tuple[Tensor, Tensor]:
@@ -41,11 +53,15 @@ KERNELS = Kernels(block_attention=no_attention, block_attention_backward=no_atte
 
 
 def count(
-    call: Callable[[SequenceShard], Tensor], ring: int = 1, ulysses: int = 1
+    call: Callable[[SequenceShard], Tensor],
+    ring: int = 1,
+    ulysses: int = 1,
+    layout: ClipLayout = SANA,
+    exchange: str = "usp",
 ) -> list[Traffic]:
     """Traffic of one call, forward and backward."""
     results, traffic = run_virtual(
-        lambda comm: call(GroupSequence(ClipLayout(T), comm, KERNELS)), ring, ulysses
+        lambda comm: call(GroupSequence(layout, comm, KERNELS, exchange=exchange)), ring, ulysses
     )
     sum(result.float().sum() for result in results).backward()
     return traffic
@@ -86,8 +102,23 @@ def ffn_halo(sequence: SequenceShard) -> Tensor:
     return sum(tap.sum() for tap in taps)  # type: ignore[return-value]
 
 
-def attend(heads: int) -> Callable[[SequenceShard], Tensor]:
-    return lambda sequence: sequence.attend(*(tokens(sequence, heads) for _ in range(3))).sum()
+def attend(heads: int, mask: AttentionMask = FULL) -> Callable[[SequenceShard], Tensor]:
+    return lambda sequence: sequence.attend(
+        *(tokens(sequence, heads) for _ in range(3)), mask
+    ).sum()
+
+
+def waypoint_attend(mask: AttentionMask) -> Callable[[SequenceShard], Tensor]:
+    """Attention of one of Waypoint's blocks: grouped heads, one of its masks."""
+
+    def call(sequence: SequenceShard) -> Tensor:
+        def empty(heads: int) -> Tensor:
+            shape = (1, len(sequence.frames), WAYPOINT_S, heads, HEAD)
+            return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+        return sequence.attend(empty(HEADS), empty(KEY_HEADS), empty(KEY_HEADS), mask).sum()
+
+    return call
 
 
 def gathered_keys_and_values(members: int) -> Traffic:
@@ -109,7 +140,7 @@ def row(name: str, traffic: list[Traffic], baseline: float | None = None) -> int
         calls = max(
             sum(n for label, n in t.collectives.items() if label.endswith(way)) for t in traffic
         )
-        sent = max(sum(n for label, n in t.sent.items() if label.endswith(way)) for t in traffic)
+        sent = busiest(traffic, way)
         total += sent
         parts.append(f"{calls:2d} x {sent / 1e6:8.1f} MB")
     ratio = "" if baseline is None else f"  {total / baseline:6.1f} x the GDN layer"
@@ -151,10 +182,50 @@ def main() -> None:
             count(attend(2 * H), ulysses=members),
             layer,
         )
+        row(
+            "needed frames, both branches, chunk window of the student",
+            count(attend(2 * H, STUDENT), 1, members, SANA_CHUNKS, "need"),
+            layer,
+        )
         print(
             f"  states alone: Ulysses over both branches sends {both(members) / states:.0f} times"
             " as much\n"
         )
+    waypoint()
+
+
+def waypoint() -> None:
+    """Print Waypoint's rows: MiB of a layer, then GiB of all 24 and their ratio."""
+    print(
+        f"Waypoint-1.5, T={WAYPOINT_T} S={WAYPOINT_S} H={HEADS}/{KEY_HEADS} D={HEAD}: MiB that the"
+        " busiest member sends, forward / backward of one layer\n"
+    )
+    layout = ClipLayout(WAYPOINT_T)
+    for members in MEMBERS:
+        whole: dict[str, int] = {}
+        for name, mesh, exchange in (
+            ("Ulysses", (1, members), "usp"),
+            ("ring", (members, 1), "usp"),
+            ("needed frames", (1, members), "need"),
+        ):
+            row = [f"  P={members} {name:14}"]
+            for kind, (mask, blocks) in WAYPOINT.items():
+                traffic = count(waypoint_attend(mask), *mesh, layout, exchange)
+                ways = [busiest(traffic, way) for way in ("forward", "backward")]
+                whole[name] = whole.get(name, 0) + blocks * ways[0]
+                row.append(f"{kind} {ways[0] / 2**20:5.0f} / {ways[1] / 2**20:5.0f}")
+            row.append(f"model forward {whole[name] / 2**30:5.2f} GiB")
+            row.append(f"{whole[name] / whole['Ulysses']:5.2f} x Ulysses")
+            print("   ".join(row))
+        need = whole["needed frames"]
+        print(
+            f"  P={members} needed frames send {whole['Ulysses'] / need:.1f} times less than"
+            f" Ulysses, {whole['ring'] / need:.1f} times less than the ring\n"
+        )
+
+
+def busiest(traffic: list[Traffic], way: str) -> int:
+    return max(sum(n for label, n in t.sent.items() if label.endswith(way)) for t in traffic)
 
 
 def both(members: int) -> int:

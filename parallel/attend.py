@@ -1,8 +1,11 @@
 """Compute softmax attention over the whole clip while every rank stores only its own frames.
 
-USP = Ulysses × ring. Ulysses turns "all heads, some frames" into "some heads, all frames of this
-ring rank"; the ring then passes key and value blocks from rank to rank. Ring 1 is plain Ulysses,
-Ulysses 1 a plain ring, and with both 1 only the local kernel runs.
+Two exchanges give the same result; `attend_cost.cheaper_exchange` chooses between them by bytes.
+
+- usp = Ulysses × ring. Ulysses turns "all heads, some frames" into "some heads, all frames of this
+  ring rank"; the ring then passes key and value blocks from rank to rank. Ring 1 is plain Ulysses,
+  Ulysses 1 a plain ring, and with both 1 only the local kernel runs.
+- need: keys and values of exactly the frames that the mask lets a rank see (`need.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from parallel import ring, ulysses
+from parallel import need, ring, ulysses
 from parallel.comm import Member, Program
 from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import AttentionMask
@@ -20,6 +24,7 @@ from parallel.reference import Kernels
 
 Frames = tuple[FrameRange, ...]
 Heads = tuple[FrameRange, ...]
+Exchange = str  # "usp" or "need"
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class AttendVerb:
 
     part: the frames of the clip that q, k and v hold, split over the ranks. With cached frames
     there are two more inputs: their keys and values [B, c, S, H_kv, D], the same on all ranks and
-    without gradient.
+    without gradient. exchange: how keys and values of other ranks are reached.
     """
 
     layout: ClipLayout
@@ -38,6 +43,7 @@ class AttendVerb:
     key_heads: int
     part: FrameRange
     cached: tuple[int, ...] = ()
+    exchange: Exchange = "usp"
     name = "attend"
 
     def _plan(self, member: Member) -> tuple[list[int], Frames, Heads, Heads, ring.HeadSpans]:
@@ -47,10 +53,7 @@ class AttendVerb:
         query heads and key heads of each Ulysses rank; the query heads that read each local key
         head.
         """
-        held = [
-            FrameRange(self.part.start + r.start, self.part.start + r.stop)
-            for r in self.layout.cut(self.part).split(member.size)
-        ]
+        held = need.held_frames(self.layout, self.part, member.size)
         groups = [held[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
         queries, keys = ulysses.deal_heads(self.heads, self.key_heads, member.ulysses)
         spans = ulysses.head_spans(queries[member.ulysses_index], self.heads // self.key_heads)
@@ -59,6 +62,14 @@ class AttendVerb:
 
     def forward(self, member: Member, *tensors: Tensor | None) -> Program:
         q, k, v, *past = (x for x in tensors if x is not None)
+        if self.exchange == "need":
+            ulysses.check_heads(self.heads, self.key_heads, 1)
+            known = need.Far(past[0], past[1], self.cached) if past else None
+            out, lse, far = yield from need.forward(
+                member, self.layout, self.mask, self.kernels, self.part, q, k, v, known
+            )
+            facts = (far.frames if far else None, len(past))
+            return (out,), (q, k, v, out, lse, *(far[:2] if far else ())), facts
         frames, ranges, queries, keys, spans = self._plan(member)
         # [B, T/P, S, H, D] -> [B, T·U/P, S, H/U, D], for q, k and v in one all-to-all
         q, k, v = yield from ulysses.to_heads(member, frames, [q, k, v], [queries, keys, keys])
@@ -81,8 +92,17 @@ class AttendVerb:
         grads: tuple[Tensor | None, ...],
     ) -> Program:
         q, k, v, out, lse, *past = (x for x in kept if x is not None)
-        frames, ranges, queries, keys, spans = self._plan(member)
         grad = grads[0]
+        if self.exchange == "need":
+            frames, inputs = facts
+            far = need.Far(past[0], past[1], frames) if past else None
+            grad = torch.zeros_like(out) if grad is None else grad
+            own = (q, k, v, out, lse)
+            result = yield from need.backward(
+                member, self.layout, self.mask, self.kernels, self.part, grad, own, far
+            )
+            return (*result, *(None for _ in range(inputs)))
+        frames, ranges, queries, keys, spans = self._plan(member)
         # ranks must agree on collectives even if one of them has no use for its result
         if grad is None:
             grad = out.new_zeros(

@@ -65,6 +65,14 @@ class AttentionMask:
                 " and sink >= 0"
             )
 
+    @property
+    def late_frames_see_more(self) -> bool:
+        """Return whether a frame sees the more, the later in its document it is, without a bound:
+        then ranks that stay with their own queries have unequal work."""
+        if self.causality == "full":
+            return False
+        return self.window is None or (self.dilation is not None and self.reach is None)
+
 
 Runs = tuple[tuple[int, int], ...]  # (start, stop) of successive frames, ascending
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from parallel.attend import AttendVerb
+from parallel.attend import AttendVerb, Exchange
+from parallel.attend_cost import cheaper_exchange
 from parallel.clip_mean import MeanVerb
 from parallel.comm import Communicator, SoloComm
 from parallel.engines import AttentionEngine, check_engine
@@ -141,11 +143,12 @@ class GroupSequence:
         kernels: Kernels = REFERENCE,
         engine: tuple[str, AttentionEngine] | None = None,
         part: FrameRange | None = None,
+        exchange: Exchange = "auto",
     ) -> None:
         """Store the rank's view.
 
         engine: name and function of another attention (`engines.py`); part: the frames that the
-        ranks hold, None: all.
+        ranks hold, None: all; exchange: of attention, auto: by bytes.
         """
         (member,) = comm.members
         self.layout = layout
@@ -156,6 +159,7 @@ class GroupSequence:
         self.comm = comm
         self.kernels = kernels
         self.engine = engine
+        self.exchange = exchange
 
     @property
     def positions(self) -> Tensor:
@@ -185,20 +189,12 @@ class GroupSequence:
                 name, self.layout, mask, self.comm.members[0], q.shape[3], k.shape[3], cache
             )
             return attention(*(x.flatten(1, 2) for x in (q, k, v))).reshape(q.shape)
+        cached = () if cache is None else cache.frames
+        verb = AttendVerb(
+            self.layout, mask, self.kernels, q.shape[3], k.shape[3], self._part, cached
+        )
         return self.comm.apply(
-            AttendVerb(
-                self.layout,
-                mask,
-                self.kernels,
-                q.shape[3],
-                k.shape[3],
-                self._part,
-                () if cache is None else cache.frames,
-            ),
-            q,
-            k,
-            v,
-            *past,
+            replace(verb, exchange=self._exchange(verb, k.dtype)), q, k, v, *past
         )[0]
 
     def scan(
@@ -250,7 +246,14 @@ class GroupSequence:
         return nullcontext()  # every call stands alone
 
     def part(self, frames: FrameRange) -> SequenceShard:
-        return type(self)(self.layout, self.comm, self.kernels, self.engine, frames)
+        return type(self)(self.layout, self.comm, self.kernels, self.engine, frames, self.exchange)
+
+    def _exchange(self, verb: AttendVerb, dtype: torch.dtype) -> Exchange:
+        """Return how attention reaches the frames of other ranks, equally on all of them."""
+        if self.exchange != "auto":
+            return self.exchange
+        (member,) = self.comm.members
+        return cheaper_exchange(verb, dtype, member.ring, member.ulysses)
 
     def _real(self, like: Tensor) -> Tensor | None:
         """Return which frames are real (not padding), [B, T/P] bool; None: all."""
@@ -325,6 +328,7 @@ def make_sequence(
     kernels: Kernels = REFERENCE,
     engine: tuple[str, AttentionEngine] | None = None,
     compiled: bool = False,
+    exchange: Exchange = "auto",
 ) -> SequenceShard:
     """Return this process's shard of a clip, or the whole clip if the mesh does not split clips.
 
@@ -333,4 +337,4 @@ def make_sequence(
     kind = _outside_graphs() if compiled else GroupSequence
     if mesh.comm is None:
         return kind(layout, SoloComm(), kernels)
-    return kind(layout, mesh.comm, kernels, engine)
+    return kind(layout, mesh.comm, kernels, engine, exchange=exchange)

@@ -8,28 +8,16 @@ algorithms; `parallel/README.md` lists them.
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
-
-import torch
 
 from parallel.attend import AttendVerb
+from parallel.attend_cost import Cost, Shapes, attend_cost
 from parallel.clip_mean import MeanVerb
 from parallel.comm import Member, Verb
 from parallel.gather import GatherVerb
 from parallel.gdn_scan import ScanVerb
 from parallel.halo import HaloVerb
-from parallel.layout import split_evenly
 from parallel.local_attention import accumulation_dtype
 from parallel.transpose import TransposeVerb
-
-Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
-
-
-class Cost(NamedTuple):
-    """Store the number of collectives and the bytes sent of one verb call."""
-
-    collectives: int
-    sent: int
 
 
 def expected_cost(verb: Verb, tensors: Shapes, member: Member) -> dict[str, Cost]:
@@ -117,36 +105,3 @@ def transpose_cost(verb: TransposeVerb, tensors: Shapes, member: Member) -> dict
     back = Cost(1, mine * (member.size - 1) * frame)
     ways = (back, there) if verb.back else (there, back)
     return dict(zip(("forward", "backward"), ways, strict=True))
-
-
-def attend_cost(verb: AttendVerb, tensors: Shapes, member: Member) -> dict[str, Cost]:
-    """Return the cost of attention.
-
-    Ulysses: q, k, v heads out and out heads back, the reverse in backward. Ring: R − 1 shifts of k,
-    v; backward as many, and R of dk, dv.
-    """
-    (b, t, s, _, d), dtype = tensors[0]
-    width, token = dtype.itemsize, b * s * d
-    group = verb.heads // verb.key_heads
-    frames = [len(r) for r in verb.layout.cut(verb.part).split(member.size)]
-    rows = [frames[r * member.ulysses : (r + 1) * member.ulysses] for r in range(member.ring)]
-    queries = [len(r) for r in split_evenly(verb.heads, member.ulysses)]
-    keys = [
-        -(-r.stop // group) - r.start // group for r in split_evenly(verb.heads, member.ulysses)
-    ]
-    me, forward, backward, calls = member.ulysses_index, 0, 0, [0, 0]
-    if member.ulysses > 1:
-        calls = [2, 2]
-        for j in (j for j in range(member.ulysses) if j != me):
-            mine, theirs = t * token * width, rows[member.ring_index][j] * token * width
-            forward += mine * (queries[j] + 2 * keys[j]) + theirs * queries[me]
-            backward += mine * queries[j] + theirs * (queries[me] + 2 * keys[me])
-    for step in range(member.ring if member.ring > 1 else 0):
-        block = sum(rows[(member.ring_index - step) % member.ring]) * token * keys[me]
-        last = step + 1 == member.ring
-        forward += 0 if last else 2 * block * width
-        backward += (0 if last else 2 * block * width) + 2 * block * accumulation_dtype(
-            dtype
-        ).itemsize
-        calls = [calls[0] + (not last), calls[1] + 1 + (not last)]
-    return {"forward": Cost(calls[0], forward), "backward": Cost(calls[1], backward)}

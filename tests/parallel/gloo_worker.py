@@ -39,7 +39,8 @@ def run_verbs(rank: int, lines: list[list[int]], grids: list[tuple[int, int]]) -
         member = Member(*divmod(line.index(rank), ulysses), ring, ulysses)
         comm = sequence_comm(member, grid_groups(lines, ring, ulysses))
         for case in oracles.process_cases():
-            leaves, outputs, loss = oracles.member_run(case, GroupSequence(case.layout, comm))
+            sequence = GroupSequence(case.layout, comm, exchange=case.exchange)
+            leaves, outputs, loss = oracles.member_run(case, sequence)
             loss.backward()
             grads = {
                 n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()

@@ -42,6 +42,7 @@ class Case:
     dim: int = 4
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    exchange: str = "usp"
     perturbed: tuple[int, int] | None = None  # row and frame whose inputs all change
 
 
@@ -112,6 +113,10 @@ def process_cases() -> list[Case]:
             key_heads=1,
         ),
         Case(ClipLayout(5), verbs=("halo", "attend", "mean"), dtype=torch.bfloat16),
+        *(
+            Case(packed, ("attend",), mask=mask, key_heads=2, exchange="need")
+            for mask in (SINK, AttentionMask("frame", 3), AttentionMask("frame", 1, 0, 2, 6))
+        ),
     ]
 
 

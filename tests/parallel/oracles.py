@@ -322,7 +322,9 @@ def virtual_run(case: Case, ring: int, ulysses: int):
     from parallel.virtual import run_virtual
 
     results, traffic = run_virtual(
-        lambda comm: member_run(case, GroupSequence(case.layout, comm)), ring, ulysses
+        lambda comm: member_run(case, GroupSequence(case.layout, comm, exchange=case.exchange)),
+        ring,
+        ulysses,
     )
     sum(loss for *_, loss in results).backward()
     return [

@@ -65,10 +65,11 @@ def meshes(draw) -> tuple[tuple[int, int], int, int]:
     initial=st.booleans(),
     sides=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     edges=st.sampled_from(["clip", "document", "chunk"]),
+    exchange=st.sampled_from(["usp", "need"]),
     seed=st.integers(0, 9),
 )
 def test_any_mesh_computes_what_one_device_does(
-    oracles, layout, mesh, mask, reverse, initial, sides, edges, seed
+    oracles, layout, mesh, mask, reverse, initial, sides, edges, exchange, seed
 ):
     grid, heads, key_heads = mesh
     case = oracles.Case(
@@ -84,6 +85,7 @@ def test_any_mesh_computes_what_one_device_does(
         key_heads=key_heads,
         dim=3,
         seed=seed,
+        exchange=exchange,
     )
     errors = oracles.worst(
         oracles.joined(oracles.virtual_run(case, *grid)[0]), oracles.serial_run(case)
@@ -99,8 +101,9 @@ def test_any_mesh_computes_what_one_device_does(
     mask=masks(),
     sides=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     initial=st.booleans(),
+    exchange=st.sampled_from(["usp", "need"]),
 )
-def test_counted_traffic_equals_the_formulas(oracles, layout, mesh, mask, sides, initial):
+def test_counted_traffic_equals_the_formulas(oracles, layout, mesh, mask, sides, initial, exchange):
     """Bytes and collectives of every member, from drawn shapes; the formulas know nothing of the
     algorithms."""
     (ring, ulysses), heads, key_heads = mesh
@@ -118,7 +121,7 @@ def test_counted_traffic_equals_the_formulas(oracles, layout, mesh, mask, sides,
     calls = {}
 
     def body(comm):
-        result = oracles.member_run(case, GroupSequence(layout, comm))
+        result = oracles.member_run(case, GroupSequence(layout, comm, exchange=exchange))
         calls[comm.members[0]] = list(comm.calls)
         return result
 

@@ -111,8 +111,10 @@ def test_attention_sees_exactly_what_it_may(oracles, kind, mask):
             None if i == j else oracles.may_attend(layout, rule, i, j)
         )  # (its own query changed as well)
 
+    case = oracles.Case(layout, ("attend",), mask=rule, tokens=1)
     for grid in GRIDS:
-        compare(oracles, oracles.Case(layout, ("attend",), mask=rule, tokens=1), grid, expected)
+        compare(oracles, case, grid, expected)
+    compare(oracles, replace(case, exchange="need"), (1, 3), expected)
 
 
 def test_padding_weighs_nothing(oracles):

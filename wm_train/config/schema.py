@@ -106,6 +106,9 @@ class ParallelConfig:
     ring: int | None = None  # null: cp / ulysses
     # native | deepspeed | xfuser: the softmax attention over the sequence group
     attention: Annotated[str, one_of("native", "deepspeed", "xfuser")] = "native"
+    # auto (by bytes sent) | usp (Ulysses x ring) | need (the frames that the mask lets a rank see):
+    # how native attention reaches the keys and values of other processes
+    attention_exchange: Annotated[str, one_of("auto", "usp", "need")] = "auto"
     # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
     precision: Annotated[str, one_of("fp32", "bf16")] = "fp32"
     compile: bool = False  # torch.compile of each block, between its collectives
@@ -125,6 +128,9 @@ class ParallelConfig:
             yield Problem(
                 "offload_state", repr(self.offload_state), f"one of {', '.join(offloads)}"
             )
+        if self.attention != "native" and self.attention_exchange == "need":
+            rule = f"auto or usp with {self.attention}, which has an exchange of its own"
+            yield Problem("attention_exchange", "need", rule, f"{AT}attention_exchange=auto")
         if self.sharding == "zero3" and self.compile:
             rule = "false with zero3, which gathers inside each module"
             yield Problem("compile", "true", rule, f"{AT}compile=false")

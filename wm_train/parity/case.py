@@ -53,6 +53,7 @@ class ParityCase:
     engine: str = "auto"  # of the kernels
     attention: str = "auto"
     grouped: bool = False  # every latent has `temporal_stride` raw frames, also the first
+    exchange: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +179,9 @@ def on_virtual_ranks(case: ParityCase, ring: int, ulysses: int) -> tuple[Outcome
     def body(comm: VirtualComm) -> tuple[Tensor, Tensor]:
         comms.append(comm)
         return forward(
-            case, models[comm.members[0].index], GroupSequence(case.layout, comm, kernels)
+            case,
+            models[comm.members[0].index],
+            GroupSequence(case.layout, comm, kernels, exchange=case.exchange),
         )
 
     results, _ = run_virtual(body, ring, ulysses)

@@ -85,7 +85,8 @@ def work(case: ParityCase, degrees: MeshDegrees, rank: int, folder: Path) -> Non
     rows = slice(mesh.data_index * each, (mesh.data_index + 1) * each)
     valid = case.layout.valid_frames
     assert valid is not None
-    sequence = make_sequence(replace(case.layout, valid_frames=valid[rows]), mesh, case.kernels)
+    layout = replace(case.layout, valid_frames=valid[rows])
+    sequence = make_sequence(layout, mesh, case.kernels, exchange=case.exchange)
     losses, velocity = forward(case, model, sequence, rows)
     (losses.sum() / case.batch).backward()
     results = {"losses": losses.detach(), "velocity": velocity}

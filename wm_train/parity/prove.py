@@ -72,6 +72,7 @@ def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) 
         checkpoint=options.checkpoint,
         engine=plan.backend.kernels,
         attention=plan.backend.attention,
+        exchange=stage.parallel.attention_exchange,
         device=(
             "cpu"
             if options.processes

@@ -100,7 +100,7 @@ def take(
     for role, size in chunks.items():
         layout = ClipLayout(case.frames, chunk_starts=chunk_starts(case.frames, size))
         sequences[role] = (
-            GroupSequence(layout, comm, case.kernels)
+            GroupSequence(layout, comm, case.kernels, exchange=case.exchange)
             if comm
             else LocalSequence(layout, case.kernels)
         )

@@ -87,8 +87,14 @@ def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> 
         for chunk in chunk_starts(end - s, chunk_frames)
     )
     layout = ClipLayout(batch.frames, starts, chunks, batch.valid_frames)
+    parallel = stage.config.parallel
     return make_sequence(
-        layout, stage.mesh, stage.kernels, stage.attention, compiled=stage.config.parallel.compile
+        layout,
+        stage.mesh,
+        stage.kernels,
+        stage.attention,
+        compiled=parallel.compile,
+        exchange=parallel.attention_exchange,
     )
 
 

@@ -223,6 +223,12 @@ def test_all_problems_come_at_once(found: Find) -> None:
         ),
         ({"parallel.nvme_path": "/x"}, "parallel.nvme_path", "null otherwise"),
         (
+            {"parallel.attention": "deepspeed", "parallel.attention_exchange": "need"},
+            "parallel.attention_exchange",
+            "auto or usp with deepspeed",
+        ),
+        ({"parallel.attention_exchange": "ring"}, "parallel.attention_exchange", "auto, usp, need"),
+        (
             {"parallel.offload_state": "cpu", SHORT + "optimizer.name": "normuon"},
             SHORT + "optimizer.name",
             "normuon gathers",
