@@ -204,6 +204,8 @@ class DatasetInfo:
     controls_offset: int = (
         0  # raw frames by which control rows end after their latent (negative: before)
     )
+    # what made the trajectories: the digest of the teacher's weights, its solver and guidance
+    trajectories: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # versions of the packages by which the numbers can differ; not in the fingerprint, which is of
     # the numbers themselves
     libraries: Mapping[str, str] = dataclasses.field(default_factory=dict)

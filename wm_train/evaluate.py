@@ -127,7 +127,7 @@ def judged_config(folder: Path, given: dict[str, Any]) -> RunConfig:
     stage = config.recipe.stages[config.stage]
     old, workers = stage.parallel, given["workers"]
     kept = {key: getattr(old, key) for key in ("precision", "attention")}
-    members = max(1, config.launcher.workers // (old.cp or 1))
+    members = max(1, (stage.workers or config.launcher.workers) // (old.cp or 1))
     at_once = math.ceil(stage.global_batch / members)
     trainer = dataclasses.replace(
         stage.trainer,
@@ -142,6 +142,7 @@ def judged_config(folder: Path, given: dict[str, Any]) -> RunConfig:
     )
     stage = dataclasses.replace(
         stage,
+        workers=None,
         global_batch=at_once * (workers // given["cp"]),
         parallel=ParallelConfig(cp=given["cp"], **kept),
         trainer=trainer,

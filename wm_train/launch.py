@@ -66,6 +66,7 @@ from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 from wm_train.storage import check_regular
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
+TRAJECTORIES = "--trajectories"  # of the command and of its workers
 HOLDER = ("{python}", "-m", "wm_train.resilience.hold")
 JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
 PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--trajectories", action="store_true")
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
@@ -105,7 +107,7 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             print(DEMO_LINE, flush=True)
         config = compose(options.overrides, options.config_dir)
         pools = pool_runs(config, options.overrides, options.config_dir)
-        plans = {pool: check_run(run, pool) for pool, run in pools.items()}
+        plans = {pool: check_run(run, pool, options.trajectories) for pool, run in pools.items()}
     except ConfigError as error:
         found = [*error.problems, *(problems_in(error.rest) if error.rest else ())]
         print(report([as_typed(problem, arguments) for problem in found]), file=sys.stderr)
@@ -115,15 +117,20 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             print(f"warning: {idle}", file=sys.stderr)
     if options.dry_run:
         print(json.dumps(public_config(config), indent=1))
-        for pool, run in pools.items():
+        for pool in pools:
             for stage in plans[pool]:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.stage}" if pool else f"stage {stage.stage}"
-                print(f"# {name}, {config.launcher.name}: {run.launcher.workers} x {worker}")
+                workers = stage.launcher.workers
+                print(f"# {name}, {config.launcher.name}: {workers} x {worker}")
         return print_pool_plans(
             pools, {pool: latent_frame(run, None) for pool, run in pools.items()}
         )
-    code = run_stages(config, pools, plans)
+    only = (TRAJECTORIES,) if options.trajectories else ()
+    code = run_stages(config, pools, plans, only)
+    if code == 0 and only:
+        print("done: the trajectories; without --trajectories the stage trains on them")
+        return 0
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
     for pool, run in pools.items():
@@ -135,9 +142,16 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_run(config: RunConfig, pool: str = "") -> tuple[StagePlan, ...]:
-    """Return the stages to run. Raises ConfigError with everything that is wrong."""
+def check_run(
+    config: RunConfig, pool: str = "", trajectories: bool = False
+) -> tuple[StagePlan, ...]:
+    """Return the stages to run; trajectories: of which only the data jobs, for which what a stage
+    inherits need not be there. Raises ConfigError with everything that is wrong."""
     problems = problems_in(config)
+    if trajectories:
+        from wm_train.checks.trajectories import alone_problems
+
+        problems = alone_problems(config.recipe, config.stage, problems)
     if problems:
         raise ConfigError(name_pool(problems, pool))
     return plan_stages(config)
@@ -174,9 +188,11 @@ def warnings_in(stages: Sequence[StagePlan]) -> list[Problem]:
 Plans = Mapping[str, Sequence[StagePlan]]
 
 
-def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) -> int:
+def run_stages(
+    config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans, only: Sequence[str] = ()
+) -> int:
     """Run the selected stages one after the other, each with all pools at once; return the exit
-    code."""
+    code. only: an option of the workers, which then do a part of a stage."""
     together = dataclasses.replace(config, pool=None)
     folder = stage_directory(together, "")
     parent = None
@@ -192,10 +208,13 @@ def run_stages(config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans) 
     groups: list[dict[str, LaunchSpec]] = []
     for place in range(min(len(plan) for plan in plans.values())):
         groups.append(
-            {pool: spec_of(run, plans[pool][place], plans[pool]) for pool, run in pools.items()}
+            {
+                pool: spec_of(run, plans[pool][place], plans[pool], only)
+                for pool, run in pools.items()
+            }
         )
         stage = next(iter(plans.values()))[place]
-        if len(pools) > 1 and boundaries(pools, stage.stage):
+        if not only and len(pools) > 1 and boundaries(pools, stage.stage):
             groups.append({"": judge_spec(next(iter(pools.values())), config, stage)})
     code = run_groups(groups, config.launcher.name)
     if parent and config.launcher.name not in launch.LATER:
@@ -221,7 +240,9 @@ def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSp
     return dataclasses.replace(spec, command=command, fewer=(), title=title, batch=batch)
 
 
-def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) -> LaunchSpec:
+def spec_of(
+    config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan], only: Sequence[str] = ()
+) -> LaunchSpec:
     """Return the launch of one stage; the worker finds its stage in `stage` of its config. In a
     queue, `stages` wait for each other."""
     place = stages.index(stage)
@@ -238,8 +259,8 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
             f"stage {stage.stage} ({stage.config.frames} frames, {stage.config.steps} steps) ->"
             f" {stage.directory.absolute()}"
         ),
-        command=(*WORKER, "--sha256", digest, "--command", token),
-        workers=config.launcher.workers,
+        command=(*WORKER, "--sha256", digest, "--command", token, *only),
+        workers=stage.launcher.workers,
         config_path=(stage.directory / "config.json").absolute(),
         config_text=text,
         logs=(stage.directory / "logs").absolute(),
@@ -254,7 +275,7 @@ def spec_of(config: RunConfig, stage: StagePlan, stages: Sequence[StagePlan]) ->
         together=sequence_size(stage.config.parallel),
         accelerators=config.backend.name != "cpu",
         address=config.launcher.address,
-        nodes=config.launcher.nodes,
+        nodes=stage.launcher.nodes,
         endpoint=config.launcher.endpoint,
         batch=BatchJob(
             "-".join(part for part in (config.name, config.pool, stage.stage) if part),

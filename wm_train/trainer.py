@@ -33,13 +33,15 @@ from wm_train.training.stage import Stage, open_stage
 from wm_train.training.state import TrainState, facts
 from wm_train.training.step import speed, train_step
 from wm_train.training.step_clock import StepClock
+from wm_train.training.trajectories import make_trajectories
 from wm_train.world import World
 
 
 def train_stage(
     plan: StagePlan, backend: Backend, world: World, progress: Progress, stop: StopRequest
 ) -> None:
-    """Train the stage named `plan.stage` from its newest checkpoint to its last step, then sample.
+    """Train the stage named `plan.stage` from its newest checkpoint to its last step, then sample;
+    before it, make the trajectories that it trains on, where it asks for them.
 
     Errors: SetupError for what the user must change, until the first step is taken; DataError for
     data that is damaged or cannot be read; BadStepError from the guard; Preempted after `stop` was
@@ -48,6 +50,7 @@ def train_stage(
     with setup_mistakes():
         if plan.config.trainer.samples:
             make_judge(plan.config.trainer)  # what it lacks would show at the end
+        prepare_stage(plan, backend, world, progress, stop)
         stage = open_stage(plan, backend, world)
         state = build_networks(plan, stage.mesh.fsdp, backend.device)
         start = restore(
@@ -87,6 +90,16 @@ def train_stage(
             state.zero.close()
         if tracker:
             tracker.close(outcome, timeout_s=30.0 if outcome == "FINISHED" else 5.0)
+
+
+def prepare_stage(
+    plan: StagePlan, backend: Backend, world: World, progress: Progress, stop: StopRequest
+) -> None:
+    """Run the data job of a stage, if it has one. Errors: those of `make_trajectories`, with
+    SetupError for any other ValueError."""
+    if plan.config.trajectories:
+        with setup_mistakes():
+            make_trajectories(plan, backend, world, progress, stop)
 
 
 @contextmanager

@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None, work: Callable[..., None] | None = None)
     parser.add_argument(
         "--command", help="names the command that started this rank, the same after a restart"
     )
+    parser.add_argument(
+        "--trajectories", action="store_true", help="run the stage's data job, and train nothing"
+    )
     options = parser.parse_args(argv)
 
     from wm_train.resilience.preemption import Preempted, StopRequest
@@ -90,7 +93,7 @@ def run_rank(
     from wm_train.console import Progress
     from wm_train.resilience.one_run import only_run
     from wm_train.resilience.run_lock import OwnedError
-    from wm_train.trainer import train_stage
+    from wm_train.trainer import prepare_stage, train_stage
     from wm_train.world import join_world, leave_world
 
     try:
@@ -114,7 +117,9 @@ def run_rank(
             if run.launcher.preflight:
                 preflight(plan, backend, world, progress)
                 progress.mark("checks")
-            if work is None:
+            if options.trajectories:
+                prepare_stage(plan, backend, world, progress, stop)
+            elif work is None:
                 train_stage(plan, backend, world, progress, stop)
             else:
                 work(run, backend, world, progress, stop)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards.fields import Field, field_named, row_entries
-from data_shards.loading.cut import statistics
+from data_shards.fields import Field, batch_fields, field_named, row_entries
+from data_shards.loading.cut import statistics, unread
 from data_shards.schema import DatasetInfo
-from data_shards.time_layout import TimeLayout
+from data_shards.time_layout import TimeLayout, time_of
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,32 @@ def joined(
         elif len(clips) == 1:
             row[name] = first
     return row
+
+
+def stacked(
+    rows: Sequence[Mapping[str, Tensor]],
+    info: DatasetInfo,
+    total: int,
+    held: tuple[int, int],
+    pin: bool = False,
+) -> dict[str, Tensor]:
+    """Return name -> [b, …] of the fields that every row of `total` latents has; of empty ones
+    without rows. held: the latent frames of the rows that this rank has; pin: in page-locked
+    memory."""
+    found = {}
+    for field in batch_fields():
+        parts = [row[field.name] for row in rows if field.name in row]
+        if field.member not in info.fields or len(parts) < len(rows):
+            continue
+        longest = max((len(part) for part in parts), default=0)
+        if parts:
+            whole = torch.stack([padded(part, longest, field) for part in parts])
+        else:
+            span = held if field.by_row else (0, total)
+            length = row_entries(field.rate, (0,), span, total, time_of(info))
+            whole = unread(field, info, length)[None][:0]
+        found[field.name] = whole.pin_memory() if pin else whole
+    return found
 
 
 def padded(tensor: Tensor, length: int, field: Field) -> Tensor:

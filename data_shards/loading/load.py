@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.fields import batch_fields, relative_poses, row_entries, unlike
-from data_shards.loading.batch import Batch, denormalise, joined, normalise, padded
-from data_shards.loading.cut import read_fields, read_latents, unread
+from data_shards.fields import relative_poses, unlike
+from data_shards.loading.batch import Batch, denormalise, joined, normalise, stacked
+from data_shards.loading.cut import read_fields, read_latents
 from data_shards.loading.schedule import Row, Schedule, ShortClip, Source, shares
-from data_shards.schema import ClipEntry, DataError, DatasetInfo, ShardError
+from data_shards.schema import ClipEntry, DataError, ShardError
 from data_shards.storage.read import ClipDataset
 from data_shards.time_layout import time_of
 
@@ -153,7 +153,7 @@ class ClipLoader:
                 range(len(rows)),
             )
         )
-        fields = self._stacked(of_rows, first, total, (start, stop))
+        fields = stacked(of_rows, first, total, (start, stop), self.pin)
         keys = tuple(
             "+".join(self.entry(take.source, take.clip).key for take in row.takes) for row in rows
         )
@@ -234,29 +234,6 @@ class ClipLoader:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, pin_memory=self.pin)
-
-    def _stacked(
-        self,
-        rows: Sequence[dict[str, Tensor]],
-        info: DatasetInfo,
-        total: int,
-        held: tuple[int, int],
-    ) -> dict[str, Tensor]:
-        """Return name -> [b, …] of the fields that every row has; of empty ones without rows."""
-        found = {}
-        for field in batch_fields():
-            parts = [row[field.name] for row in rows if field.name in row]
-            if field.member not in info.fields or len(parts) < len(rows):
-                continue
-            longest = max((len(part) for part in parts), default=0)
-            if parts:
-                whole = torch.stack([padded(part, longest, field) for part in parts])
-            else:
-                span = held if field.by_row else (0, total)
-                length = row_entries(field.rate, (0,), span, total, time_of(info))
-                whole = unread(field, info, length)[None][:0]
-            found[field.name] = whole.pin_memory() if self.pin else whole
-        return found
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():

@@ -139,6 +139,7 @@ RULES: Mapping[str, Rule] = {
     "negative_text": optional((lambda value: value == NEGATIVE_TEXT, NEGATIVE_TEXT)),
     "negative_text_crc32c": whole(0, 2**32 - 1),
     "ode_levels": (are_levels, "a list of noise levels from above 0 to 1"),
+    "trajectories": (are_options, "a table of names and values"),
     "libraries": (are_versions, "a table of names and versions"),
 }
 
@@ -146,6 +147,7 @@ RULES: Mapping[str, Rule] = {
 NEWER: Mapping[str, Any] = {
     "libraries": {},
     "ode_levels": [],
+    "trajectories": {},
     "time_layout": LAYOUTS[0],
     "shown_height": 0,
     "shown_width": 0,

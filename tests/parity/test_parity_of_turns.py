@@ -9,7 +9,7 @@ from wm_train.parity import __main__ as parity
 
 SMALL = [
     "experiment=demo",
-    "recipe=sana_wm_distill",
+    "recipe=sana_wm",
     "stage=distill_short",
     "model.depth=2",
     "model.softmax_every=2",

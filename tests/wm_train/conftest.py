@@ -78,6 +78,7 @@ def write_info(folder: Path, **changes: object) -> None:
         "codec": "dct",
         "codec_options": {},
         "libraries": {},
+        "trajectories": {},
         "channels": CHANNELS,
         "temporal_stride": 8,
         "mean": statistics,

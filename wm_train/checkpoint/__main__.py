@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -160,6 +161,7 @@ def export(arguments: argparse.Namespace) -> int:
     if model is not None:
         native = arguments.layout == "native"
         export_pretrained(weights, model, arguments.out, native=native)
+        write_sampling(manifest, arguments.out)
     else:
         save_weights(weights, arguments.out, {"step": str(manifest.step)})
     print(
@@ -167,6 +169,20 @@ def export(arguments: argparse.Namespace) -> int:
         f" {arguments.out}"
     )
     return 0
+
+
+def write_sampling(manifest: Manifest, out: Path) -> None:
+    """Write `sampling.json` beside the weights of a stage that samples chunk by chunk: its chunks,
+    sampler and whole model, of which the public config.json has no word."""
+    facts, stage = manifest.facts, manifest.stage
+    try:
+        known = facts["config"]["recipe"]["stages"][stage]
+        found = {"chunk_frames": known["chunk_frames"], "sampler": known["sampler"]}
+    except (LookupError, TypeError):
+        return  # a checkpoint that was not written by a run
+    if found["chunk_frames"]:
+        text = json.dumps({"stage": stage, **found, "model": facts["identity"]["model"]}, indent=1)
+        (out / "sampling.json").write_text(text + "\n", encoding="utf-8")
 
 
 def check_out(out: Path, layout: str) -> None:

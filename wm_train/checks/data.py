@@ -32,7 +32,8 @@ def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> l
 
     infos: facts of data sets by path, filled in as they are read.
     """
-    data = plan.config.data
+    data = plan.data_at_start
+    plan = replace(plan, config=replace(plan.config, data=data))
     for path in (data.path, *data.mixture):
         if path not in infos:
             infos[path] = dataset_info(path)
@@ -173,11 +174,14 @@ def _trajectory_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem
     """Yield a data set without the trajectories that the objective reads, or with some at other
     noise levels."""
     stage, objective = plan.config, plan.config.objective
+    if stage.trajectories is not None:
+        return  # the stage begins with making them
     levels = objective.trajectory_levels()
     absent = [member for member in ("ode.npy", "ode_start.npy") if member not in info.fields]
     if levels and absent:
         rule = f"clips with {' and '.join(absent)}, which objective {objective.name} reads"
-        yield Problem(PATH, stage.data.path, rule, f"{AT}data.path=<a data set with them>")
+        fix = f"{AT}trajectories.teacher.inherit=<stage>, or {AT}data.path=<a data set with them>"
+        yield Problem(PATH, stage.data.path, rule, fix)
     elif levels and info.ode_levels != levels:
         rule = f"the data set's {list(info.ode_levels)}, at which its trajectories are stored"
         yield Problem("objective.levels", str(list(levels)), rule)

@@ -37,6 +37,8 @@ def guidance_data_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Probl
     asked = [("sampler.guidance", stage.sampler.guidance, stage.model)]
     if stage.distill and teacher:
         asked.append(("distill.guidance", stage.distill.guidance, teacher.model))
+    if job := stage.trajectories:
+        asked.append(("trajectories.guidance", job.guidance, job.teacher.model))
     for key, guidance, model in asked:
         reads = "text" in model.needs().fields  # else reported as such
         for name in (n for n in guidance if reads and n in TEXTS):

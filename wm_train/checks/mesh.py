@@ -13,8 +13,7 @@ FOREIGN_ENGINES = ("deepspeed", "xfuser")  # parallel/engines.py, which imports 
 
 
 def mesh_problems(plan: StagePlan) -> list[Problem]:
-    """Return what keeps the stage from running on `launcher.workers` processes; keys relative to
-    the stage."""
+    """Return what keeps the stage from running on its workers; keys relative to the stage."""
     mesh, heads = plan.config.parallel, plan.config.model.needs().heads
     countable = heads >= 1 and plan.launcher.workers >= 1  # else reported as values
     wrong = (
@@ -27,8 +26,25 @@ def mesh_problems(plan: StagePlan) -> list[Problem]:
     ]
     if problems or not countable:
         return problems
+    problems = list(_worker_problems(plan))
     shares = list(_batch_problems(plan)) or list(_accumulate_problems(plan))
-    return [*shares, *_engine_problems(plan)]
+    return [*problems, *shares, *_engine_problems(plan)]
+
+
+def _worker_problems(plan: StagePlan) -> Iterator[Problem]:
+    """Yield workers of the stage alone that its launcher cannot place."""
+    launcher, workers = plan.launcher, plan.config.workers
+    if workers is None or workers > launcher.workers:
+        return
+    by_torchrun = (
+        launcher.slurm.runner if launcher.name == "slurm" else launcher.name
+    ) == "torchrun"
+    if launcher.name == "torchrun" and launcher.endpoint:
+        rule = "null under torchrun on several machines, each of which was told to take part"
+        yield Problem("workers", str(workers), rule, f"{AT}workers=null")
+    elif by_torchrun and workers % launcher.nodes:
+        rule = f"a multiple of the {launcher.nodes} nodes that hold them"
+        yield Problem("workers", str(workers), rule, f"{AT}workers={launcher.nodes}")
 
 
 def _batch_problems(plan: StagePlan) -> Iterator[Problem]:

@@ -67,7 +67,7 @@ def preflight(
     started = time.perf_counter()
     node = socket.gethostname()
     folder = plan.directory
-    data, fingerprint = data_fact(plan.config.data.path, plan.config.data.retry_s)
+    data, fingerprint = data_fact(plan.data_at_start.path, plan.config.data.retry_s)
     here = folder_fact(folder, world)
     facts = Facts(
         node,

@@ -74,6 +74,8 @@ def _of_stages(
         for key, path in _paths(prefix, stage):
             if whole.get(key.removeprefix(prefix)) != path:
                 yield key, path
+        if stage.trajectories and stage.trajectories.path is not None:
+            yield f"{prefix}trajectories.path", stage.trajectories.path
         if stage.inherit not in (None, "previous"):
             yield f"{prefix}inherit", stage.inherit
 

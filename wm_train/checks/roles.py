@@ -23,7 +23,11 @@ def role_problems(plan: StagePlan) -> list[Problem]:
     return [
         *_missing(stage),
         *_turn_problems(stage),
-        *(p for role, own in stage.roles.items() for p in _network_problems(stage, role, own)),
+        *(
+            problem
+            for role, own in stage.roles.items()
+            for problem in network_problems(stage, role, own, f"roles.{role}.")
+        ),
         *_student_problems(stage),
         *_unsupported(stage),
     ]
@@ -79,10 +83,10 @@ def _turn_problems(stage: StageConfig) -> Iterator[Problem]:
             yield Problem(key, got, f"0 to the {turns} turns of {role} in the stage's steps")
 
 
-def _network_problems(stage: StageConfig, role: str, own: RoleConfig) -> Iterator[Problem]:
+def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) -> Iterator[Problem]:
     """Yield a network that has no weights, cannot see the student's clips, or is of a kind that its
-    chunks contradict."""
-    at, needs, mine = f"roles.{role}.", own.model.needs(), stage.model.needs()
+    chunks contradict; at: its key in the stage, with a dot."""
+    needs, mine = own.model.needs(), stage.model.needs()
     if role == TEACHER and own.optimizer:
         rule = "null, as a teacher is frozen"
         yield Problem(f"{at}optimizer", "a section", rule, f"{AT}{at}optimizer=null")
@@ -189,11 +193,14 @@ def _unsupported(stage: StageConfig) -> Iterator[Problem]:
 def source_problems(stages: Mapping[str, StageConfig], plan: StagePlan) -> Iterator[Problem]:
     """Yield networks whose parameters are not those of the stage of this recipe that they inherit
     from; stages: of the recipe; keys of the whole run."""
-    for role, own in plan.config.roles.items():
+    stage, job = plan.config, plan.config.trajectories
+    networks = {f"roles.{role}": own for role, own in stage.roles.items()}
+    networks |= {"trajectories.teacher": job.teacher} if job else {}
+    for place, own in networks.items():
         name = stage_named(stages, plan.stage, own.inherit)
         if name is None:
             continue
-        key = f"recipe.stages.{plan.stage}.roles.{role}"
+        key = f"recipe.stages.{plan.stage}.{place}"
         source: ModelConfig | None = stages[name].model
         if own.inherit_role != STUDENT:
             other = stages[name].roles.get(own.inherit_role)

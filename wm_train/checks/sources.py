@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_shards.encoding.derived import is_complete
 from wm_train.checkpoint.manifest import committed
 from wm_train.config.curriculum import PREVIOUS, Source, StagePlan, checkpoints_of, ordered
 from wm_train.config.problems import AT, COMMAND, Problem
@@ -25,6 +26,9 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
         for role, source in plan.role_sources.items():
             saved = plan.config.roles[role].optimizer is not None
             rows.append((f"{where}roles.{role}.inherit", source, saved))
+        made = plan.config.trajectories and is_complete(plan.config.data.path)
+        if plan.teacher_source and not made:
+            rows.append((f"{where}trajectories.teacher.inherit", plan.teacher_source, False))
         for key, source, saved in rows:
             if source is not None and source.stage not in planned:
                 problems += _source_problems(config, plan, key, source, saved)

@@ -14,6 +14,7 @@ from wm_train.checks.paths import path_problems
 from wm_train.checks.roles import role_problems, source_problems
 from wm_train.checks.sources import anew_problems, inherit_problems, store_problems
 from wm_train.checks.stages import stage_problems
+from wm_train.checks.trajectories import job_problems
 from wm_train.config.curriculum import (
     StageError,
     StagePlan,
@@ -40,7 +41,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     plans, infos = _plans(config), dict[str, DatasetInfo | Problem]()
     for plan in plans:
         own = [*stage_problems(plan), *mesh_problems(plan), *store_problems(plan)]
-        own += [*role_problems(plan), *data_problems(plan, infos)]
+        own += [*role_problems(plan), *job_problems(plan), *data_problems(plan, infos)]
         problems += source_problems(config.recipe.stages, plan)
         problems += [lift_problem(config, plan.stage, problem) for problem in own]
     problems += [*inherit_problems(config, plans), *anew_problems(plans)]

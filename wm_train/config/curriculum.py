@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from wm_train.config.problems import Problem
-from wm_train.config.roles import STUDENT
+from wm_train.config.roles import STUDENT, TEACHER, RoleConfig
 from wm_train.config.schema import (
     BackendConfig,
+    DataConfig,
     LauncherConfig,
     RecipeConfig,
     RunConfig,
@@ -60,6 +61,24 @@ class StagePlan:
     record: Mapping[str, Any] = field(repr=False)
     command: str = ""
     role_sources: Mapping[str, Source | None] = field(default_factory=dict)
+    # of the data job that makes the stage's trajectories, else None: what it reads, and from where
+    # its teacher's weights come. `config.data` is then what the job makes
+    made_from: DataConfig | None = None
+    teacher_source: Source | None = None
+
+    @property
+    def data_at_start(self) -> DataConfig:
+        """Return the data that are there before the stage starts."""
+        return self.made_from or self.config.data
+
+    def of_trajectories(self) -> StagePlan:
+        """Return the plan of the data job, whose only role is the teacher."""
+        job, data = self.config.trajectories, self.made_from
+        assert job is not None, "only of a stage that has such a job"
+        assert data is not None, "the same"
+        config = replace(self.config, data=data, roles={TEACHER: job.teacher}, trajectories=None)
+        sources = {TEACHER: self.teacher_source}
+        return replace(self, config=config, role_sources=sources, made_from=None)
 
     def of_role(self, role: str) -> StagePlan:
         """Return the plan of a network beside the student, as if it were the stage's only one."""
@@ -81,13 +100,17 @@ class StagePlan:
 
 def plan_stage(config: RunConfig, stage: str) -> StagePlan:
     """Return the stage as the trainer takes it. Raises ValueError as `source_of` does."""
+    own, source = config.recipe.stages[stage], None
+    if own.trajectories is not None:
+        where = f"recipe.stages.{stage}.trajectories.teacher"
+        source = _role_source(config, stage, own.trajectories.teacher, where)
     return StagePlan(
         run=config.name,
         pool=config.pool,
         stage=stage,
-        config=config.recipe.stages[stage],
+        config=replace(own, data=training_data(config, stage)),
         backend=config.backend,
-        launcher=config.launcher,
+        launcher=launcher_of(config, own),
         tracker=config.tracker,
         out=Path(config.out),
         seed=config.seed,
@@ -97,7 +120,18 @@ def plan_stage(config: RunConfig, stage: str) -> StagePlan:
         source=source_of(config, stage),
         record=public_config(config),
         role_sources=role_sources(config, stage),
+        made_from=own.data if own.trajectories else None,
+        teacher_source=source,
     )
+
+
+def launcher_of(config: RunConfig, stage: StageConfig) -> LauncherConfig:
+    """Return the launcher with a stage's own number of workers, on as few nodes as hold them."""
+    launcher = config.launcher
+    if stage.workers is None or stage.workers >= launcher.workers:
+        return launcher
+    on_node = max(1, -(-launcher.workers // max(1, launcher.nodes)))
+    return replace(launcher, workers=stage.workers, nodes=max(1, -(-stage.workers // on_node)))
 
 
 def plan_stages(config: RunConfig) -> tuple[StagePlan, ...]:
@@ -147,6 +181,15 @@ def checkpoints_of(config: RunConfig, stage: str) -> Place:
     return place(given) / "/".join(part for part in (config.name, config.pool, stage) if part)
 
 
+def training_data(config: RunConfig, stage: str) -> DataConfig:
+    """Return the data that a stage trains on: its own, or what its data job makes of them."""
+    own = config.recipe.stages[stage]
+    if own.trajectories is None:
+        return own.data
+    made = own.trajectories.path or str(stage_directory(config, stage) / "trajectories")
+    return replace(own.data, path=made, mixture={}, selection=())
+
+
 def source_of(config: RunConfig, stage: str) -> Source | None:
     """Return the source of a stage's first weights. Raises ValueError if the first stage inherits
     from "previous"."""
@@ -157,13 +200,16 @@ def source_of(config: RunConfig, stage: str) -> Source | None:
 def role_sources(config: RunConfig, stage: str) -> dict[str, Source | None]:
     """Return the sources of a stage's other networks by role; None: from the seed, or as the
     student starts. Raises ValueError as `source_of` does."""
-    found = {}
-    for role, own in config.recipe.stages[stage].roles.items():
-        inherit = None if own.inherit == STUDENT else own.inherit
-        where = f"recipe.stages.{stage}.roles.{role}.inherit"
-        source = _source(config, stage, inherit, where)
-        found[role] = source and replace(source, role=own.inherit_role)
-    return found
+    return {
+        role: _role_source(config, stage, own, f"recipe.stages.{stage}.roles.{role}")
+        for role, own in config.recipe.stages[stage].roles.items()
+    }
+
+
+def _role_source(config: RunConfig, stage: str, own: RoleConfig, where: str) -> Source | None:
+    inherit = None if own.inherit == STUDENT else own.inherit
+    source = _source(config, stage, inherit, f"{where}.inherit")
+    return source and replace(source, role=own.inherit_role)
 
 
 def _source(config: RunConfig, stage: str, inherit: str | None, where: str) -> Source | None:

@@ -15,7 +15,8 @@ from wm_train.config.kinds import Named
 from wm_train.config.schema import RunConfig
 
 USAGE = """\
-usage: python -m wm_train.launch [--dry-run] [--config-dir DIR] [group=choice ...] [key=value ...]
+usage: python -m wm_train.launch [--dry-run] [--trajectories] [--config-dir DIR] [group=choice ...]
+                                 [key=value ...]
 
   python -m wm_train.launch stage=1-2                  the demo: SANA-WM at toy size, on data/demo
   python -m wm_train.launch stage=3                    the same run goes on
@@ -25,6 +26,7 @@ usage: python -m wm_train.launch [--dry-run] [--config-dir DIR] [group=choice ..
 
 stage=        a number, a name, a range such as 1-2, or all
 --dry-run     print the resolved config and what would be started
+--trajectories  run only the data job that such a stage begins with: stage=ode, on any workers
 --config-dir  a folder of your own with the same groups (recipe/mine.yaml, experiment/mine.yaml)
 """
 

@@ -18,6 +18,7 @@ from wm_train.config.kinds import ModelConfig, OptimizerConfig, falls_from_one
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import (
     AtLeastZero,
+    Count,
     CountOrZero,
     Finite,
     NoiseLevel,
@@ -145,6 +146,27 @@ class DistillConfig:
     gate: Annotated[str, one_of("stop", "warn")] = "stop"
     gate_std: Annotated[tuple[float, float], BOUNDS] = (0.5, 2.0)  # over the data's
     gate_motion: Annotated[tuple[float, float], BOUNDS] = (0.25, 4.0)  # over the data's
+
+
+@dataclass(frozen=True)
+class TrajectoriesConfig:
+    """Configure the data job that a stage begins with: it makes a data set of the clips of
+    `data.path` with a teacher's trajectories at `objective.levels`, on which the stage trains."""
+
+    teacher: RoleConfig  # bidirectional, or causal with chunk_frames
+    # Euler steps from noise to the clean end: levels spaced evenly, then shifted, and between them
+    # those of the objective
+    steps: Count = 48
+    shift: Positive = 1.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
+    # condition -> weight of the teacher's guidance: without + weight * (with - without); {}: none
+    guidance: Annotated[dict[str, float], WEIGHTS] = field(default_factory=dict)
+    # the folder or address of the data set; null: `trajectories` in the stage's own folder
+    path: Annotated[str, Rule(bool, "a folder, an address or null")] | None = None
+    clips: CountOrZero = 0  # of training, drawn by key; 0 = all
+    held_out: CountOrZero = 0  # of validation; 0 = all
+    batch: Count = 1  # clips in a pass: a part of what is made, as rounding depends on it
+    shard_clips: Count = 16  # clips of a shard, which is lost when the job is killed
+    dtype: Annotated[str, one_of("float16", "bfloat16", "float32")] = "float16"
 
 
 def frames_of(scored: str) -> int | None:

@@ -16,7 +16,7 @@ from typing import Annotated
 from wm_train.config import registry
 from wm_train.config.kinds import ModelConfig, ObjectiveConfig, OptimizerConfig, SamplerConfig
 from wm_train.config.problems import AT, Problem
-from wm_train.config.roles import ALONE, DistillConfig, RoleConfig, Turns
+from wm_train.config.roles import ALONE, DistillConfig, RoleConfig, TrajectoriesConfig, Turns
 from wm_train.config.rules import (
     AtLeastZero,
     Count,
@@ -206,6 +206,8 @@ class StageConfig:
     frames: Count
     steps: Count  # the stage ends here at the latest
     global_batch: Count
+    # at most so many of launcher.workers, where it needs fewer than others; null: all
+    workers: Count | None = None
     # it ends earlier at the first held-out loss (trainer.validate_every) of at most this; 0 = no
     # such gate
     until_loss: AtLeastZero = 0.0
@@ -230,6 +232,8 @@ class StageConfig:
     roles: dict[str, RoleConfig] = field(default_factory=dict)
     turns: Turns = ALONE  # whose optimizer steps, again and again: S student, C critic
     distill: DistillConfig | None = None  # null: the stage trains on the data
+    # null: the clips of `data.path` are trained on as they are
+    trajectories: TrajectoriesConfig | None = None
 
     def problems(self) -> Iterator[Problem]:
         """Yield a warm-up that is longer than the stage."""

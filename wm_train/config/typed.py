@@ -97,16 +97,24 @@ def _whole(run: Mapping[str, Any], stage: Any) -> Any:
 def _with_whole_roles(stages: Mapping[str, Any], name: str) -> Any:
     """Return a stage whose roles have whole models, as `RoleConfig` says."""
     stage = stages[name]
-    roles = stage.get("roles") if isinstance(stage, Mapping) else None
-    if not isinstance(roles, Mapping):
+    if not isinstance(stage, Mapping):
         return stage
-    whole = {
+    whole, job = dict(stage), stage.get("trajectories")
+    if isinstance(stage.get("roles"), Mapping):
+        whole["roles"] = _whole_roles(stages, name)
+    if isinstance(job, Mapping) and "teacher" in job:
+        alone = {**stages, name: {**stage, "roles": {"teacher": job["teacher"]}}}
+        whole["trajectories"] = {**job, **_whole_roles(alone, name)}
+    return whole
+
+
+def _whole_roles(stages: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {
         role: {**given, "model": _role_model(stages, name, role, ())}
         if isinstance(given, Mapping)
         else given
-        for role, given in roles.items()
+        for role, given in stages[name]["roles"].items()
     }
-    return {**stage, "roles": whole}
 
 
 def _role_model(stages: Mapping[str, Any], name: str, role: str, seen: tuple[Any, ...]) -> Any:

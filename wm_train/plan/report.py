@@ -22,13 +22,13 @@ from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
 from wm_train.config.curriculum import StagePlan, plan_stage, plan_stages
 from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
-from wm_train.config.roles import STUDENT
+from wm_train.config.roles import STUDENT, turns_of
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
 from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
-    from wm_train.plan.memory import Memory
+    from wm_train.plan.memory import ClipShape, Memory
 
 GIB = 2**30
 
@@ -185,6 +185,8 @@ def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None) -> int
         turns, shape = turn_memories_of(plan, frame)
         memory = max(turns.values(), key=lambda one: one.device)
         print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
+        for line in [*role_lines(plan), *job_lines(plan, frame)]:
+            print(line)
         for role, one in turns.items() if plan.config.roles else ():
             print(f"  turn of the {role}: {_sizes(one)}")
         if device_gib is not None:
@@ -202,14 +204,58 @@ def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None) -> int
     return code
 
 
+def role_lines(plan: StagePlan) -> list[str]:
+    """Return a line for each network beside the student: its source, and how it trains."""
+    lines, turns = [], plan.config.turns
+    for role, own in plan.config.roles.items():
+        source = plan.role_sources[role]
+        whose = "the student's start" if source is None else source.stage or source.checkpoints
+        if source is not None and source.role != STUDENT:
+            whose = f"{source.role} of {whose}"
+        how = "frozen"
+        if own.optimizer is not None:
+            count = turns_of(turns, role, len(turns))
+            how = f"{own.optimizer.name} lr {own.optimizer.lr:g}, {count} of {len(turns)} turns"
+        lines.append(f"  {role}: from {whose}; {how}")
+    return lines
+
+
+def job_lines(plan: StagePlan, frame: Frame) -> list[str]:
+    """Return a line about the data job that the stage begins with, if it has one."""
+    from wm_train.plan.turns import job_memory
+
+    job, source = plan.config.trajectories, plan.teacher_source
+    if job is None or source is None:
+        return []
+    shards = plan.launcher.workers // plan.config.parallel.dp_replicate
+    memory = job_memory(plan.config, clip_shape(plan, frame)[0], shards)
+    passes = job.steps * (1 + len(job.guidance))
+    return [
+        f"  begins with trajectories of {job.clips or 'all'} clips by the teacher of"
+        f" {source.stage or source.checkpoints}, about {passes} passes a clip: {_sizes(memory)}"
+    ]
+
+
 def turn_memories_of(
     plan: StagePlan, frame: Frame
 ) -> tuple[dict[str, Memory], tuple[int, int, int]]:
     """Return the memory of one rank in a turn of each trained network, by role, and its (clips,
     latent frames, latent frames of the whole clip)."""
-    from parallel.layout import split_evenly
-    from wm_train.plan.memory import ClipShape, stage_memory
+    from wm_train.plan.memory import stage_memory
     from wm_train.plan.turns import turn_memory
+
+    stage, (shape, sizes) = plan.config, clip_shape(plan, frame)
+    shards = plan.launcher.workers // stage.parallel.dp_replicate
+    if stage.roles:
+        return turn_memory(stage, shape, sizes[2], shards), sizes
+    return {STUDENT: stage_memory(stage, shape, shards)}, sizes
+
+
+def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int, int]]:
+    """Return what one rank holds of clips at once, and that as (clips, latent frames, latent frames
+    of the whole clip). Raises ConfigError for frames that do not fill latents."""
+    from parallel.layout import split_evenly
+    from wm_train.plan.memory import ClipShape
 
     stage, workers = plan.config, plan.launcher.workers
     time = frame.time(stage.frames)
@@ -223,10 +269,7 @@ def turn_memories_of(
     held = len(split_evenly(whole, size)[0])
     sides = (frame.channels, frame.height, frame.width)
     shape = ClipShape(clips, held, *sides, frame.temporal_stride, grouped=time.layout == "grouped")
-    shards, sizes = workers // stage.parallel.dp_replicate, (clips, held, whole)
-    if stage.roles:
-        return turn_memory(stage, shape, whole, shards), sizes
-    return {STUDENT: stage_memory(stage, shape, shards)}, sizes
+    return shape, (clips, held, whole)
 
 
 def inheritance(run: RunConfig, plan: StagePlan) -> str:

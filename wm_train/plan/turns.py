@@ -40,6 +40,16 @@ def turn_memory(stage: StageConfig, shape: ClipShape, whole: int, shards: int) -
     return {role: _turn(alone, role) for role in trained}
 
 
+def job_memory(stage: StageConfig, shape: ClipShape, shards: int) -> Memory:
+    """Return the memory of one rank while a teacher makes the stage's trajectories, before anything
+    trains. Arguments as for `turn_memory`."""
+    job = stage.trajectories
+    assert job is not None, "the caller looks"
+    bare = replace(stage, trajectories=None, model=job.teacher.model, frozen=())
+    width = PRECISIONS[stage.parallel.precision].itemsize
+    return _frozen(stage_memory(bare, replace(shape, clips=job.batch), shards), width, shards)
+
+
 def _frozen(memory: Memory, width: int, shards: int) -> Memory:
     """Return the memory of a network that is only asked, its weights `width` bytes each."""
     return replace(

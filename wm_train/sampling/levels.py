@@ -39,6 +39,12 @@ def sampling_levels(levels: int | Sequence[float], flow_shift: float = 1.0) -> l
     return shifted
 
 
+def trajectory_levels(levels: Sequence[float], steps: int, flow_shift: float) -> list[float]:
+    """Return the sigmas of `sampling_levels` for so many steps, with these levels among them, so
+    that a solver passes through them."""
+    return sorted({*sampling_levels(steps, flow_shift), *levels}, reverse=True)
+
+
 def first_frames(layout: ClipLayout, frames: FrameRange, device: torch.device) -> Tensor:
     """Return which of these frames start a document of more than one frame, bool [t]."""
     return torch.tensor(starts_of(layout, frames), dtype=torch.bool, device=device)

@@ -60,12 +60,17 @@ def rollout(
 
 
 def start_of(
-    layout: ClipLayout, frames: FrameRange, first_latent: Tensor, key: NoiseKey, draws: Tensor
+    layout: ClipLayout,
+    frames: FrameRange,
+    first_latent: Tensor,
+    key: NoiseKey,
+    draws: Tensor,
+    purpose: str = "rollout",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the start of these frames of a clip: noise [B, t, C, h, w], a mask of given frames [B,
-    t], and their values [B, t, C, h, w]."""
+    t], and their values [B, t, C, h, w]. purpose: of the noise."""
     b, *shape = first_latent.shape
-    noise = normal(key, "rollout", draws, (frames.start, frames.stop), tuple(shape))
+    noise = normal(key, purpose, draws, (frames.start, frames.stop), tuple(shape))
     clean = first_frames(layout, frames, first_latent.device)[None].expand(b, len(frames))
     given = first_latent.to(accumulation_dtype(first_latent.dtype))
     return noise, clean, given[:, None].expand(b, len(frames), *shape)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from wm_train.config.curriculum import Source, StagePlan
 from wm_train.config.roles import STUDENT
 from wm_train.errors import SetupError
 from wm_train.models.public import load_pretrained_
+from wm_train.models.spec import WorldModel
+from wm_train.storage import Place
 from wm_train.training.state import EvaluationState, TrainState, build_for_evaluation, build_state
 from wm_train.world import World
 
@@ -45,30 +47,59 @@ def load_frozen(plan: StagePlan, state: TrainState, world: World, report: Report
     Errors: SetupError when there is no source, or its parameters are not the network's.
     """
     for role, model in state.frozen.items():
-        own = plan.of_role(role)
         where = f"recipe.stages.{plan.stage}.roles.{role}.inherit"
-        assert own.source is not None, "checked before the start: a frozen network has a source"
-        place = own.source.checkpoints
-        if isinstance(place, Path) and (place / "config.json").is_file():
-            load_pretrained_(model, place)
-            state.digests[role] = world.from_first(_files_digest(place) if not world.rank else "")
-            report(f"{role}: weights from {place}")
-            continue
-        newest = store.find_newest(place, world, report)
-        if newest is None:
-            raise SetupError(
-                f"{where}: got no valid checkpoint in {place}, expected one. Fix: train that stage"
-                " first, or give a checkpoints directory"
-            )
-        folder, manifest = newest
-        averaged = own.config.inherit_weights == "ema"
-        targets = _targets(EvaluationState(model), manifest, own.source, averaged)
-        try:
-            store.load(folder, manifest, targets, may_ignore=manifest.tensors)
-        except CheckpointError as error:
-            raise SetupError(f"{where}: {error}") from error
-        state.digests[role] = _digest(manifest, sorted(targets))
-        report(f"{role}: weights from {folder}")
+        found = find_weights(plan.of_role(role), model, where, world, report)
+        load_weights_(model, found, where)
+        state.digests[role] = found.digest
+        report(f"{role}: weights from {found.place}")
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """Locate the weights of a network: in a checkpoint of ours, or, without `manifest`, in a
+    diffusers directory. targets: the network's tensors by their names there; digest: of both."""
+
+    place: Place
+    manifest: Manifest | None
+    targets: Mapping[str, torch.Tensor]
+    digest: str
+
+
+def find_weights(
+    own: StagePlan, model: WorldModel, where: str, world: World, report: Report
+) -> FoundWeights:
+    """Find the newest weights in the source of a plan. where: the key of that source.
+
+    Every rank must call this. Raises SetupError when there are none.
+    """
+    assert own.source is not None, "checked before the start: a frozen network has a source"
+    place = own.source.checkpoints
+    if isinstance(place, Path) and (place / "config.json").is_file():
+        digest = world.from_first(_files_digest(place) if not world.rank else "")
+        return FoundWeights(place, None, {}, digest)
+    newest = store.find_newest(place, world, report)
+    if newest is None:
+        raise SetupError(
+            f"{where}: got no valid checkpoint in {place}, expected one. Fix: train that stage"
+            " first, or give a checkpoints directory"
+        )
+    folder, manifest = newest
+    averaged = own.config.inherit_weights == "ema"
+    targets = _targets(EvaluationState(model), manifest, own.source, averaged)
+    return FoundWeights(folder, manifest, targets, _digest(manifest, sorted(targets)))
+
+
+def load_weights_(model: WorldModel, found: FoundWeights, where: str) -> None:
+    """Fill a network with the weights that were found. Raises SetupError when its parameters are
+    not theirs."""
+    if found.manifest is None:
+        assert isinstance(found.place, Path), "a diffusers directory is a local one"
+        load_pretrained_(model, found.place)
+        return
+    try:
+        store.load(found.place, found.manifest, dict(found.targets), found.manifest.tensors)
+    except CheckpointError as error:
+        raise SetupError(f"{where}: {error}") from error
 
 
 def source_prefix(source: Source) -> str:

@@ -1,6 +1,7 @@
 """`python -m wm_train.checkpoint`: what it says of good and bad checkpoints, and what an export
 holds."""
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from wm_train.checkpoint import store, writer
 from wm_train.checkpoint.__main__ import main
 from wm_train.models.init import initialise_
+from wm_train.models.public import load_pretrained_
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
 from wm_train.world import World
@@ -108,6 +110,27 @@ def test_diffusers_reads_the_public_layout(tmp_path, weights, added):
             theirs[name], value + (0 if name in model.unused_parameters() else added)
         ), name
     assert main(command) == 2, "a directory that is not empty must stay as it is"
+
+
+def test_a_student_is_exported_without_its_critic_and_with_how_it_samples(tmp_path):
+    """Read back as the source of another run, its weights are the student's."""
+    model, folder = build_model(TINY), tmp_path / "checkpoints"
+    initialise_(model, 0)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"model/{name}": value for name, value in weights.items()}
+    tensors |= {f"critic/model/{name}": value + 5 for name, value in weights.items()}
+    sampler = {"name": "stream", "step": "renoise", "levels": [1.0, 0.5]}
+    stages = {"distill": {"chunk_frames": 3, "sampler": sampler}}
+    facts = {"identity": {"model": asdict(TINY)}, "config": {"recipe": {"stages": stages}}}
+    writer.save(folder, 7, "distill", tensors, {"world": 1, **facts}, World(0, 1))
+    out = tmp_path / "student"
+    assert main(["export", str(folder), str(out), "--layout", "diffusers"]) == 0
+    told = json.loads((out / "sampling.json").read_text())
+    assert (told["chunk_frames"], told["sampler"]) == (3, sampler)
+    assert told["model"]["causal"] is True
+    again = build_model(TINY)
+    load_pretrained_(again, out)
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
 
 
 def test_what_the_public_class_cannot_hold_is_one_clear_error(tmp_path, capsys):

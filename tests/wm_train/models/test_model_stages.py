@@ -81,8 +81,9 @@ def test_a_new_camera_branch_changes_nothing_at_first(camera_path):
 
 def test_the_recipe_has_the_values_of_table_7():
     run = compose(["recipe=sana_wm", "model=sana_wm_2b6", "data.path=somewhere"])
-    stages = run.recipe.stages
-    assert ordered(run.recipe) == ("gdn", "hybrid", "minute_camera", "sft", "chunk_causal")
+    assert ordered(run.recipe)[5:] == ("ode", "distill_short", "distill")  # not of that table
+    stages = {name: run.recipe.stages[name] for name in ordered(run.recipe)[:5]}
+    assert tuple(stages) == ("gdn", "hybrid", "minute_camera", "sft", "chunk_causal")
     table = [(s.steps, s.global_batch, s.optimizer.lr, s.frames) for s in stages.values()][:4]
     assert table == [
         (30_000, 64, 5e-5, 81),
@@ -116,6 +117,7 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
         compose(["experiment=demo", "recipe=sana_wm", "stage=all"]),
     )
     small = {"frames", "steps", "global_batch", "objective", "optimizer", *PER_STAGE}
+    small |= {"roles", "distill", "trajectories"}  # tests/wm_train/config/test_sana_wm.py
     assert ordered(toy.recipe) == ordered(paper.recipe)
     assert (toy.model, toy.data) == (
         compose(["experiment=demo", "recipe=demo"]).model,
@@ -127,7 +129,10 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
             key: value for key, value in vars(theirs).items() if key not in small
         }
         assert replace(stage.model, latent_channels=48) == theirs.model
-        assert replace(stage.objective, flow_shift=9.95, text_dropout=0.1) == theirs.objective
+        if stage.index <= 5:
+            assert replace(stage.objective, flow_shift=9.95, text_dropout=0.1) == theirs.objective
+        else:
+            assert stage.objective == theirs.objective
         assert stage.frames <= 81, "the demo records clips of 81 frames"
         assert stage.steps * stage.frames * stage.global_batch < 10**5, "a laptop's minutes"
     assert (

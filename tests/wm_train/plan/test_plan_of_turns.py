@@ -17,7 +17,7 @@ SHAPE = ClipShape(1, 11, 24, 4, 4, 8)
 @pytest.fixture(scope="module")
 def stage():
     small = ["model.depth=2", "model.width=32", "model.heads=2", "model.softmax_every=2"]
-    run = compose(["experiment=demo", "recipe=sana_wm_distill", *small])
+    run = compose(["experiment=demo", "recipe=sana_wm", *small])
     return run.recipe.stages["distill_short"]
 
 

@@ -1,4 +1,4 @@
-"""The recipe of SANA-WM's student: sources, levels and sizes of stages 6 to 8."""
+"""The student of SANA-WM's recipe: sources, levels and sizes of stages 6 to 8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEVELS = (1.0, 0.967, 0.908, 0.764)
 @pytest.fixture(scope="module", params=["sana_wm", "demo"])
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    names = (f"experiment={request.param}", "recipe=sana_wm_distill", f"out={folder}")
+    names = (f"experiment={request.param}", "recipe=sana_wm", f"out={folder}")
     return request.param, compose([*names, f"data.path={folder}", "stage=6-8"])
 
 
@@ -32,6 +32,12 @@ def test_stages_six_to_eight_hand_on_student_and_critic(run):
         assert plan.config.roles["critic"].model == config.recipe.stages["sft"].model
         assert plan.config.distill.levels == plan.config.sampler.levels == LEVELS
         assert plan.config.turns == "CCCCCS"
+    job = plans["ode"].config.trajectories
+    assert plans["ode"].teacher_source.stage == "sft"
+    assert job.teacher.model == config.recipe.stages["sft"].model
+    assert plans["ode"].config.objective.trajectory_levels() == LEVELS
+    assert plans["ode"].config.data.path.endswith("ode/trajectories")
+    assert plans["ode"].made_from.path == config.data.path
     carried = plans["distill"].role_sources["critic"]
     assert (carried.stage, carried.role) == ("distill_short", "critic")
     assert plans["distill_short"].role_sources["critic"].stage == "sft"
@@ -47,3 +53,13 @@ def test_only_the_data_are_missing(run):
     assert frames == ([337, 961] if name == "sana_wm" else [41, 81])
     guidance = stages["distill"].distill.guidance
     assert guidance == ({"text": 4.0} if name == "sana_wm" else {})
+    assert stages["ode"].trajectories.guidance == guidance
+
+
+def test_the_student_trains_on_eight_of_the_64_devices(run):
+    name, config = run
+    plans = [plan_stage(config, stage) for stage in config.recipe.stages]
+    workers = [plan.launcher.workers for plan in plans]
+    assert workers == ([64] * 5 + [8] * 3 if name == "sana_wm" else [2] * 8)
+    meshes = [plan.config.parallel.cp for plan in plans[5:]]
+    assert meshes == ([1, 4, 4] if name == "sana_wm" else [1, None, None])
