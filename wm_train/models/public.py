@@ -30,7 +30,7 @@ from data_shards.weight_files import (
 from wm_train.boxes import Box, local_box, local_tensor
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import config_class, load, names
-from wm_train.models.public_files import config_text, save_weights
+from wm_train.models.public_files import config_text, filled_at_once, is_empty, save_weights
 
 LISTED = 20  # names shown per kind of error
 
@@ -170,7 +170,8 @@ def export_pretrained(
 
     Buffers of the layout are added where `weights` lacks them. Raises ValueError when the directory
     is not empty or cannot be written, or the model has no public class that can hold it. An export
-    that fails, or is interrupted, leaves nothing behind.
+    that fails, or is interrupted, leaves nothing behind, one that is killed a draft that the next
+    one removes.
     """
     if not config.public:
         raise ValueError(
@@ -187,7 +188,7 @@ def export_pretrained(
         )
     to_config = layout.others.get(written, layout.to_public)
     text = config_text(to_config(config), layout.form)
-    if directory.exists() and any(directory.iterdir()):
+    if not is_empty(directory):
         raise ValueError(
             f"export failed: got {directory}, which is not empty, expected a new or empty"
             " directory. Fix: name another one"
@@ -196,41 +197,34 @@ def export_pretrained(
     whole = to_public(own, layout.sources(written, own))
     groups = list(_groups(whole, max_bytes))
     count, stem = len(groups), layout.form.stem
-    names = (
+    files = (
         [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         if count > 1
         else [f"{stem}.safetensors"]
     )
-    files = [directory / name for name in names]
     texts = {}
     if count > 1:
         index = {
             "metadata": {"total_size": sum(_size(value) for value in whole.values())},
-            "weight_map": {name: path.name for path, group in zip(files, groups) for name in group},
+            "weight_map": {name: file for file, group in zip(files, groups) for name in group},
         }
-        texts[directory / f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2)
+        texts[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2)
     # the configuration last: without it nobody takes the directory for a checkpoint
-    texts[directory / layout.form.config] = text
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    texts[layout.form.config] = text
     try:
-        for path, group in zip(files, groups):
-            # a copy of each: the format refuses tied tensors that share their memory
-            save_weights({name: whole[name].clone() for name in group}, path, {"format": "pt"})
-        for path, words in texts.items():
-            path.write_text(words)
-    except BaseException as error:
-        for path in (*files, *texts):
-            path.unlink(missing_ok=True)
-        for folder in made:
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"export failed: got {error}, expected a directory that can be written. Fix: make"
-                " room, or name another one"
-            ) from error
-        raise
-    return [*files, *texts]
+        with filled_at_once(directory, layout.form.config) as draft:
+            for file, group in zip(files, groups):
+                # a copy of each: the format refuses tied tensors that share their memory
+                part = {name: whole[name].clone() for name in group}
+                save_weights(part, draft / file, {"format": "pt"})
+            for file, words in texts.items():
+                (draft / file).write_text(words)
+    except OSError as error:
+        raise ValueError(
+            f"export failed: got {error}, expected a directory that can be written. Fix: make"
+            " room, or name another one"
+        ) from error
+    return [directory / file for file in (*files, *texts)]
 
 
 def to_public(own: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import diffusers
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from wm_train.models import public as module
 from wm_train.models.init import initialise_
 from wm_train.models.public import export_pretrained, load_pretrained_, read_config
 from wm_train.models.sana_wm.config import SanaWMConfig
@@ -195,3 +198,27 @@ def test_impossible_exports_and_strange_directories_are_refused(tmp_path):
     index.write_text(index.read_text().replace("diffusion_pytorch_model-00001", "../../etc/x"))
     with pytest.raises(ValueError, match="plain names"):
         load_pretrained_(filled(), tmp_path / "out")
+
+
+def test_a_killed_export_is_taken_for_nothing_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    weights, out = dict(filled().named_parameters()), tmp_path / "out"
+    true, written = module.save_weights, list[str]()
+
+    def save(tensors, path, metadata):
+        if written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        true(tensors, path, metadata)
+        written.append(path.name)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(module, "save_weights", save)
+        try:
+            export_pretrained(weights, CONFIG, out, max_bytes=60_000)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [path.name[:8] for path in out.iterdir()] == [".export-"], "no file of a checkpoint"
+    files = export_pretrained(weights, CONFIG, out, max_bytes=60_000)
+    assert sorted(out.iterdir()) == sorted(files)
+    load_pretrained_(filled(seed=1), out)
