@@ -78,6 +78,7 @@ def record(out: str, clips: int, **options: Any) -> None:
     """
     from data_shards.sources import vizdoom
 
+    vizdoom.check_file_size()  # before drafts are touched: what is finished there stays
     if not any(TimeLayout(8, layout).fits(options["frames"]) for layout in LAYOUTS):
         TimeLayout(8).latents(options["frames"])  # raises
     final = Path(out)

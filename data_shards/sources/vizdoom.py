@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from data_shards.sources.wander import Wanderer
 METRES_PER_UNIT = 1.0 / 32.0  # the player's eye is 41 units up: 1.28 m
 TICS_PER_SECOND = 35
 PIXEL_ASPECT = 1.2
+SHARED_BYTES = 2**25  # room for all pictures that the engine shares, at the largest size
 # the engine's 8-bit depth: metres = ((value + 0.5) * this + DEPTH_UNITS_AT_ZERO) * METRES_PER_UNIT;
 DEPTH_UNITS_PER_STEP = 7.13
 # fitted to wall positions known from the map: within half a step on walls, one step too near on
@@ -148,6 +150,17 @@ def nearest(depth: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     rows = np.minimum(depth[0::2], depth[1::2])
     return np.minimum(rows[:, 0::2], rows[:, 1::2])
+
+
+def check_file_size() -> None:
+    """Raise DataError where a limit on the size of files (`ulimit -f`) cuts the memory that is
+    shared with the engine, a file too: it would end this process by a signal."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < SHARED_BYTES:
+        raise DataError(
+            f"recorder: got a limit of {limit:,} bytes on the size of a file, expected at least"
+            f" {SHARED_BYTES:,}, which the game engine shares. Fix: ulimit -f unlimited"
+        )
 
 
 def open_game(options: VizdoomOptions, config_folder: str, first_episode: int = 0) -> Any:

@@ -195,6 +195,21 @@ def test_the_mouse_moves_smoothly_within_a_frame():
         np.testing.assert_allclose(moves[1:, 1], 0.95 * moves[:-1, 1], rtol=1e-3)
 
 
+def test_a_limit_on_files_is_one_error_before_the_engine_starts(tmp_path):
+    """The engine's library ended the process with SIGSEGV."""
+    command = [sys.executable, "-m", "data_shards.record", "vizdoom", f"out={tmp_path / 'rec'}"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command, "clips=2", "frames=17"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "got a limit of 40,960 bytes on the size of a file" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_mean_frame_rate_is_exact():
     assert [tics_until(i, 16.0) for i in (0, 1, 2, 16, 32, 160)] == [0, 2, 4, 35, 70, 350]
     assert {tics_until(i + 1, 16.0) - tics_until(i, 16.0) for i in range(160)} == {2, 3}
