@@ -182,13 +182,24 @@ def needed(layout: ClipLayout, mask: AttentionMask, frame: int) -> frozenset[int
     return frozenset(i for i in visible(ahead, mask, frame) if i < frame)
 
 
+@lru_cache(maxsize=256)
+def ring_slots(layout: ClipLayout, mask: AttentionMask) -> int | None:
+    """Return how many frames of the past a stream of this clip keeps at most, under a frame-causal
+    mask that forgets; None under other masks, whose past grows or comes in whole chunks."""
+    forgets = mask.window is not None and (mask.dilation is None or mask.reach is not None)
+    if mask.causality != "frame" or not forgets:
+        return None
+    ends = (*layout.chunk_starts[1:], layout.frames)
+    return max(len(needed(layout, mask, end)) for end in ends)
+
+
 @lru_cache(maxsize=1024)
 def cache_tiles(
     layout: ClipLayout, mask: AttentionMask, queries: FrameRange, cached: tuple[int, ...]
 ) -> tuple[Tile, ...]:
     """Cut the block of query frames × cached frames into rectangles; key j is frame cached[j].
 
-    Both are frames of one clip, the cached ones ascending.
+    Both are frames of one clip, the cached ones in any order; -1 is an empty place.
     """
     return _cut(layout, mask, queries, cached)
 
@@ -219,7 +230,7 @@ def tiles(
 def _cut(
     layout: ClipLayout, mask: AttentionMask, queries: FrameRange, keys: Sequence[int]
 ) -> tuple[Tile, ...]:
-    """Cut query frames × these key frames, ascending, into rectangles; key j is frame keys[j]."""
+    """Cut query frames × these key frames into rectangles; key j is frame keys[j]."""
     found: list[Tile] = []
     for rows, valid in _rows_by_valid(layout):
         near, far, joint = {}, {}, {}

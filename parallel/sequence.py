@@ -35,7 +35,7 @@ HaloEdges = Literal["clip", "document", "chunk"]
 class Cache(NamedTuple):
     """Store keys and values [B, c, S, H_kv, D] of c frames, and which frames of the clip they are.
 
-    Complete on every rank, frames ascending.
+    Complete on every rank. frames: -1 is an empty place.
     """
 
     keys: Tensor
@@ -130,6 +130,13 @@ class WholeClip(SequenceShard, Protocol):
 
     def part(self, frames: FrameRange) -> SequenceShard:
         """Return the verbs over these frames alone, split over the same ranks."""
+        ...
+
+    def relaid(self, layout: ClipLayout) -> WholeClip:
+        """Return the verbs over the same frames in another layout, split over the same ranks.
+
+        It may have other documents, chunks or copies; local frames stay the same.
+        """
         ...
 
 
@@ -255,6 +262,10 @@ class GroupSequence:
         (member,) = self.comm.members
         return cheaper_exchange(verb, dtype, member.ring, member.ulysses)
 
+    def relaid(self, layout: ClipLayout) -> WholeClip:
+        given = (self.comm, self.kernels, self.engine)
+        return type(self)(layout, *given, exchange=self.exchange)
+
     def _real(self, like: Tensor) -> Tensor | None:
         """Return which frames are real (not padding), [B, T/P] bool; None: all."""
         if not self.layout.ragged:
@@ -295,6 +306,9 @@ class LocalSequence(GroupSequence):
     def part(self, frames: FrameRange) -> SequenceShard:
         return GroupSequence(self.layout, self.comm, self.kernels, part=frames)
 
+    def relaid(self, layout: ClipLayout) -> WholeClip:
+        return LocalSequence(layout, self.kernels)
+
 
 class SequenceMesh(Protocol):
     """Describe the part of a `parallel.mesh.Mesh` that `make_sequence` uses."""
@@ -329,7 +343,7 @@ def make_sequence(
     engine: tuple[str, AttentionEngine] | None = None,
     compiled: bool = False,
     exchange: Exchange = "auto",
-) -> SequenceShard:
+) -> WholeClip:
     """Return this process's shard of a clip, or the whole clip if the mesh does not split clips.
 
     compiled: for a model under torch.compile.

@@ -7,6 +7,12 @@ shard, and takes the past from what earlier chunks stored. It stores per verb ca
 the calls of a forward pass: the final states of a scan, the last frames of a convolution, and for
 attention the keys and values that the mask lets a later frame see. States are complete on every
 rank and never change; a pass makes a new one.
+
+Attention has two kinds of past. Under a frame-causal mask that forgets (a window, frames pinned by
+dilation) it is a ring: as many slots as frames can be of use, and a frame that comes takes the slot
+of one that is forgotten; passes that do not remember see the slots as they are and copy nothing
+(Waypoint-1.5 §5.1, where the frame under way has a slot of its own: here it is not stored). Under
+other masks each chunk is a piece of its own, which the states of later chunks share.
 """
 
 from __future__ import annotations
@@ -18,11 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.calls import Calls
 from parallel.comm import Communicator
 from parallel.gdn_scan import Reverse, ScanOutput
 from parallel.halo import Taps
 from parallel.layout import ClipLayout, FrameRange, single_frames
-from parallel.masks import FULL, AttentionMask, needed
+from parallel.masks import FULL, AttentionMask, needed, ring_slots
 from parallel.reference import Stream
 from parallel.sequence import Cache, HaloEdges, WholeClip, as_autocast
 
@@ -31,7 +38,8 @@ from parallel.sequence import Cache, HaloEdges, WholeClip, as_autocast
 class Past:
     """Store what one verb call must remember of earlier chunks, without gradients.
 
-    tensors: states of a scan or frames of a convolution; keys: of attention, one piece per chunk.
+    tensors: states of a scan or frames of a convolution; keys: of attention, one piece per chunk,
+    or one ring.
     """
 
     tensors: tuple[Tensor, ...] = ()
@@ -85,8 +93,7 @@ class StreamingSequence:
         self._inner = clip.part(self.chunk)
         self._state, self._remember = state, remember
         self._kept: list[Past] = []
-        self._call = 0  # verb calls of this pass so far; a checkpointed function sets it back
-        self._again = False  # within a checkpointed function's second run
+        self._calls = Calls()  # of this pass so far; a checkpointed function sets them back
 
     @property
     def layout(self) -> ClipLayout:
@@ -135,13 +142,21 @@ class StreamingSequence:
         seen = None
         if pieces:
             keys, values, frames = zip(*pieces, strict=True)
-            seen = Cache(torch.cat(keys, dim=1), torch.cat(values, dim=1), sum(frames, ()))
+            seen = pieces[0]
+            if len(pieces) > 1:
+                seen = Cache(torch.cat(keys, dim=1), torch.cat(values, dim=1), sum(frames, ()))
         if self._remember:
             k_all, v_all = self._inner.gather([k, v])
             own = Cache(k_all, v_all, tuple(range(self.chunk.start, self.chunk.stop)))
-            useful = needed(self.layout, mask, self.chunk.stop)
-            kept = (_chosen(piece, useful) for piece in (*pieces, own))
-            self._store(Past(keys=tuple(piece for piece in kept if piece.frames)))
+            useful, slots = (
+                needed(self.layout, mask, self.chunk.stop),
+                ring_slots(self.layout, mask),
+            )
+            if slots is None:
+                kept = (_chosen(piece, useful) for piece in (*pieces, own))
+                self._store(Past(keys=tuple(piece for piece in kept if piece.frames)))
+            else:
+                self._store(Past(keys=(turned(seen, own, useful, slots),)))
         return self._inner.attend(q, k, v, mask, seen)
 
     def scan(
@@ -188,12 +203,11 @@ class StreamingSequence:
         return self._inner.gather(tensors)
 
     def rewind(self) -> AbstractContextManager[None]:
-        return _Rewound(self)
+        return self._calls.rewind()
 
     def _past(self) -> Past:
         """Return what the same call of the last chunk's forward pass stored."""
-        call, stored = self._call, self._state.calls
-        self._call += 1
+        call, stored = self._calls.next(), self._state.calls
         if not self._state.frames:
             return Past()
         if call >= len(stored):
@@ -206,7 +220,7 @@ class StreamingSequence:
 
     def _store(self, past: Past) -> None:
         """Store a call's past; a second run of a checkpointed function has stored it already."""
-        if not self._again:
+        if not self._calls.again:
             self._kept.append(past)
 
     def _no_future(self, what: str) -> None:
@@ -216,21 +230,6 @@ class StreamingSequence:
                 f"streaming failed: got {what} with chunks to come, expected a causal model, or the"
                 " past would have to see the future (key model.causal). Fix: model.causal=true"
             )
-
-
-class _Rewound(AbstractContextManager[None]):
-    """Count a view's verb calls from where they stood when this was made, and store nothing."""
-
-    def __init__(self, view: StreamingSequence) -> None:
-        self.view, self.start = view, view._call
-        self.outside: list[tuple[int, bool]] = []
-
-    def __enter__(self) -> None:
-        self.outside.append((self.view._call, self.view._again))
-        self.view._call, self.view._again = self.start, True
-
-    def __exit__(self, *error: object) -> None:
-        self.view._call, self.view._again = self.outside.pop()
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -246,6 +245,29 @@ def _chosen(piece: Cache, frames: frozenset[int]) -> Cache:
     if 0 < len(places) < len(piece.frames):
         keys, values = (x[:, places] for x in (keys, values))
     return Cache(_owned(keys), _owned(values), tuple(piece.frames[i] for i in places))
+
+
+def turned(ring: Cache | None, own: Cache, useful: frozenset[int], slots: int) -> Cache:
+    """Return a ring of `slots` frames with a chunk's useful frames in the slots of frames that are
+    of no use any more; the ring itself, its tensors unchanged, where the chunk has none."""
+    new = [(place, frame) for place, frame in enumerate(own.frames) if frame in useful]
+    places = [place for place, _ in new]
+    frames = [-1] * slots if ring is None else [f if f in useful else -1 for f in ring.frames]
+    free = [slot for slot, frame in enumerate(frames) if frame < 0][: len(new)]
+
+    def written(old: Tensor | None, mine: Tensor) -> Tensor:
+        if old is not None and not new:
+            return old
+        empty = mine.new_zeros(mine.shape[0], slots, *mine.shape[2:])
+        out = empty if old is None else old.clone()
+        out[:, free] = mine[:, places].detach()
+        return out
+
+    keys = written(ring and ring.keys, own.keys)
+    values = written(ring and ring.values, own.values)
+    for slot, (_, frame) in zip(free, new, strict=True):
+        frames[slot] = frame
+    return Cache(keys, values, tuple(frames))
 
 
 def _joined(taps: Taps, tail: Tensor, first: int) -> Taps:

@@ -181,7 +181,8 @@ def test_streamed_attention_equals_the_clip_at_once_under_every_causal_mask(orac
                 for j in range(state.frames)
                 if any(oracles.may_attend(LAYOUT, mask, i, j) for i in later)
             ]
-            assert [i for piece in state.calls[0].keys for i in piece.frames] == seen
+            held = [i for piece in state.calls[0].keys for i in piece.frames]
+            assert sorted(i for i in held if i >= 0) == seen
 
 
 def test_streamed_scans_and_halos_equal_the_clip_at_once_on_every_mesh(oracles):

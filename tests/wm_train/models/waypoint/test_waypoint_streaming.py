@@ -1,0 +1,192 @@
+"""Waypoint frame by frame, with the past in rings, is Waypoint on the whole clip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel.layout import ClipLayout
+from parallel.masks import AttentionMask, needed, ring_slots
+from parallel.sequence import LocalSequence
+from parallel.streaming import StreamingSequence, StreamState
+from wm_train.models.public import to_public
+from wm_train.models.waypoint.public import LAYOUT, public_columns
+
+FRAMES = 140  # beyond the 128 that a global block of the released model reaches
+
+
+class PublicRing:
+    """The frames in the slots of the public engine's cache, and what a pass at a frame sees."""
+
+    def __init__(self, frames: int, pinned: int) -> None:
+        self.pinned, self.slots = pinned, [None] * (frames // pinned)
+
+    def seen(self, t: int) -> set[int]:
+        place, writes = -(-t // self.pinned) % len(self.slots), t % self.pinned == 0
+        return {
+            frame
+            for slot, frame in enumerate(self.slots)
+            if frame is not None and not (writes and slot == place)
+        }
+
+    def commit(self, t: int) -> None:
+        if t % self.pinned == 0:
+            self.slots[-(-t // self.pinned) % len(self.slots)] = t
+
+
+@pytest.mark.parametrize(
+    ("mask", "ring", "slots"),
+    [
+        (AttentionMask("frame", window=16), PublicRing(16, 1), 15),
+        (AttentionMask("frame", window=1, dilation=8, reach=128), PublicRing(128, 8), 16),
+    ],
+    ids=["local", "global"],
+)
+def test_the_released_masks_keep_what_the_public_ring_shows(mask, ring, slots):
+    layout = ClipLayout(300, chunk_starts=tuple(range(300)))
+    assert ring_slots(layout, mask) == slots
+    for t in range(layout.frames):
+        assert needed(layout, mask, t) == ring.seen(t), t
+        ring.commit(t)
+
+
+def test_masks_that_do_not_forget_have_no_ring():
+    layout = ClipLayout(9, chunk_starts=(0, 4))
+    for mask in (
+        AttentionMask("frame"),
+        AttentionMask("frame", window=1, dilation=8),
+        AttentionMask("chunk", window=2),
+    ):
+        assert ring_slots(layout, mask) is None
+
+
+@pytest.fixture(scope="module")
+def released_masks(config):
+    """Small, but with the windows of the released model."""
+    return replace(config, depth=4, window=16, dilation=8, reach=128)
+
+
+def frames_one_by_one(model, clip, layout):
+    """Each frame: a frozen pass, at some again, then one that commits it at the same input."""
+    state, made, states = StreamState(), [], []
+    whole = LocalSequence(layout)
+    for t in range(layout.frames):
+        frozen = clip.run(model, StreamingSequence(whole, state, remember=False))
+        if t % 7 == 0:
+            again = clip.run(model, StreamingSequence(whole, state, remember=False))
+            assert torch.equal(again, frozen)
+        view = StreamingSequence(whole, state)
+        assert torch.equal(clip.run(model, view), frozen)
+        state = view.after()
+        made.append(frozen)
+        states.append(state)
+    return torch.cat(made, dim=1), states
+
+
+@torch.no_grad()
+def test_ring_rollout_is_the_full_mask_beyond_its_reach(released_masks, awake, make_clip):
+    model, clip = awake(released_masks), make_clip(FRAMES)
+    narrow = replace(clip, latents=clip.latents[..., :2, :4])  # two tokens a frame
+    layout = ClipLayout(FRAMES, chunk_starts=tuple(range(FRAMES)))
+    whole = narrow.whole(model)
+    made, states = frames_one_by_one(model, narrow, layout)
+    error = (made - whole).abs().amax(dim=(0, 2, 3, 4)) / whole.abs().max()
+    assert float(error.max()) <= 1e-12
+    # 15 slots in a local block, 16 in a global one, full size from the first frame on
+    for state in (states[0], states[-1]):
+        assert [past.keys[0].keys.shape[1] for past in state.calls] == [15, 15, 15, 16]
+    # a global block's ring stays as it is at seven frames of eight, and is shared
+    last = [state.calls[3].keys[0].keys for state in states]
+    assert last[129] is last[135]
+    assert last[135] is not last[136]
+
+
+@torch.no_grad()
+def test_states_are_never_changed(config, awake, make_clip):
+    """A pass from an early state gives its bits again after the clip has gone on."""
+    model, clip = awake(replace(config, depth=4)), make_clip(12)
+    layout = ClipLayout(12, chunk_starts=tuple(range(12)))
+    made, states = frames_one_by_one(model, clip, layout)
+    kept = [[x.clone() for x in state.tensors()] for state in states]
+    for t in (0, 3, 8):
+        view = StreamingSequence(LocalSequence(layout), states[t])
+        assert torch.equal(clip.run(model, view), made[:, t + 1 : t + 2])
+        again = view.after()
+        assert all(map(torch.equal, again.tensors(), states[t + 1].tensors()))
+    for state, tensors in zip(states, kept, strict=True):
+        assert all(map(torch.equal, state.tensors(), tensors))
+
+
+def beside(clean, noisy):
+    """[B, T, …] twice -> [B, 2T, …], the clean copy of each frame first."""
+    return torch.stack([clean, noisy], 2).flatten(1, 2)
+
+
+def sees_copies(allowed):
+    """Which copies a block of the formulas sees, from which frames it sees, by the public rule."""
+
+    def of_block(block):
+        once = allowed(block)
+        frames = len(once)
+        both = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
+        for i in range(frames):
+            both[2 * i, 0::2] = once[i]
+            both[2 * i + 1, 0::2] = once[i]
+            both[2 * i + 1, 2 * i] = False
+            both[2 * i + 1, 2 * i + 1] = True
+        return both
+
+    return of_block
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("documents", [(0,), (0, 4)])
+def test_copies_in_one_layout_are_the_formulas_and_the_stream(
+    config, awake, make_clip, formulas, documents
+):
+    """One pass over clean and noisy copies: the formulas over dense masks, and frame by frame in a
+    stream whose past is clean; documents are apart."""
+    model, clean, noisy = awake(config), make_clip(9), make_clip(9)
+    generator = torch.Generator().manual_seed(1)
+    noisy = replace(noisy, latents=torch.randn(clean.latents.shape, generator=generator).double())
+    clean = replace(clean, sigma=torch.zeros_like(clean.sigma))
+    layout = ClipLayout(9, documents, tuple(range(9)))
+    both = replace(
+        clean,
+        latents=beside(clean.latents, noisy.latents),
+        sigma=beside(clean.sigma, noisy.sigma),
+        controls=beside(clean.controls, noisy.controls),
+    )
+    made = both.run(model, LocalSequence(layout.copied(2)))
+    own = dict(model.named_parameters())
+    theirs = to_public(own, LAYOUT.sources(LAYOUT.class_names[0], own))
+    positions = torch.tensor([[layout.position_of(i // 2) for i in range(18)]])
+    mouse_first = torch.empty_like(both.controls)
+    mouse_first[..., list(public_columns(config.controls))] = both.controls
+    allowed = sees_copies(formulas.sees(config, 9, documents))
+    arguments = (theirs, config, both.latents, both.sigma, mouse_first, positions, allowed)
+    expected = formulas.velocity(*arguments)
+    scale = expected.abs().max()
+    assert float((made - expected).abs().max() / scale) <= 1e-12
+    for first, end in zip(documents, (*documents[1:], 9), strict=True):
+        state = StreamState()
+        alone = ClipLayout(end - first, chunk_starts=tuple(range(end - first)))
+        own = [
+            replace(
+                one,
+                latents=one.latents[:, first:end],
+                sigma=one.sigma[:, first:end],
+                controls=one.controls[:, first:end],
+            )
+            for one in (noisy, clean)
+        ]
+        for t in range(end - first):
+            frozen = StreamingSequence(LocalSequence(alone), state, remember=False)
+            found = own[0].run(model, frozen)
+            wanted = made[:, 2 * (first + t) + 1 : 2 * (first + t) + 2]
+            assert float((found - wanted).abs().max() / scale) <= 1e-12
+            view = StreamingSequence(LocalSequence(alone), state)
+            own[1].run(model, view)
+            state = view.after()
