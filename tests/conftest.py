@@ -147,6 +147,36 @@ def distilled() -> Distilled:
 
 
 @pytest.fixture(scope="session")
+def distilled_waypoint() -> Distilled:
+    """A small Waypoint, and its distilled stage as in the recipe: frame by frame, packed gradients,
+    guidance by controls and context, IDA and ISG."""
+    long = "recipe.stages.long."
+    sizes = "depth=4 width=32 heads=2 key_heads=1 mlp_ratio=2 noise_features=16 patch_size=1"
+    reach = "controls=6 window=3 dilation=2 reach=4 latent_channels=24"
+    toy = ("model=waypoint", *(f"model.{size}" for size in f"{sizes} {reach}".split()))
+    short = ("recipe.stages.short.steps=2", "recipe.stages.short.optimizer.warmup_steps=0")
+    short = (*short, "recipe.stages.short.objective={name:diffusion_forcing}")
+    critic = "{inherit:short,chunk_frames:1,optimizer:{lr:1.0e-3,warmup_steps:2,ema_decay:0}}"
+    distill = "levels:[1.0,0.9,0.5],sampler:euler,gradient:packed,ida:0.98,isg:0.5,gate:warn"
+    guidance = "guidance:{controls:15.0,context:2.0},score_sigma:{law:logit_normal,per:chunk}"
+    stage = (
+        f"{long}frames=41",
+        f"{long}global_batch=2",
+        f"{long}steps=8",
+        f"{long}chunk_frames=1",
+        f"{long}sampler={{name:stream,levels:[1.0,0.9,0.5],step:euler}}",
+        f"{long}objective={{name:distribution_matching}}",
+        f"{long}optimizer={{lr:1.0e-3,warmup_steps:0,schedule:constant,ema_decay:0.9}}",
+        f"{long}turns=CCCS",
+        f"{long}roles={{teacher:{{inherit:short,chunk_frames:1}},critic:{critic}}}",
+        f"{long}distill={{{distill},{guidance}}}",
+    )
+    saving = ("trainer.checkpoint_every=1", "trainer.keep_last=20", "trainer.sdc_every=0")
+    quiet = ("stage=long", "trainer.validate_every=0")
+    return Distilled((*toy, *short), (*toy, *short, *stage, *saving, *quiet))
+
+
+@pytest.fixture(scope="session")
 def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
     """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker
     --config`."""

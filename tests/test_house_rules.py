@@ -45,7 +45,7 @@ FLOORS = {
         "compat redact remote __init__",
     ),
     "parallel": (
-        "streaming checkpointing traffic",
+        "streaming packed checkpointing traffic",
         "transpose",
         "sequence",
         "attend_cost",
@@ -55,7 +55,7 @@ FLOORS = {
         "reference process_group",
         "local_attention timing",
         "masks virtual zero",
-        "layout comm compat degrees sharding __init__",
+        "calls layout comm compat degrees sharding __init__",
     ),
     "data_shards": (
         "record encode verify inspect stats filter",

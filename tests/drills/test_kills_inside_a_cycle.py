@@ -35,7 +35,9 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.drill
-def test_kills_inside_a_cycle_do_not_change_a_bit(worker_config, distilled, tmp_path):
+@pytest.mark.parametrize("model", ["distilled", "distilled_waypoint"])
+def test_kills_inside_a_cycle_do_not_change_a_bit(worker_config, model, request, tmp_path):
+    distilled = request.getfixturevalue(model)
     settings = (*distilled.stage, f"{LONG}steps={STEPS}", f"{LONG}turns=CCCCCS")
     settings = (*settings, "trainer.keep_last=2")
     first = worker_config(tmp_path / "source", *distilled.source)

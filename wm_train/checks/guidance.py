@@ -12,16 +12,21 @@ from wm_train.config.roles import TEACHER
 
 # condition -> the field that a model must read for it
 GUIDED = {"camera": "camera", "text": "text", "negative_text": "text", "controls": "controls"}
+CONTEXT = "context"
 TEXTS = {"text": "null_text", "negative_text": "negative_text"}  # condition -> embedding it needs
 
 
 def guidance_problems(
     key: str, guidance: Mapping[str, float], model: ModelConfig, who: str
 ) -> Iterator[Problem]:
-    """Yield weights of conditions that cannot be taken away from this model."""
+    """Yield weights of conditions that cannot be taken away from this model: of a teacher, which
+    sees clips as wholes, also the other frames."""
+    whole = (CONTEXT,) if who == TEACHER else ()
     for name in guidance:
+        if name in whole:
+            continue
         if name not in GUIDED:
-            rule = f"one of {', '.join(GUIDED)}, which can be taken away"
+            rule = f"one of {', '.join((*GUIDED, *whole))}, which can be taken away"
             yield Problem(f"{key}.{name}", "an unknown condition", rule, "leave it out")
         elif GUIDED[name] not in model.needs().fields:
             rule = f"a condition of the {who}, whose model reads no {GUIDED[name]}"

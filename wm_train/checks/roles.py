@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from wm_train.checks.guidance import guidance_problems
+from wm_train.checks.guidance import CONTEXT, guidance_problems
 from wm_train.config.curriculum import StagePlan
-from wm_train.config.kinds import ModelConfig
+from wm_train.config.kinds import ModelConfig, streams
 from wm_train.config.problems import AT, Problem
 from wm_train.config.roles import ALONE, CRITIC, LETTERS, STUDENT, TEACHER, RoleConfig, turns_of
 from wm_train.config.schema import StageConfig
@@ -104,7 +104,7 @@ def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) ->
         rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
         fix = f"{AT}{at}chunk_frames=3, or {own.model.cure('causal', 'false', f'{AT}{at}')}"
         yield Problem(f"{at}chunk_frames", "0 with a causal model", rule, fix)
-    elif own.chunk_frames and not needs.causal:
+    elif own.chunk_frames and not streams(needs):
         rule = "0, as a model that is not causal still sees later chunks"
         yield Problem(f"{at}chunk_frames", str(own.chunk_frames), rule, f"{AT}{at}chunk_frames=0")
     if own.inherit == STUDENT:
@@ -122,13 +122,20 @@ def _unlike(key: str, model: ModelConfig, other: ModelConfig, whose: str) -> Ite
 def _student_problems(stage: StageConfig) -> Iterator[Problem]:
     """Yield a student whose rollouts could not be made, or would not be those it is used for."""
     needs, distill = stage.model.needs(), stage.distill
-    if not needs.causal or stage.chunk_frames == 0:
-        got = f"{stage.chunk_frames} with causal={needs.causal}"
-        fix = f"{stage.model.cure('causal', 'true')} {AT}chunk_frames=3"
+    if not streams(needs) or stage.chunk_frames == 0:
+        got = f"{stage.chunk_frames} with causal={streams(needs)}"
+        cure = "" if streams(needs) else f"{stage.model.cure('causal', 'true')} "
+        fix = f"{cure}{AT}chunk_frames=3"
         rule = "a causal student with chunks, which it makes in turn"
         yield Problem("chunk_frames", got, rule, fix)
     if distill is None:
         return
+    if distill.gradient == "packed" and not needs.attention_only:
+        rule = f"late with {stage.model.name}, as its frames meet outside of attention, too"
+        yield Problem("distill.gradient", "packed", rule, f"{AT}distill.gradient=late")
+    if distill.gradient == "late" and distill.isg and CONTEXT in distill.guidance:
+        rule = "packed with distill.isg and guidance by context, which takes clips as wholes"
+        yield Problem("distill.gradient", "late", rule, f"{AT}distill.gradient=packed")
     if stage.sampler.levels != distill.levels:
         got = str(stage.sampler.levels and list(stage.sampler.levels))  # type: ignore[arg-type]
         rule = f"distill.levels {list(distill.levels)}, as a student is used at what it trained on"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from wm_train.checks.guidance import guidance_problems
 from wm_train.config.curriculum import StagePlan
+from wm_train.config.kinds import streams
 from wm_train.config.problems import AT, OWN, Problem
 from wm_train.config.schema import StageConfig
 
@@ -27,12 +28,12 @@ def stage_problems(plan: StagePlan) -> list[Problem]:
 def _chunk_problems(stage: StageConfig) -> Iterator[Problem]:
     """Yield a model, an objective and chunks that do not make one chunk-causal stage."""
     model = stage.model
-    causal, become = model.needs().causal, model.cure("causal", "true", OWN)
-    if causal and stage.chunk_frames == 0:
+    needs, become = model.needs(), model.cure("causal", "true", OWN)
+    if needs.causal and stage.chunk_frames == 0:
         rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
         fix = f"{AT}chunk_frames=3, or {model.cure('causal', 'false')}"
         yield Problem(CHUNKS, "0 with a causal model", rule, fix)
-    elif not causal and stage.chunk_frames > 0:
+    elif not streams(needs) and stage.chunk_frames > 0:
         rule = "0, as a model that is not causal still sees later chunks"
         fix = f"{become}, or {AT}chunk_frames=0"
         yield Problem(CHUNKS, f"{stage.chunk_frames} with a model that is not causal", rule, fix)
@@ -84,8 +85,8 @@ def _sampler_problems(stage: StageConfig) -> Iterator[Problem]:
     if needs.causal and not sampler.chunked():
         rule = "stream with a causal model, whose chunks are made one after the other"
         yield Problem("sampler.name", repr(sampler.name), rule, f"{AT}sampler.name=stream")
-    elif sampler.chunked() and not (needs.causal and stage.chunk_frames > 0):
-        got = f"{sampler.name!r} with causal={needs.causal} and chunk_frames={stage.chunk_frames}"
+    elif sampler.chunked() and not (streams(needs) and stage.chunk_frames > 0):
+        got = f"{sampler.name!r} with causal={streams(needs)} and chunk_frames={stage.chunk_frames}"
         rule = "euler, or a causal model and chunk_frames above 0, so that there are chunks"
         yield Problem("sampler.name", got, rule, f"{AT}sampler.name=euler")
     yield from guidance_problems("sampler.guidance", sampler.guidance, stage.model, "stage")

@@ -44,8 +44,10 @@ class Needs:
     for any; clip_image: vectors and width of an image's CLIP features; control_names: of the A
     columns in order, where the model gives each its place; image: how a clip's first image comes
     in, as its clean first latent ("frame") or by channels of its own ("channels"); most_frames: T
-    that it has positions for, 0 for any; causal: frames see no later chunk; softmax: some
-    layer attends over the clip, through an engine of `parallel.attention`.
+    that it has positions for, 0 for any; causal: frames see no later chunk; frame_causal: nor any
+    later frame, so that chunks only say what is made at once; softmax: some layer attends over the
+    clip, through an engine of `parallel.attention`; attention_only: and no other layer lets frames
+    meet.
     """
 
     heads: int
@@ -61,7 +63,14 @@ class Needs:
     control_width: int = 0
     control_names: tuple[str, ...] = ()
     causal: bool = False
+    frame_causal: bool = False
     softmax: bool = True
+    attention_only: bool = False
+
+
+def streams(needs: Needs) -> bool:
+    """Return whether a model can make clips chunk by chunk."""
+    return needs.causal or needs.frame_causal
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,14 @@ class DistillConfig:
     exit: Annotated[str, one_of("turn", "last")] = "turn"
     # chunk: one chunk after another, each through all steps (Self-Forcing)
     schedule: Annotated[str, one_of("chunk")] = "chunk"
-    # late: of one chunk at a time, its past without gradients
-    gradient: Annotated[str, one_of("late")] = "late"
+    # late: of one chunk at a time, its past without gradients | packed: of all chunks of a clip in
+    # one pass, each behind the clean frames before it (Waypoint); for models of attention alone
+    gradient: Annotated[str, one_of("late", "packed")] = "late"
     # keep | replay: the past of each chunk until its gradient, stored or computed again
     history_states: Annotated[str, one_of("keep", "replay")] = "keep"
     context_sigma: NoiseLevel = 0.0  # at which a finished chunk enters the past
-    # condition -> weight of the teacher's guidance: without + weight * (with - without); {}: none
+    # condition -> weight of the teacher's guidance: without + weight * (with - without); {}: none.
+    # context: the other frames of the clip
     guidance: Annotated[dict[str, float], WEIGHTS] = field(default_factory=dict)
     score_sigma: ScoreSigmaConfig = field(default_factory=ScoreSigmaConfig)
     # of the score difference (wm_train/objectives/score_difference.py)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.reference import Kernels
-from parallel.sequence import SequenceShard
+from parallel.sequence import SequenceShard, WholeClip
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import DistillConfig, Turn
 from wm_train.noise import NoiseKey, normal, random_words, unit_interval
@@ -95,6 +95,6 @@ class RoleTurn:
 
     turn: Turn
     distill: DistillConfig
-    sequences: Mapping[str, SequenceShard]
+    sequences: Mapping[str, WholeClip]
     first_latent: Tensor
     kernels: Kernels

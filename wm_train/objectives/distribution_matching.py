@@ -4,8 +4,8 @@ Self-Forcing; SANA-WM §3.1 stage 4 and §5.4).
 Both kinds of turn begin with a rollout of the student up to an exit step that is drawn by the turn.
 In a student's turn the score networks compare the clips at one noise level, and the difference is
 the loss's gradient with respect to the student's clean predictions; it is passed on chunk by chunk
-(`student_rollouts.late`). In a critic's turn the critic learns to denoise the clips, by flow
-matching.
+or in one packed pass (`student_rollouts`). In a critic's turn the critic learns to denoise the
+clips, by flow matching.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parallel.sequence import SequenceShard
+from parallel.sequence import WholeClip
 from parallel.transpose import to_frames
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import CRITIC, STUDENT, TEACHER
@@ -26,7 +26,7 @@ from wm_train.objectives.config import DistributionMatchingConfig
 from wm_train.objectives.score_difference import critic_loss, score_difference, scored_frames
 from wm_train.objectives.score_levels import at_the_clamp, judged
 from wm_train.objectives.student_rollouts import GRADIENTS, make_rollouts
-from wm_train.sampling.guidance import Guidance, guidance_views, guided, velocities
+from wm_train.sampling.guidance import Guidance, guided, guided_passes, velocities
 
 
 def distribution_matching(
@@ -51,12 +51,13 @@ def distribution_matching(
         "sigma": sequence.mean(level, free),
         "clamped": sequence.mean(at_the_clamp(level, distill.score_sigma), free),
     }
-    fake = partial(_velocity, networks[CRITIC], [clips.conditions], sequence, {})
+    fake = partial(_velocity, networks[CRITIC], [clips.conditions], [sequence], {})
     if turn.turn.role == CRITIC:
         loss = critic_loss(fake, clean, noise, level, sequence.mean, scored=scored)
         return ObjectiveOutput(loss, figures)
-    views = guidance_views(clips.conditions, distill.guidance, clips.draws)
-    real = partial(_velocity, networks[TEACHER], views, turn.sequences[TEACHER], distill.guidance)
+    whole = (clips.draws, turn.sequences[TEACHER])
+    passes = guided_passes(clips.conditions, distill.guidance, *whole)
+    real = partial(_velocity, networks[TEACHER], *passes, distill.guidance)
     compared = score_difference(
         clean,
         noise,
@@ -79,10 +80,10 @@ def distribution_matching(
 def _velocity(
     network: WorldModel,
     views: list[Conditions],
-    sequence: SequenceShard,
+    shards: list[WholeClip],
     guidance: Guidance,
     noisy: Tensor,
     level: Tensor,
 ) -> Tensor:
     """Return a network's velocity, guided by its views of the conditions."""
-    return guided(velocities(network, noisy, level, views, [sequence] * len(views)), guidance)
+    return guided(velocities(network, noisy, level, views, shards), guidance)

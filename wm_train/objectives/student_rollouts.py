@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from parallel.layout import FrameRange
-from parallel.transpose import Share, share_of, to_clips
+from parallel.sequence import WholeClip
+from parallel.transpose import Share, share_of, to_clips, to_frames
 from wm_train.conditioning import Conditions
-from wm_train.config.roles import CRITIC, STUDENT, TEACHER
+from wm_train.config.roles import CRITIC, STUDENT, TEACHER, DistillConfig
 from wm_train.models.spec import WorldModel
 from wm_train.objectives.alignment import middle_level, segment_loss
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.score_levels import Judged, turn_choice, turn_share
 from wm_train.sampling.chunks import Beside, ChunkExit, Streams, late_losses, roll_out
 from wm_train.sampling.experts import experts_of
-from wm_train.sampling.guidance import guidance_views
+from wm_train.sampling.guidance import guidance_views, guided_passes
 from wm_train.sampling.levels import sampling_levels
+from wm_train.sampling.packed import behind_clean, packed_losses, row_of
 from wm_train.sampling.steps import Velocity
 
 
@@ -73,10 +75,15 @@ def make_rollouts(student: WorldModel, clips: Clips, turn: RoleTurn) -> Rollouts
         exit=exit_step,
         sampler=distill.sampler,
         context_sigma=distill.context_sigma,
-        keep_history=turn.turn.role == STUDENT and distill.history_states == "keep",
+        keep_history=turn.turn.role == STUDENT and keeps_history(distill),
         kernels=turn.kernels,
     )
     return Rollouts(list(exits), exit_step, share, seen)
+
+
+def keeps_history(distill: DistillConfig) -> bool:
+    """Return whether a student's rollout stores the past of each chunk for its gradient."""
+    return distill.gradient == "late" and distill.history_states == "keep"
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,12 @@ def late(
     figures: dict[str, Tensor] = {}
     beside = None
     if turn.distill.isg:
-        # Each process adds its own chunks or clips; the figures of a group are averaged.
         figures["isg"] = torch.zeros_like(clips.draws, dtype=torch.float32)
-        rows = figures["isg"][share.clips.start : share.clips.stop]
-        group = sequence.comm.members[0].size
-        beside = segment_guidance(networks[TEACHER], clips, turn, made, found, rows, group)
+        own = slice(share.clips.start, share.clips.stop)
+        views = guidance_views(made.conditions, turn.distill.guidance, clips.draws[own])
+        teacher = (experts_of(networks[TEACHER]), views, layout, turn.distill.guidance)
+        loss = segment_guidance(clips, turn, made, found, figures["isg"][own])
+        beside = Beside(Streams(*teacher, turn.kernels), loss)
     pieces = late_losses(
         networks[STUDENT],
         made.exits,
@@ -124,28 +132,67 @@ def late(
     return StudentLosses(pieces, -(-len(made.exits) // share.of), figures)
 
 
-# `late` is named by distill.gradient
-GRADIENTS: dict[str, Callable[..., StudentLosses]] = {"late": late}
-
-
-def segment_guidance(
-    teacher: WorldModel,
+def packed(
+    networks: Mapping[str, WorldModel],
     clips: Clips,
     turn: RoleTurn,
     made: Rollouts,
     found: Judged,
-    rows: Tensor,
-    group: int,
-) -> Beside:
-    """Return intra-segment guidance as a loss beside: the causal teacher sees each chunk of the
-    student with the past that the student has made, guided as in the score difference.
+    g: Tensor,
+) -> StudentLosses:
+    """Return one loss per clip, all of its chunks made again in one pass, split over a sequence
+    group as the score networks are. Arguments as for `late`."""
+    sequence, student = turn.sequences[STUDENT], networks[STUDENT]
+    whole = local_exits(made, sequence)
+    figures: dict[str, Tensor] = {}
+    beside = None
+    if turn.distill.isg:
+        figures["isg"] = torch.zeros_like(clips.draws, dtype=torch.float32)
 
-    rows: [n], to which the loss per clip is added, `group` times.
+        def beside(one: ChunkExit, number: int, flow: Tensor, student: Velocity) -> Tensor:
+            own = slice(number, number + 1)
+            given = (turn.distill.guidance, clips.draws[own], sequence)
+            views, shards = guided_passes(clips.conditions.rows(own), *given)
+            asked = (one, views, shards, turn.distill.guidance)
+            loss = segment_guidance(clips, turn, made, found, figures["isg"][own])
+            return loss(one, flow, student, behind_clean(networks[TEACHER], *asked))
+
+    rows = [row_of(whole, number) for number in range(len(g))]
+    pieces = packed_losses(student, rows, clips.conditions, g, sequence, beside)
+    return StudentLosses(pieces, len(g), figures)
+
+
+def local_exits(made: Rollouts, sequence: WholeClip) -> ChunkExit:
+    """Return the local frames of all clips of the micro-batch at their exit step, in one exchange:
+    the rollouts of whole clips [n, T, …] of each process become [B, t, …]."""
+    exits, channels = made.exits, made.exits[0].clean.shape[2]
+
+    def rows(name: str) -> Tensor:
+        return torch.cat([getattr(one, name) for one in exits], dim=1)
+
+    maps = torch.cat([rows("noisy"), rows("clean"), rows("context")], dim=2)
+    noisy, clean, context = to_frames(sequence, made.share, maps).split(channels, dim=2)
+    local = slice(sequence.frames.start, sequence.frames.stop)
+    levels = (rows(name)[:1, local] for name in ("level", "context_level"))  # equal in all clips
+    level, context_level = (x.expand(len(noisy), -1) for x in levels)
+    given = (noisy, level, exits[0].sigma, clean, None, context, context_level)
+    return ChunkExit(sequence.frames, *given)
+
+
+GRADIENTS: dict[str, Callable[..., StudentLosses]] = {"late": late, "packed": packed}
+
+
+def segment_guidance(
+    clips: Clips, turn: RoleTurn, made: Rollouts, found: Judged, rows: Tensor
+) -> Callable[[ChunkExit, Tensor, Velocity, Velocity], Tensor]:
+    """Return intra-segment guidance as a loss beside, of a chunk or of all local frames of clips:
+    the causal teacher sees what the student made with the past that the student made, guided as in
+    the score difference.
+
+    rows: [n], to which this process's part of the loss per clip is added, times the number of
+    processes that share the clip, as their figures are averaged.
     """
-    distill, layout = turn.distill, turn.sequences[STUDENT].layout
-    own = slice(made.share.clips.start, made.share.clips.stop)
-    views = guidance_views(made.conditions, distill.guidance, clips.draws[own])
-    streams = Streams(experts_of(teacher), views, layout, distill.guidance, turn.kernels)
+    distill, group = turn.distill, turn.sequences[CRITIC].comm.members[0].size
     sigma, following = sampling_levels(distill.levels)[made.exit_step - 1 : made.exit_step + 1]
     share = turn_share(clips.key, "isg/middle", turn.turn.index)
     middle = middle_level(sigma, following, share)
@@ -158,7 +205,7 @@ def segment_guidance(
         rows.add_(each.detach().to(rows.dtype), alpha=group)
         return distill.isg * each.sum()
 
-    return Beside(streams, loss)
+    return loss
 
 
 def _places(chunk: FrameRange, counted: FrameRange) -> slice:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parallel.degrees import MeshDegrees
 from parallel.layout import ClipLayout
-from parallel.sequence import GroupSequence, LocalSequence, SequenceShard
+from parallel.sequence import GroupSequence, LocalSequence, WholeClip
 from parallel.streaming import chunk_starts
 from parallel.virtual import VirtualComm, replicate, run_virtual
 from wm_train.config.curriculum import StagePlan
@@ -96,7 +96,7 @@ def take(
     back-propagate."""
     stage, chunks = plan.config, {STUDENT: plan.config.chunk_frames}
     chunks |= {role: own.chunk_frames for role, own in stage.roles.items()}
-    sequences: dict[str, SequenceShard] = {}
+    sequences: dict[str, WholeClip] = {}
     for role, size in chunks.items():
         layout = ClipLayout(case.frames, chunk_starts=chunk_starts(case.frames, size))
         sequences[role] = (

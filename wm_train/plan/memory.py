@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel.checkpointing import PRODUCTS
 from parallel.layout import ClipLayout
+from parallel.packed import CleanPass
 from parallel.sequence import LocalSequence
 from parallel.sharding import PRECISIONS
 from parallel.zero import BUCKET, SWAP_BUFFERS, SWAP_GROUP
@@ -209,6 +210,17 @@ def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[in
             output = built(latents, sigma, conditions, LocalSequence(ClipLayout(shape.frames)))
         assert output.shape == latents.shape
         return total(), inside
+
+
+@cache
+def clean_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> int:
+    """Return the bytes of the keys and values that a packed pass keeps of clean frames."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        built = _built_in(model, PRECISIONS[precision])
+        clean = CleanPass(LocalSequence(ClipLayout(shape.frames)))
+        latents, sigma, conditions = _inputs(model, shape)
+        built(latents, sigma, conditions, clean)
+        return sum(x.numel() * x.element_size() for pair in clean.kept for x in pair)
 
 
 def _give_back(tensor: Tensor) -> Tensor:

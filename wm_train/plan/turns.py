@@ -2,7 +2,8 @@
 
 All states are there in every turn: weights, optimizer and average of what trains, weights in the
 compute type of what does not. Gradients and saved activations are those of the one network whose
-turn it is: of a student one chunk, at any length of the clip; of a critic its part of the clip. The
+turn it is: of a student one chunk, at any length of the clip, or with `distill.gradient=packed` its
+part of one clip and the keys and values of the clean frames; of a critic its part of the clips. The
 others run without gradients and need room for one block. Not counted: the rollout's latents and the
 past of its chunks, which `distill.history_states=replay` does not keep.
 """
@@ -15,7 +16,7 @@ from dataclasses import replace
 from parallel.sharding import PRECISIONS
 from wm_train.config.roles import STUDENT
 from wm_train.config.schema import StageConfig
-from wm_train.plan.memory import ClipShape, Memory, stage_memory
+from wm_train.plan.memory import ClipShape, Memory, clean_bytes, stage_memory
 
 
 def turn_memory(stage: StageConfig, shape: ClipShape, whole: int, shards: int) -> dict[str, Memory]:
@@ -28,7 +29,13 @@ def turn_memory(stage: StageConfig, shape: ClipShape, whole: int, shards: int) -
         stage.chunk_frames + 1, whole
     )  # a rank makes whole chunks, the first is the longest
     bare = replace(stage, roles={}, distill=None)
-    alone = {STUDENT: stage_memory(bare, replace(shape, frames=chunk), shards)}
+    if stage.distill and stage.distill.gradient == "packed":
+        one_clip = replace(shape, clips=1)
+        student = stage_memory(bare, one_clip, shards)
+        kept = clean_bytes(stage.model, one_clip, stage.parallel.precision)
+        alone = {STUDENT: replace(student, activations=student.activations + kept)}
+    else:
+        alone = {STUDENT: stage_memory(bare, replace(shape, frames=chunk), shards)}
     for role, own in stage.roles.items():
         optimizer = own.optimizer or stage.optimizer
         one = replace(bare, model=own.model, optimizer=optimizer, frozen=())

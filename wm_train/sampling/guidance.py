@@ -15,13 +15,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from parallel.layout import ClipLayout
 from parallel.local_attention import accumulation_dtype
-from parallel.sequence import SequenceShard
+from parallel.sequence import SequenceShard, WholeClip
 from wm_train.conditioning import Conditions, drop_text, replace_text
 from wm_train.sampling.experts import Model
 
 Guidance = Mapping[str, float]
 Shards = Sequence[SequenceShard]
+CONTEXT = "context"
 UNGUIDED: Guidance = MappingProxyType({})
 
 
@@ -38,6 +40,32 @@ def guidance_views(conditions: Conditions, guidance: Guidance, draws: Tensor) ->
     names, everywhere = set(guidance), torch.ones_like(draws, dtype=torch.bool)
     taken = [names, *(names - {name} for name in guidance)]
     return [without(conditions, one, everywhere) for one in taken]
+
+
+def guided_passes(
+    conditions: Conditions, guidance: Guidance, draws: Tensor, sequence: WholeClip
+) -> tuple[list[Conditions], list[WholeClip]]:
+    """Return the conditions of each pass over whole clips, as `guidance_views`, and the shard of
+    each. `CONTEXT` names the other frames as a condition: without it, each frame is a document of
+    its own and attends to itself alone, as the first frame of a clip does in training."""
+    if CONTEXT not in guidance:
+        views = guidance_views(conditions, guidance, draws)
+        return views, [sequence] * len(views)
+    named, everywhere = set(guidance) - {CONTEXT}, torch.ones_like(draws, dtype=torch.bool)
+    alone = sequence.relaid(frames_apart(sequence.layout))
+    bare = without(conditions, named, everywhere)
+    views, shards = [bare], [alone]
+    for name in guidance:
+        seen = bare if name == CONTEXT else without(conditions, named - {name}, everywhere)
+        views.append(seen)
+        shards.append(sequence if name == CONTEXT else alone)
+    return views, shards
+
+
+def frames_apart(layout: ClipLayout) -> ClipLayout:
+    """Return the layout in which each frame is a document of its own."""
+    every = tuple(range(layout.frames))
+    return ClipLayout(layout.frames, every, every, layout.valid_frames)
 
 
 def without(conditions: Conditions, names: AbstractSet[str], where: Tensor) -> Conditions:

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_shards.loading.load import Batch, ClipLoader
 from data_shards.time_layout import time_of
 from parallel.layout import ClipLayout
-from parallel.sequence import SequenceShard, make_sequence
+from parallel.sequence import WholeClip, make_sequence
 from parallel.streaming import chunk_starts
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import STUDENT, Turn
@@ -72,7 +72,7 @@ def open_loader(
     return Feed(loader, data, stage.world, first_step, quarantined, report)
 
 
-def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> SequenceShard:
+def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> WholeClip:
     """Return the sequence shard of this batch: its layout, and this rank's frames. chunk_frames: of
     the network that sees it; None: the stage's own."""
     chunk_frames = stage.config.chunk_frames if chunk_frames is None else chunk_frames

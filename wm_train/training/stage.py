@@ -92,7 +92,8 @@ class Stage:
         if turn.role == CRITIC:
             return rollout + FORWARDS_PER_STEP * flops(CRITIC)
         scores = (1 + len(distill.guidance)) * flops(TEACHER) + flops(CRITIC)
-        return rollout + FORWARDS_PER_STEP * flops(STUDENT) + scores
+        clean = flops(STUDENT) if distill.gradient == "packed" else 0.0  # passed once, for its keys
+        return rollout + FORWARDS_PER_STEP * flops(STUDENT) + clean + scores
 
     def work(self, batch: Batch, turn: Turn) -> dict[str, float]:
         """Count the work of a training step on this batch without padding: `frames` (raw),

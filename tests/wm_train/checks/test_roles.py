@@ -51,6 +51,12 @@ def test_a_sound_stage_has_no_problems(found):
         ({"distill__levels": [1.0, 0.5, 0.9]}, "distill.levels", "fall from 1 to above 0"),
         ({"distill__levels": [1.0, 0.5, 0.0]}, "distill.levels", "fall from 1 to above 0"),
         ({"distill__levels": [0.9, 0.5]}, "distill.levels", "fall from 1 to above 0"),
+        ({"distill__gradient": "packed"}, "distill.gradient", "late with sana_wm"),
+        (
+            {"distill": {**STAGE["distill"], "isg": 0.5, "guidance": {"context": 2.0}}},
+            "distill.gradient",
+            "packed with distill.isg",
+        ),
         ({"turns": "CXS"}, "turns", "each S (student) or C (critic)"),
         ({"turns": "CC"}, "turns", "student (S) has none"),
         ({"turns": "S"}, "turns", "critic (C) has none"),

@@ -1,5 +1,5 @@
 """Turns of several networks on two processes, FSDP2 over both: data parallel and as a sequence
-group, from the start and from inside a cycle."""
+group, from the start and from inside a cycle; Waypoint's recipe with its tied parameters, too."""
 
 from __future__ import annotations
 
@@ -65,3 +65,30 @@ def test_two_processes_take_the_turns_of_one(on_ranks, source, alone, tmp_path, 
         on_ranks(folder, 2 if first else 1, f"{LONG}steps=3", *first)
     on_ranks(folder, 2 if second else 1, *second)
     assert losses(folder) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.full
+def test_two_processes_take_waypoints_turns_as_one(
+    worker_config, run_ranks, distilled_waypoint, tmp_path
+):
+    """Its tied projections sharded, packed passes and score networks split over two processes, or a
+    clip for each; losses of a cycle within 1e-6."""
+
+    def train(folder, count, settings):
+        config = worker_config(folder, *settings)
+        run_ranks(count, "-m", "wm_train.worker", "--config", config, timeout=400)
+
+    train(tmp_path / "source", 1, distilled_waypoint.source)
+    found = {}
+    for name, count, mesh in (
+        ("one", 1, ()),
+        ("cp", 2, ("parallel.cp=2",)),
+        ("ring", 2, ("parallel.ring=2",)),
+        ("fsdp", 2, ("parallel.cp=1",)),
+    ):
+        shutil.copytree(tmp_path / "source", tmp_path / name)
+        train(tmp_path / name, count, (*distilled_waypoint.stage, f"{LONG}steps=4", *mesh))
+        found[name] = losses(tmp_path / name)
+    assert len(found["one"]) == 4
+    for name in ("cp", "ring", "fsdp"):
+        assert found[name] == pytest.approx(found["one"], rel=1e-6), name

@@ -63,6 +63,8 @@ class WaypointConfig(ModelConfig):
             control_width=self.controls,
             # of the released width the weights may be the released ones: each column has its place
             control_names=names if self.controls == RELEASED_CONTROLS else (),
+            frame_causal=True,
+            attention_only=True,
         )
 
     def is_global(self, block: int) -> bool:

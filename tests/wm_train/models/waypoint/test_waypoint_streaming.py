@@ -125,7 +125,7 @@ def beside(clean, noisy):
 
 
 def sees_copies(allowed):
-    """Which copies a block of the formulas sees, from which frames it sees, by the public rule."""
+    """Turn the frames that a block of the formulas sees into copies, by the public rule."""
 
     def of_block(block):
         once = allowed(block)
