@@ -14,6 +14,12 @@ from launch.inline import free_port
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what plans rehearse for the session, and nothing in the user's home."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """run_ranks(count, *command, path=folders): run `python <command>` as `count` ranks with the

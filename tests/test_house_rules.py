@@ -93,13 +93,13 @@ VERBS = """
 Add Align Apply Ask Attend Average Begin Broadcast Build Call Check Choose Close Combine Commit
 Compare Compile Compose Compute Concatenate Configure Convert Convolve Copy Count Create Crop
 Decay Declare Decode Define Delete Describe Detect Divide Draw Drop Embed Encode End Estimate
-Evaluate Exchange Fill Find Flush Format Freeze Gather Generate Guide Handle Hash Hold Identify
-Import Initialise Interleave Invert Iterate Join Judge Let List Load Locate Lock Make Map Match
-Measure Merge Move Multiply Name Note Open Order Pad Parse Pass Pick Plan Predict Print Profile
-Project Prove Provide Raise Read Record Refuse Remove Replace Report Reset Restore Resume Return
-Rewind Roll Rotate Round Run Sample Save Scale Score Seed Select Send Set Share Skip Sort Split
-Stack Start Step Stop Store Sum Summarise Support Take Test Train Transform Turn Update Use Wait
-Wrap Write Yield
+Evaluate Exchange Fill Find Flush Follow Forget Format Freeze Gather Generate Guide Handle Hash
+Hold Identify Import Initialise Interleave Invert Iterate Join Judge Keep Let List Load Locate
+Lock Make Map Match Measure Merge Move Multiply Name Note Open Order Pad Parse Pass Pick Plan
+Predict Print Profile Project Prove Provide Raise Read Record Refuse Rehearse Remove Replace
+Report Reset Restore Resume Return Rewind Roll Rotate Round Run Sample Save Scale Score Seed
+Select Send Set Share Skip Sort Split Stack Start Step Stop Store Sum Summarise Support Take
+Test Trace Train Transform Turn Update Use Wait Wrap Write Yield
 """
 COLUMNS = 100
 VENDORS = re.compile(

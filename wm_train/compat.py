@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-# Computes shapes without storage; torch exports it from no public module. torch 2.10 to 2.13.
+# Computes shapes without storage, and raises the first where a value is read; torch exports them
+# from no public module. torch 2.10 to 2.13.
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException as DataDependentOutputException,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+# A store for process groups of the back end "fake", which answer collectives without other
+# processes; importing it registers that back end. torch 2.10 to 2.13.
+from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
+
 # Calls of operators, seen from within a `with` block. torch 2.10 to 2.13.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# The tensors in nested results of an operator. torch 2.10 to 2.13.
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 
 def local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -94,6 +94,11 @@ class ModelConfig(Named):
         """Return the model's facts for other modules."""
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
 
+    def blocks(self) -> tuple[int, int]:
+        """Return the number of blocks, key `depth`, and after how many of them their kinds repeat;
+        (0, 0) without such a key: a plan then rehearses the whole model."""
+        return 0, 0
+
     def other_shapes(self, other: ModelConfig) -> list[str]:
         """Return the keys in which two models differ such that their parameters may not be the
         same, "name" alone where they are of two kinds."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from parallel.halo import Taps
 from parallel.reference import REFERENCE, Kernels, Stream
 from wm_train.kernels.attention.choose import with_attention
-from wm_train.kernels.engine import HEAD_DIMS, resolve
+from wm_train.kernels.engine import HEAD_DIMS, rehearsed_device, resolve
 from wm_train.kernels.gdn import reference
 from wm_train.kernels.names import ENGINES
 from wm_train.kernels.trial import trusted
@@ -205,6 +205,15 @@ def recurrences(engine: str, settings: ScanSettings | None = None) -> dict[str, 
     }
 
 
+def forget_tables() -> None:
+    """Forget the small tables that kernels keep from call to call, as in a rehearsal they were made
+    without storage."""
+    from wm_train.kernels.gdn import convolution, scan
+
+    for table in (convolution.seen_table, scan.edge_table, scan.pass_table):
+        table.cache_clear()
+
+
 def _scan(
     engine: str, fused: Callable[..., Any], plain: Callable[..., Any], stream: Stream, *rest: Any
 ) -> Any:
@@ -220,6 +229,8 @@ def engine_for(engine: str, kind: str, tensor: Tensor, head_dim: int) -> str:
     """Call `resolve` for the device and dtype of a tensor; unless asked for by name, kernels must
     first pass their trial there."""
     device = tensor.device
+    if stands_for := rehearsed_device():
+        return resolve(engine, kind, *stands_for, tensor.dtype, head_dim)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     answer = resolve(engine, kind, device.type, capability, tensor.dtype, head_dim)
     if engine == "auto" and answer == "triton":

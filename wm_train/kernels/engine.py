@@ -10,7 +10,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -23,6 +27,41 @@ KINDS = (
 FP32_TOKEN_DIM = 64  # largest D for which fp32 operands fit the shared memory
 HEAD_DIMS = (16, 128)  # Triton tiles pad D to a power of two and must fit a multiprocessor
 log = logging.getLogger("wm_train.kernels")
+
+Capability = tuple[int, int] | None
+_stands_for: ContextVar[tuple[str, Capability] | None] = ContextVar("stands_for", default=None)
+
+
+@contextmanager
+def rehearsed(
+    device_type: str, capability: Capability, launched: Callable[[str], object]
+) -> Iterator[None]:
+    """Choose engines as on a device that is not here, and launch no kernel: for tensors without
+    storage, which stand for tensors there. launched: called with the name of each kernel."""
+    before = _stands_for.set((device_type, capability))
+    try:
+        if importlib.util.find_spec("triton") is None:
+            yield
+            return
+        from triton.runtime.jit import JITFunction
+
+        original = JITFunction.run
+
+        def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            launched(kernel.fn.__name__)
+
+        JITFunction.run = run
+        try:
+            yield
+        finally:
+            JITFunction.run = original
+    finally:
+        _stands_for.reset(before)
+
+
+def rehearsed_device() -> tuple[str, Capability] | None:
+    """Return the device that tensors stand for inside `rehearsed`, None outside."""
+    return _stands_for.get()
 
 
 def interpreted() -> bool:

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
@@ -34,6 +35,17 @@ def _cpu_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 OPERATORS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+
+
+def operator_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return the FLOPs of one call of an operator, 0 for those that torch's table leaves out."""
+    packet: Any = getattr(func, "_overloadpacket", None)
+    formula = OPERATORS.get(packet) or flop_registry.get(packet)
+    if formula is None:
+        return 0
+    if packet in OPERATORS:
+        args = [x.shape if isinstance(x, Tensor) else x for x in args]
+    return int(formula(*args, **kwargs, out_val=out))
 
 
 @cache

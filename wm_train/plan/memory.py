@@ -1,4 +1,5 @@
-"""Predict the bytes that one rank of a stage will hold, by running the real model without storage.
+"""Predict the bytes that one rank of a stage will hold, by formula: what is on the host and the
+disk, and where no step can be rehearsed (`wm_train/plan/rehearsal.py`), what is on the device.
 
 Weights, optimizer and average are counted from the objects that the trainer builds; activations are
 the tensors that autograd keeps of the real forward pass. Blocks repeat, so one block of each kind
@@ -84,8 +85,11 @@ class Memory:
         return {name: getattr(self, name) for name in names}
 
 
-def stage_memory(stage: StageConfig, shape: ClipShape, shards: int) -> Memory:
-    """Return the memory of one rank when the stage's model is sharded over `shards` ranks.
+def stage_memory(
+    stage: StageConfig, shape: ClipShape, shards: int, with_activations: bool = True
+) -> Memory:
+    """Return the memory of one rank when the stage's model is sharded over `shards` ranks; without
+    activations, which take long to count, these are 0.
 
     Raises ValueError for a pattern of `frozen` without a match. Weights, gradients, optimizer and
     average are fp32 and sharded; `gathered` holds two units and all parameters outside units, in
@@ -127,7 +131,7 @@ def stage_memory(stage: StageConfig, shape: ClipShape, shards: int) -> Memory:
         largest = max(p.numel() for p in parameters.values())
         weights = width * count // shards
         optimizer_bytes = SWAP_BUFFERS * 4 * min(trained, SWAP_GROUP * shards + largest) // shards
-    kept, busy = activation_bytes(model, shape, precision)
+    kept, busy = activation_bytes(model, shape, precision) if with_activations else (0, 0)
     return Memory(
         parameters=count,
         trained=trained,

@@ -1,9 +1,9 @@
 """Plan every selected stage before anything is started: `python -m wm_train.plan experiment=demo`.
 
-It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: frame
-sizes come from the data set, or from --latent where the data is elsewhere. It prints shapes,
-parameters, inheritance, mesh and memory, but no time yet. Every pool is planned with its own
-overrides; pool=<name> selects one of them.
+It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: a step
+is rehearsed on shapes alone. Frame sizes come from the data set, or from --latent where the data is
+elsewhere. It prints shapes, parameters, inheritance, mesh and memory, but no time yet. Every pool
+is planned with its own overrides; pool=<name> selects one of them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_shards.time_layout import Layout, TimeLayout, layout_of_frames, time_of
+from data_shards.time_layout import time_of
 from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
 from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
@@ -25,29 +24,13 @@ from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
+from wm_train.plan.frame import Frame
 from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
-    from wm_train.plan.memory import ClipShape, Memory
+    from wm_train.plan.memory import Memory
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Describe a latent frame and its step in time."""
-
-    channels: int
-    height: int
-    width: int
-    temporal_stride: int
-    layout: Layout | None = None  # None: the one that a stage's frames fit
-
-    def time(self, raw_frames: int) -> TimeLayout:
-        """Return which raw frames each latent encodes, in a stage of clips of so many."""
-        if self.layout is None:
-            return layout_of_frames(raw_frames, self.temporal_stride)
-        return TimeLayout(self.temporal_stride, self.layout)
 
 
 @clean_output()
@@ -71,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--memory", type=float, metavar="GIB", help="memory of one device; says which stages fit"
     )
     parser.add_argument(
+        "--device",
+        metavar="KIND",
+        default="",
+        help="device whose kernels run, as backend.name; the default is what the stage will find",
+    )
+    parser.add_argument(
         "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for wm_train.launch")
@@ -84,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_demo(options.overrides):
             print(DEMO_LINE)
         overrides = [*with_demo(options.overrides), *elsewhere]
+        check_device(options.device)
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
         problems = [
@@ -99,31 +89,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pool, run in pools.items():
         for idle in name_pool(warnings_of(plan_stages(run)), pool):
             print(f"warning: {idle}", file=sys.stderr)
-    return print_pool_plans(pools, frames, options.memory)
+    return print_pool_plans(pools, frames, options.memory, options.device)
+
+
+def check_device(kind: str) -> None:
+    """Raise ConfigError for a kind of device that no plan can stand for."""
+    if not kind:
+        return
+    from wm_train.backends.absent import KINDS
+
+    if kind not in KINDS:
+        rule = f"one of {', '.join(KINDS)}"
+        raise ConfigError([Problem("--device", kind, rule, f"--device {next(iter(KINDS))}")])
 
 
 def print_pool_plans(
-    pools: Mapping[str, RunConfig], frames: Mapping[str, Frame], device_gib: float | None = None
+    pools: Mapping[str, RunConfig],
+    frames: Mapping[str, Frame],
+    device_gib: float | None = None,
+    device: str = "",
 ) -> int:
     """Print the plan of every pool under its name, and the workers of all pools, which train at
-    once."""
+    once. device: type of the device, "": the likely one."""
     codes = []
     for pool, run in pools.items():
         if pool:
             selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
             ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
-        codes.append(print_stage_plans(run, frames[pool], device_gib))
+        codes.append(print_stage_plans(run, frames[pool], device_gib, device))
     if len(pools) > 1:
         print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
     return 2 if 2 in codes else max(codes)
 
 
-def print_stage_plans(run: RunConfig, frame: Frame, device_gib: float | None = None) -> int:
+def print_stage_plans(
+    run: RunConfig, frame: Frame, device_gib: float | None = None, device: str = ""
+) -> int:
     """Print the plans of a run's stages; report parameter names that do not match as mistakes of
     the configuration: exit code 2."""
     try:
-        return _print_stages(run, frame, device_gib)
+        return _print_stages(run, frame, device_gib, device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -178,11 +184,15 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
     return frame
 
 
-def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None) -> int:
+def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None, device: str) -> int:
     """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
+    from wm_train.backends.absent import likely_kind
+    from wm_train.plan.device_memory import turn_memories_of
+
     code = 0
     for plan in plan_stages(run):
-        turns, shape = turn_memories_of(plan, frame)
+        half = plan.config.parallel.precision != "fp32"
+        turns, shape = turn_memories_of(plan, frame, device or likely_kind(plan.backend.name, half))
         memory = max(turns.values(), key=lambda one: one.device)
         print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
         for line in [*role_lines(plan), *job_lines(plan, frame)]:
@@ -222,6 +232,7 @@ def role_lines(plan: StagePlan) -> list[str]:
 
 def job_lines(plan: StagePlan, frame: Frame) -> list[str]:
     """Return a line about the data job that the stage begins with, if it has one."""
+    from wm_train.plan.device_memory import clip_shape
     from wm_train.plan.turns import job_memory
 
     job, source = plan.config.trajectories, plan.teacher_source
@@ -234,42 +245,6 @@ def job_lines(plan: StagePlan, frame: Frame) -> list[str]:
         f"  begins with trajectories of {job.clips or 'all'} clips by the teacher of"
         f" {source.stage or source.checkpoints}, about {passes} passes a clip: {_sizes(memory)}"
     ]
-
-
-def turn_memories_of(
-    plan: StagePlan, frame: Frame
-) -> tuple[dict[str, Memory], tuple[int, int, int]]:
-    """Return the memory of one rank in a turn of each trained network, by role, and its (clips,
-    latent frames, latent frames of the whole clip)."""
-    from wm_train.plan.memory import stage_memory
-    from wm_train.plan.turns import turn_memory
-
-    stage, (shape, sizes) = plan.config, clip_shape(plan, frame)
-    shards = plan.launcher.workers // stage.parallel.dp_replicate
-    if stage.roles:
-        return turn_memory(stage, shape, sizes[2], shards), sizes
-    return {STUDENT: stage_memory(stage, shape, shards)}, sizes
-
-
-def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int, int]]:
-    """Return what one rank holds of clips at once, and that as (clips, latent frames, latent frames
-    of the whole clip). Raises ConfigError for frames that do not fill latents."""
-    from parallel.layout import split_evenly
-    from wm_train.plan.memory import ClipShape
-
-    stage, workers = plan.config, plan.launcher.workers
-    time = frame.time(stage.frames)
-    if not time.fits(stage.frames):
-        key = f"recipe.stages.{plan.stage}.frames"
-        fix = f"{key}={time.nearest(stage.frames)}"
-        raise ConfigError([Problem(key, str(stage.frames), f"{time.rule} of the latents", fix)])
-    whole = time.latents(stage.frames)
-    size = sequence_size(stage.parallel)
-    clips = -(-stage.global_batch * size // (workers * stage.trainer.accumulate))
-    held = len(split_evenly(whole, size)[0])
-    sides = (frame.channels, frame.height, frame.width)
-    shape = ClipShape(clips, held, *sides, frame.temporal_stride, grouped=time.layout == "grouped")
-    return shape, (clips, held, whole)
 
 
 def inheritance(run: RunConfig, plan: StagePlan) -> str:

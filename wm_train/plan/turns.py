@@ -19,8 +19,11 @@ from wm_train.config.schema import StageConfig
 from wm_train.plan.memory import ClipShape, Memory, clean_bytes, stage_memory
 
 
-def turn_memory(stage: StageConfig, shape: ClipShape, whole: int, shards: int) -> dict[str, Memory]:
-    """Return the memory of one rank in a turn of each trained network, by role.
+def turn_memory(
+    stage: StageConfig, shape: ClipShape, whole: int, shards: int, with_activations: bool = True
+) -> dict[str, Memory]:
+    """Return the memory of one rank in a turn of each trained network, by role; with_activations as
+    for `stage_memory`.
 
     shape: the part of a clip that score networks hold on a rank; whole: latent frames of a clip;
     shards: over how many ranks each network is sharded. Raises ValueError as `stage_memory` does.
@@ -29,17 +32,19 @@ def turn_memory(stage: StageConfig, shape: ClipShape, whole: int, shards: int) -
         stage.chunk_frames + 1, whole
     )  # a rank makes whole chunks, the first is the longest
     bare = replace(stage, roles={}, distill=None)
-    if stage.distill and stage.distill.gradient == "packed":
+    if stage.distill and stage.distill.gradient == "packed" and with_activations:
         one_clip = replace(shape, clips=1)
         student = stage_memory(bare, one_clip, shards)
         kept = clean_bytes(stage.model, one_clip, stage.parallel.precision)
         alone = {STUDENT: replace(student, activations=student.activations + kept)}
     else:
-        alone = {STUDENT: stage_memory(bare, replace(shape, frames=chunk), shards)}
+        alone = {
+            STUDENT: stage_memory(bare, replace(shape, frames=chunk), shards, with_activations)
+        }
     for role, own in stage.roles.items():
         optimizer = own.optimizer or stage.optimizer
         one = replace(bare, model=own.model, optimizer=optimizer, frozen=())
-        alone[role] = stage_memory(one, shape, shards)
+        alone[role] = stage_memory(one, shape, shards, with_activations)
         if own.optimizer is None:
             width = PRECISIONS[stage.parallel.precision].itemsize
             alone[role] = _frozen(alone[role], width, shards)

@@ -26,14 +26,16 @@ from wm_train.world import World
 Report = Callable[[str], None]
 
 
-def build_networks(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> TrainState:
+def build_networks(
+    plan: StagePlan, mesh: DeviceMesh, device: torch.device, filled: bool = True
+) -> TrainState:
     """Build the student's state, with the other networks of the stage in it; those that do not
-    train are empty until `load_frozen`."""
-    state = build_state(plan, mesh, device)
+    train are empty until `load_frozen`. filled: as for `build_state`."""
+    state = build_state(plan, mesh, device, filled)
     trained, frozen = {}, {}
     for role, own in plan.config.roles.items():
         if own.optimizer:
-            trained[role] = build_state(plan.of_role(role), mesh, device)
+            trained[role] = build_state(plan.of_role(role), mesh, device, filled)
         else:
             frozen[role] = build_for_evaluation(plan.of_role(role), mesh, device).model
     return replace(state, roles=trained, frozen=frozen)

@@ -179,18 +179,22 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def build_state(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> TrainState:
+def build_state(
+    plan: StagePlan, mesh: DeviceMesh, device: torch.device, filled: bool = True
+) -> TrainState:
     """Build the model, sharded before it is filled, so that no rank ever holds all of it. Weights
-    come from the seed and each parameter's name."""
+    come from the seed and each parameter's name; filled=False leaves them as they are, for a
+    rehearsal on tensors without storage."""
     config = plan.config.optimizer
     if plan.config.parallel.sharding == "zero3":
         assert isinstance(config, AdamWConfig), "checked before the start: on_zero3()"
         return _build_zero3(plan, config, mesh)
-    with torch.device("meta"):
+    with torch.device("meta" if filled else device):
         model = build_model(plan.config.model)
     prepare(model, plan)
     _shard_empty(model, plan, mesh, device)
-    initialise_(model, plan.seed)
+    if filled:
+        initialise_(model, plan.seed)
     state = TrainState(model, builder(config)(model, config), {})
     return replace(state, ema=ema_start(model, state.weights())) if config.ema_decay else state
 
@@ -198,14 +202,16 @@ def build_state(plan: StagePlan, mesh: DeviceMesh, device: torch.device) -> Trai
 def _shard_empty(
     model: WorldModel, plan: StagePlan, mesh: DeviceMesh, device: torch.device
 ) -> None:
-    """Shard a model on meta and give this rank's shards empty storage, on the host with offload."""
+    """Shard a model; if it is on meta, give this rank's shards empty storage, on the host with
+    offload."""
     units = list(model.units())
     offload = plan.config.parallel.offload_state != "none"
     if plan.config.parallel.compile:
         compile_blocks(units)
     precision = plan.config.parallel.precision
     shard_model(model, units, mesh, precision, offload, model.exact_units())
-    model.to_empty(device=torch.device("cpu") if offload else device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=torch.device("cpu") if offload else device)
 
 
 @dataclass(frozen=True)

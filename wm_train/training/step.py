@@ -142,6 +142,19 @@ def gradients(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> dict
 
     A clip split over P ranks contributes 1/P on each.
     """
+    measured = add_gradients(stage, state, batch, turn)
+    # One transfer a step, as each waits for the device; fp64 sums on the host, as some devices
+    # have no fp64.
+    rows = torch.stack(list(measured.values())).cpu().tolist()
+    size = stage.mesh.sequence_size
+    return {name: sum(row) / size for name, row in zip(measured, rows, strict=True)}
+
+
+def add_gradients(
+    stage: Stage, state: TrainState, batch: Batch, turn: Turn
+) -> dict[str, torch.Tensor]:
+    """Add the gradients of this rank's clips to the network whose turn it is; return loss and
+    metrics of each, fp32 [b] on the device."""
     active, clips = state.of(turn.role), stage.config.global_batch
     columns: list[torch.Tensor] = []  # [metrics, b] of each micro-batch
     names: list[str] = []
@@ -158,11 +171,7 @@ def gradients(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> dict
             metrics |= {f"{DIRECTION}{c}": x for c, x in enumerate(output.direction.unbind(1))}
         names = list(metrics)
         columns.append(torch.stack([value.detach().float() for value in metrics.values()]))
-    # One transfer a step, as each waits for the device; fp64 sums on the host, as some devices
-    # have no fp64.
-    rows = torch.cat(columns, dim=1).cpu().tolist()
-    size = stage.mesh.sequence_size
-    return {name: sum(row) / size for name, row in zip(names, rows, strict=True)}
+    return dict(zip(names, torch.cat(columns, dim=1), strict=True))
 
 
 def kept_activations(stage: Stage) -> AbstractContextManager[object]:

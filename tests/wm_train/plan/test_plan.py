@@ -13,10 +13,11 @@ from wm_train.config.schema import ParallelConfig, StageConfig
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
 from wm_train.optim.config import AdamWConfig
-from wm_train.plan import memory
+from wm_train.plan import device_memory, memory
 from wm_train.plan.report import main
 
 SMALL = SanaWMConfig(width=32, heads=2, depth=4, latent_channels=8)
+SHALLOW = ["model.depth=2", "model.softmax_every=2"]
 SHAPE = memory.ClipShape(clips=2, frames=3, channels=8, height=4, width=6, temporal_stride=8)
 
 
@@ -104,7 +105,7 @@ def test_states_are_counted_from_the_objects_that_training_builds(name):
 
 
 def test_the_command_prints_every_stage_and_says_what_does_not_fit(capsys):
-    stages = ["experiment=demo", "recipe=demo", "--latent", "24x7x10/8"]
+    stages = ["experiment=demo", "recipe=demo", "--latent", "24x7x10/8", *SHALLOW]
     assert main([*stages, "--memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "stage 1 short: 41 frames = 6 latent frames" in out
@@ -125,7 +126,8 @@ def test_each_stage_is_planned_with_its_own_mesh_precision_gate_and_inheritance(
         "recipe.stages.long.frozen=['blocks.0.*']",
         "recipe.stages.long.reinitialise=['final_layer.*']",
     ]
-    assert main(["experiment=demo", "recipe=demo", "--latent", "24x7x10/8", *long, *names]) == 0
+    demo = ["experiment=demo", "recipe=demo", "--latent", "24x7x10/8", *SHALLOW]
+    assert main([*demo, *long, *names]) == 0
     short, long = capsys.readouterr().out.split("stage 2 long: ")
     assert "2 workers = 2 data parallel x 1 sequence parallel" in short
     assert "2 workers = 1 data parallel x 2 sequence parallel" in long
@@ -157,6 +159,7 @@ POOLS = [
 
 
 def test_every_pool_is_planned_with_its_own_overrides_mesh_and_noise(capsys, monkeypatch):
+    monkeypatch.setattr(device_memory, "rehearsals_of", lambda *_: {})
     monkeypatch.setattr(
         memory,
         "activation_bytes",

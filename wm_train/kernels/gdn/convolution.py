@@ -38,7 +38,7 @@ class Convolution(torch.autograd.Function):
         b, total, s, c = extended.shape
         kernel = weight.shape[-1]
         frames = total - 2 * kernel + 2
-        ctx.seen = _table(seen or ((0, 2 * kernel - 1),) * frames, extended.device)
+        ctx.seen = seen_table(seen or ((0, 2 * kernel - 1),) * frames, extended.device)
         out = torch.empty(b, frames, s, c, dtype=extended.dtype, device=extended.device)
         rstd = torch.empty(b * frames * s, dtype=torch.float32, device=extended.device)
         convolution_kernel[(b * frames * triton.cdiv(s, ROWS),)](
@@ -68,7 +68,7 @@ class Convolution(torch.autograd.Function):
 
 
 @lru_cache(maxsize=256)
-def _table(seen: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+def seen_table(seen: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return visible taps as int32 [t, 2] on the device."""
     return torch.tensor(seen, dtype=torch.int32, device=device)
 

@@ -115,7 +115,7 @@ def _segments(programs: int, frames: int, device: torch.device) -> int:
 
 
 @lru_cache(maxsize=256)
-def _edge_table(cuts: Cuts, device: torch.device) -> Tensor:
+def edge_table(cuts: Cuts, device: torch.device) -> Tensor:
     """Return int8 [3, t]: open edges forward, open edges reverse, and ones."""
     return torch.tensor(
         [cuts.forward, cuts.reverse, (True,) * len(cuts.forward)], dtype=torch.int8, device=device
@@ -123,7 +123,7 @@ def _edge_table(cuts: Cuts, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _pass_table(cuts: Cuts, segment: int, adjoint: bool, device: torch.device) -> Tensor:
+def pass_table(cuts: Cuts, segment: int, adjoint: bool, device: torch.device) -> Tensor:
     """Return int8 [2, parts]: which segments pass a value on, forward and backward in time.
 
     Adjoints go the opposite way in each direction.
@@ -209,7 +209,7 @@ def _enter(
     if plan.parts == 1:
         return start, start_back, None
     composite, ahead, back = _composites(stream, cuts, reverse, plan, edges)
-    passes = _pass_table(cuts, plan.segment, False, edges.device)
+    passes = pass_table(cuts, plan.segment, False, edges.device)
     return *_compose(composite, ahead, back, start, start_back, passes, plan), composite
 
 
@@ -269,7 +269,7 @@ def local_states(
     """Return states [B, t, H, E, D] and F after the last frame [B, H, E, D]; as
     `parallel.reference.local_states`."""
     plan, stream = _plan(stream, settings), _contiguous(stream)
-    edges = _edge_table(cuts, stream.update.device)
+    edges = edge_table(cuts, stream.update.device)
     start, start_back, _ = _enter(stream, cuts, reverse, plan, start_forward, start_reverse, edges)
     states, _, final = _states(stream, edges, reverse, plan, start, start_back, seen=False)
     return states, final
@@ -282,7 +282,7 @@ def local_composites(
     `parallel.reference.local_composites`."""
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
     composite, ahead, back = _composites(
-        stream, cuts, reverse, plan, _edge_table(cuts, stream.update.device)
+        stream, cuts, reverse, plan, edge_table(cuts, stream.update.device)
     )
     return composite[0], ahead[0], None if reverse is None else back[0]
 
@@ -297,7 +297,7 @@ def local_adjoint_composites(
     """Return the adjoints that leave the local frames when none enters, [B, H, E, D] each; as
     `parallel.reference.local_adjoint_composites`."""
     plan, stream = _plan(stream, settings._replace(segments=1)), _contiguous(stream)
-    edges = _edge_table(cuts, stream.update.device)
+    edges = edge_table(cuts, stream.update.device)
     _, _, left, right = _adjoint(
         stream, grads.float().contiguous(), edges, reverse, plan, None, None, keep=False
     )
@@ -319,7 +319,7 @@ def local_adjoint(
     `parallel.reference.local_adjoint`. The states are computed again."""
     plan, stream = _plan(stream, settings), _contiguous(stream)
     grads = grads.float().contiguous()
-    edges = _edge_table(cuts, stream.update.device)
+    edges = edge_table(cuts, stream.update.device)
     start, start_back, composite = _enter(
         stream, cuts, reverse, plan, start_forward, start_reverse, edges
     )
@@ -332,7 +332,7 @@ def local_adjoint(
         _, _, to_left, to_right = _adjoint(
             stream, grads, edges, reverse, plan, None, None, keep=False
         )
-        passes = _pass_table(cuts, plan.segment, True, edges.device)
+        passes = pass_table(cuts, plan.segment, True, edges.device)
         left, right = _compose(composite, to_right, to_left, left, right, passes, plan)
     toward, back, to_left, _ = _adjoint(stream, grads, edges, reverse, plan, right, left, keep=True)
     assert toward is not None

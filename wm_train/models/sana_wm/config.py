@@ -61,6 +61,10 @@ class SanaWMConfig(ModelConfig):
             softmax=0 < self.softmax_every <= self.depth,
         )
 
+    def blocks(self) -> tuple[int, int]:
+        """Return the number of blocks, and after how many of them their kinds repeat."""
+        return self.depth, self.softmax_every or 1
+
     def problems(self) -> Iterator[Problem]:
         """Yield a width that does not split into heads: UCPE rotates a head in groups of eight,
         time in pairs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Annotated, ClassVar
 
 from wm_train.config.kinds import ModelConfig, Needs
@@ -74,6 +75,10 @@ class WaypointConfig(ModelConfig):
     def is_fused(self, block: int) -> bool:
         """Return whether a block takes in the controls."""
         return self.controls > 0 and block % self.fusion_every == 0
+
+    def blocks(self) -> tuple[int, int]:
+        """Return the number of blocks, and after how many of them their kinds repeat."""
+        return self.depth, lcm(self.fusion_every if self.controls else 1, self.global_every or 1)
 
     def problems(self) -> Iterator[Problem]:
         """Yield a width that does not split into heads, heads that do not split into groups, and

@@ -1,0 +1,159 @@
+"""Compare the planned memory of a step with that of real steps on real processes.
+
+    python benchmarks/planned_memory.py --seed 21 --count 12
+
+Configurations are drawn by the seed: sizes, mesh, precision, recomputation, optimizer, turns of a
+distillation. The truth is what tensors hold at the start of the third step and the events of the
+allocator in it, of the rank that holds most; the plan is a rehearsal of the first rank alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import warnings
+from multiprocessing.managers import DictProxy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from launch.inline import free_port
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import StagePlan, plan_stages
+from wm_train.config.roles import STUDENT, Turn
+from wm_train.plan.depth import rehearse_deep
+from wm_train.plan.frame import Frame
+from wm_train.plan.rehearsal import example_batch, open_shapes, state_tensors
+from wm_train.training.networks import build_networks
+from wm_train.training.step import add_gradients
+from wm_train.world import World
+
+FRAME = Frame(channels=24, height=8, width=8, temporal_stride=8)
+STEPS = 3
+MESHES = (
+    ["launcher.workers=1"],
+    ["launcher.workers=2"],
+    ["launcher.workers=2", "parallel.cp=2"],
+    ["launcher.workers=2", "parallel.cp=2", "parallel.ulysses=1", "parallel.ring=2"],
+    ["launcher.workers=4", "parallel.cp=4", "parallel.ulysses=2", "parallel.ring=2"],
+    ["launcher.workers=4", "parallel.cp=2"],
+    ["launcher.workers=4", "parallel.dp_replicate=2"],
+)
+FIRST = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere"]
+TURNS = ["experiment=demo", "recipe=sana_wm_distill", "stage=7", "data.path=elsewhere"]
+
+
+def draw(seed: int, count: int) -> list[tuple[str, list[str]]]:
+    """Return roles and overrides of `count` configurations; every sixth is a turn of a
+    distillation."""
+    generator, drawn = random.Random(seed), []
+    for number in range(count):
+        pick = generator.choice
+        words = [
+            f"model.width={pick([64, 96, 128])}",
+            f"model.depth={pick([4, 6, 8])}",
+            f"model.softmax_every={pick([2, 4])}",
+            f"model.activation_checkpointing={pick(['none', 'block', 'block', 'selective'])}",
+            f"parallel.precision={pick(['fp32', 'bf16'])}",
+            *pick(MESHES),
+        ]
+        if number % 6 == 5:
+            drawn.append((pick([STUDENT, "critic"]), [*TURNS, *words]))
+            continue
+        stage = "recipe.stages.short"
+        words += [
+            f"{stage}.frames={pick([25, 41, 57])}",
+            f"{stage}.global_batch={pick([4, 8])}",
+            f"{stage}.optimizer.name={pick(['adamw', 'normuon'])}",
+            f"trainer.accumulate={pick([1, 1, 2])}",
+        ]
+        drawn.append((STUDENT, [*FIRST, *words]))
+    return drawn
+
+
+def plan_of(words: list[str]) -> StagePlan:
+    return plan_stages(compose(words))[0]
+
+
+def measure(rank: int, words: list[str], role: str, port: int, peaks: DictProxy[int, int]) -> None:
+    """Take real steps as one rank, and note the most bytes that it held in the last."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    plan = plan_of(words)
+    dist.init_process_group("gloo", rank=rank, world_size=plan.launcher.workers)
+    stage = open_shapes(plan, FRAME, World(rank, plan.launcher.workers))
+    state = build_networks(plan, stage.mesh.fsdp, stage.backend.device)
+    batch = example_batch(stage, FRAME)
+    inputs = [batch.latents, batch.draws, *batch.fields.values()]
+    for step in range(STEPS):
+        for own in (state, *state.roles.values()):
+            own.optimizer.zero_grad(set_to_none=True)
+        held = [t for tensors in state_tensors(state).values() for t in tensors] + inputs
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            add_gradients(stage, state, batch, Turn(role, 0))
+        if step + 1 < STEPS:
+            own_state = state.of(role)
+            own_state.optimizer.step()
+            continue
+        peaks[rank] = sum(storages.values()) + most_allocated(profile)
+    dist.destroy_process_group()
+
+
+def most_allocated(profile: Any) -> int:
+    """Return the most bytes that were allocated at once since a profile began."""
+    events = profile.profiler.kineto_results.events()
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = most = 0
+    for event in memory:
+        now += event.nbytes()
+        most = max(most, now)
+    return int(most)
+
+
+def measured_bytes(words: list[str], role: str) -> int:
+    """Return the most bytes that any rank held in a real step."""
+    with mp.Manager() as manager:
+        peaks: DictProxy[int, int] = manager.dict()
+        workers = plan_of(words).launcher.workers
+        mp.spawn(measure, (words, role, free_port("127.0.0.1"), peaks), nprocs=workers)
+        return max(peaks.values())
+
+
+def planned_bytes(words: list[str], role: str) -> int:
+    """Return the planned bytes of the gradients' part of a step."""
+    made = rehearse_deep(plan_of(words), FRAME, 0, role, None)
+    return sum(made.at_peak.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=21)
+    parser.add_argument("--count", type=int, default=12)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    errors = []
+    for role, words in draw(options.seed, options.count):
+        planned, measured = planned_bytes(words, role), measured_bytes(words, role)
+        errors.append(planned / measured - 1)
+        own = [word.split(".")[-1] for word in words if "=" in word and "experiment" not in word]
+        print(
+            f"{planned / 2**20:8.1f} MiB planned, {measured / 2**20:8.1f} measured,"
+            f" {errors[-1]:+6.1%}  {role}: {' '.join(own)}",
+            flush=True,
+        )
+    within = sum(abs(error) <= 0.1 for error in errors)
+    mean = sum(map(abs, errors)) / len(errors)
+    print(
+        f"{within} of {len(errors)} within 10 %; mean {mean:.1%}, worst {max(errors, key=abs):+.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

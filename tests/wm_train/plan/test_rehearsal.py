@@ -1,0 +1,166 @@
+"""A rehearsed step against real ones: operators, bytes, depth, traps."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stages
+from wm_train.config.roles import Turn
+from wm_train.plan import kept
+from wm_train.plan.depth import rehearse_deep, shortened
+from wm_train.plan.device_memory import with_rehearsal
+from wm_train.plan.frame import Frame
+from wm_train.plan.memory import Memory
+from wm_train.plan.rehearsal import example_batch, open_shapes, rehearse, trace_turn, world_in_name
+from wm_train.plan.tracing import Tracer
+from wm_train.training.networks import build_networks
+
+FRAME = Frame(channels=24, height=4, width=4, temporal_stride=8)
+SMALL = ["model.width=32", "model.heads=2", "model.depth=2", "model.softmax_every=2"]
+LINE = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere", *SMALL]
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+def plan(*words):
+    return plan_stages(compose([*LINE, "recipe.stages.short.frames=25", *words]))[0]
+
+
+def on_real_tensors(stage_plan):
+    """The same step with storage, in the same world in name: its collectives answer at once."""
+    with world_in_name(stage_plan.launcher.workers, 0) as world:
+        stage, tracer = open_shapes(stage_plan, FRAME, world), Tracer()
+        state = build_networks(stage_plan, stage.mesh.fsdp, stage.backend.device)
+        with tracer, tracer.resizing():
+            batch = example_batch(stage, FRAME)
+            return trace_turn(stage, state, batch, Turn("student", 0), tracer)
+
+
+# Views cost nothing; attention on real tensors leaves strides that want a copy more or less.
+VIEWS = {"view", "_unsafe_view", "detach", "alias", "clone"}
+
+
+def operators(made):
+    """Calls of operators by name, phases together, without views and copies."""
+    total = Counter()
+    for (_, name), work in made.work.items():
+        if name.split(".")[1] not in VIEWS and not name.startswith("prim."):
+            total[name] += work.calls
+    return total
+
+
+def clones(made):
+    return sum(work.calls for (_, name), work in made.work.items() if "clone" in name)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return rehearse(plan("launcher.workers=1"), FRAME)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launcher.workers=1"],
+        ["launcher.workers=2", "parallel.cp=2", "model.activation_checkpointing=block"],
+    ],
+    ids=["alone", "cp2"],
+)
+def test_shapes_alone_take_the_operators_and_bytes_of_real_tensors(words):
+    stage_plan = plan(*words)
+    rehearsed, real = rehearse(stage_plan, FRAME), on_real_tensors(stage_plan)
+    assert operators(rehearsed) == operators(real)
+    attended = sum(n for name, n in operators(real).items() if "attention" in name)
+    assert abs(clones(rehearsed) - clones(real)) <= attended
+    assert rehearsed.held == pytest.approx(real.held, abs=64)  # a number more or less
+    assert sum(rehearsed.at_peak.values()) == pytest.approx(sum(real.at_peak.values()), rel=0.01)
+
+
+def test_recomputing_more_holds_less(alone):
+    made = [
+        rehearse(plan("launcher.workers=1", f"model.activation_checkpointing={mode}"), FRAME)
+        for mode in ("block", "selective")
+    ]
+    peaks = [sum(one.at_peak.values()) for one in (*made, alone)]
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
+def test_a_deep_model_is_that_of_two_shallow_ones():
+    deep = plan("launcher.workers=1", "model.depth=6")
+    whole, extended = rehearse(deep, FRAME), rehearse_deep(deep, FRAME, 0, "student", None)
+    assert shortened(deep, {"student": 2}).config.model.depth == 2
+    assert extended.held == pytest.approx(whole.held, rel=1e-3)
+    assert extended.peak == pytest.approx(whole.peak, rel=0.02)
+    flops = [sum(work.flops for work in one.work.values()) for one in (whole, extended)]
+    assert flops[1] == pytest.approx(flops[0], rel=1e-6)
+
+
+def test_patterns_of_blocks_that_are_left_out_do_not_hinder():
+    deep = plan("launcher.workers=1", "model.depth=8", "recipe.stages.short.frozen=['blocks.7.*']")
+    assert shortened(deep, {"student": 2}).config.frozen == ()
+
+
+def test_kernels_of_a_device_that_is_absent_hold_less_than_the_plain_ones(alone):
+    heads = "model.heads=2"  # of 16 channels, the narrowest that the kernels take
+    fused = rehearse(plan("launcher.workers=1", heads), FRAME, device=("cuda", (9, 0)))
+    assert fused.at_peak["activations"] < 0.85 * alone.at_peak["activations"]
+    launched = {name for _, name in fused.work if name.startswith("triton.")}
+    assert {"triton.gram_kernel", "triton.gram_backward_kernel"} <= launched
+
+
+def test_attention_and_products_have_flops(alone):
+    counted = {name for (_, name), work in alone.work.items() if work.flops}
+    assert any("flash_attention" in name for name in counted)
+    assert {"aten.mm.default", "aten.addmm.default"} & counted
+
+
+def test_one_storage_under_many_tensors_counts_once():
+    with (tracer := Tracer()):
+        whole = torch.zeros(1000)
+        parts = [whole[i : i + 100] for i in range(0, 1000, 100)]
+        assert tracer.now == 4000
+        tracer.claim(parts, "parts")
+        assert tracer.alive["parts"] == 4000
+        del whole, parts
+        assert tracer.now == 0
+    assert tracer.peak == 4000
+
+
+def test_a_kept_rehearsal_is_read_again_and_any_change_makes_it_anew(tmp_path, alone):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return alone
+
+    one, other = plan("launcher.workers=1"), plan("launcher.workers=1", "trainer.accumulate=2")
+    for stage_plan in (one, one, other):
+        again = kept.kept_or(make, stage_plan, FRAME, "student", "cpu", keep=tmp_path)
+        assert again == alone
+    assert len(calls) == 2
+    (path, *_) = tmp_path.glob("*.json")
+    path.write_text(json.dumps({"peak": 1}))
+    for stage_plan in (one, other):
+        kept.kept_or(make, stage_plan, FRAME, "student", "cpu", keep=tmp_path)
+    assert len(calls) == 3
+
+
+def test_device_memory_is_what_the_rehearsal_saw(alone):
+    formula = Memory(10, 10, 1, 2, 3, 4, 5, 6, 7, staging=8)
+    memory = with_rehearsal(formula, alone)
+    assert memory.device == sum(alone.at_peak.values())
+    assert (memory.parameters, memory.staging) == (10, 8)
+
+
+@pytest.mark.full
+def test_drawn_configurations_are_within_ten_percent_of_real_processes():
+    module = runpy.run_path(str(BENCHMARKS / "planned_memory.py"))
+    for role, words in module["draw"](seed=5, count=3):
+        measured = module["measured_bytes"](words, role)
+        assert module["planned_bytes"](words, role) == pytest.approx(measured, rel=0.1), words

@@ -1,0 +1,99 @@
+"""Rehearse a deep model by two shallow ones: bytes and work are linear in the number of blocks.
+
+Blocks repeat in a pattern, so a model of one pattern and one of two tell what each further pattern
+adds. Each network of a stage is deepened on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from wm_train.backends.absent import Device
+from wm_train.checkpoint.handover import match_names
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.roles import STUDENT
+from wm_train.models.spec import build_model
+from wm_train.plan.frame import Frame
+from wm_train.plan.rehearsal import Rehearsal, rehearse
+from wm_train.plan.tracing import Work
+
+
+def rehearse_deep(
+    plan: StagePlan, frame: Frame, rank: int, role: str, device: Device | None
+) -> Rehearsal:
+    """Return the rehearsal of a turn of the whole stage, from shallow models where they are deep
+    enough to repeat themselves more than twice."""
+    networks = {STUDENT: plan.config.model} | {
+        name: own.model for name, own in plan.config.roles.items()
+    }
+    short = {
+        name: period
+        for name, (depth, period) in ((n, model.blocks()) for n, model in networks.items())
+        if 0 < 2 * period < depth
+    }
+    base = rehearse(shortened(plan, short), frame, rank, role, device)
+    total = base
+    for name, period in short.items():
+        deeper = rehearse(shortened(plan, {**short, name: 2 * period}), frame, rank, role, device)
+        times = (networks[name].blocks()[0] - period) / period
+        total = _plus(total, deeper, base, times)
+    return total
+
+
+def shortened(plan: StagePlan, depths: Mapping[str, int]) -> StagePlan:
+    """Return the plan with networks of fewer blocks, by role. Patterns of `frozen` that name only
+    blocks which are left out are left out, too."""
+    if not depths:
+        return plan
+    config = plan.config
+    if STUDENT in depths:
+        model = replace(config.model, depth=depths[STUDENT])  # type: ignore[call-arg]
+        with torch.device("meta"):
+            names = [name for name, _ in build_model(model).named_parameters()]
+        frozen = tuple(p for p in config.frozen if _matches(p, names))
+        config = replace(config, model=model, frozen=frozen)
+    roles = {
+        role: replace(own, model=replace(own.model, depth=depths[role]))  # type: ignore[call-arg]
+        if role in depths
+        else own
+        for role, own in config.roles.items()
+    }
+    return replace(plan, config=replace(config, roles=roles))
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        match_names((pattern,), names, "frozen")
+    except ValueError:
+        return False
+    return True
+
+
+def _plus(total: Rehearsal, deeper: Rehearsal, base: Rehearsal, times: float) -> Rehearsal:
+    """Return `total` with what `times` patterns add, each the difference of two rehearsals."""
+
+    def more(now: float, two: float, one: float) -> int:
+        return round(max(0.0, now + times * (two - one)))
+
+    names = total.at_peak.keys() | deeper.at_peak.keys()
+    at_peak = {
+        name: more(*(one.at_peak.get(name, 0) for one in (total, deeper, base))) for name in names
+    }
+    nothing, work = Work(), {}
+    for key in total.work.keys() | deeper.work.keys():
+        parts = [one.work.get(key, nothing) for one in (total, deeper, base)]
+        work[key] = Work(
+            more(*(part.calls for part in parts)),
+            more(*(part.returned for part in parts)),
+            more(*(part.flops for part in parts)),
+        )
+    return Rehearsal(
+        more(total.peak, deeper.peak, base.peak),
+        at_peak,
+        more(total.held, deeper.held, base.held),
+        more(total.update, deeper.update, base.update),
+        work,
+    )

@@ -1,0 +1,98 @@
+"""Predict the memory of a stage on a device: from a rehearsal of its step, or where none can be
+made, by formula."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+
+from parallel.degrees import sequence_size
+from parallel.layout import split_evenly
+from wm_train.backends.absent import KINDS
+from wm_train.compat import DataDependentOutputException
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.roles import STUDENT
+from wm_train.config.schema import StageConfig
+from wm_train.plan.depth import rehearse_deep
+from wm_train.plan.frame import Frame
+from wm_train.plan.kept import kept_or
+from wm_train.plan.memory import ClipShape, Memory, stage_memory
+from wm_train.plan.rehearsal import Rehearsal
+from wm_train.plan.turns import turn_memory
+
+
+def can_rehearse(stage: StageConfig) -> bool:
+    """Return False where parts are held by DeepSpeed or on the host, which no rehearsal shows."""
+    own = stage.parallel
+    return own.sharding == "fsdp" and own.offload_state == "none" and not own.offload_activations
+
+
+def turn_memories_of(
+    plan: StagePlan, frame: Frame, device: str
+) -> tuple[dict[str, Memory], tuple[int, int, int]]:
+    """Return the memory of one rank in a turn of each trained network, by role, and its (clips,
+    latent frames, latent frames of the whole clip). Errors: those of `clip_shape`."""
+    stage, (shape, sizes) = plan.config, clip_shape(plan, frame)
+    shards = plan.launcher.workers // stage.parallel.dp_replicate
+    made = rehearsals_of(plan, frame, device) if can_rehearse(stage) else {}
+    if stage.roles:
+        turns = turn_memory(stage, shape, sizes[2], shards, not made)
+    else:
+        turns = {STUDENT: stage_memory(stage, shape, shards, not made)}
+    for role, one in made.items():
+        turns[role] = with_rehearsal(turns[role], one)
+    return turns, sizes
+
+
+def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int, int]]:
+    """Return what one rank holds of clips at once, and that as (clips, latent frames, latent frames
+    of the whole clip). Raises ConfigError for frames that do not fill latents."""
+    stage, workers = plan.config, plan.launcher.workers
+    time = frame.time(stage.frames)
+    if not time.fits(stage.frames):
+        key = f"recipe.stages.{plan.stage}.frames"
+        fix = f"{key}={time.nearest(stage.frames)}"
+        raise ConfigError([Problem(key, str(stage.frames), f"{time.rule} of the latents", fix)])
+    whole = time.latents(stage.frames)
+    size = sequence_size(stage.parallel)
+    clips = -(-stage.global_batch * size // (workers * stage.trainer.accumulate))
+    held = len(split_evenly(whole, size)[0])
+    sides = (frame.channels, frame.height, frame.width)
+    shape = ClipShape(clips, held, *sides, frame.temporal_stride, grouped=time.layout == "grouped")
+    return shape, (clips, held, whole)
+
+
+def rehearsals_of(plan: StagePlan, frame: Frame, device: str) -> dict[str, Rehearsal]:
+    """Return a rehearsal of the first rank for each trained network, by role; empty, with a line on
+    standard error, where the stage's own code reads values on the host."""
+    roles = [STUDENT, *(role for role, own in plan.config.roles.items() if own.optimizer)]
+    made = {}
+    for role in roles:
+        run = partial(rehearse_deep, plan, frame, 0, role, KINDS[device])
+        try:
+            made[role] = kept_or(run, plan, frame, role, device)
+        except DataDependentOutputException as error:
+            print(
+                f"stage {plan.stage}: memory by formula, as a step cannot be rehearsed: it reads"
+                f" {error.func} on the host",
+                file=sys.stderr,
+            )
+            return {}
+    return made
+
+
+def with_rehearsal(memory: Memory, made: Rehearsal) -> Memory:
+    """Return the memory with what a rehearsal saw on the device."""
+    seen = made.at_peak
+    return replace(
+        memory,
+        weights=seen.get("weights", 0),
+        optimizer=seen.get("optimizer", 0),
+        average=seen.get("average", 0),
+        gradients=seen.get("gradients", 0),
+        gathered=seen.get("gathered", 0) + seen.get("communication", 0),
+        activations=seen.get("activations", 0) + seen.get("build", 0),
+        busy=seen.get("backward", 0),
+    )

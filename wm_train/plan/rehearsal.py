@@ -1,0 +1,207 @@
+"""Rehearse a training step of one rank of any world in this process, without its memory.
+
+The trainer's own code runs: mesh, sharded model, optimizer, sequence shard, objective, backward
+pass. Tensors have shapes only, and a group of processes that exists in name only answers
+collectives. So recomputation, roles, rollouts, frozen parts and buffers of collectives are counted
+because they happen, not by formula. Weights have no values; whatever reads one on the host fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_shards.fields import field_named
+from data_shards.loading.load import Batch
+from data_shards.storage.read import ClipDataset
+from parallel.degrees import MeshDegrees
+from parallel.mesh import build_mesh
+from wm_train.backends import cpu
+from wm_train.backends.absent import Device
+from wm_train.boxes import local_tensor
+from wm_train.compat import FakeStore, FakeTensorMode
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.roles import STUDENT, Turn
+from wm_train.kernels.dispatch import forget_tables, recurrences
+from wm_train.kernels.engine import rehearsed, rehearsed_device
+from wm_train.models.examples import ExampleShape, example_conditions
+from wm_train.noise import NoiseKey
+from wm_train.plan.frame import Frame
+from wm_train.plan.tracing import Tracer, Work
+from wm_train.training.networks import build_networks
+from wm_train.training.stage import Stage
+from wm_train.training.state import TrainState
+from wm_train.training.step import add_gradients
+from wm_train.world import World
+
+TEXT_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Hold what one step of one rank needs: `peak` bytes and what they are; the part of them that
+    is `held` from step to step; bytes alive in the optimizer's step; operators by phase.
+
+    categories at the peak: weights, optimizer, average, gradients, gathered (whole weights of
+    units), activations (kept from the forward to the backward pass), backward (recomputed blocks
+    and what they return), communication (buffers of collectives).
+    """
+
+    peak: int
+    at_peak: dict[str, int]
+    held: int
+    update: int
+    work: dict[tuple[str, str], Work]
+
+
+@contextmanager
+def world_in_name(size: int, rank: int) -> Iterator[World]:
+    """Join a world of `size` processes that do not exist, as process `rank`."""
+    assert not dist.is_initialized(), "a rehearsal needs a process of its own"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield World(rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def rehearse(
+    plan: StagePlan, frame: Frame, rank: int = 0, role: str = STUDENT, device: Device | None = None
+) -> Rehearsal:
+    """Rehearse a turn of the network `role` on the longest clips of a stage.
+
+    device: type and compute capability of the device whose kernels are to run; None: the plain
+    ones of the host. The state is FSDP2's on one device; for ZeRO-3 and what is moved to the host,
+    see `wm_train/plan/memory.py`.
+    """
+    tracer = Tracer()
+    there = rehearsed(*device, tracer.launched) if device else nullcontext()
+    with world_in_name(plan.launcher.workers, rank) as world, there:
+        if device:
+            plan = replace(plan, backend=replace(plan.backend, kernels="triton"))
+        stage = open_shapes(plan, frame, world)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), tracer, tracer.resizing():
+                state = build_networks(plan, stage.mesh.fsdp, stage.backend.device, filled=False)
+                batch = example_batch(stage, frame)
+                return trace_turn(stage, state, batch, Turn(role, 0), tracer)
+        finally:
+            if device:
+                forget_tables()
+
+
+def trace_turn(
+    stage: Stage, state: TrainState, batch: Batch, turn: Turn, tracer: Tracer
+) -> Rehearsal:
+    """Add the gradients of a turn inside an entered tracer, and return what it saw. The optimizer
+    does not step: it would need a copy of the gradients besides what is held."""
+    for category, tensors in state_tensors(state).items():
+        tracer.claim(tensors, category)
+    tracer.restart()
+    held = tracer.now
+    with passes(tracer, state):
+        add_gradients(stage, state, batch, turn)
+    active = state.of(turn.role)
+    gradients = active.gradients(stage.world.rank)
+    early = tracer.claim(gradients, "gradients")
+    at_peak = {name: size for name, size in tracer.at_peak.items() if size}
+    at_peak["gradients"] = early
+    at_peak["backward"] = at_peak.get("backward", 0) - early
+    update = held + 2 * sum(g.numel() * g.element_size() for g in gradients)
+    peak = max(tracer.peak, update)
+    return Rehearsal(peak, at_peak, held, update, tracer.work)
+
+
+@contextmanager
+def passes(tracer: Tracer, state: TrainState) -> Iterator[None]:
+    """Count what happens inside calls of `backward` to the backward pass, the rest to the
+    forward pass."""
+    original = torch.autograd.backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with tracer.during("backward"):
+            return original(*args, **kwargs)
+
+    torch.autograd.backward = backward
+    try:
+        with tracer.during("activations"):
+            yield
+    finally:
+        torch.autograd.backward = original
+
+
+def state_tensors(state: TrainState) -> dict[str, list[Tensor]]:
+    """Return the local tensors that are held from step to step, by category."""
+    every = [state, *state.roles.values()]
+    weights = [p for one in every for p in one.model.parameters()]
+    weights += [p for model in state.frozen.values() for p in model.parameters()]
+    slots = [slots for one in every for slots in one.optimizer.state.values()]
+    return {
+        "weights": [local_tensor(p.detach()) for p in weights],
+        "optimizer": [local_tensor(x) for held in slots for x in held.values()],
+        "average": [local_tensor(x) for one in every for x in one.ema.values()],
+    }
+
+
+def open_shapes(plan: StagePlan, frame: Frame, world: World) -> Stage:
+    """Return the stage as `open_stage` does, with a data set of which only sizes are known."""
+    config, backend = plan.config, cpu.make(torch.get_num_threads(), 0)
+    time = frame.time(config.frames)
+    degrees = MeshDegrees.from_config(config.parallel, world.size, config.model.needs().heads)
+    info = SimpleNamespace(
+        temporal_stride=time.stride, time_layout=time.layout, text_length=TEXT_TOKENS
+    )
+    sizes = cast(ClipDataset, SimpleNamespace(info=info, fingerprint=""))
+    models = [config.model, *(own.model for own in config.roles.values())]
+    width = max(model.needs().text_width for model in models)
+    text = torch.empty(TEXT_TOKENS, width, device="meta") if width else None
+    kernels = backend.kernels(backend.device, "auto", plan.backend.attention)
+    if rehearsed_device():
+        kernels = kernels._replace(**recurrences(plan.backend.kernels))
+    return Stage(
+        plan=plan,
+        backend=backend,
+        world=world,
+        mesh=build_mesh(degrees, backend.device.type),
+        dataset=sizes,
+        mixture={},
+        latent_frames=time.latents(config.frames),
+        noise=NoiseKey(plan.seed, plan.stage),
+        null_text=text,
+        negative_text=text,
+        kernels=kernels,
+        attention=None,
+    )
+
+
+def example_batch(stage: Stage, frame: Frame) -> Batch:
+    """Return this rank's part of a batch of the stage's longest clips, without values."""
+    config, frames = stage.config, stage.latent_frames
+    clips, share = config.global_batch // stage.mesh.data_size, stage.mesh.frames(frames)
+    grouped = frame.time(config.frames).layout == "grouped"
+    sizes = (frame.height, frame.width, frame.temporal_stride, TEXT_TOKENS, grouped)
+    conditions = example_conditions(
+        config.model.needs(), ExampleShape(clips, frames, *sizes), seed=0
+    )
+    fields = {
+        name: value[:, share.start : share.stop] if field_named(name).by_row else value
+        for name, value in conditions.fields.items()
+    }
+    return Batch(
+        torch.zeros(clips, len(share), frame.channels, frame.height, frame.width),
+        fields,
+        tuple(str(clip) for clip in range(clips)),
+        torch.arange(clips),
+        (frames,) * clips,
+        ((0,),) * clips,
+        frames,
+        conditions.image_size,
+        0.0,
+    )

@@ -1,0 +1,147 @@
+"""Trace a training step operator by operator: bytes alive by category, operators, collectives.
+
+It works on real tensors and on tensors without storage alike, so that a rehearsal can be compared
+with the step that it stands for, operator by operator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wm_train.boxes import local_tensor
+from wm_train.compat import TorchDispatchMode, tree_leaves
+from wm_train.models.flops import operator_flops
+
+COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operators
+GATHERED = "gathered"  # weights of units that are whole on this rank now
+
+
+@dataclass
+class Work:
+    """Sum the calls of one operator in one phase: how many, bytes that they return, FLOPs."""
+
+    calls: int = 0
+    returned: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Tracer(TorchDispatchMode):
+    """Count live storages and operators while entered. One that is seen for the first time belongs
+    to the phase that is running; `claim` says otherwise.
+
+    peak: most bytes alive at once since `restart`; at_peak: the same by category.
+    """
+
+    now: int = 0
+    peak: int = 0
+    phase: str = "build"
+    alive: dict[str, int] = field(default_factory=dict)  # bytes by category
+    at_peak: dict[str, int] = field(default_factory=dict)
+    work: dict[tuple[str, str], Work] = field(default_factory=dict)  # by phase and operator
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._held: dict[int, tuple[int, str, int]] = {}  # storage -> bytes, category, when seen
+        self._clock = self._peak_clock = 0
+
+    def restart(self) -> None:
+        """Forget the peak and the operators, but not what is alive."""
+        self.peak, self.at_peak, self.work = self.now, dict(self.alive), {}
+        self._peak_clock = self._clock
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count new storages and operators to a phase."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def claim(self, tensors: Iterable[Tensor], category: str) -> int:
+        """Count the storages of these tensors to a category from now on; return how many of their
+        bytes were alive at the peak."""
+        then = 0
+        for key in {self._see(tensor) for tensor in tensors}:  # tensors may share a storage
+            size, before, seen = self._held[key]
+            if before != category:
+                self._change(before, -size)
+                self._change(category, size)
+                self._held[key] = (size, category, seen)
+            then += size if seen <= self._peak_clock else 0
+        return then
+
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """Follow storages that are resized in place, as FSDP2 does with gathered weights."""
+        storages: Any = torch.UntypedStorage
+        original = storages.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            self._resized(storage, size)
+            return original(storage, size)
+
+        storages.resize_ = resize
+        try:
+            yield
+        finally:
+            storages.resize_ = original
+
+    def launched(self, kernel: str) -> None:
+        """Count a kernel that is no operator of torch."""
+        self.work.setdefault((self.phase, f"triton.{kernel}"), Work()).calls += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [local_tensor(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        communicates = func.namespace in COMMUNICATION
+        self._clock += 1
+        for tensor in tensors:
+            self._see(tensor, "communication" if communicates else None)
+        done = self.work.setdefault((self.phase, str(func)), Work())
+        done.calls += 1
+        done.returned += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        done.flops += operator_flops(func, args, kwargs, out)
+        return out
+
+    def _see(self, tensor: Tensor, category: str | None = None) -> int:
+        """Count the storage of a tensor if it is new, and return its key."""
+        storage = tensor.untyped_storage()
+        key = int(storage._cdata)
+        if key not in self._held:
+            kind = category or self.phase
+            size = 0 if tensor.device.type == "meta" else storage.nbytes()
+            self._held[key] = (size, kind, self._clock)
+            weakref.finalize(storage, self._gone, key)
+            self._change(kind, size)
+        return key
+
+    def _gone(self, key: int) -> None:
+        size, category, _ = self._held.pop(key)
+        self._change(category, -size)
+
+    def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = int(storage._cdata)
+        if key not in self._held:
+            weakref.finalize(storage, self._gone, key)
+            self._held[key] = (0, GATHERED, self._clock)
+        before, category, _ = self._held[key]
+        self._change(category, -before)
+        self._held[key] = (size, GATHERED, self._clock)
+        self._change(GATHERED, size)
+
+    def _change(self, category: str, size: int) -> None:
+        self.now += size
+        self.alive[category] = self.alive.get(category, 0) + size
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, dict(self.alive)
+            self._peak_clock = self._clock
