@@ -19,7 +19,7 @@ MODELS = {"sana_wm": SanaWMConfig, "waypoint": WaypointConfig, "wan": WanConfig}
 ROOT = Path(__file__).resolve().parent.parent
 # what else has an attribute named like a key of a model: the last name before it -> the attribute
 HOMONYMS = {
-    "needs": ("heads", "key_heads", "causal", "text_width", "text_tokens"),
+    "needs": ("heads", "key_heads", "causal", "text_width", "text_tokens", "camera_stride"),
     "conditions": ("controls",),
     "info": ("text_width",),  # of a data set
     "shape": ("width", "text_tokens"),  # of latents and their text

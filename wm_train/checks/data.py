@@ -128,6 +128,11 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
         rule = f"false, as the data set {stage.data.path} has no camera"
         fix = f"{model.cure('camera', 'false')}, or encode with poses and intrinsics"
         yield Problem(model.key("camera"), got, rule, fix)
+    stride = info.temporal_stride
+    if needs.camera_stride and needs.camera_stride != stride:
+        key, rule = model.key("camera_stride"), f"the data set's {stride} ({info.codec})"
+        fix = model.cure("camera_stride", str(stride))
+        yield Problem(key, str(needs.camera_stride), rule, fix)
     if needs.text_width and needs.text_width != info.text_width:
         key, fix = model.key("text_width"), model.cure("text_width", str(info.text_width))
         rule = f"the data set's {info.text_width} ({info.text_encoder})"

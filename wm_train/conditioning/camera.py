@@ -11,12 +11,35 @@ its latents; poses are relative to its own first raw frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards.time_layout import TimeLayout
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Describe how raymaps of the r raw frames behind a latent frame become channels.
+
+    moment_first: (o x d, d) instead of (d, o x d); pixel: where in its cell a ray passes, 0 or 0.5;
+    by_coordinate: channel r i + k for coordinate i of the k-th raw frame, instead of 6 k + i;
+    repeat_first: a document's latent 0 packs raw frame 0 r times, instead of 0 .. r - 1.
+    scale: units of the maps in a metre. The default is SANA-WM's; Wan's camera adapters
+    (VideoX-Fun, MoWorld §3.2) are `WAN_PACKING`.
+    """
+
+    moment_first: bool = False
+    pixel: float = 0.0
+    by_coordinate: bool = False
+    repeat_first: bool = False
+    scale: float = 1.0
+
+
+SANA_PACKING = Packing()
+WAN_PACKING = Packing(moment_first=True, pixel=0.5, by_coordinate=True, repeat_first=True)
 
 
 def raw_frame_index(
@@ -95,29 +118,35 @@ def cropped_intrinsics(
     )
 
 
-def camera_rays(intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
+def camera_rays(intrinsics: Tensor, grid: tuple[int, int], pixel: float = 0.0) -> Tensor:
     """Return unit viewing directions in the camera frame, [..., 4] -> [..., h, w, 3].
 
-    Pixel (i, j) is the point (i, j), without an offset of half a pixel.
+    Cell (i, j) is the point (i + pixel, j + pixel): its corner, or with 0.5 its centre.
     """
     h, w = grid
     fx, fy, cx, cy = (intrinsics[..., i, None, None] for i in range(4))
-    y = (torch.arange(h, device=intrinsics.device, dtype=intrinsics.dtype)[:, None] - cy) / fy
-    x = (torch.arange(w, device=intrinsics.device, dtype=intrinsics.dtype)[None, :] - cx) / fx
+    rows, columns = (
+        torch.arange(n, device=intrinsics.device, dtype=intrinsics.dtype) + pixel for n in (h, w)
+    )
+    y, x = (rows[:, None] - cy) / fy, (columns[None, :] - cx) / fx
     x, y = torch.broadcast_tensors(x, y)
     return F.normalize(torch.stack((x, y, torch.ones_like(x)), dim=-1), dim=-1)
 
 
-def plucker_rays(pose: Tensor, intrinsics: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return Plücker coordinates (d, o x d) of every grid point.
+def plucker_rays(
+    pose: Tensor, intrinsics: Tensor, grid: tuple[int, int], packing: Packing = SANA_PACKING
+) -> Tensor:
+    """Return Plücker coordinates of every grid point: direction d and moment o x d, in the order of
+    `packing`.
 
     Pose [..., 4, 4] and intrinsics [..., 4] (in grid units) -> [..., h, w, 6].
     """
-    direction = torch.einsum(
-        "...ij,...hwj->...hwi", pose[..., :3, :3], camera_rays(intrinsics, grid)
-    )
-    origin = pose[..., None, None, :3, 3].expand_as(direction)
-    return torch.cat((direction, torch.linalg.cross(origin, direction)), dim=-1)
+    rays = camera_rays(intrinsics, grid, packing.pixel)
+    direction = torch.einsum("...ij,...hwj->...hwi", pose[..., :3, :3], rays)
+    origin = packing.scale * pose[..., None, None, :3, 3].expand_as(direction)
+    moment = torch.linalg.cross(origin, direction)
+    both = (moment, direction) if packing.moment_first else (direction, moment)
+    return torch.cat(both, dim=-1)
 
 
 def packed_plucker(
@@ -129,24 +158,29 @@ def packed_plucker(
     document_starts: Sequence[int],
     frames: int,
     local: tuple[int, int],
+    packing: Packing = SANA_PACKING,
 ) -> Tensor:
-    """Return raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch).
+    """Return raymaps of the raw frames behind each latent frame (SANA-WM §3.3, fine branch; MoWorld
+    §3.2, eq. 2-4).
 
     Covers latent frames local[0]..local[1]. c2w [B, F, 4, 4], intrinsics [B, F, 4] in pixels of
-    image_size -> fp32 [B, t, 6 r, h, w], r raw frames of a latent; channel 6k + i is coordinate i
-    of the k-th raw frame. Raises ValueError if F does not fit `frames`.
+    image_size -> fp32 [B, t, 6 r, h, w], r raw frames of a latent, channels as `packing` orders
+    them. Raises ValueError if F does not fit `frames`.
     """
-    _, packed, origin, total = raw_frame_index(document_starts, frames, *local, time)
+    anchor, packed, origin, total = raw_frame_index(document_starts, frames, *local, time)
     check_raw_frames(c2w, total, frames)
+    if packing.repeat_first:
+        packed = [
+            [a] * time.stride if a == first else own
+            for own, a, first in zip(packed, anchor, origin)
+        ]
     flat = [index for group in packed for index in group]
     pose = relative_poses(c2w, flat, [index for index in origin for _ in range(time.stride)])
-    rays = plucker_rays(pose, scaled_intrinsics(intrinsics[:, flat], image_size, grid), grid)
+    scaled = scaled_intrinsics(intrinsics[:, flat], image_size, grid)
     b, t = c2w.shape[0], len(packed)
-    return (
-        rays.reshape(b, t, time.stride, *grid, 6)
-        .permute(0, 1, 2, 5, 3, 4)
-        .reshape(b, t, time.stride * 6, *grid)
-    )
+    rays = plucker_rays(pose, scaled, grid, packing).reshape(b, t, time.stride, *grid, 6)
+    order = (0, 1, 5, 2, 3, 4) if packing.by_coordinate else (0, 1, 2, 5, 3, 4)
+    return rays.permute(order).reshape(b, t, time.stride * 6, *grid)
 
 
 def check_raw_frames(c2w: Tensor, expected: int, frames: int) -> None:

@@ -44,10 +44,10 @@ class Needs:
     for any; clip_image: vectors and width of an image's CLIP features; control_names: of the A
     columns in order, where the model gives each its place; image: how a clip's first image comes
     in, as its clean first latent ("frame") or by channels of its own ("channels"); most_frames: T
-    that it has positions for, 0 for any; causal: frames see no later chunk; frame_causal: nor any
-    later frame, so that chunks only say what is made at once; softmax: some layer attends over the
-    clip, through an engine of `parallel.attention`; attention_only: and no other layer lets frames
-    meet.
+    that it has positions for, 0 for any; camera_stride: raw frames of a latent frame that its
+    camera packs, 0 for any; causal: frames see no later chunk; frame_causal: nor any later frame,
+    so that chunks only say what is made at once; softmax: some layer attends over the clip, through
+    an engine of `parallel.attention`; attention_only: and no other layer lets frames meet.
     """
 
     heads: int
@@ -60,6 +60,7 @@ class Needs:
     clip_image: tuple[int, int] = (0, 0)
     image: str = "frame"
     most_frames: int = 0
+    camera_stride: int = 0
     control_width: int = 0
     control_names: tuple[str, ...] = ()
     causal: bool = False

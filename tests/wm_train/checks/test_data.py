@@ -201,7 +201,8 @@ def test_a_model_whose_text_has_one_length_and_whose_image_has_channels(
         "text_width": 8,
         "image_condition_mode": "channels",
     }
-    stages = {"model": model, "trainer.samples": 0, LONG + "frames": 8 * 1024 + 1}
+    camera = {"camera": True, "camera_stride": 4}
+    stages = {"model": model | camera, "trainer.samples": 0, LONG + "frames": 8 * 1024 + 1}
     facts = {"text_width": 8, "text_length": 300, "text_encoder": "x", "raw_frames": 10**6}
     write(shards, **facts)
     problems = found(stages)
@@ -209,8 +210,10 @@ def test_a_model_whose_text_has_one_length_and_whose_image_has_channels(
         "model.text_tokens",
         "data.path",
         "model.image_condition_mode",
+        "model.camera_stride",
         LONG + "frames",
     }
+    assert problems["model.camera_stride"].fix == "model.camera_stride=8"
     assert "the data set's 300" in problems["model.text_tokens"].rule
     assert "clips with start_video" in problems["data.path"].rule
     assert "objective.image_condition=0" in problems["model.image_condition_mode"].fix

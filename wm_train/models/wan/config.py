@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from wm_train.config.kinds import ModelConfig, Needs
 from wm_train.config.problems import AT, Problem
-from wm_train.config.rules import Count, CountOrZero, from_to, one_of
+from wm_train.config.rules import Count, CountOrZero, Positive, from_to, one_of
 
 MOST_POSITIONS = 1024  # rows of the released models' rotary table, of each axis
 MASK_CHANNELS = 4  # of an image by channels: one for each raw frame of a latent frame
@@ -26,7 +26,11 @@ class WanConfig(ModelConfig):
         "text_width": "text_width",
         "text_tokens": "text_tokens",
         "image": "image_condition_mode",
+        "camera": "camera",
+        "camera_stride": "camera_stride",
     }
+
+    shapeless: ClassVar[frozenset[str]] = ModelConfig.shapeless | {"translation_scale"}
 
     name: str = "wan"
     latent_channels: Count = 16
@@ -41,6 +45,12 @@ class WanConfig(ModelConfig):
     # encoding of the image followed by zeros, beside latents that are noised in all frames)
     image_condition_mode: Annotated[str, one_of("frame", "channels")] = "frame"
     clip_width: CountOrZero = 0  # of the image's CLIP features, which Wan 2.1 I2V also reads
+    camera: bool = False  # an adapter of camera paths, which starts as the identity (MoWorld §3.2)
+    # input (added to the tokens once) | blocks (scale and shift after each self-attention)
+    camera_injection: Annotated[str, one_of("input", "blocks")] = "input"
+    camera_stride: Count = 4  # raw frames of a latent frame, whose rays are channels of the adapter
+    # units of the adapter's translations in a metre; a number of the data, not of a clip
+    translation_scale: Positive = 1.0
 
     @property
     def input_channels(self) -> int:
@@ -54,6 +64,7 @@ class WanConfig(ModelConfig):
             "text": True,
             "start_video": self.image_condition_mode == "channels",
             "clip_image": self.clip_width > 0,
+            "camera": self.camera,
         }
         return Needs(
             heads=self.heads,
@@ -66,6 +77,7 @@ class WanConfig(ModelConfig):
             clip_image=(CLIP_TOKENS, self.clip_width),
             image=self.image_condition_mode,
             most_frames=MOST_POSITIONS,
+            camera_stride=self.camera_stride if self.camera else 0,
         )
 
     def problems(self) -> Iterator[Problem]:

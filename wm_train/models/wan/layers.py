@@ -28,13 +28,15 @@ ROWS = 6  # shift, scale and gate of attention, then of the FFN
 class BlockContext:
     """Hold what all blocks read besides their inputs.
 
-    text [B, L, C] and image [B, L_image, C] are embedded; image: None without CLIP features.
+    text [B, L, C], image [B, L_image, C] and camera [B, t, S, C] are embedded; image: None without
+    CLIP features; camera: None where it does not enter blocks.
     """
 
     sequence: SequenceShard
     rotary: Rotary
     text: Tensor
     image: Tensor | None
+    camera: Tensor | None = None
 
 
 @dataclass(frozen=True)

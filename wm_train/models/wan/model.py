@@ -4,13 +4,15 @@ Wan 2.2).
 - One set of six modulations, from the noise level, serves all blocks, which add a table each.
 - RMSNorm of queries and keys spans the whole width; positions turn each head by time, row, column.
 - The text is `text_tokens` vectors, zeros behind its end, and all of them are attended to.
+- A camera path enters by an adapter, once or in every block, that is the identity at first.
 - An image is the clean first latent (TI2V-5B), or channels beside the latents (A14B I2V, 2.1 I2V):
   a mask, and the encoding of the image followed by zeros, which few latents hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,7 +23,9 @@ from parallel.checkpointing import checkpoint
 from parallel.local_attention import accumulation_dtype
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
+from wm_train.conditioning.camera import WAN_PACKING
 from wm_train.models.init import Rule
+from wm_train.models.layers.camera_adapter import CameraAdapter
 from wm_train.models.layers.embed import PatchEmbed, unpatchify
 from wm_train.models.spec import WorldModel
 from wm_train.models.wan.config import MASK_CHANNELS, WanConfig
@@ -56,6 +60,8 @@ class Block(nn.Module):
         self.scales = BlockScales(width)
         self.attn1 = SelfAttention(width, heads)
         self.attn2 = CrossAttention(width, heads, image=config.clip_width > 0)
+        if config.camera and config.camera_injection == "blocks":
+            self.camera = nn.Linear(width, 2 * width, bias=False)  # no camera: no change
         self.ffn = FeedForward(width, config.ffn_width, width, "tanh")
 
     def forward(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
@@ -73,6 +79,9 @@ class Block(nn.Module):
         """Run the first half: self-attention and cross-attention."""
         shift, scale, gate = scales.rows[:, :, :3].unsqueeze(3).unbind(2)
         x = gated(x, self.attn1(modulate(x, shift, scale), context), gate)
+        if context.camera is not None:
+            scale, shift = self.camera(context.camera).chunk(2, dim=-1)
+            x = x + scale * x + shift
         return x + self.attn2(normed(x, scales.weight, scales.bias).to(x.dtype), context)
 
     def feed_forward(self, x: Tensor, scales: Scales) -> Tensor:
@@ -90,6 +99,8 @@ class Wan(WorldModel):
         width, patch = config.width, config.patch_size
         self.patch_embedding = PatchEmbed(config.input_channels, width, patch)
         self.condition_embedder = ConditionEmbed(width, config.text_width, config.clip_width)
+        if config.camera:
+            self.control_adapter = CameraAdapter(config.camera_stride, width, patch)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output_scales = OutputScales(width)
         self.proj_out = nn.Linear(width, patch * patch * config.latent_channels)
@@ -109,8 +120,16 @@ class Wan(WorldModel):
             return Rule("normal", self.config.width**-0.5)
         if name == "proj_out.weight":
             return Rule("constant", 0.0)
+        # a camera changes nothing at first: the first or the last layer of its way is zero
+        inside = self.config.camera_injection == "blocks"
+        if name.endswith(".camera.weight" if inside else "control_adapter.conv.weight"):
+            return Rule("constant", 0.0)
         small = name.startswith("condition_embedder.t") and len(shape) == 2
         return Rule("normal", 0.02) if small else None
+
+    def switched_parameters(self, names: Iterable[str]) -> list[str]:
+        """Return the parameters that `camera` adds."""
+        return sorted(n for n in names if n.startswith("control_adapter.") or ".camera." in n)
 
     def forward(
         self, latents: Tensor, sigma: Tensor, conditions: Conditions, sequence: SequenceShard
@@ -125,13 +144,16 @@ class Wan(WorldModel):
         embed, exact = self.condition_embedder, accumulation_dtype(self.proj_out.weight.dtype)
         time = embed.time_embedder(sigma * TIMESTEPS)
         modulation = embed.time_proj(F.silu(time)).unflatten(-1, (ROWS, config.width)).to(exact)
+        camera = self.camera(latents, conditions, sequence) if config.camera else None
         if config.image_condition_mode == "channels":
             latents = torch.cat((latents, self.image_channels(latents, conditions, sequence)), 2)
         x = self.patch_embedding(latents)
+        if camera is not None and config.camera_injection == "input":
+            x, camera = x + camera, None
         head_dim = config.width // config.heads
         rotary = wan_rope(sequence.positions, grid, head_dim, exact, x.device)
         text = embed.text_embedder(self.text(conditions).to(x.dtype))
-        context = BlockContext(sequence, rotary, text, self.image(conditions))
+        context = BlockContext(sequence, rotary, text, self.image(conditions), camera)
         for block in self.blocks:
             x = block(x, modulation, context)
         shift, scale = self.output_scales(time.to(exact))
@@ -149,6 +171,12 @@ class Wan(WorldModel):
                 f" text_length={wanted}"
             )
         return text if mask is None else torch.where(mask.bool()[:, :, None], text, 0.0)
+
+    def camera(self, latents: Tensor, conditions: Conditions, sequence: SequenceShard) -> Tensor:
+        """Return the embedded cameras of the local frames, [B, t, S, C]."""
+        packing = replace(WAN_PACKING, scale=self.config.translation_scale)
+        size = (latents.shape[-2], latents.shape[-1])
+        return self.control_adapter.embed(conditions, size, packing, sequence)
 
     def image(self, conditions: Conditions) -> Tensor | None:
         """Return the embedded CLIP features of the first image [B, 257, C], None in a model

@@ -165,8 +165,18 @@ def _refuse(problems: list[str]) -> None:
         )
 
 
+def _no_camera(config: WanConfig) -> None:
+    if config.camera:
+        raise ValueError(
+            "export failed: got model.camera=true, expected false, as the public classes have no"
+            " camera adapter. Fix: --layout file"
+        )
+
+
 def public_from_config(config: WanConfig) -> dict[str, Any]:
-    """Convert our configuration into diffusers' config.json."""
+    """Convert our configuration into diffusers' config.json. Raises ValueError for a camera, which
+    its class has not."""
+    _no_camera(config)
     return {
         "_class_name": DIFFUSERS,
         "added_kv_proj_dim": config.width if config.clip_width else None,
@@ -184,7 +194,8 @@ def public_from_config(config: WanConfig) -> dict[str, Any]:
 
 
 def native_from_config(config: WanConfig) -> dict[str, Any]:
-    """Convert our configuration into the native config.json."""
+    """Convert our configuration into the native config.json. Errors as `public_from_config`."""
+    _no_camera(config)
     clean = "ti2v" if config.latent_channels == TI2V_CHANNELS else "t2v"
     return {
         "_class_name": NATIVE,
@@ -206,9 +217,11 @@ def native_from_config(config: WanConfig) -> dict[str, Any]:
 def public_sources(class_name: str, tensors: Mapping[str, Tensor]) -> Sources:
     """Return the public tensor of each of our parameters; tables have one dimension more there."""
     native = class_name == NATIVE
-    parts = {name: (public_name(name, native),) for name in tensors}
+    # the public classes have no camera: an adapter starts as the identity beside their weights
+    own = (name for name in tensors if not ("control_adapter." in name or ".camera." in name))
+    parts = {name: (public_name(name, native),) for name in own}
     shapes = {
-        name: (1, *tensors[name].shape) for name in tensors if name.endswith("scale_shift_table")
+        name: (1, *tensors[name].shape) for name in parts if name.endswith("scale_shift_table")
     }
     return Sources(parts, shapes=shapes)
 
