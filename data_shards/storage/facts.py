@@ -148,6 +148,8 @@ NEWER: Mapping[str, Any] = {
     "libraries": {},
     "ode_levels": [],
     "trajectories": {},
+    "negative_text": None,
+    "negative_text_crc32c": 0,
     "time_layout": LAYOUTS[0],
     "shown_height": 0,
     "shown_width": 0,

@@ -2,13 +2,14 @@
 
 import json
 import os
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
 
 from data_shards import verify
-from data_shards.schema import DataError, ShardError, plain, shown
-from data_shards.storage.facts import RULES, info_from_json
+from data_shards.schema import DataError, DatasetInfo, ShardError, plain, shown
+from data_shards.storage.facts import NEWER, RULES, info_from_json
 from data_shards.storage.files import NotRegular, open_regular
 from data_shards.storage.read import open_dataset
 from data_shards.storage.remote import RangeCache
@@ -125,3 +126,17 @@ def test_devices_and_folders_are_no_files(tmp_path):
     for path in ("/dev/zero", tmp_path):
         with pytest.raises(NotRegular, match="expected a regular file"):
             open_regular(path)
+
+
+def test_sets_of_earlier_versions_are_read(facts):
+    """Each fact that came later has a value for them; nothing else may be missing."""
+    older = {name: value for name, value in facts.items() if name not in NEWER}
+    assert info_from_json(json.dumps(older), "here").trajectories == {}
+    with_default = {f.name for f in fields(DatasetInfo) if is_optional(f)}
+    first = {"fields", "image_latents_every", "null_text_crc32c"}  # of the first version
+    first |= {"text_encoder", "text_length", "text_width"}
+    assert set(NEWER) == with_default - first
+
+
+def is_optional(field) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
