@@ -16,8 +16,8 @@ ARGS ?=
 RECIPE ?= demo
 DATA ?= data/$(RECIPE)
 # What a recipe's demo looks at: RECORD_<recipe> and ENCODE_<recipe>, where it is not this.
-RECORD ?= $(or $(RECORD_$(RECIPE)),scenario=rooms clips=240 clips_per_episode=1 frames=81 fps=16)
-ENCODE ?= $(or $(ENCODE_$(RECIPE)),codec=lapped channels=24)
+RECORD ?= $(or $(RECORD_$(RECIPE)),scenario=rooms clips=240 clips_per_episode=1 frames=81 fps=16 workers=2)
+ENCODE ?= $(or $(ENCODE_$(RECIPE)),codec=lapped channels=24 workers=2 shard_mb=7)
 DEVICE_DAY ?= build/device_day
 
 PY := $(VENV)/bin/python

@@ -10,19 +10,26 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_shards.arguments import Option, choice, number, path, run, whole
+from data_shards.encoding.runners import leave_with_parent
 from data_shards.progress import clip_progress
 from data_shards.schema import DataError
 from data_shards.storage.files import crc32c, fresh_folder, publish_folder, read_json, write_durably
@@ -58,6 +65,7 @@ OPTIONS = {
         whole(1, 1000), "clips of one life; train and validation never share an episode", 2
     ),
     "look_degrees": Option(number(0, 20), "how far the player looks up and down", 4.0),
+    "workers": Option(whole(1, 64), "games at the same time; the bytes are the same", 1),
 }
 
 
@@ -68,9 +76,9 @@ def npy_bytes(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-def record(out: str, clips: int, **options: Any) -> None:
-    """Record into `out`. An existing recording made with the same arguments is kept as it is, and
-    an interrupted one is gone on with.
+def record(out: str, clips: int, workers: int = 1, **options: Any) -> None:
+    """Record into `out`, with several games at the same time if asked for. An existing recording
+    made with the same arguments is kept as it is, and an interrupted one is gone on with.
 
     Raises:
         DataError: a frame count that is neither 8k+1 nor 8k, an unknown size or scenario, or `out`
@@ -101,7 +109,7 @@ def record(out: str, clips: int, **options: Any) -> None:
         return
     draft = take_draft(final, wanted)
     try:
-        entries = record_into(draft, vizdoom.VizdoomOptions(**options), clips)
+        entries = record_into(draft, vizdoom.VizdoomOptions(**options), clips, workers)
         zero, one = vizdoom.depth_metres(np.arange(2, dtype=np.uint8)).tolist()
         description = {
             "format": RECORDING_FORMAT,
@@ -130,30 +138,132 @@ def record(out: str, clips: int, **options: Any) -> None:
     )
 
 
-def record_into(draft: Path, settings: VizdoomOptions, clips: int) -> list[dict[str, Any]]:
+def record_into(
+    draft: Path, settings: VizdoomOptions, clips: int, workers: int
+) -> list[dict[str, Any]]:
     """Record what is missing of `clips` clips, and return the lines of recording.json of all.
 
-    A file notes each episode that is complete: a later one does not depend on it.
+    A file notes each episode that is complete, in order: a later one does not depend on it. Raises
+    DataError if 20 episodes in a row give no usable clip.
     """
-    from data_shards.sources import leash, vizdoom
+    from data_shards.sources import leash
 
     entries, first = keep_episodes(draft)
     if entries:
         print(f"{len(entries)} clips are kept of a recording that was interrupted")
-    missing, episode = clips - len(entries), list[dict[str, Any]]()
-    scratch = tempfile.mkdtemp(prefix="record-")
+    if len(entries) == clips:
+        return entries
+    barren = 0
+    scratch, folder = tempfile.mkdtemp(prefix="record-"), clips_of(draft)
+    recorded = record_share if workers == 1 else partial(record_together, workers)
     with leash.leashed(scratch), clip_progress("record") as progress:
         task = progress.add_task("record", total=clips, completed=len(entries))
-        for clip in vizdoom.record_clips(settings, missing, scratch, first) if missing else ():
-            entry = write_clip(clips_of(draft), f"e{clip.episode:05d}-t{clip.first_tic:06d}", clip)
-            if episode and episode[-1]["episode"] != entry["episode"]:
-                note = json.dumps(episode).encode()
-                write_durably(draft / EPISODES / f"{episode[-1]['episode']}.json", note)
-                episode = []
-            episode.append(entry)
-            entries.append(entry)
-            progress.advance(task)
+        with closing(
+            recorded(settings, folder, scratch, first, wanted=clips - len(entries))
+        ) as found:
+            for episode, made in found:
+                made = made[: clips - len(entries)]
+                if made:
+                    note = json.dumps(made).encode()
+                    write_durably(draft / EPISODES / f"e{episode:05d}.json", note)
+                entries += made
+                progress.update(task, completed=len(entries))
+                barren = 0 if made else barren + 1
+                if len(entries) == clips:
+                    break
+                if barren == 20:
+                    raise DataError(
+                        "recording: 20 episodes in a row gave no usable clip (scenario"
+                        f" {settings.scenario}, seed {settings.seed})"
+                    )
+    kept = {entry["key"] for entry in entries}
+    for clip in folder.iterdir():  # of episodes that another game was ahead with
+        if clip.name not in kept:
+            shutil.rmtree(clip)
     return entries
+
+
+Recorded = Iterator[tuple[int, list[dict[str, Any]]]]  # episode, lines of its clips
+
+
+def record_share(
+    settings: VizdoomOptions, folder: Path, scratch: str, first: int, wanted: int, step: int = 1
+) -> Recorded:
+    """Write the clips of every `step`-th episode from `first` on into `folder`; yield of each
+    episode its lines. It ends in the middle of an episode with the last clip that is wanted."""
+    from data_shards.sources import vizdoom
+
+    for episode, clips in vizdoom.record_episodes(settings, scratch, first, step):
+        made = []
+        for clip in clips:
+            key = f"e{clip.episode:05d}-t{clip.first_tic:06d}"
+            made.append(write_clip(folder, key, clip))
+            if len(made) == wanted:
+                break
+        wanted -= len(made)
+        yield episode, made
+        if not wanted:
+            return
+
+
+def record_together(
+    workers: int, settings: VizdoomOptions, folder: Path, scratch: str, first: int, wanted: int
+) -> Recorded:
+    """Write the clips of all episodes from `first` on, each `workers`-th by a process of its own;
+    yield the episodes in order. Raises DataError when a process has failed or was killed."""
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    processes = []
+    for worker in range(workers):
+        own = Path(scratch) / str(worker)
+        own.mkdir()
+        share = (settings, folder, str(own), first + worker, wanted, workers)
+        processes.append(context.Process(target=record_for, args=(queue, share), daemon=True))
+    ahead: dict[int, list[dict[str, Any]]] = {}
+    try:
+        for process in processes:
+            process.start()
+        for episode in itertools.count(first):
+            while episode not in ahead:
+                number, made = from_any(queue, processes)
+                ahead[number] = made
+            yield episode, ahead.pop(episode)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def record_for(queue: Any, share: tuple[Any, ...]) -> None:
+    """Record the share of one process and send each episode; an error is sent as its text."""
+    leave_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+    try:
+        with closing(record_share(*share)) as episodes:
+            for episode in episodes:
+                queue.put(episode)
+    except DataError as error:
+        queue.put(str(error))
+
+
+def from_any(queue: Any, processes: Sequence[Any]) -> tuple[int, list[dict[str, Any]]]:
+    """Return the next episode that any process has sent. Raises DataError for an error that was
+    sent, or when one has ended."""
+    while True:
+        try:
+            found = queue.get(timeout=1.0)
+        except Empty:
+            codes = [process.exitcode for process in processes if process.exitcode]
+            if codes:
+                raise DataError(
+                    f"workers: one has ended with exit code {codes[0]} (out of memory?), expected"
+                    " all alive. Fix: run again, perhaps with fewer"
+                ) from None
+            continue
+        if isinstance(found, str):
+            raise DataError(found)
+        return found
 
 
 def keep_episodes(draft: Path) -> tuple[list[dict[str, Any]], int]:

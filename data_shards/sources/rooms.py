@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Flats, which are plainer than the textures of walls: a coarse codec keeps what is seen of them.
 # Clockwise from the west, as the corners are listed: gray, red, blue, green.
@@ -55,24 +57,40 @@ def places(
     return found[1:]
 
 
-def room_text(seed: int, number: int) -> str:
-    """Return one room as a text map in the format UDMF, version 1.1, in Doom's units."""
+@dataclass(frozen=True)
+class Room:
+    """Hold one room, in Doom's units. outlines: the corners of the room, clockwise, and of its
+    pillars, anticlockwise, so that walls face what is between; walls: the texture of each side."""
+
+    start: tuple[int, int]
+    angle: int  # degrees, anticlockwise from east
+    outlines: tuple[Points, ...]
+    walls: tuple[tuple[str, ...], ...]
+
+
+def make_room(seed: int, number: int) -> Room:
+    """Return room `number` of a seed."""
     random = np.random.default_rng([seed, number])
     width, depth = (int(side) for side in random.integers(*SIDES, 2, endpoint=True))
     start = (int(random.integers(APART, width - APART + 1)), APART)
     middles = places(random, (width, depth), len(PILLAR_WALLS), start)
-    outlines = [([(0, 0), (0, depth), (width, depth), (width, 0)], WALLS)]
-    for (x, y), wall in zip(middles, PILLAR_WALLS, strict=True):
-        r = PILLAR  # anticlockwise: its walls face outwards
-        corners = [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
-        outlines.append((corners, (wall,) * 4))
+    outlines = [[(0, 0), (0, depth), (width, depth), (width, 0)]]
+    for x, y in middles:
+        r = PILLAR
+        outlines.append([(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)])
+    walls = (WALLS, *((wall,) * 4 for wall in PILLAR_WALLS))
+    return Room(start, int(random.integers(60, 121)), tuple(outlines), walls)
+
+
+def room_text(seed: int, number: int) -> str:
+    """Return one room as a text map in the format UDMF, version 1.1, in Doom's units."""
+    room = make_room(seed, number)
     skills = {f"skill{level}": True for level in range(1, 6)}
     text = 'namespace = "zdoom";\n' + block(
-        "thing", x=start[0], y=start[1], angle=int(random.integers(60, 121)), type=1, single=True,
-        **skills,
-    )  # fmt: skip
+        "thing", x=room.start[0], y=room.start[1], angle=room.angle, type=1, single=True, **skills
+    )
     lines = 0
-    for corners, walls in outlines:
+    for corners, walls in zip(room.outlines, room.walls, strict=True):
         for i, ((x, y), wall) in enumerate(zip(corners, walls, strict=True)):
             text += block("vertex", x=x, y=y)
             text += block("sidedef", sector=0, texturemiddle=wall)
@@ -82,6 +100,47 @@ def room_text(seed: int, number: int) -> str:
     return text + block(
         "sector", texturefloor=FLOOR, textureceiling=CEILING, heightceiling=HEIGHT, lightlevel=224
     )
+
+
+def room_depth(
+    room: Room,
+    c2w: NDArray[np.float64],
+    lens: NDArray[np.float64],
+    size: tuple[int, int],
+    metres_per_unit: float,
+) -> NDArray[np.float64]:
+    """Return the exact depth of a picture taken in a room, metres along the camera's z axis.
+
+    c2w [4, 4] in metres of the room's own world; lens [4] fx, fy, cx, cy in pixels; size: height
+    and width -> [height, width]. (The engine stores depth in steps of 0.22 m.)
+    """
+    height, width = size
+    fx, fy, cx, cy = lens
+    right, down = (np.arange(width) + 0.5 - cx) / fx, (np.arange(height) + 0.5 - cy) / fy
+    turn, eye = c2w[:3, :3], c2w[:3, 3]
+    ray = turn[:, 0] * right[None, :, None] + turn[:, 1] * down[:, None, None] + turn[:, 2]
+    top = HEIGHT * metres_per_unit
+    with np.errstate(divide="ignore"):
+        depth = np.where(ray[..., 2] < 0, -eye[2], top - eye[2]) / ray[..., 2]  # floor or ceiling
+    depth[ray[..., 2] == 0] = np.inf
+    for outline in room.outlines:
+        corners = np.array(outline) * metres_per_unit
+        for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+            np.minimum(depth, meeting(ray, a - eye[:2], b - a), out=depth)
+    return depth
+
+
+def meeting(
+    ray: NDArray[np.float64], start: NDArray[np.float64], side: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return how many times `ray` [..., 3], seen from above, reaches from the origin to the wall
+    that begins at `start` [2] and goes along `side` [2]; infinity where it does not."""
+    x, y = ray[..., 0], ray[..., 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        across = x * side[1] - y * side[0]
+        ahead = (start[0] * side[1] - start[1] * side[0]) / across
+        along = (start[0] * y - start[1] * x) / across
+    return np.where((ahead > 1e-6) & (along >= 0) & (along <= 1), ahead, np.inf)
 
 
 def write_rooms(path: Path, seed: int, numbers: Iterable[int]) -> None:

@@ -237,37 +237,22 @@ def open_game(options: VizdoomOptions, config_folder: str, first_episode: int = 
     return game
 
 
-def record_clips(
-    options: VizdoomOptions, clips: int, config_folder: str, first_episode: int = 0
-) -> Iterator[RecordedClip]:
-    """Yield `clips` clips that are of use, from episode `first_episode` on.
+def record_episodes(
+    options: VizdoomOptions, config_folder: str, first: int = 0, step: int = 1
+) -> Iterator[tuple[int, Iterator[RecordedClip]]]:
+    """Yield every `step`-th episode from `first` on with its clips that are of use, without end.
 
-    Every episode has its own seed, so a clip depends on (seed, episode) alone.
-
-    Raises:
-        DataError: bad options, or a scenario in which the player finds no way in 20 episodes in a
-        row.
+    Every episode has its own seed, so a clip depends on (seed, episode) alone. Raises DataError for
+    bad options.
     """
-    game, opened = open_game(options, config_folder, first_episode), first_episode
+    game, opened, episode = open_game(options, config_folder, first), first, first
     try:
-        done, episode, barren = 0, first_episode, 0
-        while done < clips:
-            if options.scenario == ROOMS and episode == opened + ROOMS_IN_FILE:
+        while True:
+            if options.scenario == ROOMS and episode >= opened + ROOMS_IN_FILE:
                 game.close()
                 game, opened = open_game(options, config_folder, episode), episode
-            found = 0
-            for clip in record_episode(game, options, episode):
-                yield clip
-                found, done = found + 1, done + 1
-                if done == clips:
-                    return
-            barren = 0 if found else barren + 1
-            if barren == 20:
-                raise DataError(
-                    "recording: 20 episodes in a row gave no usable clip (scenario"
-                    f" {options.scenario}, seed {options.seed})"
-                )
-            episode += 1
+            yield episode, record_episode(game, options, episode)
+            episode += step
     finally:
         game.close()
 

@@ -1,16 +1,34 @@
 """The rooms that the recorder builds, against the geometry that they are said to have."""
 
+import filecmp
 import math
 import re
 import struct
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from data_shards import record
 from data_shards.sources.recording import RecordingSource
-from data_shards.sources.rooms import APART, PILLAR, SIDES, WALLS, room_name, room_text, write_rooms
-from data_shards.sources.vizdoom import METRES_PER_UNIT, VizdoomOptions, depth_metres, open_game
+from data_shards.sources.rooms import (
+    APART,
+    PILLAR,
+    SIDES,
+    WALLS,
+    make_room,
+    room_depth,
+    room_name,
+    room_text,
+    write_rooms,
+)
+from data_shards.sources.vizdoom import (
+    METRES_PER_UNIT,
+    VizdoomOptions,
+    depth_metres,
+    open_game,
+    record_episodes,
+)
 
 BLOCK = re.compile(r"(\w+) \{ (.*?) \}")
 
@@ -115,6 +133,29 @@ def walls_ahead(points, place, yaw, right):
     return min(found)
 
 
+def test_the_exact_depth_is_what_the_engine_saw_to_its_resolution(tmp_path):
+    """Against the engine's own depth, and against walls met by solving for them one by one."""
+    options = VizdoomOptions(frames=9, fps=16.0, seed=11, scenario="rooms", clips_per_episode=1)
+    with closing(record_episodes(options, str(tmp_path))) as episodes:
+        clip = next(clip for _, clips in episodes for clip in clips)
+    room, size = make_room(11, clip.episode), clip.depth.shape[1:]
+    points = [corner for outline in room.outlines for corner in outline]
+    for i in (0, 8):
+        exact = room_depth(room, clip.c2w[i], clip.intrinsics[i], size, METRES_PER_UNIT)
+        difference = depth_metres(clip.depth[i]) - exact
+        assert -0.35 < np.percentile(difference, 5) < np.percentile(difference, 95) < 0.13
+        x, y = clip.c2w[i, :2, 3] / METRES_PER_UNIT
+        yaw = math.degrees(math.atan2(clip.c2w[i, 1, 2], clip.c2w[i, 0, 2]))
+        horizon = int(clip.intrinsics[i, 3])  # the row at eye height, where walls are seen alone
+        for column in range(0, size[1], 16):
+            wanted = walls_ahead(points, (x, y), yaw, (column + 0.5 - 80) / 80) * METRES_PER_UNIT
+            assert exact[horizon, column] == pytest.approx(wanted, rel=1e-6)
+    turned = clip.c2w[0].copy()  # a camera that looks straight down has the floor ahead
+    turned[:3, 2], turned[:3, 1] = (0, 0, -1), -clip.c2w[0, :3, 2]
+    below = room_depth(room, turned, np.array([800.0, 800.0, 8.0, 6.0]), (12, 16), METRES_PER_UNIT)
+    assert np.allclose(below, clip.c2w[0, 2, 3])
+
+
 def test_every_episode_is_another_room_and_is_recorded_again_to_the_bit(tmp_path):
     arguments = ["clips=2", "clips_per_episode=1", "frames=9", "scenario=rooms", "seed=5"]
     for name in ("a", "b"):
@@ -124,3 +165,17 @@ def test_every_episode_is_another_room_and_is_recorded_again_to_the_bit(tmp_path
     assert one.description == two.description  # with the checksums of all files in it
     first, second = (one.array(clip.key, "video")[0] for clip in one.clips)
     assert np.abs(first.astype(int) - second).mean() > 5
+
+
+def test_games_at_the_same_time_record_the_same_bytes(tmp_path):
+    """Four clips of the first episodes, by one game and by two, which leave nothing else behind."""
+    arguments = ["clips=4", "clips_per_episode=1", "frames=9", "scenario=rooms", "seed=5"]
+    for workers in (1, 2):
+        out = [f"out={tmp_path / str(workers)}", f"workers={workers}"]
+        assert record.main(["vizdoom", *out, *arguments]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    one, two = (tmp_path / str(workers) for workers in (1, 2))
+    files = [str(file.relative_to(one)) for file in one.rglob("*") if file.is_file()]
+    assert len(files) == 1 + 4 * len(record.ARRAYS)
+    assert sorted(files) == sorted(str(f.relative_to(two)) for f in two.rglob("*") if f.is_file())
+    assert filecmp.cmpfiles(one, two, files, shallow=False)[1:] == ([], [])

@@ -48,17 +48,21 @@ def reproject(depth, source_k, source_c2w, target_k, target_c2w):
     return x * target_k[0] + target_k[2], y * target_k[1] + target_k[3], local[..., 2]
 
 
-def colour_error(video, depth, c2w, intrinsics, a, b):
-    """Mean colour difference of frame a's pixels and what frame b shows where pose and depth say
-    they are, if they are in view there."""
+ALIKE = 12.0  # levels, of the mean over colours
+
+
+def found_share(video, depth, c2w, intrinsics, a, b):
+    """Share of frame a's pixels in view of frame b, by pose and depth, that have their depth and
+    their colour there; and the share that is in view."""
     column, row, z = reproject(depth[a], intrinsics[a], c2w[a], intrinsics[b], c2w[b])
     inside = (
         (z > 0.3) & (column >= 0) & (column < video.shape[2]) & (row >= 0) & (row < video.shape[1])
     )
+    assert inside.any(), "a camera that sees nothing of frame a tests nothing"
     columns, rows = column[inside].astype(int), row[inside].astype(int)
-    seen = np.abs(depth[b, rows, columns] - z[inside]) < 0.5  # not hidden behind something
-    difference = np.abs(video[a][inside].astype(float) - video[b, rows, columns])
-    return difference[seen].mean(), seen.mean()
+    deep = np.abs(depth[b, rows, columns] - z[inside]) < 0.5  # not hidden behind something
+    difference = np.abs(video[a][inside].astype(float) - video[b, rows, columns]).mean(axis=-1)
+    return (deep & (difference < ALIKE)).mean(), inside.mean()
 
 
 def test_pictures_are_means_and_depth_is_the_nearest_of_two_by_two():
@@ -90,11 +94,11 @@ def test_pixels_reproject_onto_themselves(clip):
         moved > 0.1 or abs(clip["mouse"][a + 1 : b + 1, 0].sum()) > 3
     )  # otherwise nothing is tested
     camera = (clip["video"], clip["depth"], clip["c2w"], clip["intrinsics"])
-    right, visible = colour_error(*camera, a, b)
-    still = np.abs(clip["video"][a].astype(float) - clip["video"][b]).mean()
+    right, visible = found_share(*camera, a, b)
+    still = np.abs(clip["video"][a].astype(float) - clip["video"][b]).mean(axis=-1) < ALIKE
     assert visible > 0.5
-    assert right < 0.6 * still
-    # each wrong camera is worse than the recorded one: motion backwards, mirrored turn, square
+    assert right > max(0.6, 2 * still.mean())
+    # of each wrong camera fewer pixels are found: motion backwards, mirrored turn, square
     # focal lengths, principal point left alone
     backwards = clip["c2w"].copy()
     backwards[b, :3, 3] = 2 * clip["c2w"][a, :3, 3] - clip["c2w"][b, :3, 3]
@@ -108,8 +112,8 @@ def test_pixels_reproject_onto_themselves(clip):
         (mirrored, clip["intrinsics"]),
         (clip["c2w"], square),
     ):
-        wrong, agree = colour_error(clip["video"], clip["depth"], c2w, intrinsics, a, b)
-        assert not agree or wrong > 1.1 * right  # or no pixel lands at the depth that is there
+        wrong, _ = found_share(clip["video"], clip["depth"], c2w, intrinsics, a, b)
+        assert wrong < 0.75 * right
 
 
 def test_depth_agrees_between_frames(clip):
