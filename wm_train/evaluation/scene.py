@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from data_shards.schema import DataError
 from data_shards.sources.recording import RecordingSource
+from data_shards.sources.rooms import make_room, room_depth
+from data_shards.sources.vizdoom import ROOMS
 from data_shards.storage.files import read_json
-from wm_train.evaluation.poses import KeyFrames, KnownScene
+from wm_train.evaluation.poses import KeyFrames, KnownScene, Surface
 
 EVERY = 4  # frames between key frames
 SAME = 1e-3  # metres, and parts of a rotation: float32 poses differ less from what was recorded
@@ -23,9 +25,12 @@ class Recording:
     def __init__(self, folder: Path) -> None:
         self._source = RecordingSource(folder)
         facts = read_json(folder / "recording.json", "recording")
-        self._clips = {clip.key for clip in self._source.clips}
         depth = facts["depth_metres"]
         self._scale, self._offset = float(depth["scale"]), float(depth["offset"])
+        # e00012 -> 12, which in the scenario `rooms` is the number of the room
+        self._episodes = {clip.key: int(clip.episode[1:]) for clip in self._source.clips}
+        self._rooms = facts["options"]["scenario"] == ROOMS
+        self._seed, self._metres_per_unit = int(facts["options"]["seed"]), facts["metres_per_unit"]
 
     def scene(self, key: str, c2w: NDArray[np.float64]) -> KeyFrames | None:
         """Return every fourth frame of the clip as a map, in the world of `c2w` [F, 4, 4], a part
@@ -33,7 +38,7 @@ class Recording:
 
         Raises DataError if the recording's clip of that name has another path.
         """
-        if key not in self._clips:
+        if key not in self._episodes:
             return None
         video, depth, recorded, lenses = (
             self._source.array(key, name) for name in ("video", "depth", "c2w", "intrinsics")
@@ -45,9 +50,24 @@ class Recording:
                 " recording that it was encoded from. Fix: recording=<that folder>"
             )
         world = c2w[0] @ np.linalg.inv(recorded[start])
-        metres = np.where(depth < FARTHEST, depth * self._scale + self._offset, np.nan)
         keep = slice(None, None, EVERY)
-        return KeyFrames(video[keep], metres[keep], (world @ recorded)[keep], lenses[keep])
+        video, depth, recorded, lenses = (x[keep] for x in (video, depth, recorded, lenses))
+        surface = None
+        if self._rooms:
+            surface = self._surface(key, np.linalg.inv(world))
+            size = (depth.shape[1], depth.shape[2])
+            rows = zip(world @ recorded, lenses, strict=True)
+            metres = np.stack([surface(pose, lens, size) for pose, lens in rows])
+        else:
+            metres = np.where(depth < FARTHEST, depth * self._scale + self._offset, np.nan)
+        return KeyFrames(video, metres, world @ recorded, lenses, surface)
+
+    def _surface(self, key: str, from_world: NDArray[np.float64]) -> Surface:
+        """Return the exact depth of any view in the room of a clip."""
+        room, metres_per_unit = make_room(self._seed, self._episodes[key]), self._metres_per_unit
+        return lambda c2w, lens, size: room_depth(
+            room, from_world @ c2w, lens, size, metres_per_unit
+        )
 
 
 def place_of(whole: NDArray[np.float64], part: NDArray[np.float64]) -> int | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_shards import record
 from data_shards.schema import DataError
 from data_shards.sources.recording import RecordingSource
 from wm_train.evaluation.metrics.cameras import camera_errors
@@ -66,6 +68,80 @@ def test_a_video_that_stands_still_or_lags_is_measured_at_its_exact_error(clips,
     assert exact.rot_err_deg.value > 3
     assert measured.rot_err_deg.value == pytest.approx(exact.rot_err_deg.value, abs=0.05)
     assert measured.trans_err_m.value == pytest.approx(exact.trans_err_m.value, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Callable[[int], tuple]:
+    """room(i) -> (video, c2w, known) of a clip recorded in a room whose geometry is known."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    out = tmp_path_factory.mktemp("rooms")
+
+    def clip(number: int) -> tuple:
+        count = 1 if number == 0 else 5  # the tests that are not `full` need the first alone
+        folder = out / str(count)
+        words = ["scenario=rooms", "clips_per_episode=1", "frames=41", f"clips={count}"]
+        assert record.main(["vizdoom", f"out={folder}", *words]) == 0  # if it is not there yet
+        source, scenes = RecordingSource(folder), Recording(folder)
+        key = source.clips[number].key
+        video, c2w, lens = (source.array(key, n) for n in ("video", "c2w", "intrinsics"))
+        return video, c2w, KnownScene(key, lens, c2w[0], scenes.scene(key, c2w))
+
+    return clip
+
+
+def measured(video, c2w, known, picks):
+    """Errors of the path that `map` finds of these frames, shown one after the other: against
+    theirs, and against that of the first frames, beside the exact error of it."""
+    shown = KnownScene(known.key, known.intrinsics[picks], c2w[0], known.frames)
+    found = make_estimator("map").estimate(video[picks], FPS, shown).c2w
+    wanted = c2w[: len(picks)]
+    pairs = ((c2w[picks], found), (wanted, found), (wanted, c2w[picks]))
+    return [camera_errors(truth, path, "none") for truth, path in pairs]
+
+
+QUICK = [(0, 6)]
+EVERY = [*QUICK, *(pytest.param(n, 41, marks=pytest.mark.full) for n in range(5))]
+
+
+@pytest.mark.parametrize(("number", "frames"), EVERY)
+def test_in_a_room_every_clip_is_found_within_a_third_of_a_degree_and_two_centimetres(
+    room, number, frames
+):
+    own, _, _ = measured(*room(number), np.arange(frames))
+    assert own.rot_err_deg.coverage == 1
+    assert own.rot_err_deg.value < 0.3
+    assert own.trans_err_m.value < 0.02
+
+
+@pytest.mark.parametrize(("number", "frames"), EVERY)
+def test_in_a_room_half_speed_and_a_frozen_frame_are_measured_at_their_exact_error(
+    room, number, frames
+):
+    clip = room(number)
+    for picks in (np.arange(frames) // 2, np.zeros(min(frames, 2), int)):
+        own, wrong, exact = measured(*clip, picks)
+        assert own.rot_err_deg.coverage == 1
+        assert wrong.rot_err_deg.value == pytest.approx(exact.rot_err_deg.value, abs=0.05)
+        assert wrong.trans_err_m.value == pytest.approx(exact.trans_err_m.value, abs=0.02)
+
+
+def test_in_a_room_the_camera_of_a_blurred_picture_is_found_and_of_noise_none(room):
+    """A blur of 3 pixels leaves no corner; the view of another room is not this one."""
+    import cv2
+
+    video, c2w, known = room(0)
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), 3) for frame in video[:3]])
+    found = make_estimator("map").estimate(soft, FPS, known_part(known, 3)).c2w
+    errors = camera_errors(c2w[:3], found, "none")
+    assert errors.rot_err_deg.coverage == 1
+    assert errors.rot_err_deg.value < 1
+    assert errors.trans_err_m.value < 0.1
+    grain = np.random.default_rng(0).integers(0, 256, video[:1].shape).astype(np.uint8)
+    assert np.isnan(make_estimator("map").estimate(grain, FPS, known_part(known, 1)).c2w).all()
+
+
+def known_part(known: KnownScene, frames: int) -> KnownScene:
+    return KnownScene(known.key, known.intrinsics[:frames], known.first, known.frames)
 
 
 def test_pictures_of_nothing_have_no_pose(clips):

@@ -7,6 +7,7 @@ the function takes the argument, None without one, and returns a `PoseEstimator`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,18 +28,24 @@ ESTIMATORS = Registry(
 )
 
 
+# c2w [4, 4], intrinsics [4], (height, width) -> depth [height, width] of that view, in metres
+Surface = Callable[[NDArray[np.float64], NDArray[np.float64], tuple[int, int]], NDArray[np.float64]]
+
+
 @dataclass(frozen=True)
 class KeyFrames:
     """Hold pictures of the scene whose depth and pose are known.
 
     video [K, H, W, 3] uint8; depth [K, H, W] metres along the camera's z axis, NaN where unknown;
-    c2w [K, 4, 4]; intrinsics [K, 4] fx, fy, cx, cy in pixels.
+    c2w [K, 4, 4]; intrinsics [K, 4] fx, fy, cx, cy in pixels; surface: the exact depth of any view,
+    where the scene's geometry is known.
     """
 
     video: NDArray[np.uint8]
     depth: NDArray[np.float64]
     c2w: NDArray[np.float64]
     intrinsics: NDArray[np.float64]
+    surface: Surface | None = None
 
 
 @dataclass(frozen=True)

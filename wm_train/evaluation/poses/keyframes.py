@@ -1,16 +1,20 @@
 """Find a video's path in a map of the scene: key frames with depth and pose (`map`).
 
-A frame starts from the pose of the frame before it and is aligned with the nearest key frames by
-brightness. Where that fails, corners of the frame (SIFT, Lowe 2004) are looked up in all key
-frames, and the pose follows from the 3-D points found (PnP with RANSAC), aligned again. The wanted
-path is used nowhere but in its first pose, so errors do not shrink towards it; the result is metric
-and does not drift.
+A frame starts from the pose of the frame before it. Where the scene's geometry is known, it is
+aligned with the view that the scene would give (`views.py`), which also finds the camera of a
+blurred picture without corners, as a codec or a model makes them. Else it is aligned with the
+nearest key frames by brightness; where that fails, corners of the frame (SIFT, Lowe 2004) are
+looked up in all key frames, and the pose follows from the 3-D points found (PnP with RANSAC),
+aligned again. The wanted path is used nowhere but in its first pose, so errors do not shrink
+towards it; the result is metric and does not drift.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from wm_train.evaluation.poses.alignment import (
     lifted,
     points_of,
 )
+from wm_train.evaluation.poses.views import Match, find_view
 
 NEAREST = 2  # key frames that a frame is aligned with
 LEAST_INLIERS = 15
@@ -66,12 +71,17 @@ class KeyFrameEstimator:
             reason = "the clip has no key frames with depth. Fix: recording=<folder>"
             return no_track(len(video), "map", reason)
         began = time.monotonic()
-        scene = build_map(known.frames)
+        frames, surface = known.frames, known.frames.surface
+        find: Callable[[NDArray[np.uint8], Array, Array], Fit | Match | None]
+        if surface is not None:
+            find = partial(find_view, frames, surface)
+        else:
+            find = partial(locate, build_map(frames))
         path = np.full((len(video), 4, 4), np.nan)
         confidence = np.zeros(len(video))
         last: Array = np.asarray(np.linalg.inv(known.first), np.float64)
         for number, (picture, lens) in enumerate(zip(video, known.intrinsics, strict=True)):
-            fit = locate(scene, picture, lens, last)
+            fit = find(picture, lens, last)
             if fit is not None:
                 last, confidence[number] = fit.w2c, max(0.0, fit.correlation)
                 path[number] = np.linalg.inv(fit.w2c)
