@@ -3,7 +3,7 @@ another clip's, and how near each rollout is to the truth.
 
 `python benchmarks/own_path.py RUN/STAGE [--clips 16] [--steps 20]`: RUN/STAGE is a finished stage's
 folder; its newest checkpoint's averaged weights are used. PSNR is of pixels, against the decoded
-latents, over the clip without its first frame, which is given. The frozen first frame stands
+latents, the mean over frames; the first is given and not counted. The frozen first frame stands
 beside it. Both rollouts start from the same noise. `--sheet FILE.png` draws some clips: the truth,
 the own path, the other path. Standard errors are over clips.
 """
@@ -28,7 +28,7 @@ from wm_train.conditioning import Conditions
 from wm_train.config.registry import builder
 from wm_train.config.typed import from_json
 from wm_train.evaluation.first_frame import in_words, over_clips
-from wm_train.evaluation.metrics.pictures import psnr
+from wm_train.evaluation.metrics.pictures import by_frame, psnr
 from wm_train.evaluation.pictures import write_png
 from wm_train.noise import NoiseKey
 from wm_train.sampling.experts import experts_of
@@ -90,7 +90,10 @@ def main() -> None:
 
     truth, followed, strayed = videos(batch.latents), rolled_out(own), rolled_out(other)
     rows = [
-        [psnr(true[1:], video[1:]) for video in (right, wrong, np.repeat(true[:1], len(true), 0))]
+        [
+            float(by_frame(true[1:], video[1:], psnr).mean())
+            for video in (right, wrong, np.repeat(true[:1], len(true), 0))
+        ]
         for true, right, wrong in zip(truth, followed, strayed, strict=True)
     ]
     print(f"{options.folder}: {options.clips} {options.split} clips, {stage.frames} frames")

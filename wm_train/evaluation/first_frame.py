@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wm_train.evaluation.metrics.pictures import psnr
+from wm_train.evaluation.metrics.pictures import by_frame, psnr
 from wm_train.evaluation.metrics.score import Score, Summary, summarise
 
 SPANS = ("clip", "first_second")
@@ -24,13 +24,15 @@ def in_words(summary: Summary) -> str:
 
 
 def clip_psnr(truth: np.ndarray, sample: np.ndarray, fps: float) -> dict[str, float]:
-    """Return PSNR to the truth of a sample and of the frozen first frame, over the clip and over
-    its first second, for videos [F, H, W, 3]; the first frame, which is given, does not count."""
+    """Return PSNR to the truth of a sample and of the frozen first frame, the mean over the frames
+    of the clip and over those of its first second, for videos [F, H, W, 3]; the first frame, which
+    is given, does not count."""
     frozen = np.broadcast_to(truth[:1], truth.shape)
     second = max(2, 1 + round(fps))
+    frames = {"sample": by_frame(truth, sample, psnr), "frozen": by_frame(truth, frozen, psnr)}
     return {
-        f"{name}_psnr_{span}": psnr(truth[1:stop], video[1:stop])
-        for name, video in (("sample", sample), ("frozen", frozen))
+        f"{name}_psnr_{span}": float(values[1:stop].mean())
+        for name, values in frames.items()
         for span, stop in zip(SPANS, (len(truth), second), strict=True)
     }
 

@@ -165,8 +165,8 @@ def test_the_record_says_how_near_each_sample_is_to_the_truth(opened, tmp_path):
     for key, true, made in zip(batch.keys, batch.latents, latents, strict=False):
         true, made = (samples.decode(stage, one).astype(float)[1:] for one in (true, made))
         first = samples.decode(stage, batch.latents[len(gains)]).astype(float)[0]
-        errors = [np.mean((true - other) ** 2) for other in (made, first)]
-        sample, frozen = (10 * np.log10(255**2 / error) for error in errors)
+        errors = [np.mean((true - other) ** 2, axis=(1, 2, 3)) for other in (made, first)]
+        sample, frozen = (np.mean(10 * np.log10(255**2 / error)) for error in errors)
         assert written["clips"][key]["sample_psnr_clip"] == pytest.approx(sample)
         assert written["clips"][key]["frozen_psnr_clip"] == pytest.approx(frozen)
         gains.append(sample - frozen)
