@@ -33,6 +33,7 @@ import hashlib
 import json
 import secrets
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ from wm_train.redact import clean_output, clean_text
 from wm_train.resilience.run_lock import COMMAND as HELD
 from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 from wm_train.storage import check_regular
+from wm_train.tracking.goodput import TYPED
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
 TRAJECTORIES = "--trajectories"  # of the command and of its workers
@@ -127,7 +129,7 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             pools, {pool: latent_frame(run, None) for pool, run in pools.items()}
         )
     only = (TRAJECTORIES,) if options.trajectories else ()
-    code = run_stages(config, pools, plans, only)
+    code = run_stages(config, pools, plans, arguments, only)
     if code == 0 and only:
         print("done: the trajectories; without --trajectories the stage trains on them")
         return 0
@@ -138,6 +140,11 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from wm_train.report.write import page_line
 
     print(page_line(stage_directory(config, "")))
+    if config.tracker.name == "mlflow":
+        from wm_train.report.write import send_page
+
+        for pool, run in pools.items():
+            send_page(stage_directory(config, ""), run, plans[pool][-1].directory)
     print(what_next(config, next(iter(plans.values()))[-1].stage, arguments))
     return 0
 
@@ -189,10 +196,15 @@ Plans = Mapping[str, Sequence[StagePlan]]
 
 
 def run_stages(
-    config: RunConfig, pools: Mapping[str, RunConfig], plans: Plans, only: Sequence[str] = ()
+    config: RunConfig,
+    pools: Mapping[str, RunConfig],
+    plans: Plans,
+    typed: Sequence[str],
+    only: Sequence[str] = (),
 ) -> int:
     """Run the selected stages one after the other, each with all pools at once; return the exit
-    code. only: an option of the workers, which then do a part of a stage."""
+    code. typed: the words of the command; only: an option of the workers, which then do a part of a
+    stage."""
     together = dataclasses.replace(config, pool=None)
     folder = stage_directory(together, "")
     parent = None
@@ -216,7 +228,7 @@ def run_stages(
         stage = next(iter(plans.values()))[place]
         if not only and len(pools) > 1 and boundaries(pools, stage.stage):
             groups.append({"": judge_spec(next(iter(pools.values())), config, stage)})
-    code = run_groups(groups, config.launcher.name)
+    code = run_groups(groups, config.launcher.name, typed)
     if parent and config.launcher.name not in launch.LATER:
         parent_run(
             together,
@@ -295,14 +307,16 @@ def spec_of(
     )
 
 
-def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int:
-    """Store the resolved configs, run the workers of one group after the other, return the exit
-    code of the first that fails, or 0."""
+def run_groups(
+    groups: Sequence[Mapping[str, LaunchSpec]], launcher: str, typed: Sequence[str] = ()
+) -> int:
+    """Store the resolved configs and what was typed, run the workers of one group after the other,
+    return the exit code of the first that fails, or 0."""
     whole = launch.takes_all_stages(launcher, next(iter(groups[0].values())))
     with contextlib.ExitStack() as all_stages:
         for group in groups:
             with contextlib.ExitStack() as held:
-                code = prepare(group, launcher, all_stages if whole else held)
+                code = prepare(group, launcher, all_stages if whole else held, typed)
                 if code == 0 and not whole:
                     with ProgressView() as view:
                         for spec in group.values():
@@ -316,9 +330,11 @@ def run_groups(groups: Sequence[Mapping[str, LaunchSpec]], launcher: str) -> int
     return 0
 
 
-def prepare(group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.ExitStack) -> int:
+def prepare(
+    group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.ExitStack, typed: Sequence[str]
+) -> int:
     """Take the folders of a group for this command, until `held` ends, and store the resolved
-    configs there; return 0, or the exit code."""
+    configs and what was typed there; return 0, or the exit code."""
     try:
         for spec in group.values():
             folder = spec.config_path.parent
@@ -329,6 +345,7 @@ def prepare(group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.Exi
                 check_free(folder, NAME)
             folder.mkdir(parents=True, exist_ok=True)
             write_private(spec.config_path, spec.config_text)
+            note_typed(folder, typed)
     except OwnedError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
@@ -340,6 +357,13 @@ def prepare(group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.Exi
         )
         return USER_ERROR
     return 0
+
+
+def note_typed(folder: Path, typed: Sequence[str]) -> None:
+    """Add the words of this command to those that started the stage before, without secrets."""
+    line = {"time": time.time(), "typed": [clean_text(word) for word in typed]}
+    with (folder / TYPED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:

@@ -3,6 +3,7 @@ for programs into `<stage folder>/evaluation/`."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from wm_train.tracking.tracker import Note, Tracker, send
 from wm_train.training.stage import Stage
 
 FOLDER = "evaluation"
+TABLE = "clips.json"  # of all clips and metrics
 
 
 def evaluate_samples(
@@ -148,6 +150,7 @@ def write(target: Path, found: dict[str, Any]) -> None:
     before = results.earlier(target, found["step"])
     results.write_json(results.history_file(target, found["step"]), found)
     results.write_json(target / "evaluation.json", found)
+    results.write_json(target / TABLE, results.table_of_clips(found))
     (target / "report.md").write_text(results.report(found, before), encoding="utf-8")
 
 
@@ -163,8 +166,10 @@ def record_in(
 ) -> None:
     """Record figures, the report and the clips' pictures."""
     tags = {"eval.poses": found["poses"], "eval.clips": str(len(found["clips"]))}
+    # by this tag MLflow knows an artifact as a table
+    tags["mlflow.loggedArtifacts"] = json.dumps([{"path": TABLE, "type": "table"}])
     tracker.evaluation(found["step"], results.figures(found), tags)
-    files = [target / "evaluation.json", target / "report.md"]
+    files = [target / "evaluation.json", target / TABLE, target / "report.md"]
     for record in drawn:
         files += [target / "samples" / f"{record['key']}.mp4"]
         if record["path"] is not None:

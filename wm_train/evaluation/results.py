@@ -112,6 +112,19 @@ def figures(results: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def table_of_clips(results: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return a row per clip and metric as columns and data, the layout of MLflow's tables; None
+    where there is no value. `reason` says why the sample has none."""
+    names = [f"{column}{part}" for column in COLUMNS for part in ("", "_coverage")]
+    rows = []
+    for clip in results["clips"]:
+        for name, scores in clip["scores"].items():
+            found = [as_score(scores.get(column)) for column in COLUMNS]
+            values = [number for score in found for number in (score.value, score.coverage)]
+            rows.append([clip["key"], name, METRICS[name].unit, *values, found[0].reason])
+    return {"columns": ["clip", "metric", "unit", *names, "reason"], "data": rows}
+
+
 def write_json(file: Path, results: Mapping[str, Any]) -> None:
     """Write results as JSON, whole or not at all."""
     draft = file.with_name(f"{file.name}.tmp-draft")

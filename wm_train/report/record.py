@@ -19,7 +19,7 @@ from wm_train.config.typed import from_json
 from wm_train.redact import clean_value
 from wm_train.report.judged import Judged, read_judged
 from wm_train.storage import Place
-from wm_train.tracking.goodput import Life, productive, read_life, read_starts
+from wm_train.tracking.goodput import Life, productive, read_life, read_starts, read_typed
 from wm_train.tracking.mlflow_record import METRICS
 from wm_train.tracking.rows import read_rows
 
@@ -56,6 +56,7 @@ class StageRecord:
     damaged: int
     life: Life | None
     starts: list[dict[str, Any]]
+    typed: list[dict[str, Any]]
     checkpoints: list[Saved]
     rewound: list[tuple[int, int]]
     samples: list[Path]
@@ -160,6 +161,7 @@ def read_stage(folder: Path) -> StageRecord | None:
         damaged=len(damaged),
         life=read_life(folder),
         starts=read_starts(folder),
+        typed=read_typed(folder),
         checkpoints=kept,
         rewound=rewound,
         samples=sorted(pictures.glob("*.mp4")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -80,9 +81,19 @@ def stage_view(stage: StageRecord, now: float) -> dict[str, Any]:
             for saved in reversed(stage.checkpoints)
         ],
         "kept_elsewhere": stage.kept_elsewhere,
+        "typed": typed_lines(stage),
         "settings": changed(stage.plan) if stage.plan else [],
         "yaml": as_yaml(stage.config),
     }
+
+
+def typed_lines(stage: StageRecord) -> list[dict[str, str]]:
+    """Return the commands that started the stage as they would be typed, oldest first."""
+    command = "python -m wm_train.launch"
+    return [
+        {"time": when(row["time"]), "line": shlex.join([*command.split(), *row["typed"]])}
+        for row in stage.typed
+    ]
 
 
 def videos(paths: Sequence[Path], folder: Path) -> tuple[list[Clip], str]:

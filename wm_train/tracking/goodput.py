@@ -23,6 +23,7 @@ from wm_train.tracking.rows import read_rows, to_line
 
 NAME = "life.json"
 STARTS = "starts.jsonl"
+TYPED = "typed.jsonl"  # the words of each command that started the stage
 CLOCK_S = 1.0  # by which clocks may differ
 
 
@@ -87,6 +88,23 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     until then), `workers`, and `redone`, the steps recorded before that had to be repeated."""
     path = folder / STARTS
     return read_rows(path)[0] if path.exists() else []
+
+
+def read_typed(folder: Path) -> list[dict[str, Any]]:
+    """Return the commands that started a stage, oldest first: `time` (Unix seconds) and `typed`,
+    its words. Damaged lines are left out: they are only informative."""
+    found = []
+    try:
+        lines = read_regular(folder / TYPED).splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            found.append({"time": float(row["time"]), "typed": [str(w) for w in row["typed"]]})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return found
 
 
 def begin_life(folder: Path, redone_steps: int, step: int = 0, workers: int = 1) -> Life:

@@ -101,8 +101,8 @@ class Note:
     report: Callable[[str], None] = print
 
     def artifact(self, path: Path) -> None:
-        """Note a file in the folder as one of the run's artifacts."""
-        self._add(ARTIFACTS, {"path": str(path.relative_to(self.folder))})
+        """Note a file in the folder, or of the run around it, as one of the run's artifacts."""
+        self._add(ARTIFACTS, {"path": os.path.relpath(path, self.folder)})
 
     def evaluation(self, step: int, figures: dict[str, float], tags: dict[str, str]) -> None:
         """Note what an evaluation after finished step `step` has found."""

@@ -148,3 +148,19 @@ def test_a_missing_weight_is_a_reason_and_with_strict_an_error():
 def test_drift_takes_any_scorer_of_frames():
     bright = judged(0, quality=lambda video: video.mean(axis=(1, 2, 3)))
     assert bright.scores["drift"]["sample"].reason.startswith("the video has 0 whole windows")
+
+
+def test_the_table_has_a_row_of_each_clip_and_metric_in_the_layout_of_mlflow(records):
+    found = results.combine(records, FACTS)
+    table = results.table_of_clips(found)
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(rows) == sum(len(record["scores"]) for record in records)
+    for row in rows:
+        own = next(r for r in records if r["key"] == row["clip"])["scores"][row["metric"]]
+        for column in ("sample", "ceiling", "floor", "other"):
+            assert row[column] == own[column]["value"]
+            assert row[f"{column}_coverage"] == own[column]["coverage"]
+        assert (row["sample"] is None) == bool(row["reason"])
+    psnr = next(row for row in rows if row["metric"] == "psnr")
+    assert (psnr["unit"], psnr["ceiling"]) == ("dB", 100)
+    assert json.loads(json.dumps(table, allow_nan=False)) == table

@@ -120,6 +120,8 @@ def write_run(tmp_path: Path, configuration: str, pictures: Path) -> Callable[..
         kinds = ("step", "time", "workers", "redone")
         lines = [to_line(dict(zip(kinds, start, strict=True))) for start in starts]
         (folder / "starts.jsonl").write_text("".join(lines))
+        typed = ["experiment=demo", "name=my demo", f"data.path={ADDRESS}"]
+        (folder / "typed.jsonl").write_text(json.dumps({"time": 980.0, "typed": typed}) + "\n[3]\n")
         save(folder, 30, 2)
         save(folder, 40, 4)
         return folder.parent

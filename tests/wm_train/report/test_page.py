@@ -93,6 +93,17 @@ def test_starts_time_mesh_and_checkpoints_are_those_of_the_record(write_run):
     assert "finished" in page.words
 
 
+def test_what_was_typed_is_shown_as_it_can_be_typed_again_without_secrets(write_run):
+    run = write_run(seen=False)
+    words = page_of(run).words
+    assert "typed 1 Jan 1970, 00:16:20 UTC" in words
+    line = "python -m wm_train.launch experiment=demo 'name=my demo' data.path=s3://"
+    assert line in words
+    assert "hunter2secret" not in words
+    (run / "short" / "typed.jsonl").unlink()
+    assert "wm_train.launch experiment" not in page_of(run).words
+
+
 def test_a_number_needs_its_interval_coverage_floor_and_ceiling(write_run):
     page = page_of(write_run())
     row = [" ".join(cell.split()) for cell in page.row("rotation error ↓ degrees")]
@@ -152,7 +163,8 @@ def test_no_secret_and_no_markup_of_a_run_reaches_the_page(write_run, monkeypatc
 
 def test_a_run_whose_files_are_damaged_still_has_a_page(write_run):
     stage = write_run() / "short"
-    for name in ("metrics.jsonl", "life.json", "starts.jsonl", "evaluation/evaluation.json"):
+    files = ("metrics.jsonl", "life.json", "starts.jsonl", "typed.jsonl")
+    for name in (*files, "evaluation/evaluation.json"):
         (stage / name).write_bytes(b'{"step": 3, "lo\n\xff[3]\n')
     (stage / "checkpoints" / "step_00000040" / "manifest.json").write_text("{}")
     (stage / "samples" / "clip0.mp4").write_bytes(b"")

@@ -11,6 +11,7 @@ import pytest
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stage
 from wm_train.config.typed import public_config, to_json
+from wm_train.report.write import send_page
 from wm_train.tracking import forwarder, goodput, mlflow_record
 from wm_train.tracking import tracker as tracking
 from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps
@@ -54,22 +55,28 @@ def test_mlflow_has_every_step_and_one_run_across_a_restart(tmp_path):
     from mlflow import MlflowClient
 
     said: list[str] = []
+    stage = tmp_path / "short"
+    stage.mkdir()
     for first, last in ((0, 3), (3, 5)):
-        tracker = Tracker(plan_stage(make_run(tmp_path), "short"), tmp_path, first, said.append)
+        tracker = Tracker(plan_stage(make_run(tmp_path), "short"), stage, first, said.append)
         for step in range(first + 1, last + 1):
             tracker.step(step, {"loss": 1.0 / step})
-        picture = tmp_path / "sheet.png"
+        picture = stage / "sheet.png"
         picture.write_bytes(b"png")
         tracker.artifact(picture)
         tracker.close("KILLED" if last == 3 else "FINISHED")
     assert [line.split()[0] for line in said] == ["goodput", "goodput"]
+    send_page(tmp_path, make_run(tmp_path), stage)  # there is none yet
+    (tmp_path / "report.html").write_text("<p>a page</p>")
+    send_page(tmp_path, make_run(tmp_path), stage)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("wm_train").experiment_id])
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(step, 1.0 / step) for step in range(1, 6)]
     assert run.info.status == "FINISHED"
     assert run.data.params["recipe.stages.short.frames"] == "41"
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["sheet.png"]
+    kept = [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert sorted(kept) == ["report.html", "sheet.png"]
 
 
 def test_what_a_store_missed_is_replayed(tmp_path, capsys):
