@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -183,7 +183,7 @@ def record_into(
     return entries
 
 
-Recorded = Iterator[tuple[int, list[dict[str, Any]]]]  # episode, lines of its clips
+Recorded = Generator[tuple[int, list[dict[str, Any]]]]  # episode, lines of its clips
 
 
 def record_share(

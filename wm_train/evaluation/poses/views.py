@@ -112,7 +112,7 @@ def view_from(
     """Return what the chosen key frames show of the scene from a pose."""
     import cv2
 
-    c2w = np.linalg.inv(w2c)
+    c2w: Array = np.asarray(np.linalg.inv(w2c), np.float64)
     depth = surface(c2w, lens, size)
     rays = rays_of(lens, size)
     world = (rays * depth[..., None]).reshape(-1, 3) @ c2w[:3, :3].T + c2w[:3, 3]
@@ -131,17 +131,18 @@ def view_from(
         todo, z, x, y = todo[inside], z[inside], x[inside], y[inside]
         there = frames.depth[i][y.round().astype(int), x.round().astype(int)]
         visible = z < there * (1 + BEHIND)
-        todo, maps = todo[visible], [at[visible].astype(np.float32)[None] for at in (x, y)]
+        todo, x, y = (values[visible] for values in (todo, x, y))
         if len(todo):
             source = cv2.blur(frames.video[i], (shrink, shrink)) if shrink > 1 else frames.video[i]
-            colours[todo] = cv2.remap(source, *maps, cv2.INTER_LINEAR)[0]
+            across, down = x.astype(np.float32)[None], y.astype(np.float32)[None]
+            colours[todo] = np.asarray(cv2.remap(source, across, down, cv2.INTER_LINEAR))[0]
             missing[todo] = False
     known = np.isfinite(depth) & ~missing.reshape(size)
-    picture, share = colours.reshape(*size, 3), known.astype(np.float32)
     # a blur over what is known alone
-    spread = cv2.GaussianBlur(share, (0, 0), BLUR)
-    picture = cv2.GaussianBlur(picture, (0, 0), BLUR) / np.maximum(spread, 1e-3)[..., None]
-    return View(picture, depth, known & (spread > 0.9))
+    spread = np.asarray(cv2.GaussianBlur(known.astype(np.float32), (0, 0), BLUR), np.float32)
+    soft = np.asarray(cv2.GaussianBlur(colours.reshape(*size, 3), (0, 0), BLUR), np.float32)
+    soft /= np.maximum(spread, np.float32(1e-3))[..., None]
+    return View(soft, depth, known & (spread > 0.9))
 
 
 def rays_of(lens: Array, size: tuple[int, int]) -> Array:
@@ -164,8 +165,9 @@ def one_step(
         return None
     # what is seen beside an edge moves with the nearer side
     reach = np.ones((5, 5), np.uint8)
-    near = cv2.erode(np.where(np.isfinite(view.depth), view.depth, 1e3), reach)[inside]
-    down, right = (slope[inside] for slope in np.gradient(view.colours, axis=(0, 1)))  # [n, 3]
+    solid = np.where(np.isfinite(view.depth), view.depth, 1e3)
+    near = np.asarray(cv2.erode(solid, reach), np.float64)[inside]
+    down, right = (np.gradient(view.colours, axis=axis)[inside] for axis in (0, 1))  # [n, 3]
     shown, wanted = (image[inside].astype(np.float64) for image in (view.colours, picture))
     shown, wanted = shown - shown.mean(axis=0), wanted - wanted.mean(axis=0)
     both = float((shown * wanted).sum())
