@@ -33,7 +33,6 @@ import hashlib
 import json
 import secrets
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -65,7 +64,7 @@ from wm_train.redact import clean_output, clean_text
 from wm_train.resilience.run_lock import COMMAND as HELD
 from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 from wm_train.storage import check_regular
-from wm_train.tracking.goodput import TYPED
+from wm_train.tracking.goodput import note_typed
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
 TRAJECTORIES = "--trajectories"  # of the command and of its workers
@@ -137,14 +136,11 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return code
     for pool, run in pools.items():
         print(summary(run, plans[pool]))
-    from wm_train.report.write import page_line
+    from wm_train.report.write import page_line, send_page
 
     print(page_line(stage_directory(config, "")))
-    if config.tracker.name == "mlflow":
-        from wm_train.report.write import send_page
-
-        for pool, run in pools.items():
-            send_page(stage_directory(config, ""), run, plans[pool][-1].directory)
+    for pool, run in pools.items():
+        send_page(stage_directory(config, ""), run, plans[pool][-1].directory)
     print(what_next(config, next(iter(plans.values()))[-1].stage, arguments))
     return 0
 
@@ -357,13 +353,6 @@ def prepare(
         )
         return USER_ERROR
     return 0
-
-
-def note_typed(folder: Path, typed: Sequence[str]) -> None:
-    """Add the words of this command to those that started the stage before, without secrets."""
-    line = {"time": time.time(), "typed": [clean_text(word) for word in typed]}
-    with (folder / TYPED).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:

@@ -79,7 +79,8 @@ def page_line(run: Path) -> str:
 
 
 def send_page(run: Path, config: RunConfig, stage: Path) -> None:
-    """Send the page of a run to MLflow, as an artifact of the stage that has ended last."""
-    if (run / NAME).is_file() and stage.is_dir():
+    """Send the page of a run to MLflow, if it tracks it, as an artifact of the stage that has ended
+    last."""
+    if config.tracker.name == "mlflow" and (run / NAME).is_file() and stage.is_dir():
         Note(stage).artifact(run / NAME)
         send(subject_of(config, stage.name), stage, print)

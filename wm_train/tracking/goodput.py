@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wm_train.console import process_age
+from wm_train.redact import clean_text
 from wm_train.storage import read_regular
 from wm_train.tracking.rows import read_rows, to_line
 
@@ -88,6 +89,13 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     until then), `workers`, and `redone`, the steps recorded before that had to be repeated."""
     path = folder / STARTS
     return read_rows(path)[0] if path.exists() else []
+
+
+def note_typed(folder: Path, typed: Sequence[str]) -> None:
+    """Add the words of a command to those that started the stage before, without secrets."""
+    line = {"time": time.time(), "typed": [clean_text(word) for word in typed]}
+    with (folder / TYPED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def read_typed(folder: Path) -> list[dict[str, Any]]:
