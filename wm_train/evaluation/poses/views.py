@@ -32,10 +32,10 @@ TURNS = (0.0, 8.0, -8.0, 16.0, -16.0)  # degrees to the right at which a lost ca
 
 @dataclass(frozen=True)
 class View:
-    """Hold a view: colours [h, w, 3], depth [h, w], and which pixels a key frame has seen."""
+    """Hold a view: colours [h, w, 3], metres [h, w] along the z axis, and which pixels a key frame has seen."""
 
     colours: NDArray[np.float32]
-    depth: Array
+    metres: Array
     known: NDArray[np.bool_]
 
 
@@ -159,13 +159,13 @@ def one_step(
     the old pose, or None if too little of the picture is known."""
     import cv2
 
-    size, inside = view.depth.shape, view.known.copy()
+    size, inside = view.metres.shape, view.known.copy()
     inside[:1], inside[-1:], inside[:, :1], inside[:, -1:] = (False,) * 4
     if inside.mean() < 0.05:
         return None
     # what is seen beside an edge moves with the nearer side
     reach = np.ones((5, 5), np.uint8)
-    solid = np.where(np.isfinite(view.depth), view.depth, 1e3)
+    solid = np.where(np.isfinite(view.metres), view.metres, 1e3)
     near = np.asarray(cv2.erode(solid, reach), np.float64)[inside]
     down, right = (np.gradient(view.colours, axis=axis)[inside] for axis in (0, 1))  # [n, 3]
     shown, wanted = (image[inside].astype(np.float64) for image in (view.colours, picture))
