@@ -65,6 +65,7 @@ from wm_train.resilience.run_lock import COMMAND as HELD
 from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 from wm_train.storage import check_regular
 from wm_train.tracking.goodput import note_typed
+from wm_train.tracking.tracker import parent_run, send_file, where_to_look
 
 WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
 TRAJECTORIES = "--trajectories"  # of the command and of its workers
@@ -136,11 +137,12 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return code
     for pool, run in pools.items():
         print(summary(run, plans[pool]))
-    from wm_train.report.write import page_line, send_page
+    from wm_train.report.write import NAME as PAGE
+    from wm_train.report.write import page_line
 
     print(page_line(stage_directory(config, "")))
     for pool, run in pools.items():
-        send_page(stage_directory(config, ""), run, plans[pool][-1].directory)
+        send_file(run, plans[pool][-1].directory, stage_directory(config, "") / PAGE)
     print(what_next(config, next(iter(plans.values()))[-1].stage, arguments))
     return 0
 
@@ -205,8 +207,6 @@ def run_stages(
     folder = stage_directory(together, "")
     parent = None
     if config.pools:
-        from wm_train.tracking.tracker import parent_run
-
         folder.mkdir(parents=True, exist_ok=True)
         parent = parent_run(together, folder, print)
         pools = {
@@ -374,8 +374,6 @@ def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
         for sheet in sorted((stage.directory.absolute() / "samples").glob("*.png"))
     ]
     if config.tracker.name == "mlflow":
-        from wm_train.tracking.tracker import where_to_look
-
         lines.append(f"  MLflow      {where_to_look(config)}")
     return "\n".join(lines)
 

@@ -11,11 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from wm_train.config.schema import RunConfig
 from wm_train.redact import clean_text, environment_secrets
 from wm_train.report.record import read_run
 from wm_train.report.view import run_view
-from wm_train.tracking.tracker import Note, send, subject_of
 
 NAME = "report.html"
 
@@ -76,11 +74,3 @@ def page_line(run: Path) -> str:
         return f"  page        {write_page(run)}  (open it in a browser)"
     except Exception as error:  # whatever a run's files hold
         return f"  page        not written ({type(error).__name__}: {str(error)[:200]})"
-
-
-def send_page(run: Path, config: RunConfig, stage: Path) -> None:
-    """Send the page of a run to MLflow, if it tracks it, as an artifact of the stage that has ended
-    last."""
-    if config.tracker.name == "mlflow" and (run / NAME).is_file() and stage.is_dir():
-        Note(stage).artifact(run / NAME)
-        send(subject_of(config, stage.name), stage, print)

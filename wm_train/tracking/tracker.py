@@ -224,6 +224,14 @@ def send(subject: Subject, folder: Path, report: Callable[[str], None]) -> None:
         report(f"MLflow at {record.shown_uri} failed ({record.first_line(error)}); replay sends it")
 
 
+def send_file(run: RunConfig, folder: Path, file: Path) -> None:
+    """Send a file of a run to MLflow, if it tracks it, as an artifact of the stage in `folder`,
+    which has ended."""
+    if run.tracker.name == "mlflow" and file.is_file() and folder.is_dir():
+        Note(folder).artifact(file)
+        send(subject_of(run, folder.name), folder, print)
+
+
 def where_to_look(run: RunConfig) -> str:
     """Return where MLflow keeps a run, with the command or the place to look at it."""
     uri: str = clean_value(subject_of(run, "").uri)

@@ -11,10 +11,9 @@ import pytest
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stage
 from wm_train.config.typed import public_config, to_json
-from wm_train.report.write import send_page
 from wm_train.tracking import forwarder, goodput, mlflow_record
 from wm_train.tracking import tracker as tracking
-from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps
+from wm_train.tracking.tracker import StepLog, Tracker, main, read_steps, send_file
 
 
 def make_run(folder, *overrides):
@@ -66,9 +65,9 @@ def test_mlflow_has_every_step_and_one_run_across_a_restart(tmp_path):
         tracker.artifact(picture)
         tracker.close("KILLED" if last == 3 else "FINISHED")
     assert [line.split()[0] for line in said] == ["goodput", "goodput"]
-    send_page(tmp_path, make_run(tmp_path), stage)  # there is none yet
+    send_file(make_run(tmp_path), stage, tmp_path / "report.html")  # there is none yet
     (tmp_path / "report.html").write_text("<p>a page</p>")
-    send_page(tmp_path, make_run(tmp_path), stage)
+    send_file(make_run(tmp_path), stage, tmp_path / "report.html")
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("wm_train").experiment_id])
     history = client.get_metric_history(run.info.run_id, "loss")

@@ -32,7 +32,8 @@ TURNS = (0.0, 8.0, -8.0, 16.0, -16.0)  # degrees to the right at which a lost ca
 
 @dataclass(frozen=True)
 class View:
-    """Hold a view: colours [h, w, 3], metres [h, w] along the z axis, and which pixels a key frame has seen."""
+    """Hold a view: colours [h, w, 3], metres [h, w] along the z axis, known: which pixels some key
+    frame has seen."""
 
     colours: NDArray[np.float32]
     metres: Array
