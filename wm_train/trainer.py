@@ -16,8 +16,14 @@ from wm_train.console import Progress, complain
 from wm_train.errors import SetupError, StorageError
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.judge import evaluate_samples, make_judge
-from wm_train.evaluation.rollout_statistics import gate_problem, rollout_statistics
+from wm_train.evaluation.rollout_statistics import (
+    critic_floors,
+    gate_problem,
+    over_floor,
+    rollout_statistics,
+)
 from wm_train.evaluation.samples import roll_out, show_samples
+from wm_train.evaluation.turn_record import show_turns
 from wm_train.resilience.guard import BadStepError, Guard, RewindError
 from wm_train.resilience.heartbeat import Heartbeat, missing_ranks, silent_ranks
 from wm_train.resilience.preemption import Preempted, StopRequest, StopSeenError
@@ -142,6 +148,7 @@ def run_steps(
     if owed and stage.config.until_loss:  # a stop came before it, and it may end the stage here
         held_out = held_out_loss(stage, state).get("validation_loss", math.nan)
     initial = first_rollouts(stage, state, progress, stop) if not start.steps_done else {}
+    floors = critic_floors(stage, state, stop)
     if start.steps_done >= steps or gate_passed(stage, held_out):
         progress.say(
             f"stage {plan.stage} has ended already, after {start.steps_done} of {steps} steps"
@@ -208,6 +215,7 @@ def run_steps(
                 raise
             stage.backend.synchronize()
             figures = report.figures | clock.end(batch.data_wait_s) | initial
+            figures |= over_floor(figures, floors)
             initial = {}
             figures |= speed(stage, figures["step_s"], report.work)
             if tracker and (trace := profiler.after(step)):
@@ -225,6 +233,8 @@ def run_steps(
             last = step == steps or gate_passed(stage, held_out)
             if tracker:
                 tracker.step(step, figures)
+                if stage.config.distill and due(step):
+                    show_turns(folder, step, tracker)
             if not (last or stopping) and evaluation_due(stage, step):
                 show_and_judge(stage, state, step, None, tracker, progress)
             progress.step(

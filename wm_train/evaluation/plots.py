@@ -88,11 +88,11 @@ def panel(
             [left + (line[:, 0] - low[0]) * scale[0], bottom - (line[:, 1] - low[1]) * scale[1]], 1
         )
         polyline(draw, place, ink)
-    draw.text((left, bottom + 4), f"{low[0]:.2f}", fill=INK)
+    draw.text((left, bottom + 4), f"{low[0]:.3g}", fill=INK)
     end = low + size / scale
-    draw.text((right - 34, bottom + 4), f"{end[0]:.2f}", fill=INK)
-    draw.text((box[0] + 4, bottom - 12), f"{low[1]:.2f}", fill=INK)
-    draw.text((box[0] + 4, top), f"{end[1]:.2f}", fill=INK)
+    draw.text((right - 34, bottom + 4), f"{end[0]:.3g}", fill=INK)
+    draw.text((box[0] + 4, bottom - 12), f"{low[1]:.3g}", fill=INK)
+    draw.text((box[0] + 4, top), f"{end[1]:.3g}", fill=INK)
 
 
 def polyline(draw: Any, places: NDArray[np.float64], ink: tuple[int, int, int]) -> None:

@@ -9,19 +9,25 @@ rollouts over the teacher's on data, noise level by noise level, is 1 where both
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_shards.loading.load import Batch
 from parallel.sequence import SequenceShard
 from wm_train.boxes import is_first_copy, local_tensor
 from wm_train.conditioning import Conditions
 from wm_train.config.registry import builder
 from wm_train.config.roles import CRITIC, TEACHER, DistillConfig
 from wm_train.evaluation.held_out import fetch_held_out
-from wm_train.evaluation.samples import levels_of, uncompiled, whole_clips
+from wm_train.evaluation.samples import decode, levels_of, uncompiled, whole_clips
 from wm_train.noise import VALIDATION, VALIDATION_AGAIN, NoiseKey, normal
 from wm_train.objectives.score_difference import critic_loss
-from wm_train.resilience.preemption import StopRequest
+from wm_train.objectives.score_levels import LOSS_AT, MIDDLES
+from wm_train.resilience.preemption import StopRequest, StopSeenError
 from wm_train.sampling.experts import experts_of
 from wm_train.sampling.levels import first_frames
 from wm_train.sampling.sample import SampleStart
@@ -30,7 +36,10 @@ from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
 from wm_train.world import World
 
-GRID = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the critic's loss
+GRID = MIDDLES  # noise levels of the critic's loss
+# of recorded figures: the teacher's loss on data, a turn's critic loss over it, and a validation's
+FLOOR, TURN_OVER_FLOOR, OVER_FLOOR = "floor_sigma_", "over_floor_sigma_", "critic_over_floor_sigma_"
+DARKEST, BRIGHTEST = 2, 253  # luma of 8 bits that counts as clipped
 
 
 @torch.no_grad()
@@ -65,19 +74,61 @@ def rollout_statistics(
         whole_clips(stage, x)[:wanted] for x in (rollouts[0], rollouts[1], batch.latents)
     )
     figures = clip_statistics(made, again, truth, sequence.layout.chunk_starts)
+    if stage.config.trainer.samples:  # else nothing is decoded here, for want of a codec
+        shares = None
+        if not stage.world.rank:
+            shares = [clipped_luma([decode(stage, clip) for clip in x]) for x in (made, truth)]
+        luma = stage.world.from_first(shares)
+        figures |= {"clipped_luma": luma[0], "clipped_luma_data": luma[1]}
     if state.roles:
-        networks = state.networks()
-        own = stage.config.roles
-        on_made, on_truth = (
-            level_losses(stage, networks[role], x, batch.draws, conditions, shard)
-            for role, x in ((CRITIC, rollouts[0]), (TEACHER, batch.latents))
-            for shard in [sequence_of(stage, batch, own[role].chunk_frames)]
-        )
-        for sigma, fake, floor in zip(GRID, on_made, on_truth, strict=True):
-            figures[f"critic_over_floor_sigma_{sigma}"] = fake / floor
+        on_made = scores(stage, state, CRITIC, rollouts[0], batch, conditions)
+        floors = scores(stage, state, TEACHER, batch.latents, batch, conditions)
+        for sigma, fake, floor in zip(GRID, on_made, floors, strict=True):
+            figures |= {f"{OVER_FLOOR}{sigma}": fake / floor, f"{FLOOR}{sigma}": floor}
     if state.ema:
         figures["average_distance"] = average_distance(state, stage.world)
     return {f"rollout/{name}": value for name, value in figures.items()}
+
+
+def clipped_luma(videos: Sequence[NDArray[np.uint8]]) -> float:
+    """Return the share of pixels of videos [F, H, W, 3] that are black or white: burnt pictures."""
+    lumas = [video @ np.array([0.2126, 0.7152, 0.0722]) for video in videos]
+    return float(np.mean([((y <= DARKEST) | (y >= BRIGHTEST)).mean() for y in lumas]))
+
+
+@torch.no_grad()
+def critic_floors(stage: Stage, state: TrainState, stop: StopRequest) -> dict[float, float]:
+    """Return noise level -> the teacher's loss on held-out data, which a critic's loss on rollouts
+    like the data cannot pass by much; none without a critic or such clips, or if a stop is seen."""
+    if not state.roles:
+        return {}
+    try:
+        _, batch = fetch_held_out(stage, stage.config.trainer.validation_clips, stop)
+    except StopSeenError:
+        return {}  # the first step leaves
+    if batch is None:
+        return {}
+    with uncompiled(stage):
+        losses = scores(stage, state, TEACHER, batch.latents, batch, conditions_of(stage, batch))
+    return dict(zip(GRID, losses, strict=True))
+
+
+def over_floor(figures: Mapping[str, float], floors: Mapping[float, float]) -> dict[str, float]:
+    """Return the critic's loss of a turn by noise level over the floor there: what rises where it
+    lags behind the student. None of a turn of another network."""
+    return {
+        f"{CRITIC}/{TURN_OVER_FLOOR}{sigma}": figures[f"{CRITIC}/{LOSS_AT}{sigma}"] / floor
+        for sigma, floor in floors.items()
+        if f"{CRITIC}/{LOSS_AT}{sigma}" in figures
+    }
+
+
+def scores(
+    stage: Stage, state: TrainState, role: str, clean: Tensor, batch: Batch, conditions: Conditions
+) -> list[float]:
+    """Return the loss of one score network on these local frames at each level of GRID."""
+    sequence = sequence_of(stage, batch, stage.config.roles[role].chunk_frames)
+    return level_losses(stage, state.networks()[role], clean, batch.draws, conditions, sequence)
 
 
 def clip_statistics(

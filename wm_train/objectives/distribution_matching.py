@@ -23,8 +23,8 @@ from wm_train.config.roles import CRITIC, STUDENT, TEACHER
 from wm_train.models.spec import WorldModel
 from wm_train.objectives.clips import Clips, ObjectiveOutput, RoleTurn
 from wm_train.objectives.config import DistributionMatchingConfig
-from wm_train.objectives.score_difference import critic_loss, score_difference, scored_frames
-from wm_train.objectives.score_levels import at_the_clamp, judged
+from wm_train.objectives.score_difference import critic_errors, score_difference, scored_frames
+from wm_train.objectives.score_levels import at_the_clamp, by_level, judged
 from wm_train.objectives.student_rollouts import GRADIENTS, make_rollouts
 from wm_train.sampling.guidance import Guidance, guided, guided_passes, velocities
 
@@ -39,7 +39,7 @@ def distribution_matching(
 
     Loss of a student's turn: half the mean square of its gradient g, a measure of distance only;
     its pieces carry the gradient. Metrics: exit, sigma, clamped (share of levels at an end of their
-    range); in a student's turn gap, the relative difference of the score networks, and isg.
+    range), `by_level`; in a student's turn gap, the relative difference of the score networks, isg.
     """
     distill, sequence = turn.distill, turn.sequences[CRITIC]
     made = make_rollouts(networks[STUDENT], clips, turn)
@@ -52,9 +52,11 @@ def distribution_matching(
         "clamped": sequence.mean(at_the_clamp(level, distill.score_sigma), free),
     }
     fake = partial(_velocity, networks[CRITIC], [clips.conditions], [sequence], {})
+    weight = scored_frames(level, scored)
     if turn.turn.role == CRITIC:
-        loss = critic_loss(fake, clean, noise, level, sequence.mean, scored=scored)
-        return ObjectiveOutput(loss, figures)
+        error = critic_errors(fake, clean, noise, level)
+        figures |= by_level(level, weight, sequence.mean, error.detach())
+        return ObjectiveOutput(sequence.mean(error, weight), figures)
     whole = (clips.draws, turn.sequences[TEACHER])
     passes = guided_passes(clips.conditions, distill.guidance, *whole)
     real = partial(_velocity, networks[TEACHER], *passes, distill.guidance)
@@ -70,10 +72,10 @@ def distribution_matching(
         scopes=found.scopes,
     )
     g = compared.g
-    loss = 0.5 * sequence.mean(g.square().mean(dim=(2, 3, 4)), scored_frames(level, scored))
+    loss = 0.5 * sequence.mean(g.square().mean(dim=(2, 3, 4)), weight)
     per_clip = g / (found.frames * clean[0, :1].numel())
     losses = GRADIENTS[distill.gradient](networks, clips, turn, made, found, per_clip)
-    figures |= {"gap": compared.gap, **losses.figures}
+    figures |= {"gap": compared.gap, **by_level(level, weight, sequence.mean), **losses.figures}
     return ObjectiveOutput(loss, figures, losses.pieces, losses.count, g.sum(dim=(1, 3, 4)))
 
 

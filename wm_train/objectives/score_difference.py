@@ -103,22 +103,20 @@ def scope_means(value: Tensor, weight: Tensor, mean: ClipMean, scopes: Tensor | 
     return means @ scopes.to(means.dtype)
 
 
-def critic_loss(
-    critic: Velocity,
-    clean: Tensor,
-    noise: Tensor,
-    level: Tensor,
-    mean: ClipMean,
-    *,
-    scored: Tensor | None = None,
-) -> Tensor:
-    """Return the flow-matching loss of a critic on a student's clips, [B]: the mean of
-    (v - (noise - clean))^2 over frames with a loss. `clean` takes no gradient; arguments as for
+def critic_errors(critic: Velocity, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """Return the flow-matching error of a critic on a student's clips, [B, t]: the mean of
+    (v - (noise - clean))^2 over a frame. `clean` takes no gradient; arguments as for
     `score_difference`."""
     clean = clean.detach()
     velocity = widened(critic(noised(clean, noise, level), level))
-    error = (velocity - (noise - clean)).square().mean(dim=(2, 3, 4))
-    return mean(error, scored_frames(level, scored))
+    return (velocity - (noise - clean)).square().mean(dim=(2, 3, 4))
+
+
+def critic_loss(
+    critic: Velocity, clean: Tensor, noise: Tensor, level: Tensor, mean: ClipMean
+) -> Tensor:
+    """Return the mean of `critic_errors` over the frames that are not given, [B]."""
+    return mean(critic_errors(critic, clean, noise, level), scored_frames(level, None))
 
 
 def scored_frames(level: Tensor, scored: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ back from the device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ from wm_train.config.roles import CRITIC, STUDENT, ScoreSigmaConfig, frames_of
 from wm_train.noise import NoiseKey, random_words, unit_interval
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.flow_matching import truncated_logit_normal
+from wm_train.objectives.score_difference import ClipMean
 from wm_train.sampling.levels import first_frames, shift_sigma, starts_of, unshift_sigma
 
 PURPOSE = "score/sigma"
+MIDDLES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fifths into which noise levels are sorted
+SHARE_AT, LOSS_AT = "share_at_sigma_", "loss_at_sigma_"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,32 @@ def score_sigma(
 def at_the_clamp(level: Tensor, config: ScoreSigmaConfig) -> Tensor:
     """Return 1 where a level [B, t] sits at an end of the range, fp32 [B, t]; 0 at given frames."""
     return ((level > 0) & ((level <= config.low) | (level >= config.high))).float()
+
+
+def by_level(
+    level: Tensor, weight: Tensor, mean: ClipMean, error: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return, by fifths of the noise levels, the share of the frames with a loss that are in each,
+    and the part of the mean error [B, t] that falls there, [B] each; one exchange."""
+    place = (level * len(MIDDLES)).long().clamp(max=len(MIDDLES) - 1)
+    inside = [(place == i).to(level.dtype) for i in range(len(MIDDLES))]
+    parts = inside if error is None else [*inside, *(one * error for one in inside)]
+    found = mean(torch.cat(parts), weight.repeat(len(parts), 1)).chunk(len(parts))
+    names = [f"{what}{middle}" for what in (SHARE_AT, LOSS_AT) for middle in MIDDLES]
+    return dict(zip(names, found, strict=False))
+
+
+def mean_at_levels(figures: Mapping[str, float]) -> dict[str, float]:
+    """Turn the parts of `by_level`, averaged over clips, into the mean error of each fifth; a fifth
+    without frames has none."""
+    found = {}
+    for name, value in figures.items():
+        share = figures.get(name.replace(LOSS_AT, SHARE_AT), 0.0)
+        if not name.startswith(LOSS_AT):
+            found[name] = value
+        elif share > 0:
+            found[name] = value / share
+    return found
 
 
 def turn_share(key: NoiseKey, purpose: str, turn: int) -> float:

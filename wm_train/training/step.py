@@ -22,6 +22,7 @@ from wm_train.config.schema import StageConfig
 from wm_train.models.flops import mfu
 from wm_train.objectives.alignment import align_critic_
 from wm_train.objectives.clips import ObjectiveOutput
+from wm_train.objectives.score_levels import mean_at_levels
 from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.schedule import learning_rate
 from wm_train.resilience.guard import Guard
@@ -82,7 +83,8 @@ def train_step(
     totals = {name: sum(values) for name, values in ranks.items()}
     figures = {name: totals[f"sum/{name}"] / config.global_batch for name in sums}
     work = {name: totals[f"work/{name}"] for name in work}
-    channels = [figures.pop(name) for name in sums if name.startswith(DIRECTION)]
+    figures = mean_at_levels(figures)
+    channels = [figures.pop(name) for name in [*figures] if name.startswith(DIRECTION)]
     if channels and (cosine := clock.cosine(channels)) is not None:
         figures["direction_cosine"] = cosine
     norm = math.sqrt(totals["squares"]) if totals["squares"] >= 0 else math.nan

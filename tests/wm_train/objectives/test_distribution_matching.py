@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -171,32 +172,53 @@ def total(out: ObjectiveOutput) -> torch.Tensor:
     return out.loss.sum() if out.pieces is None else sum(out.pieces)
 
 
-@pytest.mark.parametrize("role", ["student", "critic"])
-def test_loss_and_gradients_do_not_depend_on_the_sequence_group(networks, conditions, role):
-    """Nine frames and two clips: two members roll out a clip each, three roll out both and deal out
-    the gradients of their chunks."""
-    model = networks[role]
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    ("role", "ring", "ulysses"),
+    [
+        *((role, *mesh) for role in ("student", "critic") for mesh in ((2, 1), (3, 1))),
+        *(
+            pytest.param(role, *mesh, marks=FULL)
+            for role in ("student", "critic")
+            for mesh in ((4, 1), (2, 2), (1, 2))
+        ),
+    ],
+)
+def test_loss_and_gradients_do_not_depend_on_the_sequence_group(
+    networks, conditions, role, ring, ulysses
+):
+    """Nine frames and two clips: two members roll out a clip each, more roll out both and deal out
+    the gradients of their chunks. No draw changes the collectives of a rank."""
+    model, members = networks[role], ring * ulysses
     model.zero_grad()
     whole = take(networks, role, conditions)
     total(whole).backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert expected
-    for ring in (2, 3):
-        copies = replicate(model, ring)
+    copies, counted = replicate(model, members), []
 
-        def body(comm, copies=copies):
-            mine = {**networks, role: copies[comm.members[0].index]}
-            out = take(mine, role, conditions, comm=comm)
-            return out.loss, total(out)
+    def body(comm, index=0):
+        mine = {**networks, role: copies[comm.members[0].index]}
+        out = take(mine, role, conditions, index, comm)
+        return out.loss, total(out)
 
-        results, _ = run_virtual(body, ring=ring)
-        sum(loss for _, loss in results).backward()
-        for loss, _ in results:
-            torch.testing.assert_close(loss, whole.loss, rtol=1e-11, atol=0)
-        for name, grad in expected.items():
-            found = sum(copy.get_parameter(name).grad for copy in copies)
-            bound = 1e-11 * grad.abs().max() + 1e-18
-            assert (found - grad).abs().max() <= bound, name
+    results, traffic = run_virtual(body, ring, ulysses)
+    sum(loss for _, loss in results).backward()
+    for loss, _ in results:
+        torch.testing.assert_close(loss, whole.loss, rtol=1e-11, atol=0)
+    for name, grad in expected.items():
+        found = sum(copy.get_parameter(name).grad for copy in copies)
+        bound = 1e-11 * grad.abs().max() + 1e-18
+        assert (found - grad).abs().max() <= bound, name
+    counted += [one.collectives for one in traffic]
+    assert counted[0]["transpose forward" if members == 2 else "mean forward"]
+    if role == "critic":  # another turn, with other levels, noise and exit; forward is enough
+        with torch.no_grad():
+            _, first = run_virtual(body, ring, ulysses)
+            _, other = run_virtual(partial(body, index=5), ring, ulysses)
+        assert len({str(one.collectives) for one in (*first, *other)}) == 1
 
 
 def test_only_the_network_whose_turn_it_is_gets_a_gradient(networks, conditions):

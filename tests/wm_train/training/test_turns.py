@@ -136,14 +136,14 @@ def test_another_teacher_turns_or_levels_are_refused_by_name(
 
 
 def test_a_bad_turn_of_the_critic_leaves_both_networks_as_they_were(distil, started, monkeypatch):
-    calls, real = [], matching.critic_loss
+    calls, real = [], matching.critic_errors
 
     def poisoned(*arguments, **named):
         calls.append(None)
         loss = real(*arguments, **named)
         return loss * torch.nan if len(calls) == 2 else loss
 
-    monkeypatch.setattr(matching, "critic_loss", poisoned)
+    monkeypatch.setattr(matching, "critic_errors", poisoned)
     distil(started, f"{LONG}steps=3", "trainer.on_bad_step=skip")
     first, second, third = (tensors_at(started, step) for step in (1, 2, 3))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -174,7 +174,7 @@ def test_the_gate_stops_a_student_whose_rollouts_are_unlike_the_data(distil, sta
 
 def test_rollouts_are_judged_instead_of_a_held_out_loss(distil, started):
     bounds = "levels:[1.0,0.9,0.5],gate:warn"
-    settings = ("trainer.validation_clips=1", f"{LONG}distill={{{bounds}}}")
+    settings = ("trainer.validation_clips=1", "trainer.samples=1", f"{LONG}distill={{{bounds}}}")
     distil(started, *settings, f"{LONG}steps=1")
     (row,) = rows_of(started)
     assert "validation_loss" not in row
@@ -183,3 +183,14 @@ def test_rollouts_are_judged_instead_of_a_held_out_loss(distil, started):
         assert f"initial/{name}" in row
     assert row["rollout/critic_over_floor_sigma_0.5"] > 0
     assert row["rollout/average_distance"] == 0  # the student had no turn yet
+    assert 0 <= row["rollout/clipped_luma"] <= 1
+    over = {name: x for name, x in row.items() if name.startswith("critic/over_floor_sigma_")}
+    assert 1 <= len(over) <= 2  # two clips, a level each
+    for name, value in over.items():
+        sigma = name.rsplit("_", 1)[1]
+        floor = row[f"rollout/floor_sigma_{sigma}"]
+        assert value == pytest.approx(row[f"critic/loss_at_sigma_{sigma}"] / floor)
+    shares = [row[f"share_at_sigma_{sigma}"] for sigma in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert sum(shares) == pytest.approx(1)
+    picture = started / "demo" / "long" / "turns" / "step_00000001.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
