@@ -371,3 +371,22 @@ def test_wrong_number_of_poses_and_indivisible_latents_are_refused(camera_path):
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).detach())
+
+
+def test_the_output_head_of_a_bf16_model_computes_in_fp32(camera_path):
+    """Its answer from the same inputs is that of fp64 up to fp32's rounding; in bf16 it is not."""
+    model = awake(CONFIG).bfloat16()
+    for unit in model.exact_units():
+        unit.float()
+    seen = []
+    model.final_layer.register_forward_hook(lambda _, given, out: seen.append((*given, out)))
+    clip = Clip(camera_path, 4)
+    sequence = LocalSequence(ClipLayout(4))
+    with torch.no_grad():
+        out = model(clip.latents.bfloat16(), clip.sigma, clip.conditions, sequence)
+        (x, time, answer) = seen[0]
+        assert x.dtype == torch.bfloat16
+        assert answer.dtype == out.dtype == torch.float32
+        wide = model.final_layer.double()(x, time)
+    assert (answer - wide).abs().max() <= 1e-5 * wide.abs().max()
+    assert (answer.bfloat16() - wide).abs().max() > 1e-4 * wide.abs().max()

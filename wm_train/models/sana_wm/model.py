@@ -138,7 +138,13 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Map x [B, t, S, C] and time [B, t, C] -> [B, t, S, features]."""
+        """Map x [B, t, S, C] and time [B, t, C] -> [B, t, S, features], in the type of its weights.
+
+        They are fp32 in a bf16 model, too: two networks are subtracted in distillation, and one
+        that is guided from its own outputs, and rounding of outputs is all that is left of a small
+        difference.
+        """
+        x, time = x.to(self.linear.weight.dtype), time.to(self.linear.weight.dtype)
         shift, scale = (self.scale_shift_table + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         return self.linear(modulate(x, shift, scale))
 
@@ -168,6 +174,10 @@ class SanaWM(WorldModel):
     def is_softmax(self, block: int) -> bool:
         every = self.config.softmax_every
         return every > 0 and (block + 1) % every == 0
+
+    def exact_units(self) -> Sequence[nn.Module]:
+        """Return the output head."""
+        return (self.final_layer,)
 
     def units(self) -> Sequence[nn.Module]:
         return list(self.blocks)
