@@ -1,11 +1,20 @@
-"""Recompute activations in backward without repeating collectives.
+"""Recompute activations in backward, with or without repeating collectives.
 
-A checkpointed block runs twice: once without keeping its activations, and again in backward. The
-second run must not communicate: that would double the traffic, and virtual ranks cannot wait for
-each other inside backward. So the first run records what its collectives returned, and the second
-run reads the record. Recorded per block and rank: the gathered composites and halo frames (small),
-and for softmax attention its all-to-all and ring results. A streaming view counts its verb calls;
-the second run counts from where the first began.
+A checkpointed block runs twice: once without keeping its activations, and again in backward. What
+its collectives do the second time is `SequenceShard.recompute`. In units u of one activation of a
+rank, [B, T/P, S, C], and with R ring ranks, a block with softmax attention keeps until then:
+
+- answers: what the collectives returned, which the second run reads. 4 u with Ulysses and 2 u for
+  each of the R - 1 ring shifts. Composites and halo frames are small.
+- keep_attention: of attention its result and what its backward needs (q, k, v, out after the
+  all-to-all, and the log-sum-exp), so that it is not computed again: 5 u with Ulysses, 1 u without,
+  whatever R is, and the frames that it fetched where it exchanges these alone (`need.py`). Answers
+  of other verbs.
+- collectives: nothing. The second run communicates again, in the same order on all ranks, as all
+  have the same graph.
+
+Virtual ranks cannot wait for each other inside backward and always read answers. A streaming view
+counts its verb calls; the second run counts from where the first began.
 
 `keep_products` makes it selective: the results of matrix products, convolutions and attention are
 kept as well, so the second run repeats only the cheap operations between them.
@@ -14,7 +23,7 @@ kept as well, so the second run repeats only the cheap operations between them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +33,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from parallel.comm import Communicator, Tape
 from parallel.sequence import SequenceShard
 
+WHOLE = frozenset({"attend"})  # verbs that keep_attention does not run again
 aten = torch.ops.aten
 PRODUCTS = [
     aten.mm.default,
@@ -39,12 +49,15 @@ PRODUCTS = [
 class _Using:
     """Record the communicator's answers while entered, or replay them from the first one on."""
 
-    def __init__(self, comm: Communicator, answers: list[Any], replaying: bool) -> None:
-        self.comm, self.answers, self.replaying = comm, answers, replaying
+    def __init__(
+        self, comm: Communicator, answers: list[Any], replaying: bool, whole: frozenset[str]
+    ) -> None:
+        self.comm, self.answers, self.replaying, self.whole = comm, answers, replaying, whole
         self.previous: Tape | None = None
 
     def __enter__(self) -> None:
-        self.previous, self.comm.tape = self.comm.tape, Tape(self.answers, self.replaying)
+        tape = Tape(self.answers, self.replaying, whole=self.whole)
+        self.previous, self.comm.tape = self.comm.tape, tape
 
     def __exit__(self, *error: object) -> None:
         self.comm.tape = self.previous
@@ -68,13 +81,24 @@ def checkpoint(
 ) -> Any:
     """Run `function(*args)` now, and again in backward instead of keeping its activations.
 
-    `function` may call the verbs of `sequence`: their collectives run once and are replayed.
+    `function` may call the verbs of `sequence`, whose `recompute` says what becomes of their
+    collectives. Raises ValueError for keep_products with keep_attention: both store attention, and
+    the second run would take one's results for the other's.
     """
+    comm, mode = sequence.comm, "answers" if sequence.comm.joined else sequence.recompute
+    if keep_products and mode == "keep_attention":
+        raise ValueError(
+            "checkpointing failed: got keep_products with keep_attention, expected one of them (key"
+            " parallel.recompute). Fix: parallel.recompute=answers"
+        )
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         answers: list[Any] = []
-        rewound = sequence.rewind()
-        first, again = _Using(sequence.comm, answers, False), _Using(sequence.comm, answers, True)
+        rewound, whole = sequence.rewind(), WHOLE if mode == "keep_attention" else frozenset()
+        first: AbstractContextManager[Any] = nullcontext()
+        again: AbstractContextManager[Any] = nullcontext()
+        if mode != "collectives":
+            first, again = (_Using(comm, answers, replay, whole) for replay in (False, True))
         if not keep_products:
             return first, _Both(rewound, again)
         keeping, giving = create_selective_checkpoint_contexts(PRODUCTS)

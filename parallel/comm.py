@@ -138,11 +138,16 @@ def sent_bytes(request: AllGather | Exchange, member: Member) -> int:
 
 @dataclass
 class Tape:
-    """Store collective results of a checkpointed forward pass, to replay them in backward."""
+    """Store collective results of a checkpointed forward pass, to replay them in backward.
+
+    whole: names of verbs whose results and kept tensors are stored instead of their collective
+    answers, so that a replay does not compute them again either.
+    """
 
     answers: list[Any] = field(default_factory=list)
     replaying: bool = False
     cursor: int = 0
+    whole: frozenset[str] = frozenset()
 
     def next(self) -> Any:
         self.cursor += 1
@@ -251,7 +256,7 @@ class _Phases(torch.autograd.Function):
                 verb.forward(m, *tensors[i * own : (i + 1) * own])
                 for i, m in enumerate(comm.members)
             ]
-            results = comm.run(f"{ctx.label} forward", programs)
+            results = _run_once(comm, verb, f"{ctx.label} forward", programs, tensors)
         ctx.kept_counts = [len(kept) for _, kept, _ in results]
         ctx.facts = [facts for *_, facts in results]
         kept = [x for _, group, _ in results for x in group]
@@ -277,6 +282,36 @@ class _Phases(torch.autograd.Function):
                 )
             results = ctx.comm.run(f"{ctx.label} backward", programs)
         return (None, None, *(grad for result in results for grad in result))
+
+
+def _run_once(
+    comm: Communicator,
+    verb: Verb,
+    label: str,
+    programs: list[Program],
+    inputs: Sequence[Tensor | None],
+) -> list[Any]:
+    """Run the forward programs of one verb, or take their results from the tape.
+
+    A kept tensor that is an input is stored as its place: the second run has computed it anew.
+    """
+    tape = comm.tape
+    if tape is None or verb.name not in tape.whole:
+        return comm.run(label, programs)
+    if tape.replaying:
+        ((outputs, kept, facts),) = tape.next()
+        again = tuple(inputs[x] if isinstance(x, int) else x for x in kept)
+        return [(tuple(x.detach() for x in outputs), again, facts)]
+    comm.tape = None  # what its collectives answer is not stored
+    try:
+        results = comm.run(label, programs)
+    finally:
+        comm.tape = tape
+    ((outputs, kept, facts),) = results  # ranks that share a process replay answers
+    places = {id(x): i for i, x in enumerate(inputs) if x is not None}
+    stored = tuple(places.get(id(x), x if x is None else x.detach()) for x in kept)
+    tape.answers.append([(tuple(x.detach() for x in outputs), stored, facts)])
+    return results
 
 
 def apply(comm: Communicator, verb: Verb, *tensors: Tensor | None) -> tuple[Tensor, ...]:

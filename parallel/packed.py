@@ -25,7 +25,7 @@ from parallel.halo import Taps
 from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import FULL, AttentionMask
 from parallel.reference import Stream
-from parallel.sequence import Cache, HaloEdges, WholeClip, as_autocast
+from parallel.sequence import Cache, HaloEdges, Recompute, WholeClip, as_autocast
 
 Keys = tuple[Tensor, Tensor]  # of the local frames, [B, T/P, S, H_kv, D] each
 
@@ -39,6 +39,10 @@ class _Half:
     @property
     def layout(self) -> ClipLayout:
         return self._clip.layout
+
+    @property
+    def recompute(self) -> Recompute:
+        return self._clip.recompute
 
     @property
     def comm(self) -> Communicator:

@@ -30,6 +30,7 @@ from parallel.masks import FULL, AttentionMask
 from parallel.reference import REFERENCE, Kernels, Stream
 
 HaloEdges = Literal["clip", "document", "chunk"]
+Recompute = Literal["answers", "keep_attention", "collectives"]  # see checkpointing.py
 
 
 class Cache(NamedTuple):
@@ -48,6 +49,11 @@ class SequenceShard(Protocol):
 
     @property
     def layout(self) -> ClipLayout: ...
+
+    @property
+    def recompute(self) -> Recompute:
+        """Return what checkpointing does with collectives; models do not use it."""
+        ...
 
     @property
     def comm(self) -> Communicator:
@@ -151,11 +157,13 @@ class GroupSequence:
         engine: tuple[str, AttentionEngine] | None = None,
         part: FrameRange | None = None,
         exchange: Exchange = "auto",
+        recompute: Recompute = "answers",
     ) -> None:
         """Store the rank's view.
 
         engine: name and function of another attention (`engines.py`); part: the frames that the
-        ranks hold, None: all; exchange: of attention, auto: by bytes.
+        ranks hold, None: all; exchange: of attention, auto: by bytes; recompute: what checkpointing
+        does with collectives.
         """
         (member,) = comm.members
         self.layout = layout
@@ -167,6 +175,7 @@ class GroupSequence:
         self.kernels = kernels
         self.engine = engine
         self.exchange = exchange
+        self.recompute: Recompute = recompute
 
     @property
     def positions(self) -> Tensor:
@@ -253,7 +262,8 @@ class GroupSequence:
         return nullcontext()  # every call stands alone
 
     def part(self, frames: FrameRange) -> SequenceShard:
-        return type(self)(self.layout, self.comm, self.kernels, self.engine, frames, self.exchange)
+        own = (self.layout, self.comm, self.kernels, self.engine)
+        return type(self)(*own, frames, self.exchange, self.recompute)
 
     def _exchange(self, verb: AttendVerb, dtype: torch.dtype) -> Exchange:
         """Return how attention reaches the frames of other ranks, equally on all of them."""
@@ -263,8 +273,8 @@ class GroupSequence:
         return cheaper_exchange(verb, dtype, member.ring, member.ulysses)
 
     def relaid(self, layout: ClipLayout) -> WholeClip:
-        given = (self.comm, self.kernels, self.engine)
-        return type(self)(layout, *given, exchange=self.exchange)
+        own = (self.comm, self.kernels, self.engine, None)
+        return type(self)(layout, *own, self.exchange, self.recompute)
 
     def _real(self, like: Tensor) -> Tensor | None:
         """Return which frames are real (not padding), [B, T/P] bool; None: all."""
@@ -304,7 +314,8 @@ class LocalSequence(GroupSequence):
         super().__init__(layout, SoloComm(), kernels)
 
     def part(self, frames: FrameRange) -> SequenceShard:
-        return GroupSequence(self.layout, self.comm, self.kernels, part=frames)
+        own = (self.layout, self.comm, self.kernels)
+        return GroupSequence(*own, part=frames, recompute=self.recompute)
 
     def relaid(self, layout: ClipLayout) -> WholeClip:
         return LocalSequence(layout, self.kernels)
@@ -343,6 +354,7 @@ def make_sequence(
     engine: tuple[str, AttentionEngine] | None = None,
     compiled: bool = False,
     exchange: Exchange = "auto",
+    recompute: Recompute = "answers",
 ) -> WholeClip:
     """Return this process's shard of a clip, or the whole clip if the mesh does not split clips.
 
@@ -350,5 +362,5 @@ def make_sequence(
     """
     kind = _outside_graphs() if compiled else GroupSequence
     if mesh.comm is None:
-        return kind(layout, SoloComm(), kernels)
-    return kind(layout, mesh.comm, kernels, engine, exchange=exchange)
+        return kind(layout, SoloComm(), kernels, recompute=recompute)
+    return kind(layout, mesh.comm, kernels, engine, exchange=exchange, recompute=recompute)

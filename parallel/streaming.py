@@ -31,7 +31,7 @@ from parallel.halo import Taps
 from parallel.layout import ClipLayout, FrameRange, single_frames
 from parallel.masks import FULL, AttentionMask, needed, ring_slots
 from parallel.reference import Stream
-from parallel.sequence import Cache, HaloEdges, WholeClip, as_autocast
+from parallel.sequence import Cache, HaloEdges, Recompute, WholeClip, as_autocast
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class StreamingSequence:
     @property
     def layout(self) -> ClipLayout:
         return self._inner.layout
+
+    @property
+    def recompute(self) -> Recompute:
+        return self._inner.recompute
 
     @property
     def comm(self) -> Communicator:

@@ -109,6 +109,14 @@ def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
             " block runs again"
         )
         yield Problem(key, "selective", rule, fix)
+    recompute, mode = parallel.recompute, stage.model.activation_checkpointing
+    if recompute != "answers" and mode == "none":
+        rule = "answers, as nothing is computed again with model.activation_checkpointing=none"
+        yield Problem("parallel.recompute", recompute, rule, fix)
+    elif recompute == "keep_attention" and selective:
+        rule = "answers or collectives with activation_checkpointing=selective, which keeps"
+        rule += " attention by itself"
+        yield Problem("parallel.recompute", recompute, rule, f"{AT}parallel.recompute=answers")
     name = stage.optimizer.name
     if zero3 and not stage.optimizer.on_zero3():
         rule = f"adamw with zero3, which cannot take {name}'s step on its flat parts"

@@ -112,6 +112,9 @@ class ParallelConfig:
     # fp32 | bf16 (bf16 compute, fp32 master weights and reduction)
     precision: Annotated[str, one_of("fp32", "bf16")] = "fp32"
     compile: bool = False  # torch.compile of each block, between its collectives
+    # of collectives in a block that activation_checkpointing computes again: answers (kept) |
+    # keep_attention (softmax attention is not computed again) | collectives (repeated, none kept)
+    recompute: Annotated[str, one_of("answers", "keep_attention", "collectives")] = "answers"
     offload_activations: bool = False  # activations wait for the backward pass in host memory
     # fsdp | zero3 (DeepSpeed; over all processes, AdamW only)
     sharding: Annotated[str, one_of(*OFFLOADS)] = "fsdp"

@@ -95,6 +95,7 @@ def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> 
         stage.attention,
         compiled=parallel.compile,
         exchange=parallel.attention_exchange,
+        recompute=parallel.recompute,  # type: ignore[arg-type]
     )
 
 
