@@ -23,15 +23,17 @@ DEVICE_DAY ?= build/device_day
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check -qq
 ACCELERATOR := $(shell command -v nvidia-smi || command -v npu-smi)
-# One device takes one worker; on CPUs, and on more devices, the demo's two workers fit.
+# One device takes one worker; on CPUs, and on more devices, the demo's two workers fit. Each holds
+# the whole model: one this small is sooner summed up than gathered.
 ONE_DEVICE := $(shell [ "$$( (nvidia-smi -L) 2>/dev/null | wc -l)" = 1 ] && echo launcher.workers=1)
+MESH := $(or $(ONE_DEVICE),parallel.dp_replicate=2)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: train demo test test-full drills test-slurm kernels browser device-day lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo $(DATA)/dataset.json
-	@$(PY) -m wm_train.launch experiment=demo recipe=demo stage=1 data.path=$(DATA) $(ONE_DEVICE) $(ARGS)
+	@$(PY) -m wm_train.launch experiment=demo recipe=demo stage=1 data.path=$(DATA) $(MESH) $(ARGS)
 
 demo: $(VENV)/.demo $(DATA)/dataset.json
 	@$(PY) -m wm_train.launch experiment=demo recipe=$(RECIPE) stage=all data.path=$(DATA) \
