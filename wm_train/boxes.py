@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from wm_train.compat import local_shape_and_offset
@@ -23,6 +24,47 @@ class Box(NamedTuple):
     @property
     def empty(self) -> bool:
         return 0 in self.shape
+
+
+class RowShards(NamedTuple):
+    """Describe how the rows (first dimension) of a tensor are split over processes.
+
+    group: the processes that hold one part each; None: this one holds the whole. place: this
+    process's number in the group; rows: how many each process has, in order.
+    """
+
+    group: ProcessGroup | None
+    place: int
+    rows: tuple[int, ...]
+
+
+def row_shards(tensor: torch.Tensor) -> RowShards:
+    """Return how a tensor's rows are split. Replicas of a part form groups of their own."""
+    if not isinstance(tensor, DTensor):
+        return RowShards(None, 0, (tensor.shape[0],))
+    split = [i for i, p in enumerate(tensor.placements) if not p.is_replicate()]
+    assert [tensor.placements[i].is_shard(0) for i in split] == [True], tensor.placements
+    mesh, total = tensor.device_mesh, tensor.shape[0]
+    each, index = -(-total // mesh.size(split[0])), mesh.get_local_rank(split[0])
+    rows = tuple(min(each, max(0, total - i * each)) for i in range(mesh.size(split[0])))
+    assert rows[index] == tensor.to_local().shape[0], (rows, tensor.to_local().shape)
+    return RowShards(mesh.get_group(split[0]), index, rows)
+
+
+def zeros_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a zero for each row of a tensor, fp32 [R], split over processes as the rows are."""
+    local = local_tensor(tensor)
+    zeros = torch.zeros(local.shape[0], dtype=torch.float32, device=local.device)
+    if not isinstance(tensor, DTensor):
+        return zeros
+    return DTensor.from_local(
+        zeros,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=torch.Size((tensor.shape[0],)),
+        stride=(1,),
+    )
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

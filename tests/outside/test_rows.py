@@ -60,7 +60,7 @@ def test_unknown_keys_name_the_section(found):
     assert {where: problem.fix for where, problem in problems.items()} == {
         "model.layres": "did you mean model.layers?",
         "model.softmax_every": "leave it out; it is a key of sana_wm (model.name=sana_wm)",
-        PLAY + "optimizer.betas": "leave it out; it is a key of adamw, normuon "
+        PLAY + "optimizer.betas": "leave it out; it is a key of adamw "
         f"({PLAY}optimizer.name=adamw)",
     }
 

@@ -23,6 +23,9 @@ from wm_train.noise import NoiseKey
 from wm_train.objectives.clips import Clips
 from wm_train.objectives.diffusion_forcing import diffusion_forcing
 from wm_train.objectives.forcing_config import DiffusionForcingConfig
+from wm_train.optim.adamw import optimizer_tensors
+from wm_train.optim.config import NorMuonConfig
+from wm_train.optim.normuon import build_normuon
 from wm_train.worker import end_process
 from wm_train.world import join_world
 
@@ -47,6 +50,25 @@ class Awake(Waypoint):
         rule = super().initial_rule(name, shape)
         zero = rule is not None and rule.scale == 0.0
         return Rule("normal", 0.1) if zero else rule
+
+
+def unequal_after_a_step(model) -> list[str]:
+    """Step the sharded model, each matrix by its owner, and a whole copy of it; return the names of
+    weights and optimizer states that differ by a bit."""
+    config = NorMuonConfig(normuon_scale="muon")
+    whole = Awake(CONFIG)
+    for (_, copy), (_, p) in zip(whole.named_parameters(), model.named_parameters(), strict=True):
+        copy.data = whole_tensor(p.detach()).clone()
+        copy.grad = None if p.grad is None else whole_tensor(p.grad).clone()
+    found = []
+    for one in (whole, model):
+        optimizer = build_normuon(one, config)
+        optimizer.step()
+        weights = {name: p.detach() for name, p in one.named_parameters()}
+        found.append(weights | optimizer_tensors(one, optimizer))
+    return [
+        name for name, x in found[0].items() if not torch.equal(x, whole_tensor(found[1][name]))
+    ]
 
 
 def main() -> None:
@@ -80,8 +102,10 @@ def main() -> None:
     gradients = {n: whole_tensor(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     for total in (loss, elements):
         dist.all_reduce(total)
+    unequal = unequal_after_a_step(model)
     if world.rank == 0:
         found = {"loss": loss, "elements": elements, "gradients": gradients}
+        found["unequal"] = unequal
         torch.save(found, out)
     world.barrier()
     end_process(0)

@@ -74,6 +74,7 @@ def test_tied_parameters_are_sharded_once(run_ranks, tmp_path, cp):
         run_ranks(count, WORKER, cp if count == 2 else 1, tmp_path / f"{count}.pt")
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert two["elements"] == one["elements"]
+    assert two["unequal"] == one["unequal"] == []  # a NorMuon step by owners, and a whole one
     assert two["gradients"].keys() == one["gradients"].keys()
     assert any(name.startswith("cond_proj.") for name in one["gradients"])
     assert relative(two["loss"], one["loss"]) < 1e-6
