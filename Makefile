@@ -16,6 +16,12 @@ ARGS ?=
 RECIPE ?= demo
 DATA ?= data/$(RECIPE)
 # What a recipe's demo looks at: RECORD_<recipe> and ENCODE_<recipe>, where it is not this.
+RECORD_waypoint ?= scenario=rooms clips=320 clips_per_episode=1 frames=80 fps=16 look_degrees=2 workers=2
+ENCODE_waypoint ?= codec=lapped channels=24 temporal_stride=4 layout=grouped resize=128x192 workers=2 shard_mb=7
+# of a recipe that learns on small pictures first: the same recording once more, in <DATA>_small
+SMALL_waypoint ?= codec=lapped channels=24 temporal_stride=4 layout=grouped resize=64x96 workers=2 shard_mb=2
+SMALL ?= $(SMALL_$(RECIPE))
+DEMO_waypoint = recipe.stages.pretrain_360p.data.path=$(DATA)_small
 RECORD ?= $(or $(RECORD_$(RECIPE)),scenario=rooms clips=240 clips_per_episode=1 frames=81 fps=16 workers=2)
 ENCODE ?= $(or $(ENCODE_$(RECIPE)),codec=lapped channels=24 workers=2 shard_mb=7)
 DEVICE_DAY ?= build/device_day
@@ -37,7 +43,7 @@ train: $(VENV)/.demo $(DATA)/dataset.json
 
 demo: $(VENV)/.demo $(DATA)/dataset.json
 	@$(PY) -m wm_train.launch experiment=demo recipe=$(RECIPE) stage=all data.path=$(DATA) \
-	  $(ONE_DEVICE) $(ARGS)
+	  $(DEMO_$(RECIPE)) $(ONE_DEVICE) $(ARGS)
 
 test: $(VENV)/.dev
 	@$(PY) tests/run_parts.py -m "not full and not drill and not slurm"
@@ -109,4 +115,5 @@ $(DATA)/dataset.json: | $(VENV)/.demo
 	@if [ -e "$(DATA)" ]; then echo "DATA: got $(DATA), which exists and is no data set," \
 	  "expected a data set or a new folder. Fix: make train DATA=<another folder>" >&2; exit 2; fi
 	$(PY) -m data_shards.record vizdoom out=$(DATA)_recording $(RECORD)
+	$(if $(SMALL),$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA)_small $(SMALL))
 	$(PY) -m data_shards.encode source=$(DATA)_recording out=$(DATA) $(ENCODE)

@@ -30,6 +30,7 @@ from data_shards.codecs import make_codec
 from data_shards.loading.load import Batch, denormalise
 from data_shards.schema import DatasetInfo
 from data_shards.storage.read import open_dataset
+from data_shards.time_layout import time_of
 from parallel.layout import ClipLayout
 from parallel.reference import Kernels
 from parallel.sequence import LocalSequence
@@ -107,7 +108,7 @@ def main() -> int:
         stages[name] = (folder, run.recipe.stages[run.stage])
     dataset = open_dataset(options.data or run.data.path)
     info, student = dataset.info, stages["student"][1]
-    frames = (student.frames - 1) // info.temporal_stride + 1
+    frames = time_of(info).latents(student.frames)
     batch = held_out(dataset, "validation", options.clips, frames)
     truth, fps = decoded(batch.latents, info), round(info.fps)
     made = {

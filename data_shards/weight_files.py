@@ -46,6 +46,11 @@ def form_of(directory: Path) -> Form:
     return PLAIN if plain else DIFFUSERS
 
 
+def is_release(directory: Path) -> bool:
+    """Return True for a folder with the configuration of a public checkpoint, of either form."""
+    return (directory / form_of(directory).config).is_file()
+
+
 def refusal(got: str, rule: str, fix: str) -> ValueError:
     """Return the error for a file that is not what it should be."""
     return ValueError(f"{REFUSED}got {got}, expected {rule}. Fix: {fix}")

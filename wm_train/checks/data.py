@@ -110,7 +110,9 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     height, width, patch = info.latent_height, info.latent_width, needs.patch
     if patch > 0 and (height % patch or width % patch):
         rule = f"a divisor of the latents' {height} x {width}"
-        yield Problem(model.key("patch"), str(patch), rule, model.cure("patch", "1"))
+        side = info.spatial_stride * patch
+        fix = f"{model.cure('patch', '1')}, or encode with resize=<multiples of {side}>"
+        yield Problem(model.key("patch"), str(patch), rule, fix)
     controls = len(info.control_names)
     if needs.control_width and needs.control_width != controls:
         rule = f"the data set's {controls} ({_listed(info.control_names) or 'no controls'})"

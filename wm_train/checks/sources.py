@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_shards.encoding.derived import is_complete
+from data_shards.weight_files import is_release
 from wm_train.checkpoint.manifest import committed
 from wm_train.config.curriculum import PREVIOUS, Source, StagePlan, checkpoints_of, ordered
 from wm_train.config.problems import AT, COMMAND, Problem
@@ -41,7 +42,7 @@ def _source_problems(
     place = source.checkpoints
     try:
         resumed = saved and plan.resume and committed(plan.checkpoints)
-        if resumed or committed(place) or (place / "config.json").is_file():
+        if resumed or committed(place) or (isinstance(place, Path) and is_release(place)):
             return
         fix = "the folder that holds step_*"
         if source.stage:
@@ -51,7 +52,7 @@ def _source_problems(
         rule = "a store that can be reached"
         yield Problem(where, str(error), rule, "check the address and your credentials")
         return
-    rule = "a folder with checkpoints (step_*), or of a diffusers transformer (config.json)"
+    rule = "a folder with checkpoints (step_*), or of a public one (config.json or config.yaml)"
     yield Problem(where, f"none in {place}", rule, fix)
 
 

@@ -35,7 +35,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no se
 STEP_RANGE = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
 # parallel.sharding -> what it can offload to
 OFFLOADS = {"fsdp": ("none", "cpu"), "zero3": ("none", "cpu", "nvme")}
-METRICS = ("psnr", "cameras", "revisit", "drift", "symmetry")  # groups, of trainer.evaluate
+METRICS = (
+    "psnr",
+    "cameras",
+    "revisit",
+    "drift",
+    "symmetry",
+    "turns",
+)  # groups, of trainer.evaluate
 PER_STAGE = ("model", "data", "parallel", "trainer")  # sections that a stage may change key by key
 
 
@@ -181,7 +188,7 @@ class TrainerConfig:
     validation_clips: CountOrZero = 8  # 0 = no held-out loss
     samples: CountOrZero = 2  # validation clips rolled out at the end of a stage; 0 = none
     sample_steps: Count = 20  # Euler steps of a rollout, where a stage's sampler has no levels
-    # groups of metrics that judge the samples: psnr, cameras, revisit, drift, symmetry; []: none
+    # groups of metrics that judge the samples, some of METRICS; []: none
     evaluate: Annotated[tuple[str, ...], GROUPS] = ("psnr",)
     evaluate_every: CountOrZero = 0  # also at every n-th held-out loss; 0 = at the end only
     before: bool = True  # evaluate: also the checkpoint before, if no earlier one has been judged

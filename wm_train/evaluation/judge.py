@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from data_shards.schema import DataError
+from data_shards.time_layout import time_of
 from wm_train.config.schema import TrainerConfig
 from wm_train.console import Progress
 from wm_train.errors import SetupError
 from wm_train.evaluation import results
+from wm_train.evaluation.metrics.turns import mouse_column
 from wm_train.evaluation.pictures import write_png, write_video
 from wm_train.evaluation.plots import judged_video, path_inset, path_plot
 from wm_train.evaluation.poses import PoseEstimator, make_estimator
@@ -108,7 +110,18 @@ def judged_clip(
         scene = known_scene(recording, key, rigid(c2w), lenses)
         c2w = rigid(c2w)
     made, truth = decode(stage, sampled.made[place]), decode(stage, sampled.truth[place])
-    return JudgedClip(key, place, made, truth, stage.dataset.info.fps, c2w, scene)
+    info = stage.dataset.info
+    mouse, time = mouse_of(stage, sampled, place), time_of(info)
+    return JudgedClip(key, place, made, truth, info.fps, c2w, scene, mouse, time)
+
+
+def mouse_of(stage: Stage, sampled: Sampled, place: int) -> np.ndarray | None:
+    """Return the mouse's motion to the right up to each latent frame of a clip, [T]; None in a data
+    set without."""
+    column = mouse_column(stage.dataset.info.control_names)
+    if sampled.control_rows is None or column is None:
+        return None
+    return sampled.control_rows[place, :, column].double().numpy()
 
 
 def rigid(c2w: np.ndarray) -> np.ndarray:
@@ -126,7 +139,8 @@ def other_clip(stage: Stage, sampled: Sampled, place: int) -> Other | None:
         return None
     following = (place + 1) % count
     c2w = None if sampled.c2w is None else rigid(sampled.c2w[following].double().numpy())
-    return Other(decode(stage, sampled.truth[following]), c2w)
+    mouse = mouse_of(stage, sampled, following)
+    return Other(decode(stage, sampled.truth[following]), c2w, mouse)
 
 
 def draw(target: Path, clip: JudgedClip, record: ClipRecord) -> None:

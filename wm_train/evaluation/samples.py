@@ -34,7 +34,8 @@ class Sampled:
     """Hold the first validation clips and what the model made of them, on every rank.
 
     keys: of the clips, in order; truth, made: normalised latents [B, T, C, h, w] on the host; c2w
-    [B, F, 4, 4] and intrinsics [B, F, 4] in pixels of the decoded pictures, None without cameras.
+    [B, F, 4, 4] and intrinsics [B, F, 4] in pixels of the decoded pictures, None without cameras;
+    control_rows: [B, T, A], amounts in units of their spread, None without.
     """
 
     keys: tuple[str, ...]
@@ -42,6 +43,7 @@ class Sampled:
     made: torch.Tensor
     c2w: torch.Tensor | None
     intrinsics: torch.Tensor | None
+    control_rows: torch.Tensor | None = None
 
 
 def roll_out(
@@ -63,12 +65,12 @@ def roll_out(
     progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
     batch, latents = sample(stage, state, wanted)
     rows = stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size]
-    cameras = [batch.c2w, batch.intrinsics]
+    beside = [batch.c2w, batch.intrinsics, batch.fields.get("controls")]
     return Sampled(
         tuple(key for row in rows for key in row)[:wanted],
         whole_clips(stage, batch.latents)[:wanted],
         whole_clips(stage, latents)[:wanted],
-        *(None if one is None else whole_fields(stage, one)[:wanted] for one in cameras),
+        *(None if one is None else whole_fields(stage, one)[:wanted] for one in beside),
     )
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.time_layout import TimeLayout
 from wm_train.evaluation.metrics import pictures
 from wm_train.evaluation.metrics.cameras import ALIGNMENTS, CameraErrors, camera_errors
 from wm_train.evaluation.metrics.lasting import drift, memory_symmetry
 from wm_train.evaluation.metrics.revisit import revisit, revisit_pairs
 from wm_train.evaluation.metrics.score import Score, mean_score, unknown
 from wm_train.evaluation.metrics.trajectory import trajectory_accuracy
+from wm_train.evaluation.metrics.turns import turns_followed
 from wm_train.evaluation.poses import KnownScene, PoseEstimator, PoseTrack
 
 COLUMNS = ("sample", "ceiling", "floor", "other")
@@ -55,13 +57,15 @@ METRICS: Mapping[str, Metric] = {
     "revisit_ssim": Metric("", 1),
     "drift": Metric("", -1),
     "symmetry": Metric("", 1),
+    "turns_followed": Metric("", 1),
 }
 
 
 @dataclass(frozen=True)
 class JudgedClip:
     """Hold a sample [F, H, W, 3], its decoded truth, and the path [F, 4, 4] that was asked for,
-    None in a data set without cameras. number: its place among the clips."""
+    None in a data set without cameras. number: its place among the clips. mouse: [T], its motion
+    to the right in units of its spread, None in a data set without; time: of its latents."""
 
     key: str
     number: int
@@ -70,14 +74,17 @@ class JudgedClip:
     fps: float
     c2w: Poses | None
     scene: KnownScene | None
+    mouse: NDArray[np.float64] | None = None
+    time: TimeLayout | None = None
 
 
 @dataclass(frozen=True)
 class Other:
-    """Hold another clip's decoded truth and path."""
+    """Hold another clip's decoded truth, path and mouse."""
 
     truth: Video
     c2w: Poses | None
+    mouse: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ def score_clip(clip: JudgedClip, other: Other | None, judge: Judge) -> ClipRecor
             "revisit": score_revisits,
             "drift": score_drift,
             "symmetry": score_symmetry,
+            "turns": score_turns,
         }[group](record, clip, frozen, other, judge)
     return record
 
@@ -283,6 +291,27 @@ def score_symmetry(
         column: unknown(reason) if reason else memory_symmetry(video)
         for column, video in videos.items()
     }
+
+
+def score_turns(
+    record: ClipRecord, clip: JudgedClip, frozen: Video, other: Other | None, judge: Judge
+) -> None:
+    """Measure how often the picture turns with the mouse; `other` with that of another clip."""
+    if clip.mouse is None or clip.time is None:
+        lacking = unknown("the data set has no mouse")
+        record.scores["turns_followed"] = dict.fromkeys(COLUMNS, lacking)
+        return
+    columns = {
+        column: turns_followed(video, clip.mouse, clip.time)
+        for column, video in (("sample", clip.made), ("ceiling", clip.truth), ("floor", frozen))
+    }
+    strange = other is not None and other.mouse is not None and len(other.mouse) == len(clip.mouse)
+    columns["other"] = (
+        turns_followed(clip.made, other.mouse, clip.time)
+        if strange and other is not None and other.mouse is not None
+        else ONE_CLIP
+    )
+    record.scores["turns_followed"] = columns
 
 
 def not_mirrored(c2w: Poses) -> str:

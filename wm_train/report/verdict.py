@@ -32,6 +32,7 @@ NAMES = {
     "revisit_ssim": "SSIM at revisits",
     "drift": "loss of quality",
     "symmetry": "memory symmetry",
+    "turns_followed": "turns with the mouse",
 }
 ALIGNED = {"_rotations": ", rotations aligned", "_umeyama": ", Umeyama aligned"}
 KINDS = (

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from data_shards.weight_files import is_release
 from wm_train.checkpoint import store
 from wm_train.checkpoint.manifest import CheckpointError, Manifest
 from wm_train.config.curriculum import Source, StagePlan
@@ -76,7 +77,7 @@ def find_weights(
     """
     assert own.source is not None, "checked before the start: a frozen network has a source"
     place = own.source.checkpoints
-    if isinstance(place, Path) and (place / "config.json").is_file():
+    if isinstance(place, Path) and is_release(place):
         digest = world.from_first(_files_digest(place) if not world.rank else "")
         return FoundWeights(place, None, {}, digest)
     newest = store.find_newest(place, world, report)

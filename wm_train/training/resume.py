@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from data_shards.fields import same_rate
+from data_shards.weight_files import is_release
 from wm_train.checkpoint import store
 from wm_train.checkpoint.handover import handover
 from wm_train.checkpoint.manifest import Manifest, resume_facts
@@ -119,7 +120,7 @@ def inherit(
     source, stage = plan.source, plan.config
     if source is None:
         return
-    if isinstance(source.checkpoints, Path) and (source.checkpoints / "config.json").is_file():
+    if isinstance(source.checkpoints, Path) and is_release(source.checkpoints):
         _start_from_public(source.checkpoints, state, report)
         return
     newest = store.find_newest(source.checkpoints, world, report)

@@ -77,6 +77,11 @@ def test_weights_to_inherit_must_exist(found: Find, write, shards: Path) -> None
     assert where in found({"stage": "2", "name": "other"})
     assert where in found({"stage": "2", where: str(shards)})
     assert found({"stage": "2", "name": "other", where: str(checkpoints)}) == {}
+    for name in ("config.json", "config.yaml"):  # a public checkpoint, of either form
+        release = shards.parent / name.replace(".", "_")
+        release.mkdir()
+        (release / name).write_text("")
+        assert found({"stage": "2", "name": "other", where: str(release)}) == {}
 
 
 def test_data_sets_that_are_mixed_must_be_alike(
@@ -188,6 +193,7 @@ def test_odd_latent_rows_do_not_make_patches(found: Find, write, shards: Path) -
     (problem,) = found(model).values()
     assert (problem.where, problem.got) == ("model.patch_size", "2")
     assert problem.rule == "a divisor of the latents' 9 x 12"
+    assert "encode with resize=<multiples of 2>" in problem.fix
 
 
 def test_a_model_whose_text_has_one_length_and_whose_image_has_channels(
@@ -221,3 +227,20 @@ def test_a_model_whose_text_has_one_length_and_whose_image_has_channels(
     write(shards, **facts | {"text_length": 512, "fields": ("latent.npy", "start_video.npy")})
     plain = {f"{stage}objective.image_condition": 0.0 for stage in (SHORT, LONG)}
     assert found({"model": model, "trainer.samples": 0, **plain}) == {}
+
+
+def test_frames_are_those_of_the_data_sets_latents(found: Find, write, shards: Path) -> None:
+    """Latents of 8 raw frames each, also the first: 41 frames fill none, 40 fill five."""
+    write(shards, time_layout="grouped")
+    (problem,) = found({"stage": "1"}).values()
+    assert (problem.where, problem.got) == (SHORT + "frames", "41")
+    assert problem.rule.startswith("a multiple of 8, as")
+    assert problem.fix == SHORT + "frames=40"
+    assert found({"stage": "1", SHORT + "frames": 40}) == {}
+
+
+def test_a_window_of_no_frames_is_refused(found: Find, write, shards: Path) -> None:
+    for key in ("window", "reach", "dilation"):
+        model = {"model": {"name": "waypoint", "latent_channels": 24, key: 0}}
+        (problem,) = found(model).values()
+        assert (problem.where, problem.got) == (f"model.{key}", "0")
