@@ -43,7 +43,7 @@ from wm_train.models.wan.layers import (
     modulate,
     normed,
 )
-from wm_train.models.wan.rope import wan_rope
+from wm_train.models.wan.rope import check_positions, wan_rope
 
 TIMESTEPS = 1000.0  # sigma 1 is timestep 1000
 
@@ -151,6 +151,7 @@ class Wan(WorldModel):
         if camera is not None and config.camera_injection == "input":
             x, camera = x + camera, None
         head_dim = config.width // config.heads
+        check_positions(sequence, grid)
         rotary = wan_rope(sequence.positions, grid, head_dim, exact, x.device)
         text = embed.text_embedder(self.text(conditions).to(x.dtype))
         context = BlockContext(sequence, rotary, text, self.image(conditions), camera)

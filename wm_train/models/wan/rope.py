@@ -6,8 +6,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallel.sequence import SequenceShard
 from wm_train.models.layers.rotary import THETA, Rotary, axis_pairs
 from wm_train.models.wan.config import MOST_POSITIONS
+
+
+def check_positions(sequence: SequenceShard, grid: tuple[int, int]) -> None:
+    """Raise ValueError for a local frame, a row or a column beyond the released table.
+
+    From the layout's integers, as the planner counts with positions that have no values.
+    """
+    layout, own = sequence.layout, range(sequence.frames.start, sequence.frames.stop)
+    last = max(*(size - 1 for size in grid), *(layout.position_of(i) for i in own))
+    if last >= MOST_POSITIONS:
+        raise ValueError(
+            f"rotary embedding failed: got position {last}, expected at most {MOST_POSITIONS - 1},"
+            " the last of Wan's table (frames of the stage). Fix: shorter clips"
+        )
 
 
 def wan_rope(
@@ -20,16 +35,8 @@ def wan_rope(
     """Compute cosines and sines of every token, [1, t, S, 1, head_dim // 2] of type `dtype`.
 
     positions: time index of each local frame, int64 [1, t] on the host; grid: rows and columns of
-    tokens. Raises ValueError for a position beyond the released table.
+    tokens.
     """
-    last = int(positions.max()) if positions.numel() else 0
-    most = max(last + 1, *grid)
-    if most > MOST_POSITIONS:
-        raise ValueError(
-            f"rotary embedding failed: got position {most - 1}, expected at most"
-            f" {MOST_POSITIONS - 1}, the last of Wan's table (frames of the stage). Fix: shorter"
-            " clips"
-        )
     (rows, columns), t = grid, positions.shape[1]
     indices = (positions[0], torch.arange(rows), torch.arange(columns))
     tables = []

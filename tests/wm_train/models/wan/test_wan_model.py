@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
 from wm_train.config.rules import broken_rules
-from wm_train.models.wan.rope import wan_rope
+from wm_train.models.examples import ExampleShape
+from wm_train.models.flops import forward_flops
+from wm_train.models.wan.rope import check_positions, wan_rope
 from wm_train.noise import NoiseKey
 from wm_train.sampling.rollout import rollout
 
@@ -58,8 +60,18 @@ def test_positions_come_from_fp64_and_end_with_the_table():
     rounded = wan_rope(positions, (3, 5), 128, torch.float32, torch.device("cpu"))
     assert torch.equal(rounded.sin, sin.float())
     assert torch.equal(sin[0, 0, :, 0, 43:], sin[0, 0, :5, 0, 43:].repeat(3, 1))  # columns
+    check_positions(LocalSequence(ClipLayout(1024)), (3, 5))
+    check_positions(LocalSequence(ClipLayout(1600, document_starts=(0, 800))), (3, 5))
     with pytest.raises(ValueError, match="got position 1024, expected at most 1023"):
-        wan_rope(torch.tensor([[1024]]), (3, 5), 128, torch.float32, torch.device("cpu"))
+        check_positions(LocalSequence(ClipLayout(1025)), (3, 5))
+
+
+@pytest.mark.parametrize("kind", ["t2v", "clip"])
+def test_flops_are_counted_without_values(kinds, kind):
+    """As the trainer does before its first step; a frame more costs more."""
+    config = replace(kinds[kind], camera=True)
+    short, long = (forward_flops(config, ExampleShape(1, t, 6, 10, 4)) for t in (2, 3))
+    assert 0 < short < long
 
 
 @torch.no_grad()
