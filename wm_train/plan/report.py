@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
     )
+    parser.add_argument(
+        "--blocks",
+        action="store_true",
+        help="also FLOPs and traffic by kind of block; takes up to minutes for a large model",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for wm_train.launch")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pool, run in pools.items():
         for idle in name_pool(warnings_of(plan_stages(run)), pool):
             print(f"warning: {idle}", file=sys.stderr)
-    return print_pool_plans(pools, frames, options.memory, options.device)
+    return print_pool_plans(pools, frames, options.memory, options.device, options.blocks)
 
 
 def check_device(kind: str) -> None:
@@ -108,6 +113,7 @@ def print_pool_plans(
     frames: Mapping[str, Frame],
     device_gib: float | None = None,
     device: str = "",
+    blocks: bool = False,
 ) -> int:
     """Print the plan of every pool under its name, and the workers of all pools, which train at
     once. device: type of the device, "": the likely one."""
@@ -117,19 +123,23 @@ def print_pool_plans(
             selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
             ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
-        codes.append(print_stage_plans(run, frames[pool], device_gib, device))
+        codes.append(print_stage_plans(run, frames[pool], device_gib, device, blocks))
     if len(pools) > 1:
         print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
     return 2 if 2 in codes else max(codes)
 
 
 def print_stage_plans(
-    run: RunConfig, frame: Frame, device_gib: float | None = None, device: str = ""
+    run: RunConfig,
+    frame: Frame,
+    device_gib: float | None = None,
+    device: str = "",
+    blocks: bool = False,
 ) -> int:
     """Print the plans of a run's stages; report parameter names that do not match as mistakes of
     the configuration: exit code 2."""
     try:
-        return _print_stages(run, frame, device_gib, device)
+        return _print_stages(run, frame, device_gib, device, blocks)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -184,7 +194,9 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
     return frame
 
 
-def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None, device: str) -> int:
+def _print_stages(
+    run: RunConfig, frame: Frame, device_gib: float | None, device: str, blocks: bool
+) -> int:
     """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
     from wm_train.backends.absent import likely_kind
     from wm_train.plan.device_memory import turn_memories_of
@@ -199,6 +211,12 @@ def _print_stages(run: RunConfig, frame: Frame, device_gib: float | None, device
             print(line)
         for role, one in turns.items() if plan.config.roles else ():
             print(f"  turn of the {role}: {_sizes(one)}")
+        if blocks:
+            from wm_train.plan.blocks import block_lines
+
+            sides = (frame.height, frame.width, frame.temporal_stride)
+            grouped = frame.time(plan.config.frames).layout == "grouped"
+            print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
             verdict = (
