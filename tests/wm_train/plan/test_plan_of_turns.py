@@ -50,3 +50,16 @@ def test_a_frozen_teacher_is_held_in_the_compute_type(stage):
     full, half = (turn_memory(one, SHAPE, 11, 2)["student"].weights for one in (stage, bf16))
     count = stage_memory(replace(stage, roles={}, distill=None), SHAPE, 2).parameters
     assert full - half == count  # 4 - 2 bytes over two ranks
+
+
+def test_a_packed_students_turn_holds_one_clip_and_the_clean_keys():
+    """Keys and values of every token of the clip in every block."""
+    own = ["experiment=demo", "recipe=waypoint", "data.path=x"]
+    stage = compose(own).recipe.stages["distill"]
+    late = replace(stage, distill=replace(stage.distill, gradient="late"))
+    packed, chunk = (turn_memory(one, SHAPE, 11, 2)["student"] for one in (stage, late))
+    bare = replace(stage, roles={}, distill=None)
+    alone = stage_memory(bare, replace(SHAPE, clips=1), 2).activations
+    keys = 8 * 2 * 64 * 11 * 4 * 4  # blocks, both, key heads x channels, frames, tokens, bytes
+    assert packed.activations == alone + keys
+    assert packed.activations > chunk.activations
