@@ -34,10 +34,11 @@ _stands_for: ContextVar[tuple[str, Capability] | None] = ContextVar("stands_for"
 
 @contextmanager
 def rehearsed(
-    device_type: str, capability: Capability, launched: Callable[[str], object]
+    device_type: str, capability: Capability, launched: Callable[[str, Any, Any], object]
 ) -> Iterator[None]:
     """Choose engines as on a device that is not here, and launch no kernel: for tensors without
-    storage, which stand for tensors there. launched: called with the name of each kernel."""
+    storage, which stand for tensors there. launched: called with each kernel's name, arguments,
+    and constants by name."""
     before = _stands_for.set((device_type, capability))
     try:
         if importlib.util.find_spec("triton") is None:
@@ -48,7 +49,7 @@ def rehearsed(
         original = JITFunction.run
 
         def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
-            launched(kernel.fn.__name__)
+            launched(kernel.fn.__name__, args, kwargs)
 
         JITFunction.run = run
         try:

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from parallel.layout import ClipLayout
 from parallel.sequence import LocalSequence
@@ -34,7 +40,31 @@ def _cpu_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return count
 
 
-OPERATORS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+def _cpu_attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Count the backward pass of attention on the host, which torch's table leaves out, too."""
+    count: int = sdpa_backward_flop_count(grad, q, k, v)
+    return count
+
+
+def _convolution_backward(
+    grad: Any, x: Any, weight: Any, *rest: Any, out_val: Any = None, **_: Any
+) -> int:
+    """Count the backward pass of a convolution: the FLOPs of the forward pass for each gradient
+    that is wanted. torch's table counts that of a grouped convolution as a dense one's.
+
+    rest: sizes of the bias, stride, padding, dilation, whether it is transposed, output padding,
+    groups, which gradients are wanted.
+    """
+    transposed, wanted = rest[4], rest[7]
+    forward = 2 * prod(x if transposed else grad) * prod(weight[1:])
+    return int(forward * sum(wanted[:2]))
+
+
+OPERATORS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    torch.ops.aten.convolution_backward: _convolution_backward,
+}
 
 
 def operator_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

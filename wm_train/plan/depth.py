@@ -89,11 +89,17 @@ def _plus(total: Rehearsal, deeper: Rehearsal, base: Rehearsal, times: float) ->
             more(*(part.calls for part in parts)),
             more(*(part.returned for part in parts)),
             more(*(part.flops for part in parts)),
+            more(*(part.read for part in parts)),
         )
+    calls = {
+        key: more(*(one.collectives.get(key, 0) for one in (total, deeper, base)))
+        for key in total.collectives.keys() | deeper.collectives.keys()
+    }
     return Rehearsal(
         more(total.peak, deeper.peak, base.peak),
         at_peak,
         more(total.held, deeper.held, base.held),
         more(total.update, deeper.update, base.update),
         work,
+        calls,
     )

@@ -31,9 +31,10 @@ def can_rehearse(stage: StageConfig) -> bool:
 
 def turn_memories_of(
     plan: StagePlan, frame: Frame, device: str
-) -> tuple[dict[str, Memory], tuple[int, int, int]]:
-    """Return the memory of one rank in a turn of each trained network, by role, and its (clips,
-    latent frames, latent frames of the whole clip). Errors: those of `clip_shape`."""
+) -> tuple[dict[str, Memory], tuple[int, int, int], dict[str, Rehearsal]]:
+    """Return the memory of one rank in a turn of each trained network, by role; its (clips, latent
+    frames, latent frames of the whole clip); and the rehearsals behind it, empty where none can be
+    made. Errors: those of `clip_shape`."""
     stage, (shape, sizes) = plan.config, clip_shape(plan, frame)
     shards = plan.launcher.workers // stage.parallel.dp_replicate
     made = rehearsals_of(plan, frame, device) if can_rehearse(stage) else {}
@@ -43,7 +44,7 @@ def turn_memories_of(
         turns = {STUDENT: stage_memory(stage, shape, shards, not made)}
     for role, one in made.items():
         turns[role] = with_rehearsal(turns[role], one)
-    return turns, sizes
+    return turns, sizes, made
 
 
 def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int, int]]:

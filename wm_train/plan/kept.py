@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from wm_train.config.curriculum import StagePlan
 from wm_train.plan.frame import Frame
 from wm_train.plan.rehearsal import Rehearsal
+from wm_train.plan.speed.collectives import Call
 from wm_train.plan.tracing import Work
 from wm_train.storage import read_regular
 
@@ -75,9 +76,11 @@ def source_digest() -> str:
 
 def _to_json(made: Rehearsal) -> dict[str, Any]:
     work = [[*key, *asdict(value).values()] for key, value in made.work.items()]
-    return {**asdict(made), "work": work}
+    calls = [[*call, count] for call, count in made.collectives.items()]
+    return {**asdict(replace(made, work={}, collectives={})), "work": work, "collectives": calls}
 
 
 def _from_json(data: dict[str, Any]) -> Rehearsal:
     work = {(phase, name): Work(*numbers) for phase, name, *numbers in data["work"]}
-    return Rehearsal(**{**data, "work": work})
+    calls = {Call(*call): count for *call, count in data["collectives"]}
+    return Rehearsal(**{**data, "work": work, "collectives": calls})

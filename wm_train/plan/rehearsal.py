@@ -8,6 +8,7 @@ because they happen, not by formula. Weights have no values; whatever reads one 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from wm_train.kernels.engine import rehearsed, rehearsed_device
 from wm_train.models.examples import ExampleShape, example_conditions
 from wm_train.noise import NoiseKey
 from wm_train.plan.frame import Frame
+from wm_train.plan.speed.collectives import Call
 from wm_train.plan.tracing import Tracer, Work
 from wm_train.training.networks import build_networks
 from wm_train.training.stage import Stage
@@ -47,7 +49,8 @@ TEXT_TOKENS = 300
 @dataclass(frozen=True)
 class Rehearsal:
     """Hold what one step of one rank needs: `peak` bytes and what they are; the part of them that
-    is `held` from step to step; bytes alive in the optimizer's step; operators by phase.
+    is `held` from step to step; bytes alive in the optimizer's step; operators by phase; how often
+    each collective is called.
 
     categories at the peak: weights, optimizer, average, gradients, gathered (whole weights of
     units), activations (kept from the forward to the backward pass), backward (recomputed blocks
@@ -59,6 +62,7 @@ class Rehearsal:
     held: int
     update: int
     work: dict[tuple[str, str], Work]
+    collectives: dict[Call, int]
 
 
 @contextmanager
@@ -116,7 +120,8 @@ def trace_turn(
     at_peak["backward"] = at_peak.get("backward", 0) - early
     update = held + 2 * sum(g.numel() * g.element_size() for g in gradients)
     peak = max(tracer.peak, update)
-    return Rehearsal(peak, at_peak, held, update, tracer.work)
+    calls = dict(Counter(tracer.collectives))
+    return Rehearsal(peak, at_peak, held, update, tracer.work, calls)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 It takes the overrides of `wm_train.launch`, and needs neither an accelerator nor the data: a step
 is rehearsed on shapes alone. Frame sizes come from the data set, or from --latent where the data is
-elsewhere. It prints shapes, parameters, inheritance, mesh and memory, but no time yet. Every pool
-is planned with its own overrides; pool=<name> selects one of them.
+elsewhere. It prints shapes, parameters, inheritance, mesh and memory, and with --hardware seconds a
+step and days. Every pool is planned with its own overrides; pool=<name> selects one of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from wm_train.plan.frame import Frame
 from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
+    from wm_train.backends.hardware import Hardware
     from wm_train.plan.memory import Memory
 
 GIB = 2**30
@@ -60,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="device whose kernels run, as backend.name; the default is what the stage will find",
     )
     parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        default="",
+        help="a device's profile, such as h100: says the time, and sets --memory and --device",
+    )
+    parser.add_argument(
         "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
     )
     parser.add_argument(
@@ -79,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(DEMO_LINE)
         overrides = [*with_demo(options.overrides), *elsewhere]
         check_device(options.device)
+        profile = profile_of(options.hardware)
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
         problems = [
@@ -94,7 +102,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pool, run in pools.items():
         for idle in name_pool(warnings_of(plan_stages(run)), pool):
             print(f"warning: {idle}", file=sys.stderr)
-    return print_pool_plans(pools, frames, options.memory, options.device, options.blocks)
+    device, memory = options.device, options.memory
+    if profile:
+        device, memory = device or profile.device, memory or profile.memory / GIB
+    return print_pool_plans(pools, frames, memory, device, options.blocks, profile)
+
+
+def profile_of(key: str) -> Hardware | None:
+    """Return the profile of --hardware, None for "". Raises ConfigError for an unknown one."""
+    if not key:
+        return None
+    from wm_train.plan.speed.report import chosen
+
+    return chosen(key)
 
 
 def check_device(kind: str) -> None:
@@ -114,16 +134,17 @@ def print_pool_plans(
     device_gib: float | None = None,
     device: str = "",
     blocks: bool = False,
+    profile: Hardware | None = None,
 ) -> int:
     """Print the plan of every pool under its name, and the workers of all pools, which train at
-    once. device: type of the device, "": the likely one."""
+    once. device: type of the device, "": the likely one; profile: of the device, for times."""
     codes = []
     for pool, run in pools.items():
         if pool:
             selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
             ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
-        codes.append(print_stage_plans(run, frames[pool], device_gib, device, blocks))
+        codes.append(print_stage_plans(run, frames[pool], device_gib, device, blocks, profile))
     if len(pools) > 1:
         print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
     return 2 if 2 in codes else max(codes)
@@ -135,11 +156,12 @@ def print_stage_plans(
     device_gib: float | None = None,
     device: str = "",
     blocks: bool = False,
+    profile: Hardware | None = None,
 ) -> int:
     """Print the plans of a run's stages; report parameter names that do not match as mistakes of
     the configuration: exit code 2."""
     try:
-        return _print_stages(run, frame, device_gib, device, blocks)
+        return _print_stages(run, frame, device_gib, device, blocks, profile)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -195,7 +217,12 @@ def latent_frame(run: RunConfig, given: str | None) -> Frame:
 
 
 def _print_stages(
-    run: RunConfig, frame: Frame, device_gib: float | None, device: str, blocks: bool
+    run: RunConfig,
+    frame: Frame,
+    device_gib: float | None,
+    device: str,
+    blocks: bool,
+    profile: Hardware | None,
 ) -> int:
     """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
     from wm_train.backends.absent import likely_kind
@@ -204,7 +231,8 @@ def _print_stages(
     code = 0
     for plan in plan_stages(run):
         half = plan.config.parallel.precision != "fp32"
-        turns, shape = turn_memories_of(plan, frame, device or likely_kind(plan.backend.name, half))
+        kind = device or likely_kind(plan.backend.name, half)
+        turns, shape, made = turn_memories_of(plan, frame, kind)
         memory = max(turns.values(), key=lambda one: one.device)
         print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
         for line in [*role_lines(plan), *job_lines(plan, frame)]:
@@ -217,6 +245,10 @@ def _print_stages(
             sides = (frame.height, frame.width, frame.temporal_stride)
             grouped = frame.time(plan.config.frames).layout == "grouped"
             print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
+        if profile:
+            from wm_train.plan.speed.report import time_lines
+
+            print("\n".join(time_lines(plan, made, profile)))
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
             verdict = (

@@ -7,7 +7,7 @@ with the step that it stands for, operator by operator.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from wm_train.boxes import local_tensor
 from wm_train.compat import TorchDispatchMode, tree_leaves
+from wm_train.kernels.costs import kernel_bytes, kernel_flops
 from wm_train.models.flops import operator_flops
+from wm_train.plan.speed.collectives import Call, call_of
 
 COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operators
 GATHERED = "gathered"  # weights of units that are whole on this rank now
@@ -25,11 +27,24 @@ GATHERED = "gathered"  # weights of units that are whole on this rank now
 
 @dataclass
 class Work:
-    """Sum the calls of one operator in one phase: how many, bytes that they return, FLOPs."""
+    """Sum the calls of one operator in one phase: how many, bytes that they return and read, FLOPs.
+
+    A view neither returns nor reads; a kernel's bytes are all `read`.
+    """
 
     calls: int = 0
     returned: int = 0
     flops: int = 0
+    read: int = 0
+
+
+def _bytes_of(leaf: Any) -> int:
+    """Return the bytes behind a tensor: an expanded one is read from its storage."""
+    if not isinstance(leaf, Tensor):
+        return 0
+    tensor = local_tensor(leaf)
+    whole = tensor.numel() * tensor.element_size()
+    return whole if tensor.device.type == "meta" else min(whole, tensor.untyped_storage().nbytes())
 
 
 @dataclass
@@ -46,6 +61,7 @@ class Tracer(TorchDispatchMode):
     alive: dict[str, int] = field(default_factory=dict)  # bytes by category
     at_peak: dict[str, int] = field(default_factory=dict)
     work: dict[tuple[str, str], Work] = field(default_factory=dict)  # by phase and operator
+    collectives: list[Call] = field(default_factory=list)  # in order
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -55,6 +71,7 @@ class Tracer(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the peak and the operators, but not what is alive."""
         self.peak, self.at_peak, self.work = self.now, dict(self.alive), {}
+        self.collectives = []
         self._peak_clock = self._clock
 
     @contextmanager
@@ -95,9 +112,12 @@ class Tracer(TorchDispatchMode):
         finally:
             storages.resize_ = original
 
-    def launched(self, kernel: str) -> None:
+    def launched(self, kernel: str, arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
         """Count a kernel that is no operator of torch."""
-        self.work.setdefault((self.phase, f"triton.{kernel}"), Work()).calls += 1
+        done = self.work.setdefault((self.phase, f"triton.{kernel}"), Work())
+        done.calls += 1
+        done.read += kernel_bytes(arguments)
+        done.flops += kernel_flops(kernel, arguments, constants)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -109,8 +129,13 @@ class Tracer(TorchDispatchMode):
             self._see(tensor, "communication" if communicates else None)
         done = self.work.setdefault((self.phase, str(func)), Work())
         done.calls += 1
-        done.returned += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if not func.is_view:
+            done.returned += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            done.read += sum(_bytes_of(leaf) for leaf in tree_leaves((args, kwargs)))
         done.flops += operator_flops(func, args, kwargs, out)
+        if func.namespace == "c10d":
+            call = call_of(self.phase, func._opname, args)
+            self.collectives += [call] if call else []
         return out
 
     def _see(self, tensor: Tensor, category: str | None = None) -> int:

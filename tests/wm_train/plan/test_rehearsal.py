@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import parallel.comm
+from parallel.attend_cost import Cost
+from parallel.process_group import ProcessGroupComm
+from parallel.traffic import expected_cost
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.config.roles import Turn
-from wm_train.plan import kept
+from wm_train.plan import kept, rehearsal
 from wm_train.plan.depth import rehearse_deep, shortened
 from wm_train.plan.device_memory import with_rehearsal
 from wm_train.plan.frame import Frame
@@ -86,6 +90,39 @@ def test_selective_checkpointing_keeps_what_needed_frames_do_not_write_to():
     """On process groups its second run takes what kernels returned in the first, unchanged."""
     mesh = ["launcher.workers=2", "parallel.cp=2", "parallel.attention_exchange=need"]
     rehearse(plan(*mesh, "model.activation_checkpointing=selective"), FRAME)
+
+
+def test_collectives_of_a_sequence_group_are_those_that_verbs_promise(monkeypatch):
+    """Call by call, in both directions, with a ring and a Ulysses group."""
+    tracer, shapes, seen = Tracer(), {}, []
+    original = ProcessGroupComm.run
+
+    def run(comm, label, programs):
+        verb, own = (programs[0].gi_frame.f_locals[name] for name in ("self", "member"))
+        before = len(tracer.collectives)
+        result = original(comm, label, programs)
+        calls = tracer.collectives[before:]
+        assert all(call.lane == "sequence" for call in calls)
+        seen.append((label.split()[-1], verb, own, [call.sent for call in calls]))
+        return result
+
+    def apply(comm, verb, *tensors):
+        sizes = [(x.shape, x.dtype) for x in tensors if x is not None]
+        shapes[id(verb)] = verb, sizes  # a verb that is held keeps its id
+        return parallel.comm.apply(comm, verb, *tensors)
+
+    monkeypatch.setattr(ProcessGroupComm, "run", run)
+    monkeypatch.setattr(ProcessGroupComm, "apply", apply)
+    monkeypatch.setattr(rehearsal, "Tracer", lambda: tracer)
+    split = ["launcher.workers=8", "parallel.cp=4", "parallel.ulysses=2", "parallel.ring=2"]
+    made = rehearse(plan(*split), FRAME)
+    assert len(seen) > 10
+    for direction, verb, own, sent in seen:
+        _, tensors = shapes[id(verb)]
+        cost = expected_cost(verb, tensors, own).get(direction, Cost(0, 0))
+        assert (len(sent), sum(sent)) == (cost.collectives, cost.sent), (verb, direction)
+    reduced = {(c.ranks, c.stride) for c in made.collectives if c.lane == "reduce"}
+    assert reduced == {(8, 1)}  # gradients, over data and sequence ranks alike
 
 
 def test_recomputing_more_holds_less(alone):

@@ -1,0 +1,64 @@
+"""Print how long a stage takes on devices of a profile, and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wm_train.backends.hardware import Hardware, hardware, profiles
+from wm_train.config.curriculum import StagePlan
+from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.roles import STUDENT, turns_of
+from wm_train.plan.rehearsal import Rehearsal
+from wm_train.plan.speed.step import FIDELITY, StepTime, step_time
+
+DAY_S = 86400.0
+
+
+def chosen(key: str) -> Hardware:
+    """Return the profile of --hardware. Raises ConfigError for one that does not exist."""
+    if key not in (known := profiles()):
+        fix = f"--hardware {next(iter(known))}"
+        raise ConfigError([Problem("--hardware", key, f"one of {', '.join(known)}", fix)])
+    return hardware(key)
+
+
+def times_of(
+    plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware
+) -> dict[str, StepTime]:
+    """Return the time of a turn of each trained network, by role."""
+    config = plan.config
+    depth = max(1, config.model.blocks()[0])
+    blocks = depth * config.trainer.accumulate
+    compiled = config.parallel.compile
+    return {role: step_time(one, device, blocks, compiled) for role, one in made.items()}
+
+
+def mean_seconds(plan: StagePlan, times: Mapping[str, StepTime]) -> float:
+    """Return the seconds of a step, the mean over the turns of a cycle."""
+    turns = plan.config.turns
+    counts = {role: turns_of(turns, role, len(turns)) for role in times}
+    return sum(counts[role] * times[role].seconds for role in times) / sum(counts.values())
+
+
+def time_lines(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware) -> list[str]:
+    """Return the lines about the time of a stage."""
+    config = plan.config
+    if config.parallel.precision == "fp32":
+        return ["  time: none, as the rates of profiles are those of bf16"]
+    if not made:
+        return ["  time: none, as the stage's step cannot be rehearsed"]
+    times = times_of(plan, made, device)
+    mean = mean_seconds(plan, times)
+    days = config.steps * mean / DAY_S
+    lines = [
+        f"  time on {plan.launcher.workers} {device.name}: {mean:.3g} s a step, {days:.3g} days for"
+        f" {config.steps:,} steps ({FIDELITY})"
+    ]
+    for role, one in times.items():
+        turn = f"turn of the {role}: {one.seconds:.3g} s; " if len(times) > 1 else ""
+        share = f"; MFU {one.mfu:.0%}" if list(times) == [STUDENT] else ""
+        lines.append(
+            f"    {turn}s: computation {one.compute:.3g}, sequence collectives {one.sequence:.3g},"
+            f" other waits {one.exposed:.3g}, optimizer {one.update:.3g}{share}"
+        )
+    return lines
