@@ -169,3 +169,15 @@ def test_lanes_do_one_thing_at_a_time_and_lose_no_time():
         own = sorted((i.start, i.end) for i in step.intervals if i.lane == lane)
         assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(own))
         assert step.busy(lane) == pytest.approx(sum(getattr(part, lane) for part in parts))
+
+
+def test_the_plan_says_seconds_and_names_its_fidelity(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = ["experiment=demo", "recipe=demo", "stage=1", "--latent", "24x4x4/8"]
+    line += ["model.depth=2", "model.softmax_every=2", "--hardware", "h100"]
+    assert main([*line, "parallel.precision=bf16"]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"time on 2 H100 SXM: (\S+) s a step, (\S+) days .*spec, ±30 %", out)
+    assert 0 < float(found[1]) < 1
+    assert re.search(r"    of it: computation \S+, sequence collectives 0, .* MFU \d+%", out)
+    assert re.search(r"of 74.5\d* GiB: fits", out)

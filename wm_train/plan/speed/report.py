@@ -55,10 +55,10 @@ def time_lines(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware)
         f" {config.steps:,} steps ({FIDELITY})"
     ]
     for role, one in times.items():
-        turn = f"turn of the {role}: {one.seconds:.3g} s; " if len(times) > 1 else ""
+        turn = f"turn of the {role}, {one.seconds:.3g} s" if len(times) > 1 else "of it"
         share = f"; MFU {one.mfu:.0%}" if list(times) == [STUDENT] else ""
         lines.append(
-            f"    {turn}s: computation {one.compute:.3g}, sequence collectives {one.sequence:.3g},"
+            f"    {turn}: computation {one.compute:.3g}, sequence collectives {one.sequence:.3g},"
             f" other waits {one.exposed:.3g}, optimizer {one.update:.3g}{share}"
         )
     return lines
