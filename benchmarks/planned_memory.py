@@ -43,7 +43,7 @@ MESHES = (
     ["launcher.workers=4", "parallel.dp_replicate=2"],
 )
 FIRST = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere"]
-TURNS = ["experiment=demo", "recipe=sana_wm_distill", "stage=7", "data.path=elsewhere"]
+TURNS = ["experiment=demo", "recipe=sana_wm", "stage=7", "data.path=elsewhere"]
 
 
 def draw(seed: int, count: int) -> list[tuple[str, list[str]]]:

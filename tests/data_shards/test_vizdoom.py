@@ -239,7 +239,7 @@ def test_same_seed_same_bytes(recording, tmp_path):
     ("arguments", "report"),
     [
         (["vizdoom"], "out: missing"),
-        (["vizdoom", "out=x", "frames=80"], "got 80, expected a multiple of 8 plus 1"),
+        (["vizdoom", "out=x", "frames=82"], "got 82, expected a multiple of 8 plus 1"),
         (["vizdoom", "out=x", "fps=nan"], "fps: got 'nan', expected a number from 1 to 35"),
         (["vizdoom", "out=x", "width=100"], "size: got 100x120"),
         (["vizdoom", "out=x", "speed=3", "clips=-1"], "speed: unknown key"),

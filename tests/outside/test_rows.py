@@ -68,7 +68,11 @@ def test_unknown_keys_name_the_section(found):
 @pytest.mark.parametrize(
     ("overrides", "where", "fix"),
     [
-        (["model.cell=4"], "model.cell", "model.cell=1"),
+        (
+            ["model.cell=4"],
+            "model.cell",
+            "model.cell=1, or encode with resize=<multiples of 80>",
+        ),
         (["model.buttons=2"], "model.buttons", "model.buttons=6"),
         (["model.channels=30"], "model.channels", "model.channels=4"),
         (["model.latent_channels=4"], "model.latent_channels", "model.latent_channels=3"),
@@ -80,7 +84,7 @@ def test_unknown_keys_name_the_section(found):
         (
             [PLAY + "sampler.guidance={camera: 2}"],
             PLAY + "sampler.guidance.camera",
-            "leave it out, or another model than lab_attention",
+            "leave it out",
         ),
         (["parallel.sharding=zero3"], PLAY + "optimizer.name", "parallel.sharding=fsdp"),
     ],
