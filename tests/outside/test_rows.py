@@ -68,11 +68,7 @@ def test_unknown_keys_name_the_section(found):
 @pytest.mark.parametrize(
     ("overrides", "where", "fix"),
     [
-        (
-            ["model.cell=4"],
-            "model.cell",
-            "model.cell=1, or encode with resize=<multiples of 80>",
-        ),
+        (["model.cell=4"], "model.cell", "model.cell=1, or encode with resize=<multiples of 80>"),
         (["model.buttons=2"], "model.buttons", "model.buttons=6"),
         (["model.channels=30"], "model.channels", "model.channels=4"),
         (["model.latent_channels=4"], "model.latent_channels", "model.latent_channels=3"),
@@ -81,11 +77,7 @@ def test_unknown_keys_name_the_section(found):
             PLAY + "chunk_frames",
             "another model than lab_attention, or recipe.stages.play.chunk_frames=0",
         ),
-        (
-            [PLAY + "sampler.guidance={camera: 2}"],
-            PLAY + "sampler.guidance.camera",
-            "leave it out",
-        ),
+        ([PLAY + "sampler.guidance={camera: 2}"], PLAY + "sampler.guidance.camera", "leave it out"),
         (["parallel.sharding=zero3"], PLAY + "optimizer.name", "parallel.sharding=fsdp"),
     ],
 )

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from wm_train.config.compose import compose, with_demo
+from wm_train.config.curriculum import select
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.rules import broken_rules
-from wm_train.config.schema import NAME, PoolConfig, RunConfig
+from wm_train.config.schema import NAME, PoolConfig, RunConfig, StageConfig
 
 SHARED = (
     "name",
@@ -118,34 +119,56 @@ def name_pool(problems: Iterable[Problem], pool: str) -> list[Problem]:
 
 
 def with_range(run: RunConfig, pool: PoolConfig) -> RunConfig:
-    """Return the run with each stage's noise levels restricted to the pool's range."""
-    stages = {
-        name: replace(stage, objective=stage.objective.narrowed(pool.sigma_min, pool.sigma_max))
-        for name, stage in run.recipe.stages.items()
-    }
+    """Return the run with each stage's noise levels restricted to the pool's range; a stage whose
+    objective has no range stays as it is, as long as it is not selected."""
+    stages = {name: _narrowed(stage, pool) for name, stage in run.recipe.stages.items()}
     return replace(run, recipe=replace(run.recipe, stages=stages))
 
 
+def _narrowed(stage: StageConfig, pool: PoolConfig) -> StageConfig:
+    try:
+        objective = stage.objective.narrowed(pool.sigma_min, pool.sigma_max)
+    except ValueError:
+        return stage
+    return replace(stage, objective=objective)
+
+
 def _range_problems(run: RunConfig, name: str, pool: PoolConfig) -> list[Problem]:
-    """Return one problem if the pool has no noise level of some stage, or a stage has no range."""
+    """Return one problem if the pool has no noise level of some stage, or a selected stage has no
+    range."""
     empty = []
+    try:
+        selected = select(run.recipe, run.stage)
+    except ValueError:
+        selected = ()  # reported where all stages are selected
     for stage, config in run.recipe.stages.items():
         low, high = config.objective.noise_range()
         try:
             own_low, own_high = config.objective.narrowed(
                 pool.sigma_min, pool.sigma_max
             ).noise_range()
-        except ValueError as error:
-            return [Problem(f"pools.{name}.sigma_min", str(error), "null", "null")]
+        except ValueError:
+            if stage not in selected:
+                continue
+            kind = config.objective.name
+            rule = f"null, as {kind} of stage {stage}, which is selected, has no noise range"
+            return [
+                Problem(f"pools.{name}.sigma_min", _given(pool), rule, "stage=<stages with one>")
+            ]
         if low < high and not own_low < own_high:
             empty.append(f"{low:g} to {high:g} in stage {stage}")
     if not empty:
         return []
-    given = (pool.sigma_min, pool.sigma_max)
-    low_text, high_text = ("null" if value is None else f"{value:g}" for value in given)
     rule = f"a rising range that overlaps with the noise levels of every stage: {', '.join(empty)}"
     fix = f"pools.{name}.sigma_min=null pools.{name}.sigma_max=null, which takes all of a stage's"
-    return [Problem(f"pools.{name}.sigma_min", f"{low_text} to sigma_max {high_text}", rule, fix)]
+    return [Problem(f"pools.{name}.sigma_min", _given(pool), rule, fix)]
+
+
+def _given(pool: PoolConfig) -> str:
+    low, high = (
+        "null" if value is None else f"{value:g}" for value in (pool.sigma_min, pool.sigma_max)
+    )
+    return f"{low} to sigma_max {high}"
 
 
 def boundaries(runs: Mapping[str, RunConfig], stage: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from parallel.local_attention import accumulation_dtype
 from wm_train.conditioning import Conditions
 from wm_train.models.spec import WorldModel
 from wm_train.noise import normal
@@ -32,7 +33,8 @@ def diffusion_forcing(
     noisy = (1.0 - level) * latents + level * noise
     keep = clips.uniform("controls_dropout") >= config.controls_dropout
     velocity = model(noisy, sigma, drop_controls(clips.conditions, keep), sequence)
-    error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
+    wide = velocity.to(accumulation_dtype(velocity.dtype))  # fp32, or fp64 of an fp64 model
+    error = (wide - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, t]
     every = torch.ones_like(sigma)
     metrics = {"sigma": sequence.mean(sigma, every), "controls": keep.float()}
     return ObjectiveOutput(sequence.mean(error, every), metrics)

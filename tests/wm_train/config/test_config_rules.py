@@ -261,7 +261,7 @@ def test_guidance_weighs_what_the_model_sees(found: Find) -> None:
     unknown = found({SHORT + "sampler.guidance": {"weather": 2.0}})
     assert "one of camera" in unknown[guided + "weather"].rule
     blind = {SHORT + "sampler.guidance": {"camera": 2.0}, SHORT + "model.camera": False}
-    assert "has no camera" in found(blind)[guided + "camera"].rule
+    assert "reads no camera" in found(blind)[guided + "camera"].rule
     for weight in (-1.0, NAN, INF):
         wrong = found({SHORT + "sampler.guidance": {"camera": weight}})
         assert "finite" in wrong[guided + "camera"].rule

@@ -47,6 +47,7 @@ def causal_run(gameplay: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         stage = "recipe.stages.chunk_causal."
         small = ["model.width=32", "model.heads=2", f"trainer.sample_steps={STEPS}"]
         short = [f"{stage}frames=41", f"{stage}global_batch=2", f"{stage}inherit=null"]
+        short.append(f"{stage}objective.flow_shift=1")
         where = [f"data.path={gameplay}", f"out={tmp_path}", "tracker=none", "stage=chunk_causal"]
         return compose(["experiment=demo", "recipe=sana_wm", *where, *small, *short, *overrides])
 

@@ -129,7 +129,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("HEAVY []\n")
     assert "recipe" in done.stdout
-    assert "  model.depth = 4  (sana_wm)\n" in done.stdout
+    assert "  model.depth = 4  (sana_wm, wan)\n" in done.stdout
     assert "  recipe.stages.<stage>.optimizer.momentum = 0.95  (normuon)\n" in done.stdout
 
 

@@ -74,7 +74,7 @@ def test_the_short_demo_keeps_its_name_and_folder() -> None:
 
 
 def test_a_pool_of_the_demo_is_the_demo_whatever_it_overrides() -> None:
-    line = ["pools.high.sigma_min=0.5", 'pools.high.overrides=["model=sana_wm_nano"]']
+    line = ["stage=1-5", "pools.high.sigma_min=0.5", 'pools.high.overrides=["model=sana_wm_nano"]']
     (high,) = pool_runs(compose(line), line).values()
     assert (high.model.width, high.data.path) == (32, "data/demo")
 
@@ -119,7 +119,7 @@ def test_a_dry_run_says_first_that_it_is_the_demo(beside_demo_data: Path) -> Non
         "# stage gdn",
         "# stage hybrid",
     ]
-    assert "stage 2 hybrid: 41 frames = 6 latent frames, 300 steps of 4 clips" in lines
+    assert "stage 2 hybrid: 41 frames = 6 latent frames, 80 steps of 4 clips" in lines
 
 
 def test_plan_and_parity_take_the_demo_too(capsys: pytest.CaptureFixture[str]) -> None:
