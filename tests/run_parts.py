@@ -1,10 +1,10 @@
-"""Run the tests in four pytest processes at once and print one closing line for all.
+"""Run the tests in five pytest processes at once and print one closing line for all.
 
     python tests/run_parts.py -m "not full and not drill and not slurm"
 
 Every argument goes to all processes. pytest-xdist is not used: Ray's daemons inherit the pipes of
 its workers and keep them open, so that it never ends. A part is a set of folders, because fixtures
-that record a data set live as long as a process. Four keep two cores busy while a test waits for
+that record a data set live as long as a process. Five keep two cores busy while a test waits for
 processes of its own. Exits with 0 only if all parts do.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 LARGE = (  # a part each, without folders of the parts before it; the last part is all else
     ("wm_train/training",),
+    ("wm_train/models", "wm_train/objectives", "wm_train/sampling", "wm_train/report"),
     ("wm_train",),
     ("kernels", "parallel"),
 )

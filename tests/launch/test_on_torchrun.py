@@ -101,6 +101,7 @@ Root Cause (first observed failure):
 """
 
 
+@pytest.mark.full
 def test_a_library_decides_over_no_restart(spec, view, tmp_path: Path) -> None:
     """It prints what torchrun reports of a user's mistake, and the agent is killed before it can
     report anything."""

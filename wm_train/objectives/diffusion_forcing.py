@@ -41,11 +41,15 @@ def diffusion_forcing(
 
 
 def frame_sigma(clips: Clips, config: DiffusionForcingConfig) -> Tensor:
-    """Draw the noise level of each local frame, fp32 [B, t]: logit-normal, then shifted."""
-    local = (clips.sequence.frames.start, clips.sequence.frames.stop)
-    gaussian = normal(clips.key, "sigma", clips.draws, local, ())
+    """Draw the noise level of each local frame, fp32 [B, t]: logit-normal, then shifted.
+
+    Those of the whole clip are computed, and cut: processors round the ends of a row otherwise than
+    its middle, and the noise embedding multiplies a level by 1000.
+    """
+    frames = clips.sequence.frames
+    gaussian = normal(clips.key, "sigma", clips.draws, (0, clips.sequence.layout.frames), ())
     plain = torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
-    return shift_sigma(plain, config.flow_shift)
+    return shift_sigma(plain, config.flow_shift)[:, frames.start : frames.stop]
 
 
 def drop_controls(conditions: Conditions, keep: Tensor) -> Conditions:

@@ -66,6 +66,9 @@ def test_a_command_that_chooses_one_of_four_is_not_the_demo(override: str) -> No
         assert (run.name, run.recipe.stages["gdn"].steps) == ("sana_wm", 30000)
 
 
+SHALLOW = ["model.depth=2", "model.softmax_every=2"]  # planned in seconds
+
+
 def test_the_short_demo_keeps_its_name_and_folder() -> None:
     run = compose(["experiment=demo", "recipe=demo"])
     assert (run.name, list(run.recipe.stages)) == ("demo", ["short", "long"])
@@ -111,7 +114,7 @@ def test_the_report_repeats_what_was_typed_and_names_what_is_missing(
 
 
 def test_a_dry_run_says_first_that_it_is_the_demo(beside_demo_data: Path) -> None:
-    done = run_launch(beside_demo_data, "stage=1-2", "--dry-run")
+    done = run_launch(beside_demo_data, "stage=1-2", "--dry-run", *SHALLOW)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == DEMO_LINE
@@ -123,7 +126,7 @@ def test_a_dry_run_says_first_that_it_is_the_demo(beside_demo_data: Path) -> Non
 
 
 def test_plan_and_parity_take_the_demo_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(["stage=3", "--latent", "24x7x10/8"]) == 0
+    assert plan(["stage=3", "--latent", "24x7x10/8", *SHALLOW]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == DEMO_LINE
     assert said[1].startswith("stage 3 minute_camera: 81 frames")

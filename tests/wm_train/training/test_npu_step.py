@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
+@pytest.mark.full
 def test_training_steps_run_on_a_fake_npu_and_a_stray_cuda_raises(worker_config, tmp_path):
     config = worker_config(
         tmp_path,
