@@ -73,7 +73,8 @@ def judged_on(workers: int, trained: Path, folder: Path, run_ranks, gameplay: Pa
     return found_in(copy)
 
 
-@pytest.mark.parametrize("many", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full  # two starts of all ranks: a minute
+@pytest.mark.parametrize("many", [2, 4])
 def test_the_command_gives_the_numbers_of_the_stages_end_on_any_number_of_processes(
     trained, tmp_path, run_ranks, gameplay, many
 ):
