@@ -20,7 +20,10 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 LARGE = (  # a part each, without folders of the parts before it; the last part is all else
     ("wm_train/training",),
-    ("wm_train/models", "wm_train/objectives", "wm_train/sampling", "wm_train/report"),
+    (
+        *("wm_train/models", "wm_train/objectives", "wm_train/sampling", "wm_train/report"),
+        *("wm_train/plan", "wm_train/checks"),
+    ),
     ("wm_train",),
     ("kernels", "parallel"),
 )
