@@ -125,6 +125,12 @@ def test_collectives_of_a_sequence_group_are_those_that_verbs_promise(monkeypatc
     assert reduced == {(8, 1)}  # gradients, over data and sequence ranks alike
 
 
+def test_gathered_weights_are_held_besides_the_shards():
+    """FSDP2 frees them by resizing; at the peak the root's are whole, and a unit's or two."""
+    made = rehearse(plan("launcher.workers=2"), FRAME)
+    assert made.at_peak["gathered"] > made.at_peak["weights"] / 2
+
+
 def test_recomputing_more_holds_less(alone):
     made = [
         rehearse(plan("launcher.workers=1", f"model.activation_checkpointing={mode}"), FRAME)
