@@ -32,6 +32,19 @@ class PatchEmbed(nn.Module):
         )
 
 
+def token_grid(latents: Tensor, patch: int) -> tuple[int, int]:
+    """Return token rows and columns of a frame of latents [..., h, w]. Raises ValueError where the
+    patch does not divide them."""
+    h, w = latents.shape[-2:]
+    if h % patch or w % patch:
+        raise ValueError(
+            f"patch embedding failed: got latents of {h}x{w}, expected multiples of patch_size"
+            f" {patch} (key model.patch_size). Fix: choose a patch_size that divides both, or"
+            " resize the data"
+        )
+    return h // patch, w // patch
+
+
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Convert tokens [B, t, S, patch * patch * C] (C fastest) -> maps [B, t, C, h, w]."""
     b, t, _, features = tokens.shape

@@ -31,7 +31,13 @@ from wm_train.conditioning.camera import (
 )
 from wm_train.models.init import Rule
 from wm_train.models.layers.cross_attention import CrossAttention
-from wm_train.models.layers.embed import CaptionEmbed, PatchEmbed, TimestepEmbed, unpatchify
+from wm_train.models.layers.embed import (
+    CaptionEmbed,
+    PatchEmbed,
+    TimestepEmbed,
+    token_grid,
+    unpatchify,
+)
 from wm_train.models.layers.rotary import rotary_tables
 from wm_train.models.sana_wm.attention import (
     UNUSED_IN_SOFTMAX,
@@ -234,7 +240,7 @@ class SanaWM(WorldModel):
         of the whole clip. Raises ValueError if h or w does not divide by the patch, or the poses do
         not fit the clip.
         """
-        grid = self.token_grid(latents)
+        grid = token_grid(latents, self.config.patch_size)
         x = self.x_embedder(latents)
         time = self.t_embedder(sigma * TIMESTEPS)
         modulation = self.t_block(time).unflatten(-1, (6, self.config.width))
@@ -255,18 +261,6 @@ class SanaWM(WorldModel):
         for block in self.blocks:
             x = block(x, modulation, plucker, text, context)
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size).contiguous()
-
-    def token_grid(self, latents: Tensor) -> tuple[int, int]:
-        """Return token rows and columns of a frame."""
-        h, w = latents.shape[-2:]
-        patch = self.config.patch_size
-        if h % patch or w % patch:
-            raise ValueError(
-                f"patch embedding failed: got latents of {h}x{w}, expected multiples of patch_size"
-                f" {patch} (key model.patch_size). Fix: choose a patch_size that divides both, or"
-                " crop the data"
-            )
-        return h // patch, w // patch
 
     def context(
         self,

@@ -26,7 +26,7 @@ from wm_train.conditioning import Conditions
 from wm_train.conditioning.camera import WAN_PACKING
 from wm_train.models.init import Rule
 from wm_train.models.layers.camera_adapter import CameraAdapter
-from wm_train.models.layers.embed import PatchEmbed, unpatchify
+from wm_train.models.layers.embed import PatchEmbed, token_grid, unpatchify
 from wm_train.models.spec import WorldModel
 from wm_train.models.wan.config import MASK_CHANNELS, WanConfig
 from wm_train.models.wan.layers import (
@@ -140,7 +140,7 @@ class Wan(WorldModel):
         ValueError if h or w does not divide by the patch, a position is beyond the table, or text
         or image do not fit.
         """
-        config, grid = self.config, self.token_grid(latents)
+        config, grid = self.config, token_grid(latents, self.config.patch_size)
         embed, exact = self.condition_embedder, accumulation_dtype(self.proj_out.weight.dtype)
         time = embed.time_embedder(sigma * TIMESTEPS)
         modulation = embed.time_proj(F.silu(time)).unflatten(-1, (ROWS, config.width)).to(exact)
@@ -205,17 +205,6 @@ class Wan(WorldModel):
         seen = stored.to(latents)[:, place.clamp(max=stored.shape[1] - 1).to(stored.device)]
         first = (place == 0).to(latents.device, latents.dtype)[None, :, None, None, None]
         return torch.cat((first.expand(b, t, MASK_CHANNELS, h, w), seen), 2)
-
-    def token_grid(self, latents: Tensor) -> tuple[int, int]:
-        """Return token rows and columns of a frame."""
-        (h, w), patch = latents.shape[-2:], self.config.patch_size
-        if h % patch or w % patch:
-            raise ValueError(
-                f"patch embedding failed: got latents of {h}x{w}, expected multiples of patch_size"
-                f" {patch} (key model.patch_size). Fix: choose a patch_size that divides both, or"
-                " resize the data"
-            )
-        return h // patch, w // patch
 
 
 def _field(conditions: Conditions, name: str) -> Tensor:

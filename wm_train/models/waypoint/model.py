@@ -24,6 +24,7 @@ from parallel.masks import AttentionMask
 from parallel.sequence import SequenceShard
 from wm_train.conditioning import Conditions
 from wm_train.models.init import Rule
+from wm_train.models.layers.embed import token_grid
 from wm_train.models.spec import WorldModel
 from wm_train.models.waypoint.config import WaypointConfig
 from wm_train.models.waypoint.layers import (
@@ -147,7 +148,7 @@ class Waypoint(WorldModel):
         latents [B, t, C, h, w]; sigma fp32 [B, t] in [0, 1]; conditions of the whole clip. Raises
         ValueError if h or w does not divide by the patch, or the controls do not fit the clip.
         """
-        config, grid = self.config, self.token_grid(latents)
+        config, grid = self.config, token_grid(latents, self.config.patch_size)
         noise = self.denoise_step_emb(sigma)
         modulations = self.modulations(noise)
         control = self.controls(conditions, sequence, latents.device) if config.controls else None
@@ -186,17 +187,6 @@ class Waypoint(WorldModel):
         # always both: a parameter must have a gradient on all processes or on none
         kept = keep.to(device)[:, None, None]
         return rms(torch.where(kept, embedded, self.ctrl_cfg.null_emb))
-
-    def token_grid(self, latents: Tensor) -> tuple[int, int]:
-        """Return token rows and columns of a frame."""
-        (h, w), patch = latents.shape[-2:], self.config.patch_size
-        if h % patch or w % patch:
-            raise ValueError(
-                f"patch embedding failed: got latents of {h}x{w}, expected multiples of patch_size"
-                f" {patch} (key model.patch_size). Fix: choose a patch_size that divides both, or"
-                " resize the data"
-            )
-        return h // patch, w // patch
 
 
 def attention_mask(config: WaypointConfig, block: int) -> AttentionMask:
