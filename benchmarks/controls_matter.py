@@ -34,10 +34,10 @@ from wm_train.config.registry import builder
 from wm_train.config.typed import from_json
 from wm_train.evaluation.metrics.turns import mouse_column, turns_followed
 from wm_train.evaluation.pictures import contact_sheet, write_png
+from wm_train.evaluation.samples import levels_of
 from wm_train.noise import VALIDATION, NoiseKey
 from wm_train.objectives.clips import Clips
 from wm_train.sampling.experts import Experts
-from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.sample import SampleStart
 
 
@@ -97,12 +97,11 @@ def main() -> None:
 
     @torch.no_grad()
     def rolled_out(seen: Conditions) -> list[np.ndarray]:
-        steps = stage.sampler.levels or stage.trainer.sample_steps
         start = SampleStart(
             Experts((0.0,), (model,)),
             batch.latents[:, 0],
             seen,
-            sampling_levels(steps, stage.objective.sampling_shift()),
+            levels_of(stage),
             NoiseKey(1, "controls_matter"),
             batch.draws,
             sequence,

@@ -67,16 +67,18 @@ class MeshDegrees:
             )
 
     @staticmethod
-    def from_config(wanted: DegreesWanted, world: int, heads: int) -> MeshDegrees:
+    def from_config(
+        wanted: DegreesWanted, world: int, heads: int, key_heads: int | None = None
+    ) -> MeshDegrees:
         """Return the degrees, with dp_shard derived from the others if it is not given.
 
-        world: number of processes; heads: attention heads. Raises ValueError with all of
-        `degree_problems`.
+        world: number of processes; heads: attention heads; key_heads: of keys and values, None: as
+        many. Raises ValueError with all of `degree_problems`.
         """
-        problems = degree_problems(wanted, world, heads)
+        problems = degree_problems(wanted, world, heads, key_heads)
         if problems:
             raise ValueError("\n".join(str(problem) for problem in problems))
-        ring, ulysses = sequence_degrees(wanted, heads)
+        ring, ulysses = sequence_degrees(wanted, heads, key_heads)
         shards = wanted.dp_shard or world // (wanted.dp_replicate * ring * ulysses)
         return MeshDegrees(wanted.dp_replicate, shards, ring, ulysses)
 
@@ -113,16 +115,21 @@ def sequence_size(wanted: DegreesWanted) -> int:
     return wanted.cp if wanted.cp is not None else (wanted.ulysses or 1) * (wanted.ring or 1)
 
 
-def sequence_degrees(wanted: DegreesWanted, heads: int) -> tuple[int, int]:
-    """Return (ring, ulysses) with missing values derived; with none, ulysses = gcd(heads, cp)."""
+def sequence_degrees(
+    wanted: DegreesWanted, heads: int, key_heads: int | None = None
+) -> tuple[int, int]:
+    """Return (ring, ulysses) with missing values derived; with none, ulysses = gcd(heads,
+    key_heads, cp), as with more ranks than key heads each of these would be sent to several."""
     size = sequence_size(wanted)
     ulysses = wanted.ulysses or (
-        max(1, size // wanted.ring) if wanted.ring else math.gcd(heads, size)
+        max(1, size // wanted.ring) if wanted.ring else math.gcd(heads, key_heads or heads, size)
     )
     return wanted.ring or max(1, size // ulysses), ulysses
 
 
-def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[DegreeProblem]:
+def degree_problems(
+    wanted: DegreesWanted, world: int, heads: int, key_heads: int | None = None
+) -> list[DegreeProblem]:
     """Return every reason why `world` processes cannot form this mesh; world, heads >= 1.
 
     Keys are those of the command line.
@@ -131,8 +138,8 @@ def degree_problems(wanted: DegreesWanted, world: int, heads: int) -> list[Degre
     if problems:
         return problems
     size = sequence_size(wanted)
-    ring, ulysses = sequence_degrees(wanted, heads)
-    even = math.gcd(heads, size)
+    ring, ulysses = sequence_degrees(wanted, heads, key_heads)
+    even = math.gcd(heads, key_heads or heads, size)
     if ring * ulysses != size:
         fix = f"parallel.cp=null, or parallel.ulysses={even} parallel.ring={size // even}"
         got = f"ring {ring} x ulysses {ulysses}"

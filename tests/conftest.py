@@ -183,6 +183,23 @@ def distilled_waypoint() -> Distilled:
 
 
 @pytest.fixture(scope="session")
+def pretrained_waypoint() -> tuple[str, ...]:
+    """Overrides of `demo_run`: a small Waypoint is pretrained as in the recipe, by diffusion
+    forcing, dropped controls and NorMuon, on rows of two clips."""
+    short = "recipe.stages.short."
+    sizes = "depth=4 width=64 heads=4 key_heads=2 mlp_ratio=2 noise_features=16 patch_size=2"
+    reach = "controls=6 window=3 dilation=2 reach=4 latent_channels=24"
+    return (
+        "model=waypoint",
+        *(f"model.{size}" for size in f"{sizes} {reach}".split()),
+        f"{short}objective={{name:diffusion_forcing,controls_dropout:0.3}}",
+        f"{short}optimizer={{name:normuon,normuon_scale:muon,lr:4.0e-3,warmup_steps:2}}",
+        f"{short}data={{pack:true}}",
+        f"{short}frames=89",
+    )
+
+
+@pytest.fixture(scope="session")
 def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
     """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker
     --config`."""

@@ -11,6 +11,10 @@ Latent t pools the raw frames r t … r t + r - 1. With `layout=grouped`, as Way
 autoencoder of F = r k + 1 frames (TAEW, TAELTX): the last frame is repeated at the end, and latent
 t decodes to the frames r (t - 1) + 1 … r t, though it has seen up to r - 1 later ones. Frames are
 processed CHUNK latents at a time; the result is that of one pass.
+
+The decoder's memory blocks begin with zeros, which it has seen at the start of clips only. With
+`warm_up=n` it is shown the first latent n times more before the clip, as engines of Waypoint-1.5
+do (n = 3) whose seed is one image, four times.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.arguments import Option, choice, path
+from data_shards.arguments import Option, choice, path, whole
 from data_shards.codecs import CodecRow
 from data_shards.schema import DataError
 from data_shards.time_layout import LAYOUTS, Layout, time_of
@@ -63,6 +67,7 @@ class TaehvCodec:
     device: str = "cpu"
     name: str = "taehv"
     layout: Layout = "causal"
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -132,7 +137,8 @@ class TaehvCodec:
     @property
     def options(self) -> Mapping[str, Any]:
         grouped = {} if self.layout == "causal" else {"layout": self.layout}
-        return {"model": self.model, "dtype": self.dtype, **grouped}
+        warm = {"warm_up": self.warm_up} if self.warm_up else {}
+        return {"model": self.model, "dtype": self.dtype, **grouped, **warm}
 
     @property
     def time_layout(self) -> Layout:
@@ -184,6 +190,7 @@ class TaehvCodec:
 
         memory: dict[int, Any] = {}
         out = []
+        latents = np.concatenate([latents[:1]] * self.warm_up + [latents])
         with torch.no_grad():
             for start in range(0, len(latents), CHUNK):
                 x = torch.from_numpy(
@@ -197,7 +204,8 @@ class TaehvCodec:
                 )
                 out.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         time = time_of(self)
-        return np.concatenate(out)[time.stride - time.first :]  # frames before the clip's first
+        before = self.warm_up * time.stride + time.stride - time.first
+        return np.concatenate(out)[before:]  # without the frames before the clip's first
 
     def _encode(self, x: Any, memory: dict[int, Any]) -> Any:
         """Encode [n, 3 p p, H, W] -> [n / r, C, h, w].
@@ -267,6 +275,11 @@ TAEHV = CodecRow(
         ),
         "layout": Option(
             choice(*LAYOUTS), "grouped: F = r k, as TAEHV 1.5; causal, the usual: F = r k + 1", None
+        ),
+        "warm_up": Option(
+            whole(0, 64),
+            "times that the decoder sees the first latent before a clip; usual: 0",
+            None,
         ),
     },
     on_device=True,

@@ -147,6 +147,20 @@ def test_a_grouped_taehv_encodes_and_decodes_whole_groups(taehv):
         codec.encode(np.concatenate([video, video[:1]]))
 
 
+@pytest.mark.parametrize("layout", ["grouped", "causal"])
+def test_a_warm_decoder_has_seen_the_first_latent_before(taehv, layout):
+    """As in engines of Waypoint-1.5: three times more, and the frames of these are not kept."""
+    cold = make_codec("taehv", {"model": str(taehv), "layout": layout})
+    codec = make_codec("taehv", {**cold.options, "warm_up": 3})
+    assert codec.options == {**cold.options, "warm_up": 3}
+    latents = np.random.default_rng(0).normal(size=(3, CHANNELS, 2, 3)).astype(np.float32)
+    fed, unkept = np.concatenate([latents[:1]] * 3 + [latents]), 3 * 4 + 3 * (layout == "causal")
+    expected = decode_by_frame(load_file(taehv), fed, (1, 2, 2), warm=unkept)
+    decoded = codec.decode(latents)
+    np.testing.assert_allclose(decoded, expected, atol=0.51)
+    assert np.abs(decoded.astype(int) - cold.decode(latents))[:4].max() > 1
+
+
 def test_a_decoder_trained_to_grow_more_keeps_the_last_frames(tmp_path):
     weights = random_taehv(grows=(2, 2, 2))
     save_file(weights, tmp_path / "tae.safetensors")

@@ -86,11 +86,13 @@ def supervise(config: Path, folder: Path, kills: int, draws: random.Random) -> i
 
 
 @pytest.mark.drill
-def test_random_kills_do_not_change_a_bit(worker_config, tmp_path):
-    results = {}
+@pytest.mark.parametrize("model", ["sana_wm", "waypoint"])
+def test_random_kills_do_not_change_a_bit(worker_config, pretrained_waypoint, model, tmp_path):
+    results, own = {}, pretrained_waypoint if model == "waypoint" else ()
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
         longer = (
+            *own,
             f"recipe.stages.short.steps={STEPS}",
             "trainer.checkpoint_every=2",
             "parallel.cp=2",

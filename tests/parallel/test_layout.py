@@ -77,6 +77,15 @@ def test_open_degrees_are_derived(wanted, world, heads, expected):
     assert (found.dp_replicate, found.dp_shard, found.ring, found.ulysses) == expected
 
 
+@pytest.mark.parametrize(("cp", "expected"), [(8, (1, 8)), (32, (2, 16)), (24, (3, 8))])
+def test_derived_ulysses_does_not_split_key_heads(cp, expected):
+    """Waypoint's 32 query and 16 key heads: no key head goes to two processes unasked."""
+    found = MeshDegrees.from_config(Wanted(cp=cp), cp, 32, 16)
+    assert (found.ring, found.ulysses) == expected
+    asked = MeshDegrees.from_config(Wanted(cp=32, ulysses=32), 32, 32, 16)
+    assert (asked.ring, asked.ulysses) == (1, 32)
+
+
 @pytest.mark.parametrize(
     ("wanted", "world", "words"),
     [

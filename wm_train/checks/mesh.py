@@ -14,10 +14,10 @@ FOREIGN_ENGINES = ("deepspeed", "xfuser")  # parallel/engines.py, which imports 
 
 def mesh_problems(plan: StagePlan) -> list[Problem]:
     """Return what keeps the stage from running on its workers; keys relative to the stage."""
-    mesh, heads = plan.config.parallel, plan.config.model.needs().heads
-    countable = heads >= 1 and plan.launcher.workers >= 1  # else reported as values
+    mesh, needs = plan.config.parallel, plan.config.model.needs()
+    countable = needs.heads >= 1 and plan.launcher.workers >= 1  # else reported as values
     wrong = (
-        degree_problems(mesh, plan.launcher.workers, heads)
+        degree_problems(mesh, plan.launcher.workers, needs.heads, needs.key_heads)
         if countable
         else degrees_below_one(mesh)
     )
@@ -80,7 +80,7 @@ def _engine_problems(plan: StagePlan) -> Iterator[Problem]:
     engine = stage.parallel.attention
     if engine not in FOREIGN_ENGINES or sequence_size(stage.parallel) == 1:
         return
-    ring, ulysses = sequence_degrees(stage.parallel, needs.heads)
+    ring, ulysses = sequence_degrees(stage.parallel, needs.heads, needs.key_heads)
     native = f"{AT}parallel.attention=native"
     no_ring, no_pack = f"{native} or {AT}parallel.ring=1", f"{native} or {AT}data.pack=false"
     shared = f"a multiple of ulysses {ulysses}"

@@ -208,9 +208,12 @@ class SamplerConfig(Named):
     kind: ClassVar[str] = "samplers"
 
     name: str = ""
-    # how many steps, spaced by the objective's flow shift; or the sigmas where they start, falling
-    # from 1, the last step going to 0; null: trainer.sample_steps
+    # how many steps, spaced by `shift`; or the sigmas where they start, falling from 1, the last
+    # step going to 0; null: trainer.sample_steps
     levels: int | tuple[float, ...] | None = None
+    # flow shift that spaces the steps: sigma -> shift * sigma / (1 + (shift - 1) * sigma); null: as
+    # the objective's levels are shifted
+    shift: Positive | None = None
     # condition -> weight: plain + weight * (with the condition - plain), at twice the cost; 1 = off
     guidance: dict[str, float] = field(default_factory=dict)
 
@@ -234,6 +237,9 @@ class SamplerConfig(Named):
             rule = "noise levels that fall from 1 to above 0, as the last step goes to 0 by itself"
             got = str(list(self.levels))
             yield Problem("levels", got, rule, f"{AT}levels=[1,0.75,0.5,0.25]")
+        if self.shift is not None and isinstance(self.levels, tuple):
+            rule = "null with a list of sigmas, which are taken as they are"
+            yield Problem("shift", f"{self.shift:g}", rule, f"{AT}shift=null")
         for condition, weight in self.guidance.items():
             if not 0 <= weight < math.inf:
                 key = f"guidance.{condition}"

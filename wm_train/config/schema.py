@@ -109,7 +109,7 @@ class ParallelConfig:
     dp_replicate: int = 1
     dp_shard: int | None = None  # null: whatever the worker count leaves
     cp: int | None = None  # processes that share a clip; null: ulysses x ring, so 1 without them
-    ulysses: int | None = None  # at most the heads; null: cp / ring, or gcd(heads, cp) without ring
+    ulysses: int | None = None  # at most the heads; null: cp / ring, or gcd(heads, key heads, cp)
     ring: int | None = None  # null: cp / ulysses
     # native | deepspeed | xfuser: the softmax attention over the sequence group
     attention: Annotated[str, one_of("native", "deepspeed", "xfuser")] = "native"

@@ -23,15 +23,17 @@ def in_words(summary: Summary) -> str:
     return f"{summary.mean:.1f}" + ("" if error is None else f" +- {error:.1f}")
 
 
-def clip_psnr(truth: np.ndarray, sample: np.ndarray, fps: float) -> dict[str, float]:
+def clip_psnr(
+    truth: np.ndarray, sample: np.ndarray, fps: float, given: int = 1
+) -> dict[str, float]:
     """Return PSNR to the truth of a sample and of the frozen first frame, the mean over the frames
-    of the clip and over those of its first second, for videos [F, H, W, 3]; the first frame, which
-    is given, does not count."""
+    of the clip and over those of its first second, for videos [F, H, W, 3]; the `given` first
+    frames, those of the first latent, do not count."""
     frozen = np.broadcast_to(truth[:1], truth.shape)
-    second = max(2, 1 + round(fps))
+    second = given + max(1, round(fps))
     frames = {"sample": by_frame(truth, sample, psnr), "frozen": by_frame(truth, frozen, psnr)}
     return {
-        f"{name}_psnr_{span}": float(values[1:stop].mean())
+        f"{name}_psnr_{span}": float(values[given:stop].mean())
         for name, values in frames.items()
         for span, stop in zip(SPANS, (len(truth), second), strict=True)
     }

@@ -63,7 +63,7 @@ def rollout_statistics(
                 experts_of(state.model),
                 first_latents(stage, batch),
                 conditions,
-                levels_of(stage),
+                levels_of(stage.config),
                 NoiseKey(stage.plan.seed, name),
                 batch.draws,
                 sequence,

@@ -13,7 +13,9 @@ import torch
 
 from data_shards.codecs import decode_shown, make_codec
 from data_shards.loading.load import Batch, denormalise
+from data_shards.time_layout import time_of
 from wm_train.config.registry import builder
+from wm_train.config.schema import StageConfig
 from wm_train.console import Progress
 from wm_train.evaluation.first_frame import clip_psnr, summary, verdict
 from wm_train.evaluation.held_out import fetch_held_out, parts_of
@@ -61,7 +63,7 @@ def roll_out(
     wanted = min(stage.config.trainer.samples, len(stage.dataset.clips("validation")))
     if not wanted:
         return None
-    steps = f"{len(levels_of(stage)) - 1} steps, {stage.config.sampler.name}"
+    steps = f"{len(levels_of(stage.config)) - 1} steps, {stage.config.sampler.name}"
     progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
     batch, latents = sample(stage, state, wanted)
     rows = stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size]
@@ -86,10 +88,11 @@ def show_samples(
         return
     target = folder / "samples"
     target.mkdir(exist_ok=True)
+    given = time_of(stage.dataset.info).first
     clips, rows = [], []
     for key, truth, made in zip(sampled.keys, sampled.truth, sampled.made, strict=True):
         clips.append((decode(stage, truth), decode(stage, made)))
-        rows.append(clip_psnr(*clips[-1], stage.dataset.info.fps))
+        rows.append(clip_psnr(*clips[-1], stage.dataset.info.fps, given))
         path = target / f"{key}.mp4"
         write_video(path, side_by_side(*clips[-1]), stage.dataset.info.fps)
         tracker.artifact(path)
@@ -132,7 +135,7 @@ def sample(
                     experts,
                     first_latents(stage, part),
                     conditions_of(stage, part),
-                    levels_of(stage),
+                    levels_of(stage.config),
                     stage.noise,
                     part.draws,
                     sequence_of(stage, part),
@@ -146,11 +149,11 @@ def sample(
     return batch, torch.cat(made)
 
 
-def levels_of(stage: Stage) -> list[float]:
+def levels_of(stage: StageConfig) -> list[float]:
     """Return the sigmas of the stage's sampler, including the 0 at the end."""
-    levels = stage.config.sampler.levels
-    levels = stage.config.trainer.sample_steps if levels is None else levels
-    return sampling_levels(levels, stage.config.objective.sampling_shift())
+    levels, shift = stage.sampler.levels, stage.sampler.shift
+    levels = stage.trainer.sample_steps if levels is None else levels
+    return sampling_levels(levels, stage.objective.sampling_shift() if shift is None else shift)
 
 
 def uncompiled(stage: Stage) -> AbstractContextManager[object]:

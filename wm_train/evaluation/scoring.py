@@ -158,26 +158,27 @@ ONE_CLIP = unknown("there is no other clip to compare with")
 def score_pictures(
     record: ClipRecord, clip: JudgedClip, frozen: Video, other: Other | None, judge: Judge
 ) -> None:
-    """Compare with the decoded truth, over the clip and by second; the given first frame is not
-    counted."""
+    """Compare with the decoded truth, over the clip and by second; the given frames, those of the
+    first latent, are not counted."""
+    given = clip.time.first if clip.time else 1
     for name, compare in (("psnr", pictures.psnr), ("ssim", pictures.ssim)):
         frames = {
             "sample": pictures.by_frame(clip.truth, clip.made, compare),
             "floor": pictures.by_frame(clip.truth, frozen, compare),
         }
-        scores = {column: mean_score(values[1:], "frames") for column, values in frames.items()}
+        scores = {column: mean_score(values[given:], "frames") for column, values in frames.items()}
         scores["ceiling"] = mean_score(
-            pictures.by_frame(clip.truth[1:], clip.truth[1:], compare), "frames"
+            pictures.by_frame(clip.truth[given:], clip.truth[given:], compare), "frames"
         )
         scores["other"] = (
             ONE_CLIP
             if other is None or other.truth.shape != clip.made.shape
-            else mean_score(pictures.by_frame(other.truth, clip.made, compare)[1:], "frames")
+            else mean_score(pictures.by_frame(other.truth, clip.made, compare)[given:], "frames")
         )
         record.scores[name] = scores
         record.by_frame[name] = frames["sample"]
         record.seconds[name] = {
-            column: pictures.by_second(values, clip.fps) for column, values in frames.items()
+            column: pictures.by_second(values, clip.fps, given) for column, values in frames.items()
         }
     steps = len(clip.made) - 1
     videos = {"sample": clip.made, "ceiling": clip.truth, "floor": frozen}

@@ -100,11 +100,12 @@ def degrees_of(plan: StagePlan, processes: bool) -> MeshDegrees:
 
     Raises ValueError for a mesh that launch would refuse.
     """
-    wanted, heads = plan.config.parallel, plan.config.model.needs().heads
+    wanted, needs = plan.config.parallel, plan.config.model.needs()
     if processes:
-        return MeshDegrees.from_config(wanted, plan.launcher.workers, heads)
-    alone = replace(wanted, dp_replicate=1, dp_shard=1)
-    return MeshDegrees.from_config(alone, sequence_size(wanted), heads)
+        workers = plan.launcher.workers
+        return MeshDegrees.from_config(wanted, workers, needs.heads, needs.key_heads)
+    alone, size = replace(wanted, dp_replicate=1, dp_shard=1), sequence_size(wanted)
+    return MeshDegrees.from_config(alone, size, needs.heads, needs.key_heads)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def block_lines(
 ) -> list[str]:
     """Return a line for each kind of block of the stage's model, for one clip of `frames` latent
     frames; sides: rows and columns of a latent, and raw frames per latent."""
-    parallel, heads = stage.parallel, stage.model.needs().heads
-    ring, ulysses = sequence_degrees(parallel, heads)
+    parallel, needs = stage.parallel, stage.model.needs()
+    ring, ulysses = sequence_degrees(parallel, needs.heads, needs.key_heads)
     mesh = GroupMesh(ring, ulysses, parallel.attention_exchange, parallel.precision)
     shape = ExampleShape(1, frames, *sides, grouped=grouped)
     lines = ["  forward pass of a clip, by kind of block:"]

@@ -159,7 +159,8 @@ def open_shapes(plan: StagePlan, frame: Frame, world: World) -> Stage:
     """Return the stage as `open_stage` does, with a data set of which only sizes are known."""
     config, backend = plan.config, cpu.make(torch.get_num_threads(), 0)
     time = frame.time(config.frames)
-    degrees = MeshDegrees.from_config(config.parallel, world.size, config.model.needs().heads)
+    needs = config.model.needs()
+    degrees = MeshDegrees.from_config(config.parallel, world.size, needs.heads, needs.key_heads)
     info = SimpleNamespace(
         temporal_stride=time.stride, time_layout=time.layout, text_length=TEXT_TOKENS
     )

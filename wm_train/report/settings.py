@@ -70,8 +70,8 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 def mesh_of(plan: StagePlan, workers: int) -> str:
     """Return the mesh on `workers` processes in words: "4 workers = dp_shard 2 x ulysses 2"."""
     try:
-        heads = plan.config.model.needs().heads
-        degrees = MeshDegrees.from_config(plan.config.parallel, workers, heads)
+        needs, wanted = plan.config.model.needs(), plan.config.parallel
+        degrees = MeshDegrees.from_config(wanted, workers, needs.heads, needs.key_heads)
     except ValueError as error:  # of a world that the configuration does not allow any more
         return f"{workers} workers ({error})"
     parts = [f"{axis} {size}" for axis, size in vars(degrees).items() if size > 1]

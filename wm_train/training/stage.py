@@ -128,7 +128,8 @@ def open_stage(plan: StagePlan, backend: Backend, world: World) -> Stage:
         raise SetupError(str(error)) from error
     dataset, mixture = open_data(config.data)
     check_indices({dataset, *mixture}, world)
-    degrees = MeshDegrees.from_config(config.parallel, world.size, config.model.needs().heads)
+    needs = config.model.needs()
+    degrees = MeshDegrees.from_config(config.parallel, world.size, needs.heads, needs.key_heads)
     mesh = build_mesh(
         degrees, backend.device.type, timedelta(seconds=plan.backend.collective_timeout_s)
     )

@@ -43,6 +43,7 @@ BAD_VALUES: dict[str, list[Any]] = {
         *(0, -1, 10**6),
         *([], [0.9, 0.5], [1.0, 0.5, 0.5], [1.0, 0.0], [1.0, NAN], [1.0, 1.5]),
     ],
+    SHORT + "sampler.shift": [0.0, -1.0, NAN],
     SHORT + "steps": [0, 10**20],
     SHORT + "global_batch": [0, 3],
     SHORT + "frames": [0, 40, 89],

@@ -21,7 +21,7 @@ def test_psnr_of_a_known_error(step: int) -> None:
     assert psnr(truth, truth) == pytest.approx(100)
 
 
-def test_spans_leave_out_the_given_frame_and_the_first_second_ends_in_time() -> None:
+def test_spans_leave_out_given_frames_and_the_first_second_ends_in_time() -> None:
     """Frame t of the truth is 10 + t, so the frozen first frame is wrong by t in frame t; the
     sample by 2 in each. At 4 frames a second the first second is frames 1 to 4."""
     frames = np.arange(9, dtype=np.uint8)[:, None, None, None]
@@ -35,6 +35,13 @@ def test_spans_leave_out_the_given_frame_and_the_first_second_ends_in_time() -> 
     spoiled = sample.copy()
     spoiled[0] = 0
     assert clip_psnr(truth, spoiled, 4.0) == found
+    # of a codec whose first latent encodes two frames
+    spoiled[1] = 0
+    found = clip_psnr(truth, spoiled, 4.0, given=2)
+    for span, last in (("clip", 8), ("first_second", 5)):
+        frames = [20 * math.log10(255 / t) for t in range(2, last + 1)]
+        assert found[f"frozen_psnr_{span}"] == pytest.approx(np.mean(frames))
+        assert found[f"sample_psnr_{span}"] == pytest.approx(10 * math.log10(255**2 / 4))
 
 
 def test_mean_and_standard_error_over_clips() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_shards.schema import DataError
+from data_shards.time_layout import TimeLayout
 from wm_train.config.schema import METRICS as GROUPS
 from wm_train.evaluation import results
 from wm_train.evaluation.metrics.score import unknown
@@ -73,6 +74,22 @@ def test_every_metric_stands_between_its_ceiling_and_floor(records):
     assert found["trans_err_m"]["floor"]["mean"] > 1
     assert found["trans_err_m"]["gain"]["mean"] > 0  # less is better
     assert found["rot_err_deg"]["floor"]["mean"] == 0  # these paths do not turn
+
+
+def test_frames_of_the_given_latent_are_not_counted():
+    """A grouped codec's first latent gives three frames here; whatever they are, scores stay."""
+
+    def scores(spoiled: int) -> tuple[float, float]:
+        truth, time = film(0), TimeLayout(3, "grouped")
+        made = np.clip(truth.astype(int) + 8, 0, 255).astype(np.uint8)
+        made[:spoiled] = 0
+        clip = JudgedClip("clip0", 0, made, truth, FPS, None, None, time=time)
+        record = score_clip(clip, Other(film(1), None), Judge(("psnr",), None, ""))
+        second = record.seconds["psnr"]["sample"][0]
+        return record.scores["psnr"]["sample"].value, second
+
+    assert scores(3) == scores(0)
+    assert scores(4)[0] < scores(0)[0]
 
 
 def test_results_do_not_depend_on_the_order_in_which_clips_come(records):

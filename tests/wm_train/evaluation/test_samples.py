@@ -139,6 +139,8 @@ def test_levels_are_a_number_of_steps_or_where_they_start(sampled, kind):
     assert torch.equal(sampled(*shifted, STAGE + f"sampler.levels=[{listed}]"), two)
     assert torch.equal(sampled(*shifted, "trainer.sample_steps=2"), two)
     assert not torch.equal(sampled(*shifted), two)
+    own = STAGE + "sampler.shift=3.0"  # a shift of its own in place of the objective's
+    assert torch.equal(sampled(*kind, own, "trainer.sample_steps=2"), two)
 
 
 @KINDS
