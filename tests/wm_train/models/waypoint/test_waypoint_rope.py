@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_scores_depend_on_the_distance_in_time_only(vectors):
     far = rotated(q, torch.tensor([[109, 110, 111]])), rotated(k, torch.tensor([[103, 100, 102]]))
     scores = [(a * b).sum(-1) for a, b in (near, far)]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-11, atol=1e-11)
+
+
+def test_scores_depend_on_the_distance_between_cells_only(vectors):
+    """One query and one key in every cell of three frames: equal steps along columns, rows and
+    time give equal scores, and other steps other scores."""
+    q, k = (x[0, 0, 0].expand(1, 3, 24, 1, DIM) for x in vectors)
+    turned = [rotated(x, torch.tensor([[4, 5, 6]])).reshape(3, *GRID, DIM) for x in (q, k)]
+    scores = torch.einsum("tyxd,TYXd->tyxTYX", *turned)
+    t, y, x = torch.meshgrid(*map(torch.arange, (3, *GRID)), indexing="ij")
+    steps = [at[:, :, :, None, None, None] - at for at in (t, y, x)]
+    step = (steps[0] * 100 + steps[1]) * 100 + steps[2]
+    means = []
+    for one in step.unique():
+        own = scores[step == one]
+        assert float(own.max() - own.min()) < 1e-10
+        means.append(float(own.mean()))
+    assert len(means) == 5 * 7 * 11
+    assert min(b - a for a, b in pairwise(sorted(means))) > 0
 
 
 def test_each_axis_has_channels_of_its_own():

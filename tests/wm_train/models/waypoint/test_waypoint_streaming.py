@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 
 from parallel.layout import ClipLayout
-from parallel.masks import AttentionMask, needed, ring_slots
-from parallel.sequence import LocalSequence
+from parallel.masks import AttentionMask, needed, ring_slots, visible
+from parallel.sequence import GroupSequence, LocalSequence
 from parallel.streaming import StreamingSequence, StreamState
+from parallel.virtual import run_virtual
 from wm_train.models.public import to_public
+from wm_train.models.waypoint.model import attention_mask
 from wm_train.models.waypoint.public import LAYOUT, public_columns
 
 FRAMES = 140  # beyond the 128 that a global block of the released model reaches
+KINDS = {"local": 0, "global": 3}  # a block of each kind
 
 
 class PublicRing:
@@ -117,6 +121,47 @@ def test_states_are_never_changed(config, awake, make_clip):
         assert all(map(torch.equal, again.tensors(), states[t + 1].tensors()))
     for state, tensors in zip(states, kept, strict=True):
         assert all(map(torch.equal, state.tensors(), tensors))
+
+
+LENGTHS = (1, 7, 8, 9, 127, 128, 129, 136)  # around a pinned frame's step, and the far mask's reach
+PACKED = tuple(accumulate((0, *LENGTHS)))
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_packed_documents_see_what_they_see_apart(released_masks, kind):
+    """As integers, of the released masks: nothing of another document, pinned frames counted from
+    the own one's start."""
+    masks = {name: attention_mask(released_masks, block) for name, block in KINDS.items()}
+    packed = ClipLayout(PACKED[-1], PACKED[:-1])
+    for start, length in zip(PACKED, LENGTHS):
+        alone = ClipLayout(length)
+        for frame in range(length):
+            expected = {start + j for j in visible(alone, masks[kind], frame)}
+            assert visible(packed, masks[kind], start + frame) == expected
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_packed_documents_are_documents_apart(released_masks, awake, make_clip):
+    """The whole model, on one device and on two ranks whose edge cuts a document."""
+    model, clip = awake(released_masks), make_clip(PACKED[-1])
+    clip = replace(clip, latents=clip.latents[..., :2, :4])
+    packed = ClipLayout(PACKED[-1], PACKED[:-1])
+    made = clip.run(model, LocalSequence(packed))
+    for start, length in zip(PACKED, LENGTHS):
+        own = slice(start, start + length)
+        fields = {name: getattr(clip, name)[:, own] for name in ("latents", "sigma", "controls")}
+        alone = replace(clip, **fields).whole(model)
+        assert float((made[:, own] - alone).abs().max() / made.abs().max()) <= 1e-12
+    edge = packed.split(2)[0].stop
+    assert edge not in PACKED
+    for ring, ulysses in ((2, 1), (1, 2)):
+
+        def body(comm):
+            return clip.run(model, GroupSequence(packed, comm))
+
+        results, _ = run_virtual(body, ring, ulysses)
+        assert float((torch.cat(results, 1) - made).abs().max() / made.abs().max()) <= 1e-12
 
 
 def beside(clean, noisy):
