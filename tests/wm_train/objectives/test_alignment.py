@@ -25,6 +25,14 @@ def test_an_aligned_critic_approaches_the_student_as_a_power():
         assert all(torch.equal(optimizer.state[x][k], v) for k, v in kept.items())
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.0])
+def test_an_aligned_critic_stays_or_becomes_the_student_to_the_bit(keep):
+    student, critic = torch.randn(2, 3, 4)
+    before = critic.clone()
+    align_critic_([critic], [student], keep)
+    assert torch.equal(critic, before if keep else student)
+
+
 def gaussian_step(x, start: float, stop: float, s: float):
     """Return one Euler step of the exact flow of N(0, s^2 I)."""
     a = 1 - start

@@ -64,6 +64,7 @@ def test_a_single_weight_of_one_makes_one_pass_and_two_do_not(conditions):
 def test_passes_add_up_to_plain_and_weighted_differences():
     passes = [torch.tensor(x) for x in (1.0, 3.0, -1.0)]
     assert guided(passes, {"controls": 15.0, "context": 2.0}) == 1 + 15 * 2 + 2 * -2
+    assert guided(passes, {"controls": 1.0, "context": 0.0}) == passes[1]
     assert guided(passes[:1], {"camera": 1.0}) == 1
 
 
