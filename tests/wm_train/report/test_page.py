@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib.util
 import io
 import re
@@ -16,6 +17,7 @@ from wm_train.report import media, write
 from wm_train.report.__main__ import main
 from wm_train.report.record import read_run
 from wm_train.report.view import stage_view
+from wm_train.tracking import goodput
 
 spec = importlib.util.spec_from_file_location("written", Path(__file__).parent / "conftest.py")
 assert spec
@@ -89,8 +91,48 @@ def test_starts_time_mesh_and_checkpoints_are_those_of_the_record(write_run):
     assert "40.0%" in page.words  # 40 s of steps in 100 s
     assert "4 workers = dp_shard 2 × ulysses 2" in page.words
     assert page.row("step_00000040")[2:] == ["3.5 MB", "1.05", "4"]
+    saved = [row[0] for row in page.rows if row and row[0].startswith("step_")]
+    assert saved == ["step_00000040", "step_00000030"]  # the newest first
     assert "Steps 5 to 7 were left out after going back." in page.words
     assert "finished" in page.words
+
+
+@pytest.mark.parametrize(
+    ("life", "said", "sizes"),
+    [
+        ({}, "40 s of 1 min 40 s", [40.0, 60.0]),
+        ({"paused_s": 35.0}, "40 s of 1 min 5 s", [40.0, 25.0]),
+        # until now: the steps of the record, the last of which ended after 60 s
+        ({"status": "RUNNING", "ended": 0.0, "productive_s": 0.0}, "40 s of 1 min 20 s", [40, 40]),
+    ],
+)
+def test_lengths_of_time_are_those_of_the_record(write_run, life, said, sizes):
+    run = write_run(seen=False)
+    goodput.write_life(run / "short", dataclasses.replace(goodput.read_life(run / "short"), **life))
+    view = stage_view(read_run(run).stages[0], 0.0)
+    (tile,) = [tile for tile in view["figures"] if tile["label"] == "goodput"]
+    assert plain(tile["hint"]) == said
+    wall = said.partition(" of ")[2]
+    again = "since the first start, 3 starts, 4 steps done again."
+    assert plain(view["time_words"]) == f"{wall} {again}"
+    assert [part["size"] for part in view["shares"]] == sizes
+    useful, rest = (plain(part["label"]) for part in view["shares"])
+    assert useful == "useful steps 40 s"
+    assert rest.endswith({60.0: "downtime 1 min"}.get(sizes[1], f"downtime {sizes[1]:.0f} s"))
+
+
+def test_the_training_loss_is_a_mean_and_not_that_of_the_last_step(write_run):
+    run = write_run(seen=False)
+    rows = written.rows()
+    rows[-1]["loss"] = 9.0
+    (run / "short" / "metrics.jsonl").write_text("".join(map(written.to_line, rows)))
+    figures = stage_view(read_run(run).stages[0], 0.0)["figures"]
+    (value,) = [tile["value"] for tile in figures if tile["label"] == "training loss"]
+    assert float(value) == pytest.approx((1 + 1 / 39 + 9) / 2, abs=1e-3)  # of two steps of 40
+
+
+def plain(words: str) -> str:
+    return words.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_what_was_typed_is_shown_as_it_can_be_typed_again_without_secrets(write_run):

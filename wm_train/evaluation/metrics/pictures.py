@@ -6,7 +6,9 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 PEAK = 255.0
 MOST_DB = 100.0  # of pictures whose mean squared error is below 1e-10 (eval_unified.py)
@@ -36,23 +38,23 @@ def ssim(a: Picture, b: Picture) -> float:
         raise ValueError(
             f"pictures: got {a.shape} and {b.shape}, expected one size of at least {WINDOW} pixels"
         )
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    mean_x, mean_y = window_means(x), window_means(y)
-    var_x, var_y = window_means(x * x) - mean_x**2, window_means(y * y) - mean_y**2
-    both = window_means(x * y) - mean_x * mean_y
+    x, y = (torch.from_numpy(picture).double().permute(2, 0, 1).contiguous() for picture in (a, b))
+    windows = window_means(torch.cat([x, y, x * x, y * y, x * y]))
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = windows.chunk(5)
+    both, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    likeness = (2 * mean_x * mean_y + c1) * (2 * both + c2)
-    return float((likeness / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
+    likeness = (2 * both + c1) * (2 * (mean_xy - both) + c2)
+    return float((likeness / ((squares + c1) * (mean_xx + mean_yy - squares + c2))).mean())
 
 
-def window_means(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean of each 11x11 window of [H, W, 3] -> [H-10, W-10, 3]."""
-    for axis in (0, 1):
-        sums = np.cumsum(x, axis=axis)
-        sums = np.insert(sums, 0, 0.0, axis=axis)
-        end = np.take(sums, range(WINDOW, sums.shape[axis]), axis=axis)
-        x = (end - np.take(sums, range(sums.shape[axis] - WINDOW), axis=axis)) / WINDOW
-    return x
+def window_means(x: Tensor) -> Tensor:
+    """Return the mean of each 11x11 window of [n, H, W] -> [n, H-10, W-10]."""
+    for dim in (1, 2):
+        sums = x.cumsum(dim)  # torch's is four times as fast as numpy's
+        count = sums.shape[dim] - WINDOW
+        x = sums.narrow(dim, WINDOW - 1, count + 1).clone()
+        x.narrow(dim, 1, count).sub_(sums.narrow(dim, 0, count))
+    return x / WINDOW**2
 
 
 def by_frame(a: NDArray[np.uint8], b: NDArray[np.uint8], compare: Compare) -> NDArray[np.float64]:
