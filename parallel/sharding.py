@@ -9,6 +9,7 @@ flows through its own frames, so the plain sum is the gradient of the mean loss 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -53,17 +54,16 @@ def shard_model(
     shards of weights and gradients in host memory, so the optimizer steps there; blocks move to the
     device when they run. A single process that computes in fp32 has nothing to shard, cast or move:
     its model stays as it is. `exact`: modules, inside blocks or not, that compute in fp32: a unit
-    each, as the weights of one unit have one type.
+    each, as the weights of one unit have one type. An fp64 model, as proofs take, stays fp64 where
+    others are fp32.
     """
     if mesh.size() == 1 and precision == "fp32" and not offload:
         return model
     place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(
-        param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    wide = MixedPrecisionPolicy(
-        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    double = any(parameter.dtype is torch.float64 for parameter in model.parameters())
+    widest = torch.float64 if double else torch.float32
+    wide = MixedPrecisionPolicy(param_dtype=widest, reduce_dtype=widest, cast_forward_inputs=False)
+    policy = wide if precision == "fp32" else replace(wide, param_dtype=PRECISIONS[precision])
     for module in exact if precision != "fp32" else ():
         fully_shard(module, mesh=mesh, mp_policy=wide, offload_policy=place)
     for block in blocks:

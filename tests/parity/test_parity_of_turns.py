@@ -50,9 +50,23 @@ def test_a_gradient_that_depends_on_the_member_is_noticed(capsys, monkeypatch):
     assert "student at exit 2" in printed.split("<-- FAILED")[1]
 
 
-def test_processes_are_refused(capsys):
-    assert parity.main([*SMALL, "--processes"]) == 2
-    assert "got --processes with objective distribution_matching" in capsys.readouterr().err
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ["launcher.workers=2", "parallel.cp=1"],
+        ["launcher.workers=4", "parallel.cp=2"],
+        ["launcher.workers=4", "parallel.cp=4"],
+        ["launcher.workers=4", "parallel.ring=2", "parallel.ulysses=2"],
+    ],
+    ids=str,
+)
+def test_processes_take_both_kinds_of_turn_at_every_exit(mesh, capsys):
+    own = [word for word in SMALL if not word.startswith("parallel.")]
+    assert parity.main([*own, *mesh, "--processes"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" at exit ") == 4
+    assert "FSDP2" in printed
 
 
 @pytest.mark.full

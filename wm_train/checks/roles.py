@@ -8,7 +8,16 @@ from wm_train.checks.guidance import CONTEXT, guidance_problems
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import ModelConfig, streams
 from wm_train.config.problems import AT, Problem
-from wm_train.config.roles import ALONE, CRITIC, LETTERS, STUDENT, TEACHER, RoleConfig, turns_of
+from wm_train.config.roles import (
+    ALONE,
+    CRITIC,
+    LETTERS,
+    STUDENT,
+    TEACHER,
+    DistillConfig,
+    RoleConfig,
+    turns_of,
+)
 from wm_train.config.schema import StageConfig
 from wm_train.config.typed import stage_named
 
@@ -55,11 +64,16 @@ def _missing(stage: StageConfig) -> Iterator[Problem]:
             what = "the network it learns from" if role == TEACHER else "the score of its rollouts"
             rule = f"a {role}, {what}, with objective {name}"
             yield Problem(f"roles.{role}", "none", rule, f"{AT}roles.{role}.inherit=<stage>")
+    experts = stage.distill.experts if stage.distill else {}
     for role in stage.roles:
-        if role not in BESIDE:
-            yield Problem(
-                f"roles.{role}", repr(role), f"one of {', '.join(BESIDE)}", "leave it out"
-            )
+        if role not in (*BESIDE, *experts):
+            rule = f"one of {', '.join(BESIDE)}, or an expert that distill.experts names"
+            yield Problem(f"roles.{role}", repr(role), rule, "leave it out")
+    for role in experts:
+        if role in (STUDENT, *BESIDE) or role not in stage.roles:
+            rule = "a role of its own, frozen, as the teacher is"
+            fix = f"{AT}roles.{role}_high.inherit=<stage>"
+            yield Problem(f"distill.experts.{role}", repr(role), rule, fix)
 
 
 def _turn_problems(stage: StageConfig) -> Iterator[Problem]:
@@ -87,13 +101,13 @@ def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) ->
     """Yield a network that has no weights, cannot see the student's clips, or is of a kind that its
     chunks contradict; at: its key in the stage, with a dot."""
     needs, mine = own.model.needs(), stage.model.needs()
-    if role == TEACHER and own.optimizer:
+    if role != CRITIC and own.optimizer:
         rule = "null, as a teacher is frozen"
         yield Problem(f"{at}optimizer", "a section", rule, f"{AT}{at}optimizer=null")
-    if role in BESIDE and own.inherit is None:
+    if own.inherit is None:
         rule = f"a stage, a checkpoint directory or student: a {role} knows nothing by itself"
         yield Problem(f"{at}inherit", "null", rule, f"{AT}{at}inherit=<stage>")
-    if role == TEACHER and own.inherit == STUDENT:
+    if role != CRITIC and own.inherit == STUDENT:
         rule = "a stage or a checkpoint directory, as a student is not its own teacher"
         yield Problem(f"{at}inherit", STUDENT, rule, f"{AT}{at}inherit=<stage>")
     if needs.latent_channels != mine.latent_channels or needs.patch != mine.patch:
@@ -157,11 +171,25 @@ def _student_problems(stage: StageConfig) -> Iterator[Problem]:
         yield Problem(key, got, rule, f"{AT}distill.isg=0, or a causal teacher with these chunks")
     if teacher:
         yield from guidance_problems("distill.guidance", distill.guidance, teacher.model, "teacher")
+        yield from _expert_problems(stage, teacher, distill)
     if distill.gate == "stop" and stage.trainer.validation_clips < 1:
         rule = "warn, or trainer.validation_clips above 0, as the gate judges rollouts of them"
         yield Problem(
             "distill.gate", "stop without validation clips", rule, f"{AT}distill.gate=warn"
         )
+
+
+def _expert_problems(
+    stage: StageConfig, teacher: RoleConfig, distill: DistillConfig
+) -> Iterator[Problem]:
+    """Yield experts that cannot answer in the teacher's place."""
+    for role in sorted({*distill.experts} & {*stage.roles} - {*BESIDE}):
+        own = stage.roles[role]
+        if own.chunk_frames != teacher.chunk_frames:
+            rule = f"the teacher's {teacher.chunk_frames}, in whose place it answers"
+            fix = f"{AT}roles.{role}.chunk_frames={teacher.chunk_frames}"
+            yield Problem(f"roles.{role}.chunk_frames", str(own.chunk_frames), rule, fix)
+        yield from guidance_problems("distill.guidance", distill.guidance, own.model, TEACHER)
 
 
 def _unsupported(stage: StageConfig) -> Iterator[Problem]:

@@ -48,6 +48,12 @@ FALLING = Rule(
 WEIGHTS = Rule(
     lambda weights: all(math.isfinite(weight) for weight in weights.values()), "finite weights"
 )
+BOUNDARIES = Rule(
+    lambda levels: (
+        all(0 < level < 1 for level in levels.values()) and len({*levels.values()}) == len(levels)
+    ),
+    "noise levels above 0 and below 1, none twice",
+)
 SCORED_RULE = Rule(lambda text: SCORED.fullmatch(text) is not None, "all, last <n> or window <n>")
 BOUNDS = Rule(lambda pair: 0 < pair[0] < pair[1] < math.inf, "two rising numbers above 0")
 
@@ -132,6 +138,9 @@ class DistillConfig:
     # condition -> weight of the teacher's guidance: without + weight * (with - without); {}: none.
     # context: the other frames of the clip
     guidance: Annotated[dict[str, float], WEIGHTS] = field(default_factory=dict)
+    # role -> noise level from which that frozen network answers in the teacher's place, as models
+    # of several experts do (Wan2.2, MoWorld §4.4); {}: one teacher
+    experts: Annotated[dict[str, float], BOUNDARIES] = field(default_factory=dict)
     score_sigma: ScoreSigmaConfig = field(default_factory=ScoreSigmaConfig)
     # of the score difference (wm_train/objectives/score_difference.py)
     weight: Annotated[str, one_of("normalised", "velocity", "score")] = "normalised"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_shards.loading.load import Batch
 from parallel.sequence import SequenceShard
@@ -27,8 +27,9 @@ from wm_train.evaluation.samples import decode, levels_of, uncompiled, whole_cli
 from wm_train.noise import VALIDATION, VALIDATION_AGAIN, NoiseKey, normal
 from wm_train.objectives.score_difference import critic_loss
 from wm_train.objectives.score_levels import LOSS_AT, MIDDLES
+from wm_train.objectives.student_rollouts import teachers
 from wm_train.resilience.preemption import StopRequest, StopSeenError
-from wm_train.sampling.experts import experts_of
+from wm_train.sampling.experts import Model, by_frame, experts_of
 from wm_train.sampling.levels import first_frames
 from wm_train.sampling.sample import SampleStart
 from wm_train.training.data import conditions_of, first_latents, sequence_of
@@ -127,8 +128,14 @@ def scores(
     stage: Stage, state: TrainState, role: str, clean: Tensor, batch: Batch, conditions: Conditions
 ) -> list[float]:
     """Return the loss of one score network on these local frames at each level of GRID."""
-    sequence = sequence_of(stage, batch, stage.config.roles[role].chunk_frames)
-    return level_losses(stage, state.networks()[role], clean, batch.draws, conditions, sequence)
+    sequence, networks = (
+        sequence_of(stage, batch, stage.config.roles[role].chunk_frames),
+        state.networks(),
+    )
+    network: Model = networks[role]
+    if role == TEACHER and stage.config.distill:
+        network = by_frame(teachers(networks, stage.config.distill))
+    return level_losses(stage, network, clean, batch.draws, conditions, sequence)
 
 
 def clip_statistics(
@@ -177,7 +184,7 @@ def _ratio(a: Tensor, b: Tensor) -> float:
 
 def level_losses(
     stage: Stage,
-    network: nn.Module,
+    network: Model,
     clean: Tensor,
     draws: Tensor,
     conditions: Conditions,

@@ -25,7 +25,8 @@ from wm_train.objectives.clips import Clips, ObjectiveOutput, RoleTurn
 from wm_train.objectives.config import DistributionMatchingConfig
 from wm_train.objectives.score_difference import critic_errors, score_difference, scored_frames
 from wm_train.objectives.score_levels import at_the_clamp, by_level, judged
-from wm_train.objectives.student_rollouts import GRADIENTS, make_rollouts
+from wm_train.objectives.student_rollouts import GRADIENTS, make_rollouts, teachers
+from wm_train.sampling.experts import Model, by_frame
 from wm_train.sampling.guidance import Guidance, guided, guided_passes, velocities
 
 
@@ -59,7 +60,7 @@ def distribution_matching(
         return ObjectiveOutput(sequence.mean(error, weight), figures)
     whole = (clips.draws, turn.sequences[TEACHER])
     passes = guided_passes(clips.conditions, distill.guidance, *whole)
-    real = partial(_velocity, networks[TEACHER], *passes, distill.guidance)
+    real = partial(_velocity, by_frame(teachers(networks, distill)), *passes, distill.guidance)
     compared = score_difference(
         clean,
         noise,
@@ -80,7 +81,7 @@ def distribution_matching(
 
 
 def _velocity(
-    network: WorldModel,
+    network: Model,
     views: list[Conditions],
     shards: list[WholeClip],
     guidance: Guidance,

@@ -22,7 +22,7 @@ from wm_train.objectives.alignment import middle_level, segment_loss
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.score_levels import Judged, turn_choice, turn_share
 from wm_train.sampling.chunks import Beside, ChunkExit, Streams, late_losses, roll_out
-from wm_train.sampling.experts import experts_of
+from wm_train.sampling.experts import Experts, Model, by_frame, experts_above
 from wm_train.sampling.guidance import guidance_views, guided_passes
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.packed import behind_clean, packed_losses, row_of
@@ -81,6 +81,12 @@ def make_rollouts(student: WorldModel, clips: Clips, turn: RoleTurn) -> Rollouts
     return Rollouts(list(exits), exit_step, share, seen)
 
 
+def teachers(networks: Mapping[str, WorldModel], distill: DistillConfig) -> Experts:
+    """Return the teacher and the experts that answer in its place from some noise level on."""
+    above: dict[float, Model] = {level: networks[role] for role, level in distill.experts.items()}
+    return experts_above(networks[TEACHER], above)
+
+
 def keeps_history(distill: DistillConfig) -> bool:
     """Return whether a student's rollout stores the past of each chunk for its gradient."""
     return distill.gradient == "late" and distill.history_states == "keep"
@@ -115,7 +121,7 @@ def late(
         figures["isg"] = torch.zeros_like(clips.draws, dtype=torch.float32)
         own = slice(share.clips.start, share.clips.stop)
         views = guidance_views(made.conditions, turn.distill.guidance, clips.draws[own])
-        teacher = (experts_of(networks[TEACHER]), views, layout, turn.distill.guidance)
+        teacher = (teachers(networks, turn.distill), views, layout, turn.distill.guidance)
         loss = segment_guidance(clips, turn, made, found, figures["isg"][own])
         beside = Beside(Streams(*teacher, turn.kernels), loss)
     pieces = late_losses(
@@ -155,7 +161,8 @@ def packed(
             views, shards = guided_passes(clips.conditions.rows(own), *given)
             asked = (one, views, shards, turn.distill.guidance)
             loss = segment_guidance(clips, turn, made, found, figures["isg"][own])
-            return loss(one, flow, student, behind_clean(networks[TEACHER], *asked))
+            teacher = by_frame(teachers(networks, turn.distill))
+            return loss(one, flow, student, behind_clean(teacher, *asked))
 
     rows = [row_of(whole, number) for number in range(len(g))]
     pieces = packed_losses(student, rows, clips.conditions, g, sequence, beside)

@@ -44,11 +44,6 @@ def prove(
 def case_of(plan: StagePlan, options: argparse.Namespace, degrees: MeshDegrees) -> ParityCase:
     """Build the case of a stage, at its full length. Raises ValueError for broken settings."""
     stage = plan.config
-    if stage.objective.several_networks() and options.processes:
-        raise ValueError(
-            f"parity: got --processes with objective {stage.objective.name}, expected virtual"
-            " ranks, on which turns of several networks are proven. Fix: leave it out"
-        )
     time = layout_of_frames(stage.frames, DEFAULT_STRIDE)
     if Path(stage.data.path).is_dir():
         from data_shards.storage.read import open_dataset

@@ -1,10 +1,11 @@
-"""Sample one clip with several models, each for a part of the noise levels."""
+"""Ask several models about one clip, each for a part of the noise levels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # (latents [B, t, C, h, w], sigma [B, t], conditions, sequence) -> velocity like latents
@@ -29,3 +30,29 @@ class Experts:
 def experts_of(model: Model | Experts) -> Experts:
     """Return experts unchanged, and one model as the only expert."""
     return model if isinstance(model, Experts) else Experts((0.0,), (model,))
+
+
+def experts_above(lowest: Model, above: Mapping[float, Model]) -> Experts:
+    """Return experts: from each noise level of `above` on its model, below all of them
+    `lowest`."""
+    levels = sorted(above, reverse=True)
+    return Experts((*levels, 0.0), (*(above[level] for level in levels), lowest))
+
+
+def by_frame(experts: Experts) -> Model:
+    """Return a model whose answer at each frame is that of the expert of the frame's level.
+
+    Levels differ from clip to clip, so every expert passes all clips: ranks that share sharded
+    experts then make the same passes, whatever was drawn.
+    """
+    if len(experts.models) == 1:
+        return experts.models[0]
+
+    def model(latents: Tensor, level: Tensor, *rest: object) -> Tensor:
+        answers = [one(latents, level, *rest) for one in experts.models]
+        found = answers[-1]
+        for boundary, answer in zip(experts.boundaries[-2::-1], answers[-2::-1], strict=True):
+            found = torch.where((level >= boundary)[:, :, None, None, None], answer, found)
+        return found
+
+    return model

@@ -91,7 +91,8 @@ class Stage:
         rollout = (1 + (steps if distill.exit == "last" else (1 + steps) / 2)) * flops(STUDENT)
         if turn.role == CRITIC:
             return rollout + FORWARDS_PER_STEP * flops(CRITIC)
-        scores = (1 + len(distill.guidance)) * flops(TEACHER) + flops(CRITIC)
+        asked = sum(flops(role) for role in (TEACHER, *distill.experts))
+        scores = (1 + len(distill.guidance)) * asked + flops(CRITIC)
         clean = flops(STUDENT) if distill.gradient == "packed" else 0.0  # passed once, for its keys
         return rollout + FORWARDS_PER_STEP * flops(STUDENT) + clean + scores
 

@@ -148,10 +148,7 @@ class TrainState:
         """Add the gradients of one micro-batch whose loss comes in `count` pieces, each times
         `factor`. Shards are reduced once, after the last piece."""
         assert self.zero is None, "checked before the start: zero3 holds one network"
-        for number, piece in enumerate(pieces, 1):
-            if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(number == count)
-            (piece * factor).backward()
+        backward_pieces(self.model, pieces, count, factor)
 
     def gradients(self, rank: int) -> list[Tensor]:
         """Return this rank's shards of all gradients; of replicated ones, only those of the first
@@ -173,6 +170,14 @@ class TrainState:
                 [local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None],
                 factor,
             )
+
+
+def backward_pieces(model: nn.Module, pieces: Iterable[Tensor], count: int, factor: float) -> None:
+    """Back-propagate the pieces one by one, as they are taken; arguments as for `TrainState`'s."""
+    for number, piece in enumerate(pieces, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == count)
+        (piece * factor).backward()
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

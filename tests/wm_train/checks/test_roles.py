@@ -43,6 +43,7 @@ def _copy(value):
 
 def test_a_sound_stage_has_no_problems(found):
     assert not found(changed())
+    assert not found(changed(roles__high={"inherit": "short"}, distill__experts={"high": 0.9}))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_a_sound_stage_has_no_problems(found):
             "a role that stage short trains",
         ),
         ({"roles__critic__chunk_frames": 3}, "roles.critic.chunk_frames", "not causal"),
-        ({"roles__helper": {"inherit": "short"}}, "roles.helper", "one of teacher, critic"),
+        ({"roles__helper": {"inherit": "short"}}, "roles.helper", "or an expert that"),
         ({"distill__ida": 0.97, "model": {"causal": True, "depth": 2}},
          "roles.critic.model.depth", "with distill.ida the student's 2"),
         ({"model": {}, "chunk_frames": 0}, "chunk_frames", "a causal student with chunks"),
@@ -92,6 +93,13 @@ def test_a_sound_stage_has_no_problems(found):
         ({"distill__guidance": {"text": 4.0}}, "distill.guidance.text", "reads no text"),
         ({"distill__score_sigma": {"low": 0.9, "high": 0.1}}, "distill.score_sigma.low", "less"),
         ({"distill__scored_frames": "first 3"}, "distill.scored_frames", "last <n>"),
+        ({"distill__experts": {"high": 0.9}}, "distill.experts.high", "a role of its own, frozen"),
+        ({"distill__experts": {"critic": 0.9}}, "distill.experts.critic", "a role of its own"),
+        ({"distill__experts": {"high": 1.0}}, "distill.experts", "above 0 and below 1"),
+        ({"distill__experts": {"high": 0.9}, "roles__high": {"inherit": "short", "optimizer":
+          {"lr": 1e-5}}}, "roles.high.optimizer", "null, as a teacher is frozen"),
+        ({"distill__experts": {"high": 0.9}, "roles__high": {"inherit": "short", "chunk_frames": 3,
+          "model": {"causal": True}}}, "roles.high.chunk_frames", "the teacher's 0"),
         ({"until_loss": 0.5}, "until_loss", "its loss shows no progress"),
         ({"trainer": {"keep_best": 1}}, "trainer.keep_best", "no held-out loss judges"),
         ({"parallel": {"sharding": "zero3"}}, "parallel.sharding", "zero3 holds one network"),

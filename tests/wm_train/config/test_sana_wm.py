@@ -52,7 +52,7 @@ def test_only_the_data_are_missing(run):
     frames = [stages[stage].frames for stage in ("distill_short", "distill")]
     assert frames == ([337, 961] if name == "sana_wm" else [41, 81])
     guidance = stages["distill"].distill.guidance
-    assert guidance == ({"text": 4.0} if name == "sana_wm" else {})
+    assert guidance == ({"negative_text": 4.0} if name == "sana_wm" else {})
     assert stages["ode"].trajectories.guidance == guidance
 
 

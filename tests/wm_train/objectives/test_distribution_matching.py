@@ -246,6 +246,19 @@ def test_scored_frames_limit_the_loss_and_the_gradient(networks, conditions):
     assert (critic != take(networks, "critic", conditions).loss).all()
 
 
+def test_each_clip_is_judged_by_the_expert_of_its_noise_level(networks, conditions):
+    """g of each clip is that of a turn whose only teacher is the expert of the clip's level."""
+    levels = take(networks, "student", conditions).metrics["sigma"].tolist()
+    middle, last = sum(levels) / 2, (1 + max(levels)) / 2  # no clip is above the last
+    models = {"teacher": networks["teacher"], "high": awake(MODEL, 5), "top": awake(MODEL, 6)}
+    distill = replace(SETTINGS, experts={"top": last, "high": middle})
+    found = take({**networks, **models}, "student", conditions, distill=distill).direction
+    for clip, level in enumerate(levels):
+        expert = models["high" if level >= middle else "teacher"]
+        alone = take({**networks, "teacher": expert}, "student", conditions).direction
+        assert torch.equal(found[clip], alone[clip]), level
+
+
 def test_replayed_histories_give_the_same_gradient(networks, conditions):
     found = []
     for how in ("keep", "replay"):
