@@ -31,7 +31,8 @@ from wm_train.resilience.replicas import check_replicas
 from wm_train.resilience.stragglers import Stragglers
 from wm_train.tracking.profiling import StepProfiler, steps_to_profile
 from wm_train.tracking.tracker import Tracker
-from wm_train.training.data import on_device, open_loader
+from wm_train.training.ahead import Ahead
+from wm_train.training.data import open_loader
 from wm_train.training.networks import build_networks
 from wm_train.training.resume import Start, restore
 from wm_train.training.rewind import rewind
@@ -170,7 +171,7 @@ def run_steps(
     ) as loader:
         if loader.packing:
             progress.say(loader.packing)
-        saved = start.steps_done
+        saved, batches = start.steps_done, Ahead(stage, state, loader, clock.comm)
 
         def save(step: int) -> None:
             nonlocal saved
@@ -199,17 +200,16 @@ def run_steps(
             profiler.before(step)
             clock.begin()
             pulse.at(step, "data")
-            with clock.comm.on_host():  # the wait for a rank whose data come late
-                fetched = loader.next_unless(stop)
-            if fetched is None:
+            taken = batches.take(step, stop)
+            if taken is None:
                 raise leave(step - 1)
-            batch = on_device(stage, fetched)
+            batch, made = taken
             pulse.at(step, "train")
             # Settings that do not fit show in the first step; a later ValueError is a fault.
             first = step == start.steps_done + 1
             try:
                 with setup_mistakes() if first else nullcontext():
-                    report = train_step(stage, state, batch, step, guard, stop, clock)
+                    report = train_step(stage, state, batch, step, guard, stop, clock, made)
             except (RewindError, BadStepError):  # on all ranks; a save that is under way ends first
                 saver.wait()
                 raise

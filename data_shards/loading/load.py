@@ -54,6 +54,8 @@ class ClipLoader:
             the training state, like the step.
         replicated: False on all but one rank of a sequence group: fields that are not read by row
             come as NaN of the right shape, to be received from the rank that read them.
+        first_frame_only: read the latents of each clip's first frame and no others, which are NaN:
+            for training on a model's own clips.
         pin: put tensors into page-locked memory, from which an accelerator copies without waiting.
 
     Raises:
@@ -83,6 +85,7 @@ class ClipLoader:
         readers: int = 1,
         quarantined: frozenset[str] = frozenset(),
         replicated: bool = True,
+        first_frame_only: bool = False,
         pin: bool = False,
     ) -> None:
         self.dataset, self.datasets = dataset, tuple(mixture or {dataset: 1.0})
@@ -124,6 +127,7 @@ class ClipLoader:
             pin,
         )
         self._cost = cost if pack else None
+        self._most = 1 if first_frame_only else clip_frames  # latents that are read of a clip
         self.quarantined = quarantined
         self.quarantined_clips = self._count_quarantined(split)
         self.step = start_step  # of the next batch to be handed out
@@ -211,11 +215,13 @@ class ClipLoader:
             dataset, entry = self.datasets[take.source], self.entry(take.source, take.clip)
             low, high = max(held[0], start), min(held[1], start + take.frames)
             own = (low - start, high - start) if low < high else (0, 0)
+            read = (own[0], min(own[1], self._most))
+            out[max(start + read[1], low) - held[0] : max(low, high) - held[0]] = torch.nan
             try:
-                if low < high:
-                    part = out[low - held[0] : high - held[0]]
+                if read[0] < read[1]:
+                    part = out[low - held[0] : start + read[1] - held[0]]
                     buffer = self._buffer(part.numel())
-                    read_latents(dataset, self.dataset.info, entry, take.start, own, part, buffer)
+                    read_latents(dataset, self.dataset.info, entry, take.start, read, part, buffer)
                 fields = read_fields(
                     dataset, self.dataset.info, entry, take.start, take.frames, own, self.replicated
                 )

@@ -92,6 +92,22 @@ def test_each_member_reads_only_its_frames(counting, cp):
     assert torch.equal(torch.cat([part[0] for part in parts], dim=2), read((0, 3), True)[0])
 
 
+@pytest.mark.parametrize("frames", [(0, 3), (0, 1), (1, 3)])
+def test_of_the_first_frame_only_no_other_latents_are_read(counting, frames):
+    options = {"seed": 0, "stage": "short", "global_batch": 2, "rows": range(2), "clip_frames": 3}
+    sizes, latents = [], []
+    for only in (False, True):
+        with ClipLoader(counting, **options, frames=frames, first_frame_only=only) as loader:
+            loader.close()
+            CountingFileSystem.reads.clear()
+            latents.append(loader.make_batch(0).latents)
+        sizes.append(sum(length for _, length in CountingFileSystem.reads))
+    held, read = frames[1] - frames[0], int(frames[0] == 0)
+    assert sizes[0] - sizes[1] == 2 * (held - read) * 48 * 7 * 10 * 2
+    assert torch.equal(latents[0][:, :read], latents[1][:, :read])
+    assert latents[1][:, read:].isnan().all()
+
+
 def test_crc32c_is_castagnolis():
     assert crc32c(b"123456789") == 0xE3069283  # the check value of RFC 3720's polynomial
     assert crc32c(np.frombuffer(b"456789", np.uint8), crc32c(memoryview(b"123"))) == 0xE3069283

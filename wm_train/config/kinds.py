@@ -173,6 +173,10 @@ class ObjectiveConfig(Named):
         reads; () where it reads none."""
         return ()
 
+    def reads_first_frame_only(self) -> bool:
+        """Return whether it reads no latents of training clips but those of the first frame."""
+        return False
+
     def several_networks(self) -> bool:
         """Return whether it trains networks by role, `roles` and `distill` of the stage."""
         return False

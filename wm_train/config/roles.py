@@ -134,6 +134,9 @@ class DistillConfig:
     gradient: Annotated[str, one_of("late", "packed")] = "late"
     # keep | replay: the past of each chunk until its gradient, stored or computed again
     history_states: Annotated[str, one_of("keep", "replay")] = "keep"
+    # each: a turn's rollouts when it comes | ahead: those of all turns up to the student's next at
+    # once, with its weights gathered once; the same bits
+    rollouts: Annotated[str, one_of("each", "ahead")] = "each"
     context_sigma: NoiseLevel = 0.0  # at which a finished chunk enters the past
     # condition -> weight of the teacher's guidance: without + weight * (with - without); {}: none.
     # context: the other frames of the clip

@@ -21,6 +21,7 @@ from parallel.sequence import SequenceShard, WholeClip
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import DistillConfig, Turn
 from wm_train.noise import NoiseKey, normal, random_words, unit_interval
+from wm_train.sampling.chunks import Rollouts
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class RoleTurn:
     each network sees the clips.
 
     sequences: role -> the local frames in the layout of that network's chunks; first_latent:
-    [B, C, h, w], frame 0 of each clip on every process; kernels: of the device, for rollouts.
+    [B, C, h, w], frame 0 of each clip on every process; kernels: of the device, for rollouts; made:
+    the clips' rollouts, where they were made ahead.
     """
 
     turn: Turn
@@ -98,3 +100,4 @@ class RoleTurn:
     sequences: Mapping[str, WholeClip]
     first_latent: Tensor
     kernels: Kernels
+    made: Rollouts | None = None

@@ -132,6 +132,9 @@ class DistributionMatchingConfig(ObjectiveConfig):
     def several_networks(self) -> bool:
         return True
 
+    def reads_first_frame_only(self) -> bool:
+        return True
+
 
 def range_share(noise: FlowMatchingConfig) -> float:
     """Return the share of the noise distribution between sigma_min and sigma_max, 0 to 1; 0 for an

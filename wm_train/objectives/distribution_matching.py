@@ -43,7 +43,7 @@ def distribution_matching(
     range), `by_level`; in a student's turn gap, the relative difference of the score networks, isg.
     """
     distill, sequence = turn.distill, turn.sequences[CRITIC]
-    made = make_rollouts(networks[STUDENT], clips, turn)
+    made = turn.made or make_rollouts(networks[STUDENT], clips, turn)
     clean, found = to_frames(sequence, made.share, made.clean()), judged(clips, turn)
     noise, level, scored = clips.normal("score/noise"), found.level, found.scored
     free = (level > 0).float()

@@ -6,7 +6,7 @@ and `distill.gradient`, so that rolling windows and packed passes have a place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,38 +14,18 @@ from torch import Tensor
 
 from parallel.layout import FrameRange
 from parallel.sequence import WholeClip
-from parallel.transpose import Share, share_of, to_clips, to_frames
-from wm_train.conditioning import Conditions
+from parallel.transpose import share_of, to_clips, to_frames
 from wm_train.config.roles import CRITIC, STUDENT, TEACHER, DistillConfig
 from wm_train.models.spec import WorldModel
 from wm_train.objectives.alignment import middle_level, segment_loss
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.score_levels import Judged, turn_choice, turn_share
-from wm_train.sampling.chunks import Beside, ChunkExit, Streams, late_losses, roll_out
+from wm_train.sampling.chunks import Beside, ChunkExit, Rollouts, Streams, late_losses, roll_out
 from wm_train.sampling.experts import Experts, Model, by_frame, experts_above
 from wm_train.sampling.guidance import guidance_views, guided_passes
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.packed import behind_clean, packed_losses, row_of
 from wm_train.sampling.steps import Velocity
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Hold the clips that a process has rolled out, all their frames.
-
-    exits: their chunks in order; exit_step: passes per chunk, from 1; share: which clips of the
-    micro-batch they are, and whose gradients are this process's; conditions: theirs.
-    """
-
-    exits: Sequence[ChunkExit]
-    exit_step: int
-    share: Share
-    conditions: Conditions
-
-    def clean(self) -> Tensor:
-        """Return the clean predictions, [n, T, C, h, w]."""
-        return torch.cat([one.clean for one in self.exits], dim=1)
-
 
 # of a student model, as `roll_out`: (model, first latents, conditions, levels, key, draws, layout)
 SCHEDULES: dict[str, Callable[..., Iterator[ChunkExit]]] = {"chunk": roll_out}

@@ -23,6 +23,7 @@ from parallel.local_attention import accumulation_dtype
 from parallel.reference import REFERENCE, Kernels
 from parallel.sequence import LocalSequence, WholeClip
 from parallel.streaming import StreamingSequence, StreamState
+from parallel.transpose import Share
 from wm_train.conditioning import Conditions
 from wm_train.noise import NoiseKey, normal
 from wm_train.sampling.experts import Experts, Model
@@ -49,6 +50,24 @@ class ChunkExit:
     history: StreamState | None
     context: Tensor
     context_level: Tensor
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Hold the clips that a process has rolled out, all their frames.
+
+    exits: their chunks in order; exit_step: passes per chunk, from 1; share: which clips of the
+    micro-batch they are, and whose gradients are this process's; conditions: theirs.
+    """
+
+    exits: Sequence[ChunkExit]
+    exit_step: int
+    share: Share
+    conditions: Conditions
+
+    def clean(self) -> Tensor:
+        """Return the clean predictions, [n, T, C, h, w]."""
+        return torch.cat([one.clean for one in self.exits], dim=1)
 
 
 class Streams:

@@ -17,6 +17,7 @@ from parallel.streaming import chunk_starts
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import STUDENT, Turn
 from wm_train.objectives.clips import Clips, RoleTurn
+from wm_train.sampling.chunks import Rollouts
 from wm_train.training.feed import Feed
 from wm_train.training.stage import Stage
 
@@ -66,6 +67,7 @@ def open_loader(
             readers=data.readers,
             quarantined=names,
             replicated=stage.mesh.sequence_index == 0,
+            first_frame_only=training and stage.config.objective.reads_first_frame_only(),
             pin="pinned" in stage.backend.capabilities,
         )
 
@@ -116,8 +118,9 @@ def conditions_of(stage: Stage, batch: Batch) -> Conditions:
     )
 
 
-def role_turn(stage: Stage, batch: Batch, turn: Turn) -> RoleTurn:
-    """Return what an objective of several networks needs besides this batch's clips."""
+def role_turn(stage: Stage, batch: Batch, turn: Turn, made: Rollouts | None = None) -> RoleTurn:
+    """Return what an objective of several networks needs besides this batch's clips. made: their
+    rollouts, where they were made ahead."""
     distill = stage.config.distill
     assert distill is not None, "checked before the start: such an objective is configured by it"
     others = {
@@ -125,7 +128,7 @@ def role_turn(stage: Stage, batch: Batch, turn: Turn) -> RoleTurn:
         for role, own in stage.config.roles.items()
     }
     sequences = {STUDENT: sequence_of(stage, batch), **others}
-    return RoleTurn(turn, distill, sequences, first_latents(stage, batch), stage.kernels)
+    return RoleTurn(turn, distill, sequences, first_latents(stage, batch), stage.kernels, made)
 
 
 def first_latents(stage: Stage, batch: Batch) -> Tensor:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 # keys of `distill` that change no bit of what is trained
-JUDGING = ("gate", "gate_std", "gate_motion", "history_states")
+JUDGING = ("gate", "gate_std", "gate_motion", "history_states", "rollouts")
 
 
 @dataclass(frozen=True)

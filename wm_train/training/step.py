@@ -27,6 +27,7 @@ from wm_train.optim.adamw import set_learning_rate
 from wm_train.optim.schedule import learning_rate
 from wm_train.resilience.guard import Guard
 from wm_train.resilience.preemption import StopRequest
+from wm_train.sampling.chunks import Rollouts
 from wm_train.training.data import clips_of, micro_batches, role_turn
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
@@ -58,9 +59,10 @@ def train_step(
     guard: Guard,
     stop: StopRequest,
     clock: StepClock,
+    made: Sequence[Rollouts] | None = None,
 ) -> StepReport:
     """Take step `step` (from 1) on one global batch: the turn of one network, which alone gets
-    gradients and changes."""
+    gradients and changes. made: rollouts of each micro-batch, where they were made ahead."""
     config = stage.config
     turn = turn_of(config.turns, step - 1)
     active, optimizer = state.of(turn.role), optimizer_of(config, turn.role)
@@ -70,7 +72,7 @@ def train_step(
         state.of(role).optimizer.zero_grad(set_to_none=True)
     left_out = guard.leaves_out(step)
 
-    sums = {"loss": 0.0} if left_out else gradients(stage, state, batch, turn)
+    sums = {"loss": 0.0} if left_out else gradients(stage, state, batch, turn, made)
     work = {name: 0.0 if left_out else amount for name, amount in stage.work(batch, turn).items()}
     squares = 0.0 if left_out else squared_norm(active, stage.world)
     waited, worked = clock.last
@@ -129,22 +131,30 @@ def after_turn(config: StageConfig, state: TrainState, turn: Turn) -> None:
         align_critic_([mine for mine, _ in pairs], [own for _, own in pairs], config.distill.ida)
 
 
-def losses_of(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> ObjectiveOutput:
+def losses_of(
+    stage: Stage, state: TrainState, batch: Batch, turn: Turn, made: Rollouts | None
+) -> ObjectiveOutput:
     """Return the objective's losses of these clips; one of several networks gets them all."""
     config, clips = stage.config.objective, clips_of(stage, batch)
     objective: Callable[..., ObjectiveOutput] = builder(config)
     if config.several_networks():
-        return objective(state.networks(), clips, config, role_turn(stage, batch, turn))
+        return objective(state.networks(), clips, config, role_turn(stage, batch, turn, made))
     return objective(state.network, clips, config)
 
 
-def gradients(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> dict[str, float]:
+def gradients(
+    stage: Stage,
+    state: TrainState,
+    batch: Batch,
+    turn: Turn,
+    made: Sequence[Rollouts] | None = None,
+) -> dict[str, float]:
     """Add the gradients of this rank's clips to the network whose turn it is; return the sums of
     loss and metrics over them.
 
     A clip split over P ranks contributes 1/P on each.
     """
-    measured = add_gradients(stage, state, batch, turn)
+    measured = add_gradients(stage, state, batch, turn, made)
     # One transfer a step, as each waits for the device; fp64 sums on the host, as some devices
     # have no fp64.
     rows = torch.stack(list(measured.values())).cpu().tolist()
@@ -153,7 +163,11 @@ def gradients(stage: Stage, state: TrainState, batch: Batch, turn: Turn) -> dict
 
 
 def add_gradients(
-    stage: Stage, state: TrainState, batch: Batch, turn: Turn
+    stage: Stage,
+    state: TrainState,
+    batch: Batch,
+    turn: Turn,
+    made: Sequence[Rollouts] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Add the gradients of this rank's clips to the network whose turn it is; return loss and
     metrics of each, fp32 [b] on the device."""
@@ -161,9 +175,9 @@ def add_gradients(
     columns: list[torch.Tensor] = []  # [metrics, b] of each micro-batch
     names: list[str] = []
     parts = list(micro_batches(stage, batch))
-    for part in parts:
+    for part, clips_made in zip(parts, made or [None] * len(parts), strict=True):
         with kept_activations(stage):
-            output = losses_of(stage, state, part, turn)  # loss [b]
+            output = losses_of(stage, state, part, turn, clips_made)  # loss [b]
             if output.pieces is not None:
                 active.backward_pieces(output.pieces, output.count, 1 / clips)
         if output.pieces is None:

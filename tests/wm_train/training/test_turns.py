@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import wm_train.objectives.distribution_matching as matching
+import wm_train.training.ahead as ahead
 from wm_train.checkpoint import store
 from wm_train.errors import SetupError
 from wm_train.tracking.tracker import read_steps
@@ -113,6 +114,19 @@ def test_resuming_inside_a_cycle_repeats_the_curve(distil, started, whole, done)
     assert [row["loss"] for row in rows_of(started)] == [row["loss"] for row in rows_of(whole)]
     mine, theirs = tensors_at(started, 8), tensors_at(whole, 8)
     assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_rollouts_made_ahead_change_no_bit(distil, started, whole, monkeypatch):
+    """Also when a run goes on inside a cycle; clips are then rolled out before their turns."""
+    made = []
+    real = ahead.make_rollouts
+    monkeypatch.setattr(ahead, "make_rollouts", lambda *given: made.append(1) or real(*given))
+    distil(started, f"{LONG}distill.rollouts=ahead", f"{LONG}steps=3")
+    distil(started, f"{LONG}distill.rollouts=ahead")
+    assert len(made) == 8
+    assert [row["loss"] for row in rows_of(started)] == [row["loss"] for row in rows_of(whole)]
+    mine, theirs = tensors_at(started, 8), tensors_at(whole, 8)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
