@@ -1,6 +1,6 @@
 """What does a sequence group gain from rolling out different clips on its ranks?
 
-`python benchmarks/distill_turn.py [--ranks 2 4] [--frames 25] [--cycles 2]`: cycles of CCCCCS of a
+`python benchmarks/distill_turn.py [--ranks 2 4] [--frames 16] [--cycles 1]`: cycles of CCCCCS of a
 small SANA-WM student with P clips in a sequence group of P gloo processes, taken in two ways by the
 same processes, turn by turn:
 
@@ -96,7 +96,7 @@ def work(
     found: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     losses: dict[str, list[Tensor]] = {name: [] for name in WAYS}
-    for step in range(-1, cycles * len(CYCLE)):  # step -1 warms up
+    for step in range(-1, cycles * len(CYCLE)):  # step -1, a turn of the critic, warms up
         for name in WAYS if step % 2 else WAYS[::-1]:
             traffic.collectives.clear()
             traffic.sent.clear()
@@ -184,11 +184,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--frames", type=int, default=25, help="latent frames of a clip")
-    parser.add_argument("--grid", type=int, nargs=2, default=(8, 12), help="latent rows, columns")
+    parser.add_argument("--frames", type=int, default=16, help="latent frames of a clip")
+    parser.add_argument("--grid", type=int, nargs=2, default=(6, 8), help="latent rows, columns")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--cycles", type=int, default=2)
+    parser.add_argument("--cycles", type=int, default=1)
     parser.add_argument("--least", type=float, default=1.4)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -27,7 +27,9 @@ from wm_train.noise import NoiseKey
 from wm_train.objectives.clips import Clips, ObjectiveOutput, RoleTurn
 from wm_train.objectives.config import DistributionMatchingConfig
 from wm_train.objectives.distribution_matching import distribution_matching
-from wm_train.objectives.score_levels import turn_choice
+from wm_train.objectives.score_levels import judged, turn_choice
+from wm_train.objectives.student_rollouts import make_rollouts
+from wm_train.sampling.chunks import roll_out
 
 KEY, CONFIG = NoiseKey(7, "distill"), DistributionMatchingConfig()
 LEVELS = (1.0, 0.9, 0.5)
@@ -235,6 +237,74 @@ def test_exits_are_drawn_by_the_turn_and_cover_all_levels(networks, conditions):
     assert set(exits) == {1, 2, 3}
     last = replace(SETTINGS, exit="last")
     assert int(take(networks, "critic", conditions, distill=last).metrics["exit"][0]) == 3
+
+
+def test_roles_and_turns_draw_exits_and_windows_of_their_own(networks, conditions):
+    exits = [
+        [int(take(networks, role, conditions, i).metrics["exit"][0]) for i in range(6)]
+        for role in ("student", "critic")
+    ]
+    assert exits[0] != exits[1]
+    windows = replace(SETTINGS, scored_frames="window 2")
+    losses = {float(made_turn(conditions, i, windows)[1].counted.start) for i in range(8)}
+    assert len(losses) > 2
+
+
+def made_turn(conditions, index=0, distill=SETTINGS):
+    """Return a turn of the critic on one device: its clips' rollout is not made yet, but what is
+    judged is drawn."""
+    shards = {"student": LocalSequence(LAYOUT), "critic": LocalSequence(ClipLayout(9))}
+    clips = clips_of(LATENTS, LAYOUT, shards["student"], conditions)
+    turn = RoleTurn(Turn("critic", index), distill, shards, LATENTS[:, 0], REFERENCE)
+    return clips, judged(clips, turn), turn
+
+
+@pytest.mark.parametrize(
+    "changed", [{"sampler": "euler"}, {"context_sigma": 0.3}, {"exit": "last"}, {}], ids=str
+)
+def test_a_turn_rolls_out_as_distill_says(networks, conditions, changed):
+    distill = replace(SETTINGS, **changed)
+    clips, _, turn = made_turn(conditions, distill=distill)
+    made = make_rollouts(networks["student"], clips, turn)
+    how = {"sampler": distill.sampler, "context_sigma": distill.context_sigma}
+    given = (LATENTS[:, 0], conditions, [*LEVELS, 0.0], KEY, clips.draws, LAYOUT)
+    plain = roll_out(networks["student"], *given, exit=made.exit_step, **how)
+    assert torch.equal(made.clean(), torch.cat([one.clean for one in plain], dim=1))
+    assert distill.exit == "turn" or made.exit_step == 3
+
+
+def test_the_noise_of_scores_is_not_that_of_rollouts(networks, conditions):
+    """What the critic sees is (1 - s) clean + s noise, with noise that no rollout has seen."""
+    seen = {}
+
+    def critic(x, level, *_):
+        seen["noisy"], seen["level"] = x, level[:, :, None, None, None]
+        return torch.zeros_like(x)
+
+    take({**networks, "critic": critic}, "critic", conditions)
+    clips, _, turn = made_turn(conditions)
+    clean = make_rollouts(networks["student"], clips, turn).clean()
+    free = seen["level"] > 0
+    noise = (seen["noisy"] - (1 - seen["level"]) * clean) / seen["level"]
+    noise = noise[free.expand_as(noise)]
+    assert abs(float(noise.mean())) < 0.2
+    assert 0.8 < float(noise.std()) < 1.2
+    for purpose in ("rollout", *(f"rollout/step{k}" for k in (2, 3)), "rollout/context"):
+        other = clips.normal(purpose)[free.expand_as(clean)].double()
+        assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.3
+
+
+def test_the_three_weights_are_in_the_ratio_of_the_closed_form(networks, conditions):
+    """score over velocity is a^2 / sigma at one noise level per clip."""
+    found = {
+        weight: take(networks, "student", conditions, distill=replace(SETTINGS, weight=weight))
+        for weight in ("normalised", "velocity", "score")
+    }
+    sigma = found["score"].metrics["sigma"][:, None]
+    ratio = found["score"].direction / found["velocity"].direction
+    torch.testing.assert_close(ratio, (1 - sigma) ** 2 / sigma + 0 * ratio, check_dtype=False)
+    apart = found["normalised"].direction / found["velocity"].direction
+    assert (apart - sigma).abs().max() > 1e-3
 
 
 def test_scored_frames_limit_the_loss_and_the_gradient(networks, conditions):
