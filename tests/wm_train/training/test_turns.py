@@ -117,6 +117,20 @@ def test_resuming_inside_a_cycle_repeats_the_curve(distil, started, whole, done)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_a_later_stage_carries_the_critic_on(distil, started, whole):
+    """Its weights, not the student's, where `inherit_role` says so."""
+    place = whole / "demo" / "long" / "checkpoints"
+    critic = (f"{LONG}roles.critic.inherit={place}", f"{LONG}roles.critic.inherit_role=critic")
+    distil(started, f"{LONG}turns=SC", f"{LONG}steps=1", *critic)
+    mine, theirs = tensors_at(started, 1), tensors_at(whole, 8)
+    names = [name for name in mine if name.startswith("critic/model/")]
+    assert names
+    assert all(torch.equal(mine[name], theirs[name]) for name in names)
+    assert any(
+        not torch.equal(theirs[name], theirs[name.removeprefix("critic/")]) for name in names
+    )
+
+
 def test_rollouts_made_ahead_change_no_bit(distil, started, whole, monkeypatch):
     """Also when a run goes on inside a cycle; clips are then rolled out before their turns."""
     made = []
