@@ -128,10 +128,8 @@ def scores(
     stage: Stage, state: TrainState, role: str, clean: Tensor, batch: Batch, conditions: Conditions
 ) -> list[float]:
     """Return the loss of one score network on these local frames at each level of GRID."""
-    sequence, networks = (
-        sequence_of(stage, batch, stage.config.roles[role].chunk_frames),
-        state.networks(),
-    )
+    sequence = sequence_of(stage, batch, stage.config.roles[role].chunk_frames)
+    networks = state.networks()
     network: Model = networks[role]
     if role == TEACHER and stage.config.distill:
         network = by_frame(teachers(networks, stage.config.distill))

@@ -61,7 +61,7 @@ def make_rollouts(student: WorldModel, clips: Clips, turn: RoleTurn) -> Rollouts
     return Rollouts(list(exits), exit_step, share, seen)
 
 
-def teachers(networks: Mapping[str, WorldModel], distill: DistillConfig) -> Experts:
+def teachers(networks: Mapping[str, Model], distill: DistillConfig) -> Experts:
     """Return the teacher and the experts that answer in its place from some noise level on."""
     above: dict[float, Model] = {level: networks[role] for role, level in distill.experts.items()}
     return experts_above(networks[TEACHER], above)

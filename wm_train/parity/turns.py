@@ -129,11 +129,11 @@ def take(
     sequences = {role: view(layout) for role, layout in layouts.items()}
     conditions = example_conditions(case.model.needs(), case.shape, case.seed)
     held = {name: value.to(case.device) for name, value in conditions.fields.items()}
-    words: dict[str, Tensor] = {}
+    null = negative = None
     if "text" in held:
         held["text"] = text = held["text"].to(case.dtype)
-        words = {"null_text": torch.zeros_like(text[0]), "negative_text": -text[0]}
-    conditions = replace(conditions, fields=held, **words).rows(rows)
+        null, negative = torch.zeros_like(text[0]), -text[0]
+    conditions = replace(conditions, fields=held, null_text=null, negative_text=negative).rows(rows)
     latents = example_latents(case.model.needs(), case.shape, case.seed)
     latents, frames = latents.to(case.device, case.dtype)[rows], sequences[STUDENT].frames
     draws = torch.arange(case.batch, device=case.device)[rows]

@@ -175,7 +175,8 @@ def add_gradients(
     columns: list[torch.Tensor] = []  # [metrics, b] of each micro-batch
     names: list[str] = []
     parts = list(micro_batches(stage, batch))
-    for part, clips_made in zip(parts, made or [None] * len(parts), strict=True):
+    every: Sequence[Rollouts | None] = made or [None] * len(parts)
+    for part, clips_made in zip(parts, every, strict=True):
         with kept_activations(stage):
             output = losses_of(stage, state, part, turn, clips_made)  # loss [b]
             if output.pieces is not None:
