@@ -1,4 +1,4 @@
-"""What does a sequence group gain from rolling out different clips on its ranks?
+"""Compare rollouts dealt over the ranks of a sequence group with rollouts made by each of them.
 
 `python benchmarks/distill_turn.py [--ranks 2 4] [--frames 16] [--cycles 1]`: cycles of CCCCCS of a
 small SANA-WM student with P clips in a sequence group of P gloo processes, taken in two ways by the
