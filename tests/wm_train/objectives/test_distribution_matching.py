@@ -276,7 +276,7 @@ def test_a_turn_rolls_out_as_distill_says(networks, conditions, changed):
 
 
 def test_the_noise_of_scores_is_not_that_of_rollouts(networks, conditions):
-    """The critic sees (1 - s) clean + s noise; find the noise, and compare it with each rollout's."""
+    """The critic sees (1 - s) clean + s noise: find the noise, and compare it with rollouts."""
     seen = {}
 
     def critic(x, level, *_):
