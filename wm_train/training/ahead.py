@@ -1,4 +1,4 @@
-"""Hand out the batches of a stage, and make the rollouts of a cycle of turns ahead of them.
+"""Take the batches of a stage step by step, and make rollouts of a cycle of turns ahead of them.
 
 Between two turns of the student its weights stay as they are. So with `distill.rollouts=ahead` the
 clips of all turns up to the student's next one are rolled out together, each batch by itself, while

@@ -173,7 +173,8 @@ class TrainState:
 
 
 def backward_pieces(model: nn.Module, pieces: Iterable[Tensor], count: int, factor: float) -> None:
-    """Back-propagate the pieces one by one, as they are taken; arguments as for `TrainState`'s."""
+    """Add the gradients of these pieces one by one, as they are taken; arguments as for
+    `TrainState`'s."""
     for number, piece in enumerate(pieces, 1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(number == count)
