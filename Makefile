@@ -18,6 +18,7 @@ DATA ?= data/$(RECIPE)
 # What a recipe's demo looks at: RECORD_<recipe> and ENCODE_<recipe>, where it is not this.
 RECORD_waypoint ?= scenario=rooms clips=320 clips_per_episode=1 frames=80 fps=16 look_degrees=2 workers=2
 ENCODE_waypoint ?= codec=lapped channels=24 temporal_stride=4 layout=grouped resize=128x192 workers=2 shard_mb=7
+RECORD_moworld ?= scenario=rooms clips=120 clips_per_episode=1 frames=161 fps=16 workers=2
 # of a recipe that learns on small pictures first: the same recording once more, in <DATA>_small
 SMALL_waypoint ?= codec=lapped channels=24 temporal_stride=4 layout=grouped resize=64x96 workers=2 shard_mb=2
 SMALL ?= $(SMALL_$(RECIPE))

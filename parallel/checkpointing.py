@@ -101,7 +101,9 @@ def checkpoint(
             first, again = (_Using(comm, answers, replay, whole) for replay in (False, True))
         if not keep_products:
             return first, _Both(rewound, again)
-        keeping, giving = create_selective_checkpoint_contexts(PRODUCTS)
+        keeping, giving = create_selective_checkpoint_contexts(
+            [*PRODUCTS, *sequence.kernels.products]
+        )
         return _Both(first, keeping), _Both(rewound, again, giving)
 
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

@@ -50,6 +50,8 @@ class ClipLayout:
       sees copy c of its own chunk's frames and copy 0 of all others (packed teacher forcing,
       Waypoint-1.5 §4). A layout with copies has attention and means, no scans and no halos.
     - clean_given: copy 0 is only seen: what it sees itself is not computed and gives zeros.
+    - time_ids: per frame its time index, where frames are a choice from a longer clip, in any order
+      and some more than once (MoWorld §4.2). None: frames count from their document's first.
     """
 
     frames: int
@@ -58,6 +60,7 @@ class ClipLayout:
     valid_frames: tuple[int, ...] | None = None
     copies: int = 1
     clean_given: bool = False
+    time_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.frames < 1:
@@ -91,6 +94,14 @@ class ClipLayout:
                 f"clip layout is impossible: got copies={self.copies} with {self}, expected >= 1"
                 " and all counts multiples of it (ClipLayout.copied)"
             )
+        if self.time_ids is not None:
+            ids = tuple(int(i) for i in self.time_ids)
+            object.__setattr__(self, "time_ids", ids)
+            if len(ids) != self.frames or min(ids) < 0:
+                raise ValueError(
+                    f"clip layout is impossible: got time_ids {ids}, expected {self.frames} indices"
+                    " from 0, one per frame (ClipLayout)"
+                )
 
     def copied(self, copies: int, clean_given: bool = False) -> ClipLayout:
         """Return the layout of the same frames, each of them `copies` times in succession."""
@@ -105,7 +116,8 @@ class ClipLayout:
 
         valid = None if self.valid_frames is None else scaled(self.valid_frames)
         starts = (scaled(self.document_starts), scaled(self.chunk_starts))
-        return ClipLayout(copies * self.frames, *starts, valid, copies, clean_given)
+        ids = self.time_ids and tuple(i for i in self.time_ids for _ in range(copies))
+        return ClipLayout(copies * self.frames, *starts, valid, copies, clean_given, ids)
 
     def split(self, ranks: int) -> tuple[FrameRange, ...]:
         """Return contiguous shards in rank order.
@@ -145,6 +157,7 @@ class ClipLayout:
             valid,
             self.copies,
             self.clean_given,
+            self.time_ids and self.time_ids[frames.start : frames.stop],
         )
 
     def chunk_of(self, frame: int) -> FrameRange:
@@ -152,7 +165,10 @@ class ClipLayout:
         return _span(_merged(self), self.frames, frame)
 
     def position_of(self, frame: int) -> int:
-        """Return the time index of a frame inside its document; copies of a frame have the same."""
+        """Return the time index of a frame: its own one, or inside its document, where copies of a
+        frame have the same."""
+        if self.time_ids is not None:
+            return self.time_ids[frame]
         return (frame - self.document_of(frame).start) // self.copies
 
 

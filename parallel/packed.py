@@ -24,7 +24,7 @@ from parallel.gdn_scan import Reverse, ScanOutput
 from parallel.halo import Taps
 from parallel.layout import ClipLayout, FrameRange
 from parallel.masks import FULL, AttentionMask
-from parallel.reference import Stream
+from parallel.reference import Kernels, Stream
 from parallel.sequence import Cache, HaloEdges, Recompute, WholeClip, as_autocast
 
 Keys = tuple[Tensor, Tensor]  # of the local frames, [B, T/P, S, H_kv, D] each
@@ -47,6 +47,10 @@ class _Half:
     @property
     def comm(self) -> Communicator:
         return self._clip.comm
+
+    @property
+    def kernels(self) -> Kernels:
+        return self._clip.kernels
 
     @property
     def frames(self) -> FrameRange:

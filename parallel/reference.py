@@ -20,7 +20,7 @@ table of all local kernels, `Kernels`, is here as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -309,7 +309,8 @@ def local_adjoint(
 class Kernels(NamedTuple):
     """List the local computations behind the verbs; a back end replaces them by its own.
 
-    The signatures are those of the functions above.
+    The signatures are those of the functions above. products: operators of a back end's own whose
+    results selective checkpointing keeps, as it does those of torch's products and attention.
     """
 
     local_composites: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = local_composites
@@ -320,6 +321,7 @@ class Kernels(NamedTuple):
     block_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
         block_attention_backward
     )
+    products: tuple[Any, ...] = ()
 
 
 REFERENCE = Kernels()

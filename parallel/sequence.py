@@ -61,13 +61,19 @@ class SequenceShard(Protocol):
         ...
 
     @property
+    def kernels(self) -> Kernels:
+        """Return the local kernels, for checkpointing; models do not use it."""
+        ...
+
+    @property
     def frames(self) -> FrameRange:
         """Return the local frames of the clip; contiguous, may be empty."""
         ...
 
     @property
     def positions(self) -> Tensor:
-        """Return the time index of each local frame inside its document, [1, T/P] int64 on the CPU.
+        """Return the time index of each local frame (`ClipLayout.position_of`), [1, T/P] int64 on
+        the CPU.
 
         It broadcasts over B.
         """
@@ -139,9 +145,9 @@ class WholeClip(SequenceShard, Protocol):
         ...
 
     def relaid(self, layout: ClipLayout) -> WholeClip:
-        """Return the verbs over the same frames in another layout, split over the same ranks.
+        """Return the verbs over the frames of another layout, split over the same ranks.
 
-        It may have other documents, chunks or copies; local frames stay the same.
+        With other documents, chunks or copies of the same frames, local frames stay the same.
         """
         ...
 

@@ -30,7 +30,7 @@ from parallel.gdn_scan import Reverse, ScanOutput
 from parallel.halo import Taps
 from parallel.layout import ClipLayout, FrameRange, single_frames
 from parallel.masks import FULL, AttentionMask, needed, ring_slots
-from parallel.reference import Stream
+from parallel.reference import Kernels, Stream
 from parallel.sequence import Cache, HaloEdges, Recompute, WholeClip, as_autocast
 
 
@@ -106,6 +106,10 @@ class StreamingSequence:
     @property
     def comm(self) -> Communicator:
         return self._inner.comm
+
+    @property
+    def kernels(self) -> Kernels:
+        return self._inner.kernels
 
     @property
     def frames(self) -> FrameRange:

@@ -84,12 +84,11 @@ def gameplay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_run(gameplay: Path) -> Callable[..., Any]:
-    """demo_run(folder, *overrides): the demo's first stage, smaller, so that its 20 steps take
-    seconds."""
-    from wm_train.config.compose import compose
+def demo_lines(gameplay: Path) -> Callable[..., list[str]]:
+    """demo_lines(folder, *overrides): the words of a command that trains the demo's first stage,
+    smaller, so that its 20 steps take seconds."""
 
-    def make(folder: Path, *overrides: str) -> Any:
+    def make(folder: Path, *overrides: str) -> list[str]:
         base = [
             "experiment=demo",
             "recipe=demo",
@@ -114,7 +113,18 @@ def demo_run(gameplay: Path) -> Callable[..., Any]:
             f"recipe.stages.short.optimizer.{setting}"
             for setting in ("warmup_steps=5", "lr=2e-3", "schedule=constant")
         ]
-        return compose([*base, *small, *quick, *optimizer, *overrides])
+        return [*base, *small, *quick, *optimizer, *overrides]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_run(demo_lines: Callable[..., list[str]]) -> Callable[..., Any]:
+    """demo_run(folder, *overrides): the configuration of this command."""
+    from wm_train.config.compose import compose
+
+    def make(folder: Path, *overrides: str) -> Any:
+        return compose(demo_lines(folder, *overrides))
 
     return make
 

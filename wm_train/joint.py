@@ -9,8 +9,15 @@ judged here too, for `python -m wm_train.evaluate`.
 
 from __future__ import annotations
 
+import gc
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from wm_train.backends.protocol import Backend
 from wm_train.checkpoint import store
@@ -23,7 +30,7 @@ from wm_train.errors import SetupError
 from wm_train.evaluation.checkpoints import judge_checkpoints, load_weights
 from wm_train.evaluation.held_out import held_out_loss
 from wm_train.evaluation.judge import FOLDER, evaluate_samples, record_later
-from wm_train.evaluation.samples import roll_out, show_samples
+from wm_train.evaluation.samples import Expert, roll_out, show_samples
 from wm_train.resilience.preemption import StopRequest
 from wm_train.storage import read_regular
 from wm_train.tracking.rows import to_line
@@ -44,17 +51,26 @@ def judge(
     """
     joint = plan_stage(replace(run, pool=JOINT), run.stage)
     folder = joint.directory
-    states: dict[float, EvaluationState] = {}
     losses: dict[str, float] = {}
     stage: Stage | None = None
-    steps = 0
+    steps, loads = 0, dict[float, Callable[[], EvaluationState]]()
     pools = {pool: pool_run(run, pool) for pool in run.pools}
-    for pool, lowest in boundaries(pools, run.stage).items():
+    order = boundaries(pools, run.stage)
+    guidance = [pools[pool].recipe.stages[run.stage].sampler.guidance for pool in order]
+    if any(weights.keys() != joint.config.sampler.guidance.keys() for weights in guidance):
+        raise SetupError(
+            f"joint evaluation: got pools guided by {[list(weights) for weights in guidance]},"
+            f" expected the run's {list(joint.config.sampler.guidance)}, whose weights alone a pool"
+            f" may change (key recipe.stages.{run.stage}.sampler.guidance). Fix: the same names"
+        )
+    for pool, lowest in order.items():
         own = plan_stage(pools[pool], run.stage)
         stage = open_stage(own, backend, world)
-        states[lowest], done = load_state(own, stage, world)
+        state, done = load_state(own, stage, world)
         steps = max(steps, done)
-        losses |= held_out_loss(stage, states[lowest])
+        losses |= held_out_loss(stage, state)
+        loads[lowest] = partial(_loaded, own, stage, world)
+        del state  # before the next one is loaded
     assert stage is not None, "the launch command checks that pools make all noise levels"
     by_level = {name: loss for name, loss in losses.items() if name != "validation_loss"}
     if by_level:
@@ -68,7 +84,7 @@ def judge(
         tracker.step(steps, losses)
         progress.say("joint " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     try:
-        sampled = roll_out(whole, states, progress)
+        sampled = roll_out(whole, resident_experts(whole, loads), progress, guidance)
         if sampled is not None:
             show_samples(whole, sampled, folder, tracker, progress)
             if whole.config.trainer.evaluate:
@@ -76,6 +92,47 @@ def judge(
     finally:
         if tracker:
             tracker.close()
+
+
+def _loaded(own: StagePlan, stage: Stage, world: World) -> EvaluationState:
+    return load_state(own, stage, world)[0]
+
+
+def resident_experts(
+    stage: Stage, loads: Mapping[float, Callable[[], EvaluationState]]
+) -> dict[float, Expert]:
+    """Return the experts by their boundaries: one in memory at a time where a sampler passes whole
+    clips from high noise to low; all where each chunk needs all of them, again and again."""
+    sampler = stage.config.sampler
+    if sampler.chunked() or sampler.windows():
+        return {lowest: load() for lowest, load in loads.items()}
+    held: dict[float, EvaluationState] = {}
+    return {lowest: OneAtATime(lowest, load, held) for lowest, load in loads.items()}
+
+
+@dataclass(frozen=True)
+class OneAtATime:
+    """Stand for an expert that is loaded when it is called, in the place of the one before.
+
+    held: at most one loaded expert by its boundary, shared by all.
+    """
+
+    lowest: float
+    load: Callable[[], EvaluationState]
+    held: dict[float, EvaluationState]
+
+    def model(self, *given: Any) -> Tensor:
+        """Return the expert's velocity; arguments as for any `WorldModel`."""
+        if self.lowest not in self.held:
+            self.held.clear()
+            gc.collect()  # a sharded module refers to itself
+            self.held[self.lowest] = self.load()
+        out: Tensor = self.held[self.lowest].model(*given)
+        return out
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return an empty context, as the loaded weights are already the averaged ones."""
+        return nullcontext()
 
 
 def judge_stage(

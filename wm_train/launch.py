@@ -51,9 +51,17 @@ from launch.spec import (
     write_private,
 )
 from parallel.degrees import sequence_size
+from wm_train.backends.environment import worker_environment
 from wm_train.checkpoint.manifest import committed
 from wm_train.config.compose import DEMO_LINE, compose, is_demo
-from wm_train.config.curriculum import StagePlan, ordered, plan_stage, plan_stages, stage_directory
+from wm_train.config.curriculum import (
+    StagePlan,
+    ordered,
+    plan_stage,
+    plan_stages,
+    select,
+    stage_directory,
+)
 from wm_train.config.help import help_text
 from wm_train.config.pools import JOINT, boundaries, name_pool, pool_runs
 from wm_train.config.problems import COMMAND, ConfigError, Problem, report
@@ -71,7 +79,6 @@ WORKER = ("{python}", "-m", "wm_train.worker", "--config", "{config}")
 TRAJECTORIES = "--trajectories"  # of the command and of its workers
 HOLDER = ("{python}", "-m", "wm_train.resilience.hold")
 JUDGE = ("{python}", "-m", "wm_train.joint", "--config", "{config}")
-PASSED_ON = ("PYTHONPATH", "CUBLAS_WORKSPACE_CONFIG")
 
 
 @clean_output()
@@ -143,7 +150,7 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     print(page_line(stage_directory(config, "")))
     for pool, run in pools.items():
         send_file(run, plans[pool][-1].directory, stage_directory(config, "") / PAGE)
-    print(what_next(config, next(iter(plans.values()))[-1].stage, arguments))
+    print(what_next(config, select(config.recipe, config.stage)[-1], arguments))
     return 0
 
 
@@ -200,9 +207,8 @@ def run_stages(
     typed: Sequence[str],
     only: Sequence[str] = (),
 ) -> int:
-    """Run the selected stages one after the other, each with all pools at once; return the exit
-    code. typed: the words of the command; only: an option of the workers, which then do a part of a
-    stage."""
+    """Run the selected stages one after the other, each with all its pools at once; return the exit
+    code. typed: words of the command; only: an option of the workers, which then do a part."""
     together = dataclasses.replace(config, pool=None)
     folder = stage_directory(together, "")
     parent = None
@@ -214,16 +220,13 @@ def run_stages(
             for pool, run in pools.items()
         }
     groups: list[dict[str, LaunchSpec]] = []
-    for place in range(min(len(plan) for plan in plans.values())):
-        groups.append(
-            {
-                pool: spec_of(run, plans[pool][place], plans[pool], only)
-                for pool, run in pools.items()
-            }
-        )
-        stage = next(iter(plans.values()))[place]
-        if not only and len(pools) > 1 and boundaries(pools, stage.stage):
-            groups.append({"": judge_spec(next(iter(pools.values())), config, stage)})
+    alone = {pool: run for pool, run in pools.items() if pool}
+    for name in select(config.recipe, config.stage):
+        own = {pool: p for pool, stages in plans.items() for p in stages if p.stage == name}
+        groups.append({pool: spec_of(pools[pool], p, plans[pool], only) for pool, p in own.items()})
+        if not only and len(own) > 1 and boundaries(alone, name):
+            first = next(iter(own))
+            groups.append({"": judge_spec(pools[first], config, own[first])})
     code = run_groups(groups, config.launcher.name, typed)
     if parent and config.launcher.name not in launch.LATER:
         parent_run(
@@ -236,8 +239,7 @@ def run_stages(
 
 
 def judge_spec(pool: RunConfig, config: RunConfig, stage: StagePlan) -> LaunchSpec:
-    """Return the launch of the joint evaluation, after all pools of a stage, on the run's own
-    mesh."""
+    """Return the launch of the joint evaluation, after all pools, on the run's own mesh."""
     after = stage.directory.absolute() / JOB_ID
     joint = dataclasses.replace(config, pool=JOINT, tracker=pool.tracker)
     own = dataclasses.replace(plan_stage(joint, stage.stage), source=None)
@@ -255,7 +257,7 @@ def spec_of(
     queue, `stages` wait for each other."""
     place = stages.index(stage)
     after = stages[place - 1].directory.absolute() / JOB_ID if place else None
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    asked = (config.backend.collective_timeout_s, config.backend.deterministic)
     text = to_json(dataclasses.replace(config, stage=stage.stage))
     digest = hashlib.sha256(text.encode()).hexdigest()
     # typed on several machines it is one command, and must be one name
@@ -273,7 +275,7 @@ def spec_of(
         config_text=text,
         logs=(stage.directory / "logs").absolute(),
         environment={
-            **passed,
+            **worker_environment(os.environ, *asked),
             "OMP_NUM_THREADS": str(config.backend.threads),
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "true",
@@ -329,8 +331,8 @@ def run_groups(
 def prepare(
     group: Mapping[str, LaunchSpec], launcher: str, held: contextlib.ExitStack, typed: Sequence[str]
 ) -> int:
-    """Take the folders of a group for this command, until `held` ends, and store the resolved
-    configs and what was typed there; return 0, or the exit code."""
+    """Take the folders of a group until `held` ends, and store the resolved configs and what was
+    typed there; return 0, or the exit code."""
     try:
         for spec in group.values():
             folder = spec.config_path.parent

@@ -85,6 +85,7 @@ def run_rank(
     """Run the work of one rank; return its exit code. Raises Preempted when asked to stop."""
     from data_shards.schema import DataError
     from wm_train.backends import get_backend
+    from wm_train.backends.protocol import use_deterministic_kernels
     from wm_train.checkpoint.manifest import TakenError
     from wm_train.checks.nodes import preflight
     from wm_train.config.curriculum import plan_stage
@@ -106,6 +107,8 @@ def run_rank(
             )
         except ValueError as error:
             raise SetupError(str(error)) from error
+        if run.backend.deterministic:
+            use_deterministic_kernels()
         if rank == 0 and backend.device.type != "cpu":  # which kernels run is news there
             logging.basicConfig(format="%(message)s")
             logging.getLogger("wm_train.kernels").setLevel(logging.INFO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity
 
-from wm_train.backends.protocol import Backend, accelerator_memory, take_device
+from wm_train.backends.protocol import Backend, accelerator_memory, peak_of, take_device
 
 # dense bf16, from the vendor's data sheets of the SXM parts; longer names first
 PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -30,14 +30,8 @@ def make(threads: int, local_rank: int) -> Backend:
         collectives="nccl",
         synchronize=lambda: torch.cuda.synchronize(device),
         memory=lambda: accelerator_memory(torch.cuda, device),
-        peak_flops=next(
-            (
-                rate
-                for name, rate in PEAK_FLOPS.items()
-                if name in torch.cuda.get_device_name(device)
-            ),
-            None,
-        ),
+        peak_flops=peak_of(torch.cuda.get_device_name(device), PEAK_FLOPS),
+        free_memory=lambda: int(torch.cuda.mem_get_info(device)[0]),
         stream=lambda: torch.cuda.Stream(device),
         event=lambda: torch.cuda.Event(enable_timing=True),
         profiler=lambda: torch.profiler.profile(

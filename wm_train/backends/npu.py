@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-from wm_train.backends.protocol import Backend, accelerator_memory, take_device
+from wm_train.backends.protocol import Backend, accelerator_memory, peak_of, take_device
+
+# dense bf16 of one device as torch counts them, a die: of a 910C half of its package's 752e12
+# (CloudMatrix384, arXiv 2506.12708). Public pages on the kinds of 910B disagree: measure.
+PEAK_FLOPS = {"910B": 313e12, "910_93": 376e12, "910C": 376e12}
 
 
 def present() -> bool:
@@ -43,6 +47,8 @@ def make(threads: int, local_rank: int) -> Backend:
         collectives="hccl",
         synchronize=module.synchronize,
         memory=lambda: accelerator_memory(module, device),
+        peak_flops=peak_of(str(module.get_device_name(device)), PEAK_FLOPS),
+        free_memory=lambda: int(module.mem_get_info(device)[0]),
         stream=lambda: module.Stream(device),
         event=lambda: module.Event(enable_timing=True),
         profiler=_profiler,

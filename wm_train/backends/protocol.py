@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,11 @@ from parallel.reference import Kernels
 def seed_everything(seed: int) -> None:
     """Seed the generators of every device that torch knows; training uses keyed generators only."""
     torch.manual_seed(seed)
+
+
+def use_deterministic_kernels() -> None:
+    """Ask torch for kernels that repeat to the bit; one that has none says so in a warning."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def profile_host() -> AbstractContextManager[Any]:
@@ -47,7 +52,9 @@ class Backend:
     - kernels(device, engine, attention): the table of local kernels, keys backend.kernels and
       backend.attention.
     - seed: seeds every generator of the device.
-    - profiler: a context that has `key_averages()` once it is closed.
+    - profiler: a context with start(), stop() and export_chrome_trace(path); torch's own has
+      `key_averages()` besides.
+    - free_memory: bytes of the device that nobody uses; None where the host's memory is meant.
     - capabilities: optional features by name: "premul_sum" (collectives that scale their input; not
       needed here, as gradients are summed), "device_timers" (events that measure time), "pinned"
       (host memory for copies that overlap with computation).
@@ -65,7 +72,13 @@ class Backend:
     kernels: Callable[[torch.device, str, str], Kernels] = default_kernels
     seed: Callable[[int], None] = seed_everything
     profiler: Callable[[], AbstractContextManager[Any]] = profile_host
+    free_memory: Callable[[], int] | None = None
     capabilities: frozenset[str] = field(default_factory=frozenset)
+
+
+def peak_of(name: str, rates: Mapping[str, float]) -> float | None:
+    """Return the rate of the first key that a device's name contains, None where none is."""
+    return next((rate for key, rate in rates.items() if key in name), None)
 
 
 def take_device(kind: str, module: Any, local_rank: int, threads: int) -> torch.device:

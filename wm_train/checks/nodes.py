@@ -168,8 +168,8 @@ def device_count(backend: Backend) -> int | None:
 
 def free_memory(backend: Backend) -> int:
     """Return the free bytes on this process's device, or on the host if it trains there."""
-    if backend.device.type != "cpu":
-        return int(torch.accelerator.get_memory_info(backend.device)[0])
+    if backend.free_memory:
+        return backend.free_memory()
     table = Path("/proc/meminfo")  # Linux; elsewhere memory not even used for caching
     if not table.exists():
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -136,7 +136,9 @@ def _unlike(key: str, model: ModelConfig, other: ModelConfig, whose: str) -> Ite
 def _student_problems(stage: StageConfig) -> Iterator[Problem]:
     """Yield a student whose rollouts could not be made, or would not be those it is used for."""
     needs, distill = stage.model.needs(), stage.distill
-    if not streams(needs) or stage.chunk_frames == 0:
+    if distill is not None and distill.schedule == "windows":
+        yield from _window_problems(stage, distill)
+    elif not streams(needs) or stage.chunk_frames == 0:
         got = f"{stage.chunk_frames} with causal={streams(needs)}"
         cure = "" if streams(needs) else f"{stage.model.cure('causal', 'true')} "
         fix = f"{cure}{AT}chunk_frames=3"
@@ -192,6 +194,29 @@ def _expert_problems(
         yield from guidance_problems("distill.guidance", distill.guidance, own.model, TEACHER)
 
 
+def _window_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Problem]:
+    """Yield a student that makes its chunks in windows and is not bidirectional, or is not sampled
+    so."""
+    needs = stage.model.needs()
+    rows = (
+        (streams(needs), "chunk_frames", "a causal student", "one that is not, as a window is"),
+        (not needs.attention_only, "model.name", stage.model.name, "one whose frames meet in"),
+        (distill.gradient != "late", "distill.gradient", distill.gradient, "late"),
+        (distill.isg > 0, "distill.isg", f"{distill.isg:g}", "0"),
+        (distill.history is None, "distill.history", "null", "the section of the windows"),
+    )
+    ends = (" a whole", " attention alone", "", "", "")
+    for (wrong, key, got, rule), end in zip(rows, ends, strict=True):
+        if wrong:
+            text = f"{rule}{end} with distill.schedule=windows"
+            yield Problem(key, got, text, f"{AT}distill.schedule=chunk")
+    if distill.history and stage.sampler.windows() != distill.history:
+        rule = "distill.history, as a student is used as it trained"
+        got = "other windows" if stage.sampler.windows() else f"sampler {stage.sampler.name}"
+        fix = f"{AT}sampler.name=windows with the keys of distill.history"
+        yield Problem("sampler.history", got, rule, fix)
+
+
 def _unsupported(stage: StageConfig) -> Iterator[Problem]:
     """Yield keys that have no meaning, or none yet, where several networks train."""
     trainer = stage.trainer
@@ -233,8 +258,8 @@ def source_problems(stages: Mapping[str, StageConfig], plan: StagePlan) -> Itera
     networks |= {"trajectories.teacher": job.teacher} if job else {}
     for place, own in networks.items():
         name = stage_named(stages, plan.stage, own.inherit)
-        if name is None:
-            continue
+        if name is None or stages[name].pools != stage.pools:
+            continue  # between pools parameters are paired by the pools' names
         key = f"recipe.stages.{plan.stage}.{place}"
         source: ModelConfig | None = stages[name].model
         if own.inherit_role != STUDENT:

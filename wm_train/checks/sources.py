@@ -8,10 +8,22 @@ from pathlib import Path
 from data_shards.encoding.derived import is_complete
 from data_shards.weight_files import is_release
 from wm_train.checkpoint.manifest import committed
-from wm_train.config.curriculum import PREVIOUS, Source, StagePlan, checkpoints_of, ordered
+from wm_train.config.curriculum import (
+    PREVIOUS,
+    Source,
+    StageError,
+    StagePlan,
+    checkpoints_of,
+    ordered,
+    select,
+)
 from wm_train.config.problems import AT, COMMAND, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.tracking.mlflow_record import METRICS
+
+# of a release with two experts, high noise first: of diffusers, of the native files
+EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+END_BYTES = 2**20
 
 
 def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Problem]:
@@ -19,9 +31,14 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
     very command makes them, and the stage is not to be resumed. Those that do not train are in no
     checkpoint, so they need their source then, too."""
     problems: list[Problem] = []
-    planned: list[str] = []
+    order = ordered(config.recipe)
+    # also those that pools train, or train together, before this run's next
+    try:
+        asked = select(config.recipe, config.stage)
+    except StageError:  # reported where stages are selected
+        asked = order
     for plan in plans:
-        planned.append(plan.stage)
+        planned = [name for name in asked if order.index(name) <= order.index(plan.stage)]
         where = f"recipe.stages.{plan.stage}."
         rows = [(f"{where}inherit", plan.source, True)]
         for role, source in plan.role_sources.items():
@@ -42,8 +59,10 @@ def _source_problems(
     place = source.checkpoints
     try:
         resumed = saved and plan.resume and committed(plan.checkpoints)
-        if resumed or committed(place) or (isinstance(place, Path) and is_release(place)):
+        empty = [part.checkpoints for part in source.parts if not committed(part.checkpoints)]
+        if resumed or not empty or (isinstance(place, Path) and is_release(place)):
             return
+        place = empty[0]
         fix = "the folder that holds step_*"
         if source.stage:
             missing = untrained(config, source.stage)
@@ -54,6 +73,39 @@ def _source_problems(
         return
     rule = "a folder with checkpoints (step_*), or of a public one (config.json or config.yaml)"
     yield Problem(where, f"none in {place}", rule, fix)
+
+
+def expert_problems(config: RunConfig, plan: StagePlan) -> Iterator[Problem]:
+    """Yield a released folder of the other expert, and two released experts that are the same: the
+    first of a pair is that of high noise levels (Wan2.2)."""
+    inherit, pool = plan.config.inherit, config.pools.get(config.pool or "")
+    folder = Path(inherit or "")
+    pair = next((names for names in EXPERT_FOLDERS if folder.name in names), None)
+    if pool is None or pair is None or not is_release(folder):
+        return
+    own, other = pair[(pool.sigma_max or 1.0) < 1.0], pair[(pool.sigma_max or 1.0) == 1.0]
+    where = f"recipe.stages.{plan.stage}.inherit"
+    if folder.name != own:
+        rule = f"{own}, which holds the expert of this pool's noise levels"
+        yield Problem(where, str(folder), rule, f"{where}={folder.parent / own}")
+    elif is_release(folder.parent / other) and same_files(folder, folder.parent / other):
+        rule = f"other weights than those of {folder.parent / other}, of the other expert"
+        yield Problem(where, f"{folder}, which has the same", rule, "download it again")
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Return whether two folders hold weights of the same sizes and the same last megabytes."""
+
+    def ends(folder: Path) -> list[tuple[str, int, bytes]]:
+        found = []
+        for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(0, size - END_BYTES))
+                found.append((path.name, size, file.read()))
+        return found
+
+    return ends(one) == ends(other)
 
 
 def anew_problems(plans: Iterable[StagePlan]) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ def stage_problems(plan: StagePlan) -> list[Problem]:
     return [
         *_chunk_problems(stage),
         *_image_problems(stage),
+        *_window_problems(stage),
         *_sampler_problems(stage),
         *_sharding_problems(stage),
         *_held_out_problems(stage),
@@ -57,6 +58,40 @@ def _image_problems(stage: StageConfig) -> Iterator[Problem]:
     yield Problem(model.key("image"), got, rule, fix)
 
 
+def _window_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield windows with a history that the model cannot take, or that a stage trains and does not
+    sample."""
+    trained, sampled, needs = (
+        stage.objective.windows(),
+        stage.sampler.windows(),
+        stage.model.needs(),
+    )
+    which = {"objective": (stage.objective.name, trained), "sampler": (stage.sampler.name, sampled)}
+    for section, (name, history) in which.items():
+        if history is None:
+            continue
+        if not needs.attention_only or streams(needs):
+            rule = f"a bidirectional model whose frames meet in attention alone, for {name}"
+            fix = f"{AT}{section}.name=<another>"
+            yield Problem("model.name", repr(stage.model.name), rule, fix)
+        if history.near and "camera" not in needs.fields:
+            rule = "0 with a model without a camera, as frames with a near one are looked for"
+            key = f"{section}.history.near"
+            yield Problem(key, str(history.near), rule, f"{AT}{key}=0")
+        if history.time == "chunk" and needs.image != "channels":
+            rule = "zero with a model without image channels, which then sees no clean history"
+            key = f"{section}.history.time"
+            yield Problem(key, "chunk", rule, f"{AT}{key}=zero")
+    if trained and stage.data.pack:
+        rule = "false with windows, which are cut from single clips"
+        yield Problem("data.pack", "true", rule, f"{AT}data.pack=false")
+    if trained and sampled != trained:
+        got = "other windows" if sampled else f"sampler {stage.sampler.name}"
+        rule = "those of the objective, as a model is sampled as it was trained"
+        fix = f"{AT}sampler.name=windows with the keys of objective.history"
+        yield Problem("sampler.history", got, rule, fix)
+
+
 def few_chunks(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:
     """Yield the clip lengths that hold one chunk only, where the objective needs several.
 
@@ -64,6 +99,13 @@ def few_chunks(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iter
     frame more.
     """
     stage, size = plan.config, plan.config.chunk_frames
+    for section in (stage.objective, stage.sampler):
+        history = section.windows()
+        for key, raw, latent in lengths if history else ():
+            if history and latent <= history.chunk:
+                got = f"{raw}, which is {latent} latent frames"
+                rule = f"at least {history.chunk + 1}, the first and a chunk, for {section.name}"
+                yield Problem(key, got, rule, f"longer clips, or history.chunk={latent - 1}")
     if not stage.objective.needs_chunks() or size < 1:
         return
     name = stage.objective.name

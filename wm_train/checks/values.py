@@ -12,16 +12,16 @@ from wm_train.checks.launcher import launcher_problems
 from wm_train.checks.mesh import mesh_problems
 from wm_train.checks.paths import path_problems
 from wm_train.checks.roles import role_problems, source_problems
-from wm_train.checks.sources import anew_problems, inherit_problems, store_problems
+from wm_train.checks.sources import anew_problems, expert_problems, inherit_problems, store_problems
 from wm_train.checks.stages import stage_problems
 from wm_train.checks.trajectories import job_problems
 from wm_train.config.curriculum import (
     StageError,
     StagePlan,
     ordered,
+    own_stages,
     plan_stage,
     role_sources,
-    select,
     source_of,
 )
 from wm_train.config.problems import AT, OWN, Problem
@@ -42,7 +42,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     for plan in plans:
         own = [*stage_problems(plan), *mesh_problems(plan), *store_problems(plan)]
         own += [*role_problems(plan), *job_problems(plan), *data_problems(plan, infos)]
-        problems += source_problems(config.recipe.stages, plan)
+        problems += [*source_problems(config.recipe.stages, plan), *expert_problems(config, plan)]
         problems += [lift_problem(config, plan.stage, problem) for problem in own]
     problems += [*inherit_problems(config, plans), *anew_problems(plans)]
     wrong = {problem.where for problem in values}
@@ -52,7 +52,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
 def _plans(config: RunConfig) -> list[StagePlan]:
     """Return the selected stages, or all of them where the selection is wrong."""
     try:
-        names = select(config.recipe, config.stage)
+        names = own_stages(config)
     except StageError:  # already reported by _recipe_problems
         names = ordered(config.recipe)
     plans = []
@@ -83,7 +83,7 @@ def _recipe_problems(config: RunConfig) -> list[Problem]:
         return [Problem("recipe.stages", "none", "at least one stage", "recipe=demo")]
     problems = [*_name_problems(stages), *_index_problems(config)]
     try:
-        for name in select(config.recipe, config.stage):
+        for name in own_stages(config):
             source_of(config, name)
             role_sources(config, name)
     except StageError as error:

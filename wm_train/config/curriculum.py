@@ -22,17 +22,34 @@ from wm_train.config.schema import (
 from wm_train.config.typed import public_config, stage_named
 from wm_train.storage import Place, place
 
-PREVIOUS = "previous"
+PREVIOUS, TOGETHER = "previous", "together"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Locate a part of a network's first weights: in `checkpoints`, those whose names there begin
+    with `theirs`, for those whose names begin with `mine` instead."""
+
+    checkpoints: Place
+    theirs: str = ""
+    mine: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
     """Locate a network's first weights: `stage` of the same run, or a checkpoint directory given by
-    hand (`stage` None); role: whose they are in it."""
+    hand (`stage` None); role: whose they are in it; others: where they are not in one place under
+    their own names, all their parts."""
 
     checkpoints: Place
     stage: str | None
     role: str = STUDENT
+    others: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return where the weights are, one part where they are in one place."""
+        return self.others or (Part(self.checkpoints),)
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,18 @@ def launcher_of(config: RunConfig, stage: StageConfig) -> LauncherConfig:
 def plan_stages(config: RunConfig) -> tuple[StagePlan, ...]:
     """Return the stages that `config.stage` selects, in order. Raises ValueError as `select` and
     `source_of` do."""
-    return tuple(plan_stage(config, name) for name in select(config.recipe, config.stage))
+    return tuple(plan_stage(config, name) for name in own_stages(config))
+
+
+def own_stages(config: RunConfig) -> tuple[str, ...]:
+    """Return the stages that `config.stage` selects and this run trains: a pool those that each
+    pool trains by itself, the whole run of a run with pools those that they train together. Raises
+    ValueError as `select` does."""
+    names = select(config.recipe, config.stage)
+    if not config.pools:
+        return names
+    kind = "each" if config.pool else TOGETHER
+    return tuple(name for name in names if config.recipe.stages[name].pools == kind)
 
 
 def ordered(recipe: RecipeConfig) -> tuple[str, ...]:
@@ -217,11 +245,28 @@ def _source(config: RunConfig, stage: str, inherit: str | None, where: str) -> S
         return None
     named = stage_named(config.recipe.stages, stage, inherit)
     if named is not None:
-        return Source(checkpoints_of(config, named), named)
+        others = _between_pools(config, stage, named)
+        place = others[0].checkpoints if others else checkpoints_of(config, named)
+        return Source(place, named, others=others)
     if inherit == PREVIOUS:
         rule = "null or a checkpoint directory, as it is the first stage"
         raise StageError(where, PREVIOUS, rule, "null")
     return Source(place(inherit), None)
+
+
+def _between_pools(config: RunConfig, stage: str, source: str) -> tuple[Part, ...]:
+    """Return the parts of a stage's weights where pools train one of the two stages together and
+    the other each by itself; else none."""
+    own, other = (config.recipe.stages[name].pools == TOGETHER for name in (stage, source))
+    if own == other or not config.pools:
+        return ()
+    if own:
+        runs = {pool: replace(config, pool=pool) for pool in config.pools}
+        return tuple(
+            Part(checkpoints_of(run, source), mine=f"{pool}.") for pool, run in runs.items()
+        )
+    whole = checkpoints_of(replace(config, pool=None), source)
+    return (Part(whole, theirs=f"{config.pool}."),)
 
 
 class StageError(ValueError):

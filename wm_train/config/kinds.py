@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Annotated, ClassVar, Self
 
+from wm_train.config.history import HistoryConfig
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import Below1, Count, CountOrZero, Positive, Rule, one_of
 
@@ -177,6 +178,10 @@ class ObjectiveConfig(Named):
         """Return whether it reads no latents of training clips but those of the first frame."""
         return False
 
+    def windows(self) -> HistoryConfig | None:
+        """Return the windows in which clips are passed to the model; None: whole."""
+        return None
+
     def several_networks(self) -> bool:
         """Return whether it trains networks by role, `roles` and `distill` of the stage."""
         return False
@@ -224,6 +229,10 @@ class SamplerConfig(Named):
     def chunked(self) -> bool:
         """Return whether it makes a clip chunk by chunk, as chunk-causal models are deployed."""
         return False
+
+    def windows(self) -> HistoryConfig | None:
+        """Return the windows in which it makes clips, each with a history; None: without."""
+        return None
 
     def step_rule(self) -> str:
         """Return how it goes from a level to the next, "euler" or "renoise"."""

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from wm_train.config.compose import compose, with_demo
-from wm_train.config.curriculum import select
+from wm_train.config.curriculum import TOGETHER, own_stages, select
+from wm_train.config.kinds import ModelConfig
 from wm_train.config.problems import ConfigError, Problem
+from wm_train.config.registry import config_class
 from wm_train.config.rules import broken_rules
 from wm_train.config.schema import NAME, PoolConfig, RunConfig, StageConfig
 
@@ -26,14 +28,16 @@ SHARED = (
     "pools",
 )  # what a pool cannot have for itself
 SHARED_LAUNCHER = ("name", "address", "nodes", "slurm")
+QUEUED = ("slurm", "kubernetes")  # launchers whose jobs run when the command has ended
 JOINT = "joint"  # the folder of what all pools make together; stands where a pool's name stands
 
 
 def pool_runs(
     config: RunConfig, overrides: Sequence[str], extra: Path | None = None
 ) -> dict[str, RunConfig]:
-    """Return pool name -> its run, of one nameless pool if there are none. Raises ConfigError for a
-    key that a pool cannot set."""
+    """Return pool name -> its run, of one nameless pool if there are none; behind them, where such
+    stages are selected, the nameless run of those that all pools train together. Raises ConfigError
+    for a key that a pool cannot set."""
     chosen = {name: pool for name, pool in config.pools.items() if config.pool in (None, name)}
     problems = _problems(config, len(chosen))
     if problems:
@@ -65,7 +69,66 @@ def pool_runs(
         runs[name] = with_range(replace(run, pool=name), pool)
     if problems:
         raise ConfigError(problems)
+    if config.pool is None and together_stages(config):
+        whole = {"": together_run(config, runs)}
+        return {**({} if only_together(config) else runs), **whole}
     return runs
+
+
+def together_stages(config: RunConfig) -> tuple[str, ...]:
+    """Return the selected stages that all pools train together, none of a wrong selection."""
+    try:
+        return own_stages(replace(config, pool=None)) if config.pools else ()
+    except ValueError:
+        return ()  # reported where all stages are selected
+
+
+def only_together(config: RunConfig) -> bool:
+    """Return whether the pools train nothing of what is selected each by itself."""
+    return together_stages(config) == select(config.recipe, config.stage)
+
+
+def together_run(config: RunConfig, runs: Mapping[str, RunConfig]) -> RunConfig:
+    """Return the run of the stages that all pools train together: each network there is one of
+    experts, made of the pools' own. Raises ConfigError unless the pools' ranges make all levels."""
+    tops = {name: pool.sigma_max for name, pool in config.pools.items()}
+    lows = {name: pool.sigma_min or 0.0 for name, pool in config.pools.items()}
+    order = sorted(lows, key=lambda name: -lows[name])
+    whole = [1.0 if tops[name] is None else tops[name] for name in order]
+    if whole != [1.0, *(lows[name] for name in order[:-1])] or lows[order[-1]] != 0.0:
+        rule = "ranges without gaps from 0 to 1, as one network is made of the pools' models"
+        got = ", ".join(f"{name} {lows[name]:g} to {tops[name] or 1:g}" for name in order)
+        raise ConfigError([Problem("pools", got, rule, "adjust sigma_min and sigma_max")])
+    wrong = [name for name in order if "." in name]
+    if wrong:
+        rule = "a name without a dot, as parameters are named after it"
+        raise ConfigError([Problem(f"pools.{wrong[0]}", repr(wrong[0]), rule, "rename it")])
+    bounds = tuple(lows[name] for name in order)
+
+    def joined(models: Mapping[str, ModelConfig]) -> ModelConfig:
+        first = models[order[0]]
+        make = config_class("models", "experts")
+        own = {name: models[name] for name in order}
+        shared = (first.latent_channels, first.activation_checkpointing)
+        built: ModelConfig = make("experts", *shared, own, bounds)
+        return built
+
+    def of(stage: str) -> StageConfig:
+        here = {name: runs[name].recipe.stages[stage] for name in order}
+        roles = {
+            role: replace(
+                own, model=joined({name: one.roles[role].model for name, one in here.items()})
+            )
+            for role, own in config.recipe.stages[stage].roles.items()
+        }
+        model = joined({name: one.model for name, one in here.items()})
+        return replace(config.recipe.stages[stage], model=model, roles=roles)
+
+    stages = {
+        name: of(name) if own.pools == TOGETHER else own
+        for name, own in config.recipe.stages.items()
+    }
+    return replace(config, recipe=replace(config.recipe, stages=stages))
 
 
 def _problems(config: RunConfig, chosen: int) -> list[Problem]:
@@ -107,6 +170,11 @@ def _problems(config: RunConfig, chosen: int) -> list[Problem]:
                 "launcher=ray, or one after the other with pool=<name>",
             )
         )
+    mixed = len(together_stages(config)) > 0 and not only_together(config)
+    if mixed and launcher.name in QUEUED:
+        rule = "stages of one kind, as a queue starts the pools' jobs after their own only"
+        fix = "stage=<those with pools: each>, and when they have ended the others"
+        problems.append(Problem("stage", repr(config.stage), rule, fix))
     return problems
 
 
@@ -126,6 +194,8 @@ def with_range(run: RunConfig, pool: PoolConfig) -> RunConfig:
 
 
 def _narrowed(stage: StageConfig, pool: PoolConfig) -> StageConfig:
+    if stage.pools == TOGETHER:
+        return stage
     try:
         objective = stage.objective.narrowed(pool.sigma_min, pool.sigma_max)
     except ValueError:
@@ -142,6 +212,8 @@ def _range_problems(run: RunConfig, name: str, pool: PoolConfig) -> list[Problem
     except ValueError:
         selected = ()  # reported where all stages are selected
     for stage, config in run.recipe.stages.items():
+        if config.pools == TOGETHER:
+            continue
         low, high = config.objective.noise_range()
         try:
             own_low, own_high = config.objective.narrowed(

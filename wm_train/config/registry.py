@@ -24,12 +24,14 @@ TABLES: dict[str, dict[str, str]] = {
         "sana_wm": "wm_train.models.sana_wm.config:SanaWMConfig",
         "waypoint": "wm_train.models.waypoint.config:WaypointConfig",
         "wan": "wm_train.models.wan.config:WanConfig",
+        "experts": "wm_train.models.experts.config:ExpertsConfig",
     },
     "objectives": {
         "flow_matching": "wm_train.objectives.config:FlowMatchingConfig",
         "chunk_mixture": "wm_train.objectives.config:ChunkMixtureConfig",
         "ode_regression": "wm_train.objectives.config:OdeRegressionConfig",
         "distribution_matching": "wm_train.objectives.config:DistributionMatchingConfig",
+        "ar_flow_matching": "wm_train.objectives.config:ArFlowMatchingConfig",
         "diffusion_forcing": "wm_train.objectives.forcing_config:DiffusionForcingConfig",
     },
     "optimizers": {
@@ -40,6 +42,7 @@ TABLES: dict[str, dict[str, str]] = {
         "euler": "wm_train.sampling.config:EulerConfig",
         "renoise": "wm_train.sampling.config:RenoiseConfig",
         "stream": "wm_train.sampling.config:StreamConfig",
+        "windows": "wm_train.sampling.config:WindowsConfig",
     },
 }
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from wm_train.config import registry
+from wm_train.config.history import HistoryConfig
 from wm_train.config.kinds import ModelConfig, OptimizerConfig, falls_from_one
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import (
@@ -91,7 +92,8 @@ class ScoreSigmaConfig:
     shift: Positive = 1.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
     low: OpenShare = 0.02
     high: OpenShare = 0.98
-    per: Annotated[str, one_of("clip", "chunk")] = "clip"  # chunks of the student
+    # one for each clip, each chunk of the student, or all clips of a turn (a network of experts)
+    per: Annotated[str, one_of("clip", "chunk", "turn")] = "clip"
     mean: Finite = 0.0  # logit_normal: sigma = sigmoid(mean + std * normal), then shifted
     std: Positive = 1.0
 
@@ -128,7 +130,10 @@ class DistillConfig:
     # turn: each turn draws at which level its rollouts end | last: always at the last one
     exit: Annotated[str, one_of("turn", "last")] = "turn"
     # chunk: one chunk after another, each through all steps (Self-Forcing)
-    schedule: Annotated[str, one_of("chunk")] = "chunk"
+    # | windows: so too, but by a student without a memory, which sees `history` beside its chunk
+    # (MoWorld)
+    schedule: Annotated[str, one_of("chunk", "windows")] = "chunk"
+    history: HistoryConfig | None = None  # of schedule=windows
     # late: of one chunk at a time, its past without gradients | packed: of all chunks of a clip in
     # one pass, each behind the clean frames before it (Waypoint); for models of attention alone
     gradient: Annotated[str, one_of("late", "packed")] = "late"

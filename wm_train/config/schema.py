@@ -35,14 +35,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # becomes a folder; no se
 STEP_RANGE = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
 # parallel.sharding -> what it can offload to
 OFFLOADS = {"fsdp": ("none", "cpu"), "zero3": ("none", "cpu", "nvme")}
-METRICS = (
-    "psnr",
-    "cameras",
-    "revisit",
-    "drift",
-    "symmetry",
-    "turns",
-)  # groups, of trainer.evaluate
+# groups, of trainer.evaluate
+METRICS = ("psnr", "cameras", "revisit", "drift", "symmetry", "turns")
 PER_STAGE = ("model", "data", "parallel", "trainer")  # sections that a stage may change key by key
 
 
@@ -216,6 +210,8 @@ class StageConfig:
     frames: Count
     steps: Count  # the stage ends here at the latest
     global_batch: Count
+    # each: a pool of the run trains its own model | together: the run's workers train all as one
+    pools: Annotated[str, one_of("each", "together")] = "each"
     # at most so many of launcher.workers, where it needs fewer than others; null: all
     workers: Count | None = None
     # it ends earlier at the first held-out loss (trainer.validate_every) of at most this; 0 = no
@@ -242,8 +238,7 @@ class StageConfig:
     roles: dict[str, RoleConfig] = field(default_factory=dict)
     turns: Turns = ALONE  # whose optimizer steps, again and again: S student, C critic
     distill: DistillConfig | None = None  # null: the stage trains on the data
-    # null: the clips of `data.path` are trained on as they are
-    trajectories: TrajectoriesConfig | None = None
+    trajectories: TrajectoriesConfig | None = None  # null: the clips of `data.path` as they are
 
     def problems(self) -> Iterator[Problem]:
         """Yield a warm-up that is longer than the stage."""
@@ -273,6 +268,7 @@ class BackendConfig:
         1  # CPU threads per worker; a fixed number makes CPU runs repeat to the bit
     )
     collective_timeout_s: Seconds = 120.0
+    deterministic: bool = False  # libraries that give the same bits in every run, and are slower
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def build(plain: Any) -> RunConfig:
 
     Raises ConfigError with every unknown key, wrong type, missing value and unknown name.
     """
-    plain = with_whole_stages(plain)
+    plain = with_whole_stages(without_absent(plain))
     problems: list[Problem] = []
     config = _convert(RunConfig, plain, "", problems)
     if problems:
@@ -67,6 +67,14 @@ def _rest(plain: Any, problems: Sequence[Problem]) -> RunConfig | None:
         plain, problems = _without(plain, curable), []
         rest: RunConfig | None = _convert(RunConfig, plain, "", problems)
     return rest
+
+
+def without_absent(plain: Any) -> Any:
+    """Return the mappings without the stages that are null, which an experiment leaves out."""
+    if not (isinstance(plain, Mapping) and _stages(plain)):
+        return plain
+    stages = {name: stage for name, stage in _stages(plain).items() if stage is not None}
+    return {**plain, "recipe": {**plain["recipe"], "stages": stages}}
 
 
 def with_whole_stages(plain: Any) -> Any:

@@ -55,9 +55,14 @@ def judge_one(
 
 
 def load_weights(state: EvaluationState, place: Place, manifest: Manifest) -> None:
-    """Load the averaged weights of a checkpoint, or the weights where no average is stored."""
+    """Load the averaged weights of a checkpoint, or the weights where no average is stored, of the
+    student where several networks have trained."""
     targets = state.sources(manifest.tensors)
     own_names = {name.partition("/")[2] for name in targets}
     stored = manifest.tensors
-    unread = {n for n in stored if n.startswith("optimizer/") or n.partition("/")[2] in own_names}
+    kinds = {n: n.partition("/")[0] for n in stored}
+    unread = {n for n in stored if n.partition("/")[2] in own_names}
+    unread |= {
+        n for n, kind in kinds.items() if kind not in ("model", "ema")
+    }  # others' and moments
     store.load(place, manifest, targets, may_ignore=unread)

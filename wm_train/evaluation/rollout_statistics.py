@@ -211,8 +211,8 @@ def average_distance(state: TrainState, world: World) -> float:
     weights, sums = dict(state.model.named_parameters()), [0.0, 0.0]
     for name, average in state.ema.items():
         if is_first_copy(weights[name], world.rank):
-            own, mean = local_tensor(weights[name]).double(), local_tensor(average).double()
-            sums[0] += float((own - mean).square().sum())
+            own = local_tensor(weights[name]).detach().float()
+            sums[0] += float((own - local_tensor(average).float()).square().sum())
             sums[1] += float(own.square().sum())
     apart, size = world.gather_numbers(sums).sum(dim=0).tolist()
     return float((apart / max(size, 1e-30)) ** 0.5)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,15 +21,25 @@ from wm_train.console import Progress
 from wm_train.evaluation.first_frame import clip_psnr, summary, verdict
 from wm_train.evaluation.held_out import fetch_held_out, parts_of
 from wm_train.evaluation.pictures import contact_sheet, side_by_side, write_png, write_video
-from wm_train.sampling.experts import Experts
+from wm_train.sampling.experts import Experts, Model
+from wm_train.sampling.guidance import Guidance
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.sample import SampleStart
 from wm_train.tracking.tracker import Tracker
 from wm_train.training.data import batch_parts, conditions_of, first_latents, sequence_of
 from wm_train.training.stage import Stage
-from wm_train.training.state import EvaluationState, TrainState
+from wm_train.training.state import TrainState
 
 SHEET_CLIPS = 4  # clips on the contact sheet
+
+
+class Expert(Protocol):
+    """Stand for weights that make samples: a model, and a context in which they are averaged."""
+
+    @property
+    def model(self) -> Model: ...
+
+    def averaged(self) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,17 @@ class Sampled:
 
 
 def roll_out(
-    stage: Stage, state: TrainState | Mapping[float, EvaluationState], progress: Progress
+    stage: Stage,
+    state: TrainState | Mapping[float, Expert],
+    progress: Progress,
+    guidance: Sequence[Guidance] = (),
 ) -> Sampled | None:
     """Roll out `trainer.samples` validation clips with the averaged weights.
 
     Every rank must call this, as the model is sharded. state: of one model, or of experts by the
-    noise level from which each is used; None: one that was trained on part of the noise only makes
-    no samples alone, and without validation clips there are none.
+    noise level from which each is used; guidance: of each expert, in falling order of these; None:
+    one that was trained on part of the noise only makes no samples alone, and without validation
+    clips there are none.
     """
     noise = stage.config.objective.noise_range()
     if isinstance(state, TrainState) and noise != (0.0, 1.0):
@@ -65,7 +80,7 @@ def roll_out(
         return None
     steps = f"{len(levels_of(stage.config)) - 1} steps, {stage.config.sampler.name}"
     progress.say(f"sampling {wanted} held-out clips of {stage.config.frames} frames in {steps}")
-    batch, latents = sample(stage, state, wanted)
+    batch, latents = sample(stage, state, wanted, guidance)
     rows = stage.world.gather(list(batch.keys))[:: stage.mesh.sequence_size]
     beside = [batch.c2w, batch.intrinsics, batch.fields.get("controls")]
     return Sampled(
@@ -108,7 +123,10 @@ def show_samples(
 
 
 def sample(
-    stage: Stage, state: TrainState | Mapping[float, EvaluationState], wanted: int
+    stage: Stage,
+    state: TrainState | Mapping[float, Expert],
+    wanted: int,
+    guidance: Sequence[Guidance] = (),
 ) -> tuple[Batch, torch.Tensor]:
     """Return this rank's rows and frames of the first `wanted` validation clips, and their samples.
 
@@ -118,10 +136,11 @@ def sample(
     """
     batch = fetch_held_out(stage, wanted)[1]
     assert batch is not None, "the caller counts the held-out clips"
-    states: dict[float, TrainState | EvaluationState] = (
+    states: dict[float, Expert] = (
         {0.0: state} if isinstance(state, TrainState) else dict(sorted(state.items(), reverse=True))
     )
-    experts = Experts(tuple(states), tuple(one.model for one in states.values()))
+    models = tuple(one.model for one in states.values())
+    experts = Experts(tuple(states), models, tuple(guidance))
     sampler = stage.config.sampler
     parts = parts_of(stage, wanted)
     with ExitStack() as contexts, torch.no_grad():

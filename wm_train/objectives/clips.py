@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.reference import Kernels
-from parallel.sequence import SequenceShard, WholeClip
+from parallel.sequence import WholeClip
 from wm_train.conditioning import Conditions
 from wm_train.config.roles import DistillConfig, Turn
 from wm_train.noise import NoiseKey, normal, random_words, unit_interval
@@ -36,7 +36,7 @@ class Clips:
     latents: Tensor
     draws: Tensor
     conditions: Conditions
-    sequence: SequenceShard
+    sequence: WholeClip
     key: NoiseKey
 
     def normal(self, purpose: str) -> Tensor:
@@ -92,7 +92,8 @@ class RoleTurn:
 
     sequences: role -> the local frames in the layout of that network's chunks; first_latent:
     [B, C, h, w], frame 0 of each clip on every process; kernels: of the device, for rollouts; made:
-    the clips' rollouts, where they were made ahead.
+    the clips' rollouts, where they were made ahead; clean_first: whether networks take frame 0
+    clean, and not by their conditions.
     """
 
     turn: Turn
@@ -101,3 +102,4 @@ class RoleTurn:
     first_latent: Tensor
     kernels: Kernels
     made: Rollouts | None = None
+    clean_first: bool = True

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Self
 
+from wm_train.config.history import HistoryConfig
 from wm_train.config.kinds import ObjectiveConfig, falls_from_one
 from wm_train.config.problems import AT, Problem
-from wm_train.config.rules import Finite, Positive, Rule, Share
+from wm_train.config.rules import AtLeastZero, Finite, Positive, Rule, Share
 
 HELD_OUT_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+OWN_LEVELS = (
+    1 / 6,
+    1 / 2,
+    5 / 6,
+)  # shares of a narrow range at which its held-out loss is measured
 LEAST_SHARE = 1e-3  # of the noise distribution, below which a range is taken for a mistake
 SHARES = Rule(
     lambda shares: all(x >= 0 for x in shares) and 0 < sum(shares) < math.inf,
@@ -51,10 +57,11 @@ class FlowMatchingConfig(ObjectiveConfig):
 
     def held_out_levels(self) -> tuple[float, ...]:
         """Return the levels of the grid inside the trained range, its lower end excluded; for a
-        range between two of them, its middle."""
+        range with fewer than two of them, three of its own."""
         low, high = self.noise_range()
         inside = tuple(sigma for sigma in HELD_OUT_LEVELS if low < sigma <= high)
-        return inside or ((low + high) / 2,)
+        own = tuple(round(low + (high - low) * share, 4) for share in OWN_LEVELS)
+        return inside if len(inside) > 1 else own
 
     def held_out(self, sigma: float) -> Self:
         return replace(
@@ -108,6 +115,31 @@ class ChunkMixtureConfig(FlowMatchingConfig):
 
 
 @dataclass(frozen=True)
+class ArFlowMatchingConfig(FlowMatchingConfig):
+    """Configure flow matching of one chunk of a clip behind a history of true frames, with an
+    anchor (MoWorld §4.2)."""
+
+    builds: ClassVar[str] = "wm_train.objectives.ar_flow_matching:ar_flow_matching"
+
+    name: str = "ar_flow_matching"
+    image_condition: Share = 0.0
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    anchor_weight: AtLeastZero = 1.0  # lambda, of the error of the anchor's clean prediction
+    anchor_in_fm: bool = False  # whether the anchor counts in the flow-matching loss, too
+
+    def windows(self) -> HistoryConfig | None:
+        return self.history
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what the base yields, and a first frame that is given twice."""
+        yield from super().problems()
+        if self.image_condition:
+            rule = f"0 with {self.name}, whose history begins with the first frame"
+            got = f"{self.image_condition:g}"
+            yield Problem("image_condition", got, rule, f"{AT}image_condition=0")
+
+
+@dataclass(frozen=True)
 class OdeRegressionConfig(ObjectiveConfig):
     """Configure regression on a teacher's trajectories, the start of a few-step student."""
 
@@ -128,6 +160,10 @@ class DistributionMatchingConfig(ObjectiveConfig):
     builds: ClassVar[str] = "wm_train.objectives.distribution_matching:distribution_matching"
 
     name: str = "distribution_matching"
+
+    def gives_first_frame(self) -> bool:
+        """Return False: the first frame comes as each network takes it."""
+        return False
 
     def several_networks(self) -> bool:
         return True

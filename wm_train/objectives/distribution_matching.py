@@ -75,7 +75,9 @@ def distribution_matching(
     g = compared.g
     loss = 0.5 * sequence.mean(g.square().mean(dim=(2, 3, 4)), weight)
     per_clip = g / (found.frames * clean[0, :1].numel())
-    losses = GRADIENTS[distill.gradient](networks, clips, turn, made, found, per_clip)
+    losses = GRADIENTS[distill.schedule, distill.gradient](
+        networks, clips, turn, made, found, per_clip
+    )
     figures |= {"gap": compared.gap, **by_level(level, weight, sequence.mean), **losses.figures}
     return ObjectiveOutput(loss, figures, losses.pieces, losses.count, g.sum(dim=(1, 3, 4)))
 

@@ -34,20 +34,17 @@ def plain_sigma(key: NoiseKey, draws: Tensor, config: FlowMatchingConfig) -> Ten
     gaussian = normal(key, "sigma", draws, (0, 1), ())[:, 0]
     if config.sigma_min == 0.0 and config.sigma_max == 1.0:
         return torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
-    return truncated_logit_normal(
-        torch.special.ndtr(gaussian.double()),
-        config.sigma_mean,
-        config.sigma_std,
-        plain_range(config),
-    )
+    quantile = torch.special.ndtr(gaussian.cpu().double())
+    given = (config.sigma_mean, config.sigma_std, plain_range(config))
+    return truncated_logit_normal(quantile, *given).to(gaussian.device)
 
 
 def truncated_logit_normal(
     quantile: Tensor, mean: float, std: float, ends: tuple[float, float]
 ) -> Tensor:
-    """Return the noise levels, fp32, at these quantiles (fp64, in (0, 1)) of sigmoid(mean + std *
-    normal) between two ends, before any shift."""
-    bounds = torch.tensor(ends, dtype=torch.float64, device=quantile.device)
+    """Return the noise levels, fp32, at these quantiles (fp64, in (0, 1), on the host, as some
+    devices have no fp64) of sigmoid(mean + std * normal) between two ends, before any shift."""
+    bounds = torch.tensor(ends, dtype=torch.float64)
     low, high = torch.special.ndtr((torch.logit(bounds) - mean) / std)
     truncated = torch.special.ndtri(low + (high - low) * quantile)
     plain = torch.sigmoid(mean + std * truncated)

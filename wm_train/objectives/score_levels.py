@@ -1,6 +1,5 @@
 """Draw the noise levels at which score networks compare a student's clips, and the frames that
-count. Every number is a function of (seed, stage, purpose, draw, frame or turn), and none is read
-back from the device."""
+count. Every number is a function of (seed, stage, purpose, draw, frame or turn)."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from wm_train.objectives.flow_matching import truncated_logit_normal
 from wm_train.objectives.score_difference import ClipMean
 from wm_train.sampling.levels import first_frames, shift_sigma, starts_of, unshift_sigma
 
-PURPOSE = "score/sigma"
+PURPOSE, OF_TURN = "score/sigma", "score/sigma/turn"
 MIDDLES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fifths into which noise levels are sorted
 SHARE_AT, LOSS_AT = "share_at_sigma_", "loss_at_sigma_"
 
@@ -27,9 +26,10 @@ SHARE_AT, LOSS_AT = "share_at_sigma_", "loss_at_sigma_"
 class Judged:
     """Hold what score networks judge of clips in a turn.
 
-    level: noise level of each local frame, [B, t], 0 at the given first one; scored: [B, t], 1 at
-    frames that count; counted: the range of these in the clip; frames: how many of them have a
-    loss; scopes: bool [K, t], the local frames of each scope of the normaliser, None: one scope.
+    level: noise level of each local frame, [B, t], 0 at the first one if it is given clean; scored:
+    [B, t], 1 at frames that count; counted: the range of these in the clip; frames: how many of
+    them have a loss; scopes: bool [K, t], the local frames of each scope of the normaliser, None:
+    one scope.
     """
 
     level: Tensor
@@ -43,16 +43,18 @@ def judged(clips: Clips, turn: RoleTurn) -> Judged:
     """Draw the levels of one turn, and choose the frames that count in it."""
     sequence, layout = turn.sequences[CRITIC], turn.sequences[STUDENT].layout
     index, chunks = clips.chunk_index(), len(layout.chunk_starts)
-    level = score_sigma(clips.key, clips.draws, turn.distill.score_sigma, index, chunks)
+    levels = turn.distill.score_sigma
+    drawn = torch.full_like(clips.draws, turn.turn.index) if levels.per == "turn" else clips.draws
+    level = score_sigma(clips.key, drawn, levels, index, chunks)
     given = first_frames(layout, sequence.frames, index.device)
     counted = scored_range(turn.distill.scored_frames, layout, clips.key, turn.turn.index)
     place = torch.arange(sequence.frames.start, sequence.frames.stop, device=index.device)
-    scored = (place >= counted.start) & (place < counted.stop)
+    scored = (place >= counted.start) & (place < counted.stop) & ~given
     scopes = None
     if turn.distill.normaliser == "chunk":
         scopes = torch.arange(chunks, device=index.device)[:, None] == index[None]
     return Judged(
-        torch.where(given, 0.0, level),
+        torch.where(given, 0.0, level) if turn.clean_first else level,
         scored.float().expand_as(level),
         counted,
         max(1, len(counted) - sum(starts_of(layout, counted))),
@@ -65,19 +67,22 @@ def score_sigma(
 ) -> Tensor:
     """Return the noise level of each local frame, fp32 [B, t].
 
-    One level per clip or per chunk. uniform_clamped: uniform, shifted, clamped to [low, high], so
-    that the draws beyond pile up at the ends (Self-Forcing; SANA-WM's public code); logit_normal:
-    shifted, truncated to [low, high] without a pile. chunk_index: of each local frame, int64 [t];
-    chunks: of the whole clip, so that a chunk's number is the same on every shard.
+    One level per clip or per chunk; with per=turn `draws` holds the turn's number. uniform_clamped:
+    uniform, shifted, clamped to [low, high], so that the draws beyond pile up at the ends
+    (Self-Forcing; SANA-WM's public code); logit_normal: shifted, truncated to [low, high] without a
+    pile. chunk_index: of each local frame, int64 [t]; chunks: of the whole clip, so that a chunk's
+    number is the same on every shard.
     """
     places = chunk_index if config.per == "chunk" else torch.zeros_like(chunk_index)
     count = chunks if config.per == "chunk" else 1
-    uniform = unit_interval(random_words(key, PURPOSE, draws, (0, count), 1)[:, :, 0, 0])
+    purpose = OF_TURN if config.per == "turn" else PURPOSE
+    uniform = unit_interval(random_words(key, purpose, draws, (0, count), 1)[:, :, 0, 0])
     if config.law == "uniform_clamped":
         sigma = shift_sigma(uniform, config.shift).clamp(config.low, config.high)
     else:
         ends = unshift_sigma(config.low, config.shift), unshift_sigma(config.high, config.shift)
-        plain = truncated_logit_normal(uniform.double(), config.mean, config.std, ends)
+        quantile = uniform.cpu().double()
+        plain = truncated_logit_normal(quantile, config.mean, config.std, ends).to(uniform.device)
         sigma = shift_sigma(plain, config.shift).clamp(config.low, config.high)  # of rounding
     return sigma[:, places]
 

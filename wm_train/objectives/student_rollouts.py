@@ -1,22 +1,26 @@
 """Roll a student out in a turn, and pass the gradient of its clean predictions back to it.
 
 How clips are made and how the gradient returns are rows of two tables, named by `distill.schedule`
-and `distill.gradient`, so that rolling windows and packed passes have a place.
+and `distill.gradient`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.layout import FrameRange
-from parallel.sequence import WholeClip
+from parallel.layout import ClipLayout, FrameRange
+from parallel.reference import Kernels
+from parallel.sequence import LocalSequence, WholeClip
 from parallel.transpose import share_of, to_clips, to_frames
+from wm_train.conditioning import Conditions
 from wm_train.config.roles import CRITIC, STUDENT, TEACHER, DistillConfig
 from wm_train.models.spec import WorldModel
+from wm_train.noise import NoiseKey
 from wm_train.objectives.alignment import middle_level, segment_loss
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.score_levels import Judged, turn_choice, turn_share
@@ -26,9 +30,40 @@ from wm_train.sampling.guidance import guidance_views, guided_passes
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.packed import behind_clean, packed_losses, row_of
 from wm_train.sampling.steps import Velocity
+from wm_train.sampling.windows import window_losses, window_rollout
+
+
+def in_windows(
+    student: WorldModel,
+    first: Tensor,
+    conditions: Conditions,
+    levels: Sequence[float],
+    key: NoiseKey,
+    draws: Tensor,
+    layout: ClipLayout,
+    *,
+    distill: DistillConfig,
+    exit: int,
+    kernels: Kernels,
+    keep_history: bool,
+) -> Iterator[ChunkExit]:
+    """Roll a student without a memory out in windows on this process."""
+    assert distill.history is not None, "checked before the start"
+    clip = LocalSequence(layout, kernels)
+    given = (student, first, conditions, levels, key, draws, clip, distill.history)
+    return window_rollout(*given, sampler=distill.sampler, exit=exit)
+
+
+def in_chunks(*given: Any, distill: DistillConfig, **how: Any) -> Iterator[ChunkExit]:
+    """Roll a causal student out on this process, its past in a state."""
+    return roll_out(*given, sampler=distill.sampler, context_sigma=distill.context_sigma, **how)
+
 
 # of a student model, as `roll_out`: (model, first latents, conditions, levels, key, draws, layout)
-SCHEDULES: dict[str, Callable[..., Iterator[ChunkExit]]] = {"chunk": roll_out}
+SCHEDULES: dict[str, Callable[..., Iterator[ChunkExit]]] = {
+    "chunk": in_chunks,
+    "windows": in_windows,
+}
 
 
 def make_rollouts(student: WorldModel, clips: Clips, turn: RoleTurn) -> Rollouts:
@@ -52,9 +87,8 @@ def make_rollouts(student: WorldModel, clips: Clips, turn: RoleTurn) -> Rollouts
         clips.key,
         clips.draws[own],
         turn.sequences[STUDENT].layout,
+        distill=distill,
         exit=exit_step,
-        sampler=distill.sampler,
-        context_sigma=distill.context_sigma,
         keep_history=turn.turn.role == STUDENT and keeps_history(distill),
         kernels=turn.kernels,
     )
@@ -166,7 +200,32 @@ def local_exits(made: Rollouts, sequence: WholeClip) -> ChunkExit:
     return ChunkExit(sequence.frames, *given)
 
 
-GRADIENTS: dict[str, Callable[..., StudentLosses]] = {"late": late, "packed": packed}
+def late_in_windows(
+    networks: Mapping[str, WorldModel],
+    clips: Clips,
+    turn: RoleTurn,
+    made: Rollouts,
+    found: Judged,
+    g: Tensor,
+) -> StudentLosses:
+    """Return one loss per chunk and clip, its window made again with gradients. Arguments as for
+    `late`."""
+    share, exits, history = made.share, made.exits, turn.distill.history
+    assert history is not None, "checked before the start"
+    draws = clips.draws[share.clips.start : share.clips.stop]
+    own = to_clips(turn.sequences[CRITIC], share, g)
+    given = (networks[STUDENT], exits, made.conditions, draws, own, history)
+    how = {"turn": share.turn, "of": share.of, "kernels": turn.kernels}
+    pieces = window_losses(*given, **how)  # type: ignore[arg-type]
+    return StudentLosses(pieces, -(-len(exits) // share.of) * len(draws), {})
+
+
+# (schedule, gradient) -> the student's losses
+GRADIENTS: dict[tuple[str, str], Callable[..., StudentLosses]] = {
+    ("chunk", "late"): late,
+    ("chunk", "packed"): packed,
+    ("windows", "late"): late_in_windows,
+}
 
 
 def segment_guidance(

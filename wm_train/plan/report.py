@@ -139,14 +139,21 @@ def print_pool_plans(
     """Print the plan of every pool under its name, and the workers of all pools, which train at
     once. device: type of the device, "": the likely one; profile: of the device, for times."""
     codes = []
+    spent: dict[str, dict[str, tuple[float, int]]] = {pool: {} for pool in pools}
     for pool, run in pools.items():
         if pool:
             selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
             ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
-        codes.append(print_stage_plans(run, frames[pool], device_gib, device, blocks, profile))
-    if len(pools) > 1:
-        print(f"all pools together: {sum(run.launcher.workers for run in pools.values())} workers")
+        given = (device_gib, device, blocks, profile, spent[pool])
+        codes.append(print_stage_plans(run, frames[pool], *given))
+    alone = [run for pool, run in pools.items() if pool]
+    if len(alone) > 1:
+        print(f"all pools together: {sum(run.launcher.workers for run in alone)} workers")
+    if profile:
+        from wm_train.plan.speed.report import idle_lines
+
+        print("".join(f"{line}\n" for line in idle_lines(spent)), end="")
     return 2 if 2 in codes else max(codes)
 
 
@@ -157,11 +164,13 @@ def print_stage_plans(
     device: str = "",
     blocks: bool = False,
     profile: Hardware | None = None,
+    spent: dict[str, tuple[float, int]] | None = None,
 ) -> int:
     """Print the plans of a run's stages; report parameter names that do not match as mistakes of
-    the configuration: exit code 2."""
+    the configuration: exit code 2. spent: filled in, by stage, with seconds and workers."""
+    spent = {} if spent is None else spent
     try:
-        return _print_stages(run, frame, device_gib, device, blocks, profile)
+        return _print_stages(run, frame, device_gib, device, blocks, profile, spent)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -223,6 +232,7 @@ def _print_stages(
     device: str,
     blocks: bool,
     profile: Hardware | None,
+    spent: dict[str, tuple[float, int]],
 ) -> int:
     """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
     from wm_train.backends.absent import likely_kind
@@ -246,9 +256,11 @@ def _print_stages(
             grouped = frame.time(plan.config.frames).layout == "grouped"
             print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
         if profile:
-            from wm_train.plan.speed.report import time_lines
+            from wm_train.plan.speed.report import stage_seconds, time_lines
 
             print("\n".join(time_lines(plan, made, profile)))
+            if seconds := stage_seconds(plan, made, profile):
+                spent[plan.stage] = (seconds, plan.launcher.workers)
         if device_gib is not None:
             fits = memory.device <= device_gib * GIB
             verdict = (
@@ -312,6 +324,9 @@ def inheritance(run: RunConfig, plan: StagePlan) -> str:
     words += ", with its optimizer)" if config.inherit_optimizer else ")"
     if plan.source.stage is None:
         return words
+    if plan.source.others:
+        names = ", ".join(str(part.checkpoints) for part in plan.source.others)
+        return f"{words}, from {names}"
     source = plan_stage(run, plan.source.stage).config
     with torch.device("meta"):
         mine, theirs = build_model(config.model), build_model(source.model)

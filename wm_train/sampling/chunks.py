@@ -90,7 +90,8 @@ class Streams:
         """Return the guided velocity of a chunk; the past stays as it is."""
         expert = self.experts.at(sigma)
         passed = self._sequences(expert, remember=False)
-        return guided(velocities(expert, latents, level, self.views, passed), self.guidance)
+        made = velocities(expert, latents, level, self.views, passed)
+        return guided(made, self.experts.weights(sigma, self.guidance))
 
     def remember(self, latents: Tensor, level: Tensor) -> None:
         """Pass a finished chunk through every network, and add it to the past."""

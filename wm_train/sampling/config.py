@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+from wm_train.config.history import HistoryConfig
 from wm_train.config.kinds import SamplerConfig
 from wm_train.config.rules import Below1, one_of
 
@@ -43,6 +44,25 @@ class StreamConfig(SamplerConfig):
 
     def chunked(self) -> bool:
         return True
+
+    def step_rule(self) -> str:
+        return self.step
+
+
+@dataclass(frozen=True)
+class WindowsConfig(SamplerConfig):
+    """Configure steps chunk by chunk for bidirectional models, each chunk in a window with some of
+    the frames before it (MoWorld §4.2), as such models are trained and deployed."""
+
+    builds: ClassVar[str] = "wm_train.sampling.sample:windows"
+
+    name: str = "windows"
+    # euler: follow the flow; renoise: mix the clean prediction with fresh noise
+    step: Annotated[str, one_of("euler", "renoise")] = "euler"
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+
+    def windows(self) -> HistoryConfig | None:
+        return self.history
 
     def step_rule(self) -> str:
         return self.step

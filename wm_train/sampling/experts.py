@@ -16,15 +16,23 @@ Model = Callable[..., Tensor]
 class Experts:
     """Hold models that were trained on parts of the noise: `models[i]` makes the steps that start
     at `boundaries[i]` or above. Boundaries fall, and the last one is 0 (Wan2.2's two experts,
-    MoWorld §3)."""
+    MoWorld §3). guidance: of each expert, the same conditions under weights of its own; (): all are
+    guided as the sampler says."""
 
     boundaries: tuple[float, ...]
     models: tuple[Model, ...]
+    guidance: tuple[Mapping[str, float], ...] = ()
 
     def at(self, sigma: float) -> Model:
         """Return the model that makes the step starting at noise level `sigma`."""
-        pairs = zip(self.boundaries, self.models, strict=True)
-        return next(model for boundary, model in pairs if sigma >= boundary)
+        return self.models[self._index(sigma)]
+
+    def weights(self, sigma: float, usual: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the guidance of the step starting at noise level `sigma`; usual: the sampler's."""
+        return self.guidance[self._index(sigma)] if self.guidance else usual
+
+    def _index(self, sigma: float) -> int:
+        return next(i for i, boundary in enumerate(self.boundaries) if sigma >= boundary)
 
 
 def experts_of(model: Model | Experts) -> Experts:

@@ -48,7 +48,8 @@ def rollout(
     shards = [sequence] * len(views)
 
     def velocity(latents: Tensor, level: Tensor, sigma: float) -> Tensor:
-        return guided(velocities(experts.at(sigma), latents, level, views, shards), guidance)
+        made = velocities(experts.at(sigma), latents, level, views, shards)
+        return guided(made, experts.weights(sigma, guidance))
 
     def fresh(step: int) -> Tensor:
         frames, shape = (sequence.frames.start, sequence.frames.stop), first_latent.shape[1:]

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from parallel.reference import Kernels
-from parallel.sequence import SequenceShard
+from parallel.sequence import WholeClip
 from wm_train.conditioning import Conditions
 from wm_train.config.kinds import SamplerConfig
 from wm_train.noise import NoiseKey
-from wm_train.sampling.config import StreamConfig
+from wm_train.sampling.config import StreamConfig, WindowsConfig
 from wm_train.sampling.experts import Experts
 from wm_train.sampling.rollout import rollout
 from wm_train.sampling.stream import stream_rollout
+from wm_train.sampling.windows import window_rollout
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SampleStart:
     levels: Sequence[float]
     key: NoiseKey
     draws: Tensor
-    sequence: SequenceShard
+    sequence: WholeClip
     kernels: Kernels
     clean_first: bool = True
 
@@ -78,3 +79,13 @@ def stream(start: SampleStart, config: StreamConfig) -> Tensor:
         kernels=start.kernels,
     )
     return torch.cat(list(chunks), dim=1)[:, local.start : local.stop]
+
+
+def windows(start: SampleStart, config: WindowsConfig) -> Tensor:
+    """Return the local frames, fp32 [B, t, C, h, w], of clips made chunk by chunk in windows, each
+    of which is split over the ranks."""
+    given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
+    how = {"guidance": config.guidance, "sampler": config.step}
+    chunks = window_rollout(*given, start.draws, start.sequence, config.history, **how)  # type: ignore[arg-type]
+    local = start.sequence.frames
+    return torch.cat([one.clean for one in chunks], dim=1)[:, local.start : local.stop]

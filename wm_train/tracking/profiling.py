@@ -5,7 +5,9 @@ The trace opens in chrome://tracing or Perfetto.
 
 from __future__ import annotations
 
+import gzip
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,10 @@ class StepProfiler:
         self._profile.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"steps_{self._first}-{step}.json.gz"
-        self._profile.export_chrome_trace(str(path))
+        plain = path.with_suffix("")
+        self._profile.export_chrome_trace(str(plain))  # some profilers do not look at the name
+        with plain.open("rb") as trace, gzip.open(path, "wb") as packed:
+            shutil.copyfileobj(trace, packed)
+        plain.unlink()
         self._profile = None
         return path

@@ -128,7 +128,9 @@ def role_turn(stage: Stage, batch: Batch, turn: Turn, made: Rollouts | None = No
         for role, own in stage.config.roles.items()
     }
     sequences = {STUDENT: sequence_of(stage, batch), **others}
-    return RoleTurn(turn, distill, sequences, first_latents(stage, batch), stage.kernels, made)
+    clean_first = stage.config.model.needs().image == "frame"
+    first = first_latents(stage, batch)
+    return RoleTurn(turn, distill, sequences, first, stage.kernels, made, clean_first)
 
 
 def first_latents(stage: Stage, batch: Batch) -> Tensor:

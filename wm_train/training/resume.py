@@ -20,7 +20,7 @@ from wm_train.config.roles import STUDENT
 from wm_train.errors import SetupError
 from wm_train.models.public import load_pretrained_
 from wm_train.noise import KEYING
-from wm_train.training.networks import load_frozen, source_prefix
+from wm_train.training.networks import load_frozen, newest_in, own_name, source_prefix, their_name
 from wm_train.training.state import TrainState, identity
 from wm_train.world import World
 
@@ -123,30 +123,41 @@ def inherit(
     if isinstance(source.checkpoints, Path) and is_release(source.checkpoints):
         _start_from_public(source.checkpoints, state, report)
         return
-    newest = store.find_newest(source.checkpoints, world, report)
-    if newest is None:
-        raise SetupError(
-            f"stage {plan.stage} inherits weights: got no valid checkpoint in {source.checkpoints},"
-            f" expected one. Fix: train that stage first, or set recipe.stages.{plan.stage}.inherit"
-            " to a checkpoints directory"
-        )
-    folder, manifest = newest
+    where = f"recipe.stages.{plan.stage}.inherit"
+    parts = source.parts
+    found = [newest_in(part.checkpoints, where, world, report) for part in parts]
+    places = ", ".join(str(folder) for folder, _ in found)
     mine, use_average = state.tensors(), stage.inherit_weights == "ema"
-    weights = _below("model/", mine)
-    of_role = _below(source_prefix(source), manifest.tensors)
-    held = set(_below("model/", of_role))
-    averaged = set(_below("ema/", of_role)) if use_average else set()
+    weights, prefix = _below("model/", mine), source_prefix(source)
+    stored = [_below(prefix, manifest.tensors) for _, manifest in found]
+    names = [
+        {name for tensor in held if (name := own_name(tensor, part))}
+        for held, part in zip(stored, parts, strict=True)
+    ]
+    every = frozenset().union(*names)
+    held = {name.removeprefix("model/") for name in every if name.startswith("model/")}
     switched = state.model.switched_parameters
     try:
         passed = handover(stage, plan.stage, weights.keys(), held, switched)
     except ValueError as error:
-        raise SetupError(f"{error} (source {folder})") from error
-    targets = {
-        source_prefix(source) + ("ema/" if n in averaged else "model/") + n: weights[n]
-        for n in passed.taken
-    }
-    moments = _moments(plan.stage, mine, manifest, passed.taken) if stage.inherit_optimizer else {}
-    store.load(folder, manifest, targets | moments, may_ignore=manifest.tensors)
+        raise SetupError(f"{error} (source {places})") from error
+    if stage.inherit_optimizer and source.others:
+        raise SetupError(
+            f"recipe.stages.{plan.stage}.inherit_optimizer: got true between pools=each and"
+            " pools=together, expected false, as only weights are handed on there. Fix:"
+            f" recipe.stages.{plan.stage}.inherit_optimizer=false"
+        )
+    moments: dict[str, Any] = {}
+    if stage.inherit_optimizer:
+        moments = _moments(plan.stage, mine, found[0][1], passed.taken)
+    averaged = False
+    for (folder, manifest), part, here in zip(found, parts, names, strict=True):
+        targets = {}
+        for name in (n for n in passed.taken if f"model/{n}" in here):
+            kind = "ema/" if use_average and f"ema/{name}" in here else "model/"
+            averaged = averaged or kind == "ema/"
+            targets[prefix + their_name(kind + name, part)] = weights[name]
+        store.load(folder, manifest, targets | moments, may_ignore=manifest.tensors)
     state.put({f"model/{name}": weights[name] for name in passed.taken} | moments)
     _restart_average(state)
     changes = (
@@ -155,14 +166,14 @@ def inherit(
         else ""
     )
     with_moments = f", with {len(moments)} tensors of its optimizer" if moments else ""
-    theirs = manifest.facts.get("fps")
+    theirs = found[0][1].facts.get("fps")
     if fps and isinstance(theirs, float) and not same_rate(fps, theirs):
         report(
             f"stage {plan.stage} has clips of {fps:.4g} frames per second, its source was trained"
             f" on {theirs:.4g}: from latent to latent things move {theirs / fps:.3g} times as far"
         )
     report(
-        f"weights from {folder} ({'averaged' if averaged else 'as trained'}{changes}{with_moments})"
+        f"weights from {places} ({'averaged' if averaged else 'as trained'}{changes}{with_moments})"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -71,11 +71,18 @@ class Stage:
         ).hexdigest()
 
     def clip_flops(self, latent_frames: int, height: int, width: int, role: str = STUDENT) -> float:
-        """Return the forward FLOPs of a clip of latents of this size, of one network."""
+        """Return the forward FLOPs of a clip of latents of this size, of one network: of a window
+        where it is trained in windows, of all its windows where a student makes it in windows."""
         info, own = self.dataset.info, self.config.roles.get(role, self.config)
+        history, windows = self.config.objective.windows(), 1
+        if self.config.distill and role == STUDENT and (history := self.config.distill.history):
+            windows = len(history.chunks(latent_frames))
+        latent_frames = history.frames if history else latent_frames
         sizes = (self.latent_frames, height, width, info.temporal_stride, info.text_length)
         longest = ExampleShape(1, *sizes, grouped=info.time_layout == "grouped")
-        return clip_flops(own.model, longest, latent_frames, own.chunk_frames)
+        if history:
+            longest = replace(longest, frames=history.frames)
+        return windows * clip_flops(own.model, longest, latent_frames, own.chunk_frames)
 
     def turn_flops(self, latent_frames: int, height: int, width: int, turn: Turn) -> float:
         """Return the FLOPs of a clip in a training step, without recomputation. In distillation the

@@ -91,7 +91,7 @@ def make_trajectories(
     clips = sum(map(len, shards))
     progress.say(
         f"trajectories of {clips} clips ({len(missing)} of {len(shards)} shards to make), by the"
-        f" teacher of {found.place} -> {plan.config.data.path}"
+        f" teacher of {', '.join(map(str, found.places))} -> {plan.config.data.path}"
     )
     stop.work_from_here()
     members, began = stage.mesh.data_size, time.monotonic()

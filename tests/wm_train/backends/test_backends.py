@@ -6,13 +6,15 @@ import sys
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from parallel.reference import REFERENCE
 from wm_train.backends import __main__ as command
-from wm_train.backends import check, get_backend
+from wm_train.backends import check, get_backend, npu
+from wm_train.backends.environment import worker_environment
 from wm_train.checks.values import problems_of
 from wm_train.config.compose import compose
 from wm_train.kernels.attention import engines
@@ -21,7 +23,8 @@ from wm_train.kernels.attention import engines
 def test_check_passes_on_the_cpu_and_prints_every_entry_of_the_kernel_table(capsys):
     assert command.main(["check", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert all(name.removesuffix("_backward") in printed for name in REFERENCE._fields)
+    functions = [name for name in REFERENCE._fields if callable(getattr(REFERENCE, name))]
+    assert all(name.removesuffix("_backward") in printed for name in functions)
     assert all(
         name in printed
         for name in (
@@ -122,14 +125,15 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         gen_mask_parallel=True,
         sync=False,
     ):
-        assert (head_num, input_layout) == (query.shape[1], "BNSD")
+        assert (head_num, input_layout) == (query.shape[2], "BSND")
         assert query.dtype == key.dtype == value.dtype == dtype
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         scores = query.float() @ key.float().transpose(-1, -2) * scale
         largest = scores.amax(-1, keepdim=True)
         total = (scores - largest).exp().sum(-1, keepdim=True)
         out = ((scores - largest).exp() / total @ value.float()).to(dtype)
         return (
-            out,
+            out.transpose(1, 2),
             largest.expand(*largest.shape[:-1], 8),
             total.expand(*total.shape[:-1], 8),
             torch.empty(0),
@@ -168,14 +172,14 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         gen_mask_parallel=True,
         sync=False,
     ):
-        assert (head_num, input_layout) == (query.shape[1], "BNSD")
+        assert (head_num, input_layout) == (query.shape[2], "BSND")
         assert query.dtype == key.dtype == value.dtype == dy.dtype == attention_in.dtype == dtype
         assert softmax_max.dtype == softmax_sum.dtype == torch.float32
-        assert softmax_max.shape == softmax_sum.shape == (*query.shape[:3], 8)
+        assert softmax_max.shape == softmax_sum.shape == (len(query), head_num, query.shape[1], 8)
         assert softmax_max.is_contiguous()
         assert softmax_sum.is_contiguous()
         query, key, value, dy, attention_in = (
-            x.float() for x in (query, key, value, dy, attention_in)
+            x.float().transpose(1, 2) for x in (query, key, value, dy, attention_in)
         )
         p = (
             query @ key.transpose(-1, -2) * scale_value - softmax_max[..., :1]
@@ -187,7 +191,7 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         )
         return (
             *(
-                x.to(dtype)
+                x.to(dtype).transpose(1, 2)
                 for x in (score @ key, score.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dy)
             ),
             None,
@@ -209,3 +213,37 @@ def test_the_fused_attention_of_npus_is_called_as_documented(monkeypatch, dtype,
         lse,
     )  # as ring attention hands them over
     close(engines.npu_fusion_backward(*part), engines.plain_backward(*part))
+
+
+def test_workers_get_what_device_libraries_read(monkeypatch):
+    given = {"HCCL_IF_IP": "10.0.0.1", "NCCL_DEBUG": "INFO", "ASCEND_RT_VISIBLE_DEVICES": "3"}
+    given |= {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "HOME": "/root", "A_KEY": "x"}
+    found = worker_environment(given, 600.5, False)
+    assert found == {
+        "HCCL_IF_IP": "10.0.0.1",
+        "NCCL_DEBUG": "INFO",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        "HCCL_CONNECT_TIMEOUT": "601",
+        "HCCL_EXEC_TIMEOUT": "601",
+    }
+    assert worker_environment({}, 60, False)["HCCL_CONNECT_TIMEOUT"] == "120"
+    assert worker_environment({"HCCL_EXEC_TIMEOUT": "9"}, 60, False)["HCCL_EXEC_TIMEOUT"] == "9"
+    exact = worker_environment({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, 60, True)
+    assert (exact["HCCL_DETERMINISTIC"], exact["CUBLAS_WORKSPACE_CONFIG"]) == ("true", ":16:8")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("Ascend910B2", 313e12), ("Ascend910_9382", 376e12), ("Ascend310P3", None)]
+)
+def test_an_npu_has_the_peak_of_its_die_and_says_its_free_memory(monkeypatch, name, peak):
+    device = MagicMock(spec=["Stream", "Event"])
+    device.get_device_name = lambda which: name
+    device.mem_get_info = lambda which: (5, 9)
+    device.device_count, device.is_available = lambda: 1, lambda: True
+    device.set_device = device.synchronize = lambda *which: None
+    monkeypatch.setattr(npu, "_module", lambda: device)
+    monkeypatch.setattr(npu, "present", lambda: True)
+    monkeypatch.setattr(npu, "take_device", lambda *rest: torch.device("cpu"))
+    backend = npu.make(1, 0)
+    assert backend.peak_flops == peak
+    assert backend.free_memory() == 5

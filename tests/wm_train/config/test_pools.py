@@ -105,7 +105,8 @@ def test_the_share_of_a_range_is_how_often_it_is_hit() -> None:
 def test_held_out_levels_are_those_that_a_pool_learns() -> None:
     assert FlowMatchingConfig().held_out_levels() == (0.1, 0.3, 0.5, 0.7, 0.9)
     assert FlowMatchingConfig(sigma_min=0.6).held_out_levels() == (0.7, 0.9)
-    assert FlowMatchingConfig(sigma_min=0.5, sigma_max=0.6).held_out_levels() == (0.55,)
+    narrow = FlowMatchingConfig(sigma_min=0.9).held_out_levels()
+    assert narrow == (0.9167, 0.95, 0.9833)  # of a grid of all noise it would have one or none
     assert FlowMatchingConfig(sigma_max=0.5).held_out_levels() + FlowMatchingConfig(
         sigma_min=0.5
     ).held_out_levels() == (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -1,19 +1,22 @@
-"""Training steps on a device called npu that is not there: `python npu_step.py CONFIG`.
+"""Training steps on a device called npu that is not there: `python npu_step.py CONFIG RANKS`.
 test_npu_step.py runs it.
 
 PrivateUse1 is renamed to npu, and FakeTensorMode computes shapes and devices only. A tensor that
 anything makes on another device meets the others in an operator and raises. What a step reads back
-to the host (losses, norms) reads as one. At the end a stray literal is planted into a layer of the
-model, and the same step is taken again.
+to the host (losses, norms) reads as one. Every operator on the device is compared with the list of
+those that the vendor computes there (npu_operators.txt; a composite of others needs no entry), and
+none may see fp64. At the end a stray literal, an fp64 number and an operator outside the list
+are planted, one after the other, and the same step is taken again.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Npu(ModuleType):
@@ -80,19 +84,77 @@ class Literals(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def plant() -> None:
-    """A stray literal, as somebody might write it in a layer."""
-    from wm_train.models.sana_wm.ffn import GatedConvFeedForward
+class Operators(TorchDispatchMode):
+    """Note the operators on the device that the vendor does not list, and those that see fp64."""
 
-    kept = GatedConvFeedForward.forward
-    GatedConvFeedForward.forward = lambda self, x, *rest: (
-        kept(self, x, *rest) + torch.zeros(1, device="cuda")
-    )  # type: ignore[method-assign]
+    def __init__(self) -> None:
+        super().__init__()
+        lines = (Path(__file__).with_name("npu_operators.txt")).read_text().splitlines()
+        self.listed = {line for line in lines if not line.startswith("#")}
+        self.unlisted: set[str] = set()
+        self.double: set[str] = set()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        there = [x for x in leaves if x.device.type == "npu"]
+        space, _, name = func._schema.name.partition("::")
+        if there and space == "aten":
+            self.seen += 1
+            overload = func._schema.overload_name
+            name = f"{name}.{overload}" if overload else name
+            if any(x.dtype in (torch.float64, torch.complex64, torch.complex128) for x in there):
+                self.double.add(name)
+            if name not in self.listed and not composite(func):
+                self.unlisted.add(name)
+        return out
 
 
-def main(config: Path) -> None:
+def composite(func) -> bool:
+    """Return whether torch computes an operator by others, on any device."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(has(func._schema.name + suffix(func), key) for key in keys)
+
+
+def suffix(func) -> str:
+    return f".{func._schema.overload_name}" if func._schema.overload_name else ""
+
+
+def planted(what):
+    """A line that somebody might write into a layer: the embedding of pictures adds `what`, 0."""
+    from wm_train.models.layers.embed import PatchEmbed
+
+    kept = PatchEmbed.forward
+
+    def forward(self, x, *rest):
+        return kept(self, x, *rest) + what(x)
+
+    return patch.object(PatchEmbed, "forward", forward)
+
+
+def fused_attention() -> ModuleType:
+    """The vendor's attention as shapes: rows' maximum and sum, eight times."""
+
+    def forward(q, k, v, head_num, input_layout, *, scale):
+        assert (head_num, input_layout) == (q.shape[2], "BSND")
+        sums = q.new_empty(len(q), head_num, q.shape[1], 8, dtype=torch.float32)
+        return torch.empty_like(q), sums, torch.empty_like(sums), None, 0, 0, 0
+
+    def backward(q, k, v, grad, head_num, input_layout, **given):
+        assert {x.dtype for x in (q, k, v, grad, given["attention_in"])} == {torch.bfloat16}
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+    module = ModuleType("torch_npu")
+    module.npu_fusion_attention, module.npu_fusion_attention_grad = forward, backward
+    return module
+
+
+def main(config: Path, ranks: int) -> None:
     """The trainer's own data, mesh, model, step, guard, optimizer and average."""
-    sys.modules["torch_npu"] = ModuleType("torch_npu")
+    sys.modules["torch_npu"] = fused_attention()
+    sys.modules["torch_npu"].__spec__ = ModuleSpec("torch_npu", None)
     backend_registration._setup_privateuseone_for_python_backend(
         "npu", backend_module=Npu("torch.npu")
     )
@@ -100,6 +162,7 @@ def main(config: Path) -> None:
     from wm_train.backends import get_backend
     from wm_train.config.curriculum import plan_stage
     from wm_train.config.typed import from_json
+    from wm_train.kernels.attention import choose
     from wm_train.resilience.guard import Guard
     from wm_train.resilience.preemption import StopRequest
     from wm_train.training.data import on_device, open_loader
@@ -116,19 +179,23 @@ def main(config: Path) -> None:
     backend = replace(
         backend, capabilities=backend.capabilities - {"pinned"}
     )  # there is no allocator to pin with
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    stage = open_stage(plan, backend, World(0, 1))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    choose.defect = lambda *given: None  # a trial compares values
+    stage = open_stage(plan, backend, World(0, ranks))
     with open_loader(stage, "train", stage.config.global_batch) as loader:
         batches = [next(loader) for _ in range(2)]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, HostReads(mode), Literals():
+    operators = Operators()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, HostReads(mode), Literals(), operators:
         state = build_state(plan, stage.mesh.fsdp, backend.device)
         guard, clock = Guard(plan.config.trainer, ()), StepClock(stage, state)
+
+        def take(step: int, batch) -> dict[str, float]:
+            batch = on_device(stage, batch)
+            return train_step(stage, state, batch, step, guard, StopRequest(), clock).figures
+
         for step, batch in enumerate(batches, 1):
             clock.begin()
-            taken = train_step(
-                stage, state, on_device(stage, batch), step, guard, StopRequest(), clock
-            )
-            figures = taken.figures | clock.end(batch.data_wait_s)
+            figures = take(step, batch) | clock.end(batch.data_wait_s)
         assert {
             x.device.type
             for name, x in state.tensors().items()
@@ -140,15 +207,19 @@ def main(config: Path) -> None:
             if p.requires_grad
         )
         assert {"loss", "grad_norm"} <= set(figures)
-        print("took", step, "steps on", backend.device)
-        plant()
+        print("took", step, "steps on", backend.device, "of", operators.seen > 1000)
+        print("unlisted:", sorted(operators.unlisted), "fp64:", sorted(operators.double))
+        with planted(lambda x: torch.zeros(1, device=x.device, dtype=torch.float64).to(x.dtype)):
+            take(step + 1, batches[0])
+        with planted(lambda x: torch.special.ndtri(x.float().mean()).to(x.dtype) * 0):
+            take(step + 2, batches[0])
+        print("unlisted:", sorted(operators.unlisted), "fp64:", len(operators.double) > 0)
         try:
-            train_step(
-                stage, state, on_device(stage, batches[0]), step + 1, guard, StopRequest(), clock
-            )
+            with planted(lambda x: torch.zeros(1, device="cuda")):
+                take(step + 3, batches[0])
         except RuntimeError as found:
             print("found:", str(found).splitlines()[0])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

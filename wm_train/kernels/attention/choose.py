@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,13 +47,14 @@ class Engine(NamedTuple):
     auto: bool
 
 
+VENDORS_ATTENTION = ("npu_fusion_attention", "npu_fusion_attention_v3")
 ANY = ((0, 0), (99, 0))
 TABLE = {  # dense engines for halves, best first
     "cudnn": Engine("cuda", ((9, 0), (99, 0)), 128, None, True),
     "flash_attn_3": Engine("cuda", ((9, 0), (9, 9)), 256, "flash_attn_interface", True),
     "flash": Engine("cuda", ((8, 0), (99, 0)), 256, None, True),
     "flash_attn": Engine("cuda", ((8, 0), (99, 0)), 256, "flash_attn", False),
-    "npu_fusion": Engine("npu", ANY, 512, "torch_npu", True),
+    "npu_fusion": Engine("npu", ANY, 768, "torch_npu", True),
 }
 
 
@@ -202,6 +203,13 @@ def flex_attention_backward(
     return block_attention_backward(grad, q, k, v, out, lse, tiles, dense)
 
 
+def own_products(device: torch.device) -> tuple[Any, ...]:
+    """Return a vendor's own attention operators as its package has registered them."""
+    space = getattr(torch.ops, device.type)
+    found = (getattr(space, name, None) for name in VENDORS_ATTENTION)
+    return tuple(packet.default for packet in found if packet is not None)
+
+
 def with_attention(device: torch.device, engine: str, table: Kernels = REFERENCE) -> Kernels:
     """Return the kernel table with this device's softmax attention.
 
@@ -216,6 +224,7 @@ def with_attention(device: torch.device, engine: str, table: Kernels = REFERENCE
             partial(attend_tile, engine=dense),
             partial(attend_tile_backward, engine=dense),
         )
+        table = table._replace(products=own_products(device))
     elif engine in ("auto", "plain"):
         return table  # the CPU's own kernels are the reference
     if engine == "flex":

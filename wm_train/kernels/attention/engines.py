@@ -164,14 +164,16 @@ def _use_flash(wanted: str | None) -> None:
 def npu_fusion(q: Tensor, k: Tensor, v: Tensor) -> Pair:
     """Call torch_npu's fused attention, which returns each row's maximum and sum, eight times.
 
+    Tokens go in as they lie, before heads (BSND): in the order of a tile all four would be copied.
     Not run on any device yet.
     """
     import torch_npu
 
+    tokens = (x.transpose(1, 2) for x in (q, k, v))
     out, largest, total = torch_npu.npu_fusion_attention(
-        q, k, v, q.shape[1], "BNSD", scale=q.shape[-1] ** -0.5
+        *tokens, q.shape[1], "BSND", scale=q.shape[-1] ** -0.5
     )[:3]
-    return out, (largest + total.log())[..., 0]
+    return out.transpose(1, 2), (largest + total.log())[..., 0]
 
 
 def npu_fusion_backward(
@@ -184,11 +186,12 @@ def npu_fusion_backward(
     import torch_npu
 
     largest = lse.float()[..., None].expand(*lse.shape, 8).contiguous()
-    dq, dk, dv = torch_npu.npu_fusion_attention_grad(
-        q, k, v, grad.to(q.dtype), q.shape[1], "BNSD",
-        softmax_max=largest, softmax_sum=torch.ones_like(largest), attention_in=out.to(q.dtype),
+    tokens = [x.transpose(1, 2) for x in (q, k, v, grad.to(q.dtype), out.to(q.dtype))]
+    dq, dk, dv = (x.transpose(1, 2) for x in torch_npu.npu_fusion_attention_grad(
+        *tokens[:4], q.shape[1], "BSND",
+        softmax_max=largest, softmax_sum=torch.ones_like(largest), attention_in=tokens[4],
         scale_value=q.shape[-1] ** -0.5,
-    )[:3]  # fmt: skip
+    )[:3])  # fmt: skip
     return dq, dk, dv
 
 

@@ -39,7 +39,7 @@ class WanConfig(ModelConfig):
     heads: Count = 4
     ffn_width: Count = 256
     patch_size: Count = 2
-    text_width: Count = 4096
+    text_width: CountOrZero = 4096  # of the text's vectors; 0: no text and no cross-attention
     text_tokens: Count = 512  # L: all of them are seen, so zeros up to here belong to the text
     # of a clip's first image: frame (its latent is given clean, sigma 0) | channels (a mask and the
     # encoding of the image followed by zeros, beside latents that are noised in all frames)
@@ -61,7 +61,7 @@ class WanConfig(ModelConfig):
     def needs(self) -> Needs:
         """Return the model's facts for other modules."""
         reads = {
-            "text": True,
+            "text": self.text_width > 0,
             "start_video": self.image_condition_mode == "channels",
             "clip_image": self.clip_width > 0,
             "camera": self.camera,
@@ -73,11 +73,12 @@ class WanConfig(ModelConfig):
             patch=self.patch_size,
             fields=frozenset(name for name, read in reads.items() if read),
             text_width=self.text_width,
-            text_tokens=self.text_tokens,
+            text_tokens=self.text_tokens if self.text_width else 0,
             clip_image=(CLIP_TOKENS, self.clip_width),
             image=self.image_condition_mode,
             most_frames=MOST_POSITIONS,
             camera_stride=self.camera_stride if self.camera else 0,
+            attention_only=True,
         )
 
     def problems(self) -> Iterator[Problem]:
@@ -89,6 +90,10 @@ class WanConfig(ModelConfig):
             rule = f"a multiple of 2 x heads = {whole} with at least 6 channels of a head, as three"
             rule += " axes turn pairs of channels"
             yield Problem("width", str(self.width), rule, f"{AT}width={nearest}")
+        if self.clip_width and not self.text_width:
+            rule = "0 without text, as both come in by cross-attention"
+            fix = f"{AT}clip_width=0, or {AT}text_width=4096"
+            yield Problem("clip_width", str(self.clip_width), rule, fix)
         if self.clip_width and self.image_condition_mode != "channels":
             rule = "0 with image_condition_mode=frame, as CLIP features describe the first image"
             fix = f"{AT}clip_width=0, or {AT}image_condition_mode=channels"

@@ -28,13 +28,13 @@ ROWS = 6  # shift, scale and gate of attention, then of the FFN
 class BlockContext:
     """Hold what all blocks read besides their inputs.
 
-    text [B, L, C], image [B, L_image, C] and camera [B, t, S, C] are embedded; image: None without
-    CLIP features; camera: None where it does not enter blocks.
+    text [B, L, C], image [B, L_image, C] and camera [B, t, S, C] are embedded; None: text in a
+    model without, image without CLIP features, camera where it does not enter blocks.
     """
 
     sequence: SequenceShard
     rotary: Rotary
-    text: Tensor
+    text: Tensor | None
     image: Tensor | None
     camera: Tensor | None = None
 
@@ -42,27 +42,29 @@ class BlockContext:
 @dataclass(frozen=True)
 class Scales:
     """Hold a block's modulation [B, t, 6, C] and the norm before cross-attention, weight and bias
-    [C], all at least fp32."""
+    [C], all at least fp32; None without text."""
 
     rows: Tensor
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class BlockScales(nn.Module):
     """Hold a block's modulation table and the norm before cross-attention, an fp32 unit."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, text: bool) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.zeros(ROWS, width))
-        self.norm2 = nn.LayerNorm(width, eps=EPSILON)
+        self.norm2 = nn.LayerNorm(width, eps=EPSILON) if text else None
 
-    def forward(self, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Return what `Scales` holds, for the modulation of this noise level, [B, t, 6, C].
 
         Copies of the norm's parameters: a sharded module frees its own after this call.
         """
         table = self.scale_shift_table.to(accumulation_dtype(self.scale_shift_table.dtype))
+        if self.norm2 is None:
+            return (table + modulation,)
         weight, bias = self.norm2.weight, self.norm2.bias
         exact = accumulation_dtype(weight.dtype)
         return table + modulation, weight.to(exact, copy=True), bias.to(exact, copy=True)
@@ -120,7 +122,9 @@ class CrossAttention(Attention):
         """Map x [B, t, S, C] -> [B, t, S, C]; frames do not meet here."""
         b, t, s, c = x.shape
         q = self.norm_q(self.to_q(x)).reshape(b, t * s, c)
-        out = self._over(q, self.norm_k(self.to_k(context.text)), self.to_v(context.text))
+        text = context.text
+        assert text is not None, "a block without text has no cross-attention"
+        out = self._over(q, self.norm_k(self.to_k(text)), self.to_v(text))
         if context.image is not None:
             keys, values = self.add_k_proj(context.image), self.add_v_proj(context.image)
             out = out + self._over(q, self.norm_added_k(keys), values)
@@ -173,7 +177,8 @@ class ConditionEmbed(nn.Module):
         super().__init__()
         self.time_embedder = TimestepEmbed(width)
         self.time_proj = nn.Linear(width, ROWS * width)
-        self.text_embedder = CaptionProjection(text_width, width)
+        if text_width:
+            self.text_embedder = CaptionProjection(text_width, width)
         if clip_width:
             self.image_embedder = ImageEmbed(clip_width, width)
 

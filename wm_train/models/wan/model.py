@@ -57,9 +57,10 @@ class Block(nn.Module):
         super().__init__()
         width, heads = config.width, config.heads
         self.recompute = config.activation_checkpointing
-        self.scales = BlockScales(width)
+        text = config.text_width > 0
+        self.scales = BlockScales(width, text)
         self.attn1 = SelfAttention(width, heads)
-        self.attn2 = CrossAttention(width, heads, image=config.clip_width > 0)
+        self.attn2 = CrossAttention(width, heads, config.clip_width > 0) if text else None
         if config.camera and config.camera_injection == "blocks":
             self.camera = nn.Linear(width, 2 * width, bias=False)  # no camera: no change
         self.ffn = FeedForward(width, config.ffn_width, width, "tanh")
@@ -82,6 +83,8 @@ class Block(nn.Module):
         if context.camera is not None:
             scale, shift = self.camera(context.camera).chunk(2, dim=-1)
             x = x + scale * x + shift
+        if self.attn2 is None:
+            return x
         return x + self.attn2(normed(x, scales.weight, scales.bias).to(x.dtype), context)
 
     def feed_forward(self, x: Tensor, scales: Scales) -> Tensor:
@@ -153,7 +156,9 @@ class Wan(WorldModel):
         head_dim = config.width // config.heads
         check_positions(sequence, grid)
         rotary = wan_rope(sequence.positions, grid, head_dim, exact, x.device)
-        text = embed.text_embedder(self.text(conditions).to(x.dtype))
+        text = None
+        if config.text_width:
+            text = embed.text_embedder(self.text(conditions).to(x.dtype))
         context = BlockContext(sequence, rotary, text, self.image(conditions), camera)
         for block in self.blocks:
             x = block(x, modulation, context)
@@ -190,7 +195,8 @@ class Wan(WorldModel):
         self, latents: Tensor, conditions: Conditions, sequence: SequenceShard
     ) -> Tensor:
         """Return the channels beside the local latents: a mask, 1 in a document's first frame, and
-        the encoding of the first image followed by zeros, [B, t, 4 + C, h, w].
+        the encoding of the first image followed by zeros, [B, t, 4 + C, h, w]; in a window of a
+        longer clip (`sampling/history.py`) mask and latents of all frames that are given.
 
         Of that encoding a few latents are stored: it is constant from some latent on, whose value
         the last one stored is.
@@ -203,8 +209,12 @@ class Wan(WorldModel):
             )
         place = sequence.positions[0]
         seen = stored.to(latents)[:, place.clamp(max=stored.shape[1] - 1).to(stored.device)]
-        first = (place == 0).to(latents.device, latents.dtype)[None, :, None, None, None]
-        return torch.cat((first.expand(b, t, MASK_CHANNELS, h, w), seen), 2)
+        known = (place == 0).to(latents.device)[None, :, None, None, None]
+        if "shown" in conditions.fields:  # frames of a window that are given, the first among them
+            local = slice(sequence.frames.start, sequence.frames.stop)
+            known = conditions.fields["shown_frames"][:, local, None, None, None]
+            seen = torch.where(known, conditions.fields["shown"][:, local].to(seen), seen)
+        return torch.cat((known.to(latents.dtype).expand(b, t, MASK_CHANNELS, h, w), seen), 2)
 
 
 def _field(conditions: Conditions, name: str) -> Tensor:

@@ -165,7 +165,12 @@ def _refuse(problems: list[str]) -> None:
         )
 
 
-def _no_camera(config: WanConfig) -> None:
+def _public_parts(config: WanConfig) -> None:
+    if not config.text_width:
+        raise ValueError(
+            "export failed: got model.text_width=0, expected a model with text, as the public"
+            " classes have no other. Fix: --layout file"
+        )
     if config.camera:
         raise ValueError(
             "export failed: got model.camera=true, expected false, as the public classes have no"
@@ -175,8 +180,8 @@ def _no_camera(config: WanConfig) -> None:
 
 def public_from_config(config: WanConfig) -> dict[str, Any]:
     """Convert our configuration into diffusers' config.json. Raises ValueError for a camera, which
-    its class has not."""
-    _no_camera(config)
+    its class has not, and for a model without text."""
+    _public_parts(config)
     return {
         "_class_name": DIFFUSERS,
         "added_kv_proj_dim": config.width if config.clip_width else None,
@@ -195,7 +200,7 @@ def public_from_config(config: WanConfig) -> dict[str, Any]:
 
 def native_from_config(config: WanConfig) -> dict[str, Any]:
     """Convert our configuration into the native config.json. Errors as `public_from_config`."""
-    _no_camera(config)
+    _public_parts(config)
     clean = "ti2v" if config.latent_channels == TI2V_CHANNELS else "t2v"
     return {
         "_class_name": NATIVE,

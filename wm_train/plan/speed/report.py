@@ -40,6 +40,27 @@ def mean_seconds(plan: StagePlan, times: Mapping[str, StepTime]) -> float:
     return sum(counts[role] * times[role].seconds for role in times) / sum(counts.values())
 
 
+def stage_seconds(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware) -> float | None:
+    """Return the seconds of all steps of a stage; None where `time_lines` has none."""
+    if plan.config.parallel.precision == "fp32" or not made:
+        return None
+    return plan.config.steps * mean_seconds(plan, times_of(plan, made, device))
+
+
+def idle_lines(pools: Mapping[str, Mapping[str, tuple[float, int]]]) -> list[str]:
+    """Return a line for each stage that several pools train: the worker-hours that wait for the
+    slower one. pools: name -> stage -> (seconds, workers)."""
+    lines = []
+    for stage in dict.fromkeys(stage for own in pools.values() for stage in own):
+        spent = {pool: own[stage] for pool, own in pools.items() if stage in own}
+        longest = max(seconds for seconds, _ in spent.values())
+        idle = {pool: (longest - s) * workers / 3600 for pool, (s, workers) in spent.items()}
+        if len(spent) > 1:
+            waits = ", ".join(f"{pool} {hours:.3g}" for pool, hours in idle.items())
+            lines.append(f"stage {stage}: worker-hours that wait for the slower pool: {waits}")
+    return lines
+
+
 def time_lines(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware) -> list[str]:
     """Return the lines about the time of a stage."""
     config = plan.config

@@ -1,0 +1,49 @@
+"""Configure several experts as one network: a model for each part of the noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, ClassVar
+
+from wm_train.config.kinds import ModelConfig, Needs
+from wm_train.config.problems import AT, Problem
+from wm_train.config.rules import Rule
+
+FALLING = Rule(
+    lambda levels: levels[-1:] == (0.0,) and all(a > b for a, b in pairwise((1.0, *levels))),
+    "noise levels that fall from below 1 to 0, one for each expert",
+)
+
+
+@dataclass(frozen=True)
+class ExpertsConfig(ModelConfig):
+    """Configure the experts of a run's pools as one network, whose parameters have the pool's name
+    before their own. A stage with pools=together makes it of the pools' models."""
+
+    builds: ClassVar[str] = "wm_train.models.experts.model:ExpertsModel"
+
+    name: str = "experts"
+    experts: dict[str, ModelConfig] = field(default_factory=dict)
+    # the noise level from which each is used, in the order of `experts`
+    boundaries: Annotated[tuple[float, ...], FALLING] = (0.0,)
+
+    def __hash__(self) -> int:
+        """Return a hash, as counts of FLOPs are kept by model."""
+        return hash((tuple(self.experts.items()), self.boundaries))
+
+    def needs(self) -> Needs:
+        """Return the facts of the first expert; the others have the same."""
+        first = next(iter(self.experts.values()), None)
+        return first.needs() if first else Needs(1, 1, self.latent_channels, 1, frozenset())
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield experts without a boundary, and such that cannot see the same clips."""
+        if len(self.experts) != len(self.boundaries) or not self.experts:
+            rule = f"one for each of the {len(self.boundaries)} boundaries"
+            got = ", ".join(self.experts) or "none"
+            yield Problem("experts", got, rule, f"{AT}name=<another model>")
+        if len({model.needs() for model in self.experts.values()}) > 1:
+            rule = "models that read the same of a clip, as their pools train on the same"
+            yield Problem("experts", ", ".join(self.experts), rule, "the same model for all pools")
