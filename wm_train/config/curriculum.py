@@ -246,8 +246,8 @@ def _source(config: RunConfig, stage: str, inherit: str | None, where: str) -> S
     named = stage_named(config.recipe.stages, stage, inherit)
     if named is not None:
         others = _between_pools(config, stage, named)
-        place = others[0].checkpoints if others else checkpoints_of(config, named)
-        return Source(place, named, others=others)
+        first = others[0].checkpoints if others else checkpoints_of(config, named)
+        return Source(first, named, others=others)
     if inherit == PREVIOUS:
         rule = "null or a checkpoint directory, as it is the first stage"
         raise StageError(where, PREVIOUS, rule, "null")

@@ -190,7 +190,7 @@ def sequence_kernels(
     return table._replace(**recurrences(engine))
 
 
-def recurrences(engine: str, settings: ScanSettings | None = None) -> dict[str, Callable[..., Any]]:
+def recurrences(engine: str, settings: ScanSettings | None = None) -> dict[str, Any]:
     """Return the four functions of the GDN states by name: the kernels, each with the reference for
     streams that they cannot take."""
     from wm_train.kernels.gdn import scan

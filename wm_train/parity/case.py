@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parallel.layout import ClipLayout
 from parallel.reference import Kernels
-from parallel.sequence import GroupSequence, LocalSequence, SequenceShard
+from parallel.sequence import GroupSequence, LocalSequence, SequenceShard, WholeClip
 from parallel.streaming import chunk_starts
 from parallel.virtual import VirtualComm, replicate, run_virtual
 from wm_train.config.kinds import ModelConfig, ObjectiveConfig
@@ -121,7 +121,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def forward(
-    case: ParityCase, model: WorldModel, sequence: SequenceShard, rows: slice = slice(None)
+    case: ParityCase, model: WorldModel, sequence: WholeClip, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Compute losses of the rows [b] and their local velocities [b, t, C, h, w]; traffic is counted
     per block."""

@@ -162,8 +162,8 @@ def _made(
     past = torch.arange(local.start, local.stop, device=draw.device)[None] < window.slots
 
     def velocity(latents: Tensor, level: Tensor, sigma: float) -> Tensor:
-        given = (part, history, draw, guidance)
-        return window_velocity(*whose, row, *given, latents, level, sigma)
+        given = (row, part, history, draw, guidance, latents, level, sigma)
+        return window_velocity(*whose, *given)
 
     def fresh(step: int) -> Tensor:
         return window_noise(key, f"rollout/step{step}", draw, window, shape, False)[:, local]
