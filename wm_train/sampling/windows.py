@@ -162,8 +162,9 @@ def _made(
     past = torch.arange(local.start, local.stop, device=draw.device)[None] < window.slots
 
     def velocity(latents: Tensor, level: Tensor, sigma: float) -> Tensor:
-        given = (row, part, history, draw, guidance, latents, level, sigma)
-        return window_velocity(*whose, *given)
+        experts, conditions, number = whose
+        how = (history, draw, guidance, latents, level, sigma)
+        return window_velocity(experts, conditions, number, row, part, *how)
 
     def fresh(step: int) -> Tensor:
         return window_noise(key, f"rollout/step{step}", draw, window, shape, False)[:, local]
