@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from wm_train.config import registry
-from wm_train.config.history import HistoryConfig
-from wm_train.config.kinds import ModelConfig, OptimizerConfig, falls_from_one
+from wm_train.config.kinds import HistoryConfig, ModelConfig, OptimizerConfig, falls_from_one
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import (
     AtLeastZero,

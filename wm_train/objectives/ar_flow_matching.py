@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallel.layout import ClipLayout
-from wm_train.config.history import HistoryConfig
+from wm_train.config.kinds import HistoryConfig
 from wm_train.models.spec import WorldModel
 from wm_train.noise import uniform
 from wm_train.objectives.clips import Clips, ObjectiveOutput

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Self
 
-from wm_train.config.history import HistoryConfig
-from wm_train.config.kinds import ObjectiveConfig, falls_from_one
+from wm_train.config.kinds import HistoryConfig, ObjectiveConfig, falls_from_one
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import AtLeastZero, Finite, Positive, Rule, Share
 

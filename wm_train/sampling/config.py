@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from wm_train.config.history import HistoryConfig
-from wm_train.config.kinds import SamplerConfig
+from wm_train.config.kinds import HistoryConfig, SamplerConfig
 from wm_train.config.rules import Below1, one_of
 
 

@@ -21,7 +21,7 @@ from data_shards.fields import relative_poses
 from data_shards.time_layout import TimeLayout
 from parallel.layout import ClipLayout
 from wm_train.conditioning import Conditions
-from wm_train.config.history import HistoryConfig
+from wm_train.config.kinds import HistoryConfig
 from wm_train.noise import NoiseKey, normal
 
 GRID = 32  # points of a picture, each way, over which its rays are averaged

@@ -18,7 +18,7 @@ from parallel.local_attention import accumulation_dtype
 from parallel.reference import REFERENCE, Kernels
 from parallel.sequence import LocalSequence, WholeClip
 from wm_train.conditioning import Conditions
-from wm_train.config.history import HistoryConfig
+from wm_train.config.kinds import HistoryConfig
 from wm_train.noise import NoiseKey
 from wm_train.sampling.chunks import ChunkExit
 from wm_train.sampling.experts import Experts, Model, experts_of

@@ -11,7 +11,7 @@ import torch
 from parallel.layout import ClipLayout
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import replicate, run_virtual
-from wm_train.config.history import HistoryConfig
+from wm_train.config.kinds import HistoryConfig
 from wm_train.models.examples import ExampleShape, example_conditions, example_latents
 from wm_train.models.init import initialise_
 from wm_train.models.spec import build_model

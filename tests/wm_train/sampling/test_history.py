@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_shards.time_layout import TimeLayout
 from parallel.layout import ClipLayout, FrameRange
-from wm_train.config.history import HistoryConfig
+from wm_train.config.kinds import HistoryConfig
 from wm_train.sampling.history import camera_latents, mean_rays, raw_frames, window_of
 
 TIME, SIZE = TimeLayout(4), (48, 64)

@@ -11,7 +11,7 @@ from parallel.layout import ClipLayout
 from parallel.reference import REFERENCE
 from parallel.sequence import GroupSequence, LocalSequence
 from parallel.virtual import run_virtual
-from wm_train.config.history import HistoryConfig
+from wm_train.config.kinds import HistoryConfig
 from wm_train.models.examples import ExampleShape, example_conditions, example_latents
 from wm_train.models.experts.config import ExpertsConfig
 from wm_train.models.init import initialise_
