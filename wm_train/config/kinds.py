@@ -21,8 +21,8 @@ MOST_STEPS = 10_000
 
 @dataclass(frozen=True)
 class HistoryConfig:
-    """Configure the windows in which a long clip is made (MoWorld §4.2): slots of earlier latent frames, the last
-    frame before the chunk once more (the anchor), and the chunk.
+    """Configure the windows in which a long clip is made (MoWorld §4.2): slots of earlier latent
+    frames, the last frame before the chunk once more (the anchor), and the chunk.
 
     The first slot is the clip's first frame; slots without a frame of their own repeat it.
     """
