@@ -43,7 +43,7 @@ def ar_flow_matching(
     sigma = clip_sigma(clips.key, clips.draws, config)
     seen = dropped_conditions(clips.conditions, clips.key, clips.draws, config)
     clips, history = replace(clips, conditions=seen), config.history
-    (whole,) = clips.sequence.gather([clips.latents])  # [B, T, C, h, w] on every rank
+    (whole,) = clips.sequence.gather([clips.latents])  # [B, T, C, h, w] everywhere
     drawn = uniform(clips.key, "ar/chunk", clips.draws.cpu()).tolist()
     rows, numbers = [], []
     for row, cameras in enumerate(clip_cameras(seen, history, len(drawn))):
