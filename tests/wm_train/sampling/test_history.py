@@ -1,5 +1,4 @@
-"""What a chunk sees of the frames before it: never the future, frames whose camera is near, the
-same everywhere."""
+"""Check which frames a chunk sees of those before it: no later ones, those whose camera is near."""
 
 from __future__ import annotations
 
