@@ -112,7 +112,7 @@ def resident_experts(
 
 @dataclass(frozen=True)
 class OneAtATime:
-    """Stand for an expert that is loaded when it is called, in the place of the one before.
+    """Hold an expert that is loaded when it is called, in the place of the one before.
 
     held: at most one loaded expert by its boundary, shared by all.
     """

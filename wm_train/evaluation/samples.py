@@ -34,7 +34,7 @@ SHEET_CLIPS = 4  # clips on the contact sheet
 
 
 class Expert(Protocol):
-    """Stand for weights that make samples: a model, and a context in which they are averaged."""
+    """Hold weights that make samples: a model, and a context in which they are averaged."""
 
     @property
     def model(self) -> Model: ...
