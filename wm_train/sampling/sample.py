@@ -85,7 +85,13 @@ def windows(start: SampleStart, config: WindowsConfig) -> Tensor:
     """Return the local frames, fp32 [B, t, C, h, w], of clips made chunk by chunk in windows, each
     of which is split over the ranks."""
     given = (start.experts, start.first_latent, start.conditions, start.levels, start.key)
-    how = {"guidance": config.guidance, "sampler": config.step}
-    chunks = window_rollout(*given, start.draws, start.sequence, config.history, **how)  # type: ignore[arg-type]
+    chunks = window_rollout(
+        *given,
+        start.draws,
+        start.sequence,
+        config.history,
+        guidance=config.guidance,
+        sampler=config.step,
+    )
     local = start.sequence.frames
     return torch.cat([one.clean for one in chunks], dim=1)[:, local.start : local.stop]

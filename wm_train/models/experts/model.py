@@ -29,7 +29,8 @@ class ExpertsModel(WorldModel):
 
     def experts(self) -> dict[str, WorldModel]:
         """Return the models by their pools' names, highest noise levels first."""
-        return {name: self.get_submodule(name) for name in self.config.experts}  # type: ignore[misc]
+        found = {name: self.get_submodule(name) for name in self.config.experts}
+        return found  # type: ignore[return-value]
 
     def units(self) -> Sequence[nn.Module]:
         return [unit for model in self.experts().values() for unit in model.units()]
