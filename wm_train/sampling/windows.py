@@ -38,7 +38,7 @@ class WindowRow:
     """Hold one clip's window at its exit step: `shown`, the latents of all its frames [1, W, C, h,
     w] as far as they are known; noise [1, t, C, h, w] of history; passed: the step itself."""
 
-    window: Window
+    view: Window
     shown: Tensor
     noise: Tensor
     passed: Passed
@@ -68,13 +68,13 @@ def window_velocity(
     """Return the guided velocity of the local frames of clip `number`'s window, latents [1, t, C,
     h, w] at the levels [1, t], history given as configured. sequence: of the window."""
     local = slice(sequence.frames.start, sequence.frames.stop)
-    past = torch.arange(local.start, local.stop, device=level.device)[None] < row.window.slots
+    past = torch.arange(local.start, local.stop, device=level.device)[None] < row.view.slots
     spoiled = sigma if history.time == "chunk" else history.noise
     given = (1 - spoiled) * row.shown[:, local] + spoiled * row.noise if spoiled else None
     if given is not None:
         latents = torch.where(past[:, :, None, None, None], given, latents)
         level = torch.where(past, spoiled, level)
-    seen = window_conditions(conditions, number, row.window, row.shown)
+    seen = window_conditions(conditions, number, row.view, row.shown)
     views = guidance_views(seen, guidance, draw)
     shards = [sequence] * len(views)
     made = velocities(experts.at(sigma), latents, level, views, shards)
@@ -200,7 +200,7 @@ def window_losses(
         place = min(turn, len(group) - 1)
         found = group[place]
         for number, row in enumerate(found.rows):
-            window, passed = row.window, row.passed
+            window, passed = row.view, row.passed
             sequence = LocalSequence(ClipLayout(1), kernels).relaid(window.layout)
             draw = draws[number : number + 1]
             given = (row, sequence, history, draw, UNGUIDED, passed.noisy, passed.level)

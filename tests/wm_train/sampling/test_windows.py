@@ -96,7 +96,7 @@ def written_out(model, exit, sampler, g):
     known = clip_of(exits)
     for row in range(len(first)):
         for one in exits:
-            ids = one.rows[row].window.ids
+            ids = one.rows[row].view.ids
             x, level = one.rows[row].passed.noisy, one.rows[row].passed.level
             raw = [i for k in ids for i in ([0] * 4 if k == 0 else range(4 * k - 3, 4 * k + 1))]
             own = conditions.rows(slice(row, row + 1))
