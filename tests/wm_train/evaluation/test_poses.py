@@ -231,9 +231,9 @@ def test_a_wrong_estimator_is_refused_at_once(text, match):
 @pytest.mark.full
 def test_structure_from_motion_finds_a_path_up_to_scale(clips):
     pytest.importorskip("pycolmap", reason="pycolmap is not installed")
-    video, c2w, known = clips[0]
-    track = make_estimator("colmap").estimate(video, FPS, known)
-    errors = camera_errors(c2w, track.c2w)
-    assert not track.metric
-    assert errors.rot_err_deg.coverage > 0.8
-    assert np.nanmedian(errors.rotation) < 2
+    for video, c2w, known in clips:  # in the first two clips no third frame fits the first pair
+        track = make_estimator("colmap").estimate(video, FPS, known)
+        errors = camera_errors(c2w, track.c2w)
+        assert not track.metric
+        assert errors.rot_err_deg.coverage > 0.8
+        assert np.nanmedian(errors.rotation) < 2

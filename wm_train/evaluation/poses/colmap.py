@@ -92,7 +92,8 @@ def reconstruct(
     pycolmap.match_sequential(
         database, matching_options=matching, pairing_options=pairing, device=pycolmap.Device.cpu
     )
-    options = pycolmap.IncrementalPipelineOptions(num_threads=1, multiple_models=False)
+    # several models: a first pair from which no third frame is found would be all of a single one
+    options = pycolmap.IncrementalPipelineOptions(num_threads=1, multiple_models=True)
     options.ba_refine_focal_length = options.ba_refine_principal_point = False
     options.ba_refine_extra_params = False
     models = pycolmap.incremental_mapping(database, pictures, folder / "models", options)
