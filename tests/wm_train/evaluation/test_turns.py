@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_shards.time_layout import TimeLayout
-from wm_train.evaluation.metrics.turns import horizontal_shifts, mouse_column, turns_followed
+from wm_train.evaluation.metrics.turns import best_shifts, mouse_column, shift_costs, turns_followed
 
 
 def panned(shifts, width=96, height=48):
@@ -23,11 +23,18 @@ def panned(shifts, width=96, height=48):
 
 def test_shifts_are_found_to_a_fraction_of_a_pixel():
     true = np.array([2.0, -3.0, 0.5, 0.0, -1.3, 5.0])
-    np.testing.assert_allclose(horizontal_shifts(panned(true)), true, atol=0.3)
+    np.testing.assert_allclose(best_shifts(shift_costs(panned(true))), true, atol=0.3)
 
 
 def test_a_still_picture_does_not_move():
-    assert not horizontal_shifts(np.full((3, 48, 96, 3), 7, np.uint8)).any()
+    assert not best_shifts(shift_costs(np.full((3, 48, 96, 3), 7, np.uint8))).any()
+
+
+def test_what_comes_into_view_does_not_hide_a_shift():
+    """A bright thing that appears in a quarter of the picture, as from behind a pillar."""
+    video = panned([2.0])
+    video[1, :, 60:84] = 255
+    assert best_shifts(shift_costs(video)) == pytest.approx([2.0], abs=0.3)
 
 
 @pytest.mark.parametrize("layout", ["causal", "grouped"])
