@@ -11,7 +11,7 @@ key head are only more queries of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -165,11 +165,13 @@ def block_attention(
     v: Tensor,
     tiles: tuple[Tile, ...],
     dense: Callable[..., tuple[Tensor, Tensor]] = dense_attention,
+    walk: Callable[[Iterable[Tile]], Iterable[Tile]] = iter,
 ) -> tuple[Tensor, Tensor]:
     """Attend from q [B, n, S, H, D] to k, v [B, m, S, H_kv, D] within `tiles`.
 
     Returns out [B, n, S, H, D] and LSE [B, n, S, H]; rows in no tile get zeros and −inf. H is a
-    multiple of H_kv. dense: computes one tile.
+    multiple of H_kv. dense: computes one tile; walk: takes the tiles, and gives those to compute,
+    which on tensors without values may be one of each kind.
     """
     batch, n, s, heads, _ = q.shape
 
@@ -191,7 +193,7 @@ def block_attention(
     )
     for group, frames in key_blocks(tiles):
         keys, values = (x if frames is None else x[:, list(frames)] for x in (k, v))
-        for tile in group:
+        for tile in walk(group):
             out, lse = attend(tile, keys, values)
             place = (slice(None) if tile.rows is None else list(tile.rows), slice(*tile.queries))
             if shared:  # at most two parts, of which the first was rounded by its kernel already
@@ -215,11 +217,12 @@ def block_attention_backward(
     lse: Tensor,
     tiles: tuple[Tile, ...],
     dense: Callable[..., tuple[Tensor, Tensor, Tensor]] = dense_attention_backward,
+    walk: Callable[[Iterable[Tile]], Iterable[Tile]] = iter,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this block's contribution to dq, dk, dv (shapes of q, k, v).
 
     Their dtype is the accumulation dtype, or that of the inputs. out [B, n, S, H, D] and lse [B, n,
-    S, H] are the final ones, over all blocks.
+    S, H] are the final ones, over all blocks. walk: as for `block_attention`.
     """
     groups = k.shape[3]
 
@@ -241,7 +244,7 @@ def block_attention_backward(
         into = (dk, dv)
         if frames is not None:
             into = (dk.new_zeros(keys.shape), dv.new_zeros(values.shape))
-        for tile in group:
+        for tile in walk(group):
             found = gradients(tile, keys, values)
             rows = slice(None) if tile.rows is None else list(tile.rows)
             dq[rows, slice(*tile.queries)] += found[0].reshape(dq[rows, slice(*tile.queries)].shape)

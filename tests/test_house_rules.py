@@ -23,7 +23,7 @@ MAY_IMPORT = {
 # below its own. "__init__" is what the package's own __init__.py offers.
 FLOORS = {
     "wm_train": (
-        "evaluate",
+        "evaluate calibrate",
         "launch joint parity",
         "worker",
         "plan report",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 # Computes shapes without storage, and raises the first where a value is read; torch exports them
 # from no public module. torch 2.10 to 2.13.
 from torch._subclasses.fake_tensor import (
@@ -29,3 +34,33 @@ def local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int,
     mesh, placements = tensor.device_mesh, tensor.placements
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return tuple(shape), tuple(offset)
+
+
+class _Pieces:
+    """Hold the pieces of a tensor that FSDP2 deals over a shard group, each cut when it is read."""
+
+    def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
+        self.tensor, self.dim, self.size = tensor, dim, -(-tensor.shape[dim] // count)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        whole = self.tensor.shape[self.dim]
+        start = min(place * self.size, whole)
+        length = min(self.size, whole - start)
+        if not length:
+            return self.tensor.new_empty(0)
+        return self.tensor.narrow(self.dim, start, length)
+
+
+@contextmanager
+def pieces_as_read() -> Iterator[None]:
+    """Let FSDP2 cut from a weight only the pieces that it reads, its own and the first: it cuts one
+    for each rank, which in a rehearsal of many ranks takes longer than the step. torch 2.10 to
+    2.13."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    before = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = _Pieces  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = before

@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run what the parsed `arguments` ask for; return the exit code."""
-    from wm_train.plan.report import latent_frame, print_pool_plans
+    from wm_train.plan.latents import latent_frames
+    from wm_train.plan.report import Asked, print_pool_plans
 
     try:
         if options.help:
@@ -132,9 +133,8 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 name = f"pool {pool}, stage {stage.stage}" if pool else f"stage {stage.stage}"
                 workers = stage.launcher.workers
                 print(f"# {name}, {config.launcher.name}: {workers} x {worker}")
-        return print_pool_plans(
-            pools, {pool: latent_frame(run, None) for pool, run in pools.items()}
-        )
+        frames = {pool: latent_frames(run, ()) for pool, run in pools.items()}
+        return print_pool_plans(pools, frames, Asked())
     only = (TRAJECTORIES,) if options.trajectories else ()
     code = run_stages(config, pools, plans, arguments, only)
     if code == 0 and only:

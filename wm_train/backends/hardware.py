@@ -7,7 +7,8 @@ read. Numbers that nobody published are marked as assumed there.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class Hardware:
     peak: dense, in bf16; matmul: best seen of a large product; attention, attention_backward: of a
     fused kernel; inside, across: bytes per second one way to its node and out of it, per device;
     base_s, inside_step_s, across_step_s: of a collective and of each step of its ring; launch_s:
-    host time of an operator.
+    host time of an operator; stages: seconds of measured steps by the fingerprint of a shallow
+    plan, of a profile that `wm_train.calibrate` wrote.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Hardware:
     inside_step_s: float
     across_step_s: float
     launch_s: float
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
 @cache
@@ -52,7 +55,21 @@ def profiles() -> dict[str, dict[str, Any]]:
 
 def hardware(key: str) -> Hardware:
     """Return the profile `key`. Raises KeyError for one that is not in the file."""
-    profile = profiles()[key]
+    return profile_from(key, profiles()[key])
+
+
+def own_profile(path: Path) -> Hardware:
+    """Return the profile that `wm_train.calibrate` wrote. Raises OSError, or ValueError for a file
+    that is none."""
+    try:
+        ((key, profile),) = json.loads(path.read_text()).items()
+        return profile_from(key, profile)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no profile: {error!r}") from error
+
+
+def profile_from(key: str, profile: Mapping[str, Any]) -> Hardware:
+    """Return a profile as it stands in a file."""
     n = {name: entry["value"] for name, entry in profile["numbers"].items()}
     return Hardware(
         key=key,
@@ -71,4 +88,5 @@ def hardware(key: str) -> Hardware:
         inside_step_s=n["inside_step_us"] * 1e-6,
         across_step_s=n["across_step_us"] * 1e-6,
         launch_s=n["launch_us"] * 1e-6,
+        stages={name: one["value"] for name, one in profile.get("stages", {}).items()},
     )

@@ -6,7 +6,7 @@ adds. Each network of a stage is deepened on its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,21 +26,34 @@ def rehearse_deep(
 ) -> Rehearsal:
     """Return the rehearsal of a turn of the whole stage, from shallow models where they are deep
     enough to repeat themselves more than twice."""
+    return joined(plan, [rehearse(part, frame, rank, role, device) for part in shallow(plan)])
+
+
+def shallow(plan: StagePlan) -> list[StagePlan]:
+    """Return the plans whose rehearsals tell that of the whole stage: with one pattern of blocks in
+    each network, and with two in one network after the other. A plan that is not deeper than two is
+    its own."""
+    short = {name: period for name, (_, period) in deep_networks(plan).items()}
+    deeper = [{**short, name: 2 * period} for name, period in short.items()]
+    return [shortened(plan, depths) for depths in (short, *deeper)]
+
+
+def joined(plan: StagePlan, parts: Sequence[Rehearsal]) -> Rehearsal:
+    """Return the rehearsal of the whole stage from those of `shallow`, in their order."""
+    base, *deeper = parts
+    total = base
+    for (depth, period), two in zip(deep_networks(plan).values(), deeper, strict=True):
+        total = _plus(total, two, base, (depth - period) / period)
+    return total
+
+
+def deep_networks(plan: StagePlan) -> dict[str, tuple[int, int]]:
+    """Return (blocks, blocks of a pattern) by role, of networks with more than two patterns."""
     networks = {STUDENT: plan.config.model} | {
         name: own.model for name, own in plan.config.roles.items()
     }
-    short = {
-        name: period
-        for name, (depth, period) in ((n, model.blocks()) for n, model in networks.items())
-        if 0 < 2 * period < depth
-    }
-    base = rehearse(shortened(plan, short), frame, rank, role, device)
-    total = base
-    for name, period in short.items():
-        deeper = rehearse(shortened(plan, {**short, name: 2 * period}), frame, rank, role, device)
-        times = (networks[name].blocks()[0] - period) / period
-        total = _plus(total, deeper, base, times)
-    return total
+    blocks = {name: model.blocks() for name, model in networks.items()}
+    return {name: (depth, n) for name, (depth, n) in blocks.items() if 0 < 2 * n < depth}
 
 
 def shortened(plan: StagePlan, depths: Mapping[str, int]) -> StagePlan:

@@ -5,21 +5,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from functools import partial
 
 from parallel.degrees import sequence_size
 from parallel.layout import split_evenly
-from wm_train.backends.absent import KINDS
-from wm_train.compat import DataDependentOutputException
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT
 from wm_train.config.schema import StageConfig
-from wm_train.plan.depth import rehearse_deep
 from wm_train.plan.frame import Frame
-from wm_train.plan.kept import kept_or
+from wm_train.plan.kept import deep_rehearsals
 from wm_train.plan.memory import ClipShape, Memory, stage_memory
-from wm_train.plan.rehearsal import Rehearsal
+from wm_train.plan.rehearsal import ReadsOnHost, Rehearsal
 from wm_train.plan.turns import turn_memory
 
 
@@ -30,14 +26,14 @@ def can_rehearse(stage: StageConfig) -> bool:
 
 
 def turn_memories_of(
-    plan: StagePlan, frame: Frame, device: str
+    plan: StagePlan, frame: Frame, device: str, processes: int = 1
 ) -> tuple[dict[str, Memory], tuple[int, int, int], dict[str, Rehearsal]]:
     """Return the memory of one rank in a turn of each trained network, by role; its (clips, latent
     frames, latent frames of the whole clip); and the rehearsals behind it, empty where none can be
     made. Errors: those of `clip_shape`."""
     stage, (shape, sizes) = plan.config, clip_shape(plan, frame)
     shards = plan.launcher.workers // stage.parallel.dp_replicate
-    made = rehearsals_of(plan, frame, device) if can_rehearse(stage) else {}
+    made = rehearsals_of(plan, frame, device, processes) if can_rehearse(stage) else {}
     if stage.roles:
         turns = turn_memory(stage, shape, sizes[2], shards, not made)
     else:
@@ -65,23 +61,21 @@ def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int
     return shape, (clips, held, whole)
 
 
-def rehearsals_of(plan: StagePlan, frame: Frame, device: str) -> dict[str, Rehearsal]:
+def rehearsals_of(
+    plan: StagePlan, frame: Frame, device: str, processes: int = 1
+) -> dict[str, Rehearsal]:
     """Return a rehearsal of the first rank for each trained network, by role; empty, with a line on
     standard error, where the stage's own code reads values on the host."""
     roles = [STUDENT, *(role for role, own in plan.config.roles.items() if own.optimizer)]
-    made = {}
-    for role in roles:
-        run = partial(rehearse_deep, plan, frame, 0, role, KINDS[device])
-        try:
-            made[role] = kept_or(run, plan, frame, role, device)
-        except DataDependentOutputException as error:
-            print(
-                f"stage {plan.stage}: memory by formula, as a step cannot be rehearsed: it reads"
-                f" {error.func} on the host",
-                file=sys.stderr,
-            )
-            return {}
-    return made
+    try:
+        return {role: deep_rehearsals([plan], frame, role, device, processes)[0] for role in roles}
+    except ReadsOnHost as error:
+        print(
+            f"stage {plan.stage}: memory by formula, as a step cannot be rehearsed: it reads"
+            f" {error} on the host",
+            file=sys.stderr,
+        )
+        return {}
 
 
 def with_rehearsal(memory: Memory, made: Rehearsal) -> Memory:

@@ -9,9 +9,10 @@ because they happen, not by formula. Weights have no values; whatever reads one 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,11 +24,14 @@ from data_shards.fields import field_named
 from data_shards.loading.load import Batch
 from data_shards.storage.read import ClipDataset
 from parallel.degrees import MeshDegrees
+from parallel.local_attention import block_attention, block_attention_backward
+from parallel.masks import Tile
 from parallel.mesh import build_mesh
 from wm_train.backends import cpu
 from wm_train.backends.absent import Device
+from wm_train.backends.protocol import Backend
 from wm_train.boxes import local_tensor
-from wm_train.compat import FakeStore, FakeTensorMode
+from wm_train.compat import DataDependentOutputException, FakeStore, FakeTensorMode, pieces_as_read
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.roles import STUDENT, Turn
 from wm_train.kernels.dispatch import forget_tables, recurrences
@@ -65,6 +69,10 @@ class Rehearsal:
     collectives: dict[Call, int]
 
 
+class ReadsOnHost(RuntimeError):
+    """Report an operator that reads a tensor's values on the host, which a rehearsal has not."""
+
+
 @contextmanager
 def world_in_name(size: int, rank: int) -> Iterator[World]:
     """Join a world of `size` processes that do not exist, as process `rank`."""
@@ -83,7 +91,7 @@ def rehearse(
 
     device: type and compute capability of the device whose kernels are to run; None: the plain
     ones of the host. The state is FSDP2's on one device; for ZeRO-3 and what is moved to the host,
-    see `wm_train/plan/memory.py`.
+    see `wm_train/plan/memory.py`. Raises ReadsOnHost where the stage's code reads values.
     """
     tracer = Tracer()
     there = rehearsed(*device, tracer.launched) if device else nullcontext()
@@ -91,14 +99,42 @@ def rehearse(
         if device:
             plan = replace(plan, backend=replace(plan.backend, kernels="triton"))
         stage = open_shapes(plan, frame, world)
+        attention = distinct_tiles(tracer)
+        stage = replace(stage, kernels=stage.kernels._replace(**attention))
+        shapes = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), tracer, tracer.resizing():
+            with shapes, pieces_as_read():
                 state = build_networks(plan, stage.mesh.fsdp, stage.backend.device, filled=False)
+            with shapes, tracer, tracer.resizing():
                 batch = example_batch(stage, frame)
                 return trace_turn(stage, state, batch, Turn(role, 0), tracer)
+        except DataDependentOutputException as error:
+            raise ReadsOnHost(str(error.func)) from error
         finally:
             if device:
                 forget_tables()
+
+
+def distinct_tiles(tracer: Tracer) -> dict[str, Callable[..., Any]]:
+    """Return the attention of the table of kernels that computes one of each kind of tile, for all
+    tiles of that kind: without values they are the same work on the same bytes."""
+
+    def walk(tiles: Iterable[Tile]) -> Iterator[Tile]:
+        kinds: dict[object, list[Tile]] = {}
+        for tile in tiles:
+            keys = sum(stop - start for start, stop in tile.keys)
+            rows = None if tile.rows is None else len(tile.rows)
+            queries = tile.queries[1] - tile.queries[0]
+            kind = (rows, queries, keys, len(tile.keys), tile.diagonal)
+            kinds.setdefault(kind, []).append(tile)
+        for alike in kinds.values():
+            with tracer.times(len(alike)):
+                yield alike[0]
+
+    return {
+        "block_attention": partial(block_attention, walk=walk),
+        "block_attention_backward": partial(block_attention_backward, walk=walk),
+    }
 
 
 def trace_turn(
@@ -108,6 +144,7 @@ def trace_turn(
     does not step: it would need a copy of the gradients besides what is held."""
     for category, tensors in state_tensors(state).items():
         tracer.claim(tensors, category)
+    tracer.claim(buffers(state), tracer.phase)
     tracer.restart()
     held = tracer.now
     with passes(tracer, state):
@@ -155,9 +192,20 @@ def state_tensors(state: TrainState) -> dict[str, list[Tensor]]:
     }
 
 
-def open_shapes(plan: StagePlan, frame: Frame, world: World) -> Stage:
-    """Return the stage as `open_stage` does, with a data set of which only sizes are known."""
-    config, backend = plan.config, cpu.make(torch.get_num_threads(), 0)
+def buffers(state: TrainState) -> list[Tensor]:
+    """Return the local tensors of all networks that are not weights."""
+    networks = [state.model, *(own.model for own in state.roles.values()), *state.frozen.values()]
+    return [local_tensor(one) for network in networks for one in network.buffers()]
+
+
+def open_shapes(
+    plan: StagePlan, frame: Frame, world: World, backend: Backend | None = None
+) -> Stage:
+    """Return the stage as `open_stage` does, with a data set of which only sizes are known.
+
+    backend: None: the host, whatever the stage will find.
+    """
+    config, backend = plan.config, backend or cpu.make(torch.get_num_threads(), 0)
     time = frame.time(config.frames)
     needs = config.model.needs()
     degrees = MeshDegrees.from_config(config.parallel, world.size, needs.heads, needs.key_heads)
@@ -168,7 +216,10 @@ def open_shapes(plan: StagePlan, frame: Frame, world: World) -> Stage:
     models = [config.model, *(own.model for own in config.roles.values())]
     width = max(model.needs().text_width for model in models)
     text = torch.empty(TEXT_TOKENS, width, device="meta") if width else None
-    kernels = backend.kernels(backend.device, "auto", plan.backend.attention)
+    # the attention of a device that is not here is that of the host: the same bytes, by one kernel
+    engine = "auto" if rehearsed_device() else plan.backend.attention
+    engines = "auto" if backend.device.type == "cpu" else plan.backend.kernels
+    kernels = backend.kernels(backend.device, engines, engine)
     if rehearsed_device():
         kernels = kernels._replace(**recurrences(plan.backend.kernels))
     return Stage(

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_shards.time_layout import time_of
 from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
 from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
@@ -25,6 +25,7 @@ from wm_train.config.roles import STUDENT, turns_of
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
 from wm_train.plan.frame import Frame
+from wm_train.plan.latents import latent_frames
 from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
@@ -32,12 +33,32 @@ if TYPE_CHECKING:
     from wm_train.plan.memory import Memory
 
 GIB = 2**30
+Frames = Mapping[str, Frame]  # stage -> its latent frame
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Hold what a plan is asked for besides shapes and memory.
+
+    device_gib: memory of a device, to say what fits; device: its type, "": the likely one; blocks:
+    also work by kind of block; profile: of the device, for times; gpus: numbers of devices whose
+    meshes are searched; picture: a file to draw them into; processes: how many may rehearse at
+    once.
+    """
+
+    device_gib: float | None = None
+    device: str = ""
+    blocks: bool = False
+    profile: Hardware | None = None
+    gpus: Sequence[int] = ()
+    picture: Path | None = None
+    processes: int = 1
 
 
 @clean_output()
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
     """Print the plan; exit code 2 when the configuration is wrong, 3 when a stage does not fit in
-    --memory."""
+    --memory. processes: how many may rehearse at once."""
     parser = argparse.ArgumentParser(
         prog="python -m wm_train.plan",
         description=__doc__,
@@ -48,8 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="CxHxW/R",
         help=(
             "latent channels, height, width and temporal stride when the data is not here:"
-            " 128x22x40/8"
+            " 128x22x40/8; stage=CxHxW/R for a stage whose data are of another size"
         ),
+        action="append",
+        default=[],
     )
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of one device; says which stages fit"
@@ -65,6 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         default="",
         help="a device's profile, such as h100: says the time, and sets --memory and --device",
+    )
+    parser.add_argument(
+        "--gpus",
+        metavar="N",
+        default="",
+        help="the best five meshes of N devices and why the others fell; of a range, 8..10000, the"
+        " best of each; needs --hardware",
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE.png",
+        help="with a range of --gpus: draw step time, MFU, useful share, days and cost of the"
+        " recipe over them, and print the table",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="RUN",
+        help="planned memory and time beside those that a run's folder has recorded",
     )
     parser.add_argument(
         "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
@@ -87,12 +130,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = [*with_demo(options.overrides), *elsewhere]
         check_device(options.device)
         profile = profile_of(options.hardware)
+        gpus = counts_of(options.gpus, profile)
+        if options.compare:
+            from wm_train.plan.compare import compare
+
+            return compare(options.compare, options.latent, profile, processes)
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
-        frames = {pool: latent_frame(run, options.latent) for pool, run in pools.items()}
+        frames = {pool: latent_frames(run, options.latent) for pool, run in pools.items()}
         problems = [
             problem
             for pool, run in pools.items()
-            for problem in name_pool(without_data(run, options.latent is None), pool)
+            for problem in name_pool(without_data(run, not options.latent), pool)
         ]
         if problems:
             raise ConfigError(problems)
@@ -105,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, memory = options.device, options.memory
     if profile:
         device, memory = device or profile.device, memory or profile.memory / GIB
-    return print_pool_plans(pools, frames, memory, device, options.blocks, profile)
+    asked = Asked(memory, device, options.blocks, profile, gpus, options.picture, processes)
+    return print_pool_plans(pools, frames, asked)
 
 
 def profile_of(key: str) -> Hardware | None:
@@ -115,6 +164,19 @@ def profile_of(key: str) -> Hardware | None:
     from wm_train.plan.speed.report import chosen
 
     return chosen(key)
+
+
+def counts_of(text: str, profile: Hardware | None) -> Sequence[int]:
+    """Return the numbers of devices of --gpus, none for "". Raises ConfigError for what is none,
+    and without a profile of the device."""
+    if not text:
+        return ()
+    from wm_train.plan.search.report import device_counts
+
+    if profile is None:
+        rule = "a device's profile with --gpus, as meshes are ranked by time"
+        raise ConfigError([Problem("--hardware", "nothing", rule, "--hardware h100")])
+    return device_counts(text)
 
 
 def check_device(kind: str) -> None:
@@ -129,15 +191,10 @@ def check_device(kind: str) -> None:
 
 
 def print_pool_plans(
-    pools: Mapping[str, RunConfig],
-    frames: Mapping[str, Frame],
-    device_gib: float | None = None,
-    device: str = "",
-    blocks: bool = False,
-    profile: Hardware | None = None,
+    pools: Mapping[str, RunConfig], frames: Mapping[str, Frames], asked: Asked
 ) -> int:
     """Print the plan of every pool under its name, and the workers of all pools, which train at
-    once. device: type of the device, "": the likely one; profile: of the device, for times."""
+    once. frames: of each pool's stages."""
     codes = []
     spent: dict[str, dict[str, tuple[float, int]]] = {pool: {} for pool in pools}
     for pool, run in pools.items():
@@ -145,12 +202,11 @@ def print_pool_plans(
             selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
             ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
-        given = (device_gib, device, blocks, profile, spent[pool])
-        codes.append(print_stage_plans(run, frames[pool], *given))
+        codes.append(print_stage_plans(run, frames[pool], asked, spent[pool]))
     alone = [run for pool, run in pools.items() if pool]
     if len(alone) > 1:
         print(f"all pools together: {sum(run.launcher.workers for run in alone)} workers")
-    if profile:
+    if asked.profile:
         from wm_train.plan.speed.report import idle_lines
 
         print("".join(f"{line}\n" for line in idle_lines(spent)), end="")
@@ -158,22 +214,34 @@ def print_pool_plans(
 
 
 def print_stage_plans(
-    run: RunConfig,
-    frame: Frame,
-    device_gib: float | None = None,
-    device: str = "",
-    blocks: bool = False,
-    profile: Hardware | None = None,
-    spent: dict[str, tuple[float, int]] | None = None,
+    run: RunConfig, frames: Frames, asked: Asked, spent: dict[str, tuple[float, int]] | None = None
 ) -> int:
     """Print the plans of a run's stages; report parameter names that do not match as mistakes of
     the configuration: exit code 2. spent: filled in, by stage, with seconds and workers."""
     spent = {} if spent is None else spent
     try:
-        return _print_stages(run, frame, device_gib, device, blocks, profile, spent)
+        if asked.gpus:
+            return _print_meshes(run, frames, asked)
+        return _print_stages(run, frames, asked, spent)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _print_meshes(run: RunConfig, frames: Frames, asked: Asked) -> int:
+    """Print the best meshes of each selected stage."""
+    from wm_train.plan.search.report import search_lines
+
+    assert asked.profile is not None, "--gpus asks for one"
+    if asked.picture:
+        from wm_train.plan.scaling.report import print_scaling
+
+        stages = (run.recipe.name, plan_stages(run), frames)
+        return print_scaling(*stages, asked.profile, asked.gpus, asked.picture, asked.processes)
+    for plan in plan_stages(run):
+        own = (plan, frames[plan.stage])
+        print("\n".join(search_lines(*own, asked.profile, asked.gpus, asked.processes)))
+    return 0
 
 
 def without_data(run: RunConfig, data_is_here: bool) -> list[Problem]:
@@ -188,90 +256,46 @@ def without_data(run: RunConfig, data_is_here: bool) -> list[Problem]:
     return [problem for problem in problems_of(run) if counts(problem)]
 
 
-def latent_frame(run: RunConfig, given: str | None) -> Frame:
-    """Read the latent frame from --latent, else from the data set's dataset.json."""
-    if given is None:
-        from wm_train.checks.data import dataset_info
-
-        info = dataset_info(run.data.path)
-        if isinstance(info, Problem):
-            hint = Problem(
-                "--latent",
-                "nothing",
-                "the latent's sizes when the data is not here",
-                "--latent 128x22x40/8",
-            )
-            raise ConfigError([info, hint])
-        time = time_of(info)
-        sizes = (info.channels, info.latent_height, info.latent_width)
-        return Frame(*sizes, time.stride, time.layout)
-    try:
-        words, stride = given.split("/")
-        channels, height, width = (int(size) for size in words.split("x"))
-        frame = Frame(channels, height, width, int(stride))
-    except ValueError:
-        raise ConfigError(
-            [
-                Problem(
-                    "--latent", given, "channels x height x width / stride", "--latent 128x22x40/8"
-                )
-            ]
-        ) from None
-    expected = run.model.latent_channels
-    if channels != expected or min(height, width, frame.temporal_stride) < 1:
-        fix = f"--latent {expected}x{height}x{width}/{frame.temporal_stride}"
-        rule = f"the model's {expected} channels"
-        raise ConfigError([Problem("--latent", given, rule, fix)])
-    return frame
-
-
 def _print_stages(
-    run: RunConfig,
-    frame: Frame,
-    device_gib: float | None,
-    device: str,
-    blocks: bool,
-    profile: Hardware | None,
-    spent: dict[str, tuple[float, int]],
+    run: RunConfig, frames: Frames, asked: Asked, spent: dict[str, tuple[float, int]]
 ) -> int:
-    """Print one block per selected stage; return 3 if one of them needs more than `device_gib`."""
+    """Print one block per selected stage; return 3 if one of them needs more than a device has."""
     from wm_train.backends.absent import likely_kind
     from wm_train.plan.device_memory import turn_memories_of
 
     code = 0
     for plan in plan_stages(run):
-        half = plan.config.parallel.precision != "fp32"
-        kind = device or likely_kind(plan.backend.name, half)
-        turns, shape, made = turn_memories_of(plan, frame, kind)
+        frame, half = frames[plan.stage], plan.config.parallel.precision != "fp32"
+        kind = asked.device or likely_kind(plan.backend.name, half)
+        turns, shape, made = turn_memories_of(plan, frame, kind, asked.processes)
         memory = max(turns.values(), key=lambda one: one.device)
         print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
         for line in [*role_lines(plan), *job_lines(plan, frame)]:
             print(line)
         for role, one in turns.items() if plan.config.roles else ():
             print(f"  turn of the {role}: {_sizes(one)}")
-        if blocks:
+        if asked.blocks:
             from wm_train.plan.blocks import block_lines
 
             sides = (frame.height, frame.width, frame.temporal_stride)
             grouped = frame.time(plan.config.frames).layout == "grouped"
             print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
-        if profile:
+        if asked.profile:
+            from wm_train.plan.advice import advice_lines
             from wm_train.plan.speed.report import stage_seconds, time_lines
 
-            print("\n".join(time_lines(plan, made, profile)))
-            if seconds := stage_seconds(plan, made, profile):
+            lines = time_lines(plan, frame, made, asked.profile)
+            lines += advice_lines(plan, made, asked.profile, memory.trained)
+            print("\n".join(lines))
+            if seconds := stage_seconds(plan, made, asked.profile):
                 spent[plan.stage] = (seconds, plan.launcher.workers)
-        if device_gib is not None:
-            fits = memory.device <= device_gib * GIB
-            verdict = (
-                "fits"
-                if fits
-                else (
-                    "DOES NOT FIT: try model.activation_checkpointing=block, a larger parallel.cp,"
-                    " or more workers"
-                )
+        if asked.device_gib is not None:
+            fits = memory.device <= asked.device_gib * GIB
+            advice = (
+                "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
             )
-            print(f"  {memory.device / GIB:.2f} of {device_gib:g} GiB: {verdict}")
+            verdict = "fits" if fits else f"DOES NOT FIT: {advice}"
+            print(f"  {memory.device / GIB:.2f} of {asked.device_gib:g} GiB: {verdict}", flush=True)
             code = code if fits else 3
     return code
 

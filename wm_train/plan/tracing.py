@@ -22,6 +22,7 @@ from wm_train.models.flops import operator_flops
 from wm_train.plan.speed.collectives import Call, call_of
 
 COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operators
+ASKED_DEVICE = torch.ops.prim.device.default
 GATHERED = "gathered"  # weights of units that are whole on this rank now
 
 
@@ -67,6 +68,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self._held: dict[int, tuple[int, str, int]] = {}  # storage -> bytes, category, when seen
         self._clock = self._peak_clock = 0
+        self._times = 1
 
     def restart(self) -> None:
         """Forget the peak and the operators, but not what is alive."""
@@ -115,11 +117,22 @@ class Tracer(TorchDispatchMode):
     def launched(self, kernel: str, arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
         """Count a kernel that is no operator of torch."""
         done = self.work.setdefault((self.phase, f"triton.{kernel}"), Work())
-        done.calls += 1
-        done.read += kernel_bytes(arguments)
-        done.flops += kernel_flops(kernel, arguments, constants)
+        done.calls += self._times
+        done.read += self._times * kernel_bytes(arguments)
+        done.flops += self._times * kernel_flops(kernel, arguments, constants)
+
+    @contextmanager
+    def times(self, count: int) -> Iterator[None]:
+        """Count each operator inside as `count` calls, for calls that differ in nothing else."""
+        before, self._times = self._times, self._times * count
+        try:
+            yield
+        finally:
+            self._times = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASKED_DEVICE:  # a shape-only tensor's device, which torch asks for in between
+            return func(*args)
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tensors = [local_tensor(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -128,14 +141,16 @@ class Tracer(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor, "communication" if communicates else None)
         done = self.work.setdefault((self.phase, str(func)), Work())
-        done.calls += 1
+        done.calls += self._times
         if not func.is_view:
-            done.returned += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            done.read += sum(_bytes_of(leaf) for leaf in tree_leaves((args, kwargs)))
-        done.flops += operator_flops(func, args, kwargs, out)
+            returned = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            done.returned += self._times * returned
+            read = sum(_bytes_of(leaf) for leaf in tree_leaves((args, kwargs)))
+            done.read += self._times * read
+        done.flops += self._times * operator_flops(func, args, kwargs, out)
         if func.namespace == "c10d":
             call = call_of(self.phase, func._opname, args)
-            self.collectives += [call] if call else []
+            self.collectives += [call] * self._times if call else []
         return out
 
     def _see(self, tensor: Tensor, category: str | None = None) -> int:

@@ -181,23 +181,30 @@ def test_one_storage_under_many_tensors_counts_once():
     assert tracer.peak == 4000
 
 
-def test_a_kept_rehearsal_is_read_again_and_any_change_makes_it_anew(tmp_path, alone):
+def test_a_kept_rehearsal_is_read_again_and_any_change_makes_it_anew(tmp_path, alone, monkeypatch):
     calls = []
 
-    def make():
-        calls.append(1)
+    def make(*given):
+        calls.append(given)
         return alone
 
-    one, other = plan("launcher.workers=1"), plan("launcher.workers=1", "trainer.accumulate=2")
-    for stage_plan in (one, one, other):
-        again = kept.kept_or(make, stage_plan, FRAME, "student", "cpu", keep=tmp_path)
-        assert again == alone
-    assert len(calls) == 2
+    monkeypatch.setattr(kept, "rehearse", make)
+
+    def again(*words):
+        job = kept.Job(plan("launcher.workers=1", *words), FRAME, "student", "cpu")
+        assert kept.kept_or_made([job, job], keep=tmp_path) == [alone, alone]
+
+    again()
+    again("recipe.stages.short.steps=7", "recipe.stages.short.optimizer.lr=1")  # the same shapes
+    assert len(calls) == 1
+    again("trainer.accumulate=2")
+    again("model.width=64")
+    assert len(calls) == 3
     (path, *_) = tmp_path.glob("*.json")
     path.write_text(json.dumps({"peak": 1}))
-    for stage_plan in (one, other):
-        kept.kept_or(make, stage_plan, FRAME, "student", "cpu", keep=tmp_path)
-    assert len(calls) == 3
+    for words in ([], ["trainer.accumulate=2"], ["model.width=64"]):
+        again(*words)
+    assert len(calls) == 4
 
 
 def test_device_memory_is_what_the_rehearsal_saw(alone):

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from wm_train.backends.hardware import Hardware, hardware, profiles
+from wm_train.backends.hardware import Hardware, hardware, own_profile, profiles
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
+from wm_train.plan.depth import deep_networks, shallow
+from wm_train.plan.frame import Frame
+from wm_train.plan.kept import Job
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.speed.step import FIDELITY, StepTime, step_time
 
 DAY_S = 86400.0
+PROFILE = "profile, ±15 %: steps of shallow models measured on one device, without its network"
 
 
 def chosen(key: str) -> Hardware:
-    """Return the profile of --hardware. Raises ConfigError for one that does not exist."""
+    """Return the profile of --hardware: its name, or a file that `wm_train.calibrate` wrote. Raises
+    ConfigError for one that does not exist."""
+    if key.endswith(".json"):
+        try:
+            return own_profile(Path(key))
+        except (OSError, ValueError) as error:
+            rule = "a profile that python -m wm_train.calibrate wrote"
+            fix = f"python -m wm_train.calibrate --out {key}"
+            raise ConfigError([Problem("--hardware", f"{key}: {error}", rule, fix)]) from None
     if key not in (known := profiles()):
         fix = f"--hardware {next(iter(known))}"
         raise ConfigError([Problem("--hardware", key, f"one of {', '.join(known)}", fix)])
@@ -61,9 +74,29 @@ def idle_lines(pools: Mapping[str, Mapping[str, tuple[float, int]]]) -> list[str
     return lines
 
 
-def time_lines(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware) -> list[str]:
+def measured_seconds(plan: StagePlan, frame: Frame, device: Hardware) -> float | None:
+    """Return the seconds of a whole step's computation from measured steps of its shallow models
+    (fidelity T1); None where the profile has none of this stage."""
+    names = [Job(one, frame, STUDENT, device.device).fingerprint for one in shallow(plan)]
+    if not all(name in device.stages for name in names):
+        return None
+    base, *deeper = (device.stages[name] for name in names)
+    depths = deep_networks(plan).values()
+    more = zip(depths, deeper, strict=True)
+    return base + sum((depth - n) / n * (two - base) for (depth, n), two in more)
+
+
+def time_lines(
+    plan: StagePlan, frame: Frame, made: Mapping[str, Rehearsal], device: Hardware
+) -> list[str]:
     """Return the lines about the time of a stage."""
     config = plan.config
+    own = measured_seconds(plan, frame, device) if device.stages and not config.roles else None
+    if own is not None:
+        return [
+            f"  time on {plan.launcher.workers} {device.name}: {own:.3g} s of computation a step"
+            f" ({PROFILE})"
+        ]
     if config.parallel.precision == "fp32":
         return ["  time: none, as the rates of profiles are those of bf16"]
     if not made:

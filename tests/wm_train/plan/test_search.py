@@ -1,0 +1,96 @@
+"""The mesh search: equal to brute force, a reason for every mesh that fell, and accepted by the
+launcher's rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wm_train.backends.hardware import hardware
+from wm_train.checks.mesh import mesh_problems
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stages
+from wm_train.config.problems import ConfigError
+from wm_train.plan.frame import Frame
+from wm_train.plan.rehearsal import rehearse
+from wm_train.plan.search.candidates import Candidate, Refused, batch_lines, listed, plan_on
+from wm_train.plan.search.ranking import Bases, search
+from wm_train.plan.search.report import device_counts
+from wm_train.plan.speed.step import step_time
+
+FRAME = Frame(channels=24, height=4, width=4, temporal_stride=8)
+SMALL = ["model.width=32", "model.heads=2", "model.depth=2", "model.softmax_every=2"]
+DEVICE = hardware("h100")
+
+
+def stage_plan(batch, frames=17):
+    own = [f"recipe.stages.short.{key}" for key in (f"frames={frames}", f"global_batch={batch}")]
+    words = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere", *SMALL, *own]
+    return plan_stages(compose([*words, "parallel.precision=bf16"]))[0]
+
+
+def bases(plan):
+    return Bases(plan, FRAME, lambda plans: [rehearse(one, FRAME) for one in plans], DEVICE)
+
+
+def seconds_of(plan, candidate):
+    """The step of a candidate, rehearsed in its own world with all its micro-batches."""
+    made = rehearse(plan_on(plan, candidate), FRAME)
+    blocks = plan.config.model.depth * candidate.accumulate
+    return step_time(made, DEVICE, blocks, compiled=False).seconds
+
+
+def compare_with_brute_force(devices, batch):
+    plan = stage_plan(batch)
+    true = {
+        one: seconds_of(plan, one) for one in listed(plan, devices, 3) if isinstance(one, Candidate)
+    }
+    assert bases(plan).frames == 3
+    found = search(bases(plan), devices)
+    best = sorted(true.values())[:5]
+    mine = sorted(true[one.candidate] for one in found.best)
+    assert mine == pytest.approx(best, rel=0.02)
+    assert found.best[0].time.seconds == pytest.approx(true[found.best[0].candidate], rel=0.05)
+    assert len(found.best) + sum(r.reason != "" for r in found.refused) >= len(true)
+
+
+def test_it_finds_what_brute_force_finds():
+    compare_with_brute_force(2, 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [4, 8, 64])
+def test_it_finds_what_brute_force_finds_on_more_devices(devices):
+    compare_with_brute_force(devices, 4)
+
+
+def test_every_mesh_is_a_candidate_or_has_a_reason_and_candidates_start():
+    plan = stage_plan(12, frames=81)
+    for devices in (8, 12, 60):
+        every = list(listed(plan, devices, 11))
+        for one in every:
+            if isinstance(one, Refused):
+                assert one.mesh
+                assert one.reason.split(":")[0] in ("batch", "frames", "rule")
+            else:
+                assert one.devices == devices
+                assert one.clips * one.accumulate * one.dp_replicate * one.dp_shard == 12
+                assert mesh_problems(plan_on(plan, one)) == []
+        assert any(isinstance(one, Candidate) for one in every) == (devices != 60)
+
+
+def test_the_batch_is_said_first():
+    plan = stage_plan(32)
+    plan = replace(plan, config=replace(plan.config, parallel=replace(plan.config.parallel, cp=2)))
+    lines = batch_lines(plan, 10_000)
+    assert "batch 32: at cp 2 it feeds at most 64 devices" in lines[0]
+    assert "cp 313 or more, or a batch of 5,000 clips at cp 2" in lines[1]
+
+
+def test_numbers_of_devices():
+    assert device_counts("64") == [64]
+    assert device_counts("8..100") == [8, 16, 32, 64, 100]
+    for text in ("0", "9..8", "8..", "many", "1..2..3"):
+        with pytest.raises(ConfigError, match="--gpus"):
+            device_counts(text)
