@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_shards.time_layout import time_of
-from wm_train.config.curriculum import select
+from wm_train.config.curriculum import StageError, ordered, select
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.schema import RunConfig
 from wm_train.plan.frame import Frame
@@ -19,7 +19,10 @@ def latent_frames(run: RunConfig, given: Sequence[str]) -> dict[str, Frame]:
     given: values of --latent, `CxHxW/R` for all stages or `stage=CxHxW/R` for one, whose data are
     of another size; without any, sizes are those of the stage's data set. Raises ConfigError.
     """
-    names = select(run.recipe, run.stage)
+    try:
+        names = select(run.recipe, run.stage)
+    except StageError:  # judged with the other values
+        names = ordered(run.recipe)
     own = {name: sizes for name, _, sizes in (one.partition("=") for one in given) if sizes}
     plain = next((one for one in reversed(given) if "=" not in one), None)
     if unknown := sorted(set(own) - set(run.recipe.stages)):

@@ -120,6 +120,11 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for wm_train.launch")
     options = parser.parse_intermixed_args(arguments)
     try:
+        profile = profile_of(options.hardware)
+        if options.compare:
+            from wm_train.plan.compare import compare
+
+            return compare(options.compare, options.latent, profile, processes)
         elsewhere = (
             ["data.path=elsewhere"]
             if options.latent and not any(o.startswith("data.path=") for o in options.overrides)
@@ -129,12 +134,7 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
             print(DEMO_LINE)
         overrides = [*with_demo(options.overrides), *elsewhere]
         check_device(options.device)
-        profile = profile_of(options.hardware)
         gpus = counts_of(options.gpus, profile)
-        if options.compare:
-            from wm_train.plan.compare import compare
-
-            return compare(options.compare, options.latent, profile, processes)
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frames(run, options.latent) for pool, run in pools.items()}
         problems = [
