@@ -8,7 +8,6 @@ step and days. Every pool is planned with its own overrides; pool=<name> selects
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
+from wm_train.plan.arguments import argument_parser
 from wm_train.plan.frame import Frame
 from wm_train.plan.latents import latent_frames
 from wm_train.redact import clean_output
@@ -59,66 +59,7 @@ class Asked:
 def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
     """Print the plan; exit code 2 when the configuration is wrong, 3 when a stage does not fit in
     --memory. processes: how many may rehearse at once."""
-    parser = argparse.ArgumentParser(
-        prog="python -m wm_train.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--latent",
-        metavar="CxHxW/R",
-        help=(
-            "latent channels, height, width and temporal stride when the data is not here:"
-            " 128x22x40/8; stage=CxHxW/R for a stage whose data are of another size"
-        ),
-        action="append",
-        default=[],
-    )
-    parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="memory of one device; says which stages fit"
-    )
-    parser.add_argument(
-        "--device",
-        metavar="KIND",
-        default="",
-        help="device whose kernels run, as backend.name; the default is what the stage will find",
-    )
-    parser.add_argument(
-        "--hardware",
-        metavar="NAME",
-        default="",
-        help="a device's profile, such as h100: says the time, and sets --memory and --device",
-    )
-    parser.add_argument(
-        "--gpus",
-        metavar="N",
-        default="",
-        help="the best five meshes of N devices and why the others fell; of a range, 8..10000, the"
-        " best of each; needs --hardware",
-    )
-    parser.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE.png",
-        help="with a range of --gpus: draw step time, MFU, useful share, days and cost of the"
-        " recipe over them, and print the table",
-    )
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="RUN",
-        help="planned memory and time beside those that a run's folder has recorded",
-    )
-    parser.add_argument(
-        "--config-dir", type=Path, help="a folder of your own with the groups of configs/"
-    )
-    parser.add_argument(
-        "--blocks",
-        action="store_true",
-        help="also FLOPs and traffic by kind of block; takes up to minutes for a large model",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for wm_train.launch")
-    options = parser.parse_intermixed_args(arguments)
+    options = argument_parser(__doc__ or "").parse_intermixed_args(arguments)
     try:
         profile = profile_of(options.hardware)
         if options.compare:
