@@ -9,7 +9,7 @@ because they happen, not by formula. Weights have no values; whatever reads one 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from parallel.degrees import MeshDegrees
 from parallel.local_attention import block_attention, block_attention_backward
 from parallel.masks import Tile
 from parallel.mesh import build_mesh
+from parallel.reference import Kernels
 from wm_train.backends import cpu
 from wm_train.backends.absent import Device
 from wm_train.backends.protocol import Backend
@@ -99,8 +100,7 @@ def rehearse(
         if device:
             plan = replace(plan, backend=replace(plan.backend, kernels="triton"))
         stage = open_shapes(plan, frame, world)
-        attention = distinct_tiles(tracer)
-        stage = replace(stage, kernels=stage.kernels._replace(**attention))
+        stage = replace(stage, kernels=distinct_tiles(stage.kernels, tracer))
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with shapes, pieces_as_read():
@@ -115,9 +115,9 @@ def rehearse(
                 forget_tables()
 
 
-def distinct_tiles(tracer: Tracer) -> dict[str, Callable[..., Any]]:
-    """Return the attention of the table of kernels that computes one of each kind of tile, for all
-    tiles of that kind: without values they are the same work on the same bytes."""
+def distinct_tiles(kernels: Kernels, tracer: Tracer) -> Kernels:
+    """Return the table with an attention that computes one of each kind of tile, for all tiles of
+    that kind: without values they are the same work on the same bytes."""
 
     def walk(tiles: Iterable[Tile]) -> Iterator[Tile]:
         kinds: dict[object, list[Tile]] = {}
@@ -131,10 +131,10 @@ def distinct_tiles(tracer: Tracer) -> dict[str, Callable[..., Any]]:
             with tracer.times(len(alike)):
                 yield alike[0]
 
-    return {
-        "block_attention": partial(block_attention, walk=walk),
-        "block_attention_backward": partial(block_attention_backward, walk=walk),
-    }
+    return kernels._replace(
+        block_attention=partial(block_attention, walk=walk),
+        block_attention_backward=partial(block_attention_backward, walk=walk),
+    )
 
 
 def trace_turn(
