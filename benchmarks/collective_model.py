@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wm_train.plan.network import fit_link, predicted_s
+from wm_train.plan.speed.network import fit_link, predicted_s
 
 TABLES = Path(__file__).with_name("published_collectives.json")
 

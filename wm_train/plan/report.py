@@ -222,7 +222,7 @@ def _print_stages(
             grouped = frame.time(plan.config.frames).layout == "grouped"
             print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
         if asked.profile:
-            from wm_train.plan.advice import advice_lines
+            from wm_train.plan.scaling.advice import advice_lines
             from wm_train.plan.speed.report import stage_seconds, time_lines
 
             lines = time_lines(plan, frame, made, asked.profile)

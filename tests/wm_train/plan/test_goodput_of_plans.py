@@ -4,8 +4,14 @@ import math
 
 import pytest
 
-from wm_train.plan.goodput import Failures, Saving, best_interval_s, draw_lives, useful_share
-from wm_train.plan.spares import Repair, draw_fleet, enough_spares, expected_broken
+from wm_train.plan.scaling.goodput import (
+    Failures,
+    Saving,
+    best_interval_s,
+    draw_lives,
+    useful_share,
+)
+from wm_train.plan.scaling.spares import Repair, draw_fleet, enough_spares, expected_broken
 
 LLAMA3, RSC = 3.79e-3, 6.50e-3  # failures per node and day
 CASES = [  # devices, per node and day, recovery, interval, blocking, valid after

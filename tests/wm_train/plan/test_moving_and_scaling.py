@@ -10,9 +10,9 @@ import pytest
 from wm_train.backends.hardware import hardware
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
-from wm_train.plan.advice import advice_lines, replica_lines
 from wm_train.plan.compare import measured, memory_line
 from wm_train.plan.rehearsal import Rehearsal
+from wm_train.plan.scaling.advice import advice_lines, replica_lines
 from wm_train.plan.scaling.picture import draw, end_of
 from wm_train.plan.scaling.points import Assumptions, StagePoint, point_of, table
 from wm_train.plan.search.candidates import Candidate, Shape

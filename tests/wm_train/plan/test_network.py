@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wm_train.plan.network import (
+from wm_train.plan.speed.network import (
     Group,
     Link,
     Network,

@@ -14,11 +14,11 @@ import numpy as np
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.plan.frame import Frame
-from wm_train.plan.goodput import DAY_S, Failures, Saving, best_interval_s, useful_share
+from wm_train.plan.scaling.goodput import DAY_S, Failures, Saving, best_interval_s, useful_share
+from wm_train.plan.scaling.spares import Repair, enough_spares
 from wm_train.plan.search.candidates import Shape
 from wm_train.plan.search.ranking import Bases, Ranked, mesh_words, search
 from wm_train.plan.search.report import bases_of, no_search
-from wm_train.plan.spares import Repair, enough_spares
 from wm_train.plan.speed.step import FIDELITY
 
 STATE_BYTES = 16  # of a parameter in a checkpoint: fp32 weight, both moments and average

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wm_train.plan.network import Pattern
+from wm_train.plan.speed.network import Pattern
 
 Lane = Literal["gather", "reduce", "sequence"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wm_train.backends.hardware import Hardware
-from wm_train.plan.network import Link, Network, collective_s, group_of
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.speed.collectives import Call, Lane
+from wm_train.plan.speed.network import Link, Network, collective_s, group_of
 from wm_train.plan.tracing import COMMUNICATION, Work
 
 Kind = Literal[

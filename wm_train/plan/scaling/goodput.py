@@ -9,7 +9,7 @@ exp(-rate (recovery + valid_after + k cycle)), so that in the long run
 
 For rare failures this is 1 / ((1 + blocking / interval) (1 + rate (recovery + interval / 2 +
 valid_after))), the form of the published estimates. Drawn lives add the spread between lives and
-the hours by cause; `wm_train/plan/spares.py` adds nodes that wait for repair.
+the hours by cause; `wm_train/plan/scaling/spares.py` adds nodes that wait for repair.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wm_train.plan.goodput import DAY_S, Failures, Saving, useful_share
+from wm_train.plan.scaling.goodput import DAY_S, Failures, Saving, useful_share
 
 
 @dataclass(frozen=True)
