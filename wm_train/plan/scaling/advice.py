@@ -1,5 +1,4 @@
-"""Propose what a plan has found out: replicas where flat sharding waits for latency, and how often
-to save."""
+"""Say what to change: replicas where flat sharding waits for latency, and how often to save."""
 
 from __future__ import annotations
 
