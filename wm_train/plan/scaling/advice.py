@@ -1,4 +1,4 @@
-"""Say what to change: replicas where flat sharding waits for latency, and how often to save."""
+"""Find what to change: replicas where flat sharding waits for latency, and how often to save."""
 
 from __future__ import annotations
 
