@@ -133,7 +133,7 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 name = f"pool {pool}, stage {stage.stage}" if pool else f"stage {stage.stage}"
                 workers = stage.launcher.workers
                 print(f"# {name}, {config.launcher.name}: {workers} x {worker}")
-        frames = {pool: latent_frames(run, ()) for pool, run in pools.items()}
+        frames = {pool: latent_frames(plan_stages(run), ()) for pool, run in pools.items()}
         return print_pool_plans(pools, frames, Asked())
     only = (TRAJECTORIES,) if options.trajectories else ()
     code = run_stages(config, pools, plans, arguments, only)

@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elsewhere = ["data.path=elsewhere"] if options.latent else []
     try:
         run = compose([*with_demo(options.overrides), *elsewhere])
-        frames = latent_frames(run, options.latent)
         plans = plan_stages(run)
+        frames = latent_frames(plans, options.latent)
         profile = measured_profile(run.backend.name, options.like)
         profile["stages"] = {}
         for plan in plans:

@@ -65,7 +65,7 @@ def stage_lines(
     configuration of another version."""
     run = from_json(read_regular(folder / CONFIG).decode())
     plan = plan_stage(run, folder.name)
-    frame = latent_frames(run, given)[folder.name]
+    frame = latent_frames([plan], given)[folder.name]
     found = measured(plan, read_rows(folder / METRICS)[0])
     kind = likely_kind(plan.backend.name, plan.config.parallel.precision != "fp32")
     memories, _, made = turn_memories_of(plan, frame, kind, processes)

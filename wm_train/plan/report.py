@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
 from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
-from wm_train.config.curriculum import StagePlan, plan_stage, plan_stages
+from wm_train.config.curriculum import StageError, StagePlan, plan_stage, plan_stages
 from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
         check_device(options.device)
         gpus = counts_of(options.gpus, profile)
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
-        frames = {pool: latent_frames(run, options.latent) for pool, run in pools.items()}
+        frames = {pool: latent_frames(selected(run), options.latent) for pool, run in pools.items()}
         problems = [
             problem
             for pool, run in pools.items()
@@ -96,6 +96,15 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
         device, memory = device or profile.device, memory or profile.memory / GIB
     asked = Asked(memory, device, options.blocks, profile, gpus, options.picture, processes)
     return print_pool_plans(pools, frames, asked)
+
+
+def selected(run: RunConfig) -> tuple[StagePlan, ...]:
+    """Return the stages that a run selects, none where the selection is wrong, which is judged with
+    the other values."""
+    try:
+        return plan_stages(run)
+    except StageError:
+        return ()
 
 
 def profile_of(key: str) -> Hardware | None:
