@@ -149,8 +149,8 @@ def print_pool_plans(
     spent: dict[str, dict[str, tuple[float, int]]] = {pool: {} for pool in pools}
     for pool, run in pools.items():
         if pool:
-            selected = [plan.config.objective.noise_range() for plan in plan_stages(run)]
-            ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in selected))
+            noise = [plan.config.objective.noise_range() for plan in plan_stages(run)]
+            ranges = ", ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in noise))
             print(f"pool {pool}: noise levels {ranges}, {run.launcher.workers} workers")
         codes.append(print_stage_plans(run, frames[pool], asked, spent[pool]))
     alone = [run for pool, run in pools.items() if pool]
