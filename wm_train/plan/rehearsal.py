@@ -238,6 +238,16 @@ def open_shapes(
     )
 
 
+def trajectories(stage: Stage, frame: Frame, clips: int) -> dict[str, Tensor]:
+    """Return the members ode and ode_start of so many clips, if the stage trains on them."""
+    levels = stage.config.objective.trajectory_levels()
+    if not levels:
+        return {}
+    sizes = (stage.latent_frames, len(levels), frame.channels, frame.height, frame.width)
+    start = torch.zeros(clips, 8, dtype=torch.uint8)
+    return {"ode": torch.zeros(clips, *sizes), "ode_start": start}
+
+
 def example_batch(stage: Stage, frame: Frame) -> Batch:
     """Return this rank's part of a batch of the stage's longest clips, without values."""
     config, frames = stage.config, stage.latent_frames
@@ -247,9 +257,10 @@ def example_batch(stage: Stage, frame: Frame) -> Batch:
     conditions = example_conditions(
         config.model.needs(), ExampleShape(clips, frames, *sizes), seed=0
     )
+    whole = {**conditions.fields, **trajectories(stage, frame, clips)}
     fields = {
         name: value[:, share.start : share.stop] if field_named(name).by_row else value
-        for name, value in conditions.fields.items()
+        for name, value in whole.items()
     }
     return Batch(
         torch.zeros(clips, len(share), frame.channels, frame.height, frame.width),

@@ -86,6 +86,12 @@ def test_shapes_alone_take_the_operators_and_bytes_of_real_tensors(words):
     assert sum(rehearsed.at_peak.values()) == pytest.approx(sum(real.at_peak.values()), rel=0.01)
 
 
+def test_a_stage_that_trains_on_trajectories_is_rehearsed():
+    levels = "recipe.stages.short.objective={name:ode_regression,levels:[1.0,0.5]}"
+    made = rehearse(plan("launcher.workers=1", levels), FRAME)
+    assert made.peak > made.held > 0
+
+
 def test_selective_checkpointing_keeps_what_needed_frames_do_not_write_to():
     """On process groups its second run takes what kernels returned in the first, unchanged."""
     mesh = ["launcher.workers=2", "parallel.cp=2", "parallel.attention_exchange=need"]
