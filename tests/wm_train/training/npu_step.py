@@ -129,7 +129,8 @@ def planted(what):
     kept = PatchEmbed.forward
 
     def forward(self, x, *rest):
-        return kept(self, x, *rest) + what(x)
+        out = kept(self, x, *rest)
+        return out + what(out)
 
     return patch.object(PatchEmbed, "forward", forward)
 

@@ -11,7 +11,6 @@ from wm_train.checkpoint import store
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stage, plan_stages
 from wm_train.config.pools import pool_runs
-from wm_train.config.problems import ConfigError
 from wm_train.console import Progress
 from wm_train.evaluation.checkpoints import load_weights
 from wm_train.resilience.preemption import StopRequest
@@ -119,9 +118,3 @@ def test_experts_are_handed_over_to_the_bit_and_one_learns_in_a_turn(demo_lines,
             assert torch.equal(tensor, together[f"{pool}.{name}"])
     judged = build_for_evaluation(plan, mesh, backend.device)
     load_weights(judged, folder, manifest)
-
-
-def test_ranges_with_a_gap_make_no_network(demo_lines, tmp_path):
-    lines = demo_lines(tmp_path, "stage=all", *STAGES, "pools.low.sigma_max=0.6")
-    with pytest.raises(ConfigError, match="ranges without gaps"):
-        pool_runs(compose(lines), lines)

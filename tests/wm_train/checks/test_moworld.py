@@ -1,0 +1,121 @@
+"""Refuse MoWorld stages that cannot run, before anything starts, each with one report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wm_train.checks.values import problems_of
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stages
+from wm_train.config.pools import pool_runs
+from wm_train.config.problems import ConfigError
+from wm_train.config.schema import RunConfig
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, RunConfig]:
+    lines = ["experiment=demo", "recipe=moworld", "data.path=elsewhere", "trainer.samples=0"]
+    return pool_runs(compose(lines), lines)
+
+
+@pytest.fixture
+def told(runs, tmp_path, write):
+    """told(pool, stage, **changes of the stage) -> its problems by key."""
+    data = tmp_path / "shards"
+    data.mkdir()
+    write(data, raw_frames=1610)
+
+    def tell(pool: str, stage: str, **changes) -> dict[str, str]:
+        run = runs[pool]
+        stages = {
+            name: replace(own, data=replace(own.data, path=str(data)))
+            for name, own in run.recipe.stages.items()
+        }
+        stages[stage] = replace(stages[stage], **changes)
+        run = replace(run, out=str(tmp_path / "runs"), recipe=replace(run.recipe, stages=stages))
+        return {problem.where: str(problem) for problem in problems_of(run)}
+
+    return tell
+
+
+def test_the_demo_has_a_curriculum_by_name_and_one_student_of_both_experts(runs, told):
+    assert not told("high", "ar")
+    assert not told("", "distill")
+    high = plan_stages(runs["high"])
+    assert [(plan.stage, plan.source and plan.source.stage) for plan in high] == [
+        ("frames_125", None),
+        ("frames_249", "frames_125"),
+        ("frames_497", "frames_249"),
+        ("ar", "frames_497"),
+    ]
+    assert [plan.config.frames for plan in high] == [41, 81, 161, 161]
+    assert {plan.config.inherit_weights for plan in high} == {"ema"}
+    assert {plan.config.objective.noise_range() for plan in high} == {(0.7, 1.0)}
+    (distill,) = plan_stages(runs[""])
+    assert list(distill.config.model.experts) == ["high", "low"]
+    assert distill.config.model.boundaries == (0.7, 0.0)
+    places = [str(part.checkpoints) for part in distill.source.parts]
+    assert [(part.mine, part.theirs) for part in distill.source.parts] == [
+        ("high.", ""),
+        ("low.", ""),
+    ]
+    assert ["/high/ar" in place or "/low/ar" in place for place in places] == [True, True]
+    teacher = distill.role_sources["teacher"]
+    assert [Path(str(part.checkpoints)).parts[-2] for part in teacher.parts] == ["frames_497"] * 2
+
+
+def test_clips_that_fill_no_latents_or_no_chunk_are_refused(runs, told):
+    assert "8 plus 1" in told("high", "frames_497", frames=160)["recipe.stages.frames_497.frames"]
+    ar = runs["high"].recipe.stages["ar"]
+    wide = replace(ar.objective.history, chunk=21)
+    changes = {
+        "objective": replace(ar.objective, history=wide),
+        "sampler": replace(ar.sampler, history=wide),
+    }
+    assert "at least 22" in told("high", "ar", **changes)["recipe.stages.ar.frames"]
+    beyond = told("low", "frames_497", frames=8 * 1024 + 1)["recipe.stages.frames_497.frames"]
+    assert "at most 1024" in beyond or "at most what the clips hold" in beyond
+
+
+def test_windows_that_are_not_sampled_or_not_seen_are_refused(runs, told):
+    ar = runs["high"].recipe.stages["ar"]
+    other = replace(ar.sampler, history=replace(ar.sampler.history, recent=1))
+    assert (
+        "as it was trained" in told("high", "ar", sampler=other)["recipe.stages.ar.sampler.history"]
+    )
+    blind = told("high", "ar", model=replace(ar.model, camera=False))
+    assert "without a camera" in blind["recipe.stages.ar.objective.history.near"]
+    noised = replace(ar.objective.history, time="chunk")
+    found = told("high", "ar", objective=replace(ar.objective, history=noised))
+    assert "image channels" in found["recipe.stages.ar.objective.history.time"]
+    distill = runs[""].recipe.stages["distill"]
+    causal = replace(distill.distill, isg=0.5)
+    assert "windows" in told("", "distill", distill=causal)["recipe.stages.distill.distill.isg"]
+
+
+def release(folder: Path, content: bytes) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def test_a_pool_does_not_start_from_the_other_expert(told, tmp_path):
+    high, low = tmp_path / "wan" / "transformer", tmp_path / "wan" / "transformer_2"
+    release(high, b"a")
+    release(low, b"b")
+    key = "recipe.stages.frames_125.inherit"
+    assert key not in told("high", "frames_125", inherit=str(high))
+    assert key not in told("low", "frames_125", inherit=str(low))
+    assert f"{key}={low}" in told("low", "frames_125", inherit=str(high))[key]
+    assert f"{key}={high}" in told("high", "frames_125", inherit=str(low))[key]
+    (low / "model.safetensors").write_bytes(b"a")
+    assert "has the same" in told("low", "frames_125", inherit=str(low))[key]
+
+
+def test_ranges_with_a_gap_make_no_network_of_experts():
+    lines = ["experiment=demo", "recipe=moworld", "data.path=x", "pools.low.sigma_max=0.6"]
+    with pytest.raises(ConfigError, match="ranges without gaps"):
+        pool_runs(compose(lines), lines)
