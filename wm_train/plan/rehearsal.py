@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_shards.fields import field_named
+from data_shards.fields import is_by_row
 from data_shards.loading.load import Batch
 from data_shards.storage.read import ClipDataset
 from parallel.degrees import MeshDegrees
@@ -259,7 +259,7 @@ def example_batch(stage: Stage, frame: Frame) -> Batch:
     )
     whole = {**conditions.fields, **trajectories(stage, frame, clips)}
     fields = {
-        name: value[:, share.start : share.stop] if field_named(name).by_row else value
+        name: value[:, share.start : share.stop] if is_by_row(f"{name}.npy") else value
         for name, value in whole.items()
     }
     return Batch(
