@@ -53,7 +53,8 @@ class Assumptions:
     def lines(self) -> list[str]:
         """Return the assumptions in words."""
         return [
-            f"step time and MFU: {FIDELITY}; the best mesh that fits, by formula",
+            f"step time and MFU: {FIDELITY}; the best mesh that fits beside 3 GiB for"
+            " the runtime (assumed), by formula",
             "batch: the recipe's while it feeds the devices at its cp, then one clip a sequence"
             " group; steps shrink so that clips in all stay the same: nothing is said of the loss",
             f"failures: {self.per_node_day:g} per node and day (Llama 3), band {RATES[0]:g} to"

@@ -25,6 +25,7 @@ from wm_train.plan.speed.step import StepTime, step_time
 
 NEAR = 1.3  # how far the formula may be off: slower or larger by less is rehearsed
 GB = 1e9
+RUNTIME = 3 * 2**30  # bytes of context, buffers of collectives, fragments: assumed, not measured
 
 # plans of one sequence group each -> their rehearsals
 Rehearse = Callable[[Sequence[StagePlan]], Sequence[Rehearsal]]
@@ -142,7 +143,7 @@ def search(bases: Bases, devices: int, count: int = 5, rehearsed: bool = True) -
             candidates.append(one)
         else:
             refused.append(one)
-    limit = bases.hardware.memory
+    limit = usable(bases.hardware)
     bases.prepare(Shape(1, 1, kind) for kind in {c.shape.checkpointing for c in candidates})
     rough = [bases.ranked(candidate, rehearsed=False) for candidate in candidates]
     if rehearsed:
@@ -154,6 +155,11 @@ def search(bases: Bases, devices: int, count: int = 5, rehearsed: bool = True) -
     refused += [too_large(one, limit) for one in rough if one.memory > limit]
     refused += [too_slow(one, fitting[0]) for one in fitting[count:]]
     return Found(fitting[:count], refused)
+
+
+def usable(hardware: Hardware) -> float:
+    """Return the bytes of a device that tensors may take."""
+    return hardware.memory - RUNTIME
 
 
 def nearest(
