@@ -197,7 +197,7 @@ def pretrained_waypoint() -> tuple[str, ...]:
     """Overrides of `demo_run`: a small Waypoint is pretrained as in the recipe, by diffusion
     forcing, dropped controls and NorMuon, on rows of two clips."""
     short = "recipe.stages.short."
-    sizes = "depth=4 width=64 heads=4 key_heads=2 mlp_ratio=2 noise_features=16 patch_size=2"
+    sizes = "depth=4 width=64 heads=4 key_heads=2 mlp_ratio=2 noise_features=16 patch_size=1"
     reach = "controls=6 window=3 dilation=2 reach=4 latent_channels=24"
     return (
         "model=waypoint",
