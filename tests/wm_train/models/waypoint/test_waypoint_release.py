@@ -35,7 +35,7 @@ def test_a_stage_begins_with_a_release_and_ends_as_one(
     export_pretrained(dict(model.named_parameters()), stage.model, release)
     train_here(run, *settings)
     checkpoints = run / "demo" / "short" / "checkpoints"
-    command = ["export", str(checkpoints), str(out), "--layout", "native", "--weights", "raw"]
+    command = ["export", str(checkpoints), str(out), "--layout", "diffusers", "--weights", "raw"]
     assert checkpoint(command) == 0, capsys.readouterr().err
     before, after = load_file(release / FILE), load_file(out / FILE)
     assert before.keys() == after.keys()
