@@ -296,17 +296,25 @@ def test_the_noise_of_scores_is_not_that_of_rollouts(networks, conditions):
         assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.3
 
 
-def test_the_three_weights_are_in_the_ratio_of_the_closed_form(networks, conditions):
-    """score over velocity is a^2 / sigma at one noise level per clip."""
-    found = {
-        weight: take(networks, "student", conditions, distill=replace(SETTINGS, weight=weight))
-        for weight in ("normalised", "velocity", "score")
-    }
-    sigma = found["score"].metrics["sigma"][:, None]
-    ratio = found["score"].direction / found["velocity"].direction
-    torch.testing.assert_close(ratio, (1 - sigma) ** 2 / sigma + 0 * ratio, check_dtype=False)
-    apart = found["normalised"].direction / found["velocity"].direction
-    assert (apart - sigma).abs().max() > 1e-3
+def test_weights_and_scopes_are_in_the_ratios_of_the_closed_form(networks, conditions):
+    """At one noise level per clip score over velocity is a^2 / sigma, and normalised over velocity
+    sigma / N: one number for a clip, or with a scope per chunk another in each."""
+
+    def direction(weight, normaliser="clip"):
+        distill = replace(SETTINGS, weight=weight, normaliser=normaliser)
+        return take(networks, "student", conditions, distill=distill)
+
+    plain, score = direction("velocity"), direction("score")
+    sigma = score.metrics["sigma"][:, None].double()
+    ratio = score.direction / plain.direction
+    torch.testing.assert_close(
+        ratio, ((1 - sigma) ** 2 / sigma).expand_as(ratio), rtol=1e-5, atol=0
+    )
+    whole, chunks = (
+        direction("normalised", scope).direction / plain.direction for scope in ("clip", "chunk")
+    )
+    assert torch.allclose(whole, whole[:, :1].expand_as(whole), rtol=1e-9)
+    assert not torch.allclose(chunks, chunks[:, :1].expand_as(chunks), rtol=1e-3)
 
 
 def test_scored_frames_limit_the_loss_and_the_gradient(networks, conditions):
