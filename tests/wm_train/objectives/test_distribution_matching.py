@@ -287,6 +287,9 @@ def test_the_noise_of_scores_is_not_that_of_rollouts(networks, conditions):
     clips, _, turn = made_turn(conditions)
     clean = make_rollouts(networks["student"], clips, turn).clean()
     free = seen["level"] > 0
+    assert free[:, 1:].all()
+    assert not free[:, 0].any()
+    assert torch.equal(seen["noisy"][:, 0], LATENTS[:, 0])  # the given frame stays clean
     noise = (seen["noisy"] - (1 - seen["level"]) * clean) / seen["level"]
     noise = noise[free.expand_as(noise)]
     assert abs(float(noise.mean())) < 0.2
