@@ -262,7 +262,7 @@ def made_turn(conditions, index=0, distill=SETTINGS, role="critic"):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"sampler": "euler"}, {"context_sigma": 0.3}, {"exit": "last"}, {}], ids=str
+    "changed", [{"sampler": "euler", "exit": "last"}, {"context_sigma": 0.3}, {}], ids=str
 )
 def test_a_turn_rolls_out_as_distill_says(networks, conditions, changed):
     distill = replace(SETTINGS, **changed)
