@@ -160,24 +160,39 @@ FIELDS: Mapping[str, Field] = {
     )
 }
 
+START_LATENTS, CLIP_SHAPE = 30, (257, 1280)  # of the released models
+# Members of ours that only `encode fields=` takes from a source, as those of other packages
+TAKEN: Mapping[str, Field] = {
+    field.name: field
+    for field in (
+        # normalised latents of a clip's first image followed by zeros, constant from the last on
+        Field("start_video", (START_LATENTS, *LATENT), FLOATS, "clip"),
+        Field("clip_image", CLIP_SHAPE, FLOATS, "clip"),  # CLIP ViT-H/14 features of that image
+    )
+}
+
 
 @cache
 def registered() -> Mapping[str, Field]:
-    """Return the fields that installed packages add, by name.
+    """Return the fields that installed packages add, and `TAKEN`, by name.
 
     Raises:
         DataError: an entry point that names no Field of its own name, or a name that is taken.
     """
     from importlib.metadata import entry_points
 
-    rows = {}
+    rows = dict(TAKEN)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         field = point.load()
-        if not isinstance(field, Field) or field.name != point.name or point.name in FIELDS:
+        if (
+            not isinstance(field, Field)
+            or field.name != point.name
+            or point.name in {**FIELDS, **TAKEN}
+        ):
             raise DataError(
                 f"field: got {field!r} at the entry point {point.name} = {point.value}, expected a"
-                f" Field of that name and none of {sorted(FIELDS)} (group {GROUP}). Fix: mend the"
-                " package that declares it"
+                f" Field of that name and none of {sorted({**FIELDS, **TAKEN})} (group {GROUP}). Fix:"
+                " mend the package that declares it"
             )
         rows[field.name] = field
     return rows
