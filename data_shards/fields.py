@@ -191,8 +191,8 @@ def registered() -> Mapping[str, Field]:
         ):
             raise DataError(
                 f"field: got {field!r} at the entry point {point.name} = {point.value}, expected a"
-                f" Field of that name and none of {sorted({**FIELDS, **TAKEN})} (group {GROUP}). Fix:"
-                " mend the package that declares it"
+                f" Field of that name and none of {sorted({**FIELDS, **TAKEN})} (group {GROUP})."
+                " Fix: mend the package that declares it"
             )
         rows[field.name] = field
     return rows
