@@ -106,9 +106,18 @@ class Operators(TorchDispatchMode):
             name = f"{name}.{overload}" if overload else name
             if any(x.dtype in (torch.float64, torch.complex64, torch.complex128) for x in there):
                 self.double.add(name)
-            if name not in self.listed and not composite(func):
+            if name not in self.listed and not composite(func) and not self.by_out(func):
                 self.unlisted.add(name)
         return out
+
+    def by_out(self, func) -> bool:
+        """Return whether the vendor lists the form of an operator that writes to a given tensor, by
+        which torch computes the other, or torch makes it of a copy and a view."""
+        base = func._schema.name.partition("::")[2]
+        key = "CompositeExplicitAutogradNonFunctional"
+        made = torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name + suffix(func), key)
+        forms = (f"{base}.{end}" for end in ("out", "grad_input"))
+        return made and (base == "select_backward" or any(form in self.listed for form in forms))
 
 
 def composite(func) -> bool:
@@ -160,6 +169,7 @@ def main(config: Path, ranks: int) -> None:
         "npu", backend_module=Npu("torch.npu")
     )
 
+    from parallel.timing import CommClock
     from wm_train.backends import get_backend
     from wm_train.config.curriculum import plan_stage
     from wm_train.config.typed import from_json
@@ -180,6 +190,7 @@ def main(config: Path, ranks: int) -> None:
     backend = replace(
         backend, capabilities=backend.capabilities - {"pinned"}
     )  # there is no allocator to pin with
+    CommClock.seconds = lambda self: 0.0  # nor a clock
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     choose.defect = lambda *given: None  # a trial compares values
     stage = open_stage(plan, backend, World(0, ranks))
