@@ -83,7 +83,8 @@ def test_the_demo_of_a_recipe_records_and_trains_all_its_stages(make_train, tmp_
 def test_a_recipe_without_a_file_is_refused_before_recording(make_train, tmp_path):
     done, commands = make_train(tmp_path / "x", target=("demo", "RECIPE=mine"))
     assert (done.returncode, commands) == (2, [])
-    assert "RECIPE: got mine, expected one of demo sana_wm" in done.stderr
+    known = sorted(file.stem for file in (ROOT / "configs" / "recipe").glob("*.yaml"))
+    assert f"RECIPE: got mine, expected one of {' '.join(known)}. Fix: " in done.stderr
 
 
 def test_a_data_set_stays_when_make_ends_after_it_was_published(make_train, tmp_path):
