@@ -41,6 +41,7 @@ from wm_train.config.schema import StageConfig
 from wm_train.config.typed import from_json
 from wm_train.evaluation.first_frame import over_clips
 from wm_train.evaluation.metrics.pictures import psnr
+from wm_train.evaluation.metrics.score import Summary
 from wm_train.evaluation.pictures import write_png
 from wm_train.noise import NoiseKey
 from wm_train.sampling.experts import experts_of
@@ -91,6 +92,12 @@ def contrast_kept(video: Video, fps: int) -> float:
     return float(video[-fps:].std() / video[1 : fps + 1].std())
 
 
+def shown(name: str, cell: Summary) -> str:
+    """Return a column: a mean and its standard error, which one clip alone has not."""
+    error = "     " if cell.standard_error is None else f"+- {cell.standard_error:.2f}"
+    return f"  {name} {cell.mean:7.2f} {error}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,10 +142,8 @@ def main() -> int:
             rms(v[1:].astype(int) - o[1:].astype(int)) for _, v, o in pairs
         ]
     for row in dict.fromkeys(row for row, _ in figures):
-        cells = (over_clips(figures[row, name]) for name in made)
-        print(f"{row:<16}" + "".join(
-            f"  {name} {cell.mean:7.2f} +- {cell.standard_error:.2f}"
-            for name, cell in zip(made, cells, strict=True)))  # fmt: skip
+        cells = (shown(name, over_clips(figures[row, name])) for name in made)
+        print(f"{row:<16}" + "".join(cells))
     if options.sheet:
         picks = np.linspace(0, len(truth[0]) - 1, 8).round().astype(int)
         rows = [clip[picks] for place in range(3) for clip in
