@@ -16,8 +16,8 @@ Model = Callable[..., Tensor]
 class Experts:
     """Hold models that were trained on parts of the noise: `models[i]` makes the steps that start
     at `boundaries[i]` or above. Boundaries fall, and the last one is 0 (Wan2.2's two experts,
-    MoWorld §3). guidance: of each expert, the same conditions under weights of its own; (): all are
-    guided as the sampler says."""
+    MoWorld §3). guidance: of each expert, the same conditions under weights of its own; (): all
+    are guided as the sampler says."""
 
     boundaries: tuple[float, ...]
     models: tuple[Model, ...]

@@ -33,8 +33,8 @@ def test_steps_levels_and_guidance_are_those_of_the_paper(plan):
 
 @pytest.mark.parametrize("stage", ["pretrain_360p", "pretrain_720p"])
 def test_pretraining_is_sampled_as_it_is_played(stage):
-    """Paper §5.2, §5.3: frame by frame, the past at 0.15, 60 steps of a shift of 3, which makes the
-    student's 0.9 and 0.75 of 0.75 and 0.5."""
+    """Paper §5.2, §5.3: frame by frame, the past at 0.15, 60 steps of a shift of 3, which makes
+    the student's 0.9 and 0.75 of 0.75 and 0.5."""
     config = plan_stage(compose(["experiment=waypoint", "data.path=x"]), stage).config
     levels = levels_of(config)
     assert len(levels) == 61

@@ -20,6 +20,7 @@ from wm_train.noise import NoiseKey, normal
 from wm_train.objectives.ar_flow_matching import ar_flow_matching
 from wm_train.objectives.clips import Clips
 from wm_train.objectives.config import ArFlowMatchingConfig
+from wm_train.parity.case import wake_
 
 WAN = WanConfig(
     latent_channels=3,
@@ -49,14 +50,9 @@ def clips_of(model: WanConfig = WAN, sequence=None, dtype=torch.float32) -> Clip
 
 
 def awake(config: WanConfig = WAN, dtype=torch.float64):
-    """A model with an output, and a camera, that are not zero."""
     model = build_model(config).to(dtype)
     initialise_(model, 0)
-    with torch.no_grad():
-        for name in ("proj_out", *(["control_adapter.conv"] if config.camera else [])):
-            weight = model.get_submodule(name).weight
-            noise = normal(KEY, name, torch.zeros(1, dtype=torch.int64), (0, 1), weight.shape)
-            weight.copy_(0.2 * noise[0, 0])
+    wake_(model, 0)
     return model
 
 

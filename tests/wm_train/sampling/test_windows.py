@@ -18,8 +18,10 @@ from wm_train.models.init import initialise_
 from wm_train.models.spec import build_model
 from wm_train.models.wan.config import WanConfig
 from wm_train.noise import NoiseKey, normal
+from wm_train.parity.case import wake_
 from wm_train.sampling.config import WindowsConfig
 from wm_train.sampling.experts import Experts
+from wm_train.sampling.history import Window, window_noise
 from wm_train.sampling.levels import sampling_levels
 from wm_train.sampling.sample import SampleStart, windows
 from wm_train.sampling.windows import window_losses, window_rollout
@@ -37,10 +39,7 @@ PAIR = ExpertsConfig("experts", 3, "none", {"high": WAN, "low": WAN}, (0.9, 0.0)
 def awake(config=WAN, seed: int = 0):
     model = build_model(config)
     initialise_(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    wake_(model, seed)
     return model.double()
 
 
@@ -74,6 +73,29 @@ def test_chunks_cover_the_clip_and_the_sampler_makes_the_same():
     moved = replace(start, first_latent=first[1:], conditions=conditions.rows(slice(1, 2)))
     alone = windows(replace(moved, draws=DRAWS[1:]), WindowsConfig(step="renoise", history=HISTORY))
     assert torch.allclose(alone[0], made[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("time", "noise"), [("zero", 0.0), ("zero", 0.2), ("chunk", 0.0)])
+def test_a_network_is_given_history_at_the_level_that_is_configured(time, noise):
+    """Clean, at a fixed level, or noised like the chunk: (1 - sigma) x + sigma n, and told so."""
+    seen = []
+
+    def still(latents, level, conditions, sequence):
+        seen.append((latents, level))
+        return torch.zeros_like(latents)
+
+    rolled(still, history=replace(HISTORY, time=time, noise=noise))
+    first, slots = given()[0], HISTORY.slots
+    window = Window(
+        (0, 0, 0, 0, 1, 2, 3), slots
+    )  # of the first chunk: nothing but frame 0 is known
+    drawn = window_noise(KEY, "rollout", DRAWS[:1], window, tuple(first.shape[1:]), True)
+    for sigma, (latents, level) in zip(LEVELS[:-1], seen[: len(LEVELS) - 1], strict=True):
+        own = sigma if time == "chunk" else noise
+        expected = (1 - own) * first[:1, None] + own * drawn[:, :slots]
+        assert torch.allclose(latents[:, :slots], expected, rtol=1e-6)
+        assert torch.allclose(level[:, :slots], torch.full_like(level[:, :slots], own))
+        assert torch.allclose(level[:, slots:], torch.full_like(level[:, slots:], sigma))
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 2)])
