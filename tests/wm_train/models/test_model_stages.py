@@ -111,13 +111,14 @@ def test_the_recipe_has_the_values_of_table_7():
 
 def test_the_demo_takes_the_papers_recipe_at_toy_size():
     """Same stages, model changes, inheritance, chunks and dropout as Tab. 7; only lengths, steps,
-    batches and learning rates differ."""
+    batches, learning rates and the student's levels differ (a smaller shift)."""
     paper, toy = (
         compose(["recipe=sana_wm", "data.path=x"]),
         compose(["experiment=demo", "recipe=sana_wm", "stage=all"]),
     )
     small = {"frames", "steps", "global_batch", "objective", "optimizer", *PER_STAGE}
-    small |= {"roles", "distill", "trajectories"}  # tests/wm_train/config/test_sana_wm.py
+    # the student's sampler has the levels of its turns: tests/wm_train/config/test_sana_wm.py
+    small |= {"roles", "distill", "trajectories", "sampler"}
     assert ordered(toy.recipe) == ordered(paper.recipe)
     assert (toy.model, toy.data) == (
         compose(["experiment=demo", "recipe=demo"]).model,
@@ -130,9 +131,16 @@ def test_the_demo_takes_the_papers_recipe_at_toy_size():
         }
         assert replace(stage.model, latent_channels=48) == theirs.model
         if stage.index <= 5:
+            assert stage.sampler == theirs.sampler
+        else:
+            assert replace(stage.sampler, levels=theirs.sampler.levels) == theirs.sampler
+        if stage.index <= 5:
             assert replace(stage.objective, flow_shift=9.95, text_dropout=0.1) == theirs.objective
         else:
-            assert stage.objective == theirs.objective
+            theirs_at_our_levels = theirs.objective
+            if hasattr(theirs.objective, "levels"):
+                theirs_at_our_levels = replace(theirs.objective, levels=stage.sampler.levels)
+            assert stage.objective == theirs_at_our_levels
         assert stage.frames <= 81, "the demo records clips of 81 frames"
         assert stage.steps * stage.frames * stage.global_batch < 10**5, "a laptop's minutes"
     assert (
