@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ VALIDATION_AGAIN = "/validation/again"  # another noise for the same clips
 KEYING = 2  # how noise and order are keyed, kept in checkpoints; 1 was by the stage's position
 
 
+Word = TypeVar("Word", Tensor, int)
+
+
 @dataclass(frozen=True)
 class NoiseKey:
     """Identify the random numbers of one stage of one run."""
@@ -37,19 +41,22 @@ class NoiseKey:
     stage: str  # its name, not its position: a recipe may grow around it. Or a reserved name above
 
 
-def philox4x32(
-    counter: Sequence[Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Compute ten rounds of Philox over broadcastable int64 tensors.
 
     counter: four tensors with values in [0, 2**32); key: two integers in [0, 2**32). Returns four
     int64 tensors of the broadcast shape with values in [0, 2**32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    return philox_rounds(c0, c1, c2, c3, key)
+
+
+def philox_rounds(c0: Word, c1: Word, c2: Word, c3: Word, key: tuple[int, int]) -> tuple[Word, ...]:
+    """Compute ten rounds of Philox over int64 tensors of one shape, or over Python integers."""
     k0, k1 = key
     for _ in range(ROUNDS):
-        # The product wraps at 64 bits; its 64 bit pattern is right, so both halves survive the
-        # masks.
+        # A tensor's product wraps at 64 bits; its 64 bit pattern is right, so both halves survive
+        # the masks.
         low = c0 * MULTIPLIERS[0]
         high = c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -119,3 +126,14 @@ def normal(
 def uniform(key: NoiseKey, purpose: str, draws: Tensor) -> Tensor:
     """Return one uniform number in (0, 1) per clip, fp32 [b]."""
     return unit_interval(random_words(key, purpose, draws, (0, 1), 1)[:, 0, 0, 0])
+
+
+def host_uniform(key: NoiseKey, purpose: str, draw: int) -> float:
+    """Return `uniform` of one draw, to the bit, computed from Python integers alone.
+
+    For numbers by which the host decides what runs: nothing is read back from a device, and a step
+    on fake tensors takes the same decisions as a real one.
+    """
+    counter = (0, 0, draw & WORD, (draw >> 32) & WORD)
+    word = philox_rounds(*counter, generator_key(key, purpose))[0]
+    return ((word >> 9) + 0.5) * 2.0**-23

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel.layout import ClipLayout, FrameRange
 from wm_train.config.roles import CRITIC, STUDENT, ScoreSigmaConfig, frames_of
-from wm_train.noise import NoiseKey, random_words, unit_interval
+from wm_train.noise import NoiseKey, host_uniform, random_words, unit_interval
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.flow_matching import truncated_logit_normal
 from wm_train.objectives.score_difference import ClipMean
@@ -120,8 +120,7 @@ def mean_at_levels(figures: Mapping[str, float]) -> dict[str, float]:
 
 def turn_share(key: NoiseKey, purpose: str, turn: int) -> float:
     """Return a uniform number in (0, 1) of one turn, the same on all processes."""
-    words = random_words(key, purpose, torch.tensor([turn]), (0, 1), 1)
-    return float(unit_interval(words)[0, 0, 0, 0])
+    return host_uniform(key, purpose, turn)
 
 
 def turn_choice(key: NoiseKey, purpose: str, turn: int, count: int) -> int:

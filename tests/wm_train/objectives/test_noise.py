@@ -11,6 +11,7 @@ from wm_train.noise import (
     PARITY,
     VALIDATION,
     NoiseKey,
+    host_uniform,
     normal,
     philox4x32,
     random_words,
@@ -83,6 +84,14 @@ def test_uniforms_stay_inside_the_open_interval_and_are_uniform():
     assert (u.sort().values - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 1.95 / math.sqrt(
         20_000
     )
+
+
+@pytest.mark.parametrize("draw", [0, 1, 7, 2**31 + 5, 2**33 + 3, 123456789012])
+def test_the_hosts_uniform_is_the_devices_to_the_bit(draw):
+    """Integers of Python do not wrap, those of tensors do: the words must be the same."""
+    for purpose in ("exit/student", "score/window", "isg/middle"):
+        device = uniform(KEY, purpose, torch.tensor([draw]))
+        assert host_uniform(KEY, purpose, draw) == float(device)
 
 
 def test_no_stage_can_have_the_name_of_a_reserved_key():
