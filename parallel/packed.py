@@ -41,6 +41,10 @@ class _Half:
         return self._clip.layout
 
     @property
+    def clip_frames(self) -> int:
+        return self._clip.clip_frames
+
+    @property
     def recompute(self) -> Recompute:
         return self._clip.recompute
 

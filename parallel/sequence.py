@@ -71,11 +71,15 @@ class SequenceShard(Protocol):
         ...
 
     @property
-    def positions(self) -> Tensor:
-        """Return the time index of each local frame (`ClipLayout.position_of`), [1, T/P] int64 on
-        the CPU.
+    def clip_frames(self) -> int:
+        """Return T, the frames of the whole clip; rows with documents of their own have no one
+        `layout` to ask (`RowsSequence`)."""
+        ...
 
-        It broadcasts over B.
+    @property
+    def positions(self) -> Tensor:
+        """Return the time index of each local frame (`ClipLayout.position_of`), [1, T/P] or
+        [B, T/P] int64 on the CPU.
         """
         ...
 
@@ -182,6 +186,10 @@ class GroupSequence:
         self.engine = engine
         self.exchange = exchange
         self.recompute: Recompute = recompute
+
+    @property
+    def clip_frames(self) -> int:
+        return self.layout.frames
 
     @property
     def positions(self) -> Tensor:

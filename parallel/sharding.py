@@ -91,6 +91,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for unit in units:
+        for unit in units:  # all units of `shard_model` free their weights after a pass
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()

@@ -100,6 +100,10 @@ class StreamingSequence:
         return self._inner.layout
 
     @property
+    def clip_frames(self) -> int:
+        return self._inner.clip_frames
+
+    @property
     def recompute(self) -> Recompute:
         return self._inner.recompute
 

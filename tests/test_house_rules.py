@@ -45,7 +45,7 @@ FLOORS = {
         "compat redact remote __init__",
     ),
     "parallel": (
-        "streaming packed checkpointing traffic",
+        "streaming packed rows checkpointing traffic",
         "transpose",
         "sequence",
         "attend_cost",

@@ -88,7 +88,9 @@ class Needs:
     that it has positions for, 0 for any; camera_stride: raw frames of a latent frame that its
     camera packs, 0 for any; causal: frames see no later chunk; frame_causal: nor any later frame,
     so that chunks only say what is made at once; softmax: some layer attends over the clip, through
-    an engine of `parallel.attention`; attention_only: and no other layer lets frames meet.
+    an engine of `parallel.attention`; attention_only: and no other layer lets frames meet;
+    mixed_documents: and it reads no layout but T and positions, so that rows packed with different
+    documents may go through it as one batch.
     """
 
     heads: int
@@ -108,6 +110,7 @@ class Needs:
     frame_causal: bool = False
     softmax: bool = True
     attention_only: bool = False
+    mixed_documents: bool = False
 
 
 def streams(needs: Needs) -> bool:
@@ -208,6 +211,11 @@ class ObjectiveConfig(Named):
     def gives_first_frame(self) -> bool:
         """Return whether clips may see their first latent frame clean."""
         return True
+
+    def mixed_documents(self) -> bool:
+        """Return whether rows packed with different documents may be one batch: it reads of the
+        layout nothing but T."""
+        return False
 
     def trajectory_levels(self) -> tuple[float, ...]:
         """Return the noise levels of the trajectories (members ode and ode_start of a clip) that it

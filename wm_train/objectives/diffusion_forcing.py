@@ -47,7 +47,7 @@ def frame_sigma(clips: Clips, config: DiffusionForcingConfig) -> Tensor:
     its middle, and the noise embedding multiplies a level by 1000.
     """
     frames = clips.sequence.frames
-    gaussian = normal(clips.key, "sigma", clips.draws, (0, clips.sequence.layout.frames), ())
+    gaussian = normal(clips.key, "sigma", clips.draws, (0, clips.sequence.clip_frames), ())
     plain = torch.sigmoid(config.sigma_mean + config.sigma_std * gaussian)
     return shift_sigma(plain, config.flow_shift)[:, frames.start : frames.stop]
 

@@ -39,5 +39,8 @@ class DiffusionForcingConfig(ObjectiveConfig):
     def sampling_shift(self) -> float:
         return self.flow_shift
 
+    def mixed_documents(self) -> bool:
+        return True
+
     def dropped(self) -> dict[str, float]:
         return {"controls": self.controls_dropout}

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_shards.loading.load import Batch, ClipLoader
 from data_shards.time_layout import time_of
 from parallel.layout import ClipLayout
+from parallel.rows import RowsSequence
 from parallel.sequence import WholeClip, make_sequence
 from parallel.streaming import chunk_starts
 from wm_train.conditioning import Conditions
@@ -76,19 +77,33 @@ def open_loader(
 
 def sequence_of(stage: Stage, batch: Batch, chunk_frames: int | None = None) -> WholeClip:
     """Return the sequence shard of this batch: its layout, and this rank's frames. chunk_frames: of
-    the network that sees it; None: the stage's own."""
+    the network that sees it; None: the stage's own. Rows that are packed differently have a layout
+    each."""
     chunk_frames = stage.config.chunk_frames if chunk_frames is None else chunk_frames
-    starts = batch.document_starts[0] if batch.document_starts else (0,)
-    assert all(row == starts for row in batch.document_starts), (
-        "rows that are packed differently go through the model one by one"
+    rows = batch.document_starts or ((0,),)
+    if len(set(rows)) == 1:
+        return _shard(stage, batch.frames, rows[0], chunk_frames, batch.valid_frames)
+    each = zip(rows, batch.valid_frames, strict=True)
+    return RowsSequence(
+        [_shard(stage, batch.frames, starts, chunk_frames, (valid,)) for starts, valid in each]
     )
-    ends = (*starts[1:], batch.frames)
+
+
+def _shard(
+    stage: Stage,
+    frames: int,
+    starts: tuple[int, ...],
+    chunk_frames: int,
+    valid_frames: tuple[int, ...],
+) -> WholeClip:
+    """Return the shard of rows with the same documents. frames: T; starts: of the documents."""
+    ends = (*starts[1:], frames)
     chunks = tuple(
         s + chunk
         for s, end in zip(starts, ends, strict=True)
         for chunk in chunk_starts(end - s, chunk_frames)
     )
-    layout = ClipLayout(batch.frames, starts, chunks, batch.valid_frames)
+    layout = ClipLayout(frames, starts, chunks, valid_frames)
     parallel = stage.config.parallel
     return make_sequence(
         layout,
@@ -159,11 +174,12 @@ def on_device(stage: Stage, batch: Batch) -> Batch:
 
 
 def micro_batches(stage: Stage, batch: Batch) -> Iterator[Batch]:
-    """Yield the micro-batches of a training batch. Packed rows go one by one, as each has its own
-    documents."""
-    return batch_parts(
-        batch, len(batch.keys) if stage.config.data.pack else stage.config.trainer.accumulate
-    )
+    """Yield the micro-batches of a training batch. Packed rows have documents of their own: they go
+    one by one where model or objective need one layout for all rows."""
+    config = stage.config
+    mixed = config.model.needs().mixed_documents and config.objective.mixed_documents()
+    apart = config.data.pack and not mixed
+    return batch_parts(batch, len(batch.keys) if apart else config.trainer.accumulate)
 
 
 def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:

@@ -7,17 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from parallel.layout import ClipLayout
+from parallel.rows import RowsSequence
 from parallel.sequence import GroupSequence, LocalSequence, SequenceShard
 from parallel.virtual import replicate, run_virtual
 from wm_train.conditioning import Conditions
 from wm_train.config.registry import builder
 from wm_train.config.rules import broken_rules
 from wm_train.models.init import initialise_
-from wm_train.models.spec import build_model
+from wm_train.models.spec import WorldModel, build_model
 from wm_train.models.waypoint.config import WaypointConfig
 from wm_train.noise import NoiseKey, normal
+from wm_train.objectives import diffusion_forcing as forcing
 from wm_train.objectives.clips import Clips
 from wm_train.objectives.diffusion_forcing import frame_sigma
 from wm_train.objectives.forcing_config import DiffusionForcingConfig
@@ -133,20 +136,25 @@ def test_every_bad_value_is_one_report():
         CONFIG.narrowed(0.0, 0.5)
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1), (2, 2)])
-def test_loss_and_gradients_do_not_depend_on_the_mesh(ring, ulysses):
-    """Of Waypoint itself, in fp64, with some clips without their controls."""
+def waypoint() -> WorldModel:
+    """Return a small Waypoint in fp64 with no weight at zero."""
     shape = {"latent_channels": 3, "width": 64, "depth": 4, "noise_features": 16}
     model = build_model(WaypointConfig(**shape, controls=7, window=2, dilation=2, reach=4))
     initialise_(model, 1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.where(parameter == 0, 0.1, 0.0))
-    model, config = model.double(), replace(CONFIG, controls_dropout=0.5)
+    return model.double()
 
-    def doubled(clips: Clips) -> Clips:
-        return replace(clips, latents=clips.latents.double())
 
+def doubled(clips: Clips) -> Clips:
+    return replace(clips, latents=clips.latents.double())
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1), (2, 2)])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(ring, ulysses):
+    """Of Waypoint itself, in fp64, with some clips without their controls."""
+    model, config = waypoint(), replace(CONFIG, controls_dropout=0.5)
     expected = run(model, doubled(clips_of(3, 7, first=FIRST)), config)
     expected.loss.sum().backward()
     assert 0 < float(expected.metrics["controls"].sum()) < 3
@@ -165,3 +173,66 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(ring, ulysses):
             parts = [copy.get_parameter(name).grad for copy in copies]
             error = (sum(parts) - parameter.grad).abs().max() / parameter.grad.abs().max()
             assert error < 1e-6, name
+
+
+# of three rows of seven frames: first frames of their documents, and how many frames are real
+ROWS = (((0,), 7), ((0, 3), 7), ((0, 2, 5), 6))
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (1, 2), (2, 1)])
+def test_rows_of_other_documents_in_one_batch_are_rows_one_by_one(ring, ulysses, monkeypatch):
+    """Losses and gradients of Waypoint in fp64, on one device and split over two. Levels and noise
+    are given, as drawn ones are fp32 and rounded by the shape of a batch."""
+    model, config = waypoint(), replace(CONFIG, controls_dropout=0.5)
+    sigma, noise = torch.rand(3, 7).double(), torch.randn(3, 7, 3, 2, 4).double()
+
+    def own_part(x: Tensor, clips: Clips) -> Tensor:
+        frames = clips.sequence.frames
+        return x[clips.draws - FIRST, frames.start : frames.stop]
+
+    monkeypatch.setattr(forcing, "frame_sigma", lambda clips, _: own_part(sigma, clips))
+    monkeypatch.setattr(Clips, "normal", lambda clips, _: own_part(noise, clips))
+    chunks = tuple(range(7))
+    layouts = [ClipLayout(7, starts, chunks, (real,)) for starts, real in ROWS]
+    losses = []
+    for number, layout in enumerate(layouts):
+        clips = doubled(clips_of(3, 7, LocalSequence(layout), FIRST))
+        rows = slice(number, number + 1)
+        own = replace(
+            clips,
+            latents=clips.latents[rows],
+            draws=clips.draws[rows],
+            conditions=clips.conditions.rows(rows),
+        )
+        losses.append(run(model, own, config).loss)
+    expected = torch.cat(losses)
+    expected.sum().backward()
+    copies = replicate(model, ring * ulysses)
+
+    def body(comm):
+        sequence = RowsSequence([GroupSequence(layout, comm) for layout in layouts])
+        clips = doubled(clips_of(3, 7, sequence, FIRST))
+        return run(copies[comm.members[0].index], clips, config).loss
+
+    found, _ = run_virtual(body, ring, ulysses)
+    torch.stack([loss.sum() for loss in found]).sum().backward()
+    for loss in found:
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts = [copy.get_parameter(name).grad for copy in copies]
+            error = (sum(parts) - parameter.grad).abs().max() / parameter.grad.abs().max()
+            assert error < 1e-11, name
+
+
+def test_rows_of_other_documents_have_no_layout_in_common():
+    rows = [LocalSequence(ClipLayout(7, starts)) for starts, _ in ROWS]
+    sequence = RowsSequence(rows)
+    assert sequence.clip_frames == 7
+    assert sequence.positions.tolist()[1:] == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1]]
+    with pytest.raises(ValueError, match="one layout was asked of 3 rows"):
+        sequence.layout  # noqa: B018
+    with pytest.raises(ValueError, match="a halo was asked of 3 rows"):
+        sequence.halo([], 1, 1)
+    with pytest.raises(ValueError, match=r"got \[\(7, 0, 7\), \(8, 0, 8\)\]"):
+        RowsSequence([*rows, LocalSequence(ClipLayout(8))])

@@ -68,6 +68,19 @@ def test_two_processes_take_the_turns_of_one(on_ranks, source, alone, tmp_path, 
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("mesh", ["parallel.cp=1", "parallel.cp=2"])
+def test_rollouts_ahead_change_no_bit_where_weights_are_sharded(on_ranks, source, tmp_path, mesh):
+    """The student's weights stay gathered over a cycle's rollouts, and are sharded for its turn."""
+    found = []
+    for how in ("each", "ahead"):
+        shutil.copytree(source, tmp_path / how)
+        on_ranks(tmp_path / how, 2, mesh, f"{LONG}steps=7", f"{LONG}distill.rollouts={how}")
+        found.append(losses(tmp_path / how))
+    assert len(found[0]) == 7
+    assert found[0] == found[1]
+
+
+@pytest.mark.full
 def test_two_processes_take_waypoints_turns_as_one(
     worker_config, run_ranks, distilled_waypoint, tmp_path
 ):

@@ -66,6 +66,7 @@ class WaypointConfig(ModelConfig):
             control_names=names if self.controls == RELEASED_CONTROLS else (),
             frame_causal=True,
             attention_only=True,
+            mixed_documents=True,
         )
 
     def is_global(self, block: int) -> bool:

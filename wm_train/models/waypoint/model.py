@@ -172,7 +172,7 @@ class Waypoint(WorldModel):
         """Return the normed embedding of the local frames' controls, [B, t, C]; the null embedding
         in clips whose controls are dropped."""
         rows, local = conditions.controls, sequence.frames
-        wanted = (sequence.layout.frames, self.config.controls)
+        wanted = (sequence.clip_frames, self.config.controls)
         if rows is None or tuple(rows.shape[1:]) != wanted:
             got = "none" if rows is None else f"{rows.shape[1]} rows of {rows.shape[2]}"
             raise ValueError(
