@@ -11,7 +11,7 @@ from torch import Tensor
 from wm_train.objectives.score_difference import spread, widened
 from wm_train.sampling.steps import Velocity
 
-ROOM = 0.02  # of the middle level from both ends of the step
+ROOM = 0.05  # of the middle level from both ends of the step, at most a quarter of it
 SOFT = 1e-3  # where the pseudo-Huber loss turns from square to absolute
 
 
@@ -23,11 +23,11 @@ def align_critic_(critic: Sequence[Tensor], student: Sequence[Tensor], keep: flo
 
 
 def middle_level(sigma: float, following: float, share: float) -> float:
-    """Return the level at `share` (0 to 1) of the way down from sigma to the next level, at least
-    `ROOM` from both; in the middle of a step that has no such room."""
-    if sigma - following <= 2 * ROOM:
-        return (sigma + following) / 2
-    return sigma - ROOM - share * (sigma - following - 2 * ROOM)
+    """Return the level at `share` (0 to 1) of the way down from sigma to the next level, apart from
+    both by `ROOM`, or by a quarter of a step that is short: from 1 to 0.9, `ROOM` alone would leave
+    one level."""
+    room = min(ROOM, (sigma - following) / 4)
+    return sigma - room - share * (sigma - following - 2 * room)
 
 
 def segment_loss(

@@ -89,6 +89,9 @@ def test_only_the_one_step_gets_a_gradient():
 
 
 def test_the_middle_level_keeps_its_distance():
-    assert middle_level(0.9, 0.5, 0.0) == pytest.approx(0.88)
-    assert middle_level(0.9, 0.5, 1.0) == pytest.approx(0.52)
-    assert middle_level(0.03, 0.0, 0.3) == pytest.approx(0.015)
+    """0.05 from both ends, and a quarter of a short step: as Waypoint has one."""
+    assert middle_level(0.9, 0.5, 0.0) == pytest.approx(0.85)
+    assert middle_level(0.9, 0.5, 1.0) == pytest.approx(0.55)
+    assert middle_level(1.0, 0.9, 0.0) == pytest.approx(0.975)
+    assert middle_level(1.0, 0.9, 1.0) == pytest.approx(0.925)
+    assert middle_level(0.03, 0.0, 0.5) == pytest.approx(0.015)

@@ -19,7 +19,7 @@ from wm_train.models.init import initialise_
 from wm_train.models.sana_wm.config import SanaWMConfig
 from wm_train.models.spec import build_model
 from wm_train.noise import NoiseKey
-from wm_train.objectives.alignment import ROOM, SOFT
+from wm_train.objectives.alignment import SOFT
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.config import DistributionMatchingConfig
 from wm_train.objectives.distribution_matching import distribution_matching
@@ -99,7 +99,8 @@ def written_out(networks, conditions, exits, key_share):
     for chunk in exits:
         sigma = chunk.sigma
         following = [*LEVELS, 0.0][LEVELS.index(sigma) + 1]
-        middle = sigma - ROOM - key_share * (sigma - following - 2 * ROOM)
+        room = min(0.05, (sigma - following) / 4)
+        middle = sigma - room - key_share * (sigma - following - 2 * room)
         x, free = chunk.noisy, (chunk.level > 0)[..., None, None, None].double()
         with torch.no_grad():
             plain, seen = (ask(name, x, chunk.level)[0] for name in "pt")
