@@ -49,7 +49,8 @@ def filter_borders(
     """Multiply the `block` pixels around every border between blocks along `axis`, in place."""
     lines = np.moveaxis(frames, axis, -1)
     inner = lines[..., block // 2 : lines.shape[-1] - block // 2]
-    pieces = inner.reshape(*inner.shape[:-1], inner.shape[-1] // block, block)
+    # all pieces in one product: a stack of products of a few rows each takes three times as long
+    pieces = inner.reshape(inner.size // block, block)
     inner[...] = (pieces @ matrix.T.astype(np.float32)).reshape(inner.shape)
 
 
