@@ -108,6 +108,7 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run what the parsed `arguments` ask for; return the exit code."""
     from wm_train.plan.latents import latent_frames
     from wm_train.plan.report import Asked, print_pool_plans
+    from wm_train.plan.scaling.at_start import print_proposals
 
     try:
         if options.help:
@@ -125,14 +126,14 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for pool, stages in plans.items():
         for idle in name_pool(warnings_in(stages), pool):
             print(f"warning: {idle}", file=sys.stderr)
+    print_proposals(plans.values())
     if options.dry_run:
         print(json.dumps(public_config(config), indent=1))
         for pool in pools:
             for stage in plans[pool]:
                 worker = shlex.join(fill(WORKER, str(stage.directory / "config.json")))
                 name = f"pool {pool}, stage {stage.stage}" if pool else f"stage {stage.stage}"
-                workers = stage.launcher.workers
-                print(f"# {name}, {config.launcher.name}: {workers} x {worker}")
+                print(f"# {name}, {config.launcher.name}: {stage.launcher.workers} x {worker}")
         frames = {pool: latent_frames(plan_stages(run), ()) for pool, run in pools.items()}
         return print_pool_plans(pools, frames, Asked())
     only = (TRAJECTORIES,) if options.trajectories else ()
@@ -360,13 +361,12 @@ def prepare(
 def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
     """Return the paths of the results, as lines of text."""
     last = stages[-1]
-    saved = committed(last.checkpoints)
     lines = [
         "done:"
         f" {f'pool {config.pool}, ' if config.pool else ''}"
         f"{', '.join(stage.stage for stage in stages)}"
     ]
-    if saved:
+    if saved := committed(last.checkpoints):
         newest = saved[-1]
         shown = newest.absolute() if isinstance(newest, Path) else newest
         lines.append(f"  checkpoint  {shown}")

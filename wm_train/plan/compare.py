@@ -17,6 +17,7 @@ from wm_train.config.roles import turn_of
 from wm_train.config.typed import from_json
 from wm_train.plan.device_memory import turn_memories_of
 from wm_train.plan.latents import latent_frames
+from wm_train.plan.scaling.records import recorded, share_lines
 from wm_train.plan.speed.report import times_of
 from wm_train.storage import read_regular
 from wm_train.tracking.rows import read_rows
@@ -82,7 +83,8 @@ def stage_lines(
         else:
             line += "; planned: none, as --hardware names no profile"
         lines.append(line)
-    return [*lines, f"  waited for data: {found.data_wait:.3g} s a step"]
+    lines.append(f"  waited for data: {found.data_wait:.3g} s a step")
+    return [*lines, *share_lines(recorded(folder, plan.config.trainer.checkpoint_every))]
 
 
 def memory_line(planned: int, peak: float | None, kind: str) -> str:

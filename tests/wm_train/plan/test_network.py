@@ -1,5 +1,6 @@
 """Seconds of collectives: published tables, limits, and the shape of groups."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def test_without_bytes_only_latency_is_left():
     assert collective_s("all_reduce", 0, group, H100) == pytest.approx(
         8e-6 + 28 * 3.4e-6 + 2 * 9.6e-6
     )
+
+
+def test_links_of_any_rate_leave_the_latency():
+    endless = Network(8, 8e-6, Link(3.4e-6, 0.0, math.inf), Link(9.6e-6, 0.0, math.inf))
+    for pattern in ("gather", "reduce", "all_reduce", "all_to_all", "shift"):
+        for group in (Group(8, 1), Group(16, 2), Group(10_000, 1_250)):
+            whole = collective_s(pattern, 1e9, group, endless)
+            assert whole == collective_s(pattern, 0, group, endless)
+            assert whole == collective_s(pattern, 0, group, H100)
 
 
 def test_flat_sharding_over_ten_thousand_devices_dies_of_latency():

@@ -17,8 +17,9 @@ from wm_train.backends.hardware import hardware, profiles
 from wm_train.kernels.costs import PRODUCTS, kernel_bytes, kernel_flops
 from wm_train.plan.report import main
 from wm_train.plan.speed.collectives import Call
-from wm_train.plan.speed.costs import collectives_s, kind_of, network_of, operator_s
+from wm_train.plan.speed.costs import collectives_s, kind_of, operator_s
 from wm_train.plan.speed.lanes import Part, simulate
+from wm_train.plan.speed.network import network_of
 from wm_train.plan.tracing import Tracer, Work
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from wm_train.backends.hardware import Hardware
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.speed.collectives import Call, Lane
-from wm_train.plan.speed.network import Link, Network, collective_s, group_of
+from wm_train.plan.speed.network import Network, collective_s, group_of, network_of
 from wm_train.plan.tracing import COMMUNICATION, Work
 
 Kind = Literal[
@@ -76,13 +76,6 @@ def operator_s(name: str, work: Work, hardware: Hardware, fused: float = 1.0) ->
     )
     moved = (work.returned + work.read) * (fused if kind == "memory" else 1.0)
     return max(work.flops / rate, moved / hardware.memory_rate)
-
-
-def network_of(hardware: Hardware) -> Network:
-    """Return the network model of a profile. It has no ramp: nobody publishes one per link."""
-    inside = Link(hardware.inside_step_s, 0.0, hardware.inside)
-    across = Link(hardware.across_step_s, 0.0, hardware.across)
-    return Network(hardware.node_devices, hardware.base_s, inside, across)
 
 
 def seconds_of(made: Rehearsal, hardware: Hardware, compiled: bool = False) -> Seconds:

@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from wm_train.backends.hardware import Hardware
+
 Pattern = Literal["gather", "reduce", "all_reduce", "all_to_all", "shift"]
 
 
@@ -48,6 +50,13 @@ class Group:
 
     ranks: int
     nodes: int = 1
+
+
+def network_of(hardware: Hardware) -> Network:
+    """Return the network model of a profile. It has no ramp: nobody publishes one per link."""
+    inside = Link(hardware.inside_step_s, 0.0, hardware.inside)
+    across = Link(hardware.across_step_s, 0.0, hardware.across)
+    return Network(hardware.node_devices, hardware.base_s, inside, across)
 
 
 def group_of(ranks: int, stride: int, node_size: int) -> Group:
