@@ -1,4 +1,4 @@
-"""What a start on several nodes is told: how often to save, and where flat sharding waits."""
+"""Proposals at a start on several nodes: how often to save, and where flat sharding waits."""
 
 from __future__ import annotations
 
