@@ -1,10 +1,13 @@
 """Compare the planned memory of a step with that of real steps on real processes.
 
     python benchmarks/planned_memory.py --seed 21 --count 12
+    python benchmarks/planned_memory.py --tape
 
 Configurations are drawn by the seed: sizes, mesh, precision, recomputation, optimizer, turns of a
 distillation. The truth is what tensors hold at the start of the third step and the events of the
 allocator in it, of the rank that holds most; the plan is a rehearsal of the first rank alone.
+--tape: a Wan on four processes, each way to recompute (parallel.recompute); what it holds more than
+`collectives`, which keeps nothing of attention, is its tape.
 """
 
 from __future__ import annotations
@@ -44,6 +47,12 @@ MESHES = (
 )
 FIRST = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere"]
 TURNS = ["experiment=demo", "recipe=sana_wm", "stage=7", "data.path=elsewhere"]
+WAN = (
+    "recipe.stages.short.model={name:wan,latent_channels:24,depth:8,width:128,heads:4,"
+    "ffn_width:256,patch_size:1,text_width:0,activation_checkpointing:block}"
+)
+TAPES = ("answers", "keep_attention")
+RINGS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # ring x ulysses
 
 
 def draw(seed: int, count: int) -> list[tuple[str, list[str]]]:
@@ -72,6 +81,29 @@ def draw(seed: int, count: int) -> list[tuple[str, list[str]]]:
         ]
         drawn.append((STUDENT, [*FIRST, *words]))
     return drawn
+
+
+def tape_words(mesh: str, recompute: str) -> list[str]:
+    """Return the words of a step whose activations are what it mostly holds."""
+    ring, ulysses = RINGS[mesh]
+    stage = "recipe.stages.short"
+    clips = [f"{stage}.frames=161", f"{stage}.global_batch=1"]
+    split = [f"parallel.ring={ring}", f"parallel.ulysses={ulysses}"]
+    return [*FIRST, WAN, *clips, "launcher.workers=4", *split, f"parallel.recompute={recompute}"]
+
+
+def tape(mesh: str) -> dict[str, tuple[int, int, int, int]]:
+    """Return for each way to recompute the planned and the measured bytes of a step, and of its
+    tape."""
+    found = {}
+    for recompute in ("collectives", *TAPES):
+        words = tape_words(mesh, recompute)
+        found[recompute] = (planned_bytes(words, STUDENT), measured_bytes(words, STUDENT))
+    least = found["collectives"]
+    return {
+        name: (planned, measured, planned - least[0], measured - least[1])
+        for name, (planned, measured) in found.items()
+    }
 
 
 def plan_of(words: list[str]) -> StagePlan:
@@ -136,8 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--tape", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if options.tape:
+        return print_tapes()
     errors = []
     for role, words in draw(options.seed, options.count):
         planned, measured = planned_bytes(words, role), measured_bytes(words, role)
@@ -153,6 +188,21 @@ def main() -> None:
     print(
         f"{within} of {len(errors)} within 10 %; mean {mean:.1%}, worst {max(errors, key=abs):+.1%}"
     )
+
+
+def print_tapes() -> None:
+    worst = 0.0
+    for mesh in RINGS:
+        for recompute, (planned, measured, own, true) in tape(mesh).items():
+            errors = [planned / measured - 1, *([own / true - 1] if true else [])]
+            worst = max(worst, *map(abs, errors))
+            print(
+                f"ring x ulysses {mesh} {recompute:>14}: {planned / 2**20:6.2f} MiB planned,"
+                f" {measured / 2**20:6.2f} measured; tape {own / 2**20:6.2f} and"
+                f" {true / 2**20:6.2f}; {', '.join(f'{error:+.1%}' for error in errors)}",
+                flush=True,
+            )
+    print(f"worst {worst:.1%}: {'within' if worst <= 0.1 else 'beyond'} 10 %")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Annotated, ClassVar, Self
 
@@ -140,9 +140,13 @@ class ModelConfig(Named):
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
 
     def blocks(self) -> tuple[int, int]:
-        """Return the number of blocks, key `depth`, and after how many of them their kinds repeat;
-        (0, 0) without such a key: a plan then rehearses the whole model."""
+        """Return the number of blocks, and after how many of them their kinds repeat; (0, 0)
+        without such a number: a plan then rehearses the whole model."""
         return 0, 0
+
+    def with_blocks(self, count: int) -> Self:
+        """Return the model with so many blocks: here, of the key `depth`."""
+        return replace(self, depth=count)  # type: ignore[call-arg]
 
     def other_shapes(self, other: ModelConfig) -> list[str]:
         """Return the keys in which two models differ such that their parameters may not be the

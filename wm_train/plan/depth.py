@@ -49,11 +49,13 @@ def joined(plan: StagePlan, parts: Sequence[Rehearsal]) -> Rehearsal:
 
 def deep_networks(plan: StagePlan) -> dict[str, tuple[int, int]]:
     """Return (blocks, blocks of a pattern) by role, of networks with more than two patterns."""
+    fewest = 2  # beside a block that is alone, no other's weights are gathered
     networks = {STUDENT: plan.config.model} | {
         name: own.model for name, own in plan.config.roles.items()
     }
     blocks = {name: model.blocks() for name, model in networks.items()}
-    return {name: (depth, n) for name, (depth, n) in blocks.items() if 0 < 2 * n < depth}
+    patterns = {name: (depth, max(n, fewest)) for name, (depth, n) in blocks.items() if n}
+    return {name: (depth, n) for name, (depth, n) in patterns.items() if 2 * n < depth}
 
 
 def shortened(plan: StagePlan, depths: Mapping[str, int]) -> StagePlan:
@@ -63,15 +65,13 @@ def shortened(plan: StagePlan, depths: Mapping[str, int]) -> StagePlan:
         return plan
     config = plan.config
     if STUDENT in depths:
-        model = replace(config.model, depth=depths[STUDENT])  # type: ignore[call-arg]
+        model = config.model.with_blocks(depths[STUDENT])
         with torch.device("meta"):
             names = [name for name, _ in build_model(model).named_parameters()]
         frozen = tuple(p for p in config.frozen if _matches(p, names))
         config = replace(config, model=model, frozen=frozen)
     roles = {
-        role: replace(own, model=replace(own.model, depth=depths[role]))  # type: ignore[call-arg]
-        if role in depths
-        else own
+        role: replace(own, model=own.model.with_blocks(depths[role])) if role in depths else own
         for role, own in config.roles.items()
     }
     return replace(plan, config=replace(config, roles=roles))

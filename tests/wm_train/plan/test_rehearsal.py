@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from parallel.traffic import expected_cost
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.config.roles import Turn
+from wm_train.models.experts.config import ExpertsConfig
 from wm_train.plan import kept, rehearsal
 from wm_train.plan.depth import rehearse_deep, shortened
 from wm_train.plan.device_memory import with_rehearsal
@@ -156,6 +158,34 @@ def test_a_deep_model_is_that_of_two_shallow_ones():
     assert flops[1] == pytest.approx(flops[0], rel=1e-6)
 
 
+WAN = "{name:wan,latent_channels:24,width:32,heads:4,ffn_width:64,patch_size:1,text_width:0"
+WAN += ",activation_checkpointing:block,depth:%d}"
+
+
+@pytest.mark.parametrize("recompute", ["answers", "keep_attention"])
+def test_a_deep_wan_on_a_mesh_is_that_of_two_shallow_ones(recompute):
+    """Its blocks are all alike: two and four tell of twelve."""
+    mesh = ["launcher.workers=4", "parallel.cp=2", f"parallel.recompute={recompute}"]
+    deep = plan(f"recipe.stages.short.model={WAN % 12}", *mesh)
+    whole, extended = rehearse(deep, FRAME), rehearse_deep(deep, FRAME, 0, "student", None)
+    assert extended.held == pytest.approx(whole.held, rel=1e-3)
+    assert extended.peak == pytest.approx(whole.peak, rel=0.02)
+    for name in ("gathered", "activations"):
+        assert extended.at_peak[name] == pytest.approx(whole.at_peak[name], rel=0.05), name
+    flops = [sum(work.flops for work in one.work.values()) for one in (whole, extended)]
+    assert flops[1] == pytest.approx(flops[0], rel=1e-6)
+
+
+def test_experts_are_shortened_together():
+    """A network of experts is as deep as each of them, and none where they differ."""
+    one = plan(f"recipe.stages.short.model={WAN % 12}").config.model
+    pair = ExpertsConfig("experts", 24, "none", {"high": one, "low": one}, (0.5, 0.0))
+    assert pair.blocks() == one.blocks() == (12, 1)
+    assert [own.depth for own in pair.with_blocks(4).experts.values()] == [4, 4]
+    uneven = replace(pair, experts={"high": one, "low": one.with_blocks(4)})
+    assert uneven.blocks() == (0, 0)
+
+
 def test_patterns_of_blocks_that_are_left_out_do_not_hinder():
     deep = plan("launcher.workers=1", "model.depth=8", "recipe.stages.short.frozen=['blocks.7.*']")
     assert shortened(deep, {"student": 2}).config.frozen == ()
@@ -226,3 +256,15 @@ def test_drawn_configurations_are_within_ten_percent_of_real_processes():
     for role, words in module["draw"](seed=5, count=3):
         measured = module["measured_bytes"](words, role)
         assert module["planned_bytes"](words, role) == pytest.approx(measured, rel=0.1), words
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["1x4", "2x2", "4x1"])
+def test_what_recomputation_keeps_is_planned_as_processes_hold_it(mesh):
+    """MoWorld's facts §4.2: 4 + 2 (R - 1) activations a block of collective answers, 5 or 1 of
+    attention. The whole step and this part of it."""
+    found = runpy.run_path(str(BENCHMARKS / "planned_memory.py"))["tape"](mesh)
+    for planned, measured, own, true in found.values():
+        assert planned == pytest.approx(measured, rel=0.1)
+        assert own == pytest.approx(true, rel=0.1)
+    assert found["answers"][3] > found["collectives"][1] / 2, "the tape is a large part of it"

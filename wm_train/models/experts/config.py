@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
@@ -37,6 +37,16 @@ class ExpertsConfig(ModelConfig):
         """Return the facts of the first expert; the others have the same."""
         first = next(iter(self.experts.values()), None)
         return first.needs() if first else Needs(1, 1, self.latent_channels, 1, frozenset())
+
+    def blocks(self) -> tuple[int, int]:
+        """Return the blocks of each expert, (0, 0) for experts of several depths."""
+        found = {model.blocks() for model in self.experts.values()}
+        return found.pop() if len(found) == 1 else (0, 0)
+
+    def with_blocks(self, count: int) -> ExpertsConfig:
+        """Return the model with so many blocks in each expert."""
+        experts = {name: model.with_blocks(count) for name, model in self.experts.items()}
+        return replace(self, experts=experts)
 
     def problems(self) -> Iterator[Problem]:
         """Yield experts without a boundary, and such that cannot see the same clips."""

@@ -58,6 +58,10 @@ class WanConfig(ModelConfig):
         channels = self.image_condition_mode == "channels"
         return self.latent_channels + channels * (MASK_CHANNELS + self.latent_channels)
 
+    def blocks(self) -> tuple[int, int]:
+        """Return the number of blocks, which are all alike."""
+        return self.depth, 1
+
     def needs(self) -> Needs:
         """Return the model's facts for other modules."""
         reads = {
