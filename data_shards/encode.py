@@ -106,6 +106,17 @@ OPTIONS = {
         "raw frames between stored image latents, where cuts may start; 0 = at the start only",
         0,
     ),
+    "start_video": Option(
+        choice("yes", "no"),
+        "store latents of each clip's first image followed by zeros, which Wan's image models read",
+        "no",
+    ),
+    "image_encoder": Option(
+        path,
+        "folder or hub name of a CLIP vision model, whose features of each clip's first image Wan"
+        " 2.1's image models read",
+        None,
+    ),
     "keep_taps": Option(
         choice("yes", "no"),
         "a key pressed and released between two snapshots of the controls counts as held",
@@ -191,6 +202,7 @@ def encode(
         raise DataError(
             f"source: got no clips in {place.path}, expected at least one. Fix: record some"
         )
+    settings.check_first_images(source)
     codec, encoder = settings.make_codec(source), settings.make_text_encoder()
     target = Target(out)
     own_fields(settings.fields)  # names that nobody knows are refused before any work

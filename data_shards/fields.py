@@ -50,6 +50,8 @@ class Field:
     - padding: fills a row of a batch after its last entry: that entry again, or zeros.
     - divisor: a fact of dataset.json by which the entries are divided when they are read.
     - alike: facts of dataset.json that data sets of one mixture must share.
+    - latents: entries are the codec's latents, a clip's first one first, which are normalised like
+      those of the clip when they are read.
 
     Raises DataError for a row that contradicts itself.
     """
@@ -65,6 +67,7 @@ class Field:
     alike: tuple[str, ...] = ()
     suffix: str = ".npy"
     divisor: str = ""
+    latents: bool = False
 
     def __post_init__(self) -> None:
         problem = ""
@@ -161,13 +164,15 @@ FIELDS: Mapping[str, Field] = {
 }
 
 START_LATENTS, CLIP_SHAPE = 30, (257, 1280)  # of the released models
-# Members of ours that only `encode fields=` takes from a source, as those of other packages
+# Members of ours that `encode fields=` can take from a source, as those of other packages
 TAKEN: Mapping[str, Field] = {
     field.name: field
     for field in (
-        # normalised latents of a clip's first image followed by zeros, constant from the last on
-        Field("start_video", (START_LATENTS, *LATENT), FLOATS, "clip"),
-        Field("clip_image", CLIP_SHAPE, FLOATS, "clip"),  # CLIP ViT-H/14 features of that image
+        # latents of a clip's first image followed by zeros, constant from the last on; `encode
+        # start_video=yes` makes them
+        Field("start_video", (START_LATENTS, *LATENT), FLOATS, "clip", latents=True),
+        # CLIP ViT-H/14 features of that image; `encode image_encoder=` makes them
+        Field("clip_image", CLIP_SHAPE, FLOATS, "clip"),
     )
 }
 

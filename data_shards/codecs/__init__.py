@@ -21,8 +21,9 @@ from data_shards.schema import DataError, DatasetInfo
 class LatentCodec(Protocol):
     """Convert video to latents and back.
 
-    Shapes: video [F, H, W, 3] uint8, latents [T, C, h, w] float32 (not normalised). Which raw
-    frames a latent encodes follows from temporal_stride and the attribute `time_layout`, one of
+    Shapes: video [F, H, W, 3] uint8 (to be encoded also float32 between 0 and 255, whose 127.5 is
+    zero to most networks), latents [T, C, h, w] float32 (not normalised). Which raw frames a latent
+    encodes follows from temporal_stride and the attribute `time_layout`, one of
     `time_layout.LAYOUTS`; without it, T = (F - 1) / temporal_stride + 1.
     """
 
@@ -37,7 +38,7 @@ class LatentCodec(Protocol):
     @property
     def spatial_stride(self) -> int: ...
 
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+    def encode(self, video: NDArray[np.uint8 | np.float32]) -> NDArray[np.float32]: ...
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]: ...
 

@@ -120,7 +120,7 @@ class DiffusersCodec:
             else self.network.spatial_compression_ratio
         )
 
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode(self, video: NDArray[np.uint8 | np.float32]) -> NDArray[np.float32]:
         """Encode [F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 

@@ -128,7 +128,7 @@ class LinearCodec:
         """Undo `into_blocks`."""
         return frames
 
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode(self, video: NDArray[np.uint8 | np.float32]) -> NDArray[np.float32]:
         """Encode [F, H, W, 3] uint8 -> [T, C, H/16, W/16] float32.
 
         Pixels are mapped to [-1, 1] first.

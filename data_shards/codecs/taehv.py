@@ -161,7 +161,7 @@ class TaehvCodec:
     def spatial_stride(self) -> int:
         return 2**STAGES * self.patch
 
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode(self, video: NDArray[np.uint8 | np.float32]) -> NDArray[np.float32]:
         """Encode [F, H, W, 3] uint8 -> [T, C, h, w] float32."""
         import torch
 

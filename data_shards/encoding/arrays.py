@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 
 from data_shards.cameras import camera_problem
 from data_shards.codecs import LatentCodec
+from data_shards.codecs.clip_features import image_encoder
 from data_shards.controls import bucket_controls, bucket_events
 from data_shards.encoding.framing import Framing, framing_of
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.text import READY, TextEncoder
+from data_shards.fields import START_LATENTS
 from data_shards.schema import IMAGE_LATENTS, DataError
 from data_shards.sources.clips import ClipContent, ClipSource, SourceClip
-from data_shards.time_layout import TimeLayout
+from data_shards.time_layout import TimeLayout, time_of
 
+GREY = 127.5  # the value of a pixel that codecs map to zero
 Arrays = dict[str, tuple[str, NDArray[Any]]]  # field -> (stored dtype, array)
 
 
@@ -55,7 +58,8 @@ class Tally:
 def latent_arrays(
     clip: SourceClip, content: ClipContent, codec: LatentCodec, settings: Settings, tally: Tally
 ) -> Arrays:
-    """Return latents, image latents, and the camera of the encoded frames."""
+    """Return latents, image latents, what is made of the first image for models that read it, and
+    the camera of the encoded frames."""
     framing = framing_of(clip, codec.spatial_stride, settings.resize)
     size, intrinsics = framing.size, content.intrinsics
     images = np.empty(
@@ -74,6 +78,11 @@ def latent_arrays(
         latents = content.latents
     tally.add(latents, images)
     arrays: Arrays = {"latent.npy": (settings.latent_dtype, latents)}
+    if content.video is not None and settings.start_video == "yes":
+        arrays["start_video.npy"] = (settings.latent_dtype, start_video(video[0], codec))
+    if content.video is not None and settings.image_encoder:
+        encoder = image_encoder(settings.image_encoder, settings.device)
+        arrays["clip_image.npy"] = (settings.latent_dtype, encoder.features(video[0]))
     if len(images):
         arrays[IMAGE_LATENTS] = (settings.latent_dtype, images)
     return arrays | camera_arrays(clip, content.c2w, intrinsics, framing)
@@ -103,6 +112,15 @@ def image_latents(
     """
     for frame in range(every, len(video), every) if every else ():
         yield codec.encode(video[frame : frame + 1])
+
+
+def start_video(image: NDArray[np.uint8], codec: LatentCodec) -> NDArray[np.float32]:
+    """Encode a video of an image [H, W, 3] and zeros behind it, as Wan's image models read it
+    [START_LATENTS, C, h, w]; from the last latent on, that of a longer one is constant."""
+    frames = time_of(codec).raw(START_LATENTS)
+    video = np.full((frames, *image.shape), GREY, np.float32)
+    video[0] = image
+    return codec.encode(video)
 
 
 def control_arrays(

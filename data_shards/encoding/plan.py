@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.codecs import LatentCodec, codec_row
+from data_shards.codecs.clip_features import image_encoder
 from data_shards.encoding.settings import Settings
 from data_shards.encoding.text import TextEncoder
 from data_shards.schema import DataError
@@ -86,14 +87,15 @@ def make_plan(
     """Return the plan for a source as it is now, with all of its clips."""
     arguments = dataclasses.asdict(settings)
     usual = Settings()
-    for name in ("fields", "resize", "controls_offset"):  # plans without them stay the same bytes
+    # plans without them stay the same bytes
+    for name in ("fields", "resize", "controls_offset", "start_video", "image_encoder"):
         if getattr(settings, name) == getattr(usual, name):
             del arguments[name]
     arguments["codec_options"] = dict(settings.codec_options)
     arguments["reading"] = place.reading.changes()
     row = codec_row(settings.codec)
     names = {*source.libraries, *(() if source.stored else row.libraries)}
-    if encoder is not None:
+    if encoder is not None or settings.image_encoder:
         names |= {"transformers", "torch"}
     return Plan(
         json.loads(json.dumps(arguments)),
@@ -129,8 +131,8 @@ def library_versions(names: set[str]) -> dict[str, str]:
 def weight_digests(
     settings: Settings, codec: LatentCodec, encoder: TextEncoder | None
 ) -> dict[str, str]:
-    """Return option -> digest of the files that it names: the codec's model, the text encoder, the
-    null text."""
+    """Return option -> digest of the files that it names: the codec's model, the encoders of text
+    and images, the null text."""
     named = {name: value for name, value in settings.codec_options if isinstance(value, str)}
     # a hub name has a revision once it is on this machine: loading it brings it
     if not Path(named.get("model", ".")).exists():
@@ -139,6 +141,10 @@ def weight_digests(
         named["text"] = encoder.model
         if not Path(encoder.model).exists():
             encoder.tokens("")
+    if settings.image_encoder:
+        named["image_encoder"] = settings.image_encoder
+        if not Path(settings.image_encoder).exists():
+            assert image_encoder(settings.image_encoder, settings.device).network, "it is loaded"
     if settings.null_text:
         named["null_text"] = settings.null_text
     if settings.negative_text and encoder is None:

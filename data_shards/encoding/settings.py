@@ -24,6 +24,8 @@ class Settings:
     container: str = "tar"
     psnr: str = "yes"
     image_latents_every: int = 0
+    start_video: str = "no"
+    image_encoder: str | None = None
     resize: tuple[int, int] | None = None  # (height, width) instead of a crop
     keep_taps: str = "no"
     controls_offset: int = 0
@@ -56,6 +58,26 @@ class Settings:
         codec = make_codec(self.codec, dict(self.codec_options), self.device)
         layout: Layout = getattr(codec, "time_layout", LAYOUTS[0])
         return layout
+
+    def check_first_images(self, source: ClipSource) -> None:
+        """Raise DataError where what is made of clips' first images has none to be made of."""
+        made = {"start_video": "start_video", "image_encoder": "clip_image"}  # option -> field
+        for option, field in made.items():
+            value, off = getattr(self, option), getattr(Settings, option)
+            if value == off:
+                continue
+            got, rule, fix = "", "", f"leave {option} out"
+            if source.stored is not None:
+                got, rule = "ready latents", "pictures, of which the first is encoded"
+            elif field in (self.fields or "").split(","):
+                got, rule = f"fields={self.fields}", "one of them, as both give the same member"
+            elif self.image_latents_every or self.time_layout() == "grouped":
+                layout = self.time_layout()
+                got = f"image_latents_every={self.image_latents_every} and {layout} latents"
+                rule = "clips that are cut at their start alone, whose first image it is"
+                fix += ", or image_latents_every=0 and a causal codec"
+            if got:
+                raise DataError(f"{option}: got {value} with {got}, expected {rule}. Fix: {fix}")
 
     def make_text_encoder(self) -> TextEncoder | None:
         if self.text == READY and not self.null_text:

@@ -89,7 +89,7 @@ def read_fields(
 ) -> dict[str, Tensor]:
     """Read the fields of the cut of `count` latent frames from latent `start` on: name -> tensor of
     the field's batch type, entries first, relative to the cut where the field asks for it, and
-    divided by what `info` states.
+    divided by what `info` states, or normalised as latents.
 
     own: the latent frames of the cut that this rank holds, maybe none; of a field that is read by
     row it gets theirs. replicated: False leaves the others unread, as `unread` has them.
@@ -114,6 +114,9 @@ def read_fields(
         found[field.name] = as_tensor(array).to(tensor_type(field))
         if field.divisor and (divisor := getattr(info, field.divisor)):
             found[field.name] /= torch.tensor(divisor, dtype=tensor_type(field))
+        if field.latents:
+            mean, std = statistics(info, len(found[field.name]), 0)
+            found[field.name].sub_(torch.from_numpy(mean)).div_(torch.from_numpy(std))
     return found
 
 

@@ -58,7 +58,7 @@ class StoredLatents:
     spatial_stride: int
     options: Mapping[str, Any]
 
-    def encode(self, video: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode(self, video: NDArray[np.uint8 | np.float32]) -> NDArray[np.float32]:
         raise DataError(
             "source: got latents without their videos, expected videos to encode from. Fix:"
             " image_latents_every=0"

@@ -15,21 +15,28 @@ from data_shards.storage.read import open_dataset
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """codec -> folder of a tiny network of the real class."""
+def models(tmp_path_factory, small_autoencoder):
+    """codec -> folder of a tiny network of the real class; wan22: Wan 2.2's, of TI2V-5B, which
+    halves pictures before its first layer and keeps more channels."""
     from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    wan = AutoencoderKLWan(
+    wan22 = AutoencoderKLWan(
         base_dim=8,
-        z_dim=4,
+        decoder_base_dim=8,
+        z_dim=6,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        latents_mean=[0.0] * 6,
+        latents_std=[1.0] * 6,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
     )
-    wan.save_pretrained(folder / "wan")
+    wan22.save_pretrained(folder / "wan22")
     ltx2 = AutoencoderKLLTX2Video(
         latent_channels=8,
         block_out_channels=(8, 16, 32, 64),
@@ -40,14 +47,15 @@ def models(tmp_path_factory):
         temporal_compression_ratio=8,
     )
     ltx2.save_pretrained(folder / "ltx2")
-    return {"wan": folder / "wan", "ltx2": folder / "ltx2"}
+    return {"wan": small_autoencoder, "wan22": folder / "wan22", "ltx2": folder / "ltx2"}
 
 
 @pytest.mark.parametrize(
-    ("name", "strides", "channels"), [("wan", (4, 8), 4), ("ltx2", (8, 32), 8)]
+    ("name", "strides", "channels"),
+    [("wan", (4, 8), 4), ("wan22", (4, 16), 6), ("ltx2", (8, 32), 8)],
 )
 def test_layout_is_causal_and_deterministic(models, name, strides, channels):
-    codec = make_codec(name, {"model": str(models[name])})
+    codec = make_codec(name.removesuffix("22"), {"model": str(models[name])})
     assert (codec.temporal_stride, codec.spatial_stride, codec.channels) == (*strides, channels)
     video = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
     latents = codec.encode(video)

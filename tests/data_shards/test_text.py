@@ -18,8 +18,8 @@ WORDS = ["<pad>", "<bos>", "</s>", "a", "red", "door", "room", "with", "the", "b
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """kind -> folder: the encoder of an encoder-decoder, with </s> after a caption, and a causal
-    one, with <bos> before it."""
+    """kind -> folder: encoders of an encoder-decoder, with </s> after a caption, of which UMT5 is
+    Wan's, and a causal one, with <bos> before it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import (
         GemmaConfig,
@@ -27,13 +27,15 @@ def encoders(tmp_path_factory):
         PreTrainedTokenizerFast,
         T5Config,
         T5EncoderModel,
+        UMT5Config,
+        UMT5EncoderModel,
     )
 
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
-    t5 = T5EncoderModel(
-        T5Config(vocab_size=12, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-    )
+    small = {"vocab_size": 12, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2}
+    t5 = T5EncoderModel(T5Config(**small, num_heads=4))
+    umt5 = UMT5EncoderModel(UMT5Config(**small, num_heads=4))
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -42,7 +44,11 @@ def encoders(tmp_path_factory):
         "num_key_value_heads": 2,
     }
     gemma = GemmaModel(GemmaConfig(vocab_size=12, head_dim=4, **sizes))
-    for kind, network, template in (("t5", t5, "$A </s>"), ("gemma", gemma, "<bos> $A")):
+    for kind, network, template in (
+        ("t5", t5, "$A </s>"),
+        ("umt5", umt5, "$A </s>"),
+        ("gemma", gemma, "<bos> $A"),
+    ):
         tokenizer = Tokenizer(
             models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
         )
@@ -60,17 +66,17 @@ def encoders(tmp_path_factory):
 
 def direct(folder, kind, ids):
     """The encoder's own output for these ids, without our code."""
-    from transformers import GemmaModel, T5EncoderModel
+    from transformers import GemmaModel, T5EncoderModel, UMT5EncoderModel
 
-    network = (
-        {"t5": T5EncoderModel, "gemma": GemmaModel}[kind].from_pretrained(folder / kind).eval()
-    )
+    kinds = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel, "gemma": GemmaModel}
+    network = kinds[kind].from_pretrained(folder / kind).eval()
     with torch.no_grad():
         return network(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
 
 
 @pytest.mark.parametrize(
-    ("kind", "ids", "null"), [("t5", [3, 4, 5, 2], [2]), ("gemma", [1, 3, 4, 5], [1])]
+    ("kind", "ids", "null"),
+    [("t5", [3, 4, 5, 2], [2]), ("umt5", [3, 4, 5, 2], [2]), ("gemma", [1, 3, 4, 5], [1])],
 )
 def test_embeddings_are_those_of_the_real_tokens(encoders, kind, ids, null):
     encoder = TextEncoder(str(encoders / kind), 6)

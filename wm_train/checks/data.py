@@ -149,7 +149,8 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     for field in sorted({"start_video", "clip_image"} & needs.fields):
         if f"{field}.npy" not in info.fields:
             rule = f"clips with {field}, which model {model.name} reads"
-            yield Problem(PATH, stage.data.path, rule, f"encode with {field}=<...>")
+            made = "start_video=yes" if field == "start_video" else "image_encoder=<its folder>"
+            yield Problem(PATH, stage.data.path, rule, f"encode the data set with {made}")
     more = "record or encode more clips"
     if not info.clips.get("train") and not stage.data.mixture:
         got = f"{stage.data.path}, no training clips"
