@@ -61,6 +61,11 @@ class WorldModel(nn.Module):
         """Return those of the names that a stage's own switches of the model may add or remove."""
         return []
 
+    def passes_at(self, level: float) -> dict[str, bool]:
+        """Return for each part of the model whether it passes clips at a noise level; {} for a
+        model of one part."""
+        return {}
+
     def use_kernels(self, engine: str) -> None:
         """Set the kernels of all layers: auto | triton | reference (key backend.kernels)."""
 

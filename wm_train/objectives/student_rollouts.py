@@ -209,7 +209,8 @@ def late_in_windows(
     g: Tensor,
 ) -> StudentLosses:
     """Return one loss per chunk and clip, its window made again with gradients. Arguments as for
-    `late`."""
+    `late`. Figures updates_<expert>: 1 for the expert that this turn trains, 0 for the others, so
+    that their sum over turns counts updates."""
     share, exits, history = made.share, made.exits, turn.distill.history
     assert history is not None, "checked before the start"
     draws = clips.draws[share.clips.start : share.clips.stop]
@@ -217,7 +218,12 @@ def late_in_windows(
     given = (networks[STUDENT], exits, made.conditions, draws, own, history)
     how = {"turn": share.turn, "of": share.of, "kernels": turn.kernels}
     pieces = window_losses(*given, **how)  # type: ignore[arg-type]
-    return StudentLosses(pieces, -(-len(exits) // share.of) * len(draws), {})
+    trained = networks[STUDENT].passes_at(exits[0].sigma)
+    figures = {
+        f"updates_{name}": torch.full_like(clips.draws, float(passes), dtype=torch.float32)
+        for name, passes in trained.items()
+    }
+    return StudentLosses(pieces, -(-len(exits) // share.of) * len(draws), figures)
 
 
 # (schedule, gradient) -> the student's losses

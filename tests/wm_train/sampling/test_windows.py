@@ -159,8 +159,10 @@ def test_a_network_of_experts_is_its_experts_and_trains_one():
     g = torch.ones(2, 9, 3, 4, 4).double()
     for exit, trained in ((2, high), (3, low)):  # levels 0.9 and 0.6
         pair.zero_grad(set_to_none=True)
-        for loss in window_losses(pair, rolled(pair, exit), given()[1], DRAWS, g, HISTORY):
+        exits = rolled(pair, exit)
+        for loss in window_losses(pair, exits, given()[1], DRAWS, g, HISTORY):
             loss.backward()
+        assert pair.passes_at(exits[0].sigma) == {"high": trained is high, "low": trained is low}
         moved = {n.partition(".")[0] for n, p in pair.named_parameters() if p.grad is not None}
         assert moved == {"high" if trained is high else "low"}
     latents = normal(KEY, "x", DRAWS, (0, 9), (3, 4, 4)).double()

@@ -14,6 +14,7 @@ from wm_train.config.pools import pool_runs
 from wm_train.console import Progress
 from wm_train.evaluation.checkpoints import load_weights
 from wm_train.resilience.preemption import StopRequest
+from wm_train.tracking.tracker import read_steps
 from wm_train.trainer import train_stage
 from wm_train.training.networks import build_networks
 from wm_train.training.resume import restore
@@ -108,6 +109,9 @@ def test_experts_are_handed_over_to_the_bit_and_one_learns_in_a_turn(demo_lines,
         if not torch.equal(tensor, before[pool][own])
     }
     assert len(changed) == 1  # the student had one turn, whose exit is in one expert's range
+    rows = read_steps(plan.directory / "metrics.jsonl")
+    counted = {name: sum(row.get(f"student/updates_{name}", 0) for row in rows) for name in before}
+    assert counted == {name: float(name in changed) for name in before}
 
     together = weights_in(plan, world)
     for pool in ("high", "low"):

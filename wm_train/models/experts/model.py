@@ -59,6 +59,11 @@ class ExpertsModel(WorldModel):
             )
         ]
 
+    def passes_at(self, level: float) -> dict[str, bool]:
+        """Return for each expert, by its pool's name, whether clips at a noise level are its."""
+        chosen = self._index(level)
+        return {name: place == chosen for place, name in enumerate(self.config.experts)}
+
     def use_kernels(self, engine: str) -> None:
         for model in self.experts().values():
             model.use_kernels(engine)
