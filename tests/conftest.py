@@ -210,6 +210,62 @@ def pretrained_waypoint() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
+def small_moworld() -> tuple[str, ...]:
+    """Overrides of `demo_run`: two pools train an expert each on clips (`short`), then behind a
+    history (`behind`); both experts are distilled as one student in windows (`long`), whose sampler
+    visits both. A Wan of four heads that takes milliseconds."""
+    short, long = (f"recipe.stages.{name}." for name in ("short", "long"))
+    optimizer = "{lr:1.0e-3,warmup_steps:0,schedule:constant,ema_decay:0.5}"
+    model = (
+        "{name:wan,latent_channels:24,depth:2,width:48,heads:4,ffn_width:64,patch_size:1,"
+        "text_width:0,camera:true,camera_stride:8}"
+    )
+    history, levels = "{chunk:2,recent:1,near:1}", "[1.0,0.9,0.5,0.3]"
+    roles = f"{{teacher:{{inherit:short}},critic:{{inherit:short,optimizer:{optimizer}}}}}"
+    window = f"sampler:{{name:windows,history:{history}}}"
+    return (
+        *(f"{short}{key}" for key in (f"model={model}", f"optimizer={optimizer}")),
+        "+recipe.stages.behind={index:2,frames:41,steps:6,global_batch:2,inherit:short,"
+        f"model:{model},optimizer:{optimizer},{window},"
+        f"objective:{{name:ar_flow_matching,history:{history}}}}}",
+        f"{long}index=3",
+        f"{long}pools=together",
+        f"{long}inherit=behind",
+        f"{long}frames=41",
+        f"{long}steps=6",
+        f"{long}global_batch=2",
+        f"{long}model={model}",
+        f"{long}optimizer={optimizer}",
+        f"{long}objective={{name:distribution_matching}}",
+        f"{long}sampler={{name:windows,levels:{levels},step:renoise,history:{history}}}",
+        f"{long}turns=CCS",
+        f"{long}roles={roles}",
+        f"{long}distill={{levels:{levels},schedule:windows,history:{history},gate:warn,"
+        "weight:velocity,score_sigma:{per:turn}}",
+        "+pools={high:{sigma_min:0.7,sigma_max:1.0},low:{sigma_min:0.0,sigma_max:0.7}}",
+        "trainer.validate_every=0",
+    )
+
+
+@pytest.fixture(scope="session")
+def pool_config(demo_lines: Callable[..., list[str]]) -> Callable[..., Path]:
+    """pool_config(folder, pool, stage, *overrides): one stage of one of the run's pools, or of all
+    together (""), as a file for `python -m wm_train.worker --config`."""
+    from wm_train.config.compose import compose
+    from wm_train.config.pools import pool_runs
+    from wm_train.config.typed import to_json
+
+    def write(folder: Path, pool: str, stage: str, *overrides: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = demo_lines(folder, *overrides, f"stage={stage}")
+        path = folder / f"{pool or 'together'}_{stage}.json"
+        path.write_text(to_json(pool_runs(compose(lines), lines)[pool]))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def worker_config(demo_run: Callable[..., Any]) -> Callable[..., Path]:
     """worker_config(folder, *overrides): the same as a file for `python -m wm_train.worker
     --config`."""

@@ -69,6 +69,33 @@ def test_noise_of_a_range_is_distributed_as_the_part_of_all_noise_that_falls_ins
     )
 
 
+def test_each_of_many_draws_is_in_its_pools_range_and_goes_to_its_expert() -> None:
+    """Of Wan2.2-I2V: boundary 0.9 after a shift of 5."""
+    experts = Experts((0.9, 0.0), ("high", "low"))  # type: ignore[arg-type]
+    for name, (low, high) in {"high": (0.9, 1.0), "low": (0.0, 0.9)}.items():
+        config = FlowMatchingConfig(sigma_min=low, sigma_max=high, flow_shift=5.0)
+        sigma = clip_sigma(KEY, torch.arange(100_000), config).double()
+        assert float(sigma.min()) >= low - 1e-7
+        assert float(sigma.max()) <= high + 1e-7
+        assert len(sigma.unique()) > 90_000 * (high - low)
+        inside = sigma[(sigma - 0.9).abs() > 1e-7].tolist()
+        assert {experts.at(level) for level in inside} == {name}
+    assert experts.at(0.9) == "high"
+    assert experts.at(0.9 - 1e-6) == "low"
+
+
+@pytest.mark.parametrize(
+    ("levels", "shift", "boundary", "steps"),
+    [(40, 5.0, 0.9, 15), (40, 12.0, 0.875, 26), ([1.0, 0.9375, 0.833, 0.625], 5.0, 0.9, 2)],
+)
+def test_samplers_give_each_expert_its_steps(levels, shift, boundary, steps) -> None:
+    """A level shift u / (1 + (shift - 1) u) is above the boundary from u = boundary / (shift -
+    (shift - 1) boundary) on: 15 of the 40 steps of I2V, and 26 of T2V, begin there."""
+    experts = Experts((boundary, 0.0), ("high", "low"))  # type: ignore[arg-type]
+    asked = [experts.at(level) for level in sampling_levels(levels, shift)[:-1]]
+    assert asked == ["high"] * steps + ["low"] * (len(asked) - steps)
+
+
 def test_without_a_range_the_noise_is_what_it_was() -> None:
     config = FlowMatchingConfig()
     gaussian = torch.special.ndtri(

@@ -24,44 +24,7 @@ from wm_train.checkpoint.manifest import read_manifest
 from wm_train.tracking.tracker import read_steps
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 30
-
-
-@pytest.fixture
-def arguments(gameplay: Path) -> Callable[..., list[str]]:
-    """arguments(folder, *overrides): the launch command of a small demo run on two Ray workers."""
-
-    def make(folder: Path, *overrides: str) -> list[str]:
-        small = [
-            "model.width=64",
-            "recipe.stages.short.global_batch=2",
-            "recipe.stages.short.optimizer.warmup_steps=5",
-        ]
-        quick = [
-            f"recipe.stages.short.steps={STEPS}",
-            "trainer.checkpoint_every=5",
-            "trainer.samples=0",
-            "tracker=none",
-        ]
-        return [
-            "wm_train.launch",
-            "experiment=demo",
-            "recipe=demo",
-            "stage=1",
-            f"data.path={gameplay}",
-            f"out={folder}",
-            *small,
-            *quick,
-            *overrides,
-        ]
-
-    return make
-
-
-@pytest.fixture
-def environment() -> dict[str, str]:
-    """Ours, without a cluster to join."""
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+STEPS = 30  # as `arguments` has them
 
 
 def losses(folder: Path, steps: int = STEPS) -> list[float]:
@@ -114,16 +77,6 @@ def test_killing_a_worker_changes_nothing(arguments, environment, tmp_path: Path
     assert "rank 1 died: killed by SIGKILL" in "".join(said)
     assert "goodput" in "".join(said)
     assert outcome(disturbed) == outcome(calm)
-
-
-@pytest.fixture
-def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token authentication for a cluster that a test starts itself."""
-    (tmp_path / "token").touch(mode=0o600)
-    (tmp_path / "token").write_text(secrets.token_hex(32))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def worlds_of(checkpoints: Path) -> list[int]:
