@@ -13,6 +13,9 @@ rank, [B, T/P, S, C], and with R ring ranks, a block with softmax attention keep
 - collectives: nothing. The second run communicates again, in the same order on all ranks, as all
   have the same graph.
 
+Under hooks on saved tensors that move them to the host (`parallel.offload_activations`) what is
+kept goes there as well.
+
 Virtual ranks cannot wait for each other inside backward and always read answers. A streaming view
 counts its verb calls; the second run counts from where the first began.
 
@@ -31,6 +34,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from parallel.comm import Communicator, Tape
+from parallel.compat import SavedHooks, saved_tensor_hooks
 from parallel.sequence import SequenceShard
 
 WHOLE = frozenset({"attend"})  # verbs that keep_attention does not run again
@@ -50,13 +54,19 @@ class _Using:
     """Record the communicator's answers while entered, or replay them from the first one on."""
 
     def __init__(
-        self, comm: Communicator, answers: list[Any], replaying: bool, whole: frozenset[str]
+        self,
+        comm: Communicator,
+        answers: list[Any],
+        replaying: bool,
+        whole: frozenset[str],
+        hooks: SavedHooks | None,
     ) -> None:
         self.comm, self.answers, self.replaying, self.whole = comm, answers, replaying, whole
+        self.hooks = hooks
         self.previous: Tape | None = None
 
     def __enter__(self) -> None:
-        tape = Tape(self.answers, self.replaying, whole=self.whole)
+        tape = Tape(self.answers, self.replaying, whole=self.whole, hooks=self.hooks)
         self.previous, self.comm.tape = self.comm.tape, tape
 
     def __exit__(self, *error: object) -> None:
@@ -92,13 +102,16 @@ def checkpoint(
             " parallel.recompute). Fix: parallel.recompute=answers"
         )
 
+    # the caller's, not those of torch_checkpoint, which are there inside
+    hooks = None if comm.joined or comm.tape is not None else saved_tensor_hooks()
+
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         answers: list[Any] = []
         rewound, whole = sequence.rewind(), WHOLE if mode == "keep_attention" else frozenset()
         first: AbstractContextManager[Any] = nullcontext()
         again: AbstractContextManager[Any] = nullcontext()
         if mode != "collectives":
-            first, again = (_Using(comm, answers, replay, whole) for replay in (False, True))
+            first, again = (_Using(comm, answers, replay, whole, hooks) for replay in (False, True))
         if not keep_products:
             return first, _Both(rewound, again)
         keeping, giving = create_selective_checkpoint_contexts(

@@ -11,13 +11,15 @@ index. A request names the axis it runs over: "sequence" (all P ranks), "ulysses
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from parallel.compat import SavedHooks
 
 Axis = str
 Program = Generator["Request", Any, Any]
@@ -141,17 +143,47 @@ class Tape:
     """Store collective results of a checkpointed forward pass, to replay them in backward.
 
     whole: names of verbs whose results and kept tensors are stored instead of their collective
-    answers, so that a replay does not compute them again either.
+    answers, so that a replay does not compute them again either. hooks: pack and unpack each
+    tensor, as those on saved tensors do that move them to the host; None: they stay as they are.
     """
 
     answers: list[Any] = field(default_factory=list)
     replaying: bool = False
     cursor: int = 0
     whole: frozenset[str] = frozenset()
+    hooks: SavedHooks | None = None
+
+    def keep(self, answer: Any) -> None:
+        """Store what the next call in order returned."""
+        if self.hooks:
+            pack = self.hooks[0]
+            answer = _each(answer, Tensor, lambda tensor: _Packed(pack(tensor)))
+        self.answers.append(answer)
 
     def next(self) -> Any:
+        """Return what the next call in order returned."""
         self.cursor += 1
-        return self.answers[self.cursor - 1]
+        answer = self.answers[self.cursor - 1]
+        if self.hooks:
+            unpack = self.hooks[1]
+            answer = _each(answer, _Packed, lambda packed: unpack(packed.value))
+        return answer
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Hold what a hook made of a tensor."""
+
+    value: Any
+
+
+def _each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Return lists and tuples with the values of a kind in them changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_each(one, kind, change) for one in value)
+    return value
 
 
 class Verb(Protocol):
@@ -310,7 +342,7 @@ def _run_once(
     ((outputs, kept, facts),) = results  # ranks that share a process replay answers
     places = {id(x): i for i, x in enumerate(inputs) if x is not None}
     stored = tuple(places.get(id(x), x if x is None else x.detach()) for x in kept)
-    tape.answers.append([(tuple(x.detach() for x in outputs), stored, facts)])
+    tape.keep([(tuple(x.detach() for x in outputs), stored, facts)])
     return results
 
 

@@ -5,6 +5,7 @@ The oldest supported torch is 2.10.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 # FSDP2's set_custom_all_gather and set_custom_reduce_scatter take subclasses. torch 2.10 to 2.13.
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+
+SavedHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 def all_gather_single(
@@ -36,6 +39,12 @@ def reduce_scatter_single(
     """
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, summands, op=op, group=group, async_op=async_op)
+
+
+def saved_tensor_hooks() -> SavedHooks | None:
+    """Return what packs tensors that autograd saves, and unpacks them; None without. torch 2.10 to
+    2.13."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def in_backward() -> bool:

@@ -80,7 +80,7 @@ class ProcessGroupComm:
             if self.clock:
                 self.clock.since(mark)
             if tape is not None and not isinstance(request, Begin):
-                tape.answers.append(answer)
+                tape.keep(answer)
 
     def _carry_out(self, request: Request, label: str) -> Any:
         if isinstance(request, Finish):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from parallel.checkpointing import checkpoint
 from parallel.comm import Member
@@ -43,7 +45,10 @@ def live_bytes() -> int:
     return sum(held.values())
 
 
-def one(mode: str, comm, frames: int, rank: int) -> dict:
+def one(kind: str, comm, frames: int, rank: int) -> dict:
+    """kind: a mode, with `+host` under hooks that move saved tensors away from torch."""
+    mode, _, host = kind.partition("+")
+    hooks = saved_tensors_hooks(lambda x: x.detach().numpy().copy(), torch.from_numpy)
     torch.manual_seed(0)
     blocks = nn.ModuleList(Block() for _ in range(BLOCKS)).double()
     whole = torch.randn(B, frames, S, H * D, dtype=torch.float64)
@@ -53,18 +58,19 @@ def one(mode: str, comm, frames: int, rank: int) -> dict:
     x = leaf = whole[:, local].clone().requires_grad_()
     sent = sum(comm.traffic.sent.values())
     before = live_bytes()
-    for block in blocks:
-        x = (
-            block(x, sequence)
-            if mode == "none"
-            else checkpoint(block, x, sequence, sequence=sequence)
-        )
+    with hooks if host else nullcontext():
+        for block in blocks:
+            x = (
+                block(x, sequence)
+                if mode == "none"
+                else checkpoint(block, x, sequence, sequence=sequence)
+            )
     held = live_bytes() - before - x.untyped_storage().nbytes()
     x.square().sum().backward()
     results = {name: p.grad for name, p in blocks.named_parameters()} | {"x": leaf.grad}
     heads = H // comm.members[0].ulysses
     rows = B * len(sequence.frames) * comm.members[0].ulysses * S * heads
-    kept = 8 * rows * BLOCKS if mode == "keep_attention" else 0
+    kept = 8 * rows * BLOCKS if kind == "keep_attention" else 0
     sent = sum(comm.traffic.sent.values()) - sent
     return {"results": results, "held": held, "log_sum_exp": kept, "sent": sent}
 
@@ -82,8 +88,9 @@ def main(rank: int, ring: int, ulysses: int, folder: Path) -> None:
         "ring": [line[u::ulysses] for u in range(ulysses)],
     }
     comm = sequence_comm(Member(*divmod(rank, ulysses), ring, ulysses), groups)
-    modes = ("none", "answers", "keep_attention", "collectives")
-    found = {mode: one(mode, comm, frames, rank) for mode in modes}
+    modes = ("answers", "keep_attention", "collectives")
+    kinds = ("none", *modes, *(f"{mode}+host" for mode in modes))
+    found = {kind: one(kind, comm, frames, rank) for kind in kinds}
     unit = B * (frames // world) * S * H * D * 8 * BLOCKS
     torch.save({**found, "unit": unit}, folder / f"{rank}.pt")
     dist.barrier()

@@ -55,6 +55,12 @@ def test_every_way_gives_the_same_bits_and_holds_what_it_says(tmp_path, ring, ul
         for mode, units in HELD[ring, ulysses].items():
             own = found[mode]["held"] - found[mode]["log_sum_exp"] - found["collectives"]["held"]
             assert own == units * found["unit"], (mode, own / found["unit"])
+        away = found["collectives+host"]
+        for mode in MODES[1:]:  # what is kept goes where hooks on saved tensors move it
+            moved = found[f"{mode}+host"]
+            assert moved["held"] == away["held"] <= found["collectives"]["held"]
+            for name, value in base["results"].items():
+                assert torch.equal(moved["results"][name], value), (mode, name)
         sent = {mode: found[mode]["sent"] for mode in MODES}
         assert sent["answers"] == sent["keep_attention"] == sent["none"]
         assert sent["collectives"] > sent["none"]  # the forward's traffic twice

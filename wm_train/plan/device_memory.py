@@ -20,9 +20,9 @@ from wm_train.plan.turns import turn_memory
 
 
 def can_rehearse(stage: StageConfig) -> bool:
-    """Return False where parts are held by DeepSpeed or on the host, which no rehearsal shows."""
-    own = stage.parallel
-    return own.sharding == "fsdp" and own.offload_state == "none" and not own.offload_activations
+    """Return False where the state is held by DeepSpeed or on the host, which no rehearsal shows.
+    Activations on the host are those of the rehearsal, what recomputation keeps among them."""
+    return stage.parallel.sharding == "fsdp" and stage.parallel.offload_state == "none"
 
 
 def turn_memories_of(
