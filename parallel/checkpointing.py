@@ -33,8 +33,8 @@ import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from parallel.comm import Communicator, Tape
-from parallel.compat import SavedHooks, saved_tensor_hooks
+from parallel.comm import Communicator, SavedHooks, Tape
+from parallel.compat import saved_tensor_hooks
 from parallel.sequence import SequenceShard
 
 WHOLE = frozenset({"attend"})  # verbs that keep_attention does not run again

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from parallel.compat import SavedHooks
-
 Axis = str
+SavedHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack and unpack
 Program = Generator["Request", Any, Any]
 
 

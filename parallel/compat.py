@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
 
-SavedHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-
 
 def all_gather_single(
     output: Tensor, shard: Tensor, group: dist.ProcessGroup, async_op: bool
@@ -41,7 +39,7 @@ def reduce_scatter_single(
     return scatter(output, summands, op=op, group=group, async_op=async_op)
 
 
-def saved_tensor_hooks() -> SavedHooks | None:
+def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """Return what packs tensors that autograd saves, and unpacks them; None without. torch 2.10 to
     2.13."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
