@@ -23,7 +23,7 @@ RECORD_moworld ?= scenario=rooms clips=120 clips_per_episode=1 frames=161 fps=16
 SMALL_waypoint ?= codec=lapped channels=24 temporal_stride=4 layout=grouped resize=64x96 workers=2 shard_mb=2
 SMALL ?= $(SMALL_$(RECIPE))
 DEMO_sana_wm = $(if $(ONE_DEVICE),,$(MESH))
-DEMO_waypoint = recipe.stages.pretrain_360p.data.path=$(DATA)_small
+DEMO_waypoint = $(if $(ONE_DEVICE),,$(MESH)) recipe.stages.pretrain_360p.data.path=$(DATA)_small
 RECORD ?= $(or $(RECORD_$(RECIPE)),scenario=rooms clips=240 clips_per_episode=1 frames=81 fps=16 workers=2)
 ENCODE ?= $(or $(ENCODE_$(RECIPE)),codec=lapped channels=24 workers=2 shard_mb=7)
 DEVICE_DAY ?= build/device_day
