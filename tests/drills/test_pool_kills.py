@@ -30,7 +30,8 @@ def command(demo_lines, small_moworld) -> Callable[[Path], list[str]]:
     """command(folder): the words that train both pools by themselves and then together."""
 
     def make(folder: Path) -> list[str]:
-        longer = f"pools.low.overrides=[recipe.stages.short.steps={STEPS['low', 'short']}]"
+        longer = f"recipe.stages.short.steps={STEPS['low', 'short']}"
+        longer = f'pools.low.overrides=["{longer}"]'
         steps = (
             f"recipe.stages.short.steps={STEPS['high', 'short']}",
             f"recipe.stages.behind.steps={STEPS['low', 'behind']}",

@@ -102,7 +102,7 @@ def test_both_experts_train_from_it_and_load_in_the_public_class(release, clips,
 
     model = "{name:wan," + ",".join(f"{key}:{value}" for key, value in SIZES.items()) + "}"
     inherit = [
-        f"pools.{pool}.overrides=[recipe.stages.short.inherit={release / name}]"
+        f'pools.{pool}.overrides=["{SHORT}inherit={release / name}"]'
         for pool, name in SUBFOLDERS.items()
     ]
     lines = [
