@@ -183,11 +183,14 @@ def _print_meshes(run: RunConfig, frames: Frames, asked: Asked) -> int:
     from wm_train.plan.search.report import search_lines
 
     assert asked.profile is not None, "--gpus asks for one"
-    if asked.picture:
+    if asked.picture and plan_stages(run):
         from wm_train.plan.scaling.report import print_scaling
 
-        stages = (run.recipe.name, plan_stages(run), frames)
-        return print_scaling(*stages, asked.profile, asked.gpus, asked.picture, asked.processes)
+        name, path = run.recipe.name, asked.picture
+        if run.pool:  # a picture for each, as pools train at once on devices of their own
+            name, path = f"{name}, pool {run.pool}", path.with_stem(f"{path.stem}-{run.pool}")
+        stages = (name, plan_stages(run), frames)
+        return print_scaling(*stages, asked.profile, asked.gpus, path, asked.processes)
     for plan in plan_stages(run):
         own = (plan, frames[plan.stage])
         print("\n".join(search_lines(*own, asked.profile, asked.gpus, asked.processes)))

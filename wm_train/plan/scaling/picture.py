@@ -16,6 +16,7 @@ from wm_train.plan.scaling.points import Point
 
 INK, FAINT, GRID = (30, 30, 30), (150, 150, 150), (225, 225, 225)
 COLOURS = ((40, 110, 200), (220, 90, 30), (40, 150, 80), (150, 60, 160), (120, 110, 30))
+COLOURS += ((20, 160, 170), (200, 40, 90), (110, 110, 110))
 BAND = (205, 220, 240)
 PANEL_W, PANEL_H, LEFT, TOP = 520, 300, 64, 34
 Line = tuple[str, Sequence[float], tuple[int, int, int]]
@@ -45,7 +46,7 @@ def draw(points: Sequence[Point], title: str, notes: Sequence[str], path: Path) 
     band = ([one.low for one in points], [one.high for one in points])
     lines: list[tuple[str, list[Line], bool, Any]] = [
         ("seconds a step", of_stages(lambda one: one.ranked.time.seconds), True, None),
-        ("MFU", of_stages(lambda one: one.ranked.time.mfu), False, None),
+        ("MFU", with_values(of_stages(lambda one: one.ranked.time.mfu)), False, None),
         ("share of time in useful steps", share, False, band),
         ("days, failures included", [("days", [p.days for p in points], first)], True, None),
         ("cost", [("cost", [p.cost for p in points], first)], True, None),
@@ -53,13 +54,18 @@ def draw(points: Sequence[Point], title: str, notes: Sequence[str], path: Path) 
     ]
     for place, (name, own, logarithmic, between) in enumerate(lines):
         x, y = place % 2 * PANEL_W, 36 + place // 2 * PANEL_H
-        if own:
+        if place < len(lines) - 1:
             _panel(pen, (x, y), name, devices, own, logarithmic, between)
         else:
             _dates(pen, (x, y), points)
     for row, line in enumerate(wrapped):
         pen.text((12, 44 + 3 * PANEL_H + 14 * row), line, fill=INK)
     sheet.save(path, format="PNG")
+
+
+def with_values(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines that have a value everywhere: turns of several networks have no MFU."""
+    return [line for line in lines if not np.isnan(line[1]).any()]
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -80,7 +86,7 @@ def _panel(
     """Draw lines over numbers of devices, with a grid and the value of each end."""
     left, top = corner[0] + LEFT, corner[1] + TOP
     right, bottom = corner[0] + PANEL_W - 20, corner[1] + PANEL_H - 30
-    values = np.array([value for _, line, _ in lines for value in line])
+    values = np.array([value for _, line, _ in lines for value in line] or [0.0])
     if logarithmic:
         low, high = 10 ** np.floor(np.log10(values.min())), 10 ** np.ceil(np.log10(values.max()))
         ticks = list(10.0 ** np.arange(round(np.log10(low)), round(np.log10(high)) + 1))

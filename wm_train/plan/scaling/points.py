@@ -6,7 +6,7 @@ Meshes are the best by formula (`wm_train/plan/search/`). What is assumed beside
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,9 @@ from wm_train.config.curriculum import StagePlan
 from wm_train.plan.frame import Frame
 from wm_train.plan.scaling.goodput import DAY_S, Failures, Saving, best_interval_s, useful_share
 from wm_train.plan.scaling.spares import Repair, enough_spares
-from wm_train.plan.search.candidates import Shape
 from wm_train.plan.search.ranking import Bases, Ranked, mesh_words, search
-from wm_train.plan.search.report import bases_of, no_search
+from wm_train.plan.search.report import bases_of, no_search, share_words
+from wm_train.plan.search.turns import TurnBases
 from wm_train.plan.speed.step import FIDELITY
 
 STATE_BYTES = 16  # of a parameter in a checkpoint: fp32 weight, both moments and average
@@ -106,7 +106,7 @@ def points_of(
 ) -> tuple[list[Point], list[str]]:
     """Return a point for each number of devices on which all stages run, and a line for each stage
     or number that is left out."""
-    left_out, bases = [], dict[str, Bases]()
+    left_out, bases, parameters = [], dict[str, Bases | TurnBases](), 0
     for plan in plans:
         if reason := no_search(plan):
             left_out.append(f"stage {plan.stage} is left out: {reason}")
@@ -120,17 +120,11 @@ def points_of(
             left_out.append(f"{devices:,} devices are left out: no mesh for {', '.join(missing)}")
             continue
         found = [one for one in stages if one is not None]
-        points.append(point_of(found, devices, hardware, assumed, parameters_of(bases.values())))
+        points.append(point_of(found, devices, hardware, assumed, parameters))
     return points, left_out
 
 
-def parameters_of(bases: Iterable[Bases]) -> int:
-    """Return the most parameters that a stage's model has, in fp32 over its shards."""
-    made = (one.real(Shape(1, 1, one.plan.config.model.activation_checkpointing)) for one in bases)
-    return max(one.at_peak.get("weights", 0) * shards // 4 for one, shards in made)
-
-
-def on_devices(bases: Bases, devices: int) -> StagePoint | None:
+def on_devices(bases: Bases | TurnBases, devices: int) -> StagePoint | None:
     """Return a stage on so many devices, None where no mesh trains it."""
     config = bases.plan.config
     feeds = config.global_batch * (config.parallel.cp or 1)
@@ -175,9 +169,9 @@ def table(points: Sequence[Point]) -> list[str]:
         row = f"  {one.devices:7,}  {band:22}{every:>10}{one.spares:9}{one.days:9.2f}"
         lines.append(f"{row}{one.cost:14,.0f}")
         for stage in one.stages:
-            time = stage.ranked.time
+            time, mesh = stage.ranked.time, mesh_words(stage.ranked.candidate)
             lines.append(
                 f"           {stage.stage}: {time.seconds:.3g} s a step of {stage.batch:,} clips,"
-                f" MFU {time.mfu:.0%}, {stage.days:.3g} days; {mesh_words(stage.ranked.candidate)}"
+                f" MFU {share_words(time.mfu)}, {stage.days:.3g} days; {mesh}"
             )
     return lines

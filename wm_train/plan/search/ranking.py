@@ -8,9 +8,10 @@ ranked again. Every number of shards, replicas and micro-batches of a shape foll
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
@@ -57,13 +58,13 @@ class Found:
     refused: list[Refused]
 
 
-def alone(plan: StagePlan, shape: Shape) -> tuple[StagePlan, int]:
-    """Return the plan of one clip over the ranks of a shape, and over how many ranks its weights
-    are sharded: two at least, so that there is something to gather."""
+def alone(plan: StagePlan, shape: Shape, clips: int = 1) -> tuple[StagePlan, int]:
+    """Return the plan of `clips` clips over the ranks of a shape, and over how many ranks its
+    weights are sharded: two at least, so that there is something to gather."""
     size = shape.ring * shape.ulysses
     groups = 2 if size == 1 else 1
-    config = replace(plan.config, global_batch=groups)
-    one = plan_on(replace(plan, config=config), Candidate(shape, 1, groups, 1, 1))
+    config = replace(plan.config, global_batch=groups * clips)
+    one = plan_on(replace(plan, config=config), Candidate(shape, 1, groups, 1, clips))
     return one, groups * size
 
 
@@ -84,6 +85,20 @@ class Bases:
         other = copy(self)
         other.plan = replace(self.plan, config=replace(self.plan.config, global_batch=batch))
         return other
+
+    def listed(self, devices: int) -> Iterator[Candidate | Refused]:
+        """Yield every mesh of so many devices, as `candidates.listed` does."""
+        return listed(self.plan, devices, self.frames)
+
+    def parameters(self) -> int:
+        """Return how many parameters the model has, in fp32 over its shards."""
+        made, shards = self.real(Shape(1, 1, self.plan.config.model.activation_checkpointing))
+        return made.at_peak.get("weights", 0) * shards // 4
+
+    def prepare_formula(self, candidates: Iterable[Candidate]) -> None:
+        """Rehearse what `by_formula` needs for these candidates."""
+        kinds = {candidate.shape.checkpointing for candidate in candidates}
+        self.prepare(Shape(1, 1, kind) for kind in kinds)
 
     def by_formula(self, shape: Shape) -> tuple[Rehearsal, int]:
         """Return about a rehearsal of a shape, and the shards it was made with."""
@@ -133,18 +148,29 @@ def verbs_of(plan: StagePlan, frame: Frame, frames: int) -> Verbs:
     return Verbs(counts, config.parallel.attention_exchange, config.parallel.precision)
 
 
-def search(bases: Bases, devices: int, count: int = 5, rehearsed: bool = True) -> Found:
+class Ranker(Protocol):
+    """Describe what a search asks of its rehearsals: `Bases` of a single network, `TurnBases`."""
+
+    hardware: Hardware
+
+    def listed(self, devices: int) -> Iterator[Candidate | Refused]: ...
+    def prepare(self, shapes: Iterable[Shape]) -> None: ...
+    def prepare_formula(self, candidates: Sequence[Candidate]) -> None: ...
+    def ranked(self, candidate: Candidate, rehearsed: bool) -> Ranked: ...
+
+
+def search(bases: Ranker, devices: int, count: int = 5, rehearsed: bool = True) -> Found:
     """Return the best `count` meshes of so many devices. rehearsed: confirm the best by a rehearsal
     of their own shapes; otherwise all stand on the formula."""
     refused: list[Refused] = []
     candidates: list[Candidate] = []
-    for one in listed(bases.plan, devices, bases.frames):
+    for one in bases.listed(devices):
         if isinstance(one, Candidate):
             candidates.append(one)
         else:
             refused.append(one)
     limit = usable(bases.hardware)
-    bases.prepare(Shape(1, 1, kind) for kind in {c.shape.checkpointing for c in candidates})
+    bases.prepare_formula(candidates)
     rough = [bases.ranked(candidate, rehearsed=False) for candidate in candidates]
     if rehearsed:
         rough, far = nearest(rough, limit * NEAR, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from math import isnan
 
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
@@ -15,6 +16,7 @@ from wm_train.plan.kept import deep_rehearsals
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Refused, batch_lines
 from wm_train.plan.search.ranking import GB, Bases, Ranked, mesh_words, search
+from wm_train.plan.search.turns import TurnBases
 from wm_train.plan.speed.report import DAY_S
 from wm_train.plan.speed.step import FIDELITY
 
@@ -38,19 +40,21 @@ def device_counts(text: str) -> list[int]:
 
 def no_search(plan: StagePlan) -> str:
     """Return the reason why the meshes of a stage cannot be ranked, "" if they can."""
-    if plan.config.roles:
-        return "its turns belong to several networks, whose rollouts do not split like a clip"
     if plan.config.parallel.precision == "fp32":
         return "the rates of profiles are those of bf16"
     return "" if can_rehearse(plan.config) else "its step cannot be rehearsed"
 
 
-def bases_of(plan: StagePlan, frame: Frame, hardware: Hardware, processes: int = 1) -> Bases:
+def bases_of(
+    plan: StagePlan, frame: Frame, hardware: Hardware, processes: int = 1
+) -> Bases | TurnBases:
     """Return what a search of this stage stands on; rehearsals are kept."""
 
-    def rehearse(plans: Sequence[StagePlan]) -> Sequence[Rehearsal]:
-        return deep_rehearsals(plans, frame, STUDENT, hardware.device, processes)
+    def rehearse(plans: Sequence[StagePlan], role: str = STUDENT) -> Sequence[Rehearsal]:
+        return deep_rehearsals(plans, frame, role, hardware.device, processes)
 
+    if plan.config.roles:
+        return TurnBases(plan, frame, rehearse, hardware)
     return Bases(plan, frame, rehearse, hardware)
 
 
@@ -78,7 +82,7 @@ def search_lines(
     return [*lines, *refused_lines(found.refused)]
 
 
-def _best_line(bases: Bases, devices: int) -> list[str]:
+def _best_line(bases: Bases | TurnBases, devices: int) -> list[str]:
     found = search(bases, devices, count=1, rehearsed=False)
     if found.best:
         return [f"  {devices:,}: {result_words(found.best[0], bases.plan.config.steps)}"]
@@ -86,11 +90,16 @@ def _best_line(bases: Bases, devices: int) -> list[str]:
     return [f"  {devices:,}: none; {reasons[-1].strip() if reasons else 'no mesh'}"]
 
 
+def share_words(mfu: float) -> str:
+    """Return an MFU in words: "none" of turns of several networks."""
+    return "none" if isnan(mfu) else f"{mfu:.0%}"
+
+
 def result_words(one: Ranked, steps: int) -> str:
     """Return time, memory and mesh of a candidate in words."""
     days = steps * one.time.seconds / DAY_S
     return (
-        f"{one.time.seconds:.3g} s a step, {days:.3g} days, MFU {one.time.mfu:.0%},"
+        f"{one.time.seconds:.3g} s a step, {days:.3g} days, MFU {share_words(one.time.mfu)},"
         f" {one.memory / GB:.1f} GB: {mesh_words(one.candidate)}"
     )
 
