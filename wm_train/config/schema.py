@@ -246,6 +246,11 @@ class StageConfig:
             rule = f"0 to the stage's {self.steps} steps"
             yield Problem("optimizer.warmup_steps", str(self.optimizer.warmup_steps), rule)
 
+    def rows_apart(self) -> bool:
+        """Return whether packed rows go through the model one by one, each with its layout."""
+        mixed = self.model.needs().mixed_documents and self.objective.mixed_documents()
+        return self.data.pack and not mixed
+
 
 @dataclass(frozen=True)
 class RecipeConfig:

@@ -46,7 +46,7 @@ def turn_memories_of(
 def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int, int]]:
     """Return what one rank holds of clips at once, and that as (clips, latent frames, latent frames
     of the whole clip). Raises ConfigError for frames that do not fill latents."""
-    stage, workers = plan.config, plan.launcher.workers
+    stage = plan.config
     time = frame.time(stage.frames)
     if not time.fits(stage.frames):
         key = f"recipe.stages.{plan.stage}.frames"
@@ -54,11 +54,23 @@ def clip_shape(plan: StagePlan, frame: Frame) -> tuple[ClipShape, tuple[int, int
         raise ConfigError([Problem(key, str(stage.frames), f"{time.rule} of the latents", fix)])
     whole = time.latents(stage.frames)
     size = sequence_size(stage.parallel)
-    clips = -(-stage.global_batch * size // (workers * stage.trainer.accumulate))
+    clips = -(-clips_of_rank(plan) // micro_batches(plan))
     held = len(split_evenly(whole, size)[0])
     sides = (frame.channels, frame.height, frame.width)
     shape = ClipShape(clips, held, *sides, frame.temporal_stride, grouped=time.layout == "grouped")
     return shape, (clips, held, whole)
+
+
+def clips_of_rank(plan: StagePlan) -> int:
+    """Return the clips, or packed rows, of a step that one rank takes, whole or with its group."""
+    groups = plan.launcher.workers // sequence_size(plan.config.parallel)
+    return -(-plan.config.global_batch // groups)
+
+
+def micro_batches(plan: StagePlan) -> int:
+    """Return in how many parts a rank takes its clips, as `wm_train/training/data.py` does."""
+    config = plan.config
+    return clips_of_rank(plan) if config.rows_apart() else config.trainer.accumulate
 
 
 def rehearsals_of(

@@ -176,10 +176,8 @@ def on_device(stage: Stage, batch: Batch) -> Batch:
 def micro_batches(stage: Stage, batch: Batch) -> Iterator[Batch]:
     """Yield the micro-batches of a training batch. Packed rows have documents of their own: they go
     one by one where model or objective need one layout for all rows."""
-    config = stage.config
-    mixed = config.model.needs().mixed_documents and config.objective.mixed_documents()
-    apart = config.data.pack and not mixed
-    return batch_parts(batch, len(batch.keys) if apart else config.trainer.accumulate)
+    apart = stage.config.rows_apart()
+    return batch_parts(batch, len(batch.keys) if apart else stage.config.trainer.accumulate)
 
 
 def batch_parts(batch: Batch, count: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from parallel.degrees import divisors, sequence_degrees, sequence_size
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.roles import STUDENT
+from wm_train.plan.device_memory import micro_batches
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.scaling.points import Assumptions
 from wm_train.plan.search.candidates import Candidate, Shape
@@ -52,7 +53,7 @@ def replica_lines(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardwa
     ring, ulysses = sequence_degrees(parallel, config.model.needs().heads)
     shape = Shape(ring, ulysses, config.model.activation_checkpointing)
     groups = workers // sequence_size(parallel)
-    blocks = max(1, config.model.blocks()[0]) * config.trainer.accumulate
+    blocks = max(1, config.model.blocks()[0]) * micro_batches(plan)
 
     def seconds(replicas: int) -> float:
         moved = on_shards(base, workers, Candidate(shape, replicas, groups // replicas, 1, 1))

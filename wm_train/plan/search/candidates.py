@@ -125,7 +125,8 @@ def _of_shape(plan: StagePlan, shape: Shape, groups: int) -> Iterator[Candidate 
         if reason := broken_rule(plan, one):
             yield Refused(f"{name}, {replicas} replicas", reason)
             continue
-        for parts in divisors(clips):
+        # packed rows may go one by one, whatever trainer.accumulate says
+        for parts in [clips] if plan.config.rows_apart() else divisors(clips):
             yield replace(one, accumulate=parts, clips=clips // parts)
 
 

@@ -10,6 +10,7 @@ from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
 from wm_train.plan.depth import deep_networks, shallow
+from wm_train.plan.device_memory import micro_batches
 from wm_train.plan.frame import Frame
 from wm_train.plan.kept import Job
 from wm_train.plan.rehearsal import Rehearsal
@@ -41,7 +42,7 @@ def times_of(
     """Return the time of a turn of each trained network, by role."""
     config = plan.config
     depth = max(1, config.model.blocks()[0])
-    blocks = depth * config.trainer.accumulate
+    blocks = depth * micro_batches(plan)
     compiled = config.parallel.compile
     return {role: step_time(one, device, blocks, compiled) for role, one in made.items()}
 
