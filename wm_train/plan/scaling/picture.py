@@ -15,8 +15,10 @@ import numpy as np
 from wm_train.plan.scaling.points import Point
 
 INK, FAINT, GRID = (30, 30, 30), (150, 150, 150), (225, 225, 225)
-COLOURS = ((40, 110, 200), (220, 90, 30), (40, 150, 80), (150, 60, 160), (120, 110, 30))
-COLOURS += ((20, 160, 170), (200, 40, 90), (110, 110, 110))
+COLOURS = (
+    *((40, 110, 200), (220, 90, 30), (40, 150, 80), (150, 60, 160), (120, 110, 30)),
+    *((20, 160, 170), (200, 40, 90), (110, 110, 110)),
+)
 BAND = (205, 220, 240)
 PANEL_W, PANEL_H, LEFT, TOP = 520, 300, 64, 34
 Line = tuple[str, Sequence[float], tuple[int, int, int]]
