@@ -122,7 +122,7 @@ def test_a_dry_run_says_first_that_it_is_the_demo(beside_demo_data: Path) -> Non
         "# stage gdn",
         "# stage hybrid",
     ]
-    assert "stage 2 hybrid: 41 frames = 6 latent frames, 80 steps of 4 clips" in lines
+    assert "stage 2 hybrid: 41 frames = 6 latent frames, 30 steps of 4 clips" in lines
 
 
 def test_plan_and_parity_take_the_demo_too(capsys: pytest.CaptureFixture[str]) -> None:
