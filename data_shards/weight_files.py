@@ -231,3 +231,24 @@ def _existing(path: Path) -> Path:
         fix = f"the safetensors release of this checkpoint, its weights named {path.name}"
     rule = f"a directory with {DIFFUSERS.config} or {PLAIN.config} and its weights"
     raise refusal(f"{gone}{here}", rule, fix)
+
+
+def load_network(kind: Any, model: str) -> Any:
+    """Load a network of transformers in float32. kind: its class; model: a folder or hub name.
+
+    Raises ValueError where weights are missing, which the library would draw at random, and
+    whatever the library raises.
+    """
+    import torch
+
+    # safetensors only: a pickled checkpoint could run code
+    network, report = kind.from_pretrained(
+        model,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"no weights for {missing[0]} and {len(missing) - 1} more")
+    return network

@@ -210,6 +210,25 @@ def pretrained_waypoint() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
+def small_autoencoder(tmp_path_factory):
+    """The folder of a tiny autoencoder of Wan 2.1's class, random weights."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    folder = tmp_path_factory.mktemp("autoencoder") / "wan"
+    torch.manual_seed(0)
+    AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_moworld() -> tuple[str, ...]:
     """Overrides of `demo_run`: two pools train an expert each on clips (`short`), then behind a
     history (`behind`); both experts are distilled as one student in windows (`long`), whose sampler

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_shards.fields import CLIP_SHAPE
 from data_shards.schema import DataError
+from data_shards.weight_files import load_network
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
@@ -31,7 +32,6 @@ class ImageEncoder:
         """Load the vision model. Raises DataError for one that is not there or is of another
         size."""
         try:
-            import torch
             import transformers
         except ImportError as error:
             raise DataError(
@@ -39,16 +39,7 @@ class ImageEncoder:
                 " 'wm-train[encode]'"
             ) from error
         try:
-            # safetensors only: a pickled checkpoint could run code
-            kind: Any = transformers.CLIPVisionModel
-            network, report = kind.from_pretrained(
-                self.model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            if report["missing_keys"]:
-                raise ValueError(
-                    f"no weights for {sorted(report['missing_keys'])[0]} and"
-                    f" {len(report['missing_keys']) - 1} more"
-                )
+            network = load_network(transformers.CLIPVisionModel, self.model)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise DataError(
                 f"image_encoder: cannot load {self.model!r} ({error}), expected a folder or hub"

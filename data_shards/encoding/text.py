@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data_shards.schema import DataError
 from data_shards.storage.files import read_file
 from data_shards.storage.npz import read_npy
+from data_shards.weight_files import load_network
 
 READY = "ready"  # `text=ready`: the sources' own embeddings are taken over
 
@@ -39,7 +40,6 @@ class TextEncoder:
     def _parts(self) -> tuple[Any, Any]:
         """Load and return (tokenizer, network)."""
         try:
-            import torch
             import transformers
         except ImportError as error:
             raise DataError(
@@ -57,19 +57,7 @@ class TextEncoder:
                 if type(config) in halves
                 else transformers.AutoModel
             )
-            # safetensors only: a pickled checkpoint could run code
-            network, report = kind.from_pretrained(
-                self.model,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            if report["missing_keys"]:
-                raise ValueError(
-                    f"no weights for {sorted(report['missing_keys'])[0]} and"
-                    f" {len(report['missing_keys']) - 1} more"
-                )
+            network = load_network(kind, self.model)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise DataError(
                 f"text: cannot load {self.model!r} ({error}), expected a folder or hub name of a"

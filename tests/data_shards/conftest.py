@@ -114,25 +114,6 @@ def recording(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_autoencoder(tmp_path_factory):
-    """The folder of a tiny autoencoder of Wan 2.1's class, random weights."""
-    import torch
-    from diffusers import AutoencoderKLWan
-
-    folder = tmp_path_factory.mktemp("autoencoder") / "wan"
-    torch.manual_seed(0)
-    AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def dataset_path(recording, tmp_path_factory):
     """3 latent frames a clip, two clips a shard, 3 shards; one episode for validation."""
     out = tmp_path_factory.mktemp("dataset") / "set"

@@ -61,10 +61,10 @@ class TurnBases:
                 yield Refused(f"ring {ring} x ulysses {ulysses}, {kind}", FIXED)
 
     def prepare(self, shapes: Iterable[Shape]) -> None:
-        """Wait: the one shape is rehearsed when a candidate is ranked."""
+        """Rehearse nothing yet: the one shape is rehearsed when a candidate is ranked."""
 
     def prepare_formula(self, candidates: Sequence[Candidate]) -> None:
-        """Wait, as there is no formula to prepare."""
+        """Rehearse nothing yet: there is no formula for another shape."""
 
     def parameters(self) -> int:
         """Return about how many parameters all networks have, those that are frozen by half, as

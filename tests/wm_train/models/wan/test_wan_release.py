@@ -5,6 +5,7 @@ class."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,10 @@ def run(*words: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
+def release(tmp_path_factory, small_autoencoder) -> Path:
     """The folders transformer/, transformer_2/, vae/ and text_encoder/, saved by the libraries of
     the public classes."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import WanTransformer3DModel
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -56,14 +57,7 @@ def release(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for name in SUBFOLDERS.values():
         WanTransformer3DModel(**public).save_pretrained(folder / name)
-    AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).save_pretrained(folder / "vae")
+    shutil.copytree(small_autoencoder, folder / "vae")
     small = {"vocab_size": len(WORDS), "d_model": 16, "d_kv": 4, "d_ff": 32}
     UMT5EncoderModel(UMT5Config(**small, num_layers=2, num_heads=4)).save_pretrained(
         folder / "text_encoder"
