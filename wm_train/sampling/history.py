@@ -117,7 +117,8 @@ def clip_cameras(
             f"history failed: got clips without cameras, expected poses for {config.near} frames"
             " with a near camera (key history.near). Fix: history.near=0, or data with poses"
         )
-    poses, pinholes = (x.cpu().double().numpy() for x in (c2w, lenses))
+    # by lists, as a tensor without values says there, and only there, that one is wanted
+    poses, pinholes = (np.array(x.cpu().double().tolist()) for x in (c2w, lenses))
     given = (conditions.image_size, conditions.time, config.camera_scale)
     return [camera_latents(p, k, *given) for p, k in zip(poses, pinholes, strict=True)]
 
