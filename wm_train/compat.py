@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    in_kernel_invocation_manager as in_kernel_invocation_manager,  # to set a tensor's storage
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -21,11 +24,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 # processes; importing it registers that back end. torch 2.10 to 2.13.
 from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
 
+# Calls operators past all modes. torch 2.10 to 2.13.
+from torch.utils._mode_utils import no_dispatch as no_dispatch
+
 # Calls of operators, seen from within a `with` block. torch 2.10 to 2.13.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-# The tensors in nested results of an operator. torch 2.10 to 2.13.
+# The leaves of nested results, and nested results with other leaves. torch 2.10 to 2.13.
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 
 def local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

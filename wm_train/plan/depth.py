@@ -1,7 +1,7 @@
 """Rehearse a deep model by two shallow ones: bytes and work are linear in the number of blocks.
 
 Blocks repeat in a pattern, so a model of one pattern and one of two tell what each further pattern
-adds. Each network of a stage is deepened on its own.
+adds. Networks of a stage that are equally deep are deepened together, the others on their own.
 """
 
 from __future__ import annotations
@@ -31,20 +31,28 @@ def rehearse_deep(
 
 def shallow(plan: StagePlan) -> list[StagePlan]:
     """Return the plans whose rehearsals tell that of the whole stage: with one pattern of blocks in
-    each network, and with two in one network after the other. A plan that is not deeper than two is
-    its own."""
+    each network, and with two in those of one depth after the other. A plan that is not deeper than
+    two is its own."""
     short = {name: period for name, (_, period) in deep_networks(plan).items()}
-    deeper = [{**short, name: 2 * period} for name, period in short.items()]
-    return [shortened(plan, depths) for depths in (short, *deeper)]
+    deeper = [short | dict.fromkeys(names, 2 * period) for (_, period), names in depths(plan)]
+    return [shortened(plan, blocks) for blocks in (short, *deeper)]
 
 
 def joined(plan: StagePlan, parts: Sequence[Rehearsal]) -> Rehearsal:
     """Return the rehearsal of the whole stage from those of `shallow`, in their order."""
     base, *deeper = parts
     total = base
-    for (depth, period), two in zip(deep_networks(plan).values(), deeper, strict=True):
+    for ((depth, period), _), two in zip(depths(plan), deeper, strict=True):
         total = _plus(total, two, base, (depth - period) / period)
     return total
+
+
+def depths(plan: StagePlan) -> list[tuple[tuple[int, int], list[str]]]:
+    """Return the roles of deep networks by ((blocks, blocks of a pattern), roles)."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for name, depth in deep_networks(plan).items():
+        found.setdefault(depth, []).append(name)
+    return list(found.items())
 
 
 def deep_networks(plan: StagePlan) -> dict[str, tuple[int, int]]:
@@ -58,20 +66,20 @@ def deep_networks(plan: StagePlan) -> dict[str, tuple[int, int]]:
     return {name: (depth, n) for name, (depth, n) in patterns.items() if 2 * n < depth}
 
 
-def shortened(plan: StagePlan, depths: Mapping[str, int]) -> StagePlan:
+def shortened(plan: StagePlan, blocks: Mapping[str, int]) -> StagePlan:
     """Return the plan with networks of fewer blocks, by role. Patterns of `frozen` that name only
     blocks which are left out are left out, too."""
-    if not depths:
+    if not blocks:
         return plan
     config = plan.config
-    if STUDENT in depths:
-        model = config.model.with_blocks(depths[STUDENT])
+    if STUDENT in blocks:
+        model = config.model.with_blocks(blocks[STUDENT])
         with torch.device("meta"):
             names = [name for name, _ in build_model(model).named_parameters()]
         frozen = tuple(p for p in config.frozen if _matches(p, names))
         config = replace(config, model=model, frozen=frozen)
     roles = {
-        role: replace(own, model=own.model.with_blocks(depths[role])) if role in depths else own
+        role: replace(own, model=own.model.with_blocks(blocks[role])) if role in blocks else own
         for role, own in config.roles.items()
     }
     return replace(plan, config=replace(config, roles=roles))

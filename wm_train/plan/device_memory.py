@@ -12,8 +12,9 @@ from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT
 from wm_train.config.schema import StageConfig
+from wm_train.plan.depth import shallow
 from wm_train.plan.frame import Frame
-from wm_train.plan.kept import deep_rehearsals
+from wm_train.plan.kept import Job, deep_rehearsals
 from wm_train.plan.memory import ClipShape, Memory, stage_memory
 from wm_train.plan.rehearsal import ReadsOnHost, Rehearsal
 from wm_train.plan.turns import turn_memory
@@ -78,9 +79,11 @@ def rehearsals_of(
 ) -> dict[str, Rehearsal]:
     """Return a rehearsal of the first rank for each trained network, by role; empty, with a line on
     standard error, where the stage's own code reads values on the host."""
-    roles = [STUDENT, *(role for role, own in plan.config.roles.items() if own.optimizer)]
     try:
-        return {role: deep_rehearsals([plan], frame, role, device, processes)[0] for role in roles}
+        return {
+            role: deep_rehearsals([plan], frame, role, device, processes)[0]
+            for role in trained_roles(plan)
+        }
     except ReadsOnHost as error:
         print(
             f"stage {plan.stage}: memory by formula, as a step cannot be rehearsed: it reads"
@@ -88,6 +91,18 @@ def rehearsals_of(
             file=sys.stderr,
         )
         return {}
+
+
+def trained_roles(plan: StagePlan) -> list[str]:
+    """Return the networks that have turns in a stage."""
+    return [STUDENT, *(role for role, own in plan.config.roles.items() if own.optimizer)]
+
+
+def jobs_of(plan: StagePlan, frame: Frame, device: str) -> list[Job]:
+    """Return the rehearsals that `turn_memories_of` will ask for. Errors: as there."""
+    clip_shape(plan, frame)
+    parts = shallow(plan) if can_rehearse(plan.config) else []
+    return [Job(part, frame, role, device) for role in trained_roles(plan) for part in parts]
 
 
 def with_rehearsal(memory: Memory, made: Rehearsal) -> Memory:

@@ -9,7 +9,7 @@ is measured and multiplied. Nothing is allocated and no accelerator is needed.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,7 @@ from wm_train.config.registry import builder
 from wm_train.config.schema import StageConfig
 from wm_train.models.examples import ExampleShape, example_conditions
 from wm_train.models.spec import WorldModel, build_model
+from wm_train.plan.store import facts_of, folder, keep, load, name_of
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,20 @@ def stage_memory(
     the compute type, since the next unit is gathered while one runs. Sequence exchange buffers
     (states, halos) are not counted: they are megabytes. ZeRO-3 keeps compute weights besides the
     master weights, each gradient twice, and a bucket of them; with a disk, the part of the state
-    that a save reads from it.
+    that a save reads from it. Kept on disk.
     """
+    facts = [facts_of(stage), stage.trainer.async_checkpoint, asdict(shape), shards]
+    path = folder() / f"{name_of(['memory', *facts, with_activations])}.json"
+    if (kept := load(path)) is None:
+        made = _stage_memory(stage, shape, shards, with_activations)
+        keep(path, asdict(made))
+        return made
+    return Memory(**{**kept, "offloaded": tuple(kept["offloaded"])})
+
+
+def _stage_memory(
+    stage: StageConfig, shape: ClipShape, shards: int, with_activations: bool
+) -> Memory:
     model, optimizer, parallel = stage.model, stage.optimizer, stage.parallel
     staged, precision = stage.trainer.async_checkpoint, parallel.precision
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -160,11 +173,23 @@ def activation_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tu
     """Return the bytes that autograd keeps from the forward to the backward pass, and those inside
     the one unit that is recomputed, which without checkpointing are part of the first."""
     plain = replace(model, activation_checkpointing="none")
-    kept, inside = kept_bytes(plain, shape, precision)
-    most = max(inside)
+    kept, most = deep_bytes(plain, shape, precision)
     if model.activation_checkpointing == "none":
         return kept - most, most
-    return kept_bytes(model, shape, precision)[0], most
+    return deep_bytes(model, shape, precision)[0], most
+
+
+def deep_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[int, int]:
+    """Return the bytes that a forward pass leaves for its backward, and the most of one unit; of a
+    deep model from two shallow ones, as each pattern of blocks leaves the same."""
+    depth, pattern = model.blocks()
+    if not pattern or depth <= 2 * pattern:
+        kept, inside = kept_bytes(model, shape, precision)
+        return kept, max(inside)
+    one, two = (
+        kept_bytes(model.with_blocks(blocks), shape, precision) for blocks in (pattern, 2 * pattern)
+    )
+    return one[0] + (depth - pattern) * (two[0] - one[0]) // pattern, max(one[1])
 
 
 class _ProductBytes(TorchDispatchMode):
@@ -190,7 +215,7 @@ def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[in
     weights excluded, and those that each unit adds to them."""
     kept: dict[int, Any] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def hold(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = (
             storage  # held, so that no later storage takes its place in the table
@@ -210,7 +235,7 @@ def kept_bytes(model: ModelConfig, shape: ClipShape, precision: str) -> tuple[in
             unit.register_forward_hook(lambda *_: inside.append(total() - before.pop()))
         latents, sigma, conditions = _inputs(model, shape)
         counting = products if model.activation_checkpointing == "selective" else nullcontext()
-        with torch.autograd.graph.saved_tensors_hooks(keep, _give_back), counting:
+        with torch.autograd.graph.saved_tensors_hooks(hold, _give_back), counting:
             output = built(latents, sigma, conditions, LocalSequence(ClipLayout(shape.frames)))
         assert output.shape == latents.shape
         return total(), inside

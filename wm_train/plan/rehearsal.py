@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -38,10 +38,13 @@ from wm_train.config.roles import STUDENT, Turn
 from wm_train.kernels.dispatch import forget_tables, recurrences
 from wm_train.kernels.engine import rehearsed, rehearsed_device
 from wm_train.models.examples import ExampleShape, example_conditions
+from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey
+from wm_train.plan.blocks_once import blocks_once
 from wm_train.plan.frame import Frame
-from wm_train.plan.speed.collectives import Call
-from wm_train.plan.tracing import Tracer, Work
+from wm_train.plan.repeats import passes_once
+from wm_train.plan.speed.collectives import Call, gloo_copies
+from wm_train.plan.tracing import Tracer, Work, nothing_inside
 from wm_train.training.networks import build_networks
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
@@ -86,15 +89,23 @@ def world_in_name(size: int, rank: int) -> Iterator[World]:
 
 
 def rehearse(
-    plan: StagePlan, frame: Frame, rank: int = 0, role: str = STUDENT, device: Device | None = None
+    plan: StagePlan,
+    frame: Frame,
+    rank: int = 0,
+    role: str = STUDENT,
+    device: Device | None = None,
+    on_host: bool = True,
+    once: bool = True,
 ) -> Rehearsal:
     """Rehearse a turn of the network `role` on the longest clips of a stage.
 
     device: type and compute capability of the device whose kernels are to run; None: the plain
-    ones of the host. The state is FSDP2's on one device; for ZeRO-3 and what is moved to the host,
-    see `wm_train/plan/memory.py`. Raises ReadsOnHost where the stage's code reads values.
+    ones of the host. on_host: without a device, processes are joined by gloo, with the copies that
+    it makes. once: as for `trace_turn`. The state is FSDP2's on one device; for ZeRO-3 and what is
+    moved to the host, see `wm_train/plan/memory.py`. Raises ReadsOnHost where the stage's code
+    reads values.
     """
-    tracer = Tracer()
+    tracer = Tracer(inside=gloo_copies if on_host and device is None else nothing_inside)
     there = rehearsed(*device, tracer.launched) if device else nullcontext()
     with world_in_name(plan.launcher.workers, rank) as world, there:
         if device:
@@ -107,7 +118,7 @@ def rehearse(
                 state = build_networks(plan, stage.mesh.fsdp, stage.backend.device, filled=False)
             with shapes, tracer, tracer.resizing():
                 batch = example_batch(stage, frame)
-                return trace_turn(stage, state, batch, Turn(role, 0), tracer)
+                return trace_turn(stage, state, batch, Turn(role, 0), tracer, once)
         except DataDependentOutputException as error:
             raise ReadsOnHost(str(error.func)) from error
         finally:
@@ -138,16 +149,21 @@ def distinct_tiles(kernels: Kernels, tracer: Tracer) -> Kernels:
 
 
 def trace_turn(
-    stage: Stage, state: TrainState, batch: Batch, turn: Turn, tracer: Tracer
+    stage: Stage, state: TrainState, batch: Batch, turn: Turn, tracer: Tracer, once: bool = False
 ) -> Rehearsal:
     """Add the gradients of a turn inside an entered tracer, and return what it saw. The optimizer
-    does not step: it would need a copy of the gradients besides what is held."""
+    does not step: it would need a copy of the gradients besides what is held. once: passes of a
+    rollout that differ in values alone run once, on tensors without values."""
     for category, tensors in state_tensors(state).items():
         tracer.claim(tensors, category)
     tracer.claim(buffers(state), tracer.phase)
     tracer.restart()
     held = tracer.now
-    with passes(tracer, state):
+    with ExitStack() as entered:
+        entered.enter_context(passes(tracer, state))
+        if once:
+            entered.enter_context(passes_once(tracer))
+            entered.enter_context(blocks_once(tracer, networks(state)))
         add_gradients(stage, state, batch, turn)
     active = state.of(turn.role)
     gradients = active.gradients(stage.world.rank)
@@ -158,7 +174,8 @@ def trace_turn(
     update = held + 2 * sum(g.numel() * g.element_size() for g in gradients)
     peak = max(tracer.peak, update)
     calls = dict(Counter(tracer.collectives))
-    return Rehearsal(peak, at_peak, held, update, tracer.work, calls)
+    work = {key: done for key, done in tracer.work.items() if done.calls}
+    return Rehearsal(peak, at_peak, held, update, work, calls)
 
 
 @contextmanager
@@ -192,10 +209,14 @@ def state_tensors(state: TrainState) -> dict[str, list[Tensor]]:
     }
 
 
+def networks(state: TrainState) -> list[WorldModel]:
+    """Return the networks of all roles."""
+    return [state.model, *(own.model for own in state.roles.values()), *state.frozen.values()]
+
+
 def buffers(state: TrainState) -> list[Tensor]:
     """Return the local tensors of all networks that are not weights."""
-    networks = [state.model, *(own.model for own in state.roles.values()), *state.frozen.values()]
-    return [local_tensor(one) for network in networks for one in network.buffers()]
+    return [local_tensor(one) for network in networks(state) for one in network.buffers()]
 
 
 def open_shapes(

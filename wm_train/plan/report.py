@@ -213,44 +213,61 @@ def _print_stages(
     run: RunConfig, frames: Frames, asked: Asked, spent: dict[str, tuple[float, int]]
 ) -> int:
     """Print one block per selected stage; return 3 if one of them needs more than a device has."""
+    from wm_train.plan.device_memory import jobs_of
+    from wm_train.plan.kept import rehearsed_ahead
+
+    code, plans = 0, plan_stages(run)
+    jobs = [jobs_of(plan, frames[plan.stage], kind_of(plan, asked)) for plan in plans]
+    with rehearsed_ahead((job for own in jobs for job in own), asked.processes) as wait:
+        for plan, own in zip(plans, jobs, strict=True):
+            wait(own)
+            code = max(code, _print_stage(run, plan, frames[plan.stage], asked, spent))
+    return code
+
+
+def kind_of(plan: StagePlan, asked: Asked) -> str:
+    """Return the kind of device that a stage is planned for."""
     from wm_train.backends.absent import likely_kind
+
+    half = plan.config.parallel.precision != "fp32"
+    return asked.device or likely_kind(plan.backend.name, half)
+
+
+def _print_stage(
+    run: RunConfig, plan: StagePlan, frame: Frame, asked: Asked, spent: dict[str, tuple[float, int]]
+) -> int:
+    """Print the block of one stage; return 3 if it needs more than a device has."""
     from wm_train.plan.device_memory import turn_memories_of
 
-    code = 0
-    for plan in plan_stages(run):
-        frame, half = frames[plan.stage], plan.config.parallel.precision != "fp32"
-        kind = asked.device or likely_kind(plan.backend.name, half)
-        turns, shape, made = turn_memories_of(plan, frame, kind, asked.processes)
-        memory = max(turns.values(), key=lambda one: one.device)
-        print("\n".join(describe(plan, shape, memory, inheritance(run, plan))))
-        for line in [*role_lines(plan), *job_lines(plan, frame)]:
-            print(line)
-        for role, one in turns.items() if plan.config.roles else ():
-            print(f"  turn of the {role}: {_sizes(one)}")
-        if asked.blocks:
-            from wm_train.plan.blocks import block_lines
+    turns, shape, made = turn_memories_of(plan, frame, kind_of(plan, asked), asked.processes)
+    memory = max(turns.values(), key=lambda one: one.device)
+    print("\n".join(describe(plan, shape, memory, inheritance(run, plan))), flush=True)
+    for line in [*role_lines(plan), *job_lines(plan, frame)]:
+        print(line)
+    for role, one in turns.items() if plan.config.roles else ():
+        print(f"  turn of the {role}: {_sizes(one)}")
+    if asked.blocks:
+        from wm_train.plan.speed.blocks import block_lines
 
-            sides = (frame.height, frame.width, frame.temporal_stride)
-            grouped = frame.time(plan.config.frames).layout == "grouped"
-            print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
-        if asked.profile:
-            from wm_train.plan.scaling.advice import advice_lines
-            from wm_train.plan.speed.report import stage_seconds, time_lines
+        sides = (frame.height, frame.width, frame.temporal_stride)
+        grouped = frame.time(plan.config.frames).layout == "grouped"
+        print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
+    if asked.profile:
+        from wm_train.plan.scaling.advice import advice_lines
+        from wm_train.plan.speed.report import stage_seconds, time_lines
 
-            lines = time_lines(plan, frame, made, asked.profile)
-            lines += advice_lines(plan, made, asked.profile, memory.trained)
-            print("\n".join(lines))
-            if seconds := stage_seconds(plan, made, asked.profile):
-                spent[plan.stage] = (seconds, plan.launcher.workers)
-        if asked.device_gib is not None:
-            fits = memory.device <= asked.device_gib * GIB
-            advice = (
-                "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
-            )
-            verdict = "fits" if fits else f"DOES NOT FIT: {advice}"
-            print(f"  {memory.device / GIB:.2f} of {asked.device_gib:g} GiB: {verdict}", flush=True)
-            code = code if fits else 3
-    return code
+        lines = time_lines(plan, frame, made, asked.profile)
+        lines += advice_lines(plan, made, asked.profile, memory.trained)
+        print("\n".join(lines))
+        if seconds := stage_seconds(plan, made, asked.profile):
+            spent[plan.stage] = (seconds, plan.launcher.workers)
+    if asked.device_gib is not None:
+        fits = memory.device <= asked.device_gib * GIB
+        advice = "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
+        verdict = "fits" if fits else f"DOES NOT FIT: {advice}"
+        print(f"  {memory.device / GIB:.2f} of {asked.device_gib:g} GiB: {verdict}", flush=True)
+        return 0 if fits else 3
+    return 0
 
 
 def role_lines(plan: StagePlan) -> list[str]:

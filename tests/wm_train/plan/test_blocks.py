@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wm_train.models.examples import ExampleShape
 from wm_train.models.waypoint.config import WaypointConfig
-from wm_train.plan.blocks import GroupMesh, block_kinds
+from wm_train.plan.speed.blocks import GroupMesh, block_kinds
 
 
 def test_kinds_of_waypoints_blocks():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import runpy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,11 @@ from wm_train.config.roles import Turn
 from wm_train.models.experts.config import ExpertsConfig
 from wm_train.plan import kept, rehearsal
 from wm_train.plan.depth import rehearse_deep, shortened
-from wm_train.plan.device_memory import with_rehearsal
+from wm_train.plan.device_memory import clip_shape, micro_batches, with_rehearsal
 from wm_train.plan.frame import Frame
 from wm_train.plan.memory import Memory
 from wm_train.plan.rehearsal import example_batch, open_shapes, rehearse, trace_turn, world_in_name
+from wm_train.plan.speed.collectives import gloo_copies
 from wm_train.plan.tracing import Tracer
 from wm_train.training.networks import build_networks
 
@@ -41,7 +42,7 @@ def plan(*words):
 def on_real_tensors(stage_plan):
     """The same step with storage, in the same world in name: its collectives answer at once."""
     with world_in_name(stage_plan.launcher.workers, 0) as world:
-        stage, tracer = open_shapes(stage_plan, FRAME, world), Tracer()
+        stage, tracer = open_shapes(stage_plan, FRAME, world), Tracer(inside=gloo_copies)
         state = build_networks(stage_plan, stage.mesh.fsdp, stage.backend.device)
         with tracer, tracer.resizing():
             batch = example_batch(stage, FRAME)
@@ -121,7 +122,7 @@ def test_collectives_of_a_sequence_group_are_those_that_verbs_promise(monkeypatc
 
     monkeypatch.setattr(ProcessGroupComm, "run", run)
     monkeypatch.setattr(ProcessGroupComm, "apply", apply)
-    monkeypatch.setattr(rehearsal, "Tracer", lambda: tracer)
+    monkeypatch.setattr(rehearsal, "Tracer", lambda **_: tracer)
     split = ["launcher.workers=8", "parallel.cp=4", "parallel.ulysses=2", "parallel.ring=2"]
     made = rehearse(plan(*split), FRAME)
     assert len(seen) > 10
@@ -146,6 +147,35 @@ def test_recomputing_more_holds_less(alone):
     ]
     peaks = [sum(one.at_peak.values()) for one in (*made, alone)]
     assert peaks[0] < peaks[1] < peaks[2]
+
+
+def test_frozen_parameters_hold_no_gradients(alone):
+    frozen = "recipe.stages.short.frozen=['blocks.*']"
+    made = rehearse(plan("launcher.workers=1", frozen), FRAME)
+    assert made.at_peak["weights"] == alone.at_peak["weights"]
+    assert made.at_peak["optimizer"] < 0.5 * alone.at_peak["optimizer"]
+    assert made.update - made.held < 0.5 * (alone.update - alone.held)
+
+
+def test_a_rank_without_clips_holds_its_state():
+    made = rehearse(plan("launcher.workers=2", "recipe.stages.short.global_batch=1"), FRAME)
+    assert made.at_peak["weights"] > 0
+    assert made.update > made.held  # it reduces gradients with the others
+
+
+def test_packed_rows_go_one_by_one():
+    """Memory is that of one row, work that of all."""
+    words = ["recipe.stages.short.global_batch=4", "launcher.workers=1"]
+    pack = plan(*words, "data.pack=true", "trainer.accumulate=2")
+    (shape, (clips, *_)), parts = clip_shape(pack, FRAME), micro_batches(pack)
+    assert (clips, shape.clips, parts) == (1, 1, 4)
+    # rows of Waypoint go together
+    waypoint = ["experiment=demo", "recipe=waypoint", "stage=1", "data.path=x", "data.pack=true"]
+    waypoint += ["recipe.stages.pretrain_360p.global_batch=4", "launcher.workers=1"]
+    together = plan_stages(compose([*waypoint, "trainer.accumulate=2"]))[0]
+    assert micro_batches(together) == 2
+    whole = plan(*words, "trainer.accumulate=2")
+    assert (clip_shape(whole, FRAME)[1][0], micro_batches(whole)) == (2, 2)
 
 
 def test_a_deep_model_is_that_of_two_shallow_ones():
@@ -222,7 +252,7 @@ def test_one_storage_under_many_tensors_counts_once():
 def test_a_kept_rehearsal_is_read_again_and_any_change_makes_it_anew(tmp_path, alone, monkeypatch):
     calls = []
 
-    def make(*given):
+    def make(*given, **named):
         calls.append(given)
         return alone
 
@@ -252,20 +282,26 @@ def test_device_memory_is_what_the_rehearsal_saw(alone):
     assert (memory.parameters, memory.staging) == (10, 8)
 
 
+@pytest.fixture
+def planned_memory(monkeypatch):
+    """The benchmark as a module that the processes which it starts can import, too."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("planned_memory")
+
+
 @pytest.mark.full
-def test_drawn_configurations_are_within_ten_percent_of_real_processes():
-    module = runpy.run_path(str(BENCHMARKS / "planned_memory.py"))
-    for role, words in module["draw"](seed=5, count=3):
-        measured = module["measured_bytes"](words, role)
-        assert module["planned_bytes"](words, role) == pytest.approx(measured, rel=0.1), words
+def test_drawn_configurations_are_within_ten_percent_of_real_processes(planned_memory):
+    for role, words in planned_memory.draw(seed=5, count=6):
+        measured = planned_memory.measured_bytes(words, role)
+        assert planned_memory.planned_bytes(words, role) == pytest.approx(measured, rel=0.1), words
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["1x4", "2x2", "4x1"])
-def test_what_recomputation_keeps_is_planned_as_processes_hold_it(mesh):
+def test_what_recomputation_keeps_is_planned_as_processes_hold_it(mesh, planned_memory):
     """MoWorld's facts §4.2: 4 + 2 (R - 1) activations a block of collective answers, 5 or 1 of
     attention. The whole step and this part of it."""
-    found = runpy.run_path(str(BENCHMARKS / "planned_memory.py"))["tape"](mesh)
+    found = planned_memory.tape(mesh)
     for planned, measured, own, true in found.values():
         assert planned == pytest.approx(measured, rel=0.1)
         assert own == pytest.approx(true, rel=0.1)

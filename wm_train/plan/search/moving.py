@@ -16,9 +16,9 @@ from parallel.attend import AttendVerb
 from parallel.comm import Member
 from parallel.traffic import expected_cost
 from parallel.virtual import Call as VerbCall
-from wm_train.plan.blocks import GroupMesh, on_mesh
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Shape
+from wm_train.plan.speed.blocks import GroupMesh, on_mesh
 from wm_train.plan.speed.collectives import Call
 from wm_train.plan.speed.network import Pattern
 from wm_train.plan.tracing import Work

@@ -16,12 +16,12 @@ from typing import Protocol
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.models.examples import ExampleShape
-from wm_train.plan.blocks import recorded
 from wm_train.plan.depth import shortened
 from wm_train.plan.frame import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Refused, Shape, listed, plan_on
 from wm_train.plan.search.moving import VerbCall, Verbs, on_shards, split_rehearsal
+from wm_train.plan.speed.blocks import recorded
 from wm_train.plan.speed.step import StepTime, step_time
 
 NEAR = 1.3  # how far the formula may be off: slower or larger by less is rehearsed

@@ -62,6 +62,16 @@ def call_of(phase: str, name: str, args: Any) -> Call | None:
     raise ValueError(f"collective of a rehearsal: got {name}, expected one that is known")
 
 
+def gloo_copies(name: str, args: Any) -> int:
+    """Return the bytes that gloo, the group of hosts, allocates inside an operator: a copy of what
+    it reduces and scatters, and one of all that it gathers. Others work on their arguments."""
+    if name == "_reduce_scatter_base_":
+        return _bytes([args[1]])
+    if name == "_allgather_base_":
+        return _bytes([args[0]])
+    return _bytes(part for parts in args[0] for part in parts) if name == "allgather_" else 0
+
+
 def _group(args: Iterable[Any]) -> list[int]:
     """Return the ranks of the group among an operator's arguments."""
     for one in args:

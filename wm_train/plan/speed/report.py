@@ -9,7 +9,7 @@ from wm_train.backends.hardware import Hardware, hardware, own_profile, profiles
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
-from wm_train.plan.depth import deep_networks, shallow
+from wm_train.plan.depth import depths, shallow
 from wm_train.plan.device_memory import micro_batches
 from wm_train.plan.frame import Frame
 from wm_train.plan.kept import Job
@@ -82,9 +82,8 @@ def measured_seconds(plan: StagePlan, frame: Frame, device: Hardware) -> float |
     if not all(name in device.stages for name in names):
         return None
     base, *deeper = (device.stages[name] for name in names)
-    depths = deep_networks(plan).values()
-    more = zip(depths, deeper, strict=True)
-    return base + sum((depth - n) / n * (two - base) for (depth, n), two in more)
+    more = zip(depths(plan), deeper, strict=True)
+    return base + sum((depth - n) / n * (two - base) for ((depth, n), _), two in more)
 
 
 def time_lines(

@@ -1,0 +1,102 @@
+"""Run each kind of block once in passes without gradients, and count the others.
+
+What those return and remember is made anew by shape, and their work is counted again
+(`Tracer.repeat`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.streaming import StreamingSequence
+from wm_train.models.spec import WorldModel
+from wm_train.plan.passes import (
+    Pass,
+    Stores,
+    all_sizes,
+    described,
+    past_kinds,
+    pasts_anew,
+    pasts_of,
+    sizes,
+    unit_kind,
+)
+from wm_train.plan.tracing import Tracer
+
+
+@contextmanager
+def blocks_once(tracer: Tracer, models: Iterable[WorldModel]) -> Iterator[None]:
+    """Run each kind of block of these models once while entered, but where gradients are taken."""
+    kinds = Kinds(tracer)
+    with ExitStack() as undo:
+        for unit in {unit: None for model in models for unit in model.units()}:
+            undo.callback(unit.__dict__.pop, "forward")
+            unit.forward = kinds.once(unit)  # type: ignore[method-assign]
+        yield
+
+
+class Kinds:
+    """Hold the blocks that have run, by kind."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._counts: dict[Hashable, list[int]] = {}  # calls of each stream
+        self._seen: dict[Hashable, Pass] = {}
+
+    def once(self, unit: nn.Module) -> Callable[..., Any]:
+        """Return a block's forward pass that runs if no block of its kind has run."""
+        forward, kind = unit.forward, unit_kind(unit)
+
+        def run(*args: Any) -> Any:
+            if torch.is_grad_enabled():
+                return forward(*args)
+            tensors: list[Tensor] = []
+            streams: list[StreamingSequence] = []
+            try:
+                shapes = (kind, self._tracer.phase, described(args, tensors, streams))
+            except TypeError:  # an argument that cannot be compared
+                return forward(*args)
+            starts = [stream._calls.made for stream in streams]
+            if shapes in self._counts:
+                spans = _spans(starts, self._counts[shapes])
+                before = self._seen.get((shapes, *map(past_kinds, streams, spans)))
+                if before and before.known:
+                    return self._repeat(before, tensors, streams, spans)
+            with self._tracer.noting() as repeat:
+                out = forward(*args)
+            counts = [one._calls.made - start for one, start in zip(streams, starts, strict=True)]
+            spans = _spans(starts, counts)
+            kept = [*map(pasts_of, streams, spans)]
+            self._counts[shapes] = counts
+            self._seen[(shapes, *map(past_kinds, streams, spans))] = Pass(
+                repeat, [*map(sizes, tensors)], all_sizes(out), kept
+            )
+            return out
+
+        return run
+
+    def _repeat(
+        self,
+        before: Pass,
+        tensors: list[Tensor],
+        streams: list[StreamingSequence],
+        spans: list[range],
+    ) -> Any:
+        """Count a pass once more, and return and remember what it would."""
+        self._tracer.repeat(before.repeat)
+        with self._tracer.times(0):
+            stores = Stores(before.inputs, tensors)
+            for one, span, calls in zip(streams, spans, before.remembered, strict=True):
+                assert calls is not None, "known"
+                one._kept += pasts_anew(one, span, calls, stores)
+                one._calls.made += len(span)
+            return stores.all_anew(before.returned)
+
+
+def _spans(starts: list[int], counts: list[int]) -> list[range]:
+    return [range(start, start + n) for start, n in zip(starts, counts, strict=True)]

@@ -1,0 +1,88 @@
+"""Keep what a plan has found on disk, by a name that is a hash of everything that it depends on.
+
+Files are plain JSON; a damaged one is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wm_train.config.schema import StageConfig
+from wm_train.storage import read_regular
+
+PACKAGES = ("wm_train", "parallel", "data_shards")
+# of a stage: nothing that a step's shapes depend on; `data` and `trainer` but for two of their keys
+IDLE = {"index", "steps", "until_loss", "workers", "new", "reinitialise", "trajectories"}
+IDLE |= {"inherit", "inherit_weights", "inherit_optimizer", "data", "trainer"}
+RATES = {"lr", "warmup_steps", "schedule"}  # of an optimizer
+
+
+def folder() -> Path:
+    """Return the folder of what is kept, in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "wm_train" / "rehearsals"
+
+
+def name_of(facts: Any) -> str:
+    """Return a hash of facts, of torch's version and of the source of the packages."""
+    every = [facts, torch.__version__, source_digest()]
+    return hashlib.sha256(json.dumps(every, default=str).encode()).hexdigest()
+
+
+@cache
+def source_digest() -> str:
+    """Return a hash of the source files of the packages that a plan runs."""
+    total, root = hashlib.sha256(), Path(__file__).parents[2]
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def load(path: Path) -> Any:
+    """Return what is kept, None if nothing can be read."""
+    try:
+        return json.loads(read_regular(path))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(path: Path, data: Any) -> None:
+    """Keep data as JSON."""
+    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(data))
+        draft.replace(path)
+    except OSError:  # a read-only or full home: the plan only takes longer next time
+        draft.unlink(missing_ok=True)
+
+
+def facts_of(config: StageConfig) -> dict[str, Any]:
+    """Return what a rehearsal depends on in a stage: not how long it trains, from which weights, on
+    which data, nor at which rate."""
+    facts = {name: value for name, value in asdict(config).items() if name not in IDLE}
+    facts |= {"pack": config.data.pack, "accumulate": config.trainer.accumulate}
+    facts["optimizer"] = _without_rates(facts["optimizer"])
+    facts["roles"] = {
+        role: {
+            name: _without_rates(value) if name == "optimizer" and value else value
+            for name, value in own.items()
+            if not name.startswith("inherit")
+        }
+        for role, own in facts["roles"].items()
+    }
+    return facts
+
+
+def _without_rates(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.items() if name not in RATES}
