@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.full
 def test_what_device_libraries_read_reaches_the_workers_of_a_cluster(
-    arguments, environment, token, tmp_path: Path
+    token, arguments, environment, tmp_path: Path
 ) -> None:
     """The cluster was started without these variables, so only the launch can have brought them."""
     from ray.cluster_utils import Cluster
