@@ -38,7 +38,7 @@ def work_of(made):
     ("stage", "role", "words"),
     [
         (7, "critic", ["launcher.workers=2"]),
-        (8, "student", ["launcher.workers=2"]),
+        pytest.param(8, "student", ["launcher.workers=2"], marks=pytest.mark.full),
         pytest.param(7, "student", ["launcher.workers=2"], marks=pytest.mark.full),
         pytest.param(8, "student", ["launcher.workers=2", "parallel.cp=2"], marks=pytest.mark.full),
         pytest.param(8, "critic", ["launcher.workers=2", "parallel.cp=2"], marks=pytest.mark.full),
