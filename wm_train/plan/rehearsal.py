@@ -40,9 +40,9 @@ from wm_train.kernels.engine import rehearsed, rehearsed_device
 from wm_train.models.examples import ExampleShape, example_conditions
 from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey
-from wm_train.plan.blocks_once import blocks_once
 from wm_train.plan.frame import Frame
-from wm_train.plan.repeats import passes_once
+from wm_train.plan.repeated.blocks_once import blocks_once
+from wm_train.plan.repeated.repeats import passes_once
 from wm_train.plan.speed.collectives import Call, gloo_copies
 from wm_train.plan.tracing import Tracer, Work, nothing_inside
 from wm_train.training.networks import build_networks

@@ -19,7 +19,7 @@ from wm_train.boxes import local_tensor
 from wm_train.compat import FakeTensor, TorchDispatchMode, tree_leaves
 from wm_train.kernels.costs import kernel_bytes, kernel_flops
 from wm_train.models.flops import operator_flops
-from wm_train.plan.known_shapes import Answer, call_key, kept_answer, make_answer
+from wm_train.plan.repeated.known_shapes import Answer, call_key, kept_answer, make_answer
 from wm_train.plan.speed.collectives import Call, call_of
 
 COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operators

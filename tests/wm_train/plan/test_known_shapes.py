@@ -8,7 +8,7 @@ import torch
 
 from wm_train.compat import FakeTensorMode
 from wm_train.plan import tracing
-from wm_train.plan.known_shapes import call_key
+from wm_train.plan.repeated.known_shapes import call_key
 from wm_train.plan.tracing import Tracer
 
 

@@ -110,7 +110,8 @@ def _tensor(made: Made, args: Sequence[Any], mode: FakeTensorMode) -> Tensor:
             plain = torch.empty(0, dtype=made.dtype, device="meta")
             with in_kernel_invocation_manager(mode):
                 store = args[made.of].untyped_storage()
-                plain.set_(store, made.offset, made.shape, made.stride)  # type: ignore[call-overload]
+                where = (made.offset, made.shape, made.stride)
+                plain.set_(store, *where)  # type: ignore[call-overload]
         return FakeTensor(mode, plain, made.device)
 
 

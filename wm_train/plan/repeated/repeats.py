@@ -24,7 +24,7 @@ from wm_train.models.spec import WorldModel
 from wm_train.objectives.clips import Clips, RoleTurn
 from wm_train.objectives.score_levels import Judged
 from wm_train.objectives.student_rollouts import GRADIENTS, StudentLosses
-from wm_train.plan.passes import (
+from wm_train.plan.repeated.passes import (
     Pass,
     Stores,
     all_sizes,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parallel.streaming import StreamingSequence
 from wm_train.models.spec import WorldModel
-from wm_train.plan.passes import (
+from wm_train.plan.repeated.passes import (
     Pass,
     Stores,
     all_sizes,

@@ -1,0 +1,1 @@
+"""Run operators, blocks and passes over tensors without values once, and count those alike."""
