@@ -1,4 +1,4 @@
-"""Answer operators on tensors without values from calls of the same shapes before.
+"""Return results of operators on tensors without values from calls of the same shapes before.
 
 A rehearsal runs tens of thousands of operators, few of which differ. torch's shape-only mode takes
 about a third of a millisecond for each, also for one that it knows. What is kept here takes a tenth
@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 
 
 class UnknownKind(Exception):
-    """An argument is of a kind whose calls are not kept."""
+    """Report an argument of a kind whose calls are not kept."""
 
 
 def call_key(func: Any, args: Any, kwargs: Any) -> Hashable | None:

@@ -1,4 +1,4 @@
-"""Tell which passes over tensors without values are alike, and make their results by shape.
+"""Compare passes over tensors without values, and make the results of those alike by shape.
 
 Two passes of one network, or of blocks of the same sizes, over inputs and pasts of the same shapes
 are the same operators on the same bytes.
