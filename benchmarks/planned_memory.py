@@ -38,6 +38,7 @@ from wm_train.world import World
 
 FRAME = Frame(channels=24, height=8, width=8, temporal_stride=8)
 WARM, STEPS = 2, 6  # steps that are not measured, and all
+TRIES = 4
 UNSEEN = 0.02  # of the peak, that may be released in threads which no profile sees
 ZERO3 = "parallel.sharding=zero3"
 MESHES = (
@@ -150,9 +151,8 @@ def measure(
             most, last = allocated(profile)
             found.append((held + last - bytes_alive(), held + most))
         state.of(role).optimizer.step()
-    peaks[rank] = min(
-        found, key=lambda one: abs(one[0])
-    )  # of the step whose releases were seen best
+    # of the step whose releases were seen best
+    peaks[rank] = min(found, key=lambda one: abs(one[0]))
     dist.destroy_process_group()
 
 
@@ -177,16 +177,17 @@ def allocated(profile: Any) -> tuple[int, int]:
 
 
 def measured_bytes(words: list[str], role: str) -> int:
-    """Return the most bytes that any rank held in a real step. Raises RuntimeError where releases
-    were missed, as the peak may then be too high."""
-    with mp.Manager() as manager:
-        peaks: DictProxy[int, tuple[int, int]] = manager.dict()
-        workers = plan_of(words).launcher.workers
-        mp.spawn(measure, (words, role, free_port("127.0.0.1"), peaks), nprocs=workers)
-        unseen, peak = max(peaks.values(), key=lambda one: one[1])
-        if unseen > UNSEEN * peak:
-            raise RuntimeError(f"{unseen} of {peak} bytes were released unseen: measure again")
-        return peak
+    """Return the most bytes that any rank held in a real step. It is measured anew where releases
+    were missed, as the peak may then be too high; raises RuntimeError if they always were."""
+    workers = plan_of(words).launcher.workers
+    for _ in range(TRIES):
+        with mp.Manager() as manager:
+            peaks: DictProxy[int, tuple[int, int]] = manager.dict()
+            mp.spawn(measure, (words, role, free_port("127.0.0.1"), peaks), nprocs=workers)
+            unseen, peak = max(peaks.values(), key=lambda one: one[1])
+        if unseen <= UNSEEN * peak:
+            return peak
+    raise RuntimeError(f"{unseen} of {peak} bytes were released unseen in each of {TRIES} tries")
 
 
 def planned_bytes(words: list[str], role: str) -> int:

@@ -101,11 +101,13 @@ def stage_memory(
     """
     facts = [facts_of(stage), stage.trainer.async_checkpoint, asdict(shape), shards]
     path = folder() / f"{name_of(['memory', *facts, with_activations])}.json"
-    if (kept := load(path)) is None:
+    try:
+        kept = load(path)
+        return Memory(**{**kept, "offloaded": tuple(kept["offloaded"])})
+    except (TypeError, KeyError):  # nothing is kept, or it is damaged
         made = _stage_memory(stage, shape, shards, with_activations)
         keep(path, asdict(made))
         return made
-    return Memory(**{**kept, "offloaded": tuple(kept["offloaded"])})
 
 
 def _stage_memory(

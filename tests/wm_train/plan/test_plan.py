@@ -65,6 +65,26 @@ def test_checkpointing_keeps_less_and_frames_cost_in_proportion():
     assert kept(shape=replace(SHAPE, clips=4)) == pytest.approx(2 * kept(), rel=0.1)
 
 
+@pytest.mark.parametrize("mode", ["none", "block", "selective"])
+def test_a_deep_model_keeps_what_two_shallow_ones_tell(mode):
+    deep = replace(SMALL, depth=8, softmax_every=2, activation_checkpointing=mode)
+    kept, inside = memory.kept_bytes(deep, SHAPE, "fp32")
+    assert memory.deep_bytes(deep, SHAPE, "fp32") == (kept, max(inside))
+
+
+def test_a_counted_memory_is_kept_and_a_damaged_file_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = planned(offload_activations=True)
+    (path,) = tmp_path.rglob("*.json")
+    with monkeypatch.context() as patch:
+        patch.delattr(memory, "_stage_memory")
+        assert planned(offload_activations=True) == first
+    for damaged in ("", "{}", "[1]", '{"offloaded": []}'):
+        path.write_text(damaged)
+        assert planned(offload_activations=True) == first
+    assert planned(shards=4) != first
+
+
 def planned(shards=2, frozen=(), optimizer=AdamWConfig(), **parallel):  # noqa: B008
     """The memory of one process of a stage with this optimizer and these keys of `parallel`."""
     own = ParallelConfig(**parallel)

@@ -1,4 +1,4 @@
-"""Run each kind of block once in passes without gradients, and count the others.
+"""Run each kind of pass without gradients once, of a block or of a network, and count the others.
 
 What those return and remember is made anew by shape, and their work is counted again
 (`Tracer.repeat`).
@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.streaming import StreamingSequence
 from wm_train.models.spec import WorldModel
@@ -36,21 +36,23 @@ def blocks_once(tracer: Tracer, models: Iterable[WorldModel]) -> Iterator[None]:
     with ExitStack() as undo:
         for unit in {unit: None for model in models for unit in model.units()}:
             undo.callback(unit.__dict__.pop, "forward")
-            unit.forward = kinds.once(unit)  # type: ignore[method-assign]
+            unit.forward = kinds.once(unit.forward, unit_kind(unit))  # type: ignore[method-assign]
         yield
 
 
 class Kinds:
-    """Hold the blocks that have run, by kind."""
+    """Hold the passes that have run, by kind."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
         self._counts: dict[Hashable, list[int]] = {}  # calls of each stream
         self._seen: dict[Hashable, Pass] = {}
 
-    def once(self, unit: nn.Module) -> Callable[..., Any]:
-        """Return a block's forward pass that runs if no block of its kind has run."""
-        forward, kind = unit.forward, unit_kind(unit)
+    def once(self, forward: Callable[..., Any], kind: Hashable) -> Callable[..., Any]:
+        """Return a function that runs `forward` if none of its kind has run on arguments alike.
+
+        kind: what its work depends on, besides its arguments.
+        """
 
         def run(*args: Any) -> Any:
             if torch.is_grad_enabled():

@@ -13,27 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from parallel.streaming import StreamingSequence, StreamState
-from wm_train.conditioning import Conditions
 from wm_train.models.spec import WorldModel
 from wm_train.objectives.clips import Clips, RoleTurn
-from wm_train.objectives.score_levels import Judged
 from wm_train.objectives.student_rollouts import GRADIENTS, StudentLosses
-from wm_train.plan.repeated.passes import (
-    Pass,
-    Stores,
-    all_sizes,
-    clip_kind,
-    past_kind,
-    past_kinds,
-    pasts_anew,
-    pasts_of,
-)
+from wm_train.plan.repeated.blocks_once import Kinds
+from wm_train.plan.repeated.passes import past_kind
 from wm_train.plan.tracing import Tracer
 from wm_train.sampling import chunks, windows
 from wm_train.sampling.chunks import ChunkExit, Rollouts
@@ -45,38 +34,11 @@ Late = Callable[..., StudentLosses]
 @contextmanager
 def passes_once(tracer: Tracer) -> Iterator[None]:
     """Run each kind of pass once while entered."""
-    original, late, seen = chunks.velocities, GRADIENTS[LATE], dict[Hashable, Pass]()
+    original, late, kinds = chunks.velocities, GRADIENTS[LATE], Kinds(tracer)
 
-    def velocities(
-        model: Any,
-        latents: Tensor,
-        level: Tensor,
-        views: Sequence[Conditions],
-        shards: Sequence[Any],
-    ) -> list[Tensor]:
-        given = (model, latents, level, views, shards)
-        if torch.is_grad_enabled():
-            return original(*given)
-        inputs = (id(model), tracer.phase, latents.shape, latents.dtype)
-        streams = [one for one in shards if isinstance(one, StreamingSequence)]
-        known = [range(len(one._state.calls)) for one in streams]
-        pasts = map(past_kinds, streams, known)
-        key = (*inputs, *map(shapes_of, views), *map(clip_kind, shards), *pasts)
-        before = seen.get(key)
-        if before is None or not before.known:
-            with tracer.noting() as repeat:
-                out = original(*given)
-            kept = [pasts_of(one, range(one._calls.made)) for one in streams]
-            seen[key] = Pass(repeat, [], all_sizes(out), kept)
-            return out
-        tracer.repeat(before.repeat)
-        with tracer.times(0):
-            stores = Stores([], [])
-            for one, calls in zip(streams, before.remembered, strict=True):
-                assert calls is not None, "known"
-                one._kept += pasts_anew(one, range(len(calls)), calls, stores)
-            made: list[Tensor] = stores.all_anew(before.returned)
-            return made
+    def velocities(model: Any, *given: Any) -> list[Tensor]:
+        made: list[Tensor] = kinds.once(partial(original, model), id(model))(*given)
+        return made
 
     with ExitStack() as undo:
         for module in (chunks, windows):
@@ -95,13 +57,12 @@ def chunks_once(late: Late, tracer: Tracer) -> Late:
         clips: Clips,
         turn: RoleTurn,
         made: Rollouts,
-        found: Judged,
-        g: Tensor,
+        *scores: Any,
     ) -> StudentLosses:
         of, exits = made.share.of, made.exits
         groups = [exits[first : first + of] for first in range(0, len(exits), of)]
         if turn.distill.isg or any(one.history is None for one in exits):
-            return late(networks, clips, turn, made, found, g)
+            return late(networks, clips, turn, made, *scores)
         # the last one stays alone, as it reduces gradients
         kinds = [
             (chunk_kind(group[min(made.share.turn, len(group) - 1)]), group is groups[-1])
@@ -109,7 +70,7 @@ def chunks_once(late: Late, tracer: Tracer) -> Late:
         ]
         counts, taken = Counter(kinds), [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         fewer = replace(made, exits=[one for place in taken for one in groups[place]])
-        losses = late(networks, clips, turn, fewer, found, g)
+        losses = late(networks, clips, turn, fewer, *scores)
         times = [counts[kinds[place]] for place in taken]
         pieces = counted(losses.pieces, times, tracer, made)
         return replace(losses, pieces=pieces)
@@ -131,17 +92,11 @@ def counted(pieces: Any, times: Sequence[int], tracer: Tracer, made: Rollouts) -
             tracer.repeat(seen)
 
 
-def shapes_of(view: Conditions) -> Hashable:
-    """Return the shapes of conditions."""
-    return tuple((name, tuple(x.shape)) for name, x in sorted(view.fields.items()))
-
-
 def chunk_kind(chunk: ChunkExit) -> Hashable:
     """Return what the work of a chunk's gradient depends on."""
     assert chunk.history is not None, "the caller looks"
-    return (tuple(chunk.noisy.shape), chunk.chunk.start == 0, state_kind(chunk.history))
-
-
-def state_kind(state: StreamState) -> Hashable:
-    """Return the shapes of a past."""
-    return tuple(map(past_kind, state.calls))
+    return (
+        tuple(chunk.noisy.shape),
+        chunk.chunk.start == 0,
+        tuple(map(past_kind, chunk.history.calls)),
+    )
