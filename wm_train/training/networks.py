@@ -38,7 +38,7 @@ def build_networks(
         if own.optimizer:
             trained[role] = build_state(plan.of_role(role), mesh, device, filled)
         else:
-            frozen[role] = build_for_evaluation(plan.of_role(role), mesh, device).model
+            frozen[role] = build_for_evaluation(plan.of_role(role), mesh, device, filled).model
     return replace(state, roles=trained, frozen=frozen)
 
 

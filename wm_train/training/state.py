@@ -239,15 +239,15 @@ class EvaluationState:
 
 
 def build_for_evaluation(
-    plan: StagePlan, mesh: DeviceMesh, device: torch.device
+    plan: StagePlan, mesh: DeviceMesh, device: torch.device, filled: bool = True
 ) -> EvaluationState:
     """Return a model that does not train, with empty weights, sharded by FSDP2, also of a ZeRO-3
     run.
 
     Weights are stored in `parallel.precision`, to which FSDP2 would round them before each use.
-    Errors: those of `reset_buffers_`.
+    filled: as for `build_state`. Errors: those of `reset_buffers_`.
     """
-    with torch.device("meta"):
+    with torch.device("meta" if filled else device):
         model = build_model(plan.config.model)
     model.use_kernels(plan.backend.kernels)
     model.requires_grad_(False)
