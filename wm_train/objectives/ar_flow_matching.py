@@ -17,13 +17,13 @@ from torch import Tensor
 from parallel.layout import ClipLayout
 from wm_train.config.kinds import HistoryConfig
 from wm_train.models.spec import WorldModel
-from wm_train.noise import uniform
 from wm_train.objectives.clips import Clips, ObjectiveOutput
 from wm_train.objectives.config import ArFlowMatchingConfig
 from wm_train.objectives.flow_matching import clip_sigma, dropped_conditions
 from wm_train.objectives.score_difference import noised, spread, widened
 from wm_train.sampling.history import (
     Window,
+    chunk_shares,
     clip_cameras,
     window_conditions,
     window_noise,
@@ -44,7 +44,7 @@ def ar_flow_matching(
     seen = dropped_conditions(clips.conditions, clips.key, clips.draws, config)
     clips, history = replace(clips, conditions=seen), config.history
     (whole,) = clips.sequence.gather([clips.latents])  # [B, T, C, h, w] everywhere
-    drawn = uniform(clips.key, "ar/chunk", clips.draws.cpu()).tolist()
+    drawn = chunk_shares(clips.key, clips.draws)
     rows, numbers = [], []
     for row, cameras in enumerate(clip_cameras(seen, history, len(drawn))):
         number, chunk = drawn_chunk(clips.sequence.layout, row, drawn[row], history)

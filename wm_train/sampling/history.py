@@ -22,7 +22,7 @@ from data_shards.time_layout import TimeLayout
 from parallel.layout import ClipLayout
 from wm_train.conditioning import Conditions
 from wm_train.config.kinds import HistoryConfig
-from wm_train.noise import NoiseKey, normal
+from wm_train.noise import NoiseKey, normal, uniform
 
 GRID = 32  # points of a picture, each way, over which its rays are averaged
 Numbers = NDArray[np.float64]
@@ -92,6 +92,13 @@ def mean_rays(intrinsics: Numbers, image_size: tuple[int, int]) -> Numbers:
     return found
 
 
+def host_numbers(x: Tensor) -> Numbers:
+    """Return a tensor's values in fp64 on the host, where frames are chosen by them. A rehearsal,
+    whose tensors have none, puts others in their place (`wm_train/plan/rehearsal.py`)."""
+    numbers: Numbers = x.cpu().double().numpy()
+    return numbers
+
+
 def latents_of(raw_frames: int, time: TimeLayout) -> range:
     """Return the latent frames that so many raw frames fill."""
     return range(time.latents(raw_frames))
@@ -102,6 +109,12 @@ def raw_frames(ids: tuple[int, ...] | range, time: TimeLayout) -> list[list[int]
     r times."""
     spans = (range(time.start(i), time.start(i + 1)) for i in ids)
     return [[*span] * (time.stride // len(span)) for span in spans]
+
+
+def chunk_shares(key: NoiseKey, draws: Tensor) -> list[float]:
+    """Return which chunk of each clip is trained on, as a share of its chunks from 0 to 1."""
+    shares: list[float] = host_numbers(uniform(key, "ar/chunk", draws.cpu())).tolist()
+    return shares
 
 
 def clip_cameras(
@@ -117,10 +130,9 @@ def clip_cameras(
             f"history failed: got clips without cameras, expected poses for {config.near} frames"
             " with a near camera (key history.near). Fix: history.near=0, or data with poses"
         )
-    # by lists, as a tensor without values says there, and only there, that one is wanted
-    poses, pinholes = (np.array(x.cpu().double().tolist()) for x in (c2w, lenses))
     given = (conditions.image_size, conditions.time, config.camera_scale)
-    return [camera_latents(p, k, *given) for p, k in zip(poses, pinholes, strict=True)]
+    pairs = zip(host_numbers(c2w), host_numbers(lenses), strict=True)
+    return [camera_latents(poses, pinholes, *given) for poses, pinholes in pairs]
 
 
 def window_conditions(
