@@ -30,7 +30,7 @@ from wm_train.config.compose import compose
 from wm_train.config.curriculum import StagePlan, plan_stages
 from wm_train.config.roles import STUDENT, Turn
 from wm_train.plan.device_memory import turn_memories_of
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import example_batch, open_shapes
 from wm_train.training.networks import build_networks
 from wm_train.training.step import add_gradients

@@ -16,7 +16,7 @@ from wm_train.backends.hardware import hardware
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.plan.device_memory import rehearsals_of
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.speed.report import DAY_S, mean_seconds, times_of
 
 SANA_DAYS = {"minute_camera": 8.0, "sft": 2.5}  # Tab. 7, "about"

@@ -22,7 +22,7 @@ from wm_train.backends import get_backend
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import StagePlan, plan_stages
 from wm_train.plan.depth import shortened
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.speed.measured import step_seconds
 
 MEAN, MOST, DOUBTFUL = 0.10, 0.20, 0.25

@@ -39,11 +39,12 @@ class Past:
     """Store what one verb call must remember of earlier chunks, without gradients.
 
     tensors: states of a scan or frames of a convolution; keys: of attention, one piece per chunk,
-    or one ring.
+    or one ring; ring: the mask by which a ring forgets.
     """
 
     tensors: tuple[Tensor, ...] = ()
     keys: tuple[Cache, ...] = ()
+    ring: AttentionMask | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class StreamingSequence:
                 kept = (_chosen(piece, useful) for piece in (*pieces, own))
                 self._store(Past(keys=tuple(piece for piece in kept if piece.frames)))
             else:
-                self._store(Past(keys=(turned(seen, own, useful, slots),)))
+                self._store(Past(keys=(turned(seen, own, useful, slots),), ring=mask))
         return self._inner.attend(q, k, v, mask, seen)
 
     def scan(
@@ -262,24 +263,40 @@ def _chosen(piece: Cache, frames: frozenset[int]) -> Cache:
 def turned(ring: Cache | None, own: Cache, useful: frozenset[int], slots: int) -> Cache:
     """Return a ring of `slots` frames with a chunk's useful frames in the slots of frames that are
     of no use any more; the ring itself, its tensors unchanged, where the chunk has none."""
-    new = [(place, frame) for place, frame in enumerate(own.frames) if frame in useful]
-    places = [place for place, _ in new]
-    frames = [-1] * slots if ring is None else [f if f in useful else -1 for f in ring.frames]
-    free = [slot for slot, frame in enumerate(frames) if frame < 0][: len(new)]
+    frames, free = turned_frames(ring and ring.frames, own.frames, useful, slots)
+    places = [place for place, frame in enumerate(own.frames) if frame in useful]
 
     def written(old: Tensor | None, mine: Tensor) -> Tensor:
-        if old is not None and not new:
+        if old is not None and not places:
             return old
         empty = mine.new_zeros(mine.shape[0], slots, *mine.shape[2:])
         out = empty if old is None else old.clone()
-        out[:, free] = mine[:, places].detach()
+        out[:, _run(free)] = mine[:, _run(places)].detach()
         return out
 
     keys = written(ring and ring.keys, own.keys)
     values = written(ring and ring.values, own.values)
-    for slot, (_, frame) in zip(free, new, strict=True):
+    return Cache(keys, values, frames)
+
+
+def turned_frames(
+    ring: Sequence[int] | None, own: Sequence[int], useful: frozenset[int], slots: int
+) -> tuple[tuple[int, ...], list[int]]:
+    """Return the frames in the slots of `turned`'s ring, -1 in free ones, and the slots that a
+    chunk's useful frames take."""
+    new = [frame for frame in own if frame in useful]
+    frames = [-1] * slots if ring is None else [f if f in useful else -1 for f in ring]
+    taken = [slot for slot, frame in enumerate(frames) if frame < 0][: len(new)]
+    for slot, frame in zip(taken, new, strict=True):
         frames[slot] = frame
-    return Cache(keys, values, tuple(frames))
+    return tuple(frames), taken
+
+
+def _run(places: list[int]) -> list[int] | slice:
+    """Return places one after another as a slice: a list is copied to the device, which waits."""
+    start = places[0] if places else 0
+    run = slice(start, start + len(places))
+    return run if places == list(range(run.start, run.stop)) else places
 
 
 def _joined(taps: Taps, tail: Tensor, first: int) -> Taps:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # Computes shapes without storage, and raises the first where a value is read; torch exports them
 # from no public module. torch 2.10 to 2.13.
@@ -56,6 +58,33 @@ class _Pieces:
         if not length:
             return self.tensor.new_empty(0)
         return self.tensor.narrow(self.dim, start, length)
+
+
+def fake_tensor(plain: Tensor, device: torch.device, attributes: Mapping[str, Any]) -> FakeTensor:
+    """Return a tensor without values, of a meta tensor's shape and storage, with the attributes of
+    another one. FakeTensor's own constructor takes four times as long. torch 2.10 to 2.13."""
+    sort = {"dispatch_device": True, "device_for_backend_keys": device}
+    made: FakeTensor = Tensor._make_subclass(FakeTensor, plain, False, **sort)  # type: ignore
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    made.__dict__.update(attributes)
+    return made
+
+
+@contextmanager
+def without_labels() -> Iterator[None]:
+    """Let FSDP2 set no profiler's labels, two operators for each of its hooks, which in a rehearsal
+    take longer than what they label. torch 2.10 to 2.13."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    places: list[Any] = [_fsdp_param_group, torch.profiler]
+    before = [place.record_function for place in places]
+    for place in places:
+        place.record_function = nullcontext
+    try:
+        yield
+    finally:
+        for place, original in zip(places, before, strict=True):
+            place.record_function = original
 
 
 @contextmanager

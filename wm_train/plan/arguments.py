@@ -1,9 +1,39 @@
-"""Declare the arguments of `python -m wm_train.plan`."""
+"""Declare the arguments of `python -m wm_train.plan`, and what they ask for."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wm_train.plan.latents import Frame
+
+if TYPE_CHECKING:
+    from wm_train.backends.hardware import Hardware
+
+GIB = 2**30
+Frames = Mapping[str, Frame]  # stage -> its latent frame
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Hold what a plan is asked for besides shapes and memory.
+
+    device_gib: memory of a device, to say what fits; device: its type, "": the likely one; blocks:
+    also work by kind of block; profile: of the device, for times; gpus: numbers of devices whose
+    meshes are searched; picture: a file to draw them into; processes: how many may rehearse at
+    once.
+    """
+
+    device_gib: float | None = None
+    device: str = ""
+    blocks: bool = False
+    profile: Hardware | None = None
+    gpus: Sequence[int] = ()
+    picture: Path | None = None
+    processes: int = 1
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from wm_train.checkpoint.handover import match_names
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.roles import STUDENT
 from wm_train.models.spec import build_model
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal, rehearse
 from wm_train.plan.tracing import Work
 

@@ -13,8 +13,8 @@ from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT
 from wm_train.config.schema import StageConfig
 from wm_train.plan.depth import shallow
-from wm_train.plan.frame import Frame
 from wm_train.plan.kept import Job, deep_rehearsals
+from wm_train.plan.latents import Frame
 from wm_train.plan.memory import ClipShape, Memory, stage_memory
 from wm_train.plan.rehearsal import ReadsOnHost, Rehearsal
 from wm_train.plan.turns import turn_memory

@@ -18,7 +18,7 @@ from typing import Any
 from wm_train.backends.absent import KINDS
 from wm_train.config.curriculum import StagePlan
 from wm_train.plan.depth import joined, shallow
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal, rehearse
 from wm_train.plan.speed.collectives import Call
 from wm_train.plan.store import facts_of, folder, load, name_of

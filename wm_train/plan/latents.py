@@ -1,15 +1,33 @@
-"""Find the sizes of latent frames: from --latent, or from the data set of each stage."""
+"""Describe the sizes of latent frames, and find them: from --latent, or from the data set of each
+stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from data_shards.time_layout import time_of
+from data_shards.time_layout import Layout, TimeLayout, layout_of_frames, time_of
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
-from wm_train.plan.frame import Frame
 
 EXAMPLE = "128x22x40/8"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Describe a latent frame and its step in time."""
+
+    channels: int
+    height: int
+    width: int
+    temporal_stride: int
+    layout: Layout | None = None  # None: the one that a stage's frames fit
+
+    def time(self, raw_frames: int) -> TimeLayout:
+        """Return which raw frames each latent encodes, in a stage of clips of so many."""
+        if self.layout is None:
+            return layout_of_frames(raw_frames, self.temporal_stride)
+        return TimeLayout(self.temporal_stride, self.layout)
 
 
 def latent_frames(plans: Sequence[StagePlan], given: Sequence[str]) -> dict[str, Frame]:

@@ -16,6 +16,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,7 +33,13 @@ from wm_train.backends import cpu
 from wm_train.backends.absent import Device
 from wm_train.backends.protocol import Backend
 from wm_train.boxes import local_tensor
-from wm_train.compat import DataDependentOutputException, FakeStore, FakeTensorMode, pieces_as_read
+from wm_train.compat import (
+    DataDependentOutputException,
+    FakeStore,
+    FakeTensorMode,
+    pieces_as_read,
+    without_labels,
+)
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.roles import STUDENT, Turn
 from wm_train.kernels.dispatch import forget_tables, recurrences
@@ -40,11 +47,12 @@ from wm_train.kernels.engine import rehearsed, rehearsed_device
 from wm_train.models.examples import ExampleShape, example_conditions
 from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey
-from wm_train.plan.frame import Frame
-from wm_train.plan.repeated.blocks_once import blocks_once
+from wm_train.plan.latents import Frame
+from wm_train.plan.repeated.blocks_once import attention_once, blocks_once
 from wm_train.plan.repeated.repeats import passes_once
 from wm_train.plan.speed.collectives import Call, gloo_copies
 from wm_train.plan.tracing import Tracer, Work, nothing_inside
+from wm_train.sampling import history
 from wm_train.training.networks import build_networks
 from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
@@ -111,12 +119,13 @@ def rehearse(
         if device:
             plan = replace(plan, backend=replace(plan.backend, kernels="triton"))
         stage = open_shapes(plan, frame, world)
-        stage = replace(stage, kernels=distinct_tiles(stage.kernels, tracer))
+        kernels = distinct_tiles(stage.kernels, tracer)
+        stage = replace(stage, kernels=attention_once(kernels, tracer) if once else kernels)
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with shapes, pieces_as_read():
                 state = build_networks(plan, stage.mesh.fsdp, stage.backend.device, filled=False)
-            with shapes, tracer, tracer.resizing():
+            with shapes, tracer, tracer.resizing(), without_labels(), numbers_in_name():
                 batch = example_batch(stage, frame)
                 return trace_turn(stage, state, batch, Turn(role, 0), tracer, once)
         except DataDependentOutputException as error:
@@ -124,6 +133,18 @@ def rehearse(
         finally:
             if device:
                 forget_tables()
+
+
+@contextmanager
+def numbers_in_name() -> Iterator[None]:
+    """Choose frames by random numbers between 0 and 1 in place of values that are not there: which
+    frames a window takes changes nothing of its shapes."""
+    original, numbers = history.host_numbers, np.random.default_rng(0)
+    history.host_numbers = lambda x: numbers.random(tuple(x.shape))
+    try:
+        yield
+    finally:
+        history.host_numbers = original
 
 
 def distinct_tiles(kernels: Kernels, tracer: Tracer) -> Kernels:

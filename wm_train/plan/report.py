@@ -10,49 +10,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
-from parallel.degrees import sequence_size
 from wm_train.checks.stages import warnings_of
 from wm_train.config.compose import DEMO_LINE, compose, is_demo, with_demo
 from wm_train.config.curriculum import StageError, StagePlan, plan_stage, plan_stages
 from wm_train.config.pools import name_pool, pool_runs
 from wm_train.config.problems import ConfigError, Problem
-from wm_train.config.roles import STUDENT, turns_of
 from wm_train.config.schema import RunConfig
 from wm_train.config.typed import run_level
-from wm_train.plan.arguments import argument_parser
-from wm_train.plan.frame import Frame
+from wm_train.plan.arguments import GIB, Asked, Frames, argument_parser
 from wm_train.plan.latents import latent_frames
 from wm_train.redact import clean_output
 
 if TYPE_CHECKING:
     from wm_train.backends.hardware import Hardware
-    from wm_train.plan.memory import Memory
-
-GIB = 2**30
-Frames = Mapping[str, Frame]  # stage -> its latent frame
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Hold what a plan is asked for besides shapes and memory.
-
-    device_gib: memory of a device, to say what fits; device: its type, "": the likely one; blocks:
-    also work by kind of block; profile: of the device, for times; gpus: numbers of devices whose
-    meshes are searched; picture: a file to draw them into; processes: how many may rehearse at
-    once.
-    """
-
-    device_gib: float | None = None
-    device: str = ""
-    blocks: bool = False
-    profile: Hardware | None = None
-    gpus: Sequence[int] = ()
-    picture: Path | None = None
-    processes: int = 1
 
 
 @clean_output()
@@ -213,94 +187,16 @@ def _print_stages(
     run: RunConfig, frames: Frames, asked: Asked, spent: dict[str, tuple[float, int]]
 ) -> int:
     """Print one block per selected stage; return 3 if one of them needs more than a device has."""
-    from wm_train.plan.device_memory import jobs_of
-    from wm_train.plan.kept import rehearsed_ahead
+    from wm_train.plan.stage_report import stage_reports
 
-    code, plans = 0, plan_stages(run)
-    jobs = [jobs_of(plan, frames[plan.stage], kind_of(plan, asked)) for plan in plans]
-    with rehearsed_ahead((job for own in jobs for job in own), asked.processes) as wait:
-        for plan, own in zip(plans, jobs, strict=True):
-            wait(own)
-            code = max(code, _print_stage(run, plan, frames[plan.stage], asked, spent))
-    return code
-
-
-def kind_of(plan: StagePlan, asked: Asked) -> str:
-    """Return the kind of device that a stage is planned for."""
-    from wm_train.backends.absent import likely_kind
-
-    half = plan.config.parallel.precision != "fp32"
-    return asked.device or likely_kind(plan.backend.name, half)
-
-
-def _print_stage(
-    run: RunConfig, plan: StagePlan, frame: Frame, asked: Asked, spent: dict[str, tuple[float, int]]
-) -> int:
-    """Print the block of one stage; return 3 if it needs more than a device has."""
-    from wm_train.plan.device_memory import turn_memories_of
-
-    turns, shape, made = turn_memories_of(plan, frame, kind_of(plan, asked), asked.processes)
-    memory = max(turns.values(), key=lambda one: one.device)
-    print("\n".join(describe(plan, shape, memory, inheritance(run, plan))), flush=True)
-    for line in [*role_lines(plan), *job_lines(plan, frame)]:
-        print(line)
-    for role, one in turns.items() if plan.config.roles else ():
-        print(f"  turn of the {role}: {_sizes(one)}")
-    if asked.blocks:
-        from wm_train.plan.speed.blocks import block_lines
-
-        sides = (frame.height, frame.width, frame.temporal_stride)
-        grouped = frame.time(plan.config.frames).layout == "grouped"
-        print("\n".join(block_lines(plan.config, shape[2], sides, grouped)))
-    if asked.profile:
-        from wm_train.plan.scaling.advice import advice_lines
-        from wm_train.plan.speed.report import stage_seconds, time_lines
-
-        lines = time_lines(plan, frame, made, asked.profile)
-        lines += advice_lines(plan, made, asked.profile, memory.trained)
-        print("\n".join(lines))
-        if seconds := stage_seconds(plan, made, asked.profile):
-            spent[plan.stage] = (seconds, plan.launcher.workers)
-    if asked.device_gib is not None:
-        fits = memory.device <= asked.device_gib * GIB
-        advice = "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
-        verdict = "fits" if fits else f"DOES NOT FIT: {advice}"
-        print(f"  {memory.device / GIB:.2f} of {asked.device_gib:g} GiB: {verdict}", flush=True)
-        return 0 if fits else 3
-    return 0
-
-
-def role_lines(plan: StagePlan) -> list[str]:
-    """Return a line for each network beside the student: its source, and how it trains."""
-    lines, turns = [], plan.config.turns
-    for role, own in plan.config.roles.items():
-        source = plan.role_sources[role]
-        whose = "the student's start" if source is None else source.stage or source.checkpoints
-        if source is not None and source.role != STUDENT:
-            whose = f"{source.role} of {whose}"
-        how = "frozen"
-        if own.optimizer is not None:
-            count = turns_of(turns, role, len(turns))
-            how = f"{own.optimizer.name} lr {own.optimizer.lr:g}, {count} of {len(turns)} turns"
-        lines.append(f"  {role}: from {whose}; {how}")
-    return lines
-
-
-def job_lines(plan: StagePlan, frame: Frame) -> list[str]:
-    """Return a line about the data job that the stage begins with, if it has one."""
-    from wm_train.plan.device_memory import clip_shape
-    from wm_train.plan.turns import job_memory
-
-    job, source = plan.config.trajectories, plan.teacher_source
-    if job is None or source is None:
-        return []
-    shards = plan.launcher.workers // plan.config.parallel.dp_replicate
-    memory = job_memory(plan.config, clip_shape(plan, frame)[0], shards)
-    passes = job.steps * (1 + len(job.guidance))
-    return [
-        f"  begins with trajectories of {job.clips or 'all'} clips by the teacher of"
-        f" {source.stage or source.checkpoints}, about {passes} passes a clip: {_sizes(memory)}"
-    ]
+    fits, plans = True, plan_stages(run)
+    reports = stage_reports(plans, frames, asked, asdict(run), partial(inheritance, run))
+    for plan, found in zip(plans, reports, strict=True):
+        print("\n".join(found.lines), flush=True)
+        fits = fits and found.fits
+        if found.seconds:
+            spent[plan.stage] = (found.seconds, plan.launcher.workers)
+    return 0 if fits else 3
 
 
 def inheritance(run: RunConfig, plan: StagePlan) -> str:
@@ -330,50 +226,3 @@ def inheritance(run: RunConfig, plan: StagePlan) -> str:
         f"{words}: {len(passed.taken)} tensors, {len(passed.fresh)} start anew, {len(passed.left)}"
         " left behind"
     )
-
-
-def _sizes(memory: Memory) -> str:
-    """Return what is on the device, in GiB."""
-    held = (
-        f"{name} {size / GIB:.2f}"
-        for name, size in memory.categories().items()
-        if name not in memory.offloaded
-    )
-    return f"{', '.join(held)}; together {memory.device / GIB:.2f}"
-
-
-def describe(
-    plan: StagePlan, shape: tuple[int, int, int], memory: Memory, source: str
-) -> list[str]:
-    """Return the lines of one stage."""
-    config, mesh, workers = plan.config, plan.config.parallel, plan.launcher.workers
-    clips, held, whole = shape
-    until = f" or a held-out loss of {config.until_loss:g}" if config.until_loss else ""
-    trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained"
-    replicas = f"{mesh.dp_replicate} replicas x " if mesh.dp_replicate > 1 else ""
-    size = sequence_size(mesh)
-    data = workers // size // mesh.dp_replicate
-    return [
-        (
-            f"stage {config.index} {plan.stage}: {config.frames} frames = {whole} latent frames, "
-            f"{config.steps:,} steps{until} of {config.global_batch} clips"
-        ),
-        (
-            f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g},"
-            f" {config.optimizer.schedule}, {mesh.precision}"
-        ),
-        (
-            f"  {workers} workers = {replicas}{data} data parallel x "
-            f"{size} sequence parallel; "
-            f"each holds {clips} clips x {held} latent frames at once"
-        ),
-        f"  {memory.parameters:,} parameters{trained}; GiB per worker: {_sizes(memory)}",
-        f"  host memory: staging {memory.staging / GIB:.2f} to save from"
-        + "".join(f", {name} {memory.categories()[name] / GIB:.2f}" for name in memory.offloaded)
-        + f"; together {memory.host / GIB:.2f}"
-        + (
-            f"; on the disk {memory.disk / GIB:.2f} of master weights and optimizer"
-            if memory.disk
-            else ""
-        ),
-    ]

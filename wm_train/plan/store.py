@@ -11,10 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from wm_train.config.schema import StageConfig
 from wm_train.storage import read_regular
@@ -34,7 +33,7 @@ def folder() -> Path:
 
 def name_of(facts: Any) -> str:
     """Return a hash of facts, of torch's version and of the source of the packages."""
-    every = [facts, torch.__version__, source_digest()]
+    every = [facts, version("torch"), source_digest()]
     return hashlib.sha256(json.dumps(every, default=str).encode()).hexdigest()
 
 

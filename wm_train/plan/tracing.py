@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ class Work:
         """Return the calls without others."""
         numbers = (self.calls - less.calls, self.returned - less.returned)
         return Work(*numbers, self.flops - less.flops, self.read - less.read)
+
+
+@cache
+def operator_name(func: Any) -> str:
+    """Return the name of an operator, as `str` does, which takes longer."""
+    return str(func)
 
 
 def _tensors(out: Any) -> list[Tensor]:
@@ -211,7 +218,8 @@ class Tracer(TorchDispatchMode):
             self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ASKED_DEVICE:  # a shape-only tensor's device, which torch asks for in between
+        # a shape-only tensor's device, which torch asks for in between, and labels of a profiler
+        if func is ASKED_DEVICE or func.namespace == "profiler":
             return func(*args)
         kwargs = kwargs or {}
         key = call_key(func, args, kwargs)
@@ -227,7 +235,7 @@ class Tracer(TorchDispatchMode):
         self._clock += 1
         for tensor in _tensors(out):
             self._see(tensor, "communication" if communicates else None)
-        done = self.work.setdefault((self.phase, str(func)), Work())
+        done = self.work.setdefault((self.phase, operator_name(func)), Work())
         done.add(Work(1, *numbers), self._times)
         if func.namespace == "c10d":
             call = call_of(self.phase, func._opname, args)

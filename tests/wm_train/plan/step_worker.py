@@ -16,7 +16,7 @@ import torch.distributed as dist
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.config.roles import Turn
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import example_batch, open_shapes, trace_turn
 from wm_train.plan.speed.collectives import gloo_copies
 from wm_train.plan.tracing import Tracer

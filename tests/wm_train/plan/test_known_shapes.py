@@ -86,10 +86,36 @@ def test_calls_of_other_kinds_always_go_to_torch(what):
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(3)
         calls = {
-            "in place": (torch.ops.aten.add_.Tensor, (x, x)),
+            "in place": (torch.ops.aten.bernoulli_.float, (x,)),
             "a value": (torch.ops.aten.add.Tensor, (x, torch.tensor(3.0))),
             "complex": (torch.ops.aten.add.Tensor, (x, torch.empty(3, dtype=torch.complex64))),
         }
     calls["real tensor"] = (torch.ops.aten.add.Tensor, (x, torch.ones(3)))
     func, args = calls[what]
     assert call_key(func, args, {}) is None
+
+
+def test_an_operator_that_writes_in_place_returns_its_argument_again():
+    with FakeTensorMode(), torch.no_grad(), Tracer() as tracer:
+        for _ in range(2):
+            x, y = torch.empty(4, 6), torch.empty(4, 1)
+            part = x[:, 1:]
+            assert torch.ops.aten.add_.Tensor(part, y) is part
+            assert torch.ops.aten.copy_.default(part, y) is part
+        kept = {key[0]: answer for key, answer in tracer._known.items()}
+    assert kept[torch.ops.aten.add_.Tensor].made == [0]
+    assert kept[torch.ops.aten.copy_.default].made == [0]
+    assert {name: done.calls for (_, name), done in tracer.work.items()} == {
+        "aten.empty.memory_format": 4,
+        "aten.slice.Tensor": 2,
+        "aten.add_.Tensor": 2,
+        "aten.copy_.default": 2,
+    }
+
+
+def test_an_operator_that_changes_the_shape_of_its_argument_always_goes_to_torch():
+    with FakeTensorMode():
+        x = torch.empty(4, 6)
+        for writes in (torch.ops.aten.t_.default, torch.ops.aten.squeeze_.default):
+            assert call_key(writes, (x,), {}) is None
+        assert call_key(torch.ops.aten.resize_.default, (x, [4]), {}) is None

@@ -7,7 +7,7 @@ import pytest
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.plan.device_memory import clip_shape, micro_batches
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 
 FRAME = Frame(channels=24, height=4, width=4, temporal_stride=8)
 DEMO = ["experiment=demo", "data.path=x", "stage=1", "launcher.workers=1", "trainer.accumulate=2"]

@@ -12,7 +12,7 @@ import pytest
 
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import rehearse
 from wm_train.plan.speed.collectives import Call
 

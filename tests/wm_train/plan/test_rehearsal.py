@@ -22,7 +22,7 @@ from wm_train.models.experts.config import ExpertsConfig
 from wm_train.plan import kept, rehearsal
 from wm_train.plan.depth import rehearse_deep, shortened
 from wm_train.plan.device_memory import clip_shape, micro_batches, with_rehearsal
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.memory import Memory
 from wm_train.plan.rehearsal import example_batch, open_shapes, rehearse, trace_turn, world_in_name
 from wm_train.plan.speed.collectives import gloo_copies

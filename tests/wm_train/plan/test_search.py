@@ -12,7 +12,7 @@ from wm_train.checks.mesh import mesh_problems
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.config.problems import ConfigError
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal, rehearse
 from wm_train.plan.search.candidates import Candidate, Refused, batch_lines, listed, plan_on
 from wm_train.plan.search.ranking import Bases, search, usable

@@ -10,7 +10,7 @@ import pytest
 from wm_train.backends.hardware import hardware
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.scaling.picture import draw
 from wm_train.plan.scaling.points import Assumptions, StagePoint, on_devices, point_of, table

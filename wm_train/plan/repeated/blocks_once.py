@@ -1,4 +1,5 @@
-"""Run each kind of pass without gradients once, of a block or of a network, and count the others.
+"""Run each kind of pass without gradients once, of a block, of a network or of attention's kernels,
+and count the others.
 
 What those return and remember is made anew by shape, and their work is counted again
 (`Tracer.repeat`).
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.streaming import StreamingSequence
+from parallel.reference import Kernels
 from wm_train.models.spec import WorldModel
 from wm_train.plan.repeated.passes import (
     Pass,
+    Remembering,
     Stores,
     all_sizes,
+    calls_made,
     described,
     past_kinds,
-    pasts_anew,
     pasts_of,
+    remember_anew,
     sizes,
     unit_kind,
 )
@@ -38,6 +41,26 @@ def blocks_once(tracer: Tracer, models: Iterable[WorldModel]) -> Iterator[None]:
             undo.callback(unit.__dict__.pop, "forward")
             unit.forward = kinds.once(unit.forward, unit_kind(unit))  # type: ignore[method-assign]
         yield
+
+
+def attention_once(kernels: Kernels, tracer: Tracer) -> Kernels:
+    """Return the table with an attention that computes each kind of block once: blocks of a model
+    see the same tiles again and again, also where gradients are taken."""
+    kinds = Kinds(tracer)
+
+    def once(name: str) -> Callable[..., Any]:
+        kernel = getattr(kernels, name)
+
+        def run(*given: Any) -> Any:
+            *tensors, tiles = given
+            return kinds.once(lambda *own: kernel(*own, tiles), (name, tiles))(*tensors)
+
+        return run
+
+    return kernels._replace(
+        block_attention=once("block_attention"),
+        block_attention_backward=once("block_attention_backward"),
+    )
 
 
 class Kinds:
@@ -58,12 +81,12 @@ class Kinds:
             if torch.is_grad_enabled():
                 return forward(*args)
             tensors: list[Tensor] = []
-            streams: list[StreamingSequence] = []
+            streams: list[Remembering] = []
             try:
                 shapes = (kind, self._tracer.phase, described(args, tensors, streams))
             except TypeError:  # an argument that cannot be compared
                 return forward(*args)
-            starts = [stream._calls.made for stream in streams]
+            starts = [*map(calls_made, streams)]
             if shapes in self._counts:
                 spans = _spans(starts, self._counts[shapes])
                 before = self._seen.get((shapes, *map(past_kinds, streams, spans)))
@@ -71,7 +94,7 @@ class Kinds:
                     return self._repeat(before, tensors, streams, spans)
             with self._tracer.noting() as repeat:
                 out = forward(*args)
-            counts = [one._calls.made - start for one, start in zip(streams, starts, strict=True)]
+            counts = [calls_made(one) - start for one, start in zip(streams, starts, strict=True)]
             spans = _spans(starts, counts)
             kept = [*map(pasts_of, streams, spans)]
             self._counts[shapes] = counts
@@ -83,11 +106,7 @@ class Kinds:
         return run
 
     def _repeat(
-        self,
-        before: Pass,
-        tensors: list[Tensor],
-        streams: list[StreamingSequence],
-        spans: list[range],
+        self, before: Pass, tensors: list[Tensor], streams: list[Remembering], spans: list[range]
     ) -> Any:
         """Count a pass once more, and return and remember what it would."""
         self._tracer.repeat(before.repeat)
@@ -95,8 +114,7 @@ class Kinds:
             stores = Stores(before.inputs, tensors)
             for one, span, calls in zip(streams, spans, before.remembered, strict=True):
                 assert calls is not None, "known"
-                one._kept += pasts_anew(one, span, calls, stores)
-                one._calls.made += len(span)
+                remember_anew(one, span, calls, stores)
             return stores.all_anew(before.returned)
 
 

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.masks import AttentionMask, needed
+from parallel.packed import CleanPass, NoisyPass
 from parallel.sequence import Cache, GroupSequence
-from parallel.streaming import Past, StreamingSequence
+from parallel.streaming import Past, StreamingSequence, turned_frames
 from wm_train.compat import tree_map
 from wm_train.plan.tracing import Repeat
 
+Remembering = StreamingSequence | CleanPass | NoisyPass  # sequences with a memory of their calls
 PLAIN = (int, float, bool, str, type(None), torch.dtype)
 
 
@@ -34,8 +37,8 @@ class Sizes:
 
 
 class Piece(NamedTuple):
-    """Hold a piece of a call's keys and values: its place among those of before, or sizes of the
-    chunk's own."""
+    """Hold a piece of a call's keys and values: its place among those of before, or sizes of a new
+    one, the chunk's own or a ring."""
 
     place: int | None
     keys: Sizes
@@ -47,6 +50,7 @@ class Remembered(NamedTuple):
 
     tensors: list[Sizes]
     pieces: list[Piece]
+    ring: AttentionMask | None
 
 
 @dataclass(frozen=True)
@@ -102,16 +106,17 @@ def storage(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def described(value: Any, tensors: list[Tensor], streams: list[StreamingSequence]) -> Hashable:
-    """Return what the work of a pass over these arguments depends on, but for the pasts of streams;
-    add the tensors and the streams among them to the lists. Raises TypeError for an argument of a
-    kind that cannot be compared."""
+def described(value: Any, tensors: list[Tensor], streams: list[Remembering]) -> Hashable:
+    """Return what the work of a pass over these arguments depends on, but for the pasts of
+    sequences; add the tensors and the sequences with a past to the lists. Raises TypeError for an
+    argument of a kind that cannot be compared."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return (value.shape, value.stride(), value.dtype)
-    if isinstance(value, (StreamingSequence, GroupSequence)):
-        if isinstance(value, StreamingSequence):
-            streams.append(value)
+    if isinstance(value, Remembering):
+        streams.append(value)
+        return clip_kind(value)
+    if isinstance(value, GroupSequence):
         return clip_kind(value)
     if hasattr(value, "clip_frames"):
         raise TypeError(f"got {type(value).__name__}, a sequence that has a memory of its own")
@@ -131,6 +136,8 @@ def clip_kind(sequence: Any) -> Hashable:
     """Return what the work of a pass over a sequence depends on, but for the past of a stream and
     the shapes of latents."""
     frames = sequence.frames
+    if isinstance(sequence, (CleanPass, NoisyPass)):
+        return (type(sequence), clip_kind(sequence._clip))
     if not isinstance(sequence, StreamingSequence):
         own = sequence.layout
         clip = (own.frames, own.document_starts, own.chunk_starts, own.valid_frames, own.copies)
@@ -142,14 +149,32 @@ def clip_kind(sequence: Any) -> Hashable:
 
 
 def past_kind(past: Past) -> Hashable:
-    """Return the shapes of what a call has kept."""
-    keys = ((tuple(one.keys.shape), sum(f >= 0 for f in one.frames)) for one in past.keys)
+    """Return the shapes of what a call has kept, and how its frames lie."""
+    keys = ((tuple(one.keys.shape), *_runs(one.frames)) for one in past.keys)
     return (*(tuple(x.shape) for x in past.tensors), *keys)
 
 
-def past_kinds(sequence: StreamingSequence, calls: range) -> Hashable:
-    """Return the shapes of the past of some calls."""
-    return tuple(past_kind(one) for one in befores(sequence, calls))
+def _runs(frames: Sequence[int]) -> tuple[int, int]:
+    """Return how many slots hold frames, and in how many runs."""
+    held = [frame >= 0 for frame in frames]
+    return sum(held), sum(now and not last for last, now in zip([False, *held], held))
+
+
+def past_kinds(sequence: Remembering, calls: range) -> Hashable:
+    """Return the shapes of the past of some calls, and how many frames of the chunk a ring of each
+    takes."""
+    return tuple(
+        (
+            past_kind(one),
+            one.ring and len(useful_frames(sequence, one.ring).intersection(own_frames(sequence))),
+        )
+        for one in befores(sequence, calls)
+    )
+
+
+def useful_frames(sequence: Any, mask: AttentionMask) -> frozenset[int]:
+    """Return the frames that a chunk after this one sees."""
+    return needed(sequence.layout, mask, sequence.chunk.stop)
 
 
 def unit_kind(unit: nn.Module) -> Hashable:
@@ -171,42 +196,74 @@ def _is_plain(key: str, value: Any) -> bool:
     return settings and not key.startswith("_")
 
 
-def own_frames(sequence: StreamingSequence) -> tuple[int, ...]:
+def own_frames(sequence: Any) -> tuple[int, ...]:
     return tuple(range(sequence.chunk.start, sequence.chunk.stop))
 
 
-def befores(sequence: StreamingSequence, calls: range) -> Sequence[Past]:
+def calls_made(sequence: Remembering) -> int:
+    """Return how many verb calls with a memory a pass has made."""
+    return len(sequence.kept) if isinstance(sequence, CleanPass) else sequence._calls.made
+
+
+def befores(sequence: Remembering, calls: range) -> Sequence[Past]:
     """Return the past of some calls, empty ones at the start of a clip."""
-    known = sequence._state.calls
+    if isinstance(sequence, NoisyPass):
+        return [Past(keys) for keys in sequence._clean[calls.start : calls.stop]]
+    known = () if isinstance(sequence, CleanPass) else sequence._state.calls
     return known[calls.start : calls.stop] if known else (Past(),) * len(calls)
 
 
-def pasts_of(sequence: StreamingSequence, calls: range) -> list[Remembered] | None:
+def kept_by(sequence: Remembering, calls: range) -> Sequence[Past]:
+    """Return what some calls of a pass have kept for a later one."""
+    if isinstance(sequence, CleanPass):
+        return [Past(keys) for keys in sequence.kept[calls.start : calls.stop]]
+    return () if isinstance(sequence, NoisyPass) else sequence._kept[calls.start : calls.stop]
+
+
+def pasts_of(sequence: Remembering, calls: range) -> list[Remembered] | None:
     """Return what some calls of a pass have remembered; None where a piece of keys is neither one
-    of before nor the chunk's own, as when a window cuts it."""
+    of before nor the chunk's own nor a ring, as when a window cuts it."""
     found = []
-    kept = sequence._kept[calls.start : calls.stop]
-    for past, old in zip(kept, befores(sequence, calls), strict=sequence._remember):
+    for past, old in zip(kept_by(sequence, calls), befores(sequence, calls)):
         places = {storage(piece.keys): place for place, piece in enumerate(old.keys)}
         pieces = []
         for piece in past.keys:
             place = places.get(storage(piece.keys))
-            if place is None and piece.frames != own_frames(sequence):
+            if place is None and not past.ring and piece.frames != own_frames(sequence):
                 return None
             pieces.append(Piece(place, sizes(piece.keys), sizes(piece.values)))
-        found.append(Remembered([*map(sizes, past.tensors)], pieces))
+        found.append(Remembered([*map(sizes, past.tensors)], pieces, past.ring))
     return found
 
 
+def remember_anew(
+    sequence: Remembering, calls: range, remembered: Sequence[Remembered], stores: Stores
+) -> None:
+    """Let a sequence count some calls of a pass as made, and remember what they would, of tensors
+    without values."""
+    pasts = [*pasts_anew(sequence, calls, remembered, stores)]
+    if isinstance(sequence, CleanPass):
+        sequence.kept += [(keys, values) for keys, values in (past.tensors for past in pasts)]
+        return
+    sequence._calls.made += len(calls)
+    if isinstance(sequence, StreamingSequence):
+        sequence._kept += pasts
+
+
 def pasts_anew(
-    sequence: StreamingSequence, calls: range, remembered: Sequence[Remembered], stores: Stores
+    sequence: Remembering, calls: range, remembered: Sequence[Remembered], stores: Stores
 ) -> Iterator[Past]:
     """Yield what some calls of a pass would remember, of tensors without values."""
-    for call, old in zip(remembered, befores(sequence, calls), strict=sequence._remember):
+    for call, old in zip(remembered, befores(sequence, calls)):
         keys = tuple(
             old.keys[one.place]
             if one.place is not None
             else Cache(stores.anew(one.keys), stores.anew(one.values), own_frames(sequence))
             for one in call.pieces
         )
-        yield Past(tuple(map(stores.anew, call.tensors)), keys)
+        if call.ring:
+            (ring,), before = keys, old.keys[0].frames if old.keys else None
+            useful, slots = useful_frames(sequence, call.ring), ring.keys.shape[1]
+            frames, _ = turned_frames(before, own_frames(sequence), useful, slots)
+            keys = (ring._replace(frames=frames),)
+        yield Past(tuple(map(stores.anew, call.tensors)), keys, call.ring)

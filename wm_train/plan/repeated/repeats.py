@@ -24,7 +24,7 @@ from wm_train.objectives.student_rollouts import GRADIENTS, StudentLosses
 from wm_train.plan.repeated.blocks_once import Kinds
 from wm_train.plan.repeated.passes import past_kind
 from wm_train.plan.tracing import Tracer
-from wm_train.sampling import chunks, windows
+from wm_train.sampling import chunks, packed, windows
 from wm_train.sampling.chunks import ChunkExit, Rollouts
 
 LATE = ("chunk", "late")
@@ -41,7 +41,7 @@ def passes_once(tracer: Tracer) -> Iterator[None]:
         return made
 
     with ExitStack() as undo:
-        for module in (chunks, windows):
+        for module in (chunks, packed, windows):
             undo.callback(setattr, module, "velocities", module.velocities)
             module.velocities = velocities  # type: ignore[attr-defined]
         undo.callback(GRADIENTS.__setitem__, LATE, late)

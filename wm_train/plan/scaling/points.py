@@ -13,7 +13,7 @@ import numpy as np
 
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.scaling.goodput import DAY_S, Failures, Saving, best_interval_s, useful_share
 from wm_train.plan.scaling.spares import Repair, enough_spares
 from wm_train.plan.search.ranking import Bases, Ranked, mesh_words, search

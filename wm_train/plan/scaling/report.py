@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.scaling.picture import draw
 from wm_train.plan.scaling.points import Assumptions, points_of, table
 from wm_train.plan.search.candidates import batch_lines

@@ -17,7 +17,7 @@ from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.models.examples import ExampleShape
 from wm_train.plan.depth import shortened
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Refused, Shape, listed, plan_on
 from wm_train.plan.search.moving import VerbCall, Verbs, on_shards, split_rehearsal

@@ -11,8 +11,8 @@ from wm_train.config.curriculum import StagePlan
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT
 from wm_train.plan.device_memory import can_rehearse
-from wm_train.plan.frame import Frame
 from wm_train.plan.kept import deep_rehearsals
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Refused, batch_lines
 from wm_train.plan.search.ranking import GB, Bases, Ranked, mesh_words, search

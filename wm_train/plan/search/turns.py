@@ -16,7 +16,7 @@ from parallel.degrees import sequence_degrees
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.roles import STUDENT, turns_of
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Refused, Shape, listed
 from wm_train.plan.search.moving import on_shards

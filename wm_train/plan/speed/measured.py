@@ -17,7 +17,7 @@ import torch
 from wm_train.backends.protocol import Backend
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.roles import STUDENT, Turn
-from wm_train.plan.frame import Frame
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import example_batch, open_shapes, world_in_name
 from wm_train.training.networks import build_networks
 from wm_train.training.step import add_gradients

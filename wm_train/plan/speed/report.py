@@ -11,8 +11,8 @@ from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import STUDENT, turns_of
 from wm_train.plan.depth import depths, shallow
 from wm_train.plan.device_memory import micro_batches
-from wm_train.plan.frame import Frame
 from wm_train.plan.kept import Job
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.speed.step import FIDELITY, StepTime, step_time
 

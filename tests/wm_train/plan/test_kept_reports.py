@@ -1,0 +1,83 @@
+"""Reports of stages are kept by the settings of their run, and printed again without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from wm_train.plan import stage_report
+from wm_train.plan.report import main
+
+SHALLOW = ["model.width=32", "model.heads=2", "model.depth=2", "model.softmax_every=2"]
+LINES = ["experiment=demo", "stage=1", *SHALLOW, "--latent", "24x4x4/8", "--memory", "80"]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folder of reports."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "wm_train" / "rehearsals"
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The stages that are planned, not read."""
+    found, original = [], stage_report.planned
+
+    def noted(plan, *rest):
+        found.append(plan.stage)
+        return original(plan, *rest)
+
+    monkeypatch.setattr(stage_report, "planned", noted)
+    return found
+
+
+def test_a_report_is_said_again_without_torch(kept, capsys):
+    assert main(LINES) == 0
+    first = capsys.readouterr().out
+    code = "import sys; from wm_train.plan.report import main; c = main(sys.argv[1:]);"
+    code += "assert 'torch' not in sys.modules; sys.exit(c)"
+    again = subprocess.run([sys.executable, "-c", code, *LINES], capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, first), again.stderr
+
+
+def test_other_settings_are_planned_anew(kept, planned, capsys):
+    for more in ([], [], ["recipe.stages.gdn.steps=77"], ["launcher.workers=1"], []):
+        assert main([*LINES, *more]) == 0
+    assert planned == ["gdn"] * 3
+    assert main([*LINES[:-1], "0.001"]) == 3  # another memory of the device
+    assert main([*LINES[:-1], "0.001"]) == 3
+    assert planned == ["gdn"] * 4
+    assert "77 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1, 2]", "{}", '{"lines": ["x"], "other": 1}'])
+def test_a_damaged_report_is_made_anew(kept, planned, capsys, damage):
+    assert main(LINES) == 0
+    (path,) = kept.glob("report-*.json")
+    whole = json.loads(path.read_text())
+    path.write_text(damage)
+    assert main(LINES) == 0
+    assert json.loads(path.read_text()) == whole
+    first, second = (capsys.readouterr().out, whole["lines"])
+    assert first.count(second[0]) == 2
+    assert planned == ["gdn"] * 2
+
+
+def test_a_plan_by_formula_is_not_kept(kept, planned, monkeypatch, capsys):
+    """A line on standard error says why; it is said each time."""
+    from wm_train.plan import device_memory
+    from wm_train.plan.rehearsal import ReadsOnHost
+
+    def fails(*_):
+        raise ReadsOnHost("aten.item")
+
+    monkeypatch.setattr(device_memory, "deep_rehearsals", fails)
+    for _ in range(2):
+        assert main(LINES) == 0
+        assert "memory by formula" in capsys.readouterr().err
+    assert planned == ["gdn"] * 2
+    assert not [*kept.glob("report-*.json")]
