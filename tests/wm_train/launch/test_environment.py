@@ -52,3 +52,31 @@ def test_what_device_libraries_read_reaches_the_workers_of_a_cluster(
         assert found["HCCL_EXEC_TIMEOUT"] == "300"
         assert found.get("ASCEND_RT_VISIBLE_DEVICES") != "7", "which devices is the launcher's"
         assert "A_KEY" not in found
+
+
+def test_what_device_libraries_read_is_in_the_script_of_a_batch_job(
+    arguments, environment, tmp_path: Path
+) -> None:
+    """A job starts in an environment of its own, so the script brings these variables. It is run
+    here up to where it starts the workers, whose environment it is."""
+    given = {"HCCL_IF_IP": "10.1.2.3", "NCCL_DEBUG": "it's WARN", "A_KEY": "secret"}
+    given |= {"ASCEND_RT_VISIBLE_DEVICES": "7"}
+    more = ["launcher=slurm", "backend.collective_timeout_s=300"]
+    words = [sys.executable, "-m", *arguments(tmp_path / "runs", *more)]
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    made = subprocess.run(words, env={**environment, **given}, **how)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (script,) = (tmp_path / "runs").rglob("slurm.sh")
+    assert "secret" not in script.read_text()
+    for name, program in (("scontrol", "true"), ("srun", "env > seen")):
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{environment['PATH']}"
+    job = {"PATH": path, "SLURM_JOB_ID": "78", "SLURM_JOB_NODELIST": "n1"}
+    ended = subprocess.run(["bash", script], env=job, timeout=60, check=False, **how)
+    assert ended.returncode == 0, ended.stderr
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert seen["HCCL_IF_IP"] == "10.1.2.3"
+    assert seen["NCCL_DEBUG"] == "it's WARN"
+    assert seen["HCCL_EXEC_TIMEOUT"] == "300"
+    assert "ASCEND_RT_VISIBLE_DEVICES" not in seen, "which devices is the job's"
