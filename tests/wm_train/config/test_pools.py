@@ -238,6 +238,14 @@ def test_a_pool_without_a_noise_level_in_some_stage_is_one_problem() -> None:
         ("pool=middle", "pool: got 'middle', expected one of high, low"),
         ("pools.joint.sigma_min=0.5", "pools.joint: got 'joint'"),
         (
+            "pools.high.sigma_max=1.2",
+            "pools.high.sigma_max: got 1.2, expected a noise level from 0 to 1",
+        ),
+        (
+            "pools.low.sigma_min=-0.1",
+            "pools.low.sigma_min: got -0.1, expected a noise level from 0 to 1",
+        ),
+        (
             "pools.low.sigma_min=nan",
             "pools.low.sigma_min: got nan, expected a noise level from 0 to 1",
         ),
