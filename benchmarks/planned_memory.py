@@ -128,7 +128,7 @@ def measure(
     rank: int, words: list[str], role: str, port: int, peaks: DictProxy[int, tuple[int, int]]
 ) -> None:
     """Take real steps as one rank, and note the most bytes that it held in the last."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     plan = plan_of(words)

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from data_shards.encoding.runners import leave_with_parent
 from wm_train.backends.absent import KINDS
 from wm_train.config.curriculum import StagePlan
 from wm_train.plan.depth import joined, shallow
@@ -75,7 +76,7 @@ def rehearsed_ahead(
     if min(processes, len(missing)) < 2:
         yield lambda _: None
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with _pool(processes) as pool:
         begun = {name: pool.submit(_run_and_keep, job, base) for name, job in missing.items()}
 
         def wait(own: Iterable[Job]) -> None:
@@ -89,6 +90,11 @@ def rehearsed_ahead(
             pool.shutdown(cancel_futures=True)
 
 
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Return processes that end when this one is killed."""
+    return ProcessPoolExecutor(processes, get_context("spawn"), leave_with_parent)
+
+
 def _run_and_keep(job: Job, base: Path) -> None:
     keep_json(base / f"{job.fingerprint}.json", _to_json(job.run()))
 
@@ -97,7 +103,7 @@ def _run_all(jobs: Sequence[Job], processes: int) -> Iterable[Rehearsal]:
     if min(processes, len(jobs)) < 2:
         return map(Job.run, jobs)
     count = min(processes, len(jobs))
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with _pool(count) as pool:
         return [*pool.map(Job.run, jobs)]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +84,24 @@ def test_a_plan_by_formula_is_not_kept(kept, planned, monkeypatch, capsys):
         assert "memory by formula" in capsys.readouterr().err
     assert planned == ["gdn"] * 2
     assert not [*kept.glob("report-*.json")]
+
+
+@pytest.mark.full
+def test_processes_that_rehearse_end_with_a_plan_that_is_killed(tmp_path):
+    words = ["experiment=demo", "stage=all", "--latent", "24x4x4/8"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "wm_train.plan", *words],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    listed, deadline = Path(f"/proc/{run.pid}/task/{run.pid}/children"), time.monotonic() + 60
+    while len(children := listed.read_text().split()) < 3:  # two rehearse, one tracks resources
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    run.kill()
+    run.wait()
+    while left := [child for child in children if Path(f"/proc/{child}/exe").exists()]:
+        assert time.monotonic() < deadline + 60, left
+        time.sleep(0.2)
