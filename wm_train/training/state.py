@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.sharding import PRECISIONS, compile_blocks, shard_model
 from wm_train.boxes import is_first_copy, local_tensor
 from wm_train.checkpoint.handover import match_names
+from wm_train.compat import units_left_out
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import ModelConfig
 from wm_train.config.registry import builder
@@ -178,7 +179,8 @@ def backward_pieces(model: nn.Module, pieces: Iterable[Tensor], count: int, fact
     for number, piece in enumerate(pieces, 1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(number == count)
-        (piece * factor).backward()
+        with units_left_out():
+            (piece * factor).backward()
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
