@@ -100,7 +100,7 @@ def units_left_out() -> Iterator[None]:
         if hasattr(param, "_unsharded_param"):
             original(param)
 
-    FSDPParam.to_accumulated_grad_if_needed = accumulate  # type: ignore[method-assign]
+    FSDPParam.to_accumulated_grad_if_needed = accumulate  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
