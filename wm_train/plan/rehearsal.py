@@ -119,8 +119,9 @@ def rehearse(
         if device:
             plan = replace(plan, backend=replace(plan.backend, kernels="triton"))
         stage = open_shapes(plan, frame, world)
-        kernels = distinct_tiles(stage.kernels, tracer)
-        stage = replace(stage, kernels=attention_once(kernels, tracer) if once else kernels)
+        stage = replace(stage, kernels=distinct_tiles(stage.kernels, tracer))
+        if once and not chooses_what_to_keep(stage):
+            stage = replace(stage, kernels=attention_once(stage.kernels, tracer))
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with shapes, pieces_as_read():
@@ -145,6 +146,13 @@ def numbers_in_name() -> Iterator[None]:
         yield
     finally:
         history.host_numbers = original
+
+
+def chooses_what_to_keep(stage: Stage) -> bool:
+    """Return whether a network's checkpointing keeps results operator by operator, each of which it
+    has to see."""
+    models = [stage.config.model, *(own.model for own in stage.config.roles.values())]
+    return any(model.activation_checkpointing == "selective" for model in models)
 
 
 def distinct_tiles(kernels: Kernels, tracer: Tracer) -> Kernels:
@@ -182,7 +190,7 @@ def trace_turn(
     held = tracer.now
     with ExitStack() as entered:
         entered.enter_context(passes(tracer, state))
-        if once:
+        if once and not chooses_what_to_keep(stage):
             entered.enter_context(passes_once(tracer))
             entered.enter_context(blocks_once(tracer, networks(state)))
         add_gradients(stage, state, batch, turn)

@@ -72,6 +72,17 @@ def test_a_turn_with_repeats_is_the_turn_in_full(stage, role, words):
     print(f"{seconds[0]:.1f} s, with repeats {seconds[1]:.1f} s")
 
 
+@pytest.mark.parametrize("mode", ["selective", "block", "none"])
+def test_blocks_of_the_same_tiles_are_the_step_in_full_in_each_way_to_checkpoint(mode):
+    """A block that keeps some results sees each of its operators: none is counted only."""
+    own = [*SMALL, "model.depth=4", f"model.activation_checkpointing={mode}", "data.path=x"]
+    (plan,) = plan_stages(compose(["experiment=demo", "recipe=demo", "stage=1", *own]))
+    whole, short = (rehearse(plan, FRAME, once=once) for once in (False, True))
+    assert work_of(short) == work_of(whole)
+    assert short.held == whole.held
+    assert short.peak == pytest.approx(whole.peak, rel=0.01)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("role", "words"),
