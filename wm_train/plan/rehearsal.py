@@ -190,7 +190,7 @@ def trace_turn(
     held = tracer.now
     with ExitStack() as entered:
         entered.enter_context(passes(tracer, state))
-        if once and not chooses_what_to_keep(stage):
+        if once:
             entered.enter_context(passes_once(tracer))
             entered.enter_context(blocks_once(tracer, networks(state)))
         add_gradients(stage, state, batch, turn)

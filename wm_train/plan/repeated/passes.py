@@ -200,6 +200,13 @@ def own_frames(sequence: Any) -> tuple[int, ...]:
     return tuple(range(sequence.chunk.start, sequence.chunk.stop))
 
 
+def remembers(sequence: Remembering) -> bool:
+    """Return whether each call of a pass is kept for a later one."""
+    if isinstance(sequence, StreamingSequence):
+        return sequence._remember
+    return isinstance(sequence, CleanPass)
+
+
 def calls_made(sequence: Remembering) -> int:
     """Return how many verb calls with a memory a pass has made."""
     return len(sequence.kept) if isinstance(sequence, CleanPass) else sequence._calls.made
@@ -224,7 +231,8 @@ def pasts_of(sequence: Remembering, calls: range) -> list[Remembered] | None:
     """Return what some calls of a pass have remembered; None where a piece of keys is neither one
     of before nor the chunk's own nor a ring, as when a window cuts it."""
     found = []
-    for past, old in zip(kept_by(sequence, calls), befores(sequence, calls)):
+    pairs = zip(kept_by(sequence, calls), befores(sequence, calls), strict=remembers(sequence))
+    for past, old in pairs:
         places = {storage(piece.keys): place for place, piece in enumerate(old.keys)}
         pieces = []
         for piece in past.keys:
@@ -254,7 +262,8 @@ def pasts_anew(
     sequence: Remembering, calls: range, remembered: Sequence[Remembered], stores: Stores
 ) -> Iterator[Past]:
     """Yield what some calls of a pass would remember, of tensors without values."""
-    for call, old in zip(remembered, befores(sequence, calls)):
+    pairs = zip(remembered, befores(sequence, calls), strict=remembers(sequence))
+    for call, old in pairs:
         keys = tuple(
             old.keys[one.place]
             if one.place is not None
