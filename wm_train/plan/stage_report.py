@@ -1,7 +1,7 @@
 """Report what a plan has found of one stage, and keep it on disk with the rehearsals.
 
-A stage that was planned before, with the same settings and source, is printed again in seconds:
-nothing is imported that a plan computes with.
+A stage that was planned before, with the same settings but for rates and lengths, is printed again
+in seconds: nothing is imported that a plan computes with.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.degrees import sequence_size
 from wm_train.config.curriculum import StagePlan
+from wm_train.config.kinds import OptimizerConfig
 from wm_train.config.roles import STUDENT, turns_of
 from wm_train.plan.arguments import GIB, Asked, Frames
 from wm_train.plan.latents import Frame
-from wm_train.plan.store import folder, keep, load, name_of
+from wm_train.plan.store import folder, keep, load, name_of, report_settings
 
 if TYPE_CHECKING:
     from wm_train.plan.memory import Memory
@@ -28,8 +29,8 @@ Source = Callable[[StagePlan], str]
 
 @dataclass(frozen=True)
 class StageReport:
-    """Hold what a plan says of a stage: its lines; whether it fits in --memory; with --hardware
-    the seconds that it takes, None where no time is known."""
+    """Hold what a plan says of a stage: its lines, kept without those of `head_lines`; whether it
+    fits in --memory; with --hardware the seconds that it takes, None where no time is known."""
 
     lines: list[str]
     fits: bool = True
@@ -50,11 +51,11 @@ def stage_reports(
     missing = [plan for plan in plans if kept[plan.stage] is None]
     with _ahead(missing, frames, asked) as wait:
         for plan in plans:
-            if found := kept[plan.stage]:
-                yield found
-                continue
-            wait(plan)
-            yield planned(plan, frames[plan.stage], asked, source, paths[plan.stage])
+            frame, found = frames[plan.stage], kept[plan.stage]
+            if found is None:
+                wait(plan)
+                found = planned(plan, frame, asked, source, paths[plan.stage])
+            yield replace(found, lines=[*head_lines(plan, frame), *found.lines])
 
 
 @contextmanager
@@ -75,14 +76,14 @@ def _ahead(
 
 
 def planned(plan: StagePlan, frame: Frame, asked: Asked, source: Source, path: Path) -> StageReport:
-    """Plan a stage, and keep what is said of it at a path. Errors: those of `turn_memories_of` and
-    `source`."""
+    """Plan a stage, and keep what is said of it, but for its head, at a path. Errors: those of
+    `turn_memories_of` and `source`."""
     from wm_train.plan.device_memory import can_rehearse, turn_memories_of
 
     turns, shape, made = turn_memories_of(plan, frame, kind_of(plan, asked), asked.processes)
     memory = max(turns.values(), key=lambda one: one.device)
     lines = describe(plan, shape, memory, source(plan))
-    lines += [*role_lines(plan), *job_lines(plan, frame)]
+    lines += job_lines(plan, frame)
     for role, one in turns.items() if plan.config.roles else ():
         lines.append(f"  turn of the {role}: {_sizes(one)}")
     if asked.blocks:
@@ -119,8 +120,9 @@ def _kept(path: Path) -> StageReport | None:
 
 
 def _path(plan: StagePlan, frame: Frame, asked: Asked, settings: Any) -> Path:
+    own = report_settings(settings, timed=asked.profile is not None)
     wanted = asdict(replace(asked, processes=1))
-    return folder() / f"report-{name_of([settings, plan.stage, asdict(frame), wanted])}.json"
+    return folder() / f"report-{name_of([own, plan.stage, asdict(frame), wanted])}.json"
 
 
 def kind_of(plan: StagePlan, asked: Asked) -> str:
@@ -142,7 +144,7 @@ def role_lines(plan: StagePlan) -> list[str]:
         how = "frozen"
         if own.optimizer is not None:
             count = turns_of(turns, role, len(turns))
-            how = f"{own.optimizer.name} lr {own.optimizer.lr:g}, {count} of {len(turns)} turns"
+            how = f"{_rates(own.optimizer)}, {count} of {len(turns)} turns"
         lines.append(f"  {role}: from {whose}; {how}")
     return lines
 
@@ -174,26 +176,36 @@ def _sizes(memory: Memory) -> str:
     return f"{', '.join(held)}; together {memory.device / GIB:.2f}"
 
 
+def head_lines(plan: StagePlan, frame: Frame) -> list[str]:
+    """Return the first lines of a stage, which show what a kept report does not depend on: how long
+    it trains, and its rates."""
+    config = plan.config
+    until = f" or a held-out loss of {config.until_loss:g}" if config.until_loss else ""
+    whole = frame.time(config.frames).latents(config.frames)
+    return [
+        f"stage {config.index} {plan.stage}: {config.frames} frames = {whole} latent frames, "
+        f"{config.steps:,} steps{until} of {config.global_batch} clips",
+        f"  trained with {_rates(config.optimizer)}",
+        *role_lines(plan),
+    ]
+
+
+def _rates(optimizer: OptimizerConfig) -> str:
+    return f"{optimizer.name} lr {optimizer.lr:g}, {optimizer.schedule}"
+
+
 def describe(
     plan: StagePlan, shape: tuple[int, int, int], memory: Memory, source: str
 ) -> list[str]:
-    """Return the lines of one stage."""
-    config, mesh, workers = plan.config, plan.config.parallel, plan.launcher.workers
-    clips, held, whole = shape
-    until = f" or a held-out loss of {config.until_loss:g}" if config.until_loss else ""
+    """Return the lines of one stage that say what it starts from, and what each worker holds."""
+    mesh, workers = plan.config.parallel, plan.launcher.workers
+    clips, held, _ = shape
     trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained"
     replicas = f"{mesh.dp_replicate} replicas x " if mesh.dp_replicate > 1 else ""
     size = sequence_size(mesh)
     data = workers // size // mesh.dp_replicate
     return [
-        (
-            f"stage {config.index} {plan.stage}: {config.frames} frames = {whole} latent frames, "
-            f"{config.steps:,} steps{until} of {config.global_batch} clips"
-        ),
-        (
-            f"  starts from {source}; {config.optimizer.name} lr {config.optimizer.lr:g},"
-            f" {config.optimizer.schedule}, {mesh.precision}"
-        ),
+        f"  starts from {source}; {mesh.precision}",
         (
             f"  {workers} workers = {replicas}{data} data parallel x "
             f"{size} sequence parallel; "

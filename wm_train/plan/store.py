@@ -23,6 +23,8 @@ PACKAGES = ("wm_train", "parallel", "data_shards")
 IDLE = {"index", "steps", "until_loss", "workers", "new", "reinitialise", "trajectories"}
 IDLE |= {"inherit", "inherit_weights", "inherit_optimizer", "data", "trainer"}
 RATES = {"lr", "warmup_steps", "schedule"}  # of an optimizer
+LENGTHS = {"steps", "until_loss"}  # of a stage
+UNSAID = {"seed", "tracker", "resume"}  # of a run
 
 
 def folder() -> Path:
@@ -71,17 +73,30 @@ def facts_of(config: StageConfig) -> dict[str, Any]:
     which data, nor at which rate."""
     facts = {name: value for name, value in asdict(config).items() if name not in IDLE}
     facts |= {"pack": config.data.pack, "accumulate": config.trainer.accumulate}
-    facts["optimizer"] = _without_rates(facts["optimizer"])
     facts["roles"] = {
-        role: {
-            name: _without_rates(value) if name == "optimizer" and value else value
-            for name, value in own.items()
-            if not name.startswith("inherit")
-        }
+        role: {name: value for name, value in own.items() if not name.startswith("inherit")}
         for role, own in facts["roles"].items()
     }
-    return facts
+    return without_rates(facts)
 
 
-def _without_rates(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in optimizer.items() if name not in RATES}
+def without_rates(settings: Mapping[str, Any], of: str = "") -> dict[str, Any]:
+    """Return settings, those of the key `of`, without the rates of the optimizers in them."""
+    return {
+        name: without_rates(value, name) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if of != "optimizer" or name not in RATES
+    }
+
+
+def report_settings(settings: Mapping[str, Any], timed: bool) -> dict[str, Any]:
+    """Return a run's settings without those on which the kept report of a stage does not depend;
+    timed: it says how many days the stage takes."""
+    left = {name: value for name, value in settings.items() if name not in UNSAID}
+    if timed:
+        return without_rates(left)
+    stages = {
+        stage: {name: value for name, value in own.items() if name not in LENGTHS}
+        for stage, own in left["recipe"]["stages"].items()
+    }
+    return without_rates({**left, "recipe": {**left["recipe"], "stages": stages}})

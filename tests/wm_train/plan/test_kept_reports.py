@@ -47,14 +47,36 @@ def test_a_report_is_said_again_without_torch(kept, capsys):
     assert (again.returncode, again.stdout) == (0, first), again.stderr
 
 
-def test_other_settings_are_planned_anew(kept, planned, capsys):
-    for more in ([], [], ["recipe.stages.gdn.steps=77"], ["launcher.workers=1"], []):
+def test_other_settings_are_planned_anew(kept, planned):
+    frames = "recipe.stages.gdn.frames=17"
+    for more in ([], [], [frames], ["launcher.workers=1"], [], [frames]):
         assert main([*LINES, *more]) == 0
     assert planned == ["gdn"] * 3
     assert main([*LINES[:-1], "0.001"]) == 3  # another memory of the device
     assert main([*LINES[:-1], "0.001"]) == 3
     assert planned == ["gdn"] * 4
-    assert "77 steps" in capsys.readouterr().out
+
+
+def test_rates_lengths_and_seeds_are_said_from_a_kept_report(kept, planned, capsys):
+    stage = "recipe.stages.gdn"
+    words = ("seed=7", f"{stage}.steps=7777", f"{stage}.optimizer.lr=0.0123", "tracker.name=none")
+    words += (f"{stage}.optimizer.schedule=constant", f"{stage}.until_loss=0.5")
+    for more in ("", *words):
+        assert main([*LINES, *more.split()]) == 0
+    shown = capsys.readouterr().out
+    assert planned == ["gdn"]
+    for said in ("7,777 steps", "lr 0.0123", "constant", "held-out loss of 0.5"):
+        assert shown.count(said) == 1
+
+
+def test_a_report_with_days_depends_on_the_steps(kept, planned, capsys):
+    words = [*LINES, "--hardware", "h100"]
+    steps = "recipe.stages.gdn.steps"
+    for more in (f"{steps}=700", f"{steps}=700000", "recipe.stages.gdn.optimizer.lr=0.0123"):
+        assert main([*words, more]) == 0
+    assert planned == ["gdn"] * 3
+    assert main([*words, f"{steps}=700", "recipe.stages.gdn.optimizer.lr=0.0123"]) == 0
+    assert planned == ["gdn"] * 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1, 2]", "{}", '{"lines": ["x"], "other": 1}'])
@@ -65,8 +87,7 @@ def test_a_damaged_report_is_made_anew(kept, planned, capsys, damage):
     path.write_text(damage)
     assert main(LINES) == 0
     assert json.loads(path.read_text()) == whole
-    first, second = (capsys.readouterr().out, whole["lines"])
-    assert first.count(second[0]) == 2
+    assert capsys.readouterr().out.count(whole["lines"][0]) == 2
     assert planned == ["gdn"] * 2
 
 
