@@ -5,8 +5,9 @@
 
 Configurations are drawn by the seed: sizes, mesh, precision, recomputation, optimizer, turns of a
 distillation. The truth is what tensors hold at the start of a step and the events of the allocator
-in it, of the rank that holds most; the plan is a rehearsal of the first rank alone. Gloo's threads
-release some buffers unseen, so that of several steps the one with the fewest is taken.
+in it, of the rank that holds most; the plan is a rehearsal of the first rank alone. A buffer that
+one of gloo's threads is the last to let go of is released unseen: each collective is therefore
+given time to be forgotten there, and of several steps the one with the fewest such is taken.
 --tape: a Wan on four processes, each way to recompute (parallel.recompute); what it holds more than
 `collectives`, which keeps nothing of attention, is its tape.
 """
@@ -17,7 +18,10 @@ import argparse
 import gc
 import os
 import random
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.managers import DictProxy
 from typing import Any
 
@@ -39,6 +43,7 @@ from wm_train.world import World
 FRAME = Frame(channels=24, height=8, width=8, temporal_stride=8)
 WARM, STEPS = 2, 6  # steps that are not measured, and all
 TRIES = 4
+FORGOTTEN_S = 0.003  # after which a thread of gloo's holds nothing of a collective that has ended
 UNSEEN = 0.02  # of the peak, that may be released in threads which no profile sees
 ZERO3 = "parallel.sharding=zero3"
 MESHES = (
@@ -144,9 +149,11 @@ def measure(
             add_gradients(stage, state, batch, Turn(role, 0))
         else:
             held = bytes_alive()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
+            seen = [torch.profiler.ProfilerActivity.CPU]
+            with (
+                patient_waits(),
+                torch.profiler.profile(activities=seen, profile_memory=True) as profile,
+            ):
                 add_gradients(stage, state, batch, Turn(role, 0))
             most, last = allocated(profile)
             found.append((held + last - bytes_alive(), held + most))
@@ -154,6 +161,23 @@ def measure(
     # of the step whose releases were seen best
     peaks[rank] = min(found, key=lambda one: abs(one[0]))
     dist.destroy_process_group()
+
+
+@contextmanager
+def patient_waits() -> Iterator[None]:
+    """Let threads of gloo's forget each collective before the rank that waited for it goes on."""
+    original = dist.Work.wait
+
+    def wait(work: dist.Work, *timeout: Any) -> bool:
+        done = original(work, *timeout)
+        time.sleep(FORGOTTEN_S)
+        return done
+
+    dist.Work.wait = wait
+    try:
+        yield
+    finally:
+        dist.Work.wait = original
 
 
 def bytes_alive() -> int:

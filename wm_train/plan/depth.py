@@ -1,13 +1,16 @@
 """Rehearse a deep model by two shallow ones: bytes and work are linear in the number of blocks.
 
-Blocks repeat in a pattern, so a model of one pattern and one of two tell what each further pattern
-adds. Networks of a stage that are equally deep are deepened together, the others on their own.
+Blocks repeat in a pattern, so two models, one of them some patterns deeper, tell what each further
+pattern adds. Networks of a stage that are equally deep are deepened together, the others on their
+own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +23,22 @@ from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal, rehearse
 from wm_train.plan.tracing import Work
 
+FEWEST = 3  # the block in the middle has whole weights before it and gradients behind it
+
+
+class Depth(NamedTuple):
+    """Say how a deep network is told by shallow ones: its own blocks, those of the shallowest, and
+    how many more the other one has."""
+
+    blocks: int
+    first: int
+    more: int
+
+    @property
+    def times(self) -> float:
+        """Return how often the difference of the two is in the network beyond the shallowest."""
+        return (self.blocks - self.first) / self.more
+
 
 def rehearse_deep(
     plan: StagePlan, frame: Frame, rank: int, role: str, device: Device | None
@@ -30,11 +49,11 @@ def rehearse_deep(
 
 
 def shallow(plan: StagePlan) -> list[StagePlan]:
-    """Return the plans whose rehearsals tell that of the whole stage: with one pattern of blocks in
-    each network, and with two in those of one depth after the other. A plan that is not deeper than
-    two is its own."""
-    short = {name: period for name, (_, period) in deep_networks(plan).items()}
-    deeper = [short | dict.fromkeys(names, 2 * period) for (_, period), names in depths(plan)]
+    """Return the plans whose rehearsals tell that of the whole stage: with few blocks in each
+    network, and with more in those of one depth after the other. A plan that is not deeper than
+    these is its own."""
+    short = {name: depth.first for name, depth in deep_networks(plan).items()}
+    deeper = [short | dict.fromkeys(names, one.first + one.more) for one, names in depths(plan)]
     return [shortened(plan, blocks) for blocks in (short, *deeper)]
 
 
@@ -42,28 +61,31 @@ def joined(plan: StagePlan, parts: Sequence[Rehearsal]) -> Rehearsal:
     """Return the rehearsal of the whole stage from those of `shallow`, in their order."""
     base, *deeper = parts
     total = base
-    for ((depth, period), _), two in zip(depths(plan), deeper, strict=True):
-        total = _plus(total, two, base, (depth - period) / period)
+    for (depth, _), two in zip(depths(plan), deeper, strict=True):
+        total = _plus(total, two, base, depth.times)
     return total
 
 
-def depths(plan: StagePlan) -> list[tuple[tuple[int, int], list[str]]]:
-    """Return the roles of deep networks by ((blocks, blocks of a pattern), roles)."""
-    found: dict[tuple[int, int], list[str]] = {}
+def depths(plan: StagePlan) -> list[tuple[Depth, list[str]]]:
+    """Return the roles of deep networks by their depth."""
+    found: dict[Depth, list[str]] = {}
     for name, depth in deep_networks(plan).items():
         found.setdefault(depth, []).append(name)
     return list(found.items())
 
 
-def deep_networks(plan: StagePlan) -> dict[str, tuple[int, int]]:
-    """Return (blocks, blocks of a pattern) by role, of networks with more than two patterns."""
-    fewest = 2  # beside a block that is alone, no other's weights are gathered
+def deep_networks(plan: StagePlan) -> dict[str, Depth]:
+    """Return how deep the networks are, by role, of those that shallower ones tell of."""
     networks = {STUDENT: plan.config.model} | {
         name: own.model for name, own in plan.config.roles.items()
     }
     blocks = {name: model.blocks() for name, model in networks.items()}
-    patterns = {name: (depth, max(n, fewest)) for name, (depth, n) in blocks.items() if n}
-    return {name: (depth, n) for name, (depth, n) in patterns.items() if 2 * n < depth}
+    found = {
+        name: Depth(depth, n * ceil(FEWEST / n), n * ceil(2 / n))
+        for name, (depth, n) in blocks.items()
+        if n
+    }
+    return {name: one for name, one in found.items() if one.first + one.more < one.blocks}
 
 
 def shortened(plan: StagePlan, blocks: Mapping[str, int]) -> StagePlan:

@@ -83,7 +83,7 @@ def measured_seconds(plan: StagePlan, frame: Frame, device: Hardware) -> float |
         return None
     base, *deeper = (device.stages[name] for name in names)
     more = zip(depths(plan), deeper, strict=True)
-    return base + sum((depth - n) / n * (two - base) for ((depth, n), _), two in more)
+    return base + sum(depth.times * (two - base) for (depth, _), two in more)
 
 
 def time_lines(
