@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from wm_train.checks.guidance import guidance_problems
-from wm_train.config.curriculum import StagePlan
+from wm_train.config.curriculum import TOGETHER, StagePlan
 from wm_train.config.kinds import streams
 from wm_train.config.problems import AT, OWN, Problem
 from wm_train.config.schema import StageConfig
@@ -23,6 +23,7 @@ def stage_problems(plan: StagePlan) -> list[Problem]:
         *_sampler_problems(stage),
         *_sharding_problems(stage),
         *_held_out_problems(stage),
+        *_together_problems(stage),
     ]
 
 
@@ -185,6 +186,22 @@ def _held_out_problems(stage: StageConfig) -> Iterator[Problem]:
         )
         fix = f"{AT}trainer.validate_every={trainer.checkpoint_every}"
         yield Problem("trainer.keep_best", f"{trainer.keep_best} {got}", rule, fix)
+
+
+def _together_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield a stage of all pools whose clips have noise levels of their own: several experts would
+    have to make one pass, and weights are gathered of one."""
+    if stage.pools != TOGETHER:
+        return
+    fix = f"{AT}pools=each, or objective.name=distribution_matching with levels per turn"
+    if stage.distill is None:
+        name = stage.objective.name
+        rule = f"each with objective {name}, which draws a noise level for each clip"
+        yield Problem("pools", TOGETHER, rule, fix)
+    elif stage.distill.score_sigma.per != "turn":
+        key, per = "distill.score_sigma.per", stage.distill.score_sigma.per
+        rule = "turn with pools=together: all clips of a pass have one expert, so one noise level"
+        yield Problem(key, per, rule, f"{AT}{key}=turn")
 
 
 def warnings_of(plans: Sequence[StagePlan]) -> list[Problem]:

@@ -6,6 +6,7 @@ configuration, sizes, world, device, torch, and the source of the packages.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -40,7 +41,9 @@ class Job:
     def run(self) -> Rehearsal:
         """Return the rehearsal. Raises ReadsOnHost where the step cannot be rehearsed."""
         kind = self.device
-        return rehearse(self.plan, self.frame, 0, self.role, KINDS[kind], on_host=kind == "cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # it is said where one trains
+            return rehearse(self.plan, self.frame, 0, self.role, KINDS[kind], on_host=kind == "cpu")
 
     @property
     def fingerprint(self) -> str:

@@ -193,7 +193,7 @@ def _print_stages(
     reports = stage_reports(plans, frames, asked, asdict(run), partial(inheritance, run))
     for plan, found in zip(plans, reports, strict=True):
         print("\n".join(found.lines), flush=True)
-        fits = fits and found.fits
+        fits = fits and found.fits(asked.device_gib)
         if found.seconds:
             spent[plan.stage] = (found.seconds, plan.launcher.workers)
     return 0 if fits else 3

@@ -29,12 +29,17 @@ Source = Callable[[StagePlan], str]
 
 @dataclass(frozen=True)
 class StageReport:
-    """Hold what a plan says of a stage: its lines, kept without those of `head_lines`; whether it
-    fits in --memory; with --hardware the seconds that it takes, None where no time is known."""
+    """Hold what a plan says of a stage: its lines, kept without those of `head_lines` and
+    `verdict`; the bytes on its device; with --hardware the seconds that it takes, None where no
+    time is known."""
 
     lines: list[str]
-    fits: bool = True
+    device: int
     seconds: float | None = None
+
+    def fits(self, gib: float | None) -> bool:
+        """Return whether a device of so many GiB, None for any, holds it."""
+        return gib is None or self.device <= gib * GIB
 
 
 def stage_reports(
@@ -55,7 +60,8 @@ def stage_reports(
             if found is None:
                 wait(plan)
                 found = planned(plan, frame, asked, source, paths[plan.stage])
-            yield replace(found, lines=[*head_lines(plan, frame), *found.lines])
+            lines = [*head_lines(plan, frame), *found.lines, *verdict(found, asked.device_gib)]
+            yield replace(found, lines=lines)
 
 
 @contextmanager
@@ -76,8 +82,8 @@ def _ahead(
 
 
 def planned(plan: StagePlan, frame: Frame, asked: Asked, source: Source, path: Path) -> StageReport:
-    """Plan a stage, and keep what is said of it, but for its head, at a path. Errors: those of
-    `turn_memories_of` and `source`."""
+    """Plan a stage, and keep at a path what is said of it, but for its head and its verdict.
+    Errors: those of `turn_memories_of` and `source`."""
     from wm_train.plan.device_memory import can_rehearse, turn_memories_of
 
     turns, shape, made = turn_memories_of(plan, frame, kind_of(plan, asked), asked.processes)
@@ -100,12 +106,7 @@ def planned(plan: StagePlan, frame: Frame, asked: Asked, source: Source, path: P
         lines += time_lines(plan, frame, made, asked.profile)
         lines += advice_lines(plan, made, asked.profile, memory.trained)
         seconds = stage_seconds(plan, made, asked.profile)
-    fits = asked.device_gib is None or memory.device <= asked.device_gib * GIB
-    if asked.device_gib is not None:
-        advice = "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
-        verdict = "fits" if fits else f"DOES NOT FIT: {advice}"
-        lines.append(f"  {memory.device / GIB:.2f} of {asked.device_gib:g} GiB: {verdict}")
-    found = StageReport(lines, fits, seconds)
+    found = StageReport(lines, memory.device, seconds)
     if made or not can_rehearse(plan.config):  # else a line on standard error says why
         keep(path, asdict(found))
     return found
@@ -121,7 +122,7 @@ def _kept(path: Path) -> StageReport | None:
 
 def _path(plan: StagePlan, frame: Frame, asked: Asked, settings: Any) -> Path:
     own = report_settings(settings, timed=asked.profile is not None)
-    wanted = asdict(replace(asked, processes=1))
+    wanted = asdict(replace(asked, processes=1, device_gib=None))
     return folder() / f"report-{name_of([own, plan.stage, asdict(frame), wanted])}.json"
 
 
@@ -188,6 +189,15 @@ def head_lines(plan: StagePlan, frame: Frame) -> list[str]:
         f"  trained with {_rates(config.optimizer)}",
         *role_lines(plan),
     ]
+
+
+def verdict(found: StageReport, gib: float | None) -> list[str]:
+    """Return the line that says whether a stage fits in --memory, none without it."""
+    if gib is None:
+        return []
+    advice = "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
+    said = "fits" if found.fits(gib) else f"DOES NOT FIT: {advice}"
+    return [f"  {found.device / GIB:.2f} of {gib:g} GiB: {said}"]
 
 
 def _rates(optimizer: OptimizerConfig) -> str:

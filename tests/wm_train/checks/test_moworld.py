@@ -119,3 +119,15 @@ def test_ranges_with_a_gap_make_no_network_of_experts():
     lines = ["experiment=demo", "recipe=moworld", "data.path=x", "pools.low.sigma_max=0.6"]
     with pytest.raises(ConfigError, match="ranges without gaps"):
         pool_runs(compose(lines), lines)
+
+
+def test_a_joint_stage_whose_clips_have_levels_of_their_own_is_refused(runs, told):
+    """Its passes would need both experts at once."""
+    distill, flow = runs[""].recipe.stages["distill"], runs["high"].recipe.stages["frames_125"]
+    own = replace(distill.distill.score_sigma, per="clip")
+    changed = told("", "distill", distill=replace(distill.distill, score_sigma=own))
+    assert "one noise level" in changed["recipe.stages.distill.distill.score_sigma.per"]
+    plain = {"objective": flow.objective, "distill": None, "roles": {}, "turns": "S"}
+    changed = told("", "distill", **plain, sampler=flow.sampler)
+    assert "each with objective flow_matching" in changed["recipe.stages.distill.pools"]
+    assert "pools=each" in changed["recipe.stages.distill.pools"]

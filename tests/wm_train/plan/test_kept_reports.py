@@ -52,9 +52,17 @@ def test_other_settings_are_planned_anew(kept, planned):
     for more in ([], [], [frames], ["launcher.workers=1"], [], [frames]):
         assert main([*LINES, *more]) == 0
     assert planned == ["gdn"] * 3
-    assert main([*LINES[:-1], "0.001"]) == 3  # another memory of the device
-    assert main([*LINES[:-1], "0.001"]) == 3
+    assert main([*LINES, "--device", "cuda"]) == 0
     assert planned == ["gdn"] * 4
+
+
+def test_a_kept_report_fits_or_not_in_another_memory(kept, planned, capsys):
+    assert main(LINES) == 0
+    assert main([*LINES[:-1], "0.0001"]) == 3
+    assert main(LINES[:-2]) == 0
+    assert planned == ["gdn"]
+    shown = capsys.readouterr().out
+    assert [shown.count(said) for said in (": fits", "of 0.0001 GiB: DOES NOT FIT")] == [1, 1]
 
 
 def test_rates_lengths_and_seeds_are_said_from_a_kept_report(kept, planned, capsys):
@@ -79,7 +87,9 @@ def test_a_report_with_days_depends_on_the_steps(kept, planned, capsys):
     assert planned == ["gdn"] * 3
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1, 2]", "{}", '{"lines": ["x"], "other": 1}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[1, 2]", "{}", '{"lines": ["x"], "device": 1, "other": 1}']
+)
 def test_a_damaged_report_is_made_anew(kept, planned, capsys, damage):
     assert main(LINES) == 0
     (path,) = kept.glob("report-*.json")
