@@ -13,7 +13,7 @@ from wm_train.config.curriculum import plan_stages
 from wm_train.plan.compare import measured, memory_line
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.scaling.advice import advice_lines, replica_lines
-from wm_train.plan.scaling.picture import draw, end_of
+from wm_train.plan.scaling.picture import draw, end_of, round_numbers
 from wm_train.plan.scaling.points import Assumptions, StagePoint, point_of, table
 from wm_train.plan.search.candidates import Candidate, Shape
 from wm_train.plan.search.moving import on_shards
@@ -112,6 +112,20 @@ def test_failures_take_a_larger_share_of_more_devices():
     assert many.interval_s < some.interval_s < few.interval_s
     assert few.cost == pytest.approx((8 + 8 * few.spares) * few.days * 24 * 2.5)
     assert len(table([few, some, many])) == 1 + 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "marks"),
+    [
+        (14428, 28061, [10_000, 20_000, 50_000]),
+        (0.15, 48, [0.1, 1, 10, 100]),
+        (1, 1, [1, 2]),
+        (0.023, 0.023, [0.02, 0.05]),
+        (1, 100, [1, 2, 5, 10, 20, 50, 100]),
+    ],
+)
+def test_marks_of_a_logarithmic_axis_are_round_and_hold_its_numbers(least, most, marks):
+    assert round_numbers(least, most) == pytest.approx(marks)
 
 
 def test_the_picture_is_written_with_its_assumptions(tmp_path):

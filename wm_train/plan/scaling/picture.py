@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ COLOURS = (
 )
 BAND = (205, 220, 240)
 PANEL_W, PANEL_H, LEFT, TOP = 520, 300, 64, 34
+HEAD, ROW = 34, 16  # above the panels: the title and rows of stages' names
+MARKS = 7  # of an axis, before they are powers of ten alone
 Line = tuple[str, Sequence[float], tuple[int, int, int]]
 
 
@@ -29,13 +32,21 @@ def draw(points: Sequence[Point], title: str, notes: Sequence[str], path: Path) 
     from PIL import Image, ImageDraw
 
     stages = [one.stage for one in points[0].stages]
+    colours = [COLOURS[n % len(COLOURS)] for n in range(len(stages))]
     wrapped = [line for note in notes for line in _wrapped(note, 150)]
-    size = (2 * PANEL_W, 40 + 3 * PANEL_H + 14 * len(wrapped) + 16)
+    rows = _wrapped("  ".join(stages), 150)
+    head = HEAD + ROW * len(rows)
+    size = (2 * PANEL_W, head + 3 * PANEL_H + 14 * len(wrapped) + 20)
     sheet = Image.new("RGB", size, (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     pen.text((12, 10), title, fill=INK)
+    names = dict(zip(stages, colours, strict=True))
+    for number, listed in enumerate(rows):
+        x = 12.0
+        for name in listed.split():
+            pen.text((x, HEAD - 4 + ROW * number), name, fill=names[name])
+            x += pen.textlength(name) + 20
     devices = [one.devices for one in points]
-    colours = [COLOURS[n % len(COLOURS)] for n in range(len(stages))]
 
     def of_stages(value: Callable[[Any], float]) -> list[Line]:
         return [
@@ -55,13 +66,13 @@ def draw(points: Sequence[Point], title: str, notes: Sequence[str], path: Path) 
         ("devices and date of the end", [], True, None),
     ]
     for place, (name, own, logarithmic, between) in enumerate(lines):
-        x, y = place % 2 * PANEL_W, 36 + place // 2 * PANEL_H
+        x, y = place % 2 * PANEL_W, head + place // 2 * PANEL_H
         if place < len(lines) - 1:
             _panel(pen, (x, y), name, devices, own, logarithmic, between)
         else:
             _dates(pen, (x, y), points)
     for row, line in enumerate(wrapped):
-        pen.text((12, 44 + 3 * PANEL_H + 14 * row), line, fill=INK)
+        pen.text((12, head + 8 + 3 * PANEL_H + 14 * row), line, fill=INK)
     sheet.save(path, format="PNG")
 
 
@@ -90,12 +101,11 @@ def _panel(
     right, bottom = corner[0] + PANEL_W - 20, corner[1] + PANEL_H - 30
     values = np.array([value for _, line, _ in lines for value in line] or [0.0])
     if logarithmic:
-        low, high = 10 ** np.floor(np.log10(values.min())), 10 ** np.ceil(np.log10(values.max()))
-        ticks = list(10.0 ** np.arange(round(np.log10(low)), round(np.log10(high)) + 1))
+        ticks = round_numbers(float(values.min()), float(values.max()))
+        low, high = ticks[0], ticks[-1]
     else:
         low, high = 0.0, max(0.1, np.ceil(values.max() * 10) / 10)
         ticks = list(np.linspace(0, high, 6))
-    high = high if high > low else low * 10
 
     def across(count: float) -> float:
         first, last = np.log(devices[0]), np.log(max(devices[-1], devices[0] + 1))
@@ -117,13 +127,24 @@ def _panel(
         edge = [(across(n), up(v)) for n, v in zip(devices, band[0], strict=True)]
         edge += [(across(n), up(v)) for n, v in zip(devices, band[1], strict=True)][::-1]
         pen.polygon(edge, fill=BAND)
-    for number, (label, line, colour) in enumerate(lines):
+    for _, line, colour in lines:
         places = [(across(n), up(v)) for n, v in zip(devices, line, strict=True)]
         pen.line(places, fill=colour, width=2)
         for x, y in places:
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-        if len(lines) > 1:
-            pen.text((left + 8, bottom - 14 * (len(lines) - number)), label, fill=colour)
+
+
+def round_numbers(least: float, most: float) -> list[float]:
+    """Return the marks of a logarithmic axis that holds both numbers: powers of ten, with twice and
+    five times each where these are few."""
+    powers = range(floor(log10(least)), ceil(log10(most)) + 2)
+    every = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    first = max(number for number in every if number <= least * (1 + 1e-9))
+    last = min(number for number in every if number >= max(most, 1.5 * first) * (1 - 1e-9))
+    fine = [number for number in every if first <= number <= last]
+    if len(fine) <= MARKS:
+        return fine
+    return [10.0**power for power in range(floor(log10(least)), ceil(log10(most)) + 1)]
 
 
 def _dates(pen: Any, corner: tuple[int, int], points: Sequence[Point]) -> None:
@@ -132,7 +153,7 @@ def _dates(pen: Any, corner: tuple[int, int], points: Sequence[Point]) -> None:
     pen.text((corner[0] + LEFT, corner[1] + 6), f"end, if started on {today}", fill=INK)
     for row, one in enumerate(points):
         end = end_of(today, one.days)
-        text = f"{one.devices:>7,} devices   {end}   {one.days:,.1f} days   cost {one.cost:,.0f}"
+        text = f"{one.devices:>7,} devices   {end}   {one.days:,.3g} days   cost {one.cost:,.0f}"
         pen.text((corner[0] + LEFT, corner[1] + TOP + 16 * row), text, fill=INK)
 
 
