@@ -14,6 +14,8 @@ from wm_train.config.curriculum import plan_stages
 from wm_train.config.problems import ConfigError
 from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal, rehearse
+from wm_train.plan.scaling import points
+from wm_train.plan.scaling.points import STATE_BYTES, Assumptions
 from wm_train.plan.search.candidates import Candidate, Refused, batch_lines, listed, plan_on
 from wm_train.plan.search.ranking import Bases, search, usable
 from wm_train.plan.search.report import device_counts, refused_lines
@@ -129,6 +131,30 @@ def test_the_batch_is_said_first():
     lines = batch_lines(plan, 10_000)
     assert "batch 32: at cp 2 it feeds at most 64 devices" in lines[0]
     assert "cp 313 or more, or a batch of 5,000 clips at cp 2" in lines[1]
+    by_parts = replace(plan.config.parallel, cp=None, ulysses=4, ring=2)
+    plan = replace(plan, config=replace(plan.config, parallel=by_parts))
+    assert "batch 32: at cp 8 it feeds at most 256 devices" in batch_lines(plan, 256)[0]
+
+
+def test_points_count_what_a_sequence_group_feeds_and_what_a_save_writes(monkeypatch, capsys):
+    """A batch grows where the recipe's feeds no more devices; a checkpoint is stored before the
+    next one is due."""
+    plan = stage_plan(8, frames=249)
+    by_parts = replace(plan.config.parallel, cp=None, ulysses=2, ring=2)
+    plan = replace(plan, config=replace(plan.config, parallel=by_parts))
+
+    def made(plan, *_):
+        return Bases(plan, FRAME, lambda plans: [quick(one) for one in plans], DEVICE)
+
+    monkeypatch.setattr(points, "bases_of", made)
+    slow = Assumptions(store_rate=1e5)
+    sizes = {"plans": [plan], "frames": {plan.stage: FRAME}, "hardware": DEVICE}
+    found, left_out = points.points_of(**sizes, counts=[32, 64], assumed=slow)
+    assert left_out == []
+    assert [one.stages[0].batch for one in found] == [8, 16]
+    stored_s = STATE_BYTES * made(plan).parameters() / slow.store_rate
+    assert found[0].interval_s >= stored_s > 3600
+    assert "64 devices" in capsys.readouterr().err
 
 
 def test_numbers_of_devices():

@@ -6,11 +6,13 @@ Meshes are the best by formula (`wm_train/plan/search/`). What is assumed beside
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from parallel.degrees import sequence_size
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.plan.latents import Frame
@@ -105,8 +107,8 @@ def points_of(
     processes: int = 1,
 ) -> tuple[list[Point], list[str]]:
     """Return a point for each number of devices on which all stages run, and a line for each stage
-    or number that is left out."""
-    left_out, bases, parameters = [], dict[str, Bases | TurnBases](), 0
+    or number that is left out. Prints on standard error which number is under way."""
+    left_out, bases = [], dict[str, Bases | TurnBases]()
     for plan in plans:
         if reason := no_search(plan):
             left_out.append(f"stage {plan.stage} is left out: {reason}")
@@ -114,12 +116,14 @@ def points_of(
             bases[plan.stage] = bases_of(plan, frames[plan.stage], hardware, processes)
     points = []
     for devices in counts if bases else ():
+        print(f"searching the meshes of {devices:,} devices", file=sys.stderr, flush=True)
         stages = [on_devices(one, devices) for one in bases.values()]
         missing = [name for name, found in zip(bases, stages, strict=True) if found is None]
         if missing:
             left_out.append(f"{devices:,} devices are left out: no mesh for {', '.join(missing)}")
             continue
         found = [one for one in stages if one is not None]
+        parameters = max(one.parameters() for one in bases.values())
         points.append(point_of(found, devices, hardware, assumed, parameters))
     return points, left_out
 
@@ -127,10 +131,9 @@ def points_of(
 def on_devices(bases: Bases | TurnBases, devices: int) -> StagePoint | None:
     """Return a stage on so many devices, None where no mesh trains it."""
     config = bases.plan.config
-    feeds = config.global_batch * (config.parallel.cp or 1)
-    batch = config.global_batch
-    if devices > feeds:
-        batch = devices // (config.parallel.cp or 1)
+    size, batch = sequence_size(config.parallel), config.global_batch
+    if devices > batch * size:
+        batch = devices // size
     grown = bases.with_batch(batch)
     found = search(grown, devices, count=1, rehearsed=False).best
     if not found:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from parallel.degrees import divisors
+from parallel.degrees import divisors, sequence_size
 from wm_train.checks.mesh import mesh_problems
 from wm_train.checks.stages import stage_problems
 from wm_train.config.curriculum import StagePlan
@@ -139,7 +139,7 @@ def broken_rule(plan: StagePlan, candidate: Candidate) -> str:
 
 def batch_lines(plan: StagePlan, devices: int) -> list[str]:
     """Return what the batch alone says about a number of devices: said before anything else."""
-    batch, cp = plan.config.global_batch, plan.config.parallel.cp or 1
+    batch, cp = plan.config.global_batch, sequence_size(plan.config.parallel)
     lines = [f"  batch {batch}: at cp {cp} it feeds at most {batch * cp:,} devices"]
     if devices > batch * cp:
         least = -(-devices // batch)
