@@ -16,8 +16,8 @@ from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal, rehearse
 from wm_train.plan.scaling import points
 from wm_train.plan.scaling.points import STATE_BYTES, Assumptions
-from wm_train.plan.search.candidates import Candidate, Refused, batch_lines, listed, plan_on
-from wm_train.plan.search.ranking import Bases, search, usable
+from wm_train.plan.search.candidates import Candidate, Refused, Shape, batch_lines, listed, plan_on
+from wm_train.plan.search.ranking import NEAR, Bases, search, usable
 from wm_train.plan.search.report import device_counts, refused_lines
 from wm_train.plan.speed.collectives import Call
 from wm_train.plan.speed.step import step_time
@@ -67,19 +67,21 @@ def test_it_finds_what_rehearsals_of_all_meshes_find(devices):
 
 def quick(plan):
     """A rehearsal by hand: a rank computes its share, up to 8 % off the formula, gathers
-    20 units, and keeps the less, the more it computes again."""
+    20 units, and keeps the less, the more it computes again. The first rank has the most frames."""
     own, world = plan.config.parallel, plan.launcher.workers
     kind, size = plan.config.model.activation_checkpointing, own.cp or 1
     more, kept = {"none": (1.0, 160e9), "selective": (1.1, 60e9), "block": (1.33, 20e9)}[kind]
     off = 1 + 0.02 * ((3 * (own.ring or 1) + 5 * (own.ulysses or 1)) % 9 - 4) * (size > 1)
-    work = Work(200, 10**9, round(2e15 * more * off / size), 10**9)
+    frames = FRAME.time(plan.config.frames).latents(plan.config.frames)
+    share = -(-frames // size) / frames
+    work = Work(200, 10**9, round(2e15 * more * off * share), 10**9)
     unit = 5 * 10**7
     calls = {
         Call(p, lane, lane, unit // world * (world - 1), world, 1): 20
         for p, lane in (("activations", "gather"), ("backward", "gather"), ("backward", "reduce"))
     }
     own_state = 20 * 8 * unit // world
-    at_peak = {"weights": own_state, "activations": round(kept * off / size)}
+    at_peak = {"weights": own_state, "activations": round(kept * off * share)}
     update = own_state + 2 * 20 * 2 * unit // world
     total = sum(at_peak.values())
     return Rehearsal(total, at_peak, own_state, update, {("backward", "aten.mm"): work}, calls)
@@ -112,7 +114,7 @@ def test_a_mesh_that_does_not_fit_says_by_how_much_and_a_slow_one_on_what_it_wai
 
 def test_every_mesh_is_a_candidate_or_has_a_reason_and_candidates_start():
     plan = stage_plan(12, frames=81)
-    for devices in (8, 12, 60):
+    for devices in (8, 12, 156):  # 13 devices for each of 12 clips are more than 11 frames
         every = list(listed(plan, devices, 11))
         for one in every:
             if isinstance(one, Refused):
@@ -122,7 +124,47 @@ def test_every_mesh_is_a_candidate_or_has_a_reason_and_candidates_start():
                 assert one.devices == devices
                 assert one.clips * one.accumulate * one.dp_replicate * one.dp_shard == 12
                 assert mesh_problems(plan_on(plan, one)) == []
-        assert any(isinstance(one, Candidate) for one in every) == (devices != 60)
+        assert any(isinstance(one, Candidate) for one in every) == (devices != 156)
+
+
+def test_frames_that_leave_no_member_without_one_are_split_over_any_number():
+    """500 frames over 64 are 52 parts of eight and 12 of seven."""
+    many = {one.cp for one in listed(stage_plan(8), 64, 500) if isinstance(one, Candidate)}
+    assert many == {8, 16, 32, 64}
+    few = [one.reason for one in listed(stage_plan(8), 64, 63) if isinstance(one, Refused)]
+    assert [reason for reason in few if "frames" in reason] == [
+        "frames: 63 leave some of 64 members without one"
+    ]
+
+
+def test_reasons_name_keys_of_the_stage_and_its_recompute_goes_with_each_checkpointing():
+    plan = stage_plan(8, frames=81)
+    kept = replace(plan.config.parallel, recompute="keep_attention")
+    plan = replace(plan, config=replace(plan.config, parallel=kept))
+    every = list(listed(plan, 8, 11))
+    assert not any("{at}" in one.reason for one in every if isinstance(one, Refused))
+    ways = {
+        one.shape.checkpointing: one.words("keep_attention")
+        for one in every
+        if isinstance(one, Candidate)
+    }
+    assert set(ways) == {"none", "selective", "block"}
+    assert "parallel.recompute=keep_attention" in ways["block"]
+    assert "parallel.recompute=answers" in ways["selective"]
+
+
+@pytest.mark.parametrize("recompute", ["answers", "keep_attention", "collectives"])
+def test_the_formula_knows_what_recomputation_keeps(recompute):
+    wan = "{name:wan,latent_channels:24,depth:8,width:128,heads:4,ffn_width:256,patch_size:1"
+    lines = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere"]
+    lines.append(f"recipe.stages.short.model={wan},text_width:0,activation_checkpointing:block}}")
+    lines += ["recipe.stages.short.frames=161", "recipe.stages.short.global_batch=1"]
+    plan = plan_stages(compose([*lines, f"parallel.recompute={recompute}"]))[0]
+    frame = replace(FRAME, height=8, width=8)
+    own = Bases(plan, frame, lambda plans: [rehearse(one, frame) for one in plans], DEVICE)
+    real, found = (made(Shape(2, 2, "block"))[0] for made in (own.real, own.by_formula))
+    kept = real.at_peak["activations"]
+    assert found.at_peak["activations"] == pytest.approx(kept, rel=NEAR - 1)
 
 
 def test_the_batch_is_said_first():

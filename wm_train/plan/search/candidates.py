@@ -48,8 +48,8 @@ class Candidate:
         """Return over how many ranks a weight is sharded."""
         return self.dp_shard * self.cp
 
-    def words(self) -> list[str]:
-        """Return the overrides that choose it."""
+    def words(self, recompute: str) -> list[str]:
+        """Return the overrides that choose it; recompute: the stage's own `parallel.recompute`."""
         return [
             f"launcher.workers={self.devices}",
             f"parallel.dp_replicate={self.dp_replicate}",
@@ -57,6 +57,7 @@ class Candidate:
             f"parallel.ulysses={self.shape.ulysses}",
             f"parallel.ring={self.shape.ring}",
             f"model.activation_checkpointing={self.shape.checkpointing}",
+            f"parallel.recompute={recompute_with(recompute, self.shape.checkpointing)}",
             f"trainer.accumulate={self.accumulate}",
         ]
 
@@ -69,6 +70,14 @@ class Refused(NamedTuple):
     reason: str
 
 
+def recompute_with(recompute: str, checkpointing: str) -> str:
+    """Return `parallel.recompute` for a way to checkpoint: the stage's own where both go together,
+    else the default."""
+    if checkpointing == "none" or (checkpointing, recompute) == ("selective", "keep_attention"):
+        return "answers"
+    return recompute
+
+
 def plan_on(plan: StagePlan, candidate: Candidate) -> StagePlan:
     """Return the plan of the stage as the overrides of a candidate would give it."""
     config, shape = plan.config, candidate.shape
@@ -79,6 +88,7 @@ def plan_on(plan: StagePlan, candidate: Candidate) -> StagePlan:
         cp=candidate.cp,
         ulysses=shape.ulysses,
         ring=shape.ring,
+        recompute=recompute_with(config.parallel.recompute, shape.checkpointing),
     )
     config = replace(
         config,
@@ -104,7 +114,7 @@ def listed(plan: StagePlan, devices: int, frames: int) -> Iterator[Candidate | R
             most = max(n for n in range(1, min(groups, batch) + 1) if batch % n == 0)
             yield Refused(f"cp {cp}", f"batch: {need}; it feeds {most * cp} at this cp")
             continue
-        if -(-frames // cp) * (cp - 1) >= frames:
+        if frames < cp:
             yield Refused(f"cp {cp}", f"frames: {frames} leave some of {cp} members without one")
             continue
         for ulysses in divisors(cp):
@@ -134,7 +144,7 @@ def broken_rule(plan: StagePlan, candidate: Candidate) -> str:
     """Return the first rule of the launcher that a candidate breaks, "" if it would start."""
     own = plan_on(plan, candidate)
     problems = [*stage_problems(own), *mesh_problems(own)]
-    return f"rule: {problems[0]}" if problems else ""
+    return f"rule: {problems[0].under(f'recipe.stages.{plan.stage}.')}" if problems else ""
 
 
 def batch_lines(plan: StagePlan, devices: int) -> list[str]:

@@ -17,7 +17,7 @@ from parallel.comm import Member
 from parallel.traffic import expected_cost
 from parallel.virtual import Call as VerbCall
 from wm_train.plan.rehearsal import Rehearsal
-from wm_train.plan.search.candidates import Candidate, Shape
+from wm_train.plan.search.candidates import Candidate, Shape, recompute_with
 from wm_train.plan.speed.blocks import GroupMesh, on_mesh
 from wm_train.plan.speed.collectives import Call
 from wm_train.plan.speed.network import Pattern
@@ -36,6 +36,7 @@ class Verbs:
     calls: Mapping[VerbCall, float]
     exchange: str
     precision: str
+    recompute: str = "answers"
 
 
 def on_shards(base: Rehearsal, shards: int, candidate: Candidate) -> Rehearsal:
@@ -76,7 +77,7 @@ def split_rehearsal(base: Rehearsal, verbs: Verbs, shape: Shape, frames: int) ->
     if size == 1:
         return base
     share = -(-frames // size) / frames
-    kept_answers = 0.0
+    recompute, kept = recompute_with(verbs.recompute, shape.checkpointing), 0.0
     calls: Counter[Call] = Counter(base.collectives)
     mesh = GroupMesh(shape.ring, shape.ulysses, verbs.exchange, verbs.precision)
     members = [Member(r, u, *shape[:2]) for r, u in _corners(shape)]
@@ -89,18 +90,29 @@ def split_rehearsal(base: Rehearsal, verbs: Verbs, shape: Shape, frames: int) ->
                 continue
             most = max(found, key=lambda cost: cost.sent)
             if way == "forward":
-                kept_answers += count * most.sent
+                kept += count * kept_of(own, most.sent, share, recompute)
             each = most.sent // max(1, most.collectives)
             ranks, stride, pattern = _flow(own, shape)
             calls[Call(phase, "sequence", pattern, each, ranks, stride)] += round(
                 count * most.collectives
             )
     at_peak = {n: round(v * share) if n in OF_CLIPS else v for n, v in base.at_peak.items()}
-    if shape.checkpointing != "none":  # answers are kept, so that nothing is sent again
-        at_peak["activations"] = at_peak.get("activations", 0) + round(kept_answers)
+    if shape.checkpointing != "none":
+        at_peak["activations"] = at_peak.get("activations", 0) + round(kept)
     work = {key: _times(one, share, 1) for key, one in base.work.items()}
     peak = max(sum(at_peak.values()), base.update)
     return replace(base, peak=peak, at_peak=at_peak, work=work, collectives=dict(calls))
+
+
+def kept_of(call: VerbCall, sent: int, share: float, recompute: str) -> float:
+    """Return the bytes that a recomputed block keeps of a verb's call on one rank, which sends so
+    many and holds a share of the frames (`parallel/checkpointing.py`)."""
+    if recompute == "collectives":
+        return 0.0
+    if recompute == "keep_attention" and isinstance(call.verb, AttendVerb):
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in call.tensors[:3]]
+        return share * (sum(sizes) + sizes[0])  # q, k and v, and a result as large as q
+    return sent  # what a rank is sent is about as much
 
 
 def _corners(shape: Shape) -> Iterable[tuple[int, int]]:

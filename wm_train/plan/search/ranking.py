@@ -145,7 +145,8 @@ def verbs_of(plan: StagePlan, frame: Frame, frames: int) -> Verbs:
     for call in calls:
         repeated = depth / max(1, len(blocks)) if call.scope else 1
         counts[call._replace(scope="")] += repeated  # type: ignore[assignment]
-    return Verbs(counts, config.parallel.attention_exchange, config.parallel.precision)
+    parallel = config.parallel
+    return Verbs(counts, parallel.attention_exchange, parallel.precision, parallel.recompute)
 
 
 class Ranker(Protocol):
