@@ -76,7 +76,8 @@ class Stage:
         info, own = self.dataset.info, self.config.roles.get(role, self.config)
         history, windows = self.config.objective.windows(), 1
         if self.config.distill and role == STUDENT and (history := self.config.distill.history):
-            windows = len(history.chunks(latent_frames))
+            whole = replace(history, tail="shift")  # as `window_rollout` makes a clip
+            windows = len(whole.chunks(latent_frames))
         latent_frames = history.frames if history else latent_frames
         sizes = (self.latent_frames, height, width, info.temporal_stride, info.text_length)
         longest = ExampleShape(1, *sizes, grouped=info.time_layout == "grouped")

@@ -151,16 +151,18 @@ def test_late_losses_have_the_whole_graphs_gradient(exit, of):
         assert float((found - want).abs().max()) / size < 1e-9
 
 
-def test_a_network_of_experts_is_its_experts_and_trains_one():
-    pair = awake(PAIR)
+@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["clean", "noised"])
+def test_a_network_of_experts_is_its_experts_and_trains_one(noise):
+    """Whatever level the history of a window has."""
+    pair, history = awake(PAIR), replace(HISTORY, noise=noise)
     high, low = pair.high, pair.low
-    apart = clip_of(rolled(Experts((0.9, 0.0), (high, low))))
-    assert torch.equal(clip_of(rolled(pair)), apart)
+    apart = clip_of(rolled(Experts((0.9, 0.0), (high, low)), history=history))
+    assert torch.equal(clip_of(rolled(pair, history=history)), apart)
     g = torch.ones(2, 9, 3, 4, 4).double()
     for exit, trained in ((2, high), (3, low)):  # levels 0.9 and 0.6
         pair.zero_grad(set_to_none=True)
-        exits = rolled(pair, exit)
-        for loss in window_losses(pair, exits, given()[1], DRAWS, g, HISTORY):
+        exits = rolled(pair, exit, history=history)
+        for loss in window_losses(pair, exits, given()[1], DRAWS, g, history):
             loss.backward()
         assert pair.passes_at(exits[0].sigma) == {"high": trained is high, "low": trained is low}
         moved = {n.partition(".")[0] for n, p in pair.named_parameters() if p.grad is not None}

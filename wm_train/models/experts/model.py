@@ -14,7 +14,7 @@ from wm_train.models.experts.config import ExpertsConfig
 from wm_train.models.init import Rule
 from wm_train.models.spec import WorldModel, build_model
 
-ROUNDING = 1e-5  # of a mean of equal levels
+ROUNDING = 1e-5  # of a level that is read through a mean
 
 
 class ExpertsModel(WorldModel):
@@ -83,12 +83,15 @@ class ExpertsModel(WorldModel):
 
     @torch.no_grad()
     def expert_at(self, sigma: Tensor, sequence: SequenceShard) -> str:
-        """Return the name of the expert for clips whose frames have the levels [B, t], or 0 where
-        they are given. It reads one number a clip from the device."""
+        """Return the name of the expert for clips whose local frames have the levels [B, t]: that
+        of the clip's last frame, as frames that are given, at 0 or a small level, stand before it.
+        It reads one number a clip from the device."""
         names = list(self.config.experts)
         if sigma.device.type == "meta" or isinstance(sigma, FakeTensor):
             return names[0]  # shapes alone: all experts have the same
-        levels = sequence.mean(sigma.float(), (sigma > 0).float()).tolist()
+        places = torch.arange(sequence.frames.start, sequence.frames.stop, device=sigma.device)
+        last = (places == sequence.clip_frames - 1).float().expand_as(sigma)
+        levels = sequence.mean(sigma.float(), last).tolist()
         found = {self._index(level) for level in levels}
         if len(found) > 1:
             raise ValueError(
