@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wm_train.backends.hardware import Hardware
 
 GIB = 2**30
+RUNTIME = 3 * 2**30  # bytes of context, buffers of collectives, fragments: assumed, not measured
 Frames = Mapping[str, Frame]  # stage -> its latent frame
 
 

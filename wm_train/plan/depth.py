@@ -138,11 +138,7 @@ def _plus(total: Rehearsal, deeper: Rehearsal, base: Rehearsal, times: float) ->
         key: more(*(one.collectives.get(key, 0) for one in (total, deeper, base)))
         for key in total.collectives.keys() | deeper.collectives.keys()
     }
-    return Rehearsal(
-        more(total.peak, deeper.peak, base.peak),
-        at_peak,
-        more(total.held, deeper.held, base.held),
-        more(total.update, deeper.update, base.update),
-        work,
-        calls,
-    )
+    update = more(total.update, deeper.update, base.update)
+    peak = max(more(total.peak, deeper.peak, base.peak), sum(at_peak.values()), update)
+    held = more(total.held, deeper.held, base.held)
+    return Rehearsal(peak, at_peak, held, update, work, calls)

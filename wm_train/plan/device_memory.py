@@ -106,8 +106,10 @@ def jobs_of(plan: StagePlan, frame: Frame, device: str) -> list[Job]:
 
 
 def with_rehearsal(memory: Memory, made: Rehearsal) -> Memory:
-    """Return the memory with what a rehearsal saw on the device."""
+    """Return the memory with what a rehearsal saw on the device; where the optimizer's step needs
+    more than the gradients' part, what it needs besides is added to what is busy."""
     seen = made.at_peak
+    stepping = max(0, made.update - sum(seen.values()))
     return replace(
         memory,
         weights=seen.get("weights", 0),
@@ -116,5 +118,5 @@ def with_rehearsal(memory: Memory, made: Rehearsal) -> Memory:
         gradients=seen.get("gradients", 0),
         gathered=seen.get("gathered", 0) + seen.get("communication", 0),
         activations=seen.get("activations", 0) + seen.get("build", 0),
-        busy=seen.get("backward", 0),
+        busy=seen.get("backward", 0) + stepping,
     )

@@ -53,8 +53,9 @@ class Memory:
     """Hold the bytes of one rank by category. `staging` and the categories named in `offloaded` are
     host memory, the rest is on the device.
 
-    `busy`: activations of the one block that is computed or recomputed; `activations`: tensors that
-    all blocks save for backward besides.
+    `busy`: activations of the one block that is computed or recomputed, or what the optimizer's
+    step needs besides, if that is more; `activations`: tensors that all blocks save for backward
+    besides.
     """
 
     parameters: int  # of the whole model, as a number, not bytes

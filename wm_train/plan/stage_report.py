@@ -6,6 +6,7 @@ in seconds: nothing is imported that a plan computes with.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from parallel.degrees import sequence_size
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import OptimizerConfig
 from wm_train.config.roles import STUDENT, turns_of
-from wm_train.plan.arguments import GIB, Asked, Frames
+from wm_train.plan.arguments import GIB, RUNTIME, Asked, Frames
 from wm_train.plan.latents import Frame
 from wm_train.plan.store import folder, keep, load, name_of, report_settings
 
@@ -30,16 +31,17 @@ Source = Callable[[StagePlan], str]
 @dataclass(frozen=True)
 class StageReport:
     """Hold what a plan says of a stage: its lines, kept without those of `head_lines` and
-    `verdict`; the bytes on its device; with --hardware the seconds that it takes, None where no
-    time is known."""
+    `verdict`; the bytes of tensors on its device, and those of the device's runtime; with
+    --hardware the seconds that it takes, None where no time is known."""
 
     lines: list[str]
     device: int
+    runtime: int
     seconds: float | None = None
 
     def fits(self, gib: float | None) -> bool:
         """Return whether a device of so many GiB, None for any, holds it."""
-        return gib is None or self.device <= gib * GIB
+        return gib is None or self.device + self.runtime <= gib * GIB
 
 
 def stage_reports(
@@ -106,7 +108,8 @@ def planned(plan: StagePlan, frame: Frame, asked: Asked, source: Source, path: P
         lines += time_lines(plan, frame, made, asked.profile)
         lines += advice_lines(plan, made, asked.profile, memory.trained)
         seconds = stage_seconds(plan, made, asked.profile)
-    found = StageReport(lines, memory.device, seconds)
+    runtime = 0 if kind_of(plan, asked) == "cpu" else RUNTIME
+    found = StageReport(lines, memory.device, runtime, seconds)
     if made or not can_rehearse(plan.config):  # else a line on standard error says why
         keep(path, asdict(found))
     return found
@@ -123,7 +126,9 @@ def _kept(path: Path) -> StageReport | None:
 def _path(plan: StagePlan, frame: Frame, asked: Asked, settings: Any) -> Path:
     own = report_settings(settings, timed=asked.profile is not None)
     wanted = asdict(replace(asked, processes=1, device_gib=None))
-    return folder() / f"report-{name_of([own, plan.stage, asdict(frame), wanted])}.json"
+    # without --device a plan may be for what this machine has (`likely_kind`)
+    here = [Path("/dev/nvidiactl").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")]
+    return folder() / f"report-{name_of([own, plan.stage, asdict(frame), wanted, here])}.json"
 
 
 def kind_of(plan: StagePlan, asked: Asked) -> str:
@@ -197,7 +202,8 @@ def verdict(found: StageReport, gib: float | None) -> list[str]:
         return []
     advice = "try model.activation_checkpointing=block, a larger parallel.cp, or more workers"
     said = "fits" if found.fits(gib) else f"DOES NOT FIT: {advice}"
-    return [f"  {found.device / GIB:.2f} of {gib:g} GiB: {said}"]
+    runtime = f" and {found.runtime / GIB:g} of the runtime" if found.runtime else ""
+    return [f"  {found.device / GIB:.2f}{runtime} of {gib:g} GiB: {said}"]
 
 
 def _rates(optimizer: OptimizerConfig) -> str:

@@ -65,6 +65,19 @@ def test_a_kept_report_fits_or_not_in_another_memory(kept, planned, capsys):
     assert [shown.count(said) for said in (": fits", "of 0.0001 GiB: DOES NOT FIT")] == [1, 1]
 
 
+def test_a_device_also_holds_its_runtime(kept, capsys):
+    assert main([*LINES[:-1], "2", "--device", "cpu"]) == 0
+    assert main([*LINES[:-1], "2", "--device", "cuda"]) == 3
+    assert "and 3 of the runtime of 2 GiB: DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_report_is_of_the_machine_that_its_stage_would_find(kept, planned, monkeypatch):
+    for visible in ("0", "0", "", "0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert main(LINES) == 0
+    assert planned == ["gdn"] * 2
+
+
 def test_rates_lengths_and_seeds_are_said_from_a_kept_report(kept, planned, capsys):
     stage = "recipe.stages.gdn"
     words = ("seed=7", f"{stage}.steps=7777", f"{stage}.optimizer.lr=0.0123", "tracker.name=none")
@@ -88,7 +101,7 @@ def test_a_report_with_days_depends_on_the_steps(kept, planned, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "{", "[1, 2]", "{}", '{"lines": ["x"], "device": 1, "other": 1}']
+    "damage", ["", "{", "[1, 2]", "{}", '{"lines": ["x"], "device": 1, "runtime": 0, "other": 1}']
 )
 def test_a_damaged_report_is_made_anew(kept, planned, capsys, damage):
     assert main(LINES) == 0

@@ -20,11 +20,18 @@ from wm_train.config.curriculum import plan_stages
 from wm_train.config.roles import Turn
 from wm_train.models.experts.config import ExpertsConfig
 from wm_train.plan import kept, rehearsal
-from wm_train.plan.depth import rehearse_deep, shallow, shortened
+from wm_train.plan.depth import joined, rehearse_deep, shallow, shortened
 from wm_train.plan.device_memory import clip_shape, micro_batches, with_rehearsal
 from wm_train.plan.latents import Frame
 from wm_train.plan.memory import Memory
-from wm_train.plan.rehearsal import example_batch, open_shapes, rehearse, trace_turn, world_in_name
+from wm_train.plan.rehearsal import (
+    Rehearsal,
+    example_batch,
+    open_shapes,
+    rehearse,
+    trace_turn,
+    world_in_name,
+)
 from wm_train.plan.speed.collectives import gloo_copies
 from wm_train.plan.tracing import Tracer
 from wm_train.training.networks import build_networks
@@ -205,6 +212,17 @@ def test_a_deep_wan_on_a_mesh_is_that_of_two_shallow_ones(recompute):
     assert extended.at_peak == pytest.approx(whole.at_peak, rel=1e-3)
     flops = [sum(work.flops for work in one.work.values()) for one in (whole, extended)]
     assert flops[1] == pytest.approx(flops[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("update", [100, 500])
+def test_the_optimizers_step_is_planned_where_it_needs_more(update):
+    at_peak = {"weights": 100, "optimizer": 50, "activations": 40, "backward": 10}
+    made = Rehearsal(max(200, update), at_peak, 150, update, {}, {})
+    none = Memory(*[0] * 10)
+    assert with_rehearsal(none, made).device == made.peak == max(200, update)
+    deeper = replace(made, update=2 * update)
+    found = joined(plan("model.depth=20"), [made, deeper])
+    assert found.peak == max(found.update, sum(found.at_peak.values()))
 
 
 def test_experts_are_shortened_together():

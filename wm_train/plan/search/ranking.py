@@ -16,6 +16,7 @@ from typing import Protocol
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.models.examples import ExampleShape
+from wm_train.plan.arguments import RUNTIME
 from wm_train.plan.depth import shortened
 from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
@@ -26,7 +27,6 @@ from wm_train.plan.speed.step import StepTime, step_time
 
 NEAR = 1.3  # how far the formula may be off: slower or larger by less is rehearsed
 GB = 1e9
-RUNTIME = 3 * 2**30  # bytes of context, buffers of collectives, fragments: assumed, not measured
 
 # plans of one sequence group each -> their rehearsals
 Rehearse = Callable[[Sequence[StagePlan]], Sequence[Rehearsal]]
