@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from wm_train.checks.guidance import CONTEXT, guidance_problems
-from wm_train.config.curriculum import StagePlan
+from wm_train.config.curriculum import TOGETHER, StagePlan
 from wm_train.config.kinds import ModelConfig, streams
 from wm_train.config.problems import AT, Problem
 from wm_train.config.roles import (
@@ -196,7 +196,7 @@ def _expert_problems(
 
 def _window_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Problem]:
     """Yield a student that makes its chunks in windows and is not bidirectional, or is not sampled
-    so."""
+    so, and keys that have no meaning there."""
     needs = stage.model.needs()
     rows = (
         (streams(needs), "chunk_frames", "a causal student", "one that is not, as a window is"),
@@ -210,6 +210,18 @@ def _window_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Pro
         if wrong:
             text = f"{rule}{end} with distill.schedule=windows"
             yield Problem(key, got, text, f"{AT}distill.schedule=chunk")
+    one_level = stage.pools != TOGETHER  # there it is refused with the rule of its passes
+    sigma, normaliser, per = distill.context_sigma, distill.normaliser, distill.score_sigma.per
+    unread = (
+        (sigma > 0, "context_sigma", f"{sigma:g}", "0", "a finished chunk is no past to pass"),
+        (distill.history_states != "keep", "history_states", "replay", "keep", "none is stored"),
+        (normaliser == "chunk", "normaliser", normaliser, "clip", "clips have one chunk"),
+        (per == "chunk" and one_level, "score_sigma.per", per, "clip", "clips have one chunk"),
+    )
+    for wrong, name, got, right, why in unread:
+        if wrong:
+            text, key = f"{right} with distill.schedule=windows, as {why} there", f"distill.{name}"
+            yield Problem(key, got, text, f"{AT}{key}={right}")
     if distill.history and stage.sampler.windows() != distill.history:
         rule = "distill.history, as a student is used as it trained"
         got = "other windows" if stage.sampler.windows() else f"sampler {stage.sampler.name}"

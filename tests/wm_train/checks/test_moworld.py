@@ -96,6 +96,19 @@ def test_windows_that_are_not_sampled_or_not_seen_are_refused(runs, told):
     assert "windows" in told("", "distill", distill=causal)["recipe.stages.distill.distill.isg"]
 
 
+def test_noise_of_a_history_that_has_its_chunks_level_is_refused(runs, told):
+    ar = runs["high"].recipe.stages["ar"]
+    history = replace(ar.objective.history, time="chunk", noise=0.1)
+    for section in ("objective", "sampler"):
+        own = replace(getattr(ar, section), history=history)
+        found = told("high", "ar", **{section: own})
+        assert "0 with time=chunk" in found[f"recipe.stages.ar.{section}.history.noise"]
+        clean = replace(own, history=replace(history, time="zero"))
+        assert f"recipe.stages.ar.{section}.history.noise" not in told(
+            "high", "ar", **{section: clean}
+        )
+
+
 def release(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')

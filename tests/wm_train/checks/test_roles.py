@@ -112,6 +112,23 @@ def test_each_mistake_is_named_with_its_rule(found, changes, key, rule):
     assert rule in problems[f"{LONG}{key}"].rule
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "right"),
+    [
+        ({"context_sigma": 0.1}, "context_sigma", "0"),
+        ({"history_states": "replay"}, "history_states", "keep"),
+        ({"normaliser": "chunk"}, "normaliser", "clip"),
+        ({"score_sigma": {"per": "chunk"}}, "score_sigma.per", "clip"),
+    ],
+)
+def test_keys_that_a_student_in_windows_does_not_read_are_refused(found, changes, key, right):
+    distill = {**STAGE["distill"], "schedule": "windows", "history": {}}
+    assert f"{LONG}distill.{key}" not in found(changed(distill=distill))
+    problem = found(changed(distill={**distill, **changes}))[f"{LONG}distill.{key}"]
+    assert f"{right} with distill.schedule=windows, as" in problem.rule
+    assert problem.fix == f"{LONG}distill.{key}={right}"
+
+
 def test_all_mistakes_come_in_one_report(found):
     problems = found(
         changed(
