@@ -114,6 +114,10 @@ def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) ->
         got = f"{needs.latent_channels} channels in patches of {needs.patch}"
         rule = f"the student's {mine.latent_channels} in patches of {mine.patch}"
         yield Problem(f"{at}model", got, rule, f"{AT}{at}model.latent_channels=<the student's>")
+    if needs.image != mine.image:
+        rule = f"{mine.image}, as the student takes a clip's first image"
+        fix = own.model.cure("image", mine.image, f"{AT}{at}")
+        yield Problem(f"{at}{own.model.key('image')}", needs.image, rule, fix)
     if needs.causal and own.chunk_frames == 0:
         rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
         fix = f"{AT}{at}chunk_frames=3, or {own.model.cure('causal', 'false', f'{AT}{at}')}"

@@ -145,6 +145,10 @@ class ModelConfig(Named):
         """Return the model's facts for other modules."""
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
 
+    def checkpointing(self) -> frozenset[str]:
+        """Return the ways in which its blocks are computed again, several for several experts."""
+        return frozenset({self.activation_checkpointing})
+
     def blocks(self) -> tuple[int, int]:
         """Return the number of blocks, and after how many of them their kinds repeat; (0, 0)
         without such a number: a plan then rehearses the whole model."""

@@ -109,6 +109,18 @@ def test_noise_of_a_history_that_has_its_chunks_level_is_refused(runs, told):
         )
 
 
+def test_each_expert_is_asked_how_it_computes_its_blocks_again(runs, told):
+    distill = runs[""].recipe.stages["distill"]
+    experts = dict(distill.model.experts)
+    experts["low"] = replace(experts["low"], activation_checkpointing="selective")
+    changes = {
+        "model": replace(distill.model, experts=experts),
+        "parallel": replace(distill.parallel, compile=True),
+    }
+    found = told("", "distill", **changes)
+    assert "none or block" in found["recipe.stages.distill.model.activation_checkpointing"]
+
+
 def release(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')

@@ -38,6 +38,10 @@ class ExpertsConfig(ModelConfig):
         first = next(iter(self.experts.values()), None)
         return first.needs() if first else Needs(1, 1, self.latent_channels, 1, frozenset())
 
+    def checkpointing(self) -> frozenset[str]:
+        """Return the ways in which blocks of some expert are computed again."""
+        return frozenset[str]().union(*(one.checkpointing() for one in self.experts.values()))
+
     def blocks(self) -> tuple[int, int]:
         """Return the blocks of each expert, (0, 0) for experts of several depths."""
         found = {model.blocks() for model in self.experts.values()}
