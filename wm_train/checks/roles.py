@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from wm_train.checks.guidance import CONTEXT, guidance_problems
 from wm_train.config.curriculum import TOGETHER, StagePlan
@@ -132,9 +133,17 @@ def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) ->
 def _unlike(key: str, model: ModelConfig, other: ModelConfig, whose: str) -> Iterator[Problem]:
     """Yield the keys of a model by which its parameters are not those of another."""
     for name in model.other_shapes(other):
-        got, want = (str(getattr(one, name)) for one in (model, other))
+        got, want = (str(_value_of(one, name)) for one in (model, other))
         rule = f"{whose} {want}, as its parameters are taken"
         yield Problem(f"{key}.{name}", got, rule, f"{AT}{key}.{name}={want}")
+
+
+def _value_of(model: ModelConfig, key: str) -> Any:
+    """Return the value of a dotted key, "experts.high.width"; of several experts their names."""
+    found: Any = model
+    for name in key.split("."):
+        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
+    return ", ".join(found) if isinstance(found, Mapping) else found
 
 
 def _student_problems(stage: StageConfig) -> Iterator[Problem]:

@@ -121,6 +121,25 @@ def test_each_expert_is_asked_how_it_computes_its_blocks_again(runs, told):
     assert "none or block" in found["recipe.stages.distill.model.activation_checkpointing"]
 
 
+def test_a_critic_of_experts_is_compared_with_the_student_key_by_key(runs, told):
+    """Its parameters are taken, of which a way to compute blocks again changes none."""
+    distill = runs[""].recipe.stages["distill"]
+    critic, place = distill.roles["critic"], "recipe.stages.distill.roles.critic.model."
+
+    def with_low(**changes) -> dict[str, str]:
+        experts = dict(critic.model.experts)
+        experts["low"] = replace(experts["low"], **changes)
+        own = replace(critic, model=replace(critic.model, experts=experts))
+        roles = {**distill.roles, "critic": own}
+        found = told("", "distill", distill=replace(distill.distill, ida=0.9), roles=roles)
+        return {key: text for key, text in found.items() if key.startswith(place)}
+
+    assert not with_low(activation_checkpointing="block", translation_scale=0.2)
+    found = with_low(depth=2)
+    assert list(found) == [f"{place}experts.low.depth"]
+    assert "got 2, expected with distill.ida the student's 4" in found[f"{place}experts.low.depth"]
+
+
 def release(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')

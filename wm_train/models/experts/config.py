@@ -52,6 +52,19 @@ class ExpertsConfig(ModelConfig):
         experts = {name: model.with_blocks(count) for name, model in self.experts.items()}
         return replace(self, experts=experts)
 
+    def other_shapes(self, other: ModelConfig) -> list[str]:
+        """Return the keys in which two networks of experts differ such that their parameters may
+        not be the same, "experts.high.width", or "experts" where these are other ones."""
+        if not isinstance(other, ExpertsConfig):
+            return ["name"]
+        if list(self.experts) != list(other.experts):
+            return ["experts"]
+        found = ["boundaries"] if self.boundaries != other.boundaries else []
+        for name, model in self.experts.items():
+            keys = model.other_shapes(other.experts[name])
+            found += [f"experts.{name}.{key}" for key in keys]
+        return found
+
     def problems(self) -> Iterator[Problem]:
         """Yield experts without a boundary, and such that cannot see the same clips."""
         if len(self.experts) != len(self.boundaries) or not self.experts:
