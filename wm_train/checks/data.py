@@ -249,8 +249,12 @@ def _mixture_problems(
     if len(sizes) > 1:
         rule = "false, as the data sets have pictures of several sizes"
         yield Problem("data.pack", "true", rule, off)
-    if plan.config.model.needs().text_width:
+    needs = plan.config.model.needs()
+    if needs.text_width:
         rule = "false, as a row of several clips cannot have one text"
+        yield Problem("data.pack", "true", rule, off)
+    if needs.image == "channels" or "clip_image" in needs.fields:
+        rule = f"false, as model {plan.config.model.name} reads one first image of a row"
         yield Problem("data.pack", "true", rule, off)
     if data.buckets:
         rule = "none with data.pack"
