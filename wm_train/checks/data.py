@@ -336,13 +336,20 @@ def _lengths(plan: StagePlan, time: TimeLayout) -> list[tuple[str, int, int]]:
 
 
 def _engine_problems(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:
-    """Yield the clips that an attention engine of another package cannot split evenly."""
+    """Yield the clips, or the windows in which they are passed, that an attention engine of another
+    package cannot split evenly."""
     engine = plan.config.parallel.attention
     ranks = max(sequence_size(plan.config.parallel), 1)
     if engine not in FOREIGN_ENGINES or not plan.config.model.needs().softmax:
         return
     rule = f"a multiple of the {ranks} processes of a clip, for parallel.attention={engine}"
-    fix = f"{AT}parallel.attention=native, or clips of another length"
-    for key, raw, latent in lengths:
+    native, trained = f"{AT}parallel.attention=native", plan.config.objective.windows()
+    for key, raw, latent in () if trained else lengths:
         if latent % ranks:
-            yield Problem(key, f"{raw}, which is {latent} latent frames", rule, fix)
+            got, fix = f"{raw}, which is {latent} latent frames", "clips of another length"
+            yield Problem(key, got, rule, f"{native}, or {fix}")
+    sampled = plan.config.sampler.windows() if plan.config.trainer.samples else None
+    for section, history in (("objective", trained), ("sampler", sampled)):
+        if history and history.frames % ranks:
+            got = f"{history.chunk}, which is windows of {history.frames} latent frames"
+            yield Problem(f"{section}.history.chunk", got, rule, f"{native}, or another chunk")

@@ -14,6 +14,8 @@ from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError
 from wm_train.config.schema import RunConfig
 
+WINDOWED = ("objective", "sampler")  # the sections of a stage that have the same history
+
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, RunConfig]:
@@ -138,6 +140,23 @@ def test_a_critic_of_experts_is_compared_with_the_student_key_by_key(runs, told)
     found = with_low(depth=2)
     assert list(found) == [f"{place}experts.low.depth"]
     assert "got 2, expected with distill.ida the student's 4" in found[f"{place}experts.low.depth"]
+
+
+def test_an_engine_splits_windows_and_not_the_clips_they_are_cut_from(runs, told):
+    """Windows of 11 latent frames, or with a shorter chunk of 10, of clips of 20 or 21."""
+    ar = runs["high"].recipe.stages["ar"]
+    key, frames = "recipe.stages.ar.objective.history.chunk", "recipe.stages.ar.frames"
+
+    def split(chunk: int, length: int) -> dict[str, str]:
+        history = replace(ar.objective.history, chunk=chunk)
+        sections = {name: replace(getattr(ar, name), history=history) for name in WINDOWED}
+        parallel = replace(ar.parallel, attention="deepspeed", ulysses=2)
+        return told("high", "ar", frames=length, parallel=parallel, **sections)
+
+    odd = split(5, 153)
+    assert "5, which is windows of 11 latent frames" in odd[key]
+    assert frames not in odd
+    assert not {key, frames} & set(split(4, 161))
 
 
 def release(folder: Path, content: bytes) -> None:
