@@ -16,7 +16,9 @@ from wm_train.checks.guidance import guidance_data_problems
 from wm_train.checks.mesh import FOREIGN_ENGINES
 from wm_train.checks.stages import few_chunks
 from wm_train.config.curriculum import StagePlan
+from wm_train.config.kinds import ModelConfig
 from wm_train.config.problems import AT, Problem
+from wm_train.config.schema import StageConfig
 from wm_train.evaluation.poses import estimator_names
 from wm_train.redact import clean_text
 
@@ -51,6 +53,11 @@ def data_problems(plan: StagePlan, infos: dict[str, DatasetInfo | Problem]) -> l
     problems = [
         *wrong,
         *_model_problems(plan, info),
+        *(
+            problem
+            for at, model in _networks(plan.config)
+            for problem in _field_problems(data.path, info, at, model)
+        ),
         *guidance_data_problems(plan, info),
         *_trajectory_problems(plan, info),
         *_selection_problems(plan, [info, *drawn]),
@@ -101,6 +108,15 @@ def _dataset_json(path: str) -> bytes | Problem:
         return Problem(PATH, str(error), "a data set that can be read", "see its access rights")
 
 
+def _networks(stage: StageConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """Yield the place in the stage and the model of each network that sees its clips."""
+    yield "", stage.model
+    for role, own in stage.roles.items():
+        yield f"roles.{role}.", own.model
+    if job := stage.trajectories:
+        yield "trajectories.teacher.", job.teacher.model
+
+
 def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
     """Yield sizes of the model that are not the data set's, and splits without clips."""
     stage, model, needs = plan.config, plan.config.model, plan.config.model.needs()
@@ -113,44 +129,6 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
         side = info.spatial_stride * patch
         fix = f"{model.cure('patch', '1')}, or encode with resize=<multiples of {side}>"
         yield Problem(model.key("patch"), str(patch), rule, fix)
-    controls = len(info.control_names)
-    if needs.control_width and needs.control_width != controls:
-        rule = f"the data set's {controls} ({_listed(info.control_names) or 'no controls'})"
-        fix = model.cure("control_width", str(controls))
-        yield Problem(model.key("control_width"), str(needs.control_width), rule, fix)
-    elif needs.control_names and needs.control_names != info.control_names:
-        pairs = zip(info.control_names, needs.control_names, strict=True)
-        place, (found, wanted) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
-        got = f"{stage.data.path}, whose control {place} is {found}"
-        rule = f"{wanted} there, as {model.name} gives each of its {controls} controls a place"
-        yield Problem(PATH, got, rule, "encode it again: buttons, then mouse_dx, mouse_dy, scroll")
-    absent = sorted({"c2w.npy", "intrinsics.npy"} - set(info.fields))
-    if "camera" in needs.fields and absent:
-        got = f"true, which needs {' and '.join(absent)} of every clip"
-        rule = f"false, as the data set {stage.data.path} has no camera"
-        fix = f"{model.cure('camera', 'false')}, or encode with poses and intrinsics"
-        yield Problem(model.key("camera"), got, rule, fix)
-    stride = info.temporal_stride
-    if needs.camera_stride and needs.camera_stride != stride:
-        key, rule = model.key("camera_stride"), f"the data set's {stride} ({info.codec})"
-        fix = model.cure("camera_stride", str(stride))
-        yield Problem(key, str(needs.camera_stride), rule, fix)
-    if needs.text_width and needs.text_width != info.text_width:
-        key, fix = model.key("text_width"), model.cure("text_width", str(info.text_width))
-        rule = f"the data set's {info.text_width} ({info.text_encoder})"
-        if not info.text_width:
-            fix += ", or encode with text=<encoder>"
-            rule = "0, as the data set has no text"
-        yield Problem(key, str(needs.text_width), rule, fix)
-    if needs.text_tokens and info.text_width and needs.text_tokens != info.text_length:
-        rule = f"the data set's {info.text_length}"
-        fix = f"{model.cure('text_tokens', str(info.text_length))}, or encode with another length"
-        yield Problem(model.key("text_tokens"), str(needs.text_tokens), rule, fix)
-    for field in sorted({"start_video", "clip_image"} & needs.fields):
-        if f"{field}.npy" not in info.fields:
-            rule = f"clips with {field}, which model {model.name} reads"
-            made = "start_video=yes" if field == "start_video" else "image_encoder=<its folder>"
-            yield Problem(PATH, stage.data.path, rule, f"encode the data set with {made}")
     more = "record or encode more clips"
     if not info.clips.get("train") and not stage.data.mixture:
         got = f"{stage.data.path}, no training clips"
@@ -160,6 +138,51 @@ def _model_problems(plan: StagePlan, info: DatasetInfo) -> Iterator[Problem]:
         fix = f"{AT}{key}=0, or encode more episodes"
         yield Problem(key, str(stage.trainer.samples), rule, fix)
     yield from _evaluation_problems(plan)
+
+
+def _field_problems(path: str, info: DatasetInfo, at: str, model: ModelConfig) -> Iterator[Problem]:
+    """Yield what a model reads of a clip and the data set has not, or not of that size. at: of the
+    network in the stage, with a dot; "" for the student."""
+    needs, own = model.needs(), f"{AT}{at}"
+    controls = len(info.control_names)
+    if needs.control_width and needs.control_width != controls:
+        rule = f"the data set's {controls} ({_listed(info.control_names) or 'no controls'})"
+        fix = model.cure("control_width", str(controls), own)
+        yield Problem(at + model.key("control_width"), str(needs.control_width), rule, fix)
+    elif needs.control_names and needs.control_names != info.control_names:
+        pairs = zip(info.control_names, needs.control_names, strict=True)
+        place, (found, wanted) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        got = f"{path}, whose control {place} is {found}"
+        rule = f"{wanted} there, as {model.name} gives each of its {controls} controls a place"
+        yield Problem(PATH, got, rule, "encode it again: buttons, then mouse_dx, mouse_dy, scroll")
+    absent = sorted({"c2w.npy", "intrinsics.npy"} - set(info.fields))
+    if "camera" in needs.fields and absent:
+        got = f"true, which needs {' and '.join(absent)} of every clip"
+        rule = f"false, as the data set {path} has no camera"
+        fix = f"{model.cure('camera', 'false', own)}, or encode with poses and intrinsics"
+        yield Problem(at + model.key("camera"), got, rule, fix)
+    stride = info.temporal_stride
+    if needs.camera_stride and needs.camera_stride != stride:
+        key, rule = at + model.key("camera_stride"), f"the data set's {stride} ({info.codec})"
+        fix = model.cure("camera_stride", str(stride), own)
+        yield Problem(key, str(needs.camera_stride), rule, fix)
+    if needs.text_width and needs.text_width != info.text_width:
+        key, fix = at + model.key("text_width"), model.cure("text_width", str(info.text_width), own)
+        rule = f"the data set's {info.text_width} ({info.text_encoder})"
+        if not info.text_width:
+            fix += ", or encode with text=<encoder>"
+            rule = "0, as the data set has no text"
+        yield Problem(key, str(needs.text_width), rule, fix)
+    if needs.text_tokens and info.text_width and needs.text_tokens != info.text_length:
+        rule = f"the data set's {info.text_length}"
+        fix = model.cure("text_tokens", str(info.text_length), own)
+        fix += ", or encode with another length"
+        yield Problem(at + model.key("text_tokens"), str(needs.text_tokens), rule, fix)
+    for field in sorted({"start_video", "clip_image"} & needs.fields):
+        if f"{field}.npy" not in info.fields:
+            rule = f"clips with {field}, which model {model.name} reads"
+            made = "start_video=yes" if field == "start_video" else "image_encoder=<its folder>"
+            yield Problem(PATH, path, rule, f"encode the data set with {made}")
 
 
 def _evaluation_problems(plan: StagePlan) -> Iterator[Problem]:
@@ -226,8 +249,12 @@ def _mixture_problems(
     if len(sizes) > 1:
         rule = "false, as the data sets have pictures of several sizes"
         yield Problem("data.pack", "true", rule, off)
-    if plan.config.model.needs().text_width:
+    needs = plan.config.model.needs()
+    if needs.text_width:
         rule = "false, as a row of several clips cannot have one text"
+        yield Problem("data.pack", "true", rule, off)
+    if needs.image == "channels" or "clip_image" in needs.fields:
+        rule = f"false, as model {plan.config.model.name} reads one first image of a row"
         yield Problem("data.pack", "true", rule, off)
     if data.buckets:
         rule = "none with data.pack"
@@ -309,13 +336,20 @@ def _lengths(plan: StagePlan, time: TimeLayout) -> list[tuple[str, int, int]]:
 
 
 def _engine_problems(plan: StagePlan, lengths: Iterable[tuple[str, int, int]]) -> Iterator[Problem]:
-    """Yield the clips that an attention engine of another package cannot split evenly."""
+    """Yield the clips, or the windows in which they are passed, that an attention engine of another
+    package cannot split evenly."""
     engine = plan.config.parallel.attention
     ranks = max(sequence_size(plan.config.parallel), 1)
     if engine not in FOREIGN_ENGINES or not plan.config.model.needs().softmax:
         return
     rule = f"a multiple of the {ranks} processes of a clip, for parallel.attention={engine}"
-    fix = f"{AT}parallel.attention=native, or clips of another length"
-    for key, raw, latent in lengths:
+    native, trained = f"{AT}parallel.attention=native", plan.config.objective.windows()
+    for key, raw, latent in () if trained else lengths:
         if latent % ranks:
-            yield Problem(key, f"{raw}, which is {latent} latent frames", rule, fix)
+            got, fix = f"{raw}, which is {latent} latent frames", "clips of another length"
+            yield Problem(key, got, rule, f"{native}, or {fix}")
+    sampled = plan.config.sampler.windows() if plan.config.trainer.samples else None
+    for section, history in (("objective", trained), ("sampler", sampled)):
+        if history and history.frames % ranks:
+            got = f"{history.chunk}, which is windows of {history.frames} latent frames"
+            yield Problem(f"{section}.history.chunk", got, rule, f"{native}, or another chunk")

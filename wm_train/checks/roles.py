@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from wm_train.checks.guidance import CONTEXT, guidance_problems
-from wm_train.config.curriculum import StagePlan
+from wm_train.config.curriculum import TOGETHER, StagePlan
 from wm_train.config.kinds import ModelConfig, streams
 from wm_train.config.problems import AT, Problem
 from wm_train.config.roles import (
@@ -114,6 +115,10 @@ def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) ->
         got = f"{needs.latent_channels} channels in patches of {needs.patch}"
         rule = f"the student's {mine.latent_channels} in patches of {mine.patch}"
         yield Problem(f"{at}model", got, rule, f"{AT}{at}model.latent_channels=<the student's>")
+    if needs.image != mine.image:
+        rule = f"{mine.image}, as the student takes a clip's first image"
+        fix = own.model.cure("image", mine.image, f"{AT}{at}")
+        yield Problem(f"{at}{own.model.key('image')}", needs.image, rule, fix)
     if needs.causal and own.chunk_frames == 0:
         rule = "latent frames of a chunk, from 1, as without chunks a causal model sees all frames"
         fix = f"{AT}{at}chunk_frames=3, or {own.model.cure('causal', 'false', f'{AT}{at}')}"
@@ -128,9 +133,17 @@ def network_problems(stage: StageConfig, role: str, own: RoleConfig, at: str) ->
 def _unlike(key: str, model: ModelConfig, other: ModelConfig, whose: str) -> Iterator[Problem]:
     """Yield the keys of a model by which its parameters are not those of another."""
     for name in model.other_shapes(other):
-        got, want = (str(getattr(one, name)) for one in (model, other))
+        got, want = (str(_value_of(one, name)) for one in (model, other))
         rule = f"{whose} {want}, as its parameters are taken"
         yield Problem(f"{key}.{name}", got, rule, f"{AT}{key}.{name}={want}")
+
+
+def _value_of(model: ModelConfig, key: str) -> Any:
+    """Return the value of a dotted key, "experts.high.width"; of several experts their names."""
+    found: Any = model
+    for name in key.split("."):
+        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
+    return ", ".join(found) if isinstance(found, Mapping) else found
 
 
 def _student_problems(stage: StageConfig) -> Iterator[Problem]:
@@ -196,7 +209,7 @@ def _expert_problems(
 
 def _window_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Problem]:
     """Yield a student that makes its chunks in windows and is not bidirectional, or is not sampled
-    so."""
+    so, and keys that have no meaning there."""
     needs = stage.model.needs()
     rows = (
         (streams(needs), "chunk_frames", "a causal student", "one that is not, as a window is"),
@@ -210,6 +223,18 @@ def _window_problems(stage: StageConfig, distill: DistillConfig) -> Iterator[Pro
         if wrong:
             text = f"{rule}{end} with distill.schedule=windows"
             yield Problem(key, got, text, f"{AT}distill.schedule=chunk")
+    one_level = stage.pools != TOGETHER  # there it is refused with the rule of its passes
+    sigma, normaliser, per = distill.context_sigma, distill.normaliser, distill.score_sigma.per
+    unread = (
+        (sigma > 0, "context_sigma", f"{sigma:g}", "0", "a finished chunk is no past to pass"),
+        (distill.history_states != "keep", "history_states", "replay", "keep", "none is stored"),
+        (normaliser == "chunk", "normaliser", normaliser, "clip", "clips have one chunk"),
+        (per == "chunk" and one_level, "score_sigma.per", per, "clip", "clips have one chunk"),
+    )
+    for wrong, name, got, right, why in unread:
+        if wrong:
+            text, key = f"{right} with distill.schedule=windows, as {why} there", f"distill.{name}"
+            yield Problem(key, got, text, f"{AT}{key}={right}")
     if distill.history and stage.sampler.windows() != distill.history:
         rule = "distill.history, as a student is used as it trained"
         got = "other windows" if stage.sampler.windows() else f"sampler {stage.sampler.name}"

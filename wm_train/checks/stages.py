@@ -10,7 +10,7 @@ from wm_train.config.kinds import streams
 from wm_train.config.problems import AT, OWN, Problem
 from wm_train.config.schema import StageConfig
 
-CHUNKS = "chunk_frames"
+CHUNKS, CHECKPOINTING = "chunk_frames", "model.activation_checkpointing"
 
 
 def stage_problems(plan: StagePlan) -> list[Problem]:
@@ -21,6 +21,7 @@ def stage_problems(plan: StagePlan) -> list[Problem]:
         *_image_problems(stage),
         *_window_problems(stage),
         *_sampler_problems(stage),
+        *_recompute_problems(stage),
         *_sharding_problems(stage),
         *_held_out_problems(stage),
         *_together_problems(stage),
@@ -135,31 +136,40 @@ def _sampler_problems(stage: StageConfig) -> Iterator[Problem]:
     yield from guidance_problems("sampler.guidance", sampler.guidance, stage.model, "stage")
 
 
-def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
-    """Yield ways to save memory or time that do not go with the model or the optimizer."""
-    parallel, zero3 = stage.parallel, stage.parallel.sharding == "zero3"
-    key, fix = "model.activation_checkpointing", f"{AT}model.activation_checkpointing=block"
-    selective = stage.model.activation_checkpointing == "selective"
-    if parallel.compile and selective:
-        rule = (
-            "none or block with parallel.compile=true: the operations inside a compiled graph"
-            " cannot be picked from"
-        )
-        yield Problem(key, "selective", rule, fix)
-    if zero3 and selective:
-        rule = (
-            "none or block with zero3: what it gathers inside a block is not the same when the"
-            " block runs again"
-        )
-        yield Problem(key, "selective", rule, fix)
-    recompute, mode = parallel.recompute, stage.model.activation_checkpointing
-    if recompute != "answers" and mode == "none":
-        rule = "answers, as nothing is computed again with model.activation_checkpointing=none"
-        yield Problem("parallel.recompute", recompute, rule, fix)
-    elif recompute == "keep_attention" and selective:
-        rule = "answers or collectives with activation_checkpointing=selective, which keeps"
+def _recompute_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield ways to compute blocks again that do not go with the rest of the stage, of all networks
+    that train: others have no backward pass, in which that happens."""
+    parallel, recompute = stage.parallel, stage.parallel.recompute
+    roles = {f"roles.{role}.": own.model for role, own in stage.roles.items() if own.optimizer}
+    modes = {at: model.checkpointing() for at, model in {"": stage.model, **roles}.items()}
+    for at in (at for at, found in modes.items() if "selective" in found):
+        key, fix = f"{at}{CHECKPOINTING}", f"{AT}{at}{CHECKPOINTING}=block"
+        if parallel.compile:
+            rule = (
+                "none or block with parallel.compile=true: the operations inside a compiled graph"
+                " cannot be picked from"
+            )
+            yield Problem(key, "selective", rule, fix)
+        if parallel.sharding == "zero3":
+            rule = (
+                "none or block with zero3: what it gathers inside a block is not the same when the"
+                " block runs again"
+            )
+            yield Problem(key, "selective", rule, fix)
+    used = frozenset[str]().union(*modes.values())
+    if recompute != "answers" and used == {"none"}:
+        rule = f"answers, as nothing is computed again with {CHECKPOINTING}=none"
+        yield Problem("parallel.recompute", recompute, rule, f"{AT}{CHECKPOINTING}=block")
+    elif recompute == "keep_attention" and "selective" in used:
+        at = next(at for at, found in modes.items() if "selective" in found)
+        rule = f"answers or collectives with {at}{CHECKPOINTING}=selective, which keeps"
         rule += " attention by itself"
         yield Problem("parallel.recompute", recompute, rule, f"{AT}parallel.recompute=answers")
+
+
+def _sharding_problems(stage: StageConfig) -> Iterator[Problem]:
+    """Yield ways to save memory that do not go with the optimizer."""
+    parallel, zero3 = stage.parallel, stage.parallel.sharding == "zero3"
     name = stage.optimizer.name
     if zero3 and not stage.optimizer.on_zero3():
         rule = f"adamw with zero3, which cannot take {name}'s step on its flat parts"

@@ -28,9 +28,6 @@ def job_problems(plan: StagePlan) -> Iterator[Problem]:
         rule = "student, as a critic has learned the flow of a student's clips"
         yield Problem(f"{at}inherit_role", repr(job.teacher.inherit_role), rule)
     key, model = "trajectories.guidance", job.teacher.model
-    if model.needs().image != "frame":
-        rule = "a model that takes the first latent as a clean frame, as the student does"
-        yield Problem(f"{at}model", model.name, rule, "another teacher")
     yield from guidance_problems(key, job.guidance, model, "teacher")
     data = plan.data_at_start
     rows = (

@@ -50,6 +50,12 @@ class HistoryConfig:
         """Return the latent frames of a window."""
         return self.slots + 1 + self.chunk
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a noise level of history that time=chunk does not read."""
+        if self.time == "chunk" and self.noise > 0:
+            rule = "0 with time=chunk, where history has the noise level of its chunk"
+            yield Problem("noise", f"{self.noise:g}", rule, f"{AT}noise=0")
+
     def chunks(self, frames: int) -> tuple[range, ...]:
         """Return the latent frames of each chunk of a clip of so many; frame 0 is given. A clip of
         fewer than chunk + 1 has none."""
@@ -138,6 +144,10 @@ class ModelConfig(Named):
     def needs(self) -> Needs:
         """Return the model's facts for other modules."""
         raise TypeError(f"{type(self).__name__} has no needs(), expected every model to say them")
+
+    def checkpointing(self) -> frozenset[str]:
+        """Return the ways in which its blocks are computed again, several for several experts."""
+        return frozenset({self.activation_checkpointing})
 
     def blocks(self) -> tuple[int, int]:
         """Return the number of blocks, and after how many of them their kinds repeat; (0, 0)

@@ -166,6 +166,17 @@ def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
     )
 
 
+def test_rows_of_several_clips_have_no_first_image(found: Find, write, shards: Path) -> None:
+    """What is one for a clip is left out of them, also without a text."""
+    write(shards, fields=("latent.npy", "start_video.npy"))
+    model = {"name": "wan", "latent_channels": 24, "text_width": 0}
+    plain = {f"{stage}objective.image_condition": 0.0 for stage in (SHORT, LONG)}
+    given = {**plain, "trainer.samples": 0, "data.pack": True}
+    image = {"image_condition_mode": "channels"}
+    assert "one first image" in found({**given, "model": model | image})["data.pack"].rule
+    assert "data.pack" not in found({**given, "model": model})
+
+
 def test_controls_must_be_those_of_the_model(found: Find, write, shards: Path) -> None:
     """A button less, none at all, and columns in another order: one report each."""
     from data_shards.controls import CONTROL_NAMES

@@ -14,6 +14,8 @@ from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError
 from wm_train.config.schema import RunConfig
 
+WINDOWED = ("objective", "sampler")  # the sections of a stage that have the same history
+
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, RunConfig]:
@@ -94,6 +96,67 @@ def test_windows_that_are_not_sampled_or_not_seen_are_refused(runs, told):
     distill = runs[""].recipe.stages["distill"]
     causal = replace(distill.distill, isg=0.5)
     assert "windows" in told("", "distill", distill=causal)["recipe.stages.distill.distill.isg"]
+
+
+def test_noise_of_a_history_that_has_its_chunks_level_is_refused(runs, told):
+    ar = runs["high"].recipe.stages["ar"]
+    history = replace(ar.objective.history, time="chunk", noise=0.1)
+    for section in ("objective", "sampler"):
+        own = replace(getattr(ar, section), history=history)
+        found = told("high", "ar", **{section: own})
+        assert "0 with time=chunk" in found[f"recipe.stages.ar.{section}.history.noise"]
+        clean = replace(own, history=replace(history, time="zero"))
+        assert f"recipe.stages.ar.{section}.history.noise" not in told(
+            "high", "ar", **{section: clean}
+        )
+
+
+def test_each_expert_is_asked_how_it_computes_its_blocks_again(runs, told):
+    distill = runs[""].recipe.stages["distill"]
+    experts = dict(distill.model.experts)
+    experts["low"] = replace(experts["low"], activation_checkpointing="selective")
+    changes = {
+        "model": replace(distill.model, experts=experts),
+        "parallel": replace(distill.parallel, compile=True),
+    }
+    found = told("", "distill", **changes)
+    assert "none or block" in found["recipe.stages.distill.model.activation_checkpointing"]
+
+
+def test_a_critic_of_experts_is_compared_with_the_student_key_by_key(runs, told):
+    """Its parameters are taken, of which a way to compute blocks again changes none."""
+    distill = runs[""].recipe.stages["distill"]
+    critic, place = distill.roles["critic"], "recipe.stages.distill.roles.critic.model."
+
+    def with_low(**changes) -> dict[str, str]:
+        experts = dict(critic.model.experts)
+        experts["low"] = replace(experts["low"], **changes)
+        own = replace(critic, model=replace(critic.model, experts=experts))
+        roles = {**distill.roles, "critic": own}
+        found = told("", "distill", distill=replace(distill.distill, ida=0.9), roles=roles)
+        return {key: text for key, text in found.items() if key.startswith(place)}
+
+    assert not with_low(activation_checkpointing="block", translation_scale=0.2)
+    found = with_low(depth=2)
+    assert list(found) == [f"{place}experts.low.depth"]
+    assert "got 2, expected with distill.ida the student's 4" in found[f"{place}experts.low.depth"]
+
+
+def test_an_engine_splits_windows_and_not_the_clips_they_are_cut_from(runs, told):
+    """Windows of 11 latent frames, or with a shorter chunk of 10, of clips of 20 or 21."""
+    ar = runs["high"].recipe.stages["ar"]
+    key, frames = "recipe.stages.ar.objective.history.chunk", "recipe.stages.ar.frames"
+
+    def split(chunk: int, length: int) -> dict[str, str]:
+        history = replace(ar.objective.history, chunk=chunk)
+        sections = {name: replace(getattr(ar, name), history=history) for name in WINDOWED}
+        parallel = replace(ar.parallel, attention="deepspeed", ulysses=2)
+        return told("high", "ar", frames=length, parallel=parallel, **sections)
+
+    odd = split(5, 153)
+    assert "5, which is windows of 11 latent frames" in odd[key]
+    assert frames not in odd
+    assert not {key, frames} & set(split(4, 161))
 
 
 def release(folder: Path, content: bytes) -> None:

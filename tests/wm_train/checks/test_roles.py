@@ -112,6 +112,70 @@ def test_each_mistake_is_named_with_its_rule(found, changes, key, rule):
     assert rule in problems[f"{LONG}{key}"].rule
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "right"),
+    [
+        ({"context_sigma": 0.1}, "context_sigma", "0"),
+        ({"history_states": "replay"}, "history_states", "keep"),
+        ({"normaliser": "chunk"}, "normaliser", "clip"),
+        ({"score_sigma": {"per": "chunk"}}, "score_sigma.per", "clip"),
+    ],
+)
+def test_keys_that_a_student_in_windows_does_not_read_are_refused(found, changes, key, right):
+    distill = {**STAGE["distill"], "schedule": "windows", "history": {}}
+    assert f"{LONG}distill.{key}" not in found(changed(distill=distill))
+    problem = found(changed(distill={**distill, **changes}))[f"{LONG}distill.{key}"]
+    assert f"{right} with distill.schedule=windows, as" in problem.rule
+    assert problem.fix == f"{LONG}distill.{key}={right}"
+
+
+CRITICS = "roles.critic.model.activation_checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "student", "role", "critic", "key", "rule"),
+    [
+        ({"recompute": "keep_attention"}, "block", "critic", "selective", "parallel.recompute",
+         f"answers or collectives with {CRITICS}=selective"),
+        ({"compile": True}, "none", "critic", "selective", CRITICS, "none or block"),
+        ({"recompute": "collectives"}, "none", "critic", "none", "parallel.recompute", "nothing"),
+        ({"recompute": "collectives"}, "none", "teacher", "block", "parallel.recompute", "nothing"),
+        ({"recompute": "collectives"}, "none", "critic", "block", "parallel.recompute", ""),
+        ({"recompute": "keep_attention"}, "block", "teacher", "selective",
+         "parallel.recompute", ""),
+        ({"compile": True}, "none", "teacher", "selective",
+         "roles.teacher.model.activation_checkpointing", ""),
+    ],
+)  # fmt: skip
+def test_ways_to_compute_again_are_judged_for_all_that_train(
+    found, parallel, student, role, critic, key, rule
+):
+    """A teacher has no backward pass, in which its blocks would be computed again."""
+    own = {"roles__" + role + "__model": {"activation_checkpointing": critic}}
+    model = {"causal": True, "activation_checkpointing": student}
+    problems = found(changed(parallel=parallel, model=model, **own))
+    assert (f"{LONG}{key}" in problems) == bool(rule)
+    assert not rule or rule in problems[f"{LONG}{key}"].rule
+
+
+def test_what_a_role_reads_of_a_clip_must_be_in_the_data(found, shards, write):
+    """A student without text learns from a teacher with it: of another width, and of none."""
+    wan = {"name": "wan", "latent_channels": 24, "patch_size": 1, "text_width": 16}
+    key = f"{LONG}roles.teacher.model"
+    given = changed(roles__teacher__model={**wan, "image_condition_mode": "channels"})
+    problems = found(given)
+    assert problems[f"{key}.text_width"].rule == "0, as the data set has no text"
+    assert problems[f"{key}.text_width"].fix.startswith(f"{key}.text_width=0, or encode")
+    assert "clips with start_video" in problems["data.path"].rule
+    assert problems[f"{key}.image_condition_mode"].rule.startswith("frame, as the student")
+    assert problems[f"{key}.image_condition_mode"].fix == f"{key}.image_condition_mode=frame"
+    write(shards, text_encoder="toy", text_length=512, text_width=8)
+    problems = found(changed(roles__teacher__model=wan))
+    assert problems[f"{key}.text_width"].rule == "the data set's 8 (toy)"
+    assert not {"data.path", f"{key}.image_condition_mode"} & set(problems)
+    assert f"{key}.text_width" not in found(changed(roles__teacher__model={**wan, "text_width": 8}))
+
+
 def test_all_mistakes_come_in_one_report(found):
     problems = found(
         changed(

@@ -38,6 +38,10 @@ class ExpertsConfig(ModelConfig):
         first = next(iter(self.experts.values()), None)
         return first.needs() if first else Needs(1, 1, self.latent_channels, 1, frozenset())
 
+    def checkpointing(self) -> frozenset[str]:
+        """Return the ways in which blocks of some expert are computed again."""
+        return frozenset[str]().union(*(one.checkpointing() for one in self.experts.values()))
+
     def blocks(self) -> tuple[int, int]:
         """Return the blocks of each expert, (0, 0) for experts of several depths."""
         found = {model.blocks() for model in self.experts.values()}
@@ -47,6 +51,19 @@ class ExpertsConfig(ModelConfig):
         """Return the model with so many blocks in each expert."""
         experts = {name: model.with_blocks(count) for name, model in self.experts.items()}
         return replace(self, experts=experts)
+
+    def other_shapes(self, other: ModelConfig) -> list[str]:
+        """Return the keys in which two networks of experts differ such that their parameters may
+        not be the same, "experts.high.width", or "experts" where these are other ones."""
+        if not isinstance(other, ExpertsConfig):
+            return ["name"]
+        if list(self.experts) != list(other.experts):
+            return ["experts"]
+        found = ["boundaries"] if self.boundaries != other.boundaries else []
+        for name, model in self.experts.items():
+            keys = model.other_shapes(other.experts[name])
+            found += [f"experts.{name}.{key}" for key in keys]
+        return found
 
     def problems(self) -> Iterator[Problem]:
         """Yield experts without a boundary, and such that cannot see the same clips."""
