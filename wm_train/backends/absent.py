@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import os
+from pathlib import Path
 
 Device = tuple[str, tuple[int, int]]
 
@@ -15,4 +16,11 @@ def likely_kind(backend: str, half: bool) -> str:
     or where it has none, an accelerator for a stage that computes in half precision."""
     if backend != "auto":
         return backend if backend in KINDS else "cpu"
+    import torch  # takes seconds, for which a kept plan does not wait
+
     return "cuda" if half or torch.cuda.is_available() else "cpu"
+
+
+def facts_of_machine() -> list[object]:
+    """Return facts on which `likely_kind` depends besides its arguments, found without torch."""
+    return [Path("/dev/nvidiactl").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")]

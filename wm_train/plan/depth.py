@@ -27,8 +27,8 @@ FEWEST = 3  # the block in the middle has whole weights before it and gradients 
 
 
 class Depth(NamedTuple):
-    """Say how a deep network is told by shallow ones: its own blocks, those of the shallowest, and
-    how many more the other one has."""
+    """Describe a deep network and the two shallow ones that tell of it: its blocks, those of the
+    shallower one, and how many more the other one has."""
 
     blocks: int
     first: int

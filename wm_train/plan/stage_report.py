@@ -6,7 +6,6 @@ in seconds: nothing is imported that a plan computes with.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.degrees import sequence_size
+from wm_train.backends.absent import facts_of_machine
 from wm_train.config.curriculum import StagePlan
 from wm_train.config.kinds import OptimizerConfig
 from wm_train.config.roles import STUDENT, turns_of
@@ -126,9 +126,8 @@ def _kept(path: Path) -> StageReport | None:
 def _path(plan: StagePlan, frame: Frame, asked: Asked, settings: Any) -> Path:
     own = report_settings(settings, timed=asked.profile is not None)
     wanted = asdict(replace(asked, processes=1, device_gib=None))
-    # without --device a plan may be for what this machine has (`likely_kind`)
-    here = [Path("/dev/nvidiactl").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")]
-    return folder() / f"report-{name_of([own, plan.stage, asdict(frame), wanted, here])}.json"
+    facts = [own, plan.stage, asdict(frame), wanted, facts_of_machine()]
+    return folder() / f"report-{name_of(facts)}.json"
 
 
 def kind_of(plan: StagePlan, asked: Asked) -> str:

@@ -167,7 +167,7 @@ def test_shorter_clips_need_a_bucket_or_packing(found: Find) -> None:
 
 
 def test_rows_of_several_clips_have_no_first_image(found: Find, write, shards: Path) -> None:
-    """What is one for a clip is left out of them, also without a text."""
+    """Fields with one value for a clip are left out of them, also without a text."""
     write(shards, fields=("latent.npy", "start_video.npy"))
     model = {"name": "wan", "latent_channels": 24, "text_width": 0}
     plain = {f"{stage}objective.image_condition": 0.0 for stage in (SHORT, LONG)}

@@ -153,7 +153,7 @@ def test_late_losses_have_the_whole_graphs_gradient(exit, of):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3], ids=["clean", "noised"])
 def test_a_network_of_experts_is_its_experts_and_trains_one(noise):
-    """Whatever level the history of a window has."""
+    """The history of a window may have a level of its own."""
     pair, history = awake(PAIR), replace(HISTORY, noise=noise)
     high, low = pair.high, pair.low
     apart = clip_of(rolled(Experts((0.9, 0.0), (high, low)), history=history))
