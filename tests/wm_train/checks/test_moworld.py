@@ -121,6 +121,17 @@ def test_ranges_with_a_gap_make_no_network_of_experts():
         pool_runs(compose(lines), lines)
 
 
+def test_a_stage_of_all_pools_is_not_trained_by_one():
+    """Else no worker starts, and the command says that the stage is done."""
+    lines = ["experiment=demo", "recipe=moworld", "data.path=x", "pool=high"]
+    with pytest.raises(ConfigError, match="pool: got 'high', expected null") as error:
+        pool_runs(compose([*lines, "stage=distill"]), [*lines, "stage=distill"])
+    assert [problem.fix for problem in error.value.problems] == ["pool=null"]
+    for stage in ("ar", "ar-distill"):
+        given = [*lines, f"stage={stage}"]
+        assert list(pool_runs(compose(given), given)) == ["high"]
+
+
 def test_a_joint_stage_whose_clips_have_levels_of_their_own_is_refused(runs, told):
     """Its passes would need both experts at once."""
     distill, flow = runs[""].recipe.stages["distill"], runs["high"].recipe.stages["frames_125"]

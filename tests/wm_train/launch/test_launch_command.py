@@ -195,6 +195,25 @@ def test_stages_run_one_after_the_other_and_say_what_to_type_next(
     assert "name=other" in shown.splitlines()[-1]
 
 
+def test_one_pool_trains_its_own_stages_and_leaves_out_those_of_all_pools(
+    train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools = [
+        "+pools={high: {sigma_min: 0.6}, low: {sigma_max: 0.6}}",
+        "recipe.stages.long.pools=together",
+        "pool=high",
+    ]
+    assert train(TELL, "stage=all", *pools) == 0
+    shown = capsys.readouterr().out
+    assert "training short 41" in shown
+    assert "training long" not in shown
+    last = shown.splitlines()[-1]
+    assert "stage=2" in last
+    assert "pool=high" not in last
+    assert train(TELL, "stage=2", *pools) == 2
+    assert "pool: got 'high', expected null" in capsys.readouterr().err
+
+
 def test_the_resolved_config_is_stored_for_its_owner(train, tmp_path: Path) -> None:
     assert train("", "stage=1", "model.depth=8") == 0
     file = tmp_path / "runs" / "demo" / "short" / "config.json"
