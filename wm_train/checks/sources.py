@@ -38,7 +38,7 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
     except StageError:  # reported where stages are selected
         asked = order
     for plan in plans:
-        planned = [name for name in asked if order.index(name) <= order.index(plan.stage)]
+        planned = [name for name in asked if order.index(name) < order.index(plan.stage)]
         where = f"recipe.stages.{plan.stage}."
         rows = [(f"{where}inherit", plan.source, True)]
         for role, source in plan.role_sources.items():
@@ -48,7 +48,11 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
         if plan.teacher_source and not made:
             rows.append((f"{where}trajectories.teacher.inherit", plan.teacher_source, False))
         for key, source, saved in rows:
-            if source is not None and source.stage not in planned:
+            if source is not None and source.stage == plan.stage:
+                rule = "another stage, as this one has no weights before it trains"
+                fix = f"{key}=<an earlier stage, or a folder of checkpoints>"
+                problems.append(Problem(key, plan.stage, rule, fix))
+            elif source is not None and source.stage not in planned:
                 problems += _source_problems(config, plan, key, source, saved)
     return problems
 

@@ -142,3 +142,13 @@ def test_a_joint_stage_whose_clips_have_levels_of_their_own_is_refused(runs, tol
     changed = told("", "distill", **plain, sampler=flow.sampler)
     assert "each with objective flow_matching" in changed["recipe.stages.distill.pools"]
     assert "pools=each" in changed["recipe.stages.distill.pools"]
+
+
+def test_neither_a_stage_nor_a_role_starts_from_the_stage_itself(runs, told):
+    itself = told("high", "ar", inherit="ar")
+    assert list(itself) == ["recipe.stages.ar.inherit"]
+    assert "another stage" in itself["recipe.stages.ar.inherit"]
+    roles = runs[""].recipe.stages["distill"].roles
+    own = {**roles, "teacher": replace(roles["teacher"], inherit="distill")}
+    itself = told("", "distill", roles=own)
+    assert "another stage" in itself["recipe.stages.distill.roles.teacher.inherit"]
