@@ -41,6 +41,10 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
         planned = [name for name in asked if order.index(name) < order.index(plan.stage)]
         where = f"recipe.stages.{plan.stage}."
         rows = [(f"{where}inherit", plan.source, True)]
+        if plan.config.inherit_optimizer and plan.source and plan.source.others:
+            key, got = f"{where}inherit_optimizer", "true between pools=each and pools=together"
+            rule = "false, as only weights are handed on there"
+            problems.append(Problem(key, got, rule, f"{key}=false"))
         for role, source in plan.role_sources.items():
             saved = plan.config.roles[role].optimizer is not None
             rows.append((f"{where}roles.{role}.inherit", source, saved))

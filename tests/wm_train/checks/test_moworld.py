@@ -152,3 +152,9 @@ def test_neither_a_stage_nor_a_role_starts_from_the_stage_itself(runs, told):
     own = {**roles, "teacher": replace(roles["teacher"], inherit="distill")}
     itself = told("", "distill", roles=own)
     assert "another stage" in itself["recipe.stages.distill.roles.teacher.inherit"]
+
+
+def test_an_optimizer_is_not_handed_on_between_pools_and_all_of_them(runs, told):
+    key = "recipe.stages.distill.inherit_optimizer"
+    assert f"{key}=false" in told("", "distill", inherit_optimizer=True)[key]
+    assert not told("high", "ar", inherit_optimizer=True)
