@@ -120,6 +120,8 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         config = compose(options.overrides, options.config_dir)
         pools = pool_runs(config, options.overrides, options.config_dir)
         plans = {pool: check_run(run, pool, options.trajectories) for pool, run in pools.items()}
+        if not options.trajectories:
+            check_joint(config, pools, plans)
     except ConfigError as error:
         found = [*error.problems, *(problems_in(error.rest) if error.rest else ())]
         print(report([as_typed(problem, arguments) for problem in found]), file=sys.stderr)
@@ -145,8 +147,7 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
     for pool, run in pools.items():
-        look = where_to_look(run) if run.tracker.name == "mlflow" else ""
-        print(summary(plans[pool], look))
+        print(summary(plans[pool], where_to_look(run) if run.tracker.name == "mlflow" else ""))
     from wm_train.report.write import NAME as PAGE
     from wm_train.report.write import page_line
 
@@ -172,6 +173,23 @@ def check_run(
     if problems:
         raise ConfigError(name_pool(problems, pool))
     return plan_stages(config)
+
+
+def check_joint(
+    config: RunConfig, pools: Mapping[str, RunConfig], plans: Mapping[str, Sequence[StagePlan]]
+) -> None:
+    """Raise ConfigError for pools that could not be judged together when they have trained."""
+    from wm_train.checks.joint import joint_problems
+    from wm_train.checks.values import lift_problem
+
+    alone, problems = {pool: run for pool, run in pools.items() if pool}, []
+    for name in select(config.recipe, config.stage):
+        own = {pool: p for pool in alone for p in plans[pool] if p.stage == name}
+        if len(own) > 1 and boundaries(alone, name):
+            joint = plan_stage(dataclasses.replace(config, pool=JOINT), name)
+            problems += [lift_problem(config, name, p) for p in joint_problems(joint, own)]
+    if problems:
+        raise ConfigError(problems)
 
 
 def problems_in(config: RunConfig) -> list[Problem]:
