@@ -10,6 +10,7 @@ from data_shards.weight_files import is_release
 from wm_train.checkpoint.manifest import committed
 from wm_train.config.curriculum import (
     PREVIOUS,
+    TOGETHER,
     Source,
     StageError,
     StagePlan,
@@ -85,7 +86,17 @@ def _source_problems(
 
 def expert_problems(config: RunConfig, plan: StagePlan) -> Iterator[Problem]:
     """Yield a released folder of the other expert, and two released experts that are the same: the
-    first of a pair is that of high noise levels (Wan2.2)."""
+    first of a pair is that of high noise levels (Wan2.2). Where all pools are one network, no
+    released folder holds it."""
+    if config.pools and plan.config.pools == TOGETHER:
+        sources = {"inherit": plan.source}
+        sources |= {f"roles.{role}.inherit": own for role, own in plan.role_sources.items()}
+        for name, source in sources.items():
+            place = source.checkpoints if source and not source.stage else None
+            if isinstance(place, Path) and is_release(place):
+                key = f"recipe.stages.{plan.stage}.{name}"
+                rule = "a stage with pools=each, whose pools start from their own released folders"
+                yield Problem(key, str(place), rule, f"{key}=<that stage>")
     inherit, pool = plan.config.inherit, config.pools.get(config.pool or "")
     folder = Path(inherit or "")
     pair = next((names for names in EXPERT_FOLDERS if folder.name in names), None)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from wm_train.checks.values import problems_of
 from wm_train.config.compose import compose
@@ -13,6 +14,8 @@ from wm_train.config.curriculum import plan_stages
 from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError
 from wm_train.config.schema import RunConfig
+from wm_train.errors import SetupError
+from wm_train.training.networks import FoundPart, FoundWeights, load_weights_
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,21 @@ def test_an_optimizer_is_not_handed_on_between_pools_and_all_of_them(runs, told)
     key = "recipe.stages.distill.inherit_optimizer"
     assert f"{key}=false" in told("", "distill", inherit_optimizer=True)[key]
     assert not told("high", "ar", inherit_optimizer=True)
+
+
+def test_a_network_of_all_pools_does_not_start_from_one_released_folder(runs, told, tmp_path):
+    folder = tmp_path / "wan" / "transformer"
+    release(folder, b"a")
+    key = "recipe.stages.distill."
+    roles = runs[""].recipe.stages["distill"].roles
+    given = {**roles, "teacher": replace(roles["teacher"], inherit=str(folder))}
+    found = told("", "distill", inherit=str(folder), roles=given)
+    for name in ("inherit", "roles.teacher.inherit"):
+        assert "pools=each" in found[f"{key}{name}"]
+
+
+def test_a_released_folder_that_does_not_fit_is_a_mistake_of_the_setup(tmp_path):
+    release(tmp_path / "wan", b"a")
+    found = FoundWeights([FoundPart(tmp_path / "wan", None, {})], "")
+    with pytest.raises(SetupError, match=r"roles\.teacher\.inherit: "):
+        load_weights_(torch.nn.Linear(1, 1), found, "roles.teacher.inherit")
