@@ -52,9 +52,9 @@ from launch.spec import (
 )
 from parallel.degrees import sequence_size
 from wm_train.backends.environment import worker_environment
-from wm_train.checkpoint.manifest import committed
 from wm_train.config.compose import DEMO_LINE, compose, is_demo
 from wm_train.config.curriculum import (
+    TOGETHER,
     StagePlan,
     ordered,
     plan_stage,
@@ -69,6 +69,7 @@ from wm_train.config.schema import RunConfig
 from wm_train.config.typed import public_config, to_json
 from wm_train.config.worlds import smaller_worlds
 from wm_train.redact import clean_output, clean_text
+from wm_train.report.done import summary
 from wm_train.resilience.run_lock import COMMAND as HELD
 from wm_train.resilience.run_lock import NAME, OwnedError, check_free, owned
 from wm_train.storage import check_regular
@@ -119,6 +120,8 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         config = compose(options.overrides, options.config_dir)
         pools = pool_runs(config, options.overrides, options.config_dir)
         plans = {pool: check_run(run, pool, options.trajectories) for pool, run in pools.items()}
+        if not options.trajectories:
+            check_joint(config, pools, plans)
     except ConfigError as error:
         found = [*error.problems, *(problems_in(error.rest) if error.rest else ())]
         print(report([as_typed(problem, arguments) for problem in found]), file=sys.stderr)
@@ -144,14 +147,16 @@ def run_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if code != 0 or config.launcher.name in launch.LATER:  # nothing has run yet
         return code
     for pool, run in pools.items():
-        print(summary(run, plans[pool]))
+        print(summary(plans[pool], where_to_look(run) if run.tracker.name == "mlflow" else ""))
     from wm_train.report.write import NAME as PAGE
     from wm_train.report.write import page_line
 
     print(page_line(stage_directory(config, "")))
     for pool, run in pools.items():
         send_file(run, plans[pool][-1].directory, stage_directory(config, "") / PAGE)
-    print(what_next(config, select(config.recipe, config.stage)[-1], arguments))
+    ran = {plan.stage for own in plans.values() for plan in own}
+    last = [name for name in ordered(config.recipe) if name in ran][-1]
+    print(what_next(config, last, arguments))
     return 0
 
 
@@ -168,6 +173,23 @@ def check_run(
     if problems:
         raise ConfigError(name_pool(problems, pool))
     return plan_stages(config)
+
+
+def check_joint(
+    config: RunConfig, pools: Mapping[str, RunConfig], plans: Mapping[str, Sequence[StagePlan]]
+) -> None:
+    """Raise ConfigError for pools that could not be judged together when they have trained."""
+    from wm_train.checks.joint import joint_problems
+    from wm_train.checks.values import lift_problem
+
+    alone, problems = {pool: run for pool, run in pools.items() if pool}, []
+    for name in select(config.recipe, config.stage):
+        own = {pool: p for pool in alone for p in plans[pool] if p.stage == name}
+        if len(own) > 1 and boundaries(alone, name):
+            joint = plan_stage(dataclasses.replace(config, pool=JOINT), name)
+            problems += [lift_problem(config, name, p) for p in joint_problems(joint, own)]
+    if problems:
+        raise ConfigError(problems)
 
 
 def problems_in(config: RunConfig) -> list[Problem]:
@@ -198,13 +220,10 @@ def warnings_in(stages: Sequence[StagePlan]) -> list[Problem]:
     return warnings_of(stages)
 
 
-Plans = Mapping[str, Sequence[StagePlan]]
-
-
 def run_stages(
     config: RunConfig,
     pools: Mapping[str, RunConfig],
-    plans: Plans,
+    plans: Mapping[str, Sequence[StagePlan]],
     typed: Sequence[str],
     only: Sequence[str] = (),
 ) -> int:
@@ -224,6 +243,8 @@ def run_stages(
     alone = {pool: run for pool, run in pools.items() if pool}
     for name in select(config.recipe, config.stage):
         own = {pool: p for pool, stages in plans.items() for p in stages if p.stage == name}
+        if not own:  # one pool alone was asked for, and all train this stage together
+            continue
         groups.append({pool: spec_of(pools[pool], p, plans[pool], only) for pool, p in own.items()})
         if not only and len(own) > 1 and boundaries(alone, name):
             first = next(iter(own))
@@ -358,38 +379,17 @@ def prepare(
     return 0
 
 
-def summary(config: RunConfig, stages: Sequence[StagePlan]) -> str:
-    """Return the paths of the results, as lines of text."""
-    last = stages[-1]
-    lines = [
-        "done:"
-        f" {f'pool {config.pool}, ' if config.pool else ''}"
-        f"{', '.join(stage.stage for stage in stages)}"
-    ]
-    if saved := committed(last.checkpoints):
-        newest = saved[-1]
-        shown = newest.absolute() if isinstance(newest, Path) else newest
-        lines.append(f"  checkpoint  {shown}")
-    lines += [
-        f"  samples     {sheet}"
-        for stage in stages
-        for sheet in sorted((stage.directory.absolute() / "samples").glob("*.png"))
-    ]
-    if config.tracker.name == "mlflow":
-        lines.append(f"  MLflow      {where_to_look(config)}")
-    return "\n".join(lines)
-
-
 def what_next(config: RunConfig, last: str, arguments: Sequence[str]) -> str:
-    """Return the command to type after stage `last`, with secrets left out."""
+    """Return the command to type after stage `last`, with secrets left out, and without the pool
+    where all pools are to train together."""
     names = ordered(config.recipe)
     place = names.index(last) + 1
     if place < len(names):
-        index = config.recipe.stages[names[place]].index
-        return (
-            f"next: {COMMAND} {shlex.join([*other_arguments(arguments), f'stage={index}'])}   "
-            f" ({names[place]})"
-        )
+        following = config.recipe.stages[names[place]]
+        whole = following.pools == TOGETHER
+        typed = [a for a in other_arguments(arguments) if not (whole and a.startswith("pool="))]
+        words = shlex.join([*typed, f"stage={following.index}"])
+        return f"next: {COMMAND} {words}    ({names[place]})"
     return (
         "that was the last stage of the recipe; for longer training raise"
         " recipe.stages.<stage>.steps and run the same command"

@@ -10,6 +10,7 @@ from data_shards.weight_files import is_release
 from wm_train.checkpoint.manifest import committed
 from wm_train.config.curriculum import (
     PREVIOUS,
+    TOGETHER,
     Source,
     StageError,
     StagePlan,
@@ -38,9 +39,13 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
     except StageError:  # reported where stages are selected
         asked = order
     for plan in plans:
-        planned = [name for name in asked if order.index(name) <= order.index(plan.stage)]
+        planned = [name for name in asked if order.index(name) < order.index(plan.stage)]
         where = f"recipe.stages.{plan.stage}."
         rows = [(f"{where}inherit", plan.source, True)]
+        if plan.config.inherit_optimizer and plan.source and plan.source.others:
+            key, got = f"{where}inherit_optimizer", "true between pools=each and pools=together"
+            rule = "false, as only weights are handed on there"
+            problems.append(Problem(key, got, rule, f"{key}=false"))
         for role, source in plan.role_sources.items():
             saved = plan.config.roles[role].optimizer is not None
             rows.append((f"{where}roles.{role}.inherit", source, saved))
@@ -48,7 +53,11 @@ def inherit_problems(config: RunConfig, plans: Iterable[StagePlan]) -> list[Prob
         if plan.teacher_source and not made:
             rows.append((f"{where}trajectories.teacher.inherit", plan.teacher_source, False))
         for key, source, saved in rows:
-            if source is not None and source.stage not in planned:
+            if source is not None and source.stage == plan.stage:
+                rule = "another stage, as this one has no weights before it trains"
+                fix = f"{key}=<an earlier stage, or a folder of checkpoints>"
+                problems.append(Problem(key, plan.stage, rule, fix))
+            elif source is not None and source.stage not in planned:
                 problems += _source_problems(config, plan, key, source, saved)
     return problems
 
@@ -77,7 +86,17 @@ def _source_problems(
 
 def expert_problems(config: RunConfig, plan: StagePlan) -> Iterator[Problem]:
     """Yield a released folder of the other expert, and two released experts that are the same: the
-    first of a pair is that of high noise levels (Wan2.2)."""
+    first of a pair is that of high noise levels (Wan2.2). Where all pools are one network, no
+    released folder holds it."""
+    if config.pools and plan.config.pools == TOGETHER:
+        sources = {"inherit": plan.source}
+        sources |= {f"roles.{role}.inherit": own for role, own in plan.role_sources.items()}
+        for name, source in sources.items():
+            place = source.checkpoints if source and not source.stage else None
+            if isinstance(place, Path) and is_release(place):
+                key = f"recipe.stages.{plan.stage}.{name}"
+                rule = "a stage with pools=each, whose pools start from their own released folders"
+                yield Problem(key, str(place), rule, f"{key}=<that stage>")
     inherit, pool = plan.config.inherit, config.pools.get(config.pool or "")
     folder = Path(inherit or "")
     pair = next((names for names in EXPERT_FOLDERS if folder.name in names), None)

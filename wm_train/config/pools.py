@@ -155,6 +155,9 @@ def _problems(config: RunConfig, chosen: int) -> list[Problem]:
                 "pool=null",
             )
         )
+    if chosen and config.pool and together_stages(config) and only_together(config):
+        rule = "null, as all pools together train what is selected"
+        problems.append(Problem("pool", repr(config.pool), rule, "pool=null"))
     launcher = config.launcher
     alone = launcher.name == "inline" or (launcher.name == "torchrun" and launcher.nodes > 1)
     if chosen > 1 and (alone or (launcher.name == "slurm" and launcher.slurm.runner == "torchrun")):

@@ -121,7 +121,10 @@ def load_weights_(model: WorldModel, found: FoundWeights, where: str) -> None:
         for part in found.parts:
             if part.manifest is None:
                 assert isinstance(part.place, Path), "a diffusers directory is a local one"
-                load_pretrained_(model, part.place)
+                try:
+                    load_pretrained_(model, part.place)
+                except ValueError as error:
+                    raise SetupError(f"{where}: {error}") from error
             else:
                 store.load(part.place, part.manifest, dict(part.targets), part.manifest.tensors)
     except CheckpointError as error:

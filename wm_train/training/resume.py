@@ -141,12 +141,7 @@ def inherit(
         passed = handover(stage, plan.stage, weights.keys(), held, switched)
     except ValueError as error:
         raise SetupError(f"{error} (source {places})") from error
-    if stage.inherit_optimizer and source.others:
-        raise SetupError(
-            f"recipe.stages.{plan.stage}.inherit_optimizer: got true between pools=each and"
-            " pools=together, expected false, as only weights are handed on there. Fix:"
-            f" recipe.stages.{plan.stage}.inherit_optimizer=false"
-        )
+    assert not (stage.inherit_optimizer and source.others), "checked before the start"
     moments: dict[str, Any] = {}
     if stage.inherit_optimizer:
         moments = _moments(plan.stage, mine, found[0][1], passed.taken)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from wm_train.checks.values import problems_of
 from wm_train.config.compose import compose
@@ -13,6 +14,8 @@ from wm_train.config.curriculum import plan_stages
 from wm_train.config.pools import pool_runs
 from wm_train.config.problems import ConfigError
 from wm_train.config.schema import RunConfig
+from wm_train.errors import SetupError
+from wm_train.training.networks import FoundPart, FoundWeights, load_weights_
 
 WINDOWED = ("objective", "sampler")  # the sections of a stage that have the same history
 
@@ -184,6 +187,17 @@ def test_ranges_with_a_gap_make_no_network_of_experts():
         pool_runs(compose(lines), lines)
 
 
+def test_a_stage_of_all_pools_is_not_trained_by_one():
+    """Else no worker starts, and the command says that the stage is done."""
+    lines = ["experiment=demo", "recipe=moworld", "data.path=x", "pool=high"]
+    with pytest.raises(ConfigError, match="pool: got 'high', expected null") as error:
+        pool_runs(compose([*lines, "stage=distill"]), [*lines, "stage=distill"])
+    assert [problem.fix for problem in error.value.problems] == ["pool=null"]
+    for stage in ("ar", "ar-distill"):
+        given = [*lines, f"stage={stage}"]
+        assert list(pool_runs(compose(given), given)) == ["high"]
+
+
 def test_a_joint_stage_whose_clips_have_levels_of_their_own_is_refused(runs, told):
     """Its passes would need both experts at once."""
     distill, flow = runs[""].recipe.stages["distill"], runs["high"].recipe.stages["frames_125"]
@@ -194,3 +208,37 @@ def test_a_joint_stage_whose_clips_have_levels_of_their_own_is_refused(runs, tol
     changed = told("", "distill", **plain, sampler=flow.sampler)
     assert "each with objective flow_matching" in changed["recipe.stages.distill.pools"]
     assert "pools=each" in changed["recipe.stages.distill.pools"]
+
+
+def test_neither_a_stage_nor_a_role_starts_from_the_stage_itself(runs, told):
+    itself = told("high", "ar", inherit="ar")
+    assert list(itself) == ["recipe.stages.ar.inherit"]
+    assert "another stage" in itself["recipe.stages.ar.inherit"]
+    roles = runs[""].recipe.stages["distill"].roles
+    own = {**roles, "teacher": replace(roles["teacher"], inherit="distill")}
+    itself = told("", "distill", roles=own)
+    assert "another stage" in itself["recipe.stages.distill.roles.teacher.inherit"]
+
+
+def test_an_optimizer_is_not_handed_on_between_pools_and_all_of_them(runs, told):
+    key = "recipe.stages.distill.inherit_optimizer"
+    assert f"{key}=false" in told("", "distill", inherit_optimizer=True)[key]
+    assert not told("high", "ar", inherit_optimizer=True)
+
+
+def test_a_network_of_all_pools_does_not_start_from_one_released_folder(runs, told, tmp_path):
+    folder = tmp_path / "wan" / "transformer"
+    release(folder, b"a")
+    key = "recipe.stages.distill."
+    roles = runs[""].recipe.stages["distill"].roles
+    given = {**roles, "teacher": replace(roles["teacher"], inherit=str(folder))}
+    found = told("", "distill", inherit=str(folder), roles=given)
+    for name in ("inherit", "roles.teacher.inherit"):
+        assert "pools=each" in found[f"{key}{name}"]
+
+
+def test_a_released_folder_that_does_not_fit_is_a_mistake_of_the_setup(tmp_path):
+    release(tmp_path / "wan", b"a")
+    found = FoundWeights([FoundPart(tmp_path / "wan", None, {})], "")
+    with pytest.raises(SetupError, match=r"roles\.teacher\.inherit: "):
+        load_weights_(torch.nn.Linear(1, 1), found, "roles.teacher.inherit")

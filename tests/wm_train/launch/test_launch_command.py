@@ -195,6 +195,54 @@ def test_stages_run_one_after_the_other_and_say_what_to_type_next(
     assert "name=other" in shown.splitlines()[-1]
 
 
+def test_one_pool_trains_its_own_stages_and_leaves_out_those_of_all_pools(
+    train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools = [
+        "+pools={high: {sigma_min: 0.6}, low: {sigma_max: 0.6}}",
+        "recipe.stages.long.pools=together",
+        "pool=high",
+    ]
+    assert train(TELL, "stage=all", *pools) == 0
+    shown = capsys.readouterr().out
+    assert "training short 41" in shown
+    assert "training long" not in shown
+    last = shown.splitlines()[-1]
+    assert "stage=2" in last
+    assert "pool=high" not in last
+    assert train(TELL, "stage=2", *pools) == 2
+    assert "pool: got 'high', expected null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [
+                "launcher.workers=2",
+                'pools.high.overrides=["launcher.workers=1"]',
+                'pools.low.overrides=["launcher.workers=1"]',
+                "recipe.stages.short.global_batch=1",
+            ],
+            "recipe.stages.short.global_batch: got 1 for pool high in the joint evaluation",
+        ),
+        (
+            ['pools.low.overrides=["recipe.stages.short.sampler.guidance={camera: 2.0}"]'],
+            "sampler.guidance: got [] of pool high, ['camera'] of pool low, expected the run's []",
+        ),
+    ],
+)
+def test_pools_that_cannot_be_judged_together_are_refused_before_they_train(
+    given: list[str], said: str, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(command, "run_stages", lambda *given: 1)  # as if training failed
+    line = ["experiment=demo_pools", "stage=1", f"data.path={data}", f"out={tmp_path / 'runs'}"]
+    assert command.main([*line, *given]) == 2
+    assert said in capsys.readouterr().err
+    alone = [*line, *given, "pool=low"]
+    assert command.main(alone) == 1
+
+
 def test_the_resolved_config_is_stored_for_its_owner(train, tmp_path: Path) -> None:
     assert train("", "stage=1", "model.depth=8") == 0
     file = tmp_path / "runs" / "demo" / "short" / "config.json"
