@@ -33,18 +33,23 @@ class Frame:
 
 
 def latent_frames(plans: Sequence[StagePlan], given: Sequence[str]) -> dict[str, Frame]:
-    """Return the latent frame of each of these stages.
+    """Return the latent frame of each of these stages, by name. Otherwise as `frames_of`."""
+    return dict(zip((plan.stage for plan in plans), frames_of(plans, given), strict=True))
+
+
+def frames_of(plans: Sequence[StagePlan], given: Sequence[str]) -> list[Frame]:
+    """Return the latent frame of each of these plans, which may be one stage's in several pools.
 
     given: values of --latent, `CxHxW/R` for all stages or `stage=CxHxW/R` for one, whose data are
     of another size; without any, sizes are those of the stage's data set. Raises ConfigError.
     """
     own = {name: sizes for name, _, sizes in (one.partition("=") for one in given if "=" in one)}
     plain = next((one for one in reversed(given) if "=" not in one), None)
-    names = [plan.stage for plan in plans]
+    names = list(dict.fromkeys(plan.stage for plan in plans))
     if plans and (unknown := sorted(set(own) - set(names))):
         rule = f"one of {', '.join(names)}"
         raise ConfigError([Problem("--latent", unknown[0], rule, f"--latent {names[0]}={EXAMPLE}")])
-    return {plan.stage: _frame(plan, own.get(plan.stage, plain)) for plan in plans}
+    return [_frame(plan, own.get(plan.stage, plain)) for plan in plans]
 
 
 def _frame(plan: StagePlan, given: str | None) -> Frame:
