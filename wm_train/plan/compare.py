@@ -18,7 +18,7 @@ from wm_train.config.typed import from_json
 from wm_train.plan.device_memory import turn_memories_of
 from wm_train.plan.latents import Frame, frames_of
 from wm_train.plan.scaling.records import recorded, share_lines
-from wm_train.plan.speed.report import times_of
+from wm_train.plan.speed.report import times_of, why_no_time
 from wm_train.storage import read_regular
 from wm_train.tracking.rows import read_rows
 
@@ -83,7 +83,8 @@ def stage_lines(
     planned = max(one.device for one in memories.values())
     lines = [f"stage {plan.config.index} {plan.stage}: {found.steps} steps recorded"]
     lines.append(memory_line(planned, found.peak, kind))
-    times = times_of(plan, made, profile) if profile and made else {}
+    why = why_no_time(plan, made) if profile else "--hardware names no profile"
+    times = times_of(plan, made, profile) if profile and not why else {}
     for role, seconds in found.seconds.items():
         line = f"  time of a step, turn of the {role}: measured {seconds:.3g} s"
         if role in times:
@@ -91,7 +92,7 @@ def stage_lines(
             line += f", planned {own:.3g} ({own / seconds - 1:+.0%}); a plan times"
             line += f" {seconds / own:.3g} is that of this kind of run (fidelity T2)"
         else:
-            line += "; planned: none, as --hardware names no profile"
+            line += f"; planned: none, as {why}"
         lines.append(line)
     lines.append(f"  waited for data: {found.data_wait:.3g} s a step")
     return [*lines, *share_lines(recorded(folder, plan.config.trainer.checkpoint_every))]

@@ -56,3 +56,21 @@ def test_a_folder_of_another_name_is_one_report(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "copy, expected a stage's folder under its own name, one of short, long" in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "why"),
+    [
+        (["parallel.precision=bf16"], [], "--hardware names no profile"),
+        (
+            ["parallel.sharding=zero3", "parallel.precision=bf16"],
+            ["--hardware", "h100"],
+            "the stage's step cannot be rehearsed",
+        ),
+        ([], ["--hardware", "h100"], "the rates of profiles are those of bf16"),
+    ],
+)
+def test_a_time_that_is_not_planned_says_why(tmp_path, planned, capsys, words, profile, why):
+    record(tmp_path / "short", *words)
+    assert main(["--compare", str(tmp_path), *SIZES, *profile]) == 0
+    assert f"measured 0.5 s; planned: none, as {why}\n" in capsys.readouterr().out
