@@ -20,8 +20,9 @@ from typing import Any
 from launch.screen import print_result
 from wm_train.config.compose import compose, with_demo
 from wm_train.config.curriculum import StagePlan, plan_stages
-from wm_train.config.problems import ConfigError
+from wm_train.config.problems import ConfigError, Problem
 from wm_train.plan.latents import latent_frames
+from wm_train.plan.report import without_data
 from wm_train.redact import clean_output
 
 BUDGET_S = 180.0
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     elsewhere = ["data.path=elsewhere"] if options.latent else []
     try:
+        check_options(options.out, options.like)
         run = compose([*with_demo(options.overrides), *elsewhere])
+        if problems := without_data(run, not options.latent):
+            raise ConfigError(problems)
         plans = plan_stages(run)
         frames = latent_frames(plans, options.latent)
         profile = measured_profile(run.backend.name, options.like)
@@ -54,6 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.write_text(json.dumps({"measured": profile}, indent=1) + "\n")
     print(f"written: {options.out}")
     return 0
+
+
+def check_options(out: Path, like: str) -> None:
+    """Raise ConfigError for a profile that does not exist, and for a file that cannot be
+    written."""
+    from wm_train.plan.speed.report import named
+
+    named(like, "--like")
+    if not out.parent.is_dir() or out.is_dir():
+        rule = "a file in a folder that exists"
+        raise ConfigError([Problem("--out", str(out), rule, "--out mine.json")])
 
 
 def measured_profile(backend_name: str, like: str) -> dict[str, Any]:

@@ -30,9 +30,14 @@ def chosen(key: str) -> Hardware:
             rule = "a profile that python -m wm_train.calibrate wrote"
             fix = f"python -m wm_train.calibrate --out {key}"
             raise ConfigError([Problem("--hardware", f"{key}: {error}", rule, fix)]) from None
+    return named(key, "--hardware")
+
+
+def named(key: str, option: str) -> Hardware:
+    """Return the profile that an option names. Raises ConfigError for one that does not exist."""
     if key not in (known := profiles()):
-        fix = f"--hardware {next(iter(known))}"
-        raise ConfigError([Problem("--hardware", key, f"one of {', '.join(known)}", fix)])
+        fix = f"{option} {next(iter(known))}"
+        raise ConfigError([Problem(option, key, f"one of {', '.join(known)}", fix)])
     return hardware(key)
 
 
