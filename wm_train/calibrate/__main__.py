@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.screen import print_result
 from wm_train.config.compose import compose, with_demo
@@ -24,6 +24,9 @@ from wm_train.config.problems import ConfigError, Problem
 from wm_train.plan.latents import latent_frames
 from wm_train.plan.report import without_data
 from wm_train.redact import clean_output
+
+if TYPE_CHECKING:
+    from wm_train.backends.protocol import Backend
 
 BUDGET_S = 180.0
 
@@ -104,6 +107,7 @@ def measured_profile(backend_name: str, like: str) -> dict[str, Any]:
         attend(q, k, v).sum().backward()
 
     numbers = {name: dict(entry) for name, entry in profiles()[like]["numbers"].items()}
+    numbers |= sizes_of(backend)
     forward = timed(lambda: attend(q, k, v), now)
     whole = timed(both, now)
     figures: list[tuple[str, Callable[[], object] | None, float, Any]] = [
@@ -124,6 +128,20 @@ def measured_profile(backend_name: str, like: str) -> dict[str, Any]:
     else:  # nobody states one: what a large product reached
         numbers["peak_tflops"] = dict(numbers["matmul_tflops"])
     return {"name": str(device), "device": device.type, "numbers": numbers}
+
+
+def sizes_of(backend: Backend) -> dict[str, Any]:
+    """Return what a profile says of the device's memory, and of how many there are on this node,
+    which is left out on a host."""
+    from wm_train.checks.nodes import device_count, total_memory
+
+    whose = "the host" if backend.device.type == "cpu" else "the device"
+    memory = {"value": total_memory(backend) / 1e9, "source": f"all memory of {whose}, as it says"}
+    found = {"memory_gb": memory | {"date": this_month()}}
+    if count := device_count(backend):
+        devices = {"value": count, "source": "devices that this process sees"}
+        found["node_devices"] = devices | {"date": this_month()}
+    return found
 
 
 def stage_seconds(plan: StagePlan, frame: Any) -> dict[str, Any]:
