@@ -13,6 +13,7 @@ from wm_train.config.schema import StageConfig
 
 SIDES, STRIDE = (22, 40), 8  # of the example
 EXAMPLE = "128x22x40/8"
+TEXT_TOKENS = 300  # of a clip whose data set is not here
 
 
 @dataclass(frozen=True)
