@@ -15,14 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.screen import print_result
 from wm_train.config.compose import compose, with_demo
 from wm_train.config.curriculum import StagePlan, plan_stages
-from wm_train.config.problems import ConfigError
+from wm_train.config.problems import ConfigError, Problem
 from wm_train.plan.latents import latent_frames
+from wm_train.plan.report import without_data
 from wm_train.redact import clean_output
+
+if TYPE_CHECKING:
+    from wm_train.backends.protocol import Backend
 
 BUDGET_S = 180.0
 
@@ -38,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     elsewhere = ["data.path=elsewhere"] if options.latent else []
     try:
+        check_options(options.out, options.like)
         run = compose([*with_demo(options.overrides), *elsewhere])
+        if problems := without_data(run, not options.latent):
+            raise ConfigError(problems)
         plans = plan_stages(run)
         frames = latent_frames(plans, options.latent)
         profile = measured_profile(run.backend.name, options.like)
@@ -54,6 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.write_text(json.dumps({"measured": profile}, indent=1) + "\n")
     print(f"written: {options.out}")
     return 0
+
+
+def check_options(out: Path, like: str) -> None:
+    """Raise ConfigError for a profile that does not exist, and for a file that cannot be
+    written."""
+    from wm_train.plan.speed.report import named
+
+    named(like, "--like")
+    if not out.parent.is_dir() or out.is_dir():
+        rule = "a file in a folder that exists"
+        raise ConfigError([Problem("--out", str(out), rule, "--out mine.json")])
 
 
 def measured_profile(backend_name: str, like: str) -> dict[str, Any]:
@@ -89,6 +107,7 @@ def measured_profile(backend_name: str, like: str) -> dict[str, Any]:
         attend(q, k, v).sum().backward()
 
     numbers = {name: dict(entry) for name, entry in profiles()[like]["numbers"].items()}
+    numbers |= sizes_of(backend)
     forward = timed(lambda: attend(q, k, v), now)
     whole = timed(both, now)
     figures: list[tuple[str, Callable[[], object] | None, float, Any]] = [
@@ -109,6 +128,20 @@ def measured_profile(backend_name: str, like: str) -> dict[str, Any]:
     else:  # nobody states one: what a large product reached
         numbers["peak_tflops"] = dict(numbers["matmul_tflops"])
     return {"name": str(device), "device": device.type, "numbers": numbers}
+
+
+def sizes_of(backend: Backend) -> dict[str, Any]:
+    """Return what a profile says of the device's memory, and of how many there are on this node,
+    which is left out on a host."""
+    from wm_train.checks.nodes import device_count, total_memory
+
+    whose = "the host" if backend.device.type == "cpu" else "the device"
+    memory = {"value": total_memory(backend) / 1e9, "source": f"all memory of {whose}, as it says"}
+    found = {"memory_gb": memory | {"date": this_month()}}
+    if count := device_count(backend):
+        devices = {"value": count, "source": "devices that this process sees"}
+        found["node_devices"] = devices | {"date": this_month()}
+    return found
 
 
 def stage_seconds(plan: StagePlan, frame: Any) -> dict[str, Any]:

@@ -180,6 +180,13 @@ def free_memory(backend: Backend) -> int:
     )
 
 
+def total_memory(backend: Backend) -> int:
+    """Return all bytes of this process's device, or of the host if it trains there."""
+    if backend.device.type == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(torch.get_device_module(backend.device).mem_get_info(backend.device)[1])
+
+
 def data_fact(path: str, patience_s: float) -> tuple[str, str]:
     """Return the problem with the data set as this rank reads it, and its fingerprint. Raises
     DataError when a store is unreachable for `data.retry_s`."""

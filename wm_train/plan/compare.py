@@ -11,14 +11,14 @@ from typing import Any
 
 from wm_train.backends.absent import likely_kind
 from wm_train.backends.hardware import Hardware
-from wm_train.config.curriculum import StagePlan, plan_stage
+from wm_train.config.curriculum import StagePlan, ordered, plan_stage
 from wm_train.config.problems import ConfigError, Problem
 from wm_train.config.roles import turn_of
 from wm_train.config.typed import from_json
 from wm_train.plan.device_memory import turn_memories_of
-from wm_train.plan.latents import latent_frames
+from wm_train.plan.latents import Frame, frames_of
 from wm_train.plan.scaling.records import recorded, share_lines
-from wm_train.plan.speed.report import times_of
+from wm_train.plan.speed.report import times_of, why_no_time
 from wm_train.storage import read_regular
 from wm_train.tracking.rows import read_rows
 
@@ -43,37 +43,48 @@ def compare(
 ) -> int:
     """Print every stage of a run's folder, or the one stage whose folder it is; exit code 2 where
     there is none. given: values of --latent."""
-    stages = sorted(
+    folders = sorted(
         path.parent for path in folder.rglob(CONFIG) if (path.parent / METRICS).is_file()
     )
-    if not stages:
+    if not folders:
         rule = f"a run's folder, in which a stage has left {CONFIG} and {METRICS}"
         print(Problem("--compare", str(folder), rule, "--compare runs/demo"), file=sys.stderr)
         return 2
     try:
-        for stage in stages:
-            print("\n".join(stage_lines(stage, given, profile, processes)), flush=True)
+        stages = [(stage, recorded_plan(stage)) for stage in folders]
+        stages.sort(key=lambda one: one[1].config.index)
+        frames = frames_of([plan for _, plan in stages], given)
+        for (stage, plan), frame in zip(stages, frames, strict=True):
+            print("\n".join(stage_lines(stage, plan, frame, profile, processes)), flush=True)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def stage_lines(
-    folder: Path, given: Sequence[str], profile: Hardware | None, processes: int = 1
-) -> list[str]:
-    """Return the lines of one stage's folder. Raises ConfigError as `latent_frames` does, and for a
-    configuration of another version."""
+def recorded_plan(folder: Path) -> StagePlan:
+    """Return the plan that a stage's folder records. Raises ConfigError where the folder has not
+    the name of a stage, and for a configuration of another version."""
     run = from_json(read_regular(folder / CONFIG).decode())
-    plan = plan_stage(run, folder.name)
-    frame = latent_frames([plan], given)[folder.name]
+    if folder.name not in run.recipe.stages:
+        rule = f"a stage's folder under its own name, one of {', '.join(ordered(run.recipe))}"
+        fix = "give the folder the name of its stage"
+        raise ConfigError([Problem("--compare", str(folder), rule, fix)])
+    return plan_stage(run, folder.name)
+
+
+def stage_lines(
+    folder: Path, plan: StagePlan, frame: Frame, profile: Hardware | None, processes: int = 1
+) -> list[str]:
+    """Return the lines of one stage's folder. Errors: those of `turn_memories_of`."""
     found = measured(plan, read_rows(folder / METRICS)[0])
     kind = likely_kind(plan.backend.name, plan.config.parallel.precision != "fp32")
     memories, _, made = turn_memories_of(plan, frame, kind, processes)
     planned = max(one.device for one in memories.values())
     lines = [f"stage {plan.config.index} {plan.stage}: {found.steps} steps recorded"]
     lines.append(memory_line(planned, found.peak, kind))
-    times = times_of(plan, made, profile) if profile and made else {}
+    why = why_no_time(plan, made) if profile else "--hardware names no profile"
+    times = times_of(plan, made, profile) if profile and not why else {}
     for role, seconds in found.seconds.items():
         line = f"  time of a step, turn of the {role}: measured {seconds:.3g} s"
         if role in times:
@@ -81,7 +92,7 @@ def stage_lines(
             line += f", planned {own:.3g} ({own / seconds - 1:+.0%}); a plan times"
             line += f" {seconds / own:.3g} is that of this kind of run (fidelity T2)"
         else:
-            line += "; planned: none, as --hardware names no profile"
+            line += f"; planned: none, as {why}"
         lines.append(line)
     lines.append(f"  waited for data: {found.data_wait:.3g} s a step")
     return [*lines, *share_lines(recorded(folder, plan.config.trainer.checkpoint_every))]

@@ -47,7 +47,7 @@ from wm_train.kernels.engine import rehearsed, rehearsed_device
 from wm_train.models.examples import ExampleShape, example_conditions
 from wm_train.models.spec import WorldModel
 from wm_train.noise import NoiseKey
-from wm_train.plan.latents import Frame
+from wm_train.plan.latents import TEXT_TOKENS, Frame
 from wm_train.plan.repeated.blocks_once import attention_once, blocks_once
 from wm_train.plan.repeated.repeats import passes_once
 from wm_train.plan.speed.collectives import Call, gloo_copies
@@ -58,8 +58,6 @@ from wm_train.training.stage import Stage
 from wm_train.training.state import TrainState
 from wm_train.training.step import add_gradients
 from wm_train.world import World
-
-TEXT_TOKENS = 300
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from wm_train.config.compose import compose
+from wm_train.config.curriculum import plan_stages
 from wm_train.models.examples import ExampleShape
 from wm_train.models.waypoint.config import WaypointConfig
-from wm_train.plan.speed.blocks import GroupMesh, block_kinds
+from wm_train.plan.speed.blocks import GroupMesh, block_kinds, block_lines
 
 
 def test_kinds_of_waypoints_blocks():
@@ -24,3 +26,12 @@ def test_kinds_of_waypoints_blocks():
     frame = 2 * tokens * 32 * 2  # keys and values of two key heads of 16, bf16
     assert local.sent == (2 * frame, 2 * frame)
     assert far.sent == (1 * frame, 1 * frame)  # of 0 and 4, frame 8 sees 4 alone
+
+
+def test_lines_count_the_text_that_a_rehearsal_reads():
+    text = ["model.text_width=64", "model.depth=1", "model.softmax_every=0"]
+    words = ["experiment=demo", "recipe=demo", "stage=1", "data.path=x", *text]
+    (plan,) = plan_stages(compose(words))
+    (kind,) = block_kinds(plan.config.model, ExampleShape(1, 6, 7, 10, 8, 300), GroupMesh())
+    line = block_lines(plan.config, 6, (7, 10, 8), grouped=False)[-1]
+    assert line.endswith(f": {kind.flops / 1e12:.3g} TFLOP")

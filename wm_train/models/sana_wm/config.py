@@ -10,6 +10,8 @@ from wm_train.config.kinds import ModelConfig, Needs
 from wm_train.config.problems import AT, Problem
 from wm_train.config.rules import Count, CountOrZero, Positive, from_to
 
+PLUCKER_FRAMES = 8  # raw frames behind a latent frame, six coordinates each
+
 
 @dataclass(frozen=True)
 class SanaWMConfig(ModelConfig):
@@ -57,6 +59,7 @@ class SanaWMConfig(ModelConfig):
             patch=self.patch_size,
             fields=frozenset(name for name, read in reads.items() if read),
             text_width=self.text_width,
+            camera_stride=PLUCKER_FRAMES if self.camera and self.plucker else 0,
             causal=self.causal,
             softmax=0 < self.softmax_every <= self.depth,
         )

@@ -46,14 +46,13 @@ from wm_train.models.sana_wm.attention import (
     GatedDeltaNet,
     SoftmaxAttention,
 )
-from wm_train.models.sana_wm.config import SanaWMConfig
+from wm_train.models.sana_wm.config import PLUCKER_FRAMES, SanaWMConfig
 from wm_train.models.sana_wm.ffn import GatedConvFeedForward
 from wm_train.models.sana_wm.public import stage_parts
 from wm_train.models.sana_wm.ucpe import RayEncoding
 from wm_train.models.spec import WorldModel
 
 TIMESTEPS = 1000.0  # sigma 1 is timestep 1000
-PLUCKER_FRAMES = 8  # raw frames behind a latent frame, six coordinates each
 
 
 class Block(nn.Module):

@@ -31,6 +31,7 @@ from wm_train.config.schema import StageConfig
 from wm_train.models.examples import ExampleShape, example_conditions
 from wm_train.models.flops import OPERATORS
 from wm_train.models.spec import build_model
+from wm_train.plan.latents import TEXT_TOKENS
 
 MIB = 2**20
 WAYS = ("forward", "backward")
@@ -105,7 +106,7 @@ def block_lines(
     parallel, needs = stage.parallel, stage.model.needs()
     ring, ulysses = sequence_degrees(parallel, needs.heads, needs.key_heads)
     mesh = GroupMesh(ring, ulysses, parallel.attention_exchange, parallel.precision)
-    shape = ExampleShape(1, frames, *sides, grouped=grouped)
+    shape = ExampleShape(1, frames, *sides, TEXT_TOKENS, grouped)
     lines = ["  forward pass of a clip, by kind of block:"]
     for kind in block_kinds(stage.model, shape, mesh, stage.chunk_frames):
         line = f"    {kind.blocks} x {kind.name}: {kind.flops / 1e12:.3g} TFLOP"

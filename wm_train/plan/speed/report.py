@@ -30,9 +30,14 @@ def chosen(key: str) -> Hardware:
             rule = "a profile that python -m wm_train.calibrate wrote"
             fix = f"python -m wm_train.calibrate --out {key}"
             raise ConfigError([Problem("--hardware", f"{key}: {error}", rule, fix)]) from None
+    return named(key, "--hardware")
+
+
+def named(key: str, option: str) -> Hardware:
+    """Return the profile that an option names. Raises ConfigError for one that does not exist."""
     if key not in (known := profiles()):
-        fix = f"--hardware {next(iter(known))}"
-        raise ConfigError([Problem("--hardware", key, f"one of {', '.join(known)}", fix)])
+        fix = f"{option} {next(iter(known))}"
+        raise ConfigError([Problem(option, key, f"one of {', '.join(known)}", fix)])
     return hardware(key)
 
 
@@ -54,9 +59,16 @@ def mean_seconds(plan: StagePlan, times: Mapping[str, StepTime]) -> float:
     return sum(counts[role] * times[role].seconds for role in times) / sum(counts.values())
 
 
+def why_no_time(plan: StagePlan, made: Mapping[str, Rehearsal]) -> str:
+    """Return why rates tell no time of a stage, "" where they do."""
+    if plan.config.parallel.precision == "fp32":
+        return "the rates of profiles are those of bf16"
+    return "" if made else "the stage's step cannot be rehearsed"
+
+
 def stage_seconds(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardware) -> float | None:
     """Return the seconds of all steps of a stage; None where `time_lines` has none."""
-    if plan.config.parallel.precision == "fp32" or not made:
+    if why_no_time(plan, made):
         return None
     return plan.config.steps * mean_seconds(plan, times_of(plan, made, device))
 
@@ -97,10 +109,8 @@ def time_lines(
             f"  time on {plan.launcher.workers} {device.name}: {own:.3g} s of computation a step"
             f" ({PROFILE})"
         ]
-    if config.parallel.precision == "fp32":
-        return ["  time: none, as the rates of profiles are those of bf16"]
-    if not made:
-        return ["  time: none, as the stage's step cannot be rehearsed"]
+    if why := why_no_time(plan, made):
+        return [f"  time: none, as {why}"]
     times = times_of(plan, made, device)
     mean = mean_seconds(plan, times)
     days = config.steps * mean / DAY_S
