@@ -7,7 +7,7 @@ of a run. It trains in `<out>/<name>/<pool>/<stage>`, independently of the other
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +103,8 @@ def together_run(config: RunConfig, runs: Mapping[str, RunConfig]) -> RunConfig:
     if wrong:
         rule = "a name without a dot, as parameters are named after it"
         raise ConfigError([Problem(f"pools.{wrong[0]}", repr(wrong[0]), rule, "rename it")])
+    if lost := [*_unheard(config)]:
+        raise ConfigError(lost)
     bounds = tuple(lows[name] for name in order)
 
     def joined(models: Mapping[str, ModelConfig]) -> ModelConfig:
@@ -129,6 +131,20 @@ def together_run(config: RunConfig, runs: Mapping[str, RunConfig]) -> RunConfig:
         for name, own in config.recipe.stages.items()
     }
     return replace(config, recipe=replace(config.recipe, stages=stages))
+
+
+def _unheard(config: RunConfig) -> Iterator[Problem]:
+    """Yield what a pool alone changes of a stage that all train together: of it only models are the
+    pools' own."""
+    for name, pool in config.pools.items():
+        for word in pool.overrides:
+            keys = word.lstrip("+~").partition("=")[0].split(".")
+            stage = config.recipe.stages.get(keys[2]) if len(keys) > 3 else None
+            if keys[:2] != ["recipe", "stages"] or stage is None or stage.pools != TOGETHER:
+                continue
+            if keys[3] != "model" and (keys[3] != "roles" or keys[5:6] != ["model"]):
+                rule = f"nothing of stage {keys[2]} but its models, as all pools train it as one"
+                yield Problem(f"pools.{name}.overrides", word, rule, f"{word} for the run")
 
 
 def _problems(config: RunConfig, chosen: int) -> list[Problem]:

@@ -242,3 +242,17 @@ def test_a_released_folder_that_does_not_fit_is_a_mistake_of_the_setup(tmp_path)
     found = FoundWeights([FoundPart(tmp_path / "wan", None, {})], "")
     with pytest.raises(SetupError, match=r"roles\.teacher\.inherit: "):
         load_weights_(torch.nn.Linear(1, 1), found, "roles.teacher.inherit")
+
+
+@pytest.mark.parametrize(
+    ("key", "lost"), [("optimizer.lr=1e-3", True), ("steps=7", True), ("model.camera=true", False)]
+)
+def test_a_pool_changes_nothing_but_models_of_a_stage_of_all(key, lost):
+    """Its words would be lost, as the run's own are taken."""
+    own = f'pools.high.overrides=["recipe.stages.distill.{key}"]'
+    lines = ["experiment=demo", "recipe=moworld", "data.path=x", own]
+    if not lost:
+        assert "" in pool_runs(compose(lines), lines)
+        return
+    with pytest.raises(ConfigError, match="as all pools train it as one"):
+        pool_runs(compose(lines), lines)
