@@ -9,9 +9,11 @@ step and days. Every pool is planned with its own overrides; pool=<name> selects
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from wm_train.checks.stages import warnings_of
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
     --memory. processes: how many may rehearse at once."""
     options = argument_parser(__doc__ or "").parse_intermixed_args(arguments)
     try:
-        profile = profile_of(options.hardware)
+        check_arguments(options)
+        profile = profile_of(options.hardware, options.memory, options.device)
         if options.compare:
             from wm_train.plan.compare import compare
 
@@ -48,7 +51,6 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
         if is_demo(options.overrides):
             print(DEMO_LINE)
         overrides = [*with_demo(options.overrides), *elsewhere]
-        check_device(options.device)
         gpus = counts_of(options.gpus, profile)
         pools = pool_runs(compose(overrides, options.config_dir), overrides, options.config_dir)
         frames = {pool: latent_frames(selected(run), options.latent) for pool, run in pools.items()}
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None, processes: int = 1) -> int:
             print(f"warning: {idle}", file=sys.stderr)
     device, memory = options.device, options.memory
     if profile:
-        device, memory = device or profile.device, memory or profile.memory / GIB
+        device, memory = profile.device, profile.memory / GIB
     asked = Asked(memory, device, options.blocks, profile, gpus, options.picture, processes)
     return print_pool_plans(pools, frames, asked)
 
@@ -81,13 +83,16 @@ def selected(run: RunConfig) -> tuple[StagePlan, ...]:
         return ()
 
 
-def profile_of(key: str) -> Hardware | None:
-    """Return the profile of --hardware, None for "". Raises ConfigError for an unknown one."""
+def profile_of(key: str, memory: float | None, device: str) -> Hardware | None:
+    """Return the profile of --hardware with the memory, in GiB, and the device that are given
+    beside it, None for "". Raises ConfigError for an unknown one."""
     if not key:
         return None
     from wm_train.plan.speed.report import chosen
 
-    return chosen(key)
+    profile = chosen(key)
+    own = profile.memory if memory is None else memory * GIB
+    return replace(profile, memory=own, device=device or profile.device)
 
 
 def counts_of(text: str, profile: Hardware | None) -> Sequence[int]:
@@ -103,15 +108,30 @@ def counts_of(text: str, profile: Hardware | None) -> Sequence[int]:
     return device_counts(text)
 
 
-def check_device(kind: str) -> None:
-    """Raise ConfigError for a kind of device that no plan can stand for."""
-    if not kind:
-        return
-    from wm_train.backends.absent import KINDS
+def check_arguments(options: Namespace) -> None:
+    """Raise ConfigError for arguments that no plan can follow, or that do not go together."""
+    problems = []
+    if options.device:
+        from wm_train.backends.absent import KINDS
 
-    if kind not in KINDS:
-        rule = f"one of {', '.join(KINDS)}"
-        raise ConfigError([Problem("--device", kind, rule, f"--device {next(iter(KINDS))}")])
+        if options.device not in KINDS:
+            rule, fix = f"one of {', '.join(KINDS)}", f"--device {next(iter(KINDS))}"
+            problems.append(Problem("--device", options.device, rule, fix))
+    if options.memory is not None and not (isfinite(options.memory) and options.memory > 0):
+        rule = "GiB of one device, a number above 0"
+        problems.append(Problem("--memory", f"{options.memory:g}", rule, "--memory 80"))
+    if options.blocks and options.gpus:
+        rule = "one of the two, as work by kind of block is that of the stage's own mesh"
+        problems.append(Problem("--blocks", "it with --gpus", rule, "leave one out"))
+    if options.picture and not options.gpus:
+        rule = "--gpus beside it, whose numbers of devices are drawn"
+        problems.append(Problem("--picture", "it alone", rule, "--gpus 8..10000"))
+    if options.picture and not options.picture.parent.is_dir():
+        rule = "a file in a folder that exists"
+        fix = f"mkdir -p {options.picture.parent}"
+        problems.append(Problem("--picture", str(options.picture), rule, fix))
+    if problems:
+        raise ConfigError(problems)
 
 
 def print_pool_plans(

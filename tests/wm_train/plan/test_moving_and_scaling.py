@@ -11,13 +11,15 @@ from wm_train.backends.hardware import hardware
 from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.plan.compare import measured, memory_line
+from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.scaling.advice import advice_lines, replica_lines
 from wm_train.plan.scaling.picture import draw, end_of, round_numbers
 from wm_train.plan.scaling.points import Assumptions, StagePoint, point_of, table
 from wm_train.plan.search.candidates import Candidate, Shape
 from wm_train.plan.search.moving import on_shards
-from wm_train.plan.search.ranking import Ranked
+from wm_train.plan.search.ranking import RUNTIME, Bases, Ranked
+from wm_train.plan.search.turns import TurnBases
 from wm_train.plan.speed.collectives import Call
 from wm_train.plan.speed.step import StepTime
 from wm_train.plan.tracing import Work
@@ -80,6 +82,26 @@ def test_replicas_are_proposed_where_flat_sharding_waits_for_latency():
     assert "parallel.dp_replicate=" in line
     assert "1,024 ranks wait for latency" in line
     assert replica_lines(plan_of(8, 8), {"student": rehearsed(8)}, DEVICE) == []
+
+
+def test_activations_that_wait_on_the_host_take_none_of_the_device():
+    """A mesh of a single network, of turns, and replicas; bytes in the optimizer's step stay."""
+    plan, made = plan_of(8, 8), rehearsed(2)
+    parallel = replace(plan.config.parallel, offload_activations=True)
+    away = replace(plan, config=replace(plan.config, parallel=parallel))
+    mesh, found = Candidate(ONE, 1, 8, 1, 1), []
+    for one in (plan, away):
+        alone = Bases(one, Frame(24, 4, 4, 8), lambda plans: [made] * len(plans), DEVICE)
+        turns = TurnBases(one, Frame(24, 4, 4, 8), lambda plans, _: [made] * len(plans), DEVICE)
+        found += [[own.ranked(mesh, True).memory for own in (alone, turns)]]
+    moved = on_shards(made, 2, mesh)
+    assert found == [[moved.peak] * 2, [moved.update] * 2]
+    assert moved.peak == moved.update + 2**30 - (moved.update - moved.held)
+    small = replace(DEVICE, memory=RUNTIME + 2**29)
+    base = {"student": rehearsed(1024)}
+    few, many = (replace(one, launcher=plan_of(1024, 1024).launcher) for one in (plan, away))
+    assert replica_lines(few, base, small) == []
+    assert len(replica_lines(many, base, small)) == 1
 
 
 def test_a_save_is_proposed_more_often_on_more_nodes():

@@ -15,6 +15,7 @@ from wm_train.models.spec import build_model
 from wm_train.optim.config import AdamWConfig
 from wm_train.plan import device_memory, memory
 from wm_train.plan.report import main
+from wm_train.plan.search import report as search_report
 
 SMALL = SanaWMConfig(width=32, heads=2, depth=4, latent_channels=8)
 SHALLOW = ["model.depth=2", "model.softmax_every=2"]
@@ -228,3 +229,34 @@ def test_bad_input_is_one_report(capsys, arguments):
     captured = capsys.readouterr()
     assert "in the configuration; nothing was started" in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--memory", "nan"], "--memory: got nan"),
+        (["--memory", "-1"], "--memory: got -1"),
+        (["--memory", "0"], "--memory: got 0"),
+        (["--picture", "picture.png"], "--picture: got it alone"),
+        (["--gpus", "8", "--hardware", "h100", "--blocks"], "--blocks: got it with --gpus"),
+        (["--gpus", "8", "--hardware", "h100", "--picture", "no/x.png"], "--picture: got no/x.png"),
+    ],
+)
+def test_arguments_that_no_plan_follows_are_one_report(
+    capsys, tmp_path, monkeypatch, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment=demo", "recipe=demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert f"1. {said}" in captured.err
+    assert not captured.out
+
+
+def test_a_memory_and_a_device_beside_a_profile_are_those_of_the_meshes(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(search_report, "search_lines", lambda *own: seen.append(own[2]) or [])
+    words = ["experiment=demo", "recipe=demo", "stage=1", "--latent", "24x7x10/8"]
+    words += ["--hardware", "h100", "--gpus", "8"]
+    assert main([*words, "--memory", "24", "--device", "cpu"]) == 0
+    assert main(words) == 0
+    assert [(one.memory, one.device) for one in seen] == [(24 * 2**30, "cpu"), (80e9, "cuda")]

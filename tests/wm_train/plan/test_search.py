@@ -144,13 +144,29 @@ def test_reasons_name_keys_of_the_stage_and_its_recompute_goes_with_each_checkpo
     every = list(listed(plan, 8, 11))
     assert not any("{at}" in one.reason for one in every if isinstance(one, Refused))
     ways = {
-        one.shape.checkpointing: one.words("keep_attention")
+        one.shape.checkpointing: one.words("short", "keep_attention")
         for one in every
         if isinstance(one, Candidate)
     }
     assert set(ways) == {"none", "selective", "block"}
-    assert "parallel.recompute=keep_attention" in ways["block"]
-    assert "parallel.recompute=answers" in ways["selective"]
+    assert "recipe.stages.short.parallel.recompute=keep_attention" in ways["block"]
+    assert "recipe.stages.short.parallel.recompute=answers" in ways["selective"]
+
+
+def test_the_words_of_a_mesh_give_it_to_a_stage_with_values_of_its_own():
+    """Check them against what the recipe says of the stage alone."""
+    own = ("workers=2", "frames=81", "global_batch=8", "trainer.accumulate=2", "parallel.cp=2")
+    own += ("parallel.dp_shard=1", "model.activation_checkpointing=selective")
+    lines = ["experiment=demo", "recipe=demo", "stage=1", "data.path=elsewhere", *SMALL]
+    lines += ["launcher.workers=4", *(f"recipe.stages.short.{key}" for key in own)]
+    (plan,) = plan_stages(compose(lines))
+    every = [one for one in listed(plan, 8, 11) if isinstance(one, Candidate)]
+    for one in (every[0], every[len(every) // 2], every[-1]):
+        words = one.words(plan.stage, plan.config.parallel.recompute)
+        (pasted,) = plan_stages(compose([*lines, *words]))
+        wanted = plan_on(plan, one)
+        assert pasted.config == wanted.config
+        assert pasted.launcher.workers == wanted.launcher.workers == 8
 
 
 @pytest.mark.parametrize("recompute", ["answers", "keep_attention", "collectives"])

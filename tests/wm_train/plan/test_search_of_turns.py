@@ -98,6 +98,17 @@ def test_more_devices_than_the_batch_feeds_get_a_larger_batch():
     assert large.ranked.time.seconds == pytest.approx(small.ranked.time.seconds, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("devices", "batch"), [(22, 11), (25, 5), (27, 9), (9, 6), (13, 4), (10_007, 4)]
+)
+def test_a_larger_batch_goes_evenly_over_groups_that_divide_the_devices(devices, batch):
+    """Groups of 2 divide none but 22; no batch is smaller than the recipe's 4."""
+    own, asked = bases(turns_plan(4))[0], []
+    own.with_batch = lambda clips: asked.append(clips) or bases(turns_plan(clips))[0]
+    on_devices(own, devices)
+    assert asked == [batch]
+
+
 def test_a_picture_without_an_mfu_is_drawn(tmp_path):
     from PIL import Image
 

@@ -13,7 +13,7 @@ from wm_train.plan.device_memory import micro_batches
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.scaling.points import Assumptions
 from wm_train.plan.search.candidates import Candidate, Shape
-from wm_train.plan.search.moving import on_shards
+from wm_train.plan.search.moving import device_bytes, on_shards
 from wm_train.plan.search.ranking import usable
 from wm_train.plan.speed.report import mean_seconds, times_of
 from wm_train.plan.speed.step import step_time
@@ -57,7 +57,7 @@ def replica_lines(plan: StagePlan, made: Mapping[str, Rehearsal], device: Hardwa
 
     def seconds(replicas: int) -> float:
         moved = on_shards(base, workers, Candidate(shape, replicas, groups // replicas, 1, 1))
-        if moved.peak > usable(device):
+        if device_bytes(moved, config) > usable(device):
             return float("inf")
         return step_time(moved, device, blocks, parallel.compile).seconds
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.degrees import sequence_size
+from parallel.degrees import divisors, sequence_size
 from wm_train.backends.hardware import Hardware
 from wm_train.config.curriculum import StagePlan
 from wm_train.plan.latents import Frame
@@ -58,7 +58,8 @@ class Assumptions:
             f"step time and MFU: {FIDELITY}; the best mesh that fits beside 3 GiB for"
             " the runtime (assumed), by formula",
             "batch: the recipe's while it feeds the devices at its cp, then one clip a sequence"
-            " group; steps shrink so that clips in all stay the same: nothing is said of the loss",
+            " group of that cp, or of the next larger one that divides the devices; steps shrink so"
+            " that clips in all stay the same: nothing is said of the loss",
             f"failures: {self.per_node_day:g} per node and day (Llama 3), band {RATES[0]:g} to"
             f" {RATES[1]:g} (RSC); {self.detect_s:g} s to detect, {self.restart_s:g} s to restart"
             " (assumed)",
@@ -133,7 +134,8 @@ def on_devices(bases: Bases | TurnBases, devices: int) -> StagePoint | None:
     config = bases.plan.config
     size, batch = sequence_size(config.parallel), config.global_batch
     if devices > batch * size:
-        batch = devices // size
+        groups = devices // min((n for n in divisors(devices) if n >= size), default=devices)
+        batch = -(-batch // groups) * groups
     grown = bases.with_batch(batch)
     found = search(grown, devices, count=1, rehearsed=False).best
     if not found:

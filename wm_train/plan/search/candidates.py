@@ -48,18 +48,22 @@ class Candidate:
         """Return over how many ranks a weight is sharded."""
         return self.dp_shard * self.cp
 
-    def words(self, recompute: str) -> list[str]:
-        """Return the overrides that choose it; recompute: the stage's own `parallel.recompute`."""
-        return [
-            f"launcher.workers={self.devices}",
+    def words(self, stage: str, recompute: str) -> list[str]:
+        """Return the overrides that choose it for a stage, whatever the stage sets itself;
+        recompute: the stage's own `parallel.recompute`."""
+        own = [
+            "workers=null",
             f"parallel.dp_replicate={self.dp_replicate}",
+            "parallel.dp_shard=null",
             f"parallel.cp={self.cp}",
             f"parallel.ulysses={self.shape.ulysses}",
             f"parallel.ring={self.shape.ring}",
-            f"model.activation_checkpointing={self.shape.checkpointing}",
             f"parallel.recompute={recompute_with(recompute, self.shape.checkpointing)}",
+            f"model.activation_checkpointing={self.shape.checkpointing}",
             f"trainer.accumulate={self.accumulate}",
         ]
+        every = [f"launcher.workers={self.devices}"]
+        return every + [f"recipe.stages.{stage}.{word}" for word in own]
 
 
 class Refused(NamedTuple):

@@ -16,6 +16,7 @@ from parallel.attend import AttendVerb
 from parallel.comm import Member
 from parallel.traffic import expected_cost
 from parallel.virtual import Call as VerbCall
+from wm_train.config.schema import StageConfig
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Shape, recompute_with
 from wm_train.plan.speed.blocks import GroupMesh, on_mesh
@@ -24,6 +25,7 @@ from wm_train.plan.speed.network import Pattern
 from wm_train.plan.tracing import Work
 
 SHARDED = ("weights", "optimizer", "average", "gradients")
+KEPT = ("activations", "build")  # between the passes, with offload_activations on the host
 OF_CLIPS = ("activations", "backward", "build")
 PATTERNS: Mapping[str, Pattern] = {"halo": "shift"}  # of verbs; attention and others beside it
 
@@ -68,6 +70,13 @@ def on_shards(base: Rehearsal, shards: int, candidate: Candidate) -> Rehearsal:
             over = Call(call.phase, "reduce", "all_reduce", part, n, candidate.shards)
             calls[over] += count * parts
     return Rehearsal(max(sum(at_peak.values()), update), at_peak, held, update, work, dict(calls))
+
+
+def device_bytes(made: Rehearsal, config: StageConfig) -> int:
+    """Return the bytes of a rehearsed step that are on the device at its peak."""
+    away = KEPT if config.parallel.offload_activations else ()
+    here = sum(size for name, size in made.at_peak.items() if name not in away)
+    return max(here, made.update)
 
 
 def split_rehearsal(base: Rehearsal, verbs: Verbs, shape: Shape, frames: int) -> Rehearsal:

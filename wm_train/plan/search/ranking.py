@@ -21,7 +21,7 @@ from wm_train.plan.depth import shortened
 from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Refused, Shape, listed, plan_on
-from wm_train.plan.search.moving import VerbCall, Verbs, on_shards, split_rehearsal
+from wm_train.plan.search.moving import VerbCall, Verbs, device_bytes, on_shards, split_rehearsal
 from wm_train.plan.speed.blocks import recorded
 from wm_train.plan.speed.step import StepTime, step_time
 
@@ -128,7 +128,7 @@ class Bases:
         config = self.plan.config
         blocks = max(1, config.model.blocks()[0]) * candidate.accumulate
         time = step_time(made, self.hardware, blocks, config.parallel.compile)
-        return Ranked(candidate, time, made.peak, rehearsed)
+        return Ranked(candidate, time, device_bytes(made, config), rehearsed)
 
 
 def verbs_of(plan: StagePlan, frame: Frame, frames: int) -> Verbs:

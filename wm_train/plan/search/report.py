@@ -76,7 +76,7 @@ def search_lines(
     found = search(bases, counts[0])
     for place, one in enumerate(found.best, 1):
         lines += [f"  {place}. {result_words(one, config.steps)}"]
-        lines += [f"     {' '.join(one.candidate.words(config.parallel.recompute))}"]
+        lines += [f"     {' '.join(one.candidate.words(plan.stage, config.parallel.recompute))}"]
     if not found.best:
         lines.append("  no mesh can train it")
     return [*lines, *refused_lines(found.refused)]

@@ -19,7 +19,7 @@ from wm_train.config.roles import STUDENT, turns_of
 from wm_train.plan.latents import Frame
 from wm_train.plan.rehearsal import Rehearsal
 from wm_train.plan.search.candidates import Candidate, Refused, Shape, listed
-from wm_train.plan.search.moving import on_shards
+from wm_train.plan.search.moving import device_bytes, on_shards
 from wm_train.plan.search.ranking import Ranked, alone
 from wm_train.plan.speed.step import StepTime, step_time
 
@@ -97,7 +97,8 @@ class TurnBases:
             role: step_time(one, self.hardware, blocks, compiled) for role, one in moved.items()
         }
         time = mean_time(config.turns, times)
-        return Ranked(candidate, time, max(one.peak for one in moved.values()), True)
+        memory = max(device_bytes(one, config) for one in moved.values())
+        return Ranked(candidate, time, memory, True)
 
 
 def mean_time(turns: str, times: Mapping[str, StepTime]) -> StepTime:
