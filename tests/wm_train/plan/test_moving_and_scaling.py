@@ -108,6 +108,9 @@ def test_a_save_is_proposed_more_often_on_more_nodes():
     steps = []
     for workers in (8, 4096):
         plan, made = plan_of(workers, workers), {"student": rehearsed(workers)}
+        short = advice_lines(plan, made, DEVICE, parameters=10**6)[-1]
+        assert ("save at its end alone" in short) == (workers == 8)
+        plan = replace(plan, config=replace(plan.config, steps=10**9))
         line = advice_lines(plan, made, DEVICE, parameters=10**6)[-1]
         assert "trainer.checkpoint_every=" in line
         steps.append(int(line.split("save every ")[1].split(" steps")[0].replace(",", "")))

@@ -13,12 +13,13 @@ from wm_train.config.compose import compose
 from wm_train.config.curriculum import plan_stages
 from wm_train.config.problems import ConfigError
 from wm_train.plan.latents import Frame
-from wm_train.plan.rehearsal import Rehearsal, rehearse
+from wm_train.plan.rehearsal import ReadsOnHost, Rehearsal, rehearse
 from wm_train.plan.scaling import points
 from wm_train.plan.scaling.points import STATE_BYTES, Assumptions
+from wm_train.plan.search import report
 from wm_train.plan.search.candidates import Candidate, Refused, Shape, batch_lines, listed, plan_on
 from wm_train.plan.search.ranking import NEAR, Bases, search, usable
-from wm_train.plan.search.report import device_counts, refused_lines
+from wm_train.plan.search.report import device_counts, refused_lines, search_lines
 from wm_train.plan.speed.collectives import Call
 from wm_train.plan.speed.step import step_time
 from wm_train.plan.tracing import Work
@@ -181,6 +182,21 @@ def test_the_formula_knows_what_recomputation_keeps(recompute):
     real, found = (made(Shape(2, 2, "block"))[0] for made in (own.real, own.by_formula))
     kept = real.at_peak["activations"]
     assert found.at_peak["activations"] == pytest.approx(kept, rel=NEAR - 1)
+
+
+def test_a_stage_that_reads_on_the_host_is_not_searched(monkeypatch):
+    def fails(_):
+        raise ReadsOnHost("aten.item")
+
+    plan = stage_plan(8)
+    unknown = Bases(plan, FRAME, fails, DEVICE)
+    for module in (report, points):
+        monkeypatch.setattr(module, "bases_of", lambda *_: unknown)
+    why = "its step reads aten.item on the host"
+    assert f"  none proposed: {why}" in search_lines(plan, FRAME, DEVICE, [8])
+    sizes = {"plans": [plan], "frames": {plan.stage: FRAME}, "hardware": DEVICE}
+    found, left_out = points.points_of(**sizes, counts=[8], assumed=Assumptions())
+    assert (found, left_out) == ([], [f"stage {plan.stage} is left out: {why}"])
 
 
 def test_the_batch_is_said_first():

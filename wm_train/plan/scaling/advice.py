@@ -34,12 +34,15 @@ def advice_lines(
     saving = assumed.saving(assumed.failures(), nodes, parameters)
     steps = max(1, ceil(saving.interval_s / seconds))
     own = plan.config.trainer.checkpoint_every
+    every = f"every {steps:,} steps, {steps * seconds / 60:.3g} minutes"
+    every += f" (trainer.checkpoint_every={steps}; it is {own:,})"
+    if steps >= plan.config.steps:
+        every = "at its end alone, which comes before a save is due"
     return [
         *lines,
-        f"  save every {steps:,} steps, {steps * seconds / 60:.3g} minutes"
-        f" (trainer.checkpoint_every={steps}; it is {own:,}): the best with"
-        f" {assumed.per_node_day:g} failures per node and day on {nodes:,} nodes, a save that"
-        f" blocks for {assumed.blocking_s:g} s and is valid after {saving.valid_after_s:.3g} s",
+        f"  save {every}: the best with {assumed.per_node_day:g} failures per node and day on"
+        f" {nodes:,} nodes, a save that blocks for {assumed.blocking_s:g} s and is valid after"
+        f" {saving.valid_after_s:.3g} s",
     ]
 
 

@@ -19,7 +19,7 @@ from wm_train.plan.latents import Frame
 from wm_train.plan.scaling.goodput import DAY_S, Failures, Saving, best_interval_s, useful_share
 from wm_train.plan.scaling.spares import Repair, enough_spares
 from wm_train.plan.search.ranking import Bases, Ranked, mesh_words, search
-from wm_train.plan.search.report import bases_of, no_search, share_words
+from wm_train.plan.search.report import bases_of, no_search, reads_on_host, share_words
 from wm_train.plan.search.turns import TurnBases
 from wm_train.plan.speed.step import FIDELITY
 
@@ -111,10 +111,13 @@ def points_of(
     or number that is left out. Prints on standard error which number is under way."""
     left_out, bases = [], dict[str, Bases | TurnBases]()
     for plan in plans:
-        if reason := no_search(plan):
+        if not (reason := no_search(plan)):
+            own = bases_of(plan, frames[plan.stage], hardware, processes)
+            reason = reads_on_host(own)
+        if reason:
             left_out.append(f"stage {plan.stage} is left out: {reason}")
         else:
-            bases[plan.stage] = bases_of(plan, frames[plan.stage], hardware, processes)
+            bases[plan.stage] = own
     points = []
     for devices in counts if bases else ():
         print(f"searching the meshes of {devices:,} devices", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from wm_train.config.roles import STUDENT
 from wm_train.plan.device_memory import can_rehearse
 from wm_train.plan.kept import deep_rehearsals
 from wm_train.plan.latents import Frame
-from wm_train.plan.rehearsal import Rehearsal
+from wm_train.plan.rehearsal import ReadsOnHost, Rehearsal
 from wm_train.plan.search.candidates import Refused, batch_lines
 from wm_train.plan.search.ranking import GB, Bases, Ranked, mesh_words, search
 from wm_train.plan.search.turns import TurnBases
@@ -58,6 +58,15 @@ def bases_of(
     return Bases(plan, frame, rehearse, hardware)
 
 
+def reads_on_host(bases: Bases | TurnBases) -> str:
+    """Return why a stage's step cannot be rehearsed, "" where it can; it is tried."""
+    try:
+        bases.parameters()
+    except ReadsOnHost as error:
+        return f"its step reads {error} on the host"
+    return ""
+
+
 def search_lines(
     plan: StagePlan, frame: Frame, hardware: Hardware, counts: Sequence[int], processes: int = 1
 ) -> list[str]:
@@ -69,6 +78,8 @@ def search_lines(
         return [head, f"  none proposed: {reason}"]
     lines = [head, *batch_lines(plan, counts[-1])]
     bases = bases_of(plan, frame, hardware, processes)
+    if reason := reads_on_host(bases):
+        return [head, f"  none proposed: {reason}"]
     if len(counts) > 1:
         return [*lines, f"  by formula; one number of devices alone is rehearsed ({FIDELITY})"] + [
             line for devices in counts for line in _best_line(bases, devices)
