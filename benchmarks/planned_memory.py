@@ -43,7 +43,7 @@ from wm_train.world import World
 FRAME = Frame(channels=24, height=8, width=8, temporal_stride=8)
 WARM, STEPS = 2, 6  # steps that are not measured, and all
 TRIES = 4
-FORGOTTEN_S = 0.003  # after which a thread of gloo's holds nothing of a collective that has ended
+FORGOTTEN_S = 0.01  # after which a thread of gloo's holds nothing of a collective that has ended
 UNSEEN = 0.02  # of the peak, that may be released in threads which no profile sees
 ZERO3 = "parallel.sharding=zero3"
 MESHES = (
@@ -181,9 +181,11 @@ def patient_waits() -> Iterator[None]:
 
 
 def bytes_alive() -> int:
-    """Return the bytes of all tensors that Python holds now, each storage once."""
+    """Return the bytes of all tensors that Python holds now and of their gradients, each storage
+    once: a gradient that was never read is no object yet."""
     gc.collect()
     plain = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    plain += [t.grad for t in plain if t.is_leaf and t.grad is not None]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in plain}
     return sum(storages.values())
 
