@@ -52,6 +52,7 @@ def compare_with_brute_force(devices, batch):
         one: seconds_of(plan, one) for one in listed(plan, devices, 3) if isinstance(one, Candidate)
     }
     assert bases(plan).frames == 3
+    assert true, "some mesh can train it"
     found = search(bases(plan), devices)
     best = sorted(true.values())[:5]
     mine = sorted(true[one.candidate] for one in found.best)
@@ -61,9 +62,9 @@ def compare_with_brute_force(devices, batch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("devices", [2, 4, 8, 64])
-def test_it_finds_what_rehearsals_of_all_meshes_find(devices):
-    compare_with_brute_force(devices, min(devices, 4))
+@pytest.mark.parametrize(("devices", "batch"), [(2, 2), (4, 4), (8, 4), (64, 64)])
+def test_it_finds_what_rehearsals_of_all_meshes_find(devices, batch):
+    compare_with_brute_force(devices, batch)
 
 
 def quick(plan):
