@@ -219,7 +219,7 @@ def measured_bytes(words: list[str], role: str) -> int:
 def planned_bytes(words: list[str], role: str) -> int:
     """Return the planned bytes of the gradients' part of a step."""
     memory, _, made = turn_memories_of(plan_of(words), FRAME, "cpu")
-    # of the stage's own plan, unless the optimizer's step, which is not measured, needs more
+    # without the optimizer's step, which is not measured
     return sum(made[role].at_peak.values()) if made else memory[role].device
 
 

@@ -118,7 +118,7 @@ def points_of(
             left_out.append(f"stage {plan.stage} is left out: {reason}")
         else:
             bases[plan.stage] = own
-    points = []
+    points, parameters = [], max((one.parameters() for one in bases.values()), default=0)
     for devices in counts if bases else ():
         print(f"searching the meshes of {devices:,} devices", file=sys.stderr, flush=True)
         stages = [on_devices(one, devices) for one in bases.values()]
@@ -127,7 +127,6 @@ def points_of(
             left_out.append(f"{devices:,} devices are left out: no mesh for {', '.join(missing)}")
             continue
         found = [one for one in stages if one is not None]
-        parameters = max(one.parameters() for one in bases.values())
         points.append(point_of(found, devices, hardware, assumed, parameters))
     return points, left_out
 
