@@ -13,6 +13,12 @@ from wm_train.plan.scaling.at_start import print_proposals, start_lines
 from wm_train.plan.scaling.goodput import Failures, Saving, best_interval_s
 
 
+@pytest.fixture(autouse=True)
+def nothing_has_run(monkeypatch, tmp_path):
+    """A folder in which no run has left its steps, as the demo does where the tests are started."""
+    monkeypatch.chdir(tmp_path)
+
+
 def stage_plan(workers, *words):
     demo = ["experiment=demo", "recipe=demo", "stage=1", "data.path=x"]
     return plan_stages(compose([*demo, f"launcher.workers={workers}", *words]))[0]
